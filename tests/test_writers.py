@@ -15,7 +15,7 @@ WRITERS = {
     "write_array", "write_bytes", "write_json", "write_table", "write_text",
 }  # fmt: skip
 # They hold files for others, and write none of their own.
-HELPERS = {"valm/store/files.py", "valm/store/whole_folder.py", "valm_kernels/atomic_files.py"}
+HELPERS = {"valm/store/files.py", "valm/store/folders.py", "valm_kernels/atomic_files.py"}
 
 
 def writes(call):

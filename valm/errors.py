@@ -1,10 +1,31 @@
-"""The error that the command line shows as one sentence."""
+"""The errors that the command line shows as one sentence: ValmError, and those of the system."""
+
+import errno
 
 PANIC = "a tokenizer stopped; its tokenizer.json is damaged, or cannot split this text"
 
 
 class ValmError(ValueError):
     """An input cannot be used. The message names it, says what was found and what to do."""
+
+
+# What to do about an error of the system that does not say so itself.
+REMEDIES = {
+    errno.ENOSPC: "make room there, and run the same command again",
+    errno.EDQUOT: "make room there, and run the same command again",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EEXIST: "choose another name",
+    errno.ENOTDIR: "a folder is needed there",
+}
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, on one line: of one of the system its file, the reason, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    file = "" if error.filename is None else f"{error.filename}: "
+    remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+    return f"{file}{error.strerror}{remedy}"
 
 
 def is_panic(error: BaseException) -> bool:

@@ -8,12 +8,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import read_yaml
+from valm.store.files import Count, check, read_yaml
 from valm.text import nearest
-from valm_kernels.json_files import Count, Range, SchemaError, check
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
 RECIPE = ("language_model", "pictures", "clip", "colorless_clip", "text", "images", "training", "training_of")
@@ -84,7 +86,7 @@ SCHEMAS: dict[str, Any] = {
     "tuple[str, ...]": list[str],
     "tuple[int, ...]": list[Count],
 }
-_Some = Annotated[int, Range(1)]
+_Some = Annotated[int, Field(ge=1)]
 
 
 class _PictureSource(TypedDict, total=False):
@@ -226,7 +228,7 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
 def _check(path: Path, where: str, value: Any, schema: Any) -> None:
     try:
         check(value, schema)
-    except SchemaError as error:
+    except ValueError as error:
         raise ValmError(f"the study {path}: {where}: {error}") from error
 
 

@@ -22,8 +22,9 @@ from valm.explain.explanation import Explanation, explain
 from valm.explain.figures import explanation_rows
 from valm.explain.plots import INK, SERIES, new_figure
 from valm.model.checkpoint import load
-from valm.store.files import atomic_path, writable_folder
+from valm.store.files import writable_folder
 from valm.text import printable
+from valm_kernels.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from studies.color.results import Results
 from studies.color.text import held_out, topic_paragraphs
 from valm.errors import ValmError
-from valm.store.files import read_json, write_json
-from valm_kernels.json_files import Count
+from valm.store.files import Count, read_json, write_json
 
 FILE = Path(__file__).parents[1] / "results" / "prose-in-training.json"
 # Of small.yaml, of which the first two were given up, and of full.yaml.

@@ -39,7 +39,8 @@ from studies.color.questions import CAPTIONS_KIND, FLICKR_CAPTIONS
 from studies.color.results import Results
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
-from valm.store.files import atomic_path, output_file, read_text, writable_folder
+from valm.store.files import output_file, read_text, writable_folder
+from valm_kernels.atomic_files import atomic_path
 
 # Pairs whose differences are shown seed by seed.
 OF_EACH_SEED = (

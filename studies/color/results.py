@@ -6,25 +6,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from studies.color.config import ARMS, SETS, VALIDATION
 from studies.color.scoring import DIGITS, expanded
 from valm.errors import ValmError
 from valm.evaluation.size import objects_of
 from valm.evaluation.statistics import Counts, Difference, Estimate, paired, ratio
-from valm.store.files import read_json
-from valm_kernels.json_files import Count, Matching, Range, short
+from valm.store.files import Count, read_json
+from valm_kernels.json_files import short
 
 RAW, CALIBRATED = "raw", "calibrated"
 # A CLIP trained again on another machine may answer one or two questions otherwise.
 CLIP_TOLERANCE = 0.02
 # What the tokens of a row saw.
 SEEN = {images for arm in ARMS.values() for images in arm.tests}
-_Answers = list[Annotated[str, Matching(f"[{DIGITS}]+", "candidates as digits")]]  # see `scoring.compact`
-_Number = Annotated[float, Range(0)]
+_Answers = list[Annotated[str, Field(pattern=f"^[{DIGITS}]+$")]]  # see `scoring.compact`
+_Number = Annotated[float, Field(ge=0)]
 
 
 # Of the pictures of an item, by what is done to the images.
@@ -54,7 +56,7 @@ class _Answered(TypedDict, total=False):
     calibrated: _Answers
     text: str
     nats: list[_Number]
-    tokens: list[Annotated[int, Range(1)]]
+    tokens: list[Annotated[int, Field(ge=1)]]
 
 
 class _Row(_Answered):

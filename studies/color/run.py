@@ -54,9 +54,9 @@ from valm.errors import ValmError
 from valm.evaluation.color import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json, writable_folder, write_json
+from valm.store.folders import remove_folder
 from valm.training.image_trainer import STATE_FILE
 from valm.training.run_note import RUN_FILE
-from valm_kernels.atomic_files import remove_folder
 
 RESULTS_FILE = "results.json"
 # How often each picture gets colours drawn at random for that CLIP, unless the study says otherwise.

@@ -23,7 +23,8 @@ from studies.color.words import COLOR_WORDS, Names, head_noun, wordnet, words
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.color import ColorItem
-from valm.store.files import atomic_path, read_text, writable_folder, write_json
+from valm.store.files import read_text, writable_folder, write_json
+from valm_kernels.atomic_files import atomic_path
 
 # {x} is a thing with its article, {c} its colour. They are unlike the nine prompts of the evaluation: none has the word
 # "color", or shares three words in a row with a prompt.

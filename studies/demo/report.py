@@ -17,7 +17,7 @@ from studies.demo.exhibits import Exhibits
 from studies.demo.things import CREDIT
 from valm.evaluation.color import COLORS, PROMPTS
 from valm.explain import figures, plots
-from valm.store.files import atomic_path
+from valm_kernels.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -51,7 +51,7 @@ from valm.retrieval.faiss_index import FaissIndex, open_index, verify_index
 from valm.retrieval.index_tuning import build_index
 from valm.retrieval.retriever import Retriever
 from valm.retrieval.source import ImageSource, read_places, write_places
-from valm.store.whole_folder import PLACES_FILE
+from valm.store.folders import PLACES_FILE
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
@@ -278,7 +278,7 @@ def test_clip(tokenizer, tmp_path, old):
         try:
             found = Clip.load(out).weights_hash
             assert found == clip.weights_hash or (old and not done and found == before.weights_hash)
-        except ValmError:
+        except (ValmError, OSError):
             assert not done and not old
         clip.save(out)
         assert contents(out) == contents(whole)
@@ -298,7 +298,7 @@ def test_training_of_a_clip(pictures, tmp_path):
     def check(out: Path, done: bool) -> None:
         try:
             Clip.load(out)
-        except ValmError:
+        except (ValmError, OSError):
             assert not done
             write(out)
             Clip.load(out)

@@ -1,21 +1,22 @@
 """A file or folder is whole or not there, whoever is killed; leftovers are told from what is being written."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from valm_kernels import atomic_files
 from valm_kernels.atomic_files import (
     ABANDONED_SECONDS,
-    atomic_folder,
     atomic_path,
+    claimed,
     folder_lock,
     is_temporary,
-    remove_folder,
     remove_leftovers,
     temporary_file,
     temporary_name,
@@ -25,9 +26,9 @@ from valm_kernels.atomic_files import (
 HALF_WRITTEN = """
 import sys, time
 from pathlib import Path
-from valm_kernels.atomic_files import atomic_folder, atomic_path
+from valm_kernels.atomic_files import atomic_path, claimed
 path = Path(sys.argv[1])
-with (atomic_folder if sys.argv[2] == "folder" else atomic_path)(path) as temporary:
+with claimed(path, Path.mkdir) if sys.argv[2] == "folder" else atomic_path(path) as temporary:
     (temporary / "file" if sys.argv[2] == "folder" else temporary).write_text("half")
     print("written", flush=True)
     time.sleep(600)
@@ -47,6 +48,17 @@ def test_a_path_holds_only_what_was_written_whole(tmp_path):
     assert os.listdir(tmp_path) == ["data.bin"]
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("76800 requested and 28608 written")]
+)
+def test_a_full_disk_names_the_file(tmp_path, error):
+    """Neither write() nor numpy does."""
+    with pytest.raises(OSError, match=r"No space|28608 written") as raised, atomic_path(tmp_path / "data.bin"):
+        raise error
+    assert raised.value.filename == str(tmp_path / "data.bin") and raised.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     target = tmp_path / "data.bin"
     with atomic_path(target) as first:
@@ -56,28 +68,6 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         assert target.read_bytes() == b"second, longer"
     assert target.read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["data.bin"]
-
-
-def test_a_folder_appears_whole(tmp_path):
-    target = tmp_path / "folder"
-    with atomic_folder(target) as temporary:
-        (temporary / "file").write_text("content")
-        assert not target.exists()
-    assert (target / "file").read_text() == "content"
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "other") as temporary:
-        (temporary / "file").write_text("half")
-        raise RuntimeError("stopped")
-    assert os.listdir(tmp_path) == ["folder"]
-
-
-def test_folders_in_a_folder_stay_open(tmp_path):
-    """Files get the mode of the umask, whatever made them; folders keep what lets one look into them."""
-    with atomic_folder(tmp_path / "folder") as temporary:
-        (temporary / "inner").mkdir()
-        (temporary / "inner" / "file").touch(0o600)
-    mode = (tmp_path / "folder").stat().st_mode
-    assert (tmp_path / "folder" / "inner").stat().st_mode == mode
-    assert (tmp_path / "folder" / "inner" / "file").stat().st_mode & 0o777 == mode & 0o666
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -94,23 +84,24 @@ def test_only_what_the_killed_left_is_removed(tmp_path, kind):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("writes", [atomic_path, atomic_folder])
+@pytest.mark.parametrize("writes", [atomic_path, lambda path: claimed(path, Path.mkdir)], ids=["file", "folder"])
 def test_what_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch, writes):
     """Another process may take a new temporary file for abandoned until its writer has the lock."""
     locked, raced = atomic_files._locked, []
 
-    def race(path, flags):
+    def race(path):
         if not raced:
             raced.append(path)
             remove_leftovers(tmp_path)
-        return locked(path, flags)
+        return locked(path)
 
     monkeypatch.setattr(atomic_files, "_locked", race)
     with writes(tmp_path / "data") as temporary:
         assert temporary.exists() and temporary != raced[0] and not raced[0].exists()
         remove_leftovers(tmp_path)
         assert temporary.exists()
-    assert os.listdir(tmp_path) == ["data"]
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == (["data"] if writes is atomic_path else [])
 
 
 def test_the_lock_of_a_folder_is_waited_for(tmp_path):
@@ -121,18 +112,6 @@ def test_the_lock_of_a_folder_is_waited_for(tmp_path):
         assert time.monotonic() - start >= 0.2
     with folder_lock(tmp_path, 0):
         pass
-
-
-def test_a_removed_folder_is_gone_at_once(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "file").touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic_files.shutil, "rmtree", lambda path: None)  # killed there
-        remove_folder(tmp_path / "folder")
-    (left,) = tmp_path.iterdir()
-    assert is_temporary(left.name)
-    remove_leftovers(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_never_leftovers(tmp_path):

@@ -30,7 +30,7 @@ from valm.cli import (
     verify,
 )
 from valm.cli.options import CommandParser
-from valm.errors import PANIC, ValmError, is_out_of_memory, is_panic
+from valm.errors import PANIC, ValmError, is_out_of_memory, is_panic, sentence
 from valm.text import printable, utf8
 from valm_kernels import __version__
 from valm_kernels.json_files import short
@@ -68,7 +68,7 @@ def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
         # The reader closed the pipe, as `| head` does. At exit Python would flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValmError, ImportError, OSError) as error:
-        print(f"{parser.prog}: error: {printable(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(sentence(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -241,7 +241,7 @@ def print_recall(which: str, records: list[Record], clip: Clip) -> None:
 
     from valm.evaluation.encoder_check import retrieve
     from valm.knowledge_base.encode import Encoding, encode_records
-    from valm.store.shard_progress import ProgressBar
+    from valm.store.shards import ProgressBar
 
     records = records[:MOST_CHECKED]
     if len(records) < 2:

@@ -209,8 +209,9 @@ def run_add(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.merge import merge
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.store.files import is_folder
+    from valm.store.folders import remove_folder
     from valm.training.launch import check_alone
-    from valm_kernels.atomic_files import remove_folder, remove_leftovers
+    from valm_kernels.atomic_files import remove_leftovers
 
     check_alone("valm kb add")
     kb = ImageKnowledgeBase.open(arguments.kb)
@@ -239,7 +240,7 @@ def check_new(out: Path) -> None:
             go on.
     """
     from valm.store.files import exists, is_folder
-    from valm.store.manifest import MANIFEST_FILE
+    from valm.store.shards import MANIFEST_FILE
     from valm_kernels.atomic_files import is_temporary
 
     if not exists(out) or exists(added_folder(out) / MANIFEST_FILE):
@@ -350,7 +351,7 @@ def print_built(kb: ImageKnowledgeBase) -> None:
 def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
     """The output of `kb info`, as JSON."""
     from valm.retrieval.index_parameters import index_parameters
-    from valm.store.manifest import MANIFEST_FILE, files_of
+    from valm.store.shards import MANIFEST_FILE, files_of
 
     files = list(files_of(kb.manifest))
     index = index_parameters(kb)
@@ -435,15 +436,17 @@ def open_image(path: Path) -> Image.Image:
     """The image in a file.
 
     Raises:
+        OSError: it cannot be read.
         ValmError: it is not an image.
     """
     from valm.clip.read_image import read_image
-    from valm.store.files import check_regular
+    from valm.store.files import is_transient
 
-    check_regular(path)
     try:
         return read_image(path)
     except Exception as error:  # decoders raise many types for damaged bytes
+        if is_transient(error):
+            raise
         raise ValmError(f"cannot read the image {path}: {error}") from error
 
 

@@ -34,7 +34,7 @@ def verify(folder: Path) -> str:
     from valm.evaluation.suite import CACHE, read_cached
     from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
     from valm.store.files import exists, is_folder, read_json
-    from valm.store.manifest import BUILD_FILE, MANIFEST_FILE
+    from valm.store.shards import BUILD_FILE, MANIFEST_FILE
     from valm.training.cache_below import cached_states, check_cached_states
     from valm.training.resumable import CHECKSUMS_FILE, check_resumable
 

@@ -22,11 +22,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, overload
+from typing import Annotated, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
+from pydantic import Field
 from transformers import PreTrainedTokenizerFast
+from typing_extensions import TypedDict
 
 from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
 from valm.corpus.texts import MAX_DOCUMENT, TOO_LONG, FileDocuments, fingerprint
@@ -35,12 +37,22 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
-from valm.store.manifest import Manifest, ShardRecord, damaged_files, open_array, open_manifest
-from valm.store.shard_progress import Progress, ProgressBar
-from valm.store.shards import Runner, ShardedBuild, ShardFiles, run_here
+from valm.store.files import Count
+from valm.store.shards import (
+    Manifest,
+    Progress,
+    ProgressBar,
+    Runner,
+    ShardedBuild,
+    ShardFiles,
+    ShardRecord,
+    damaged_files,
+    open_array,
+    open_manifest,
+    run_here,
+)
 from valm.text import utf8
 from valm_kernels import FlatIPIndex
-from valm_kernels.json_files import Count, Range
 
 WHAT = "corpus retrieval"
 VERSION = 2
@@ -58,7 +70,7 @@ OPEN_SHARDS = 128
 class CorpusShard(ShardRecord):
     """The record of a shard; `content` is the fingerprint of what it was read from."""
 
-    documents: Annotated[int, Range(1)]
+    documents: Annotated[int, Field(ge=1)]
     tokens: Count
     content: str
 
@@ -69,7 +81,7 @@ class CorpusPlan(TypedDict):
     precision: str
     tokenizer: str
     knowledge_base: str
-    k: Annotated[int, Range(1, 1 << 16)]
+    k: Annotated[int, Field(ge=1, le=1 << 16)]
     query: Literal["eot", "state"]
     eos: Count
     scores: bool
@@ -78,7 +90,7 @@ class CorpusPlan(TypedDict):
 class CorpusManifest(Manifest):
     """The content of manifest.json."""
 
-    documents: Annotated[int, Range(1)]
+    documents: Annotated[int, Field(ge=1)]
     tokens: Count
     plan: CorpusPlan  # type: ignore[misc]  # says more than the inherited one
     shards: list[CorpusShard]  # type: ignore[misc]

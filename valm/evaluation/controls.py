@@ -20,7 +20,6 @@ from valm.knowledge_base.images import find_images
 from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextCache
 from valm.retrieval.retriever import BlindRetriever, NoImages, Retrieved, Retriever
-from valm.store.files import check_regular
 
 RETRIEVAL = ("on", "off", "random")
 
@@ -101,7 +100,6 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
     """
     images = []
     for file in files:
-        check_regular(file)
         try:
             images.append(read_image(file))
         except Exception as error:  # decoders raise many types for damaged bytes
@@ -132,7 +130,6 @@ def images_fingerprint(folder: str | os.PathLike) -> str:
         file = Path(folder) / name
         found.update(os.fsencode(name))
         with suppress(ValmError, OSError):
-            check_regular(file)
             found.update(file.read_bytes())
     return found.hexdigest()
 

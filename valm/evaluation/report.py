@@ -17,9 +17,10 @@ from valm.evaluation.charts import axes, charts
 from valm.evaluation.published import TABLE_5, TABLE_7, TABLES
 from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
 from valm.evaluation.suite import RESULTS
-from valm.store.files import atomic_path, writable_folder, write_errors, write_json
+from valm.store.files import writable_folder, write_json
+from valm.store.folders import atomic_folder
 from valm.text import one_line
-from valm_kernels.atomic_files import atomic_folder, remove_leftovers
+from valm_kernels.atomic_files import atomic_path, remove_leftovers
 
 MARKDOWN, PAGE = "results.md", "report.html"
 MISSING = "–"
@@ -104,7 +105,7 @@ def _keep_earlier(out: Path, results: Any) -> Path | None:
     except (ValueError, RecursionError):  # not one of ours, or damaged
         pass
     earlier = next(folder for number in count(1) if not (folder := out / f"earlier-{number}").exists())
-    with write_errors(earlier), atomic_folder(earlier) as temporary:
+    with atomic_folder(earlier) as temporary:
         for name in (RESULTS, MARKDOWN, PAGE):
             if (out / name).is_file():
                 shutil.copyfile(out / name, temporary / name)

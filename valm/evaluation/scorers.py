@@ -49,8 +49,8 @@ from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.store.files import is_file, is_folder, read_json
+from valm.store.folders import current_files
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
-from valm.store.whole_folder import current_files
 
 # Texts of one batch.
 BATCH_SIZE = 32
@@ -401,7 +401,7 @@ _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
 def _model_type(folder: Path) -> Any:
     try:
         return read_json(folder / CONFIG_FILE, "the config", ModelConfig).get("model_type")
-    except ValmError:  # which transformers will explain
+    except (ValmError, OSError):  # which transformers will explain
         return None
 
 

@@ -17,8 +17,7 @@ from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_
 from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
-from valm.store.shard_progress import Progress, ProgressBar
-from valm.store.shards import Runner, ShardedBuild, run_here
+from valm.store.shards import Progress, ProgressBar, Runner, ShardedBuild, run_here
 
 
 def build(

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from valm.errors import ValmError
-from valm.store.files import cannot_read, check_regular, is_transient
+from valm.store.files import cannot_read, is_transient
 from valm.text import UNDEFINED_AS_LATIN_1, decoded, encoding_of, one_line, split_lines
 from valm_kernels.json_files import short
 
@@ -61,7 +61,6 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
     if table is None:
         table = next((file for file in tables if file.is_file()), None)
     else:
-        check_regular(table)
         tables.append(table)
     by_name: dict[str, list[str]] = {}
     if table is not None and table.suffix == ".json":
@@ -146,7 +145,6 @@ def read_rows(
     Raises:
         ValmError: the table cannot be read, lacks the columns or has one of them twice.
     """
-    check_regular(table)
     try:
         with open(table, "rb") as opened:
             encoding = encoding_of(iter(partial(opened.read, ENCODING_CHUNK), b""))
@@ -179,7 +177,7 @@ def read_rows(
                 if any(field.strip() for field in row.get(None, [])):
                     raise _damaged(table, reader, "more fields than the header names")
                 yield (row[image] or "").strip(), one_line(row[caption] or "")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValmError(f"cannot read the caption table {table}: {error}") from error
 
 
@@ -211,7 +209,7 @@ def _plain(field: str) -> str:
 def _read_json_table(table: Path) -> dict[str, list[str]]:
     try:
         value = json.loads(decoded(table.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValmError(f"cannot read the caption table {table}: {error}") from error
     if not isinstance(value, dict):
         raise ValmError(f"the caption table {table} holds a {type(value).__name__}; expected an object from file names")

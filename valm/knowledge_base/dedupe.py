@@ -16,8 +16,7 @@ import numpy as np
 from valm.knowledge_base.format import EncodedShard, begin_knowledge_base, finish_knowledge_base, write_shard
 from valm.knowledge_base.merge import moved_clip
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.store.shard_progress import Progress, ProgressBar
-from valm.store.shards import run_here
+from valm.store.shards import Progress, ProgressBar, run_here
 
 
 def duplicates(kb: ImageKnowledgeBase) -> np.ndarray:

@@ -19,7 +19,7 @@ from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.images import thumbnail_bytes
 from valm.knowledge_base.workers import end_with_parent
 from valm.store.files import cannot_read, is_transient
-from valm.store.shard_progress import Progress
+from valm.store.shards import Progress
 from valm.text import one_line, utf8
 
 # Fewer images than this are decoded in this process: starting workers would take longer.

@@ -14,17 +14,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import read_json, relative_path, write_json
-from valm.store.manifest import Manifest, ShardRecord, kinds_of
-from valm.store.shards import ShardedBuild, ShardFiles
-from valm_kernels.json_files import Count, PathText, Range, Sha256
+from valm.store.files import Count, Sha256, read_json, relative_path, write_json
+from valm.store.shards import Manifest, ShardedBuild, ShardFiles, ShardRecord, kinds_of
 
 if TYPE_CHECKING:
     from valm.clip.clip import Clip
@@ -46,7 +46,7 @@ class ClipEntry(TypedDict):
 
     name: str
     weights_hash: str
-    source: PathText | None
+    source: str | None
     weight_files: dict[str, Sha256]
 
 
@@ -54,7 +54,7 @@ class KnowledgeBaseManifest(Manifest):
     """The content of manifest.json."""
 
     count: Count
-    dim: Annotated[int, Range(1, 1 << 20)]
+    dim: Annotated[int, Field(ge=1)]
     dtype: Literal["float16"]
     clip: ClipEntry
     skipped: Count

@@ -12,8 +12,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.format import begin_knowledge_base, finish_knowledge_base, write_shard
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import relative_path
-from valm.store.shard_progress import Progress, ProgressBar
-from valm.store.shards import run_here
+from valm.store.shards import Progress, ProgressBar, run_here
 
 
 def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:

@@ -31,7 +31,7 @@ from valm.knowledge_base.format import (
     read_skipped,
 )
 from valm.store.files import is_transient, read_json, status
-from valm.store.manifest import MANIFEST_FILE, Manifest, damaged_files, file_entry, open_array, open_manifest
+from valm.store.shards import MANIFEST_FILE, Manifest, damaged_files, file_entry, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 

@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.model.attention import ImageFusion
@@ -26,8 +27,8 @@ from valm.model.probe import attention_path, decoder_layers
 from valm.model.sketch import gguf_file, named_weights, other_tensor, project, sketch
 from valm.retrieval.source import ImageSource, places_folder, read_places, write_places
 from valm.store.files import check_regular, is_file, read_json, write_json
+from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import CONFIG_FILE
-from valm.store.whole_folder import current_files, replaced_files
 from valm.text import one_line
 
 ADAPTER_FILE = "image_fusion.json"

@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from valm.retrieval.source import ImageSource
-from valm.store.files import atomic_path
 from valm_kernels import __version__
+from valm_kernels.atomic_files import atomic_path
 
 CARD_FILE = "README.md"
 # Marks the cards written here. A card without it is the user's own and is not replaced.

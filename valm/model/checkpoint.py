@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.model.adapter import ADAPTER_FILE, adapter_base, adapter_dtype, is_adapter, load_adapter
@@ -23,8 +24,8 @@ from valm.model.image_model import ImageModel
 from valm.model.positions import positions
 from valm.retrieval.source import ImageSource, write_places
 from valm.store.files import is_file, is_folder, read_json
+from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import CONFIG_FILE, from_pretrained, gguf_option, quiet_transformers
-from valm.store.whole_folder import current_files, replaced_files
 from valm_kernels.json_files import short
 
 TOKENIZER_FILE = "tokenizer_config.json"

@@ -26,8 +26,8 @@ from valm.model.retrieval_cache import retrieval_state, with_retrieval
 from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved, Retriever
 from valm.retrieval.source import ImageSource, open_encoder
+from valm.store.folders import current_files
 from valm.store.pretrained import from_pretrained
-from valm.store.whole_folder import current_files
 
 # Rows that a vocabulary may have beyond its tokenizer's tokens, as it is padded to a multiple of 128 at most.
 PADDED_ROWS = 127

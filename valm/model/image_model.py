@@ -16,9 +16,9 @@ from valm.model.config import FusionOptions
 from valm.model.image_finder import ImageFinder, finds_images
 from valm.retrieval.retriever import ImageRetriever, Retriever
 from valm.retrieval.source import ImageSource, write_places
+from valm.store.files import set_mode
+from valm.store.folders import ADAPTER, PLACES_FILE, finish_save
 from valm.store.pretrained import CONFIG_FILE
-from valm.store.whole_folder import ADAPTER, PLACES_FILE, finish_save
-from valm_kernels.atomic_files import set_mode
 
 # Arguments of `save_pretrained` that are for an upload.
 OF_UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")

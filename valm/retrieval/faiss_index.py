@@ -27,9 +27,9 @@ from valm.retrieval.index_parameters import (
     index_parameters,
     remedy,
 )
-from valm.store.manifest import file_entry
+from valm.store.shards import file_entry
 from valm_kernels import FlatIPIndex, TopK
-from valm_kernels.json_files import own_file
+from valm_kernels.json_files import check_own
 from valm_kernels.locks import Lock
 
 # Distances between queries and centroids held in memory at once.
@@ -73,10 +73,7 @@ def verify_index(kb: ImageKnowledgeBase) -> list[str]:
     parameters, file = index_parameters(kb), kb.path / INDEX_FILE
     if not os.path.lexists(file):
         return [] if parameters is None else [INDEX_FILE]
-    try:
-        own_file(file)  # a pipe would block
-    except ValueError:
-        return [INDEX_FILE]
+    check_own(file)
     return [] if parameters is None or file_entry(file) == parameters.file else [INDEX_FILE]
 
 
@@ -141,13 +138,9 @@ class FaissIndex:
             raise ValmError(f"the knowledge base {kb.path} has no index: it has no {PARAMETERS_FILE}")
         path = kb.path / INDEX_FILE
         try:
-            found = own_file(path).st_size
+            found = check_own(path).st_size
         except FileNotFoundError:
             raise ValmError(f"{path} is damaged: it is missing; {remedy(kb)}") from None
-        except OSError as error:
-            raise ValmError(f"cannot read {path}: {error.strerror}; {remedy(kb)}") from error
-        except ValueError as error:
-            raise ValmError(f"{error}; {remedy(kb)}") from error
         if found != parameters.file["bytes"]:
             raise ValmError(
                 f"{path} is damaged: it has {found} bytes instead of {parameters.file['bytes']}; {remedy(kb)}"

@@ -30,11 +30,12 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.index_factory import import_faiss, stages
-from valm.store.files import atomic_path, only_writer, write_errors
-from valm.store.manifest import file_entry
+from valm.store.files import WAIT_SECONDS
+from valm.store.folders import remove_folder
+from valm.store.shards import file_entry
 from valm_kernels import FlatIPIndex
-from valm_kernels.atomic_files import remove_folder, remove_if_abandoned, remove_leftovers
-from valm_kernels.json_files import check_own, own_file
+from valm_kernels.atomic_files import atomic_path, folder_lock, remove_if_abandoned, remove_leftovers
+from valm_kernels.json_files import check_own
 
 # Training vectors per cell (faiss warns below 39), and the least and most training vectors.
 TRAIN_PER_CELL = 40
@@ -54,28 +55,22 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
     """The folder of what is done of an index, locked; those of other indexes whose processes have ended are removed.
 
     Raises:
-        ValmError: another process makes this index, or the folder is a link or cannot be written.
+        OSError: another process makes this index, or the folder is a link or cannot be written.
     """
     sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ITERATIONS, ROWS, PART_ROWS, FORMAT, import_faiss().__version__)
     plan = hashlib.sha256(repr((kb.fingerprint, factory, seed, sizes)).encode()).hexdigest()
     folder = kb.path / f"index-{plan[:16]}.partial"
     remove_partials(kb, folder)
     while True:
-        with write_errors(folder):
-            folder.mkdir(exist_ok=True)
-            try:
-                before = check_own(folder).st_ino
-            except FileNotFoundError:  # another build took it for what a killed one has left
-                continue
-            except ValueError as error:
-                raise ValmError(str(error)) from error
+        folder.mkdir(exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(only_writer(folder, f"another process makes this index of {kb.path}"))
+                before = check_own(folder).st_ino
+                stack.enter_context(folder_lock(folder, WAIT_SECONDS))
                 # its last owner may have removed it before this process had the lock
                 if check_own(folder).st_ino != before:
                     continue
-            except FileNotFoundError:
+            except FileNotFoundError:  # another build took it for what a killed one has left
                 continue
             remove_leftovers(folder)
             yield folder
@@ -327,7 +322,7 @@ def _not_finite(kb: ImageKnowledgeBase) -> ValmError:
 
 def _read_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        own_file(file)
+        check_own(file)
         array = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise _damaged(file) from error
@@ -338,7 +333,7 @@ def _read_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarr
 
 def _read_index(file: Path) -> Any:
     try:
-        own_file(file)
+        check_own(file)
         return import_faiss().read_index(str(file))
     except (ValueError, RuntimeError) as error:
         raise _damaged(file) from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import Annotated, TypedDict
+from typing import Annotated
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.store.files import read_json
-from valm.store.manifest import check_seal
-from valm_kernels.json_files import Count, Matching, Range, Sha256
+from valm.store.files import Count, Sha256, read_json
+from valm.store.shards import check_seal
 
 INDEX_FILE = "index.faiss"
 PARAMETERS_FILE = "index.json"
@@ -44,11 +46,11 @@ class IndexParameters:
     knowledge_base: str
     factory: str
     trained_on: Count
-    search: Annotated[str, Matching("|(nprobe|efSearch)=[1-9][0-9]{0,9}", "such as nprobe=32")]
-    candidates: Annotated[int, Range(1, 1 << 16)]
-    k: Annotated[int, Range(1, 1 << 16)]
-    recall: Annotated[float, Range(0, 1)]
-    target: Annotated[float, Range(0, 1)]
+    search: Annotated[str, Field(pattern="^((nprobe|efSearch)=[1-9][0-9]{0,9})?$")]
+    candidates: Annotated[int, Field(ge=1, le=1 << 16)]
+    k: Annotated[int, Field(ge=1, le=1 << 16)]
+    recall: Annotated[float, Field(ge=0, le=1)]
+    target: Annotated[float, Field(ge=0, le=1)]
     queries: Count
     asked: str
     file: IndexFile

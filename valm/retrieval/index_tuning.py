@@ -24,8 +24,8 @@ from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, stages
 from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, write_index
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
-from valm.store.files import write_errors, write_json
-from valm.store.manifest import file_entry, sealed
+from valm.store.files import write_json
+from valm.store.shards import file_entry, sealed
 from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
@@ -110,7 +110,7 @@ def build_index(
         half = len(queries) // 2
         remove_leftovers(kb.path)
         file = kb.path / INDEX_FILE
-        with write_errors(file), temporary_file(file) as temporary:
+        with temporary_file(file) as temporary:
             write_index(index, temporary, file)
             del index  # before another one is in memory
             # tune it as it will be used: read back, memory-mapped

@@ -10,10 +10,11 @@ import os
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
+from typing_extensions import TypedDict
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
@@ -21,8 +22,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.store.files import is_folder, read_json, relative_path, write_json
-from valm.store.whole_folder import PLACES_FILE, current_files
-from valm_kernels.json_files import PathText
+from valm.store.folders import PLACES_FILE, current_files
 
 # The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -32,9 +32,9 @@ class Places(TypedDict, total=False):
     """The content of PLACES_FILE. A path is relative to the file's folder; clip may be a name on a hub. base: that of
     an adapter, if it is a folder."""
 
-    knowledge_base: PathText
-    clip: PathText
-    base: PathText
+    knowledge_base: str
+    clip: str
+    base: str
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class ImageSource:
     def in_places(self, folder: str | os.PathLike) -> ImageSource:
         """With the places that are noted beside the model in `folder`."""
         places, beside = read_places(folder), os.path.realpath(places_folder(folder))
-        kb, clip = places.get("knowledge_base"), places.get("clip")
+        noted, clip = places.get("knowledge_base"), places.get("clip")
         if clip is not None and is_folder(place := os.path.normpath(os.path.join(beside, clip))):
             clip = place
-        found = None if kb is None else Path(os.path.normpath(os.path.join(beside, kb)))
-        return replace(self, knowledge_base=found, clip=clip)
+        kb = None if noted is None else Path(os.path.normpath(os.path.join(beside, noted)))
+        return replace(self, knowledge_base=kb, clip=clip)
 
     def same_images(self, found: ImageSource) -> str | None:
         """What differs, in a sentence, if the images of `found` come from another knowledge base than these, of the

@@ -16,8 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from valm.errors import ValmError
-from valm.store.shard_progress import Progress
-from valm.store.shards import Work
+from valm.store.shards import Progress, Work
 
 # How often a shard is retried whose machine was lost.
 MAX_RETRIES = 10
@@ -134,7 +133,7 @@ def task_result(reference: Any, what: str) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValmError):
+        if isinstance(error.cause, ValmError | OSError):
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:  # killed for its memory, crashed too often, an actor that cannot start

@@ -7,38 +7,93 @@
 
 A shard is the unit of work. It depends on the plan and on its own part of the source alone, so shards can be written in
 any order and anywhere that sees the folder, and one that was begun twice is the same shard.
+
+Manifests and records are not trusted: only `check_files` compares the names in them with the names that are written
+here, and the files with their entries.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import atomic_path, only_writer, read_json, writable_folder, write_json
-from valm.store.manifest import (
-    BUILD_FILE,
-    MANIFEST_FILE,
-    FileEntry,
-    Manifest,
-    Plan,
-    ShardRecord,
-    check_files,
-    check_seal,
-    file_entry,
-    sealed,
+from valm.progress import progress_bar
+from valm.store.files import (
+    WAIT_SECONDS,
+    Count,
+    Sha256,
+    check,
+    exists,
+    is_folder,
+    is_transient,
+    read_json,
+    writable_folder,
+    write_json,
 )
-from valm.store.shard_progress import Progress
-from valm_kernels.atomic_files import is_temporary, remove_leftovers
+from valm.text import one_line
+from valm_kernels.atomic_files import atomic_path, folder_lock, is_temporary, remove_leftovers
+from valm_kernels.checksums import file_sha256, json_sha256
+from valm_kernels.json_files import check_own, short
 
+MANIFEST_FILE = "manifest.json"
+# The plan of a folder that is not finished.
+BUILD_FILE = "build.json"
 SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
+# The names that `ShardFiles` writes: kind, number of the shard, suffix.
+FILE_NAME = r"^[a-z_]+-[0-9]{5,9}\.(npy|parquet|json)$"
+# Stores in a folder that an error names, if the folder itself is none.
+BELOW_SHOWN = 8
 DELETE = "delete it or choose another folder"
+
+
+class FileEntry(TypedDict):
+    """The entry of a file."""
+
+    name: Annotated[str, Field(pattern=FILE_NAME)]
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardRecord(TypedDict):
+    """The record of a shard of any content."""
+
+    files: list[FileEntry]
+
+
+class Plan(TypedDict):
+    """A manifest, or the state of an unfinished folder, as far as all kinds agree."""
+
+    plan: dict[str, Any]
+
+
+class Manifest(Plan):
+    """The manifest of a finished folder of any content."""
+
+    format: str
+    version: int
+    shards: list[ShardRecord]
+    sha256: Sha256
+
+
+class Progress(Protocol):
+    """Receives the progress of a shard."""
+
+    def begin(self, units: int) -> None:
+        """Reports that a shard of this many units of work was begun."""
+
+    def advance(self, units: int, skipped: int = 0) -> None:
+        """Reports that this many more units are done, of which `skipped` could not be read."""
+
 
 # Writes one shard, given its number, its part of the source, and its progress.
 Work = Callable[[int, Any, Progress], None]
@@ -52,6 +107,34 @@ def run_here(work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) 
         work(number, part, progress)
 
 
+class ProgressBar:
+    """Rate and time left over `shards` shards (None = unknown), whose sizes are known only once they begin: the total
+    is estimated from those begun so far."""
+
+    def __init__(self, description: str, unit: str, shards: int | None, shown: bool):
+        self.shards = shards
+        self._begun = self._expected = self._skipped = 0
+        self._bar = progress_bar(desc=description, unit=unit, unit_scale=True, shown=shown)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, units: int) -> None:
+        self._begun += 1
+        self._expected += units
+        if self.shards is not None:
+            self._bar.total = round(self._expected * self.shards / self._begun)
+
+    def advance(self, units: int, skipped: int = 0) -> None:
+        self._skipped += skipped
+        if self._skipped:
+            self._bar.set_postfix(skipped=self._skipped, refresh=False)
+        self._bar.update(units)
+
+
 class ShardedBuild:
     """A folder of shards, finished or being written.
 
@@ -62,7 +145,8 @@ class ShardedBuild:
         record: the schema of a shard's record.
 
     Raises:
-        ValmError: `out` holds something else, or cannot be written.
+        OSError: `out` cannot be written.
+        ValmError: `out` holds something else.
     """
 
     def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = ShardRecord):
@@ -89,16 +173,14 @@ class ShardedBuild:
         have `finished` it before.
 
         Raises:
-            ValmError: another process is writing it.
+            TimeoutError: another process is writing it.
         """
         with self._lock():
             self._look()
             yield
 
     def _lock(self) -> AbstractContextManager[None]:
-        return only_writer(
-            self.out, f"another process is writing the {self.what} {self.out}; when it has ended, run the same again"
-        )
+        return folder_lock(self.out, WAIT_SECONDS)
 
     def _look(self) -> None:
         """Finds out whether the folder is finished, unfinished or new. A finished one does not change any more."""
@@ -133,12 +215,7 @@ class ShardedBuild:
             if SHARD_FILE.fullmatch(file.name):
                 number = int(file.stem.partition("-")[2])
                 records[number] = read_json(file, "the record of a shard", self.record, DELETE)
-        try:
-            check_files(self.out, records.items())
-        except OSError as error:
-            raise ValmError(f"cannot read the unfinished {self.what} {self.out}: {error}") from error
-        except ValueError as error:
-            raise ValmError(f"the unfinished {self.what} {self.out} is damaged: {error}; {DELETE}") from error
+        check_files(self.out, records.items(), f"the unfinished {self.what}", DELETE)
         return records
 
     def write(self, work: Work, parts: Iterable[Any], run: Runner, progress: Progress) -> None:
@@ -204,3 +281,122 @@ class ShardFiles:
     def finish(self, **facts: Any) -> None:
         """The shard is whole: its record has `facts` and the checksums of its files."""
         write_json(self.out / f"shard-{self.number:05d}.json", {**facts, "files": self._files})
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, a JSON object, with the checksum of its other entries, which `check_seal` compares."""
+    return {**content, "sha256": json_sha256(content)}
+
+
+def check_seal(content: Mapping[str, Any], path: Path, remedy: str = "make it again") -> None:
+    """Checks that `content`, read from `path`, is as `sealed` made it.
+
+    Raises:
+        ValmError: an entry has changed, or the checksum itself.
+    """
+    if content.get("sha256") != json_sha256(content):
+        raise ValmError(f"{path} is damaged: it differs from its own checksum; {remedy}")
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and SHA-256 of a file, as the manifest lists it."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:
+    """The entry of every file that the manifest lists."""
+    return (entry for shard in manifest["shards"] for entry in shard["files"])
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> list[str]:
+    """The names of those files whose content is not what the manifest of `folder` lists. Reads all."""
+    bar = progress_bar(list(files_of(manifest)), desc="verify", unit=" files", shown=progress)
+    return [entry["name"] for entry in bar if file_entry(folder / entry["name"]) != entry]
+
+
+def kinds_of(record: ShardRecord) -> set[str]:
+    """The kinds of files that a shard has."""
+    return {entry["name"].partition("-")[0] for entry in record["files"]}
+
+
+def check_files(folder: Path, shards: Iterable[tuple[int, Any]], what: str, remedy: str) -> None:
+    """Checks the files that the records of `shards` (number, record) list.
+
+    Raises:
+        OSError: a file leads out of `folder`, or cannot be looked at.
+        ValmError: one has another shard's name, repeats a kind, is missing, or has another size. The message begins
+            with `what`.
+    """
+    for number, record in shards:
+        kinds = set()
+        for entry in record["files"]:
+            name = entry["name"]
+            kind, _, rest = name.partition("-")
+            if int(rest.partition(".")[0]) != number or kind in kinds:
+                raise ValmError(f"{what} {folder} is damaged: its shard {number} lists {name}; {remedy}")
+            kinds.add(kind)
+            try:
+                size = check_own(os.path.join(folder, name)).st_size
+            except FileNotFoundError:
+                raise ValmError(f"{what} {folder} is damaged: {name} is missing; {remedy}") from None
+            if size != entry["bytes"]:
+                found = f"{name} has {size} bytes instead of {entry['bytes']}"
+                raise ValmError(f"{what} {folder} is damaged: {found}; {remedy}")
+
+
+def open_manifest(path: Path, what: str, version: int, command: str, schema: type) -> dict[str, Any]:
+    """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
+
+    Checks format, version, the rest of `schema` (a `Manifest`), its own checksum, and the name, kind and size of every
+    file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValmError: a check failed; the message names the file.
+    """
+    file = path / MANIFEST_FILE
+    if not exists(file):
+        raise ValmError(_why_none(path, what, command))
+    check_own(file)
+    manifest: dict[str, Any] = read_json(file, "the manifest", dict[str, Any])
+    if manifest.get("format") != f"valm {what}":
+        raise ValmError(f"{file} is not the manifest of a {what}")
+    if manifest.get("version") != version:
+        found = short(manifest.get("version"))
+        raise ValmError(f"the {what} {path} has format version {found}, this valm reads {version}; make it again")
+    try:
+        check(manifest, schema)
+    except ValueError as error:
+        raise ValmError(f"the manifest {file} is damaged: {error}; make it again with `{command}`") from error
+    check_seal(manifest, file)
+    check_files(path, enumerate(manifest["shards"]), f"the {what}", "make it again")
+    return manifest
+
+
+def _why_none(path: Path, what: str, command: str) -> str:
+    """Why there is no manifest in `path`."""
+    if not is_folder(path):
+        return f"no {what} at {path}: there is no such folder"
+    if exists(path / BUILD_FILE):
+        return f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"
+    below = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST_FILE}"))[:BELOW_SHOWN]
+    remedy = f"name one of those in it: {', '.join(below)}" if below else f"make one with `{command}`"
+    return f"{path} is not a {what}: it has no {MANIFEST_FILE}; {remedy}"
+
+
+def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:
+    """The array in `file`, memory-mapped.
+
+    Raises:
+        OSError: it cannot be read.
+        ValmError: it is damaged or has another shape or dtype.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises many types for a damaged header
+        if is_transient(error):
+            raise
+        raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValmError(f"{file} holds {array.dtype} {array.shape}, the manifest says {np.dtype(dtype)} {shape}")
+    return array

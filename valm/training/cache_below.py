@@ -26,11 +26,12 @@ from valm.model.config import WEIGHTS_KEY
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
-from valm.store.files import atomic_path, writable_folder
-from valm.store.manifest import open_array
+from valm.store.files import writable_folder
+from valm.store.shards import open_array
 from valm.training.blocks import document_lengths
+from valm_kernels.atomic_files import atomic_path
 from valm_kernels.checksums import file_sha256
-from valm_kernels.json_files import own_file
+from valm_kernels.json_files import check_own
 
 VERSION = 2
 # Tokens of one pass through the layers below, padding included.
@@ -155,10 +156,7 @@ def check_cached_states(file: Path) -> None:
     Raises:
         ValmError: it is damaged.
     """
-    try:
-        size = max(0, own_file(file).st_size - CHECKSUM_BYTES)
-    except ValueError as error:
-        raise ValmError(f"the hidden states {error}; delete it") from error
+    size = max(0, check_own(file).st_size - CHECKSUM_BYTES)
     with open(file, "rb") as opened:
         opened.seek(size)
         checksum = opened.read()

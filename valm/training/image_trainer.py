@@ -26,13 +26,14 @@ from valm.model.checkpoint import save_checkpoint
 from valm.model.image_model import ImageModel
 from valm.retrieval.source import write_places
 from valm.store.files import writable_folder
+from valm.store.folders import move_folder, temporary_folder
 from valm.store.pretrained import quiet_transformers
 from valm.training.image_dropout import ImageDropout
 from valm.training.launch import check_processes
 from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
 from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
-from valm_kernels.atomic_files import move_folder, remove_leftovers, temporary_folder
+from valm_kernels.atomic_files import remove_leftovers
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
+from pydantic import Field
 from transformers.trainer_callback import TrainerState
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import is_folder, read_json, write_json
+from valm.store.files import Count, Sha256, is_folder, read_json, write_json
 from valm.text import one_line
 from valm_kernels.checksums import file_sha256
-from valm_kernels.json_files import Count, Matching, Sha256, check_own, own_file
+from valm_kernels.json_files import check_own
 
 # Written by the Trainer.
 STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
@@ -26,7 +28,7 @@ REMEDY = "resume from an earlier checkpoint"
 
 # The files that PyTorch, transformers, accelerate or DeepSpeed read; others may be the user's own notes.
 READ = re.compile(r".*\.(json|pt|pth|bin|safetensors|distcp|metadata)|(.*/)?latest")
-BestCheckpoint = Annotated[str, Matching(r"[^\0\ud800-\udfff]*checkpoint-[0-9]+", "the path of a checkpoint")]
+BestCheckpoint = Annotated[str, Field(pattern="checkpoint-[0-9]+$")]
 
 
 class _Logged(TypedDict):
@@ -64,18 +66,14 @@ def check_resumable(folder: Path) -> int | None:
         How many steps its training was to have, None if it does not say.
 
     Raises:
-        ValmError: a file is not as it was written or has no checksum, is a pipe, or is a link out of the folder; or so
-            is the folder itself; or it has the model alone.
+        OSError: a file, or the folder itself, is a link out of its folder, or cannot be read.
+        ValmError: a file is not as it was written or has no checksum; or the folder has the model alone.
     """
     if not is_folder(folder):
         raise ValmError(f"there is no checkpoint {folder}")
-    try:
-        check_own(folder)
-        files = _files(folder)
-        for file in files.values():
-            own_file(file)
-    except ValueError as error:
-        raise ValmError(f"cannot resume from {folder}: {error}") from error
+    files = _files(folder)
+    for file in (folder, *files.values()):
+        check_own(file)
     noted = read_json(folder / CHECKSUMS_FILE, "the checksums", dict[str, Sha256], REMEDY)
     damaged = [name for name, sha256 in noted.items() if name not in files or file_sha256(files[name]) != sha256]
     unknown = sorted(name for name in files if name not in noted and name != CHECKSUMS_FILE and READ.fullmatch(name))

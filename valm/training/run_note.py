@@ -15,7 +15,7 @@ from valm.corpus.texts import fingerprint
 from valm.errors import ValmError
 from valm.model.config import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project
-from valm.store.files import only_writer, read_json, write_json
+from valm.store.files import WAIT_SECONDS, read_json, write_json
 from valm.training.image_trainer import ImageTrainer
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 from valm_kernels.json_files import short
@@ -78,7 +78,7 @@ def only_training(out: Path) -> AbstractContextManager[None]:
     Raises:
         ValmError: another process trains there.
     """
-    return only_writer(out / RUN_FILE, f"another process is training in {out}: wait for its end, or choose another")
+    return folder_lock(out / RUN_FILE, WAIT_SECONDS)
 
 
 def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[str, Any]) -> None:

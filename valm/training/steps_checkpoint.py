@@ -8,18 +8,20 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import atomic_path, check_regular, exists
+from valm.store.files import Sha256, exists, parse_json
 from valm.text import one_line
-from valm_kernels.json_files import Sha256, check, short
+from valm_kernels.atomic_files import atomic_path
+from valm_kernels.json_files import short
 
 # Seconds between two checkpoints, or so many times as long as writing the last one took.
 SAVE_SECONDS = 30.0
@@ -122,11 +124,9 @@ class StepsCheckpoint:
 
 
 def _read(path: Path) -> tuple[_Note, dict[str, Tensor]]:
-    check_regular(path)
     try:
         with safe_open(path, "pt") as file:
-            note = json.loads((file.metadata() or {}).get("training", "null"))
-            check(note, _Note)
+            note = parse_json((file.metadata() or {}).get("training", "null"), _Note)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except Exception as error:  # safetensors raises its own for damaged bytes
         raise ValmError(f"cannot resume from {path}: {one_line(str(error))}; {REMEDY}") from error

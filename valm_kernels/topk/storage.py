@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypedDict
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from ..atomic_files import (
     temporary_file,
 )
 from ..checksums import file_sha256, json_sha256
-from ..json_files import Count, Matching, SchemaError, Sha256, check, own_file, read_json, short
+from ..json_files import check_own, read_json, short
 
 FORMAT = "valm flat inner-product index"
 VERSION = 2
@@ -39,19 +39,6 @@ ARRAY_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
 ALIGNMENT = 64
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 TEMPORARY_FILE = re.compile(r"([a-z_]+|manifest\.json)\.[0-9a-f]{32}\.tmp")
-
-
-class _Entry(TypedDict):
-    file: Annotated[str, Matching(ARRAY_FILE.pattern, "a name that save writes")]
-    bytes: Count
-    sha256: Sha256
-
-
-class _Manifest(TypedDict):
-    dtype: str
-    count: Count
-    dim: Count
-    arrays: dict[str, _Entry]
 
 
 class _HashingFile:
@@ -69,7 +56,7 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
     """Writes the arrays and the manifest, all or nothing; removes what earlier saves left.
 
     Raises:
-        OSError: writing failed, or another process is writing the folder, which the message names.
+        OSError: writing failed, and what the folder held before is untouched; or another process is writing it.
         ValueError: the folder has a manifest of something else, which is left as it is.
     """
     with ExitStack() as lock:
@@ -88,21 +75,12 @@ def write_folder(path: Path, arrays: dict[str, np.ndarray], properties: dict[str
             with temporary_file(path / MANIFEST) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
                 move(temporary, path / MANIFEST)
-        except BaseException as error:
+        except BaseException:
             # an interruption may come after the commit
             committed = _referenced_files(path)
             _remove(file for file in written if file.name not in committed)
-            if not isinstance(error, OSError):
-                raise
-            raise OSError(
-                error.errno, f"cannot save the index, what {path} held before is untouched: {error.strerror}", str(path)
-            ) from error
-        try:
-            sync_folder(path)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"the index is saved, but a power cut might undo it: {error.strerror}", str(path)
-            ) from error
+            raise
+        sync_folder(path)
         files = {entry["file"] for entry in entries.values()}
         _remove(path / name for name in old_files - files)
         _remove(file for file in path.iterdir() if file.name not in files and _abandoned(file))
@@ -146,7 +124,7 @@ def _check_not_foreign(manifest: Path) -> None:
         ValueError: it is.
     """
     try:
-        found = read_json(manifest, Any)
+        found = read_json(manifest)
     except (OSError, ValueError):  # there is none, or it is damaged, and may be replaced
         return
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -172,8 +150,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise FileNotFoundError(f"{path} is not a saved index: it has no {MANIFEST}")
-    own_file(file)
-    manifest: dict[str, Any] = read_json(file, Any)
+    check_own(file)
+    manifest: dict[str, Any] = read_json(file)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file} does not describe a {FORMAT}")
     version = manifest.get("version")
@@ -184,13 +162,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != json_sha256(manifest):
         raise ValueError(f"{file} is damaged: it differs from its own checksum")
-    try:
-        check(manifest, _Manifest)
-    except SchemaError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
     for name, entry in manifest["arrays"].items():
-        if entry["file"] != f"{name}-{entry['sha256'][:16]}.npy":
-            raise ValueError(f"{file} is damaged: its array {name!r} is in {entry['file']}")
+        named = f"{name}-{entry['sha256'][:16]}.npy"
+        if entry["file"] != named or not ARRAY_FILE.fullmatch(named):
+            raise ValueError(f"{file} is damaged: its array {name!r} is in {short(entry['file'])}")
     return manifest
 
 
@@ -252,9 +227,9 @@ class Folder:
         except FileNotFoundError:  # at any step, if another index is saved meanwhile
             raise MissingFile(f"{self.path} is damaged: {entry['file']} is missing") from None
 
-    def _read(self, entry: _Entry, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    def _read(self, entry: dict[str, Any], dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
         file = self.path / entry["file"]
-        size = own_file(file).st_size
+        size = check_own(file).st_size
         if size != entry["bytes"]:
             raise ValueError(f"{file} is damaged: it has {size} bytes, {entry['bytes']} were saved")
         if self.verify and file_sha256(file) != entry["sha256"]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 
-from ..json_files import Range, read_json
+from ..json_files import read_json
 
 # Keys times head dimension: 2,048 keys of 128 numbers, or 4,096 of 64.
 ESTIMATE = 2048 * 128
@@ -20,16 +20,13 @@ HEAD_DIMS = (64, 128, 256)
 FILE = Path(__file__).with_name("measured_crossover.json")
 
 
-Length = Annotated[int, Range(1)]
-
-
 class MeasuredCrossover(TypedDict):
     """An entry of measured_crossover.json, for head dimensions up to `head_dim` on the cards of one capability."""
 
-    capability: Annotated[int, Range(80)]  # 90 for 9.0
+    capability: int  # 90 for 9.0
     head_dim: Literal[64, 128, 256]
-    keys: Length | None  # of a text, from which on flash attention was faster; null where it was not at the longest
-    longest: Length  # that was measured
+    keys: int | None  # of a text, from which on flash attention was faster; null where it was not at the longest
+    longest: int  # that was measured
     device: str
     torch: str
     triton: str
@@ -40,9 +37,9 @@ def read_measured(path: Path) -> dict[tuple[int, int], tuple[int | None, int]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is damaged; the message names it.
+        ValueError: the file is not JSON; the message names it.
     """
-    entries = read_json(path, list[MeasuredCrossover])
+    entries: list[MeasuredCrossover] = read_json(path)
     return {(entry["capability"], entry["head_dim"]): (entry["keys"], entry["longest"]) for entry in entries}
 
 

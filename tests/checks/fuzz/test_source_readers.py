@@ -39,7 +39,7 @@ from valm.knowledge_base.sources.table import TableSource
 from valm.knowledge_base.sources.webdataset import tar_records
 from valm.progress import progress_bar
 from valm.store.files import writable_folder
-from valm.store.shard_progress import ProgressBar
+from valm.store.shards import ProgressBar
 from valm.training.run_note import RUN_FILE, note_run
 from valm.training.train import training_arguments
 

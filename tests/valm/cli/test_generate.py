@@ -191,7 +191,7 @@ def wrong_inputs():
         "no prompt": (["generate", "{world}/valm"], "give either a prompt or --prompts FILE"),
         "two prompts": (["generate", "{world}/valm", "x", "--prompts", "-"], "give either a prompt or --prompts FILE"),
         "no text": (["generate", "{world}/valm", "--prompts", "{tmp}/empty.txt"], "{tmp}/empty.txt has no prompt"),
-        "no such prompts": (["generate", "{world}/valm", "--prompts", "{tmp}/none"], "cannot read {tmp}/none"),
+        "no such prompts": (["generate", "{world}/valm", "--prompts", "{tmp}/none"], "{tmp}/none: No such file"),
         "more images than there are": (["generate", "{world}/valm", "x", "-k", "7"], "from 1 to the 6 images of"),
         "images for a model without": (["generate", "{world}/gpt2", "x", "-k", "2"], "retrieves no images"),
         "pictures for a model without": (["generate", "{world}/gpt2", "x", "--kb", "{world}/kb"], "sees no images"),

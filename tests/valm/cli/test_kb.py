@@ -294,7 +294,7 @@ def wrong_inputs():
             ["kb", "search", "{world}/kb", "--image", "{world}/colors.csv"],
             "cannot read the image {world}/colors.csv: not a picture in one of the formats",
         ),
-        "no such picture": (["kb", "search", "{world}/kb", "--image", "{tmp}/no.png"], "cannot read {tmp}/no.png"),
+        "no such picture": (["kb", "search", "{world}/kb", "--image", "{tmp}/no.png"], "{tmp}/no.png: No such file"),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),
         "output holds something else": ([*kb_build[:-1], "{world}/clip"], "is not empty"),
         "no such knowledge base": (["kb", "info", "{tmp}/none"], "no knowledge base at {tmp}/none"),

@@ -502,7 +502,7 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
     train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    monkeypatch.setattr("valm.store.files.WAIT_SECONDS", 0)
+    monkeypatch.setattr("valm.training.run_note.WAIT_SECONDS", 0)
     statuses = []
 
     def start_another(self, *arguments, real=ImageTrainer.train, **options):
@@ -513,7 +513,7 @@ def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkey
 
     monkeypatch.setattr(ImageTrainer, "train", start_another)
     assert run(*train) == 0 and statuses == [1, 1]
-    assert capfd.readouterr().err.count(f"another process is training in {tmp_path / 'model'}") == 2
+    assert capfd.readouterr().err.count(f"{tmp_path / 'model' / '_run.json'}: another process is writing there") == 2
     assert run(*train, "--resume") == 0  # it has ended
 
 
@@ -749,7 +749,7 @@ def wrong_inputs():
         "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
         "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
         "nothing held out": ([*train, "--validation", "1.5"], "above 0 and below 1, got 1.5"),
-        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "cannot read {tmp}/none.yaml"),
+        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "{tmp}/none.yaml: No such file"),
         "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
         "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
         "retrievals one level below": (

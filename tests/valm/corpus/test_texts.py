@@ -277,7 +277,7 @@ def test_linked_folders_are_read_and_folders_that_cannot_be_read_refused(tmp_pat
         return iter(())
 
     monkeypatch.setattr("valm.store.files.os.walk", denied)
-    with pytest.raises(ValmError, match=r"cannot read the folder .*corpus: Permission denied"):
+    with pytest.raises(PermissionError, match="corpus"):
         list(read_documents([tmp_path / "corpus"]))
 
 

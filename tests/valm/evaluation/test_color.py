@@ -130,7 +130,7 @@ def test_wrong_arguments_are_named(items, arguments, message):
 
 
 def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(ValmError, match="cannot read"):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         load_memory_color(tmp_path / "nothing.csv")
     (tmp_path / "other.csv").write_text("thing,colour\nsea,blue\n")
     with pytest.raises(ValmError, match=r"has the columns \['thing', 'colour'\], expected"):

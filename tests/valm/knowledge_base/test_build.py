@@ -104,7 +104,7 @@ def test_another_plan_is_refused(kb, folder, clip, tokenizer, tmp_path):
         build_folder(folder, tmp_path, clip)
     with pytest.raises(ValmError, match="is not empty"):
         build_folder(folder, folder, clip)
-    with pytest.raises(ValmError, match="cannot make the output folder"):
+    with pytest.raises(NotADirectoryError, match=r"p00\.png"):
         build_folder(folder, folder / "p00.png" / "kb", clip)
 
 
@@ -199,12 +199,3 @@ def test_the_workers_of_a_build_end_with_it(folder, clip, tmp_path, monkeypatch)
     source = FolderSource(folder, shard_size=100)
     build(source, tmp_path / "kb", clip, Encoding(workers=2), progress=False)
     assert sorted(os.listdir(tmp_path / "called")) == ["0", "1"]
-
-
-def test_pipes_are_refused_before_they_are_opened(clip, tmp_path):
-    os.mkfifo(tmp_path / "pipe.tar")
-    with pytest.raises(ValmError, match=r"pipe\.tar is a pipe, not a file"):
-        build(WebdatasetSource(tmp_path), tmp_path / "kb", clip, progress=False)
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    with pytest.raises(ValmError, match=r"pipe\.tar is a pipe, not a file"):
-        build(FolderSource(tmp_path, captions=tmp_path / "pipe.tar"), tmp_path / "kb", clip, progress=False)

@@ -59,7 +59,7 @@ def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
 
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: denied(path) if str(path).endswith("b") else scandir(path))
-    with pytest.raises(ValmError, match=r"cannot read the folder .*/b: Input/output error"):
+    with pytest.raises(OSError, match=r"Input/output error: .*/b"):
         find_images(tmp_path)
 
 

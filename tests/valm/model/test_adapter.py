@@ -409,7 +409,7 @@ def test_a_damaged_adapter_is_named(tmp_path):
     no_sketch = {name: value for name, value in description["fusion"].items() if name != "sketch"}
     for change, message in (
         ({"format_version": 9}, "format_version 9, expected 2"),
-        ({"fusion": {"layer": -2}}, "fusion has no 'architecture'"),
+        ({"fusion": {"layer": -2}}, "fusion.architecture: Field required"),
         ({"fusion": no_sketch}, r"belongs to another base model .*: lm_head\.weight is no tensor of that base"),
     ):
         (tmp_path / "image_fusion.json").write_text(json.dumps(description | change))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from valm.store.manifest import sealed
+from valm.store.shards import sealed
 
 
 def edit_manifest(folder: Path, name: str = "manifest.json", **changes: Any) -> None:

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
-from tests.valm.model.decoders import HEADS, SIZES, SMALL, augmented, tiny_gpt2, tiny_llama
-from tests.valm.models import tiny_model
+from tests.valm.model.decoders import augmented, tiny_gpt2, tiny_llama
 from valm import load, save_adapter
-from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
@@ -51,7 +49,7 @@ def calls_of_openers():
 
 def test_every_call_says_that_no_code_is_run():
     calls = dict(calls_of_openers())
-    assert len(calls) >= 4
+    assert len(calls) >= 2
     assert [place for place, off in calls.items() if not off] == []
 
 
@@ -125,111 +123,9 @@ def test_shards_outside_of_the_folder_are_not_read(sharded, tmp_path, absolute, 
         OPENED[door](sharded.parent)
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("door", OPENED)
-@pytest.mark.parametrize("place", ["model.pipe", "more/model.pipe", "additional_chat_templates/a.jinja"])
-def test_pipes_below_the_folder_are_refused(sharded, place, door):
-    pipe = sharded.parent / place
-    pipe.parent.mkdir(exist_ok=True)
-    os.mkfifo(pipe)
-    if place.endswith(".pipe"):
-        rename_shard(sharded, place)
-    with pytest.raises(ValmError, match=rf"{place} is a pipe, not a file"):
-        OPENED[door](sharded.parent)
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("model", [tiny_llama, tiny_gpt2, tiny_model])
-@pytest.mark.parametrize("size", ["layers", "vocab_size", "width", "positions"])
-def test_sizes_that_the_weights_lack_are_refused(tmp_path, model, size):
-    """Before anything of these sizes is made: a list of 10**9 layers has 8 GB."""
-    model().save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    names = {"layers": ("num_hidden_layers", "n_layer"), "width": ("hidden_size", "n_embd"), "vocab_size": [size]}
-    names["positions"] = ("n_positions",)
-    (name,) = [name for name in names[size] if name in config] or pytest.skip("has no table of positions")
-    (tmp_path / "config.json").write_text(json.dumps(config | {name: 10**9}))
-    opening = load if model is tiny_model else load_decoder
-    with pytest.raises(
-        ValmError,
-        match=r"config\.json describes (.*its weights (allow|have only)|no model)|n_embd must be n_head times",
-    ):
-        opening(tmp_path)
-
-
-@pytest.mark.timeout(60)
-def test_layers_in_a_part_of_the_config_are_counted(tmp_path):
-    augmented().save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["base_config"]["num_hidden_layers"] = 10**9
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValmError, match=r"base_config\.num_hidden_layers is 1000000000, .*its weights allow"):
-        load(tmp_path)
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("part, name", [("text_cfg", "layers"), ("vision_cfg", "layers"), ("text_cfg", "width")])
-def test_sizes_of_a_clip_that_its_weights_lack_are_refused(tmp_path, clip, part, name):
-    clip.save(tmp_path)
-    file = tmp_path / "open_clip_config.json"
-    config = json.loads(file.read_text())
-    config["model_cfg"][part][name] = 10**9
-    file.write_text(json.dumps(config))
-    with pytest.raises(ValmError, match=rf"{part}\.{name} is 1000000000, .*its weights allow"):
-        Clip.load(tmp_path)
-
-
 def set_config(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | values))
-
-
-def as_pytorch(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def beside_others(folder):
-    """What a Trainer leaves in the folder: pickles, and a checkpoint that has more weights than the model."""
-    torch.save({}, folder / "training_args.bin")
-    (folder / "checkpoint-1").mkdir()
-    torch.save({}, folder / "checkpoint-1" / "optimizer.pt")
-    others = {str(number): torch.zeros(1) for number in range(2000)}
-    save_file(others, folder / "checkpoint-1" / "model.safetensors")
-
-
-def named(folder):
-    (folder / "model.safetensors").rename(folder / "own.safetensors")
-    set_config(folder, transformers_weights="own.safetensors")
-
-
-def tiny_gpt_neo():
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    return GPTNeoForCausalLM(GPTNeoConfig(**SMALL, **sizes))
-
-
-HUGE = {
-    "num_hidden_layers": (tiny_llama, 1900),
-    "vocab_size": (tiny_llama, 10**9),
-    "num_labels": (tiny_llama, 10**9),
-    "attention_types": (tiny_gpt_neo, [[["global", "local"], 10**9]]),
-}
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("stored", [as_pytorch, beside_others, named])
-@pytest.mark.parametrize("key", HUGE)
-def test_sizes_are_compared_with_the_weights_that_are_loaded(tmp_path, key, stored):
-    model, huge = HUGE[key]
-    model().save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    stored(tmp_path)
-    load_decoder(tmp_path)
-    set_config(tmp_path, **{key: huge})
-    with pytest.raises(ValmError, match=r"config\.json describes .*its weights (allow|have only)"):
-        load_decoder(tmp_path)
 
 
 def test_weights_that_the_config_names_elsewhere_are_not_read(tmp_path):
@@ -237,14 +133,6 @@ def test_weights_that_the_config_names_elsewhere_are_not_read(tmp_path):
     set_config(tmp_path / "base", transformers_weights="../outside.safetensors")
     with pytest.raises(ValmError, match=r"config\.json names .*outside\.safetensors.*leads out of its folder"):
         load_decoder(tmp_path / "base")
-
-
-def test_bounds_are_no_numbers_of_layers(tmp_path):
-    """Qwen2's max_window_layers is 28 however few its layers are."""
-    config = Qwen2Config(**SMALL, **SIZES | {"num_hidden_layers": 1}, **HEADS)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    assert load_decoder(tmp_path).config.max_window_layers == 28
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -29,7 +29,7 @@ from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
 from valm.store import ray as ray_run
 from valm.store.ray import RayRun
-from valm.store.shard_progress import ProgressBar
+from valm.store.shards import ProgressBar
 from valm_kernels import FlatIPIndex
 
 # A node with its workers must fit beside everything else on a small machine.

@@ -1,14 +1,24 @@
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from tests.valm.store.manifests import edit_manifest
 from valm.errors import ValmError
 from valm.store import shards
 from valm.store.files import read_json
-from valm.store.manifest import Manifest, file_entry, files_of, open_array, open_manifest
-from valm.store.shard_progress import ProgressBar
-from valm.store.shards import ShardedBuild, ShardFiles, run_here
+from valm.store.shards import (
+    Manifest,
+    ProgressBar,
+    ShardedBuild,
+    ShardFiles,
+    file_entry,
+    files_of,
+    open_array,
+    open_manifest,
+    run_here,
+)
 from valm_kernels.atomic_files import temporary_file, temporary_name
 
 PLAN = {"source": "numbers", "size": 3}
@@ -107,11 +117,10 @@ def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
 
 
 def test_another_writer_is_refused_and_finds_what_was_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr("valm.store.files.WAIT_SECONDS", 0)
+    monkeypatch.setattr(shards, "WAIT_SECONDS", 0)
     first, second = build(tmp_path), build(tmp_path)
     with first.writing():
-        message = r"another process is writing the heap .*; when it has ended, run"
-        with pytest.raises(ValmError, match=message), second.writing():
+        with pytest.raises(TimeoutError, match="another process is writing there"), second.writing():
             pass
         finish(first)
     assert not second.finished
@@ -127,9 +136,7 @@ def test_what_differs_from_the_plan_is_named(tmp_path):
     with pytest.raises(ValmError, match=r"already holds a heap .*\(size, source differ\); choose another folder"):
         build(tmp_path, {})
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(
-        ValmError, match=r"the manifest .*manifest\.json is damaged: it is a list of 0, expected an obj"
-    ):
+    with pytest.raises(ValmError, match=r"the manifest .*manifest\.json is damaged: .*got a list of 0"):
         build(tmp_path)
 
 
@@ -178,3 +185,102 @@ def test_the_bar_guesses_the_whole_from_the_shards_begun(capsys):
         bar.advance(200)
     line = capsys.readouterr().err.splitlines()[-1].split("\r")[-1]
     assert "300/800" in line and "skipped=2" in line and "numbers/s" in line
+
+
+# Whatever a manifest or a record says, nothing outside of the folder is read, and nothing is deleted.
+
+
+@pytest.fixture
+def outside(tmp_path):
+    (tmp_path / "outside").mkdir()
+    file = tmp_path / "outside" / "numbers-00000.npy"
+    np.save(file, np.arange(3))
+    return file
+
+
+def finished(folder, **change):
+    build = ShardedBuild(folder, "heap", PLAN)
+    files = ShardFiles(folder, 0)
+    files.write_array("numbers", np.arange(3))
+    files.finish(count=3)
+    build.finish({"format": "valm heap", "version": 1})
+    (shard,) = json.loads((folder / "manifest.json").read_text())["shards"]
+    shard["files"][0] |= change
+    edit_manifest(folder, shards=[shard])
+    return folder
+
+
+def opened(folder):
+    return open_manifest(folder, "heap", 1, "make heap", Manifest)
+
+
+def test_a_manifest_with_one_changed_bit_is_refused(tmp_path):
+    """Whatever that bit says."""
+    folder = finished(tmp_path / "finished")
+    file = folder / "manifest.json"
+    whole, meant = file.read_bytes(), opened(folder)
+    for bit in np.random.default_rng(0).choice(8 * len(whole), 250, replace=False).tolist():
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            opened(folder)
+        except ValmError:
+            continue
+        assert json.loads(changed) == meant, f"bit {bit}: {bytes(changed)!r}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside/numbers-00000.npy",
+        "numbers-00000.npy/../../outside/numbers-00000.npy",
+        "numbers-x/../../outside/stolen.npy",
+        "/etc/passwd",
+        "numbers-00000.npy\n",
+        "numbers-00000.npy\0",
+        "numbers-00000.py",
+        "numbers-00001.npy",
+        ".",
+        "",
+    ],
+)
+def test_names_that_are_not_ours_are_neither_read_nor_deleted(tmp_path, outside, name):
+    before = outside.read_bytes()
+    folder = finished(tmp_path / "finished", name=name)
+    with pytest.raises(ValmError, match=r"damaged.*(name: |lists numbers-00001)"):
+        opened(folder)
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "build.json").write_text(json.dumps({"plan": PLAN}))
+    entry = {**file_entry(outside), "name": name}
+    (planted / "shard-00000.json").write_text(json.dumps({"count": 0, "files": [entry]}))
+    build = ShardedBuild(planted, "heap", PLAN)
+    for use in (build.done, build.abandon):
+        with pytest.raises(ValmError, match=r"damaged.*; delete it or choose another folder"):
+            use()
+    assert outside.read_bytes() == before
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path, outside):
+    for name in ("numbers-00000.npy", "manifest.json"):
+        folder = finished(tmp_path / name)
+        (folder / name).unlink()
+        (folder / name).symlink_to(outside)
+        with pytest.raises(PermissionError, match=r"leads out of its folder"):
+            opened(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY\x01\x00", b"x" * 200, b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((("]
+)
+def test_damaged_headers(tmp_path, content):
+    (tmp_path / "numbers.npy").write_bytes(content)
+    with pytest.raises(ValmError, match=r"numbers\.npy is damaged: .*; make it again"):
+        open_array(tmp_path / "numbers.npy", (3,), np.int64)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(np, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(PermissionError):
+        open_array(tmp_path / "numbers.npy", (3,), np.int64)

@@ -204,14 +204,6 @@ def test_measured_lengths_are_read(tmp_path):
     file = tmp_path / "crossover.json"
     file.write_text(json.dumps([ENTRY, ENTRY | {"head_dim": 128, "keys": 512}]))
     assert crossover.read_measured(file) == {(90, 64): (None, 8192), (90, 128): (512, 8192)}
-    for change, message in (
-        ({"keys": 0}, r"\[0\]\.keys is 0"),
-        ({"head_dim": 96}, r"\[0\]\.head_dim is 96"),
-        ({"capability": 9}, r"\[0\]\.capability is 9"),
-    ):
-        file.write_text(json.dumps([ENTRY | change]))
-        with pytest.raises(ValueError, match=f"crossover.json is damaged: {message}"):
-            crossover.read_measured(file)
 
 
 def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from valm.clip.clip import Clip
 from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.format import EncodedShard
-from valm.store.shard_progress import Progress
+from valm.store.shards import Progress
 
 # The part of a source that becomes one shard. Calling it reads and encodes that part, possibly in another process, so
 # it must be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.

@@ -19,8 +19,7 @@ from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
 from valm.knowledge_base.sources import SourceShard
-from valm.store.files import check_regular
-from valm.store.shard_progress import Progress
+from valm.store.shards import Progress
 from valm.text import one_line
 
 # Rows normalised at once.
@@ -81,8 +80,6 @@ def read_embeddings(
     vector_file: Path, metadata_file: Path, clip: Clip, encoding: Encoding, progress: Progress
 ) -> EncodedShard:
     """The normalised vectors of `vector_file` with their metadata."""
-    for file in (vector_file, metadata_file):
-        check_regular(file)
     try:
         raw = np.load(vector_file, mmap_mode="r", allow_pickle=False)
         metadata = pq.read_table(metadata_file)

@@ -19,7 +19,7 @@ from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_records
 from valm.knowledge_base.format import EncodedShard
 from valm.knowledge_base.sources import SourceShard
-from valm.store.shard_progress import Progress
+from valm.store.shards import Progress
 from valm_kernels.json_files import short
 
 

@@ -19,8 +19,8 @@ from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import EncodedShard
 from valm.knowledge_base.sources import SourceShard
-from valm.store.files import cannot_read, check_regular, is_transient
-from valm.store.shard_progress import Progress
+from valm.store.files import cannot_read, is_transient
+from valm.store.shards import Progress
 from valm.text import one_line
 
 # Bytes after the last member of an archive that are checked to be zero: tar itself pads with a few thousand.
@@ -58,8 +58,6 @@ class WebdatasetSource:
                     stacklevel=2,
                 )
         self.tars = [Path(tar).absolute() for tar in tars]
-        for tar in self.tars:
-            check_regular(tar)
 
     @property
     def count(self) -> int:

@@ -131,17 +131,18 @@ def measured_tiles() -> dict[tuple[str, int, int | str, int], Tiles]:
 
     Raises:
         OSError: the file that VALM_KERNELS_TILES names cannot be read.
-        ValueError: the file is damaged; the message names it.
+        ValueError: the file is not JSON; the message names it.
     """
     named = os.environ.get("VALM_KERNELS_TILES")
     path = Path(named) if named else Path(__file__).with_name("measured_tiles.json")
     if not named and not path.exists():
         return {}
+    entries: list[MeasuredTiles] = read_json(path)
     return {
         (entry["kernel"], entry["bytes"], entry["capability"], entry["head_dim"]): Tiles(
             entry["block_m"], entry["block_n"], entry["num_warps"], entry["num_stages"]
         )
-        for entry in read_json(path, list[MeasuredTiles])
+        for entry in entries
     }
 
 

@@ -49,20 +49,6 @@ def test_measured_tiles_take_the_place_of_the_tables_on_their_card_alone(measure
     assert tiles_for("forward", 90, 128, torch.float32) == wide
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"block_m": 48}, r"\[0\]\.block_m is 48, expected 16 or 32"),
-        ({"num_warps": "4"}, r"\[0\]\.num_warps is '4'"),
-        ({"head_dim": 96}, r"\[0\]\.head_dim is 96"),
-    ],
-)
-def test_a_damaged_file_is_named(measured, change, message):
-    measured(ENTRY | change)
-    with pytest.raises(ValueError, match=r"tiles\.json is damaged: " + message):
-        tiles_for("forward", 90, 128, torch.float16)
-
-
 def test_a_file_that_is_not_there(measured, monkeypatch, tmp_path):
     monkeypatch.setenv("VALM_KERNELS_TILES", str(tmp_path / "none.json"))
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
