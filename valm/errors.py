@@ -20,8 +20,10 @@ REMEDIES = {
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, on one line: of one of the system its file, the reason, and what to do."""
-    if not isinstance(error, OSError) or error.strerror is None:
+    """What an error says; of one of the system its file, the reason, and what to do."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.strerror is None:  # of a library, with a text of its own
         return " ".join(str(error).split()) or type(error).__name__
     file = "" if error.filename is None else f"{error.filename}: "
     remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""

@@ -246,7 +246,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, mo
 def test_a_killed_kb_add_goes_on(world, tmp_path, monkeypatch):
     """While it joins, and while it removes what it has joined."""
     add = ["kb", "add", world / "kb", world / "pictures", "--out", tmp_path / "kb"]
-    for killed in ("valm.knowledge_base.merge._copy_shard", "valm_kernels.atomic_files.remove_folder"):
+    for killed in ("valm.knowledge_base.merge._copy_shard", "valm.store.folders.remove_folder"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
             patch.setattr(killed, lambda *arguments, **options: (_ for _ in ()).throw(RuntimeError("killed")))
             run(*add)
@@ -275,7 +275,7 @@ def wrong_inputs():
         "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no images in {tmp}"),
         "no tar files": ([*kb_build, "--format", "webdataset"], "no tar files in {world}/pictures"),
         "no embeddings": ([*kb_build, "--format", "embeddings"], "no embeddings in {world}/pictures"),
-        "no table": ([*kb_build, "--format", "csv"], "{world}/pictures is a folder, not a file"),
+        "no table": ([*kb_build, "--format", "csv"], "{world}/pictures: Is a directory"),
         "table without the column": (
             ["kb", "build", "{world}/colors.csv", *kb_build[3:], "--format", "csv"],
             "starts with 'Index,Descriptor,Item,Color'; expected a header with a column image or file or",
