@@ -100,7 +100,7 @@ def _first_difference() -> Iterator[None]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
-        found = "" if first["type"] in ("missing", "json_invalid") else f", got {short(first['input'])}"
+        found = "" if first["type"] in ("missing", "json_invalid", "value_error") else f", got {short(first['input'])}"
         raise ValueError(one_line(f"{place and f'{place}: '}{first['msg']}{found}")) from error
 
 

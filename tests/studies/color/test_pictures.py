@@ -94,5 +94,5 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "damaged/x.png").write_bytes(b"no image")
     with pytest.raises(ValmError, match="no image that can be read"):
         collect_pictures({"mine": {"folder": tmp_path / "damaged"}}, tmp_path / "out", progress=False)
-    with pytest.raises(ValmError, match=r"pictures\.json"):
+    with pytest.raises(FileNotFoundError, match=r"pictures\.json"):
         read_pictures(tmp_path)

@@ -196,7 +196,7 @@ def test_prose_of_a_file(tmp_path):
     path.write_text("short.")
     with pytest.raises(ValmError, match="no paragraph"):
         file_prose(path)
-    with pytest.raises(ValmError, match=r"missing\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt"):
         file_prose(tmp_path / "missing.txt")
 
 

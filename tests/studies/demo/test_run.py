@@ -130,7 +130,7 @@ def test_a_file_is_refused_as_output(tmp_path):
 
 def test_an_unwritable_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file"):
+    with pytest.raises(OSError, match="file"):
         run_demo(tmp_path / "file" / "out", progress=False)
 
 

@@ -141,7 +141,7 @@ def test_options_that_augment_would_not_take_are_named(tmp_path, option, message
         content = json.loads(file.read_text())
         content["fusion"] |= option
         file.write_text(json.dumps(content))
-    with pytest.raises(ValmError, match=rf"image_fusion\.json does not describe an adapter: {message}.*save"):
+    with pytest.raises(ValmError, match=rf"image_fusion\.json .*{message}.*save"):
         load_adapter(tiny_llama(), tmp_path / "adapter")
     with pytest.raises(ValmError, match=f"the config's fusion does not fit: {message}"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "whole")

@@ -97,7 +97,7 @@ def test_a_state_that_the_trainer_could_not_use_is_one_sentence(checkpoint, name
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps(state | {name: "x"}))
     note_again(checkpoint)
-    with pytest.raises(ValmError, match=rf"{STATE_FILE} is damaged: {name} is 'x'"):
+    with pytest.raises(ValmError, match=rf"{STATE_FILE} is damaged: {name}: .*got 'x'"):
         check_resumable(checkpoint)
 
 
@@ -114,7 +114,7 @@ def test_the_best_checkpoint_is_in_the_folder(checkpoint, best):
     state = json.loads((checkpoint / STATE_FILE).read_text())
     (checkpoint / STATE_FILE).write_text(json.dumps(state | {"best_model_checkpoint": best}))
     note_again(checkpoint)
-    with pytest.raises(ValmError, match=r"best_model_checkpoint is .*expected the path of a checkpoint"):
+    with pytest.raises(ValmError, match=r"best_model_checkpoint: String should match"):
         resume(checkpoint)
 
 
