@@ -61,7 +61,7 @@ def test_no_bar_where_none_is_wanted(monkeypatch, terminal):
 def test_a_command_in_a_pipe_writes_no_carriage_return(tmp_path):
     """The whole way: a command whose bar is written by the library."""
     code = """
-from valm.store.shard_progress import ProgressBar
+from valm.store.shards import ProgressBar
 with ProgressBar('a', ' b', 1, True) as bar:
     bar.begin(2)
     bar.advance(2, skipped=1)

@@ -379,9 +379,17 @@ def _why_none(path: Path, what: str, command: str) -> str:
         return f"no {what} at {path}: there is no such folder"
     if exists(path / BUILD_FILE):
         return f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"
-    below = sorted(str(file.parent) for file in path.glob(f"*/{MANIFEST_FILE}"))[:BELOW_SHOWN]
+    below = [str(file.parent) for file in sorted(path.glob(f"*/{MANIFEST_FILE}")) if _is_of(file, what)][:BELOW_SHOWN]
     remedy = f"name one of those in it: {', '.join(below)}" if below else f"make one with `{command}`"
     return f"{path} is not a {what}: it has no {MANIFEST_FILE}; {remedy}"
+
+
+def _is_of(manifest: Path, what: str) -> bool:
+    """Whether it is the manifest of a `what`."""
+    try:
+        return read_json(manifest, "the manifest", dict[str, Any]).get("format") == f"valm {what}"
+    except (OSError, ValmError):
+        return False
 
 
 def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:
