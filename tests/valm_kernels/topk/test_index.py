@@ -320,7 +320,7 @@ def edit_manifest(folder, **changes) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("missing", [{"first_rows"}, {"first_rows", "next_duplicate"}], ids=str)
+@pytest.mark.parametrize("missing", [("first_rows",), ("first_rows", "next_duplicate")], ids=",".join)
 def test_an_array_that_is_not_listed_any_more(tmp_path, missing):
     """Without the list of equal rows, their codes are taken for those of the first rows: other rows are found."""
     FlatIPIndex(normals(1, 24).repeat(60, 1)).save(tmp_path)
