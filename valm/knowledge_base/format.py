@@ -23,7 +23,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import Count, Sha256, read_json, relative_path, write_json
+from valm.store.files import Count, PathText, Sha256, read_json, relative_path, write_json
 from valm.store.shards import Manifest, ShardedBuild, ShardFiles, ShardRecord, kinds_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ClipEntry(TypedDict):
 
     name: str
     weights_hash: str
-    source: str | None
+    source: PathText | None
     weight_files: dict[str, Sha256]
 
 

@@ -21,7 +21,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.store.files import is_folder, read_json, relative_path, write_json
+from valm.store.files import PathText, is_folder, read_json, relative_path, write_json
 from valm.store.folders import PLACES_FILE, current_files
 
 # The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
@@ -32,9 +32,9 @@ class Places(TypedDict, total=False):
     """The content of PLACES_FILE. A path is relative to the file's folder; clip may be a name on a hub. base: that of
     an adapter, if it is a folder."""
 
-    knowledge_base: str
-    clip: str
-    base: str
+    knowledge_base: PathText
+    clip: PathText
+    base: PathText
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
 WAIT_SECONDS = 5.0
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+# Without NUL, which no system call takes.
+PathText = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

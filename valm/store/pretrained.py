@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError, is_out_of_memory, is_panic
-from valm.store.files import is_file, is_folder, read_json
+from valm.store.files import PathText, is_file, is_folder, read_json
 from valm.text import one_line
 from valm_kernels.json_files import short
 
@@ -30,7 +30,7 @@ REMEDY = "save the model again"
 class _Index(TypedDict):
     """The keys of model.safetensors.index.json that are read here."""
 
-    weight_map: dict[str, str]
+    weight_map: dict[str, PathText]
 
 
 def from_pretrained(loader: Any, source: str | os.PathLike, what: str, remedy: str = "", **options: Any) -> Any:

@@ -197,7 +197,7 @@ def test_a_damaged_identity_is_named(copy, found):
         load(copy / "valm")
 
 
-@pytest.mark.parametrize("places", [[], {"knowledge_base": 1}])
+@pytest.mark.parametrize("places", [[], {"knowledge_base": 1}, {"clip": "a\0b"}])
 def test_damaged_places_are_named(copy, places):
     set_places(copy / "valm", places)
     with pytest.raises(ValmError, match=r"_retrieval\.json is damaged"):
