@@ -96,8 +96,7 @@ def add_late_fusion(base: str, image_dim: int, num_images: int) -> Any:
     model.requires_grad_(False)
     model.model.image_fusion.requires_grad_(True)
     model.__class__ = type(type(model).__name__, (LateFusionLM, type(model)), {})
-    model.config.fusion, model.config.retrieval = early.config.fusion, None
-    model.finder = ImageFinder(model.config)
+    model.finder = ImageFinder(early.config)  # the decoder's own names its hidden states, the same in all arms
     model.model.norm.register_forward_pre_hook(model._fuse)
     return model
 

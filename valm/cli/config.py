@@ -27,7 +27,7 @@ class TrainingOptions:
         """The parser's own options in `given` and its config file, and `fields`: those of TrainingArguments.
 
         Raises:
-            ValmError: an option or a name in the file is neither, or the file cannot be read.
+            ValmError: an option or a name in the file is neither, or the file is no YAML.
         """
         only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         only_config.add_argument("--config", type=Path)

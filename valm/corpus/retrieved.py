@@ -83,6 +83,8 @@ class CorpusPlan(TypedDict):
     knowledge_base: str
     k: Annotated[int, Field(ge=1, le=1 << 16)]
     query: Literal["eot", "state"]
+    overlap: Count
+    min_tokens: Count
     eos: Count
     scores: bool
 
@@ -231,8 +233,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return damaged_files(self.path, self.manifest, progress)
 
     def verify_once(self) -> None:
-        """`verify`, unless this object has done so. Training calls it before it begins: with four images a token it
-        hashes 36 bytes a token, which a step takes a hundred times as long for.
+        """`verify`, unless this object has done so. Training calls it before it begins.
 
         Raises:
             ValmError: a file is damaged.
@@ -269,7 +270,7 @@ def retrieve_corpus(
     """Retrieves the images of every token of `documents` and writes the folder `out`.
 
     A retrieval that was killed resumes, with the same bytes as in one run: it reads over the documents of finished
-    shards, which must be the same. A finished one in `out` is just opened.
+    shards, which must be the same. So must those of a finished one in `out`, which is then opened.
 
     Args:
         documents: texts, which the retriever's tokenizer reads (`valm.corpus.texts`), or token ids. They are read once,
@@ -280,7 +281,7 @@ def retrieve_corpus(
 
     Raises:
         ValmError: there are no documents, one is empty or too long, or `out` holds something else or was begun with
-            other documents, another knowledge base or other settings; or the retriever has a `min_score`.
+            other documents, another knowledge base or other settings.
     """
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")

@@ -91,7 +91,7 @@ def load_memory_color(path: str | os.PathLike) -> list[ColorItem]:
     """MemoryColor (Norlund et al. 2021): 109 rows of Index,Descriptor,Item,Color.
 
     Raises:
-        ValmError: the file is missing or has other columns.
+        ValmError: the file has other columns.
     """
     rows = read_csv(path, ["Index", "Descriptor", "Item", "Color"])
     return [ColorItem(row["Item"], row["Color"], row["Descriptor"]) for row in rows]
@@ -101,7 +101,7 @@ def load_color_terms(path: str | os.PathLike) -> list[ColorItem]:
     """ColorTerms (Bruni et al. 2012): 52 rows of object,color.
 
     Raises:
-        ValmError: the file is missing or has other columns.
+        ValmError: the file has other columns.
     """
     return [ColorItem(row["object"], row["color"]) for row in read_csv(path, ["object", "color"])]
 

@@ -1,4 +1,4 @@
-"""Reads the files of evaluation sets; errors name the line."""
+"""Reads the files of evaluation sets; errors name the line. An OSError passes as it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a UTF-8 text file that are not empty.
 
     Raises:
-        ValmError: the file cannot be read.
+        ValmError: it is no UTF-8 text.
     """
     # at no other sign of Unicode's, which may stand in a text
     return [line.removesuffix("\r") for line in read_text(path).split("\n") if line.strip()]
@@ -25,7 +25,7 @@ def read_csv(path: str | os.PathLike, columns: list[str]) -> list[dict[str, str]
     """The rows of a CSV file with exactly these columns, without blanks around values.
 
     Raises:
-        ValmError: the file cannot be read or has other columns.
+        ValmError: it is no UTF-8 text, or has other columns.
     """
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))  # a quoted value may have several lines
     if reader.fieldnames != columns:
@@ -41,7 +41,7 @@ def read_rows(path: str | os.PathLike) -> list[list[str]]:
     """The rows of a CSV file without a header.
 
     Raises:
-        ValmError: the file cannot be read.
+        ValmError: it is no UTF-8 text.
     """
     return [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if any(map(str.strip, row))]
 
@@ -50,7 +50,7 @@ def read_json_lines(path: str | os.PathLike, keys: set[str]) -> list[dict[str, s
     """One JSON object a line, each with at least these keys and texts as their values.
 
     Raises:
-        ValmError: the file cannot be read, or a line is something else.
+        ValmError: it is no UTF-8 text, or a line is something else.
     """
     rows = []
     for number, line in enumerate(read_lines(path), 1):

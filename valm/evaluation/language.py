@@ -29,7 +29,7 @@ def load_lambada(path: str | os.PathLike) -> list[str]:
     """The passages of a file of lines like {"text": ...}.
 
     Raises:
-        ValmError: the file is missing or has other content, or a passage does not end in a word with text before it.
+        ValmError: the file has other content, or a passage does not end in a word with text before it.
     """
     passages = [row["text"] for row in read_json_lines(path, {"text"})]
     for number, passage in enumerate(passages, 1):

@@ -82,7 +82,7 @@ def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> tuple[Pa
         The page, and the folder of the earlier report or None.
 
     Raises:
-        ValmError: they cannot be written.
+        OSError: they cannot be written.
     """
     out = writable_folder(out)
     remove_leftovers(out)

@@ -34,7 +34,7 @@ def load_size_pairs(path: str | os.PathLike) -> list[tuple[str, str]]:
     """A file of lines "bigger smaller".
 
     Raises:
-        ValmError: the file is missing, or a line is not two words.
+        ValmError: a line is not two words.
     """
     pairs = []
     for number, line in enumerate(read_lines(path), 1):

@@ -236,7 +236,7 @@ def read_cached(file: Path) -> Scores:
     """The scores in a file that `scores_of` wrote.
 
     Raises:
-        ValmError: they cannot be read, or do not match their checksum.
+        ValmError: they are damaged.
     """
     known: Scores = read_json(file, "the scores", Scores, REMEDY)
     if known.pop("sha256", None) != digest(known):

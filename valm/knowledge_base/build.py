@@ -41,9 +41,10 @@ def build(
         run: where the shards are encoded: here, or on the machines of a `valm.store.ray.RayRun`.
 
     Raises:
-        ValmError: there is no readable image, `out` cannot be written or holds something else, or the rows of a dataset
-            are not those of a finished `out`. Also for a transient error (disk, permissions) while an image is read;
-            repair that and run the build again.
+        OSError: `out` cannot be written.
+        ValmError: there is no readable image, `out` holds something else, or the rows of a dataset are not
+            those of a finished `out`. Also for a transient error (disk, permissions) while an image is read; repair
+            that and run the build again.
     """
     build = begin_knowledge_base(out, plan_of(source, clip, encoding))
     # no error: a copy of the images has new times too

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from valm.errors import ValmError
-from valm.store.files import cannot_read, is_transient
+from valm.store.files import cannot_read, check_regular, is_transient
 from valm.text import UNDEFINED_AS_LATIN_1, decoded, encoding_of, one_line, split_lines
 from valm_kernels.json_files import short
 
@@ -55,7 +55,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
     captions) in the folder. It names images by path, or by file name alone where one image has it.
 
     Raises:
-        ValmError: the table cannot be read, or has a file name alone that several images have.
+        ValmError: the table is damaged, or has a file name alone that several images have.
     """
     tables = [folder / name for name in CAPTION_TABLES]
     if table is None:
@@ -143,8 +143,9 @@ def read_rows(
     By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has, ignoring case.
 
     Raises:
-        ValmError: the table cannot be read, lacks the columns or has one of them twice.
+        ValmError: the table is no regular file or is damaged, lacks the columns or has one of them twice.
     """
+    check_regular(table)
     try:
         with open(table, "rb") as opened:
             encoding = encoding_of(iter(partial(opened.read, ENCODING_CHUNK), b""))

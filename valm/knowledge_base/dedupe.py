@@ -34,7 +34,8 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
     A run that was killed resumes.
 
     Raises:
-        ValmError: `out` cannot be written or holds something else.
+        OSError: `out` cannot be written.
+        ValmError: `out` holds something else.
     """
     build = begin_knowledge_base(out, {"source": "dedupe", "parts": [kb.fingerprint]})
     with build.writing():

@@ -29,7 +29,8 @@ def find_images(folder: Path) -> FolderContent:
     """All images under `folder`: the files with one of IMAGE_SUFFIXES, as `files_below` finds them.
 
     Raises:
-        ValmError: the folder is missing or has no image, or a folder below it cannot be read.
+        OSError: a folder below it cannot be read.
+        ValmError: the folder is missing or has no image.
     """
     if not is_folder(folder):
         raise ValmError(f"no folder {folder}" if not exists(folder) else f"{folder} is not a folder")

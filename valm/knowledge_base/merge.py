@@ -21,7 +21,8 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
     Images are numbered in the order of `parts`. A merge that was killed resumes.
 
     Raises:
-        ValmError: there are no parts, they are of different CLIPs, or `out` cannot be written or holds something else.
+        OSError: `out` cannot be written.
+        ValmError: there are no parts, they are of different CLIPs, or `out` holds something else.
     """
     opened = [ImageKnowledgeBase.open(part) for part in parts]
     if not opened:

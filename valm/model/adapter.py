@@ -26,7 +26,7 @@ from valm.model.image_model import ImageModel
 from valm.model.probe import attention_path, decoder_layers
 from valm.model.sketch import gguf_file, named_weights, other_tensor, project, sketch
 from valm.retrieval.source import ImageSource, places_folder, read_places, write_places
-from valm.store.files import check_regular, is_file, read_json, write_json
+from valm.store.files import is_file, read_json, write_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import CONFIG_FILE
 from valm.text import one_line
@@ -214,7 +214,6 @@ def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
     weights = current_files(folder) / WEIGHTS_FILE
-    check_regular(weights)
     try:
         return load_file(weights)
     except (OSError, SafetensorError) as error:

@@ -40,7 +40,7 @@ def write_card(
         with_base: whether the folder has all weights; those of an adapter were added to its base model.
 
     Raises:
-        ValmError: the card cannot be written.
+        OSError: the card cannot be written.
     """
     file = Path(folder) / CARD_FILE
     if os.path.lexists(file) and not (file.is_file() and MARKER in file.read_text("utf-8", errors="replace")):

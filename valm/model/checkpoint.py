@@ -57,7 +57,7 @@ def save_checkpoint(
         numbers, command: for the model card (`write_card`), which never replaces the user's own.
 
     Raises:
-        ValmError: the folder cannot be written completely; the old checkpoint still loads.
+        OSError, ValmError: the folder cannot be written completely; the old checkpoint still loads.
     """
     folder = Path(folder)
     saved = with_length(tokenizer, model)

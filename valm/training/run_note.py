@@ -76,7 +76,7 @@ def only_training(out: Path) -> AbstractContextManager[None]:
     """Keeps other processes from training in `out`, whose training is noted, until the block ends.
 
     Raises:
-        ValmError: another process trains there.
+        TimeoutError: another process trains there.
     """
     return folder_lock(out / RUN_FILE, WAIT_SECONDS)
 

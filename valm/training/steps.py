@@ -37,7 +37,8 @@ def take_steps(
         checkpoint: continue from it, and write it on the way.
 
     Raises:
-        ValmError: a loss is not finite, or the checkpoint cannot be written or is of another model.
+        OSError, ValmError: the checkpoint cannot be written.
+        ValmError: a loss is not finite, or the checkpoint is of another model.
     """
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)

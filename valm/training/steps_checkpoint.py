@@ -100,7 +100,7 @@ class StepsCheckpoint:
         """Writes the state after the step of the last of `losses`, if SAVE_SECONDS are over.
 
         Raises:
-            ValmError: the file cannot be written.
+            OSError, ValmError: the file cannot be written.
         """
         begin = time.monotonic()
         if begin < self._due:

@@ -284,20 +284,19 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
     check_vocabulary(model, tokenizer)
     if kb is not None and num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
+    corpus = _retrieval(dataset)
+    if corpus is not None:
+        corpus.check_tokenizer(tokenizer)
     if kb is None:
         if num_images > 0 and model.retriever is None:
             raise ValmError(f"this model sees {num_images} images a token: give a knowledge base or a retriever")
-        if (corpus := _retrieval(dataset)) is not None:
-            corpus.check_tokenizer(tokenizer)
         return
     options = model.fusion_options
     if kb.dim != options.image_dim:
         raise ValmError(
             f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {options.image_dim}"
         )
-    corpus = _retrieval(dataset)
     if corpus is not None:
-        corpus.check_tokenizer(tokenizer)
         corpus.check_knowledge_base(kb)
     else:
         warnings.warn(

@@ -25,7 +25,7 @@ def test_a_checkpoint_has_a_card(tmp_path, tokenizer, kb):
     model = tiny_model(vocab_size=len(tokenizer), image_dim=kb.dim, **ids)
     model.finder.set_source(ImageSource.of_knowledge_base(kb, "eot"))
     numbers = {"loss": 1.23456, "eval_perplexity": 17.0}
-    command = "valm train /home/me/x --seed 1 --kb=secret/kb/"
+    command = "valm train /data/me/x --seed 1 --kb=secret/kb/"
     save_checkpoint(model, tokenizer, tmp_path / "it", numbers=numbers, command=command)
     card = card_of(tmp_path / "it")
     assert card.data.library_name == "valm" and card.data.pipeline_tag == "text-generation"

@@ -30,7 +30,8 @@ class FolderSource:
         shard_size: images per shard. A build that was killed encodes at most one shard again.
 
     Raises:
-        ValmError: the folder is missing, has no images or cannot be read, or the table is damaged.
+        OSError: the folder cannot be read.
+        ValmError: the folder is missing or has no images, or the table is damaged.
     """
 
     precomputed = False

@@ -27,7 +27,7 @@ class TableSource:
         shard_size: images per shard. A build that was killed encodes at most one shard again.
 
     Raises:
-        ValmError: the table cannot be read, lacks a column or has no rows.
+        ValmError: the table is damaged, lacks a column or has no rows.
     """
 
     precomputed = False
