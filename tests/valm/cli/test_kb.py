@@ -275,7 +275,7 @@ def wrong_inputs():
         "folder without pictures": ([*kb_build[:2], "{tmp}", *kb_build[3:]], "no images in {tmp}"),
         "no tar files": ([*kb_build, "--format", "webdataset"], "no tar files in {world}/pictures"),
         "no embeddings": ([*kb_build, "--format", "embeddings"], "no embeddings in {world}/pictures"),
-        "no table": ([*kb_build, "--format", "csv"], "{world}/pictures: Is a directory"),
+        "no table": ([*kb_build, "--format", "csv"], "{world}/pictures is not a regular file"),
         "table without the column": (
             ["kb", "build", "{world}/colors.csv", *kb_build[3:], "--format", "csv"],
             "starts with 'Index,Descriptor,Item,Color'; expected a header with a column image or file or",
