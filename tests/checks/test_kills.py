@@ -38,9 +38,8 @@ from valm.evaluation.questions import chosen_tasks
 from valm.evaluation.report import write_report
 from valm.evaluation.suite import CACHE, Entry, Settings, evaluate
 from valm.knowledge_base.build import build
-from valm.knowledge_base.dedupe import dedupe
+from valm.knowledge_base.copy import dedupe, merge
 from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.merge import merge
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.adapter import load_adapter, save_adapter

@@ -54,7 +54,7 @@ def exit_code_if_killed_at(
 
 def _path(event: str, arguments: tuple[Any, ...]) -> str:
     """The file of an audit event. shutil.rmtree names files from the folder that it has opened."""
-    name = arguments[0]
+    name = arguments[event == "os.link"]  # the new one
     if not isinstance(name, str):
         return ""
     if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:

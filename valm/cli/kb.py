@@ -40,6 +40,7 @@ FOUND_SHOWN = 8  # images that a search lists
 MISSING_SHOWN = 20  # characters that no font has
 CAPTION_SHOWN = 100  # characters
 MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
+MAX_COMPARED_AGAIN = 50_000  # and `kb add`, which is to cost what the new images cost
 COLUMNS = ("image_column", "caption_column")
 
 
@@ -200,13 +201,16 @@ def run_build(arguments: argparse.Namespace) -> None:
     source = open_source(arguments)
     clip = Clip.load(arguments.clip, device=chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    print_built(build(source, arguments.out, clip, encoding, run=chosen_run(arguments)))
+    kb = build(source, arguments.out, clip, encoding, run=chosen_run(arguments))
+    print_kb(kb)
+    if len(kb) <= MAX_COMPARED:
+        print_duplicates(kb)
 
 
 def run_add(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.build import build
+    from valm.knowledge_base.copy import merge
     from valm.knowledge_base.encode import Encoding
-    from valm.knowledge_base.merge import merge
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.store.files import is_folder
     from valm.store.folders import remove_folder
@@ -222,8 +226,12 @@ def run_add(arguments: argparse.Namespace) -> None:
     source = open_source(arguments)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    build(source, added, clip, encoding, run=chosen_run(arguments))
-    print_built(merge([kb.path, added], arguments.out))
+    new = build(source, added, clip, encoding, run=chosen_run(arguments))
+    joined = merge([kb.path, added], arguments.out)
+    print(f"{joined.path}: {len(joined):,} images, {len(new):,} of them new")
+    print_skipped(new, joined.path)
+    if len(joined) <= MAX_COMPARED_AGAIN:
+        print_duplicates(joined)
     remove_folder(added)
 
 
@@ -287,9 +295,11 @@ def run_index(arguments: argparse.Namespace) -> None:
     from valm.retrieval.index_factory import EXACT_BELOW, choose_factory
     from valm.retrieval.index_filling import remove_partials
     from valm.retrieval.index_tuning import build_index, captions, context_queries
+    from valm.retrieval.retriever import check_k
     from valm.store.files import read_text
 
     kb = ImageKnowledgeBase.open(arguments.kb)
+    check_k(arguments.k, kb)
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
     if factory is None:
         remove_index(kb)
@@ -320,25 +330,22 @@ def run_index(arguments: argparse.Namespace) -> None:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.merge import merge
+    from valm.knowledge_base.copy import merge
 
     print_kb(merge(arguments.parts, arguments.out))
 
 
 def run_dedupe(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.dedupe import dedupe
+    from valm.knowledge_base.copy import dedupe
     from valm.knowledge_base.store import ImageKnowledgeBase
 
     print_kb(dedupe(ImageKnowledgeBase.open(arguments.kb), arguments.out))
 
 
-def print_built(kb: ImageKnowledgeBase) -> None:
-    """`print_kb`, and a warning about duplicate images."""
-    from valm.knowledge_base.dedupe import duplicates
+def print_duplicates(kb: ImageKnowledgeBase) -> None:
+    """Warns about duplicate images."""
+    from valm.knowledge_base.copy import duplicates
 
-    print_kb(kb)
-    if len(kb) > MAX_COMPARED:
-        return
     twice = len(duplicates(kb))
     if twice:
         print(
@@ -373,7 +380,7 @@ def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
 
 def print_kb(kb: ImageKnowledgeBase) -> None:
     facts = kb_facts(kb)
-    clip, skipped = facts["clip"], facts["skipped"]
+    clip = facts["clip"]
     thumbnails = "thumbnails" if facts["thumbnails"] else "no thumbnails"
     print(f"{kb.path}: {len(kb):,} images, {facts['captions']:,} with captions, {thumbnails}")
     print(f"{kb.dim} dimensions, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB")
@@ -381,12 +388,18 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
     print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
     index = facts["index"]
     print("searched exactly" if index is None else f"searched through the index {printable(index)}")
+    print_skipped(kb, kb.path)
+
+
+def print_skipped(kb: ImageKnowledgeBase, listed: Path) -> None:
+    """The first skipped images of `kb`; all are listed in the folder `listed`."""
+    skipped = kb.manifest["skipped"]
     if skipped:
         print(f"{skipped:,} images or captions could not be read:")
         for image in islice(kb.skipped(), SKIPPED_SHOWN):
             print(f"  {printable(image['uri'])}: {printable(image['reason'])}")
         if skipped > SKIPPED_SHOWN:
-            print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
+            print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {listed / 'skipped-*.json'}")
 
 
 def run_search(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from valm.knowledge_base.format import (
     read_skipped,
 )
 from valm.store.files import is_transient, read_json, status
-from valm.store.shards import MANIFEST_FILE, Manifest, damaged_files, file_entry, open_array, open_manifest
+from valm.store.shards import MANIFEST_FILE, Manifest, damaged_files, open_array, open_manifest
 from valm.text import one_line
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
@@ -65,7 +65,7 @@ class ImageKnowledgeBase:
         # the manifest's own checksum, over those of all other files: identifies the knowledge base
         self.fingerprint: str = manifest["sha256"]
         self._of_manifest = _identity(self.path)
-        self._shards = [shard for shard in manifest["shards"] if shard["count"]]
+        self._shards = manifest["shards"]
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
         self._vectors = functools.lru_cache(OPEN_SHARDS)(self._open_vectors)
         self._sparse_vectors = functools.lru_cache(OPEN_SHARDS)(self._open_sparse_vectors)
@@ -138,8 +138,8 @@ class ImageKnowledgeBase:
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def shards(self) -> Iterator[np.ndarray]:
-        """The vectors (n, E) float16 of each shard in order, memory-mapped."""
-        return map(self._vectors, range(len(self._shards)))
+        """The vectors (n, E) float16 of each shard that has images, in order, memory-mapped."""
+        return (self._vectors(number) for number, shard in enumerate(self._shards) if shard["count"])
 
     def item(self, id: int) -> Item:
         """The metadata of image `id`.
@@ -181,7 +181,7 @@ class ImageKnowledgeBase:
 
     def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every image, caption file and archive of the source that could not be read."""
-        for shard in self.manifest["shards"]:
+        for shard in self._shards:
             yield from self._skipped(shard)
 
     def check_encoder(self, clip: Clip) -> None:
@@ -234,25 +234,14 @@ class ImageKnowledgeBase:
         return damaged_files(self.path, self.manifest, progress)
 
     def encoded_shard(self, number: int) -> EncodedShard:
-        """Shard `number` of the manifest, as `write_shard` takes it.
-
-        Raises:
-            ValmError: a file of it is damaged.
-        """
-        entry = self.manifest["shards"][number]
-        for file in entry["files"]:  # or a copy would give damaged content a good checksum
-            if file_entry(self.path / file["name"]) != file:
-                raise ValmError(
-                    f"{self.path / file['name']} is damaged: it does not match its checksum; build the knowledge base "
-                    "again"
-                )
-        skipped = list(self._skipped(entry))
-        if not entry["count"]:
+        """Shard `number` of the manifest, as `write_shard` takes it."""
+        shard = self._shards[number]
+        skipped = list(self._skipped(shard))
+        if not shard["count"]:
             return EncodedShard(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
-        shard = self._shards.index(entry)
-        small, items = self._read_table(shard, "thumbnails"), self._read_table(shard, "items")
+        small, items = self._read_table(number, "thumbnails"), self._read_table(number, "items")
         thumbnails = None if small is None else small["jpeg"].to_pylist()
-        return EncodedShard(self._open_vectors(shard), items, thumbnails, skipped)
+        return EncodedShard(self._open_vectors(number), items, thumbnails, skipped)
 
     def _check_weight_files(self, found: dict[str, str], folder: Path) -> None:
         """Compares the weight files of the CLIP in `folder` with the manifest.

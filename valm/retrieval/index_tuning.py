@@ -24,6 +24,7 @@ from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, stages
 from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, write_index
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
+from valm.retrieval.retriever import check_k
 from valm.store.files import write_json
 from valm.store.shards import file_entry, sealed
 from valm.text import one_line, split_lines
@@ -88,8 +89,7 @@ def build_index(
     """
     faiss = import_faiss()
     queries = queries.reshape(-1, kb.dim).float().cpu()
-    if not 1 <= k <= len(kb):
-        raise ValmError(f"k must be from 1 to the {len(kb):,} images of {kb.path}, got {k:,}")
+    check_k(k, kb)
     if len(queries) < 2:
         raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
     try:

@@ -101,7 +101,7 @@ class Retriever:
         cache_tokens: int = CACHE_TOKENS,
     ):
         kb.check_encoder(encoder.clip)
-        _check_k(k, kb)
+        check_k(k, kb)
         _check_index(index, kb)
         self._arguments = (encoder, kb, k, index, cache_tokens)
         self.device = encoder.clip.device
@@ -120,7 +120,7 @@ class Retriever:
         Raises:
             ValmError: the knowledge base has fewer.
         """
-        _check_k(k, self.kb)
+        check_k(k, self.kb)
         other = object.__new__(type(self))
         vars(other).update(vars(self))
         encoder, kb, _, index, cache_tokens = self._arguments
@@ -230,7 +230,7 @@ class Retriever:
         """
         if k > len(self.kb) <= MAX_TOPK:
             k = len(self.kb)
-        _check_k(k, self.kb)
+        check_k(k, self.kb)
         clip = self.encoder.clip
         if isinstance(query, str):
             features = clip.encode_texts([query])
@@ -356,7 +356,12 @@ def _check_index(index: Any, kb: ImageKnowledgeBase) -> None:
         raise ValmError(f"the index has {len(index):,} vectors, but the knowledge base {kb.path} {len(kb):,}")
 
 
-def _check_k(k: int, kb: ImageKnowledgeBase) -> None:
+def check_k(k: int, kb: ImageKnowledgeBase) -> None:
+    """Checks that a search of `kb` can find the `k` nearest images.
+
+    Raises:
+        ValmError: it cannot.
+    """
     if 1 <= k <= min(len(kb), MAX_TOPK):
         return
     images = f"{len(kb):,} images of {kb.path}"

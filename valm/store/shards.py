@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ from valm.store.files import (
     write_json,
 )
 from valm.text import one_line
-from valm_kernels.atomic_files import atomic_path, folder_lock, is_temporary, remove_leftovers
+from valm_kernels.atomic_files import atomic_path, folder_lock, is_temporary, remove_leftovers, sync_folder
 from valm_kernels.checksums import file_sha256, json_sha256
 from valm_kernels.json_files import check_own, short
 
@@ -278,6 +279,27 @@ class ShardFiles:
 
         self.write(kind, ".npy", save)
 
+    def link(self, folder: Path, entries: Iterable[FileEntry]) -> None:
+        """The files `entries` of a shard in `folder`, which stay what they are, under the names of this shard: each the
+        same file (a hard link), or a copy where the file system makes no links.
+
+        Raises:
+            OSError: one cannot be read or copied.
+            ValmError: the copy of one is not what its entry says.
+        """
+        for entry in entries:
+            kind, suffix = entry["name"].partition("-")[0], os.path.splitext(entry["name"])[1]
+            source, path = folder / entry["name"], self.out / f"{kind}-{self.number:05d}{suffix}"
+            path.unlink(missing_ok=True)  # of a run that was killed
+            try:
+                os.link(os.path.realpath(source), path)
+            except OSError:  # another file system, one without links, or a file of somebody else
+                with atomic_path(path) as temporary:
+                    shutil.copyfile(source, temporary)
+                    check_content(source, entry, temporary)
+            self._files.append({**entry, "name": path.name})
+        sync_folder(self.out)
+
     def finish(self, **facts: Any) -> None:
         """The shard is whole: its record has `facts` and the checksums of its files."""
         write_json(self.out / f"shard-{self.number:05d}.json", {**facts, "files": self._files})
@@ -301,6 +323,16 @@ def check_seal(content: Mapping[str, Any], path: Path, remedy: str = "make it ag
 def file_entry(path: Path) -> FileEntry:
     """Name, size and SHA-256 of a file, as the manifest lists it."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def check_content(file: Path, entry: FileEntry, copy: Path | None = None) -> None:
+    """Checks that the content of `file`, or of its `copy`, is what `entry` lists: before damage gets a new checksum.
+
+    Raises:
+        ValmError: it has changed.
+    """
+    if file_sha256(copy or file) != entry["sha256"]:
+        raise ValmError(f"{file} is damaged: it does not match its checksum; make it again")
 
 
 def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:

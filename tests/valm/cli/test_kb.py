@@ -223,7 +223,7 @@ def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
     Image.new("RGB", (40, 40), "orange").save(tmp_path / "more" / "orange.png")
     add = ["kb", "add", world / "kb", tmp_path / "more", "--out", tmp_path / "kb"]
     assert run(*add) == 0
-    assert "7 images" in capsys.readouterr().out
+    assert "7 images, 1 of them new" in capsys.readouterr().out
     kb = ImageKnowledgeBase.open(tmp_path / "kb")
     assert kb.item(6).uri == "orange.png" and kb.verify(progress=False) == []
     assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
@@ -246,7 +246,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, mo
 def test_a_killed_kb_add_goes_on(world, tmp_path, monkeypatch):
     """While it joins, and while it removes what it has joined."""
     add = ["kb", "add", world / "kb", world / "pictures", "--out", tmp_path / "kb"]
-    for killed in ("valm.knowledge_base.merge._copy_shard", "valm.store.folders.remove_folder"):
+    for killed in ("valm.knowledge_base.copy._link_shard", "valm.store.folders.remove_folder"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
             patch.setattr(killed, lambda *arguments, **options: (_ for _ in ()).throw(RuntimeError("killed")))
             run(*add)
@@ -302,6 +302,10 @@ def wrong_inputs():
         "index of too many cells": (
             ["kb", "index", "{world}/kb", "--factory", "IVF7,Flat"],
             "of 7 cells needs as many",
+        ),
+        "more images than a search finds": (
+            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "-k", 7],
+            "k must be from 1 to the 6 images of",
         ),
         "queries not text": (
             ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "--queries", "{world}/pictures/sea.png"],

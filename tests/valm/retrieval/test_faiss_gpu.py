@@ -206,11 +206,6 @@ def test_tuning_tries_only_what_a_gpu_can_do(kb, two_gpus, monkeypatch):
     monkeypatch.undo()
 
 
-def test_more_images_than_a_gpu_finds_are_refused_before_training(kb, two_gpus):
-    with pytest.raises(ValmError, match="at most 2,048 candidates for a query, 2,049 are needed"):
-        build_index(kb, queries(kb), "IVF32,Flat", k=MAX_SELECTED + 1, progress=False, device="cuda")
-
-
 def test_a_faiss_without_gpus_searches_on_the_cpu(kb):
     build(kb, "IVF32,Flat")
     assert open_index(kb, "cuda").device == torch.device("cpu")

@@ -116,8 +116,8 @@ def test_what_cannot_be_indexed_is_refused(kb):
         build_index(kb, queries(kb), factory="IVFFF", progress=False)
     with pytest.raises(ValmError, match="5,000 cells needs as many images, the knowledge base has 3,000"):
         build_index(kb, queries(kb), factory="IVF5000,Flat", progress=False)
-    with pytest.raises(ValmError, match=r"k must be from 1 to the 3,000 images of .*, got 3,001"):
-        build_index(kb, queries(kb), factory="Flat", k=3001, progress=False)
+    with pytest.raises(ValmError, match=r"k must be from 1 to 1,024, got 1,025: a search finds no more of "):
+        build_index(kb, queries(kb), factory="Flat", k=1025, progress=False)
     with pytest.raises(ValmError, match=r"faiss cannot fill an index of the factory string 'IDMap,Flat': "):
         build_index(kb, queries(kb), factory="IDMap,Flat", progress=False)
     before = open_index(kb)

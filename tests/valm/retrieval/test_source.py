@@ -19,7 +19,7 @@ from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, augment, l
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
-from valm.knowledge_base.merge import merge
+from valm.knowledge_base.copy import merge
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.retriever import BlindRetriever, NoImages
 from valm.retrieval.source import read_places

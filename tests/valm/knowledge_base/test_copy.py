@@ -1,0 +1,131 @@
+import errno
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.valm.knowledge_base.inputs import build_folder, contents, png
+from tests.valm.tiny_clip import make_clip
+from valm.errors import ValmError
+from valm.knowledge_base.build import build
+from valm.knowledge_base.copy import dedupe, merge
+from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.format import write_shard
+from valm.knowledge_base.sources.table import TableSource
+from valm.knowledge_base.sources.webdataset import WebdatasetSource
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.store.files import write_json
+from valm.store.shards import ShardFiles
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Four images, the third missing, and a row without any."""
+    for number in (0, 1, 3):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    (tmp_path / "table.csv").write_text("image,caption\n0.png,one\n1.png,two\n2.png,three\n3.png,four\n,none\n")
+    return tmp_path / "table.csv"
+
+
+def test_merge(tars, clip, tokenizer, make_kb, tmp_path):
+    first = build(WebdatasetSource(tars), tmp_path / "first", clip, progress=False)
+    second = make_kb(9)
+    kb = merge([first.path, second.path], tmp_path / "kb", progress=False)
+    assert len(kb) == len(first) + len(second)
+    assert np.array_equal(kb.vectors(), np.concatenate([first.vectors(), second.vectors()]))
+    assert [kb.item(i).id for i in range(len(kb))] == list(range(len(kb)))
+    assert kb.item(len(first) + 2).uri == second.item(2).uri
+    assert kb.thumbnail(len(first)).size == second.thumbnail(0).size
+    assert list(kb.skipped()) == list(first.skipped())
+    assert kb.verify(progress=False) == []
+    assert ImageKnowledgeBase.open(kb.path).manifest["clip"]["weights_hash"] == clip.weights_hash
+
+    other = build(WebdatasetSource(tars), tmp_path / "other", make_clip(tokenizer, seed=1), progress=False)
+    with pytest.raises(ValmError, match="merge only those of one CLIP"):
+        merge([first.path, other.path], tmp_path / "never")
+    with pytest.raises(ValmError, match="nothing to merge"):
+        merge([], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.fixture(params=["links", "copies"])
+def how(request, monkeypatch):
+    """As on one file system, and as on two."""
+    if request.param == "copies":
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(errno.EXDEV, "another device")))
+    return request.param
+
+
+def test_a_merge_has_the_files_of_its_parts(tars, table, clip, tmp_path, how):
+    """Also where shards have nothing but skipped images, and only one part has thumbnails."""
+    parts = [
+        build(WebdatasetSource(tars), tmp_path / "first", clip, progress=False),
+        build(TableSource(table, shard_size=2), tmp_path / "second", clip, Encoding(thumbnails=0), progress=False),
+    ]
+    kb = merge([part.path for part in parts], tmp_path / "kb", progress=False)
+    assert [shard["count"] for shard in kb.manifest["shards"]] == [2, 2, 2, 1, 0]
+    assert list(kb.skipped()) == [bad for part in parts for bad in part.skipped()] and len(list(kb.skipped())) > 2
+    numbered = [(part, shard) for part in parts for shard in part.manifest["shards"]]
+    for (part, shard), joined in zip(numbered, kb.manifest["shards"], strict=True):
+        for entry, copied in zip(shard["files"], joined["files"], strict=True):
+            old, new = part.path / entry["name"], kb.path / copied["name"]
+            assert {**entry, "name": ""} == {**copied, "name": ""} and old.read_bytes() == new.read_bytes()
+            assert old.samefile(new) == (how == "links")
+    assert [kb.thumbnail(id) is None for id in range(len(kb))] == [False] * 4 + [True] * 3
+    assert np.array_equal(kb.gather(np.arange(7)), np.concatenate([part.vectors() for part in parts]))
+    assert kb.item(6).caption == "four" and kb.captioned() == 5 and kb.verify(progress=False) == []
+
+
+def test_what_becomes_of_a_part_does_not_change_the_merge(tars, folder, clip, tmp_path):
+    part = build(WebdatasetSource(tars), tmp_path / "part", clip, progress=False).path
+    kb = merge([part, part], tmp_path / "kb", progress=False)
+    before = contents(kb.path)
+    names = [entry["name"] for shard in kb.manifest["shards"] for entry in shard["files"]]
+    shards = [ImageKnowledgeBase.open(part).encoded_shard(number) for number in (1, 0)]
+    for number, shard in enumerate(shards):
+        write_shard(part, number, shard)
+    write_json(part / "skipped-00000.json", [])
+    assert contents(kb.path) == before and any((part / name).read_bytes() != before[name] for name in names[:6])
+    shutil.rmtree(part)
+    build_folder(folder, part, clip)
+    merge([part], tmp_path / "again", progress=False)
+    shutil.rmtree(part)
+    assert contents(kb.path) == before and kb.verify(progress=False) == []
+
+
+def damage(kb):
+    file = kb.path / "vectors-00001.npy"
+    content = bytearray(file.read_bytes())
+    content[-4:] = bytes(4)
+    file.write_bytes(content)
+
+
+def test_damage_gets_no_new_checksum(make_kb, tmp_path, how):
+    kb = make_kb(9)
+    damage(kb)
+    with pytest.raises(ValmError, match=r"vectors-00001\.npy is damaged: it does not match its checksum"):
+        dedupe(kb, tmp_path / "once")
+    if how == "links":
+        merged = merge([make_kb(4).path, kb.path], tmp_path / "merged", progress=False)
+        assert merged.verify(progress=False) == ["vectors-00003.npy"]
+    else:
+        with pytest.raises(ValmError, match=r"vectors-00001\.npy is damaged: it does not match its checksum"):
+            merge([kb.path], tmp_path / "merged")
+
+
+def test_a_merge_goes_on(make_kb, tmp_path, monkeypatch, how):
+    parts = [make_kb(4).path, make_kb(6).path]
+    whole = merge(parts, tmp_path / "whole", progress=False)
+    finish = ShardFiles.finish
+
+    def killed(files, **facts):
+        if files.number == 2:
+            raise KeyboardInterrupt
+        finish(files, **facts)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ShardFiles, "finish", killed)
+        merge(parts, tmp_path / "kb", progress=False)
+    assert sorted(file.name for file in (tmp_path / "kb").glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
+    assert merge(parts, tmp_path / "kb", progress=False).fingerprint == whole.fingerprint
