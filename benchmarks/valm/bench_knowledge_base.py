@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
+import tempfile
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -38,16 +40,17 @@ def random_knowledge_base(out: Path, images: int) -> ImageKnowledgeBase:
 
 
 @pytest.mark.parametrize("images", [1, 20_000, pytest.param(PICTURES, marks=pytest.mark.full)])
-def bench_add(measure, pytestconfig, tmp_path, images):
+def bench_add(measure, pytestconfig, request, tmp_path, images):
     kb = random_knowledge_base(pytestconfig.getoption("--scratch") / f"random-{images}", images)
     clip(TOWER).save(tmp_path / "clip")
     (tmp_path / "more").mkdir()
     Image.new("RGB", (224, 224), "orange").save(tmp_path / "more" / "orange.png")
     numbers = count()
+    beside = tempfile.mkdtemp(dir=kb.path.parent)  # as links are within a file system
+    request.addfinalizer(lambda: shutil.rmtree(beside))
 
     def add() -> ImageKnowledgeBase:
-        # beside the other one, as links are within a file system
-        out = kb.path.with_name(f"{kb.path.name}-{tmp_path.name}-{next(numbers)}")
+        out = Path(beside, str(next(numbers)))
         arguments = ["kb", "add", kb.path, tmp_path / "more", "--clip", tmp_path / "clip", "--out", out]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert main(list(map(str, arguments))) == 0
