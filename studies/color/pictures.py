@@ -30,8 +30,7 @@ from studies.demo.things import (
 )
 from valm.clip.read_image import IMAGE_FORMATS
 from valm.errors import ValmError
-from valm.knowledge_base.images import find_images
-from valm.knowledge_base.sources.folder import folder_records
+from valm.knowledge_base.sources.folder import find_images, folder_records
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json, write_json
 

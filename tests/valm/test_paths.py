@@ -11,8 +11,7 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
-from valm.knowledge_base.sources.folder import FolderSource
-from valm.knowledge_base.sources.table import TableSource
+from valm.knowledge_base.sources.folder import FolderSource, TableSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.adapter import load_adapter
 from valm.model.checkpoint import load, load_decoder

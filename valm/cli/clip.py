@@ -134,7 +134,7 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
 
     from valm.clip.clip import Clip
     from valm.corpus.texts import fingerprint
-    from valm.knowledge_base.fingerprint import fingerprint_records, written_since
+    from valm.knowledge_base.sources import fingerprint_records, written_since
     from valm.training.clip import SMALL, CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
     from valm.training.steps_checkpoint import StepsCheckpoint
 

@@ -26,7 +26,7 @@ def run_explain(arguments: argparse.Namespace) -> None:
     from valm.explain.figures import check_can_draw, write_figure
     from valm.explain.images import GivenImages
     from valm.explain.page import write_page
-    from valm.knowledge_base.images import find_images
+    from valm.knowledge_base.sources.folder import find_images
     from valm.retrieval.retriever import Retriever
 
     if arguments.png:

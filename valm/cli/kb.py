@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 10
 FOUND_SHOWN = 8  # images that a search lists
-MISSING_SHOWN = 20  # characters that no font has
 CAPTION_SHOWN = 100  # characters
 MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
 MAX_COMPARED_AGAIN = 50_000  # and `kb add`, which is to cost what the new images cost
@@ -70,7 +69,7 @@ def open_webdataset(source: Path) -> Source:
 
 
 def open_huggingface(source: Path, **options: Any) -> Source:
-    from valm.knowledge_base.sources.huggingface import DatasetSource, open_dataset
+    from valm.knowledge_base.sources.dataset import DatasetSource, open_dataset
 
     columns = {name: options.pop(name) for name in COLUMNS if name in options}
     return DatasetSource(open_dataset(source, **options), **columns)
@@ -83,7 +82,7 @@ def open_embeddings(source: Path) -> Source:
 
 
 def open_table(source: Path, **options: Any) -> Source:
-    from valm.knowledge_base.sources.table import TableSource
+    from valm.knowledge_base.sources.folder import TableSource
 
     return TableSource(source, **options)
 
@@ -405,7 +404,7 @@ def print_skipped(kb: ImageKnowledgeBase, listed: Path) -> None:
 def run_search(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
-    from valm.knowledge_base.contact_sheet import caption_of, contact_sheet, undrawable
+    from valm.knowledge_base.contact_sheet import contact_sheet
     from valm.knowledge_base.store import ImageKnowledgeBase
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.retriever import Retriever
@@ -433,14 +432,7 @@ def run_search(arguments: argparse.Namespace) -> None:
             caption = item.caption.splitlines()[0] if item.caption else ""
             print(f"{score:7.4f}  {printable(item.uri)}  {printable(shortened(caption))}")
     if arguments.sheet is not None:
-        title = arguments.text or str(arguments.image)
-        sheet = contact_sheet(kb, results, title)
-        if missing := undrawable(title + "".join(caption_of(item) for _, item in results)):
-            print(
-                f"no font of this machine has {printable(missing[:MISSING_SHOWN])}: {arguments.sheet} has question "
-                "marks instead; install a font that has them (matplotlib brings DejaVu), or take --json",
-                file=sys.stderr,
-            )
+        sheet = contact_sheet(kb, results, arguments.text or str(arguments.image))
         with output_file(arguments.sheet) as temporary:
             sheet.save(temporary, picture_format)
 

@@ -90,7 +90,7 @@ class TextCorpus:
         """
         if self.dataset is None:
             return read_documents(self.files, column=self.column)
-        from valm.knowledge_base.sources.huggingface import open_dataset  # with the encoding of images
+        from valm.knowledge_base.sources.dataset import open_dataset  # with the encoding of images
 
         given = {"config": self.dataset_config, "split": self.dataset_split, "streaming": self.streaming}
         options: Any = {name: value for name, value in given.items() if value is not None}

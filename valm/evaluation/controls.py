@@ -16,7 +16,7 @@ from torch import Tensor
 from valm.clip.clip import Clip
 from valm.clip.read_image import read_image
 from valm.errors import ValmError
-from valm.knowledge_base.images import find_images
+from valm.knowledge_base.sources.folder import find_images
 from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextCache
 from valm.retrieval.retriever import BlindRetriever, NoImages, Retrieved, Retriever

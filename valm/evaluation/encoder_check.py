@@ -24,8 +24,7 @@ from valm.errors import ValmError
 from valm.evaluation.statistics import Estimate, accuracy, ratio
 from valm.knowledge_base.encode import Encoding, encode_records
 from valm.knowledge_base.format import Skipped
-from valm.knowledge_base.images import find_images
-from valm.knowledge_base.sources.folder import folder_records
+from valm.knowledge_base.sources.folder import find_images, folder_records
 from valm.store.shards import ProgressBar
 
 # The mean of many texts of a class is a better classifier than any of them (section 3.1.4).

@@ -17,7 +17,7 @@ from PIL import Image
 
 from valm.explain.explanation import Explanation
 from valm.explain.images import THUMBNAIL_SIZE
-from valm.knowledge_base.images import thumbnail_bytes
+from valm.knowledge_base.encode import thumbnail_bytes
 from valm.store.files import output_file
 
 HERE = Path(__file__).parent

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from valm.clip.clip import Clip
 from valm.clip.read_image import read_image
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
-from valm.knowledge_base.images import thumbnail_bytes
-from valm.knowledge_base.workers import end_with_parent
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Progress
 from valm.text import one_line, utf8
@@ -25,6 +29,8 @@ from valm.text import one_line, utf8
 # Fewer images than this are decoded in this process: starting workers would take longer.
 WORKERS_FROM_IMAGES = 512
 MAX_WORKERS = 8
+# prctl(2), of Linux
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -172,3 +178,34 @@ def _collate(batch: list[_Decoded]) -> tuple[list[_Decoded], torch.Tensor]:
     for decoded in batch:
         decoded.pixels = None
     return batch, torch.stack(pixels) if pixels else torch.empty(0)
+
+
+def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
+    """A JPEG of the image whose longer side is at most `size` pixels."""
+    small = image.copy()
+    small.thumbnail((size, size))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Makes this process end when its parent is killed. A DataLoader calls it in worker number `worker`.
+
+    PyTorch's own workers may stay: they write to pipes whose read ends other workers hold open too, so they wait
+    forever for a reader.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:  # the main process itself
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent.pid:  # the parent was killed before that
+            os._exit(1)
+    else:
+
+        def wait() -> None:
+            parent.join()  # on a pipe that closes with it
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()

@@ -29,10 +29,9 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Record, decoding_workers
+from valm.knowledge_base.encode import Record, decoding_workers, end_with_parent
 from valm.knowledge_base.sources import Source
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.knowledge_base.workers import end_with_parent
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
 from valm.text import one_line, printable

@@ -35,7 +35,7 @@ from valm.evaluation.suite import CACHE, Entry, Settings, _row, asked_by, scores
 from valm.knowledge_base.captions import read_captions
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
-from valm.knowledge_base.sources.table import TableSource
+from valm.knowledge_base.sources.folder import TableSource
 from valm.knowledge_base.sources.webdataset import tar_records
 from valm.progress import progress_bar
 from valm.store.files import writable_folder

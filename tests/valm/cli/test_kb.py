@@ -75,15 +75,12 @@ def test_kb_search_shortens_captions(world, tmp_path, capsys):
     assert len(lines) == len(THINGS) and all(len(line) < 130 and line.endswith("…") for line in lines)
 
 
-def test_kb_search_draws_a_contact_sheet(world, tmp_path, capsys):
+def test_kb_search_draws_a_contact_sheet(world, tmp_path):
     assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "sheet.png") == 0
     assert Image.open(tmp_path / "sheet.png").width > 400
     (tmp_path / "link.jpg").symlink_to("there.jpg")
     assert run("kb", "search", world / "kb", "the apple", "--sheet", tmp_path / "link.jpg") == 0
     assert (tmp_path / "link.jpg").is_symlink() and Image.open(tmp_path / "there.jpg").format == "JPEG"
-    assert "no font" not in capsys.readouterr().err
-    assert run("kb", "search", world / "kb", "the \U0010ffff", "--sheet", tmp_path / "sheet.png") == 0
-    assert "no font of this machine has \\U0010ffff: " in capsys.readouterr().err
 
 
 def test_kb_merge(world, tmp_path, capsys):
@@ -93,6 +90,7 @@ def test_kb_merge(world, tmp_path, capsys):
     assert "12 images" in capsys.readouterr().out
     vectors = bytearray((tmp_path / "both" / "vectors-00001.npy").read_bytes())
     vectors[-1] ^= 1
+    (tmp_path / "both" / "vectors-00001.npy").unlink()  # it is the file of world / "kb" too
     (tmp_path / "both" / "vectors-00001.npy").write_bytes(vectors)
     assert run("verify", tmp_path / "both") == 1
     assert "is damaged, build it again: vectors-00001.npy" in capsys.readouterr().err
@@ -304,7 +302,7 @@ def wrong_inputs():
             "of 7 cells needs as many",
         ),
         "more images than a search finds": (
-            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "-k", 7],
+            ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat", "-k", "7"],
             "k must be from 1 to the 6 images of",
         ),
         "queries not text": (

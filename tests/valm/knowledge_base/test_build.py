@@ -20,8 +20,8 @@ from valm.knowledge_base import encode
 from valm.knowledge_base.build import build, plan_of
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, begin_knowledge_base
+from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.knowledge_base.sources.huggingface import DatasetSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 

@@ -8,7 +8,7 @@ from tests.valm.knowledge_base.inputs import touch
 from valm.errors import ValmError
 from valm.knowledge_base import captions
 from valm.knowledge_base.captions import has_caption_header, parse_caption, read_captions
-from valm.knowledge_base.images import find_images
+from valm.knowledge_base.sources.folder import find_images
 
 
 def test_captions_beside_the_picture(tmp_path):

@@ -1,14 +1,11 @@
 import dataclasses
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 from tests.valm.knowledge_base.inputs import build_folder
-from valm.knowledge_base import contact_sheet as contact_sheets
-from valm.knowledge_base.contact_sheet import CELL, contact_sheet, undrawable
+from valm.knowledge_base.contact_sheet import CELL, contact_sheet
 
 
 def test_pictures_stand_in_rows(make_kb):
@@ -48,44 +45,8 @@ def below(make_kb):
     return ink
 
 
-def left(ink):
-    return ink[:, : 8 + CELL]
-
-
-@pytest.mark.parametrize("one, other", [("ü", "ö"), ("é", "ß"), ("я", "ж"), ("犬 ü", "犬 ö"), ("собака ü", "собака ö")])
-def test_letters_are_no_boxes(below, one, other):
-    """Boxes for missing letters would be equal."""
-    pytest.importorskip("matplotlib", reason="brings DejaVu")
-    assert len({left(below(text)).tobytes() for text in (one, other, one.replace(one[-1], "?"))}) == 3
-    assert undrawable(one[-1]) == ""
-
-
 def test_an_accent_may_be_a_character_of_its_own(below):
     assert (below("u\u0308ber") == below("über")).all()
-
-
-def test_without_fonts_there_are_question_marks(below, monkeypatch):
-    def missing(*_, **__):
-        raise FileNotFoundError("fc-match")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    monkeypatch.setattr(contact_sheets, "_fonts", lambda size: [ImageFont.load_default(size)])
-    for cached in (contact_sheets._font, contact_sheets._system_font):
-        cached.cache_clear()
-    assert undrawable("über\nüber 犬") == "ü犬"
-    assert left(below("über 犬")).any() and (below("über 犬") == below("?ber ?")).all()
-    for cached in (contact_sheets._font, contact_sheets._system_font):
-        cached.cache_clear()
-
-
-@pytest.mark.skipif(shutil.which("fc-match") is None, reason="needs fontconfig")
-def test_a_font_of_the_system_is_asked_for_what_others_have_not(monkeypatch):
-    file, _ = contact_sheets._system_font("ü")
-    monkeypatch.setattr(contact_sheets, "_fonts", lambda size: [ImageFont.load_default(size)])
-    contact_sheets._font.cache_clear()
-    assert contact_sheets._font("a", 12).getname() == ImageFont.load_default(12).getname()
-    assert contact_sheets._font("ü", 12).path == file
-    contact_sheets._font.cache_clear()
 
 
 @pytest.mark.parametrize("caption", ["M" * 100, "犬" * 100, "the widest words of WWWWWWWWWWWW MMMMMMMMMMMMM"])

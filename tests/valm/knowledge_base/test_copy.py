@@ -12,7 +12,7 @@ from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import dedupe, merge
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import write_shard
-from valm.knowledge_base.sources.table import TableSource
+from valm.knowledge_base.sources.folder import TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import write_json

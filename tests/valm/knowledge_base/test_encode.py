@@ -1,11 +1,19 @@
 import errno
+import io
 import pickle
+import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.valm.killed import is_running, still_running
 from tests.valm.knowledge_base.inputs import build_folder, contents, png
 from valm.errors import ValmError
 from valm.knowledge_base import encode
+from valm.knowledge_base.encode import thumbnail_bytes
 
 
 def test_bad_pictures_are_listed(kb):
@@ -52,3 +60,37 @@ def test_a_worker_sends_no_picture_back(clip):
 def test_names_and_captions_can_be_written_as_utf8():
     item = encode.Record("caf\udce9.png", "\ud800 red", None)
     assert (item.uri, item.caption) == ("caf\ufffd.png", "\ufffd red")
+
+
+# A DataLoader whose workers have more to say than their pipes hold, and whose main process reads one batch only.
+LOADER = """
+import sys, time
+import torch
+from torch.utils.data import DataLoader
+from valm.knowledge_base.encode import end_with_parent
+if sys.argv[1] == "elsewhere":
+    sys.platform = "elsewhere"
+data = [torch.zeros(100_000) for _ in range(64)]
+as_bytes = lambda batch: batch[0].numpy().tobytes()  # through a pipe; tensors go through shared memory
+batches = iter(DataLoader(data, 1, collate_fn=as_bytes, num_workers=2, worker_init_fn=end_with_parent))
+next(batches)
+print(*[worker.pid for worker in batches._workers], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("platform", ["linux", "elsewhere"])
+def test_workers_end_with_their_parent(platform):
+    with subprocess.Popen([sys.executable, "-c", LOADER, platform], stdout=subprocess.PIPE, text=True) as main:
+        workers = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(workers) == 2 and all(map(is_running, workers))
+        main.send_signal(signal.SIGKILL)
+    assert not still_running(workers)
+
+
+def test_thumbnails(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    small = Image.open(io.BytesIO(thumbnail_bytes(picture, 20)))
+    assert (small.format, small.size, picture.size) == ("JPEG", (20, 10), (100, 50))

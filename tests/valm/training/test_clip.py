@@ -13,9 +13,9 @@ from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.knowledge_base.encode import Record
+from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.folder import FolderSource
-from valm.knowledge_base.sources.huggingface import DatasetSource
 from valm.training import clip as clip_training
 from valm.training import steps_checkpoint
 from valm.training.clip import SMALL, CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip

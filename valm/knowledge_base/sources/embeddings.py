@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.encode import Encoding, Record
-from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
-from valm.knowledge_base.sources import SourceShard
+from valm.knowledge_base.sources import SourceShard, fingerprint_files
 from valm.store.shards import Progress
 from valm.text import one_line
 

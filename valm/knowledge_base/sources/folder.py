@@ -1,25 +1,59 @@
-"""Images in a folder, with captions beside them or in a table."""
+"""Images in a folder, with captions beside them or in a table; and images that a table names."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from valm.clip.read_image import unread_formats
-from valm.knowledge_base.captions import CAPTION_SUFFIXES, FolderCaptions, read_captions
+from valm.clip.read_image import IMAGE_SUFFIXES, unread_formats
+from valm.errors import ValmError
+from valm.knowledge_base.captions import CAPTION_SUFFIXES, FolderCaptions, join_captions, read_captions, read_rows
 from valm.knowledge_base.encode import Record, encode_records
-from valm.knowledge_base.fingerprint import fingerprint_records, record_files
-from valm.knowledge_base.images import FolderContent, find_images
-from valm.knowledge_base.sources import SourceShard
+from valm.knowledge_base.sources import SourceShard, fingerprint_records
+from valm.store.files import exists, files_below, is_folder
 
 # Suffixes of tables that are no captions.csv and may hold captions, such as the metadata.jsonl of Hugging Face.
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl"}
 
 
-class FolderSource:
+class _RecordSource:
+    """Images whose records are in memory, `shard_size` in a shard."""
+
+    precomputed = False
+    kind: str
+
+    def __init__(self, records: list[Record], shard_size: int):
+        self.records = records
+        self.shard_size = shard_size
+
+    @property
+    def count(self) -> int:
+        return -(-len(self.records) // self.shard_size)
+
+    def plan(self) -> dict[str, Any]:
+        return {
+            "source": self.kind,
+            "fingerprint": fingerprint_records(self.records),
+            "shard_size": self.shard_size,
+        }
+
+    def files(self) -> Iterable[Path]:
+        return (record.source for record in self.records if isinstance(record.source, Path))
+
+    def images(self) -> Iterable[Record]:
+        return self.records
+
+    def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
+        for start in range(0, len(self.records), self.shard_size):
+            yield partial(encode_records, self.records[start : start + self.shard_size])
+
+
+class FolderSource(_RecordSource):
     """Every image under `folder`.
 
     Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` says which other
@@ -34,7 +68,7 @@ class FolderSource:
         ValmError: the folder is missing or has no images, or the table is damaged.
     """
 
-    precomputed = False
+    kind = "folder"
 
     def __init__(
         self,
@@ -45,30 +79,94 @@ class FolderSource:
     ):
         content = find_images(Path(folder))
         found = read_captions(Path(folder), content.images, None if captions is None else Path(captions))
-        self.records = _records(Path(folder), content.images, found)
+        super().__init__(_records(Path(folder), content.images, found), shard_size)
         self.remarks = _remarks(Path(folder), content, found)
-        self.shard_size = shard_size
 
-    @property
-    def count(self) -> int:
-        return -(-len(self.records) // self.shard_size)
 
-    def plan(self) -> dict[str, Any]:
-        return {
-            "source": "folder",
-            "fingerprint": fingerprint_records(self.records),
-            "shard_size": self.shard_size,
-        }
+class TableSource(_RecordSource):
+    """The images that the rows of `table` name, in the order of the table.
 
-    def files(self) -> Iterable[Path]:
-        return record_files(self.records)
+    Rows without a path and images that are damaged or missing are skipped and listed (`ImageKnowledgeBase.skipped`).
 
-    def images(self) -> Iterable[Record]:
-        return self.records
+    Args:
+        table: a file with a header, separated by commas or tabs. Paths in it are relative to its folder, or absolute.
+            Rows of the same path are one image with several captions.
+        image_column, caption_column: by default the first of `IMAGE_COLUMNS` and of `CAPTION_COLUMNS` that it has.
+        shard_size: images per shard. A build that was killed encodes at most one shard again.
 
-    def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
-        for start in range(0, len(self.records), self.shard_size):
-            yield partial(encode_records, self.records[start : start + self.shard_size])
+    Raises:
+        ValmError: the table is damaged, lacks a column or has no rows.
+    """
+
+    kind = "table"
+
+    def __init__(
+        self,
+        table: str | os.PathLike,
+        *,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        shard_size: int = 16384,
+    ):
+        path = Path(table)
+        super().__init__(table_records(path, image_column, caption_column), shard_size)
+        if not self.records:
+            raise ValmError(f"the table {path} has a header but no rows; add one for each image")
+
+
+def table_records(table: Path, image_column: str | None = None, caption_column: str | None = None) -> list[Record]:
+    """The images of a table with their captions, then records without an image for the rows that name none.
+
+    Raises:
+        ValmError: as `read_rows`.
+    """
+    captions: dict[str, list[str]] = {}
+    unnamed = []
+    for number, (image, caption) in enumerate(read_rows(table, image_column, caption_column), start=1):
+        if image:
+            captions.setdefault(image, []).append(caption)
+        else:
+            unnamed.append(Record(f"{table.name}, row {number}", caption, None, reason="it names no image"))
+    folder = table.absolute().parent  # another machine may have another working directory
+    records = [Record(image, join_captions(lines), folder / image) for image, lines in captions.items()]
+    return records + unnamed
+
+
+@dataclass
+class FolderContent:
+    """The content of a folder of images.
+
+    images: sorted paths relative to it, with forward slashes. ignored: number of other files, by suffix.
+    """
+
+    images: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+def find_images(folder: Path) -> FolderContent:
+    """All images under `folder`: the files with one of IMAGE_SUFFIXES, as `files_below` finds them.
+
+    Raises:
+        OSError: a folder below it cannot be read.
+        ValmError: the folder is missing or has no image.
+    """
+    if not is_folder(folder):
+        raise ValmError(f"no folder {folder}" if not exists(folder) else f"{folder} is not a folder")
+
+    found = FolderContent()
+    for name in files_below(folder):
+        suffix = Path(name).suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            found.images.append(name)
+        else:
+            found.ignored[suffix] += 1
+    if not found.images:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        unread = "".join(f"; {remark}" for remark in unread_formats(found.ignored))
+        raise ValmError(
+            f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
+        )
+    return found
 
 
 def folder_records(folder: Path, images: list[str], captions: Path | None = None) -> list[Record]:

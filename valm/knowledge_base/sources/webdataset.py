@@ -16,9 +16,8 @@ from valm.clip.read_image import IMAGE_SUFFIXES, UNREAD_SUFFIXES, unread_formats
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
 from valm.knowledge_base.encode import Encoding, Record, encode_records
-from valm.knowledge_base.fingerprint import fingerprint_files
 from valm.knowledge_base.format import EncodedShard
-from valm.knowledge_base.sources import SourceShard
+from valm.knowledge_base.sources import SourceShard, fingerprint_files
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Progress
 from valm.text import one_line

@@ -14,7 +14,7 @@ from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
-from valm.knowledge_base.sources.huggingface import DatasetSource, open_dataset
+from valm.knowledge_base.sources.dataset import DatasetSource, open_dataset
 
 PICTURES = [png(seed) for seed in range(7)]
 CAPTIONS = ["a red  apple", None, "", "4", "5", "6", "7"]

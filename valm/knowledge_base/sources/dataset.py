@@ -16,9 +16,8 @@ from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_COLUMNS, join_captions
 from valm.knowledge_base.encode import Encoding, Record, encode_records
-from valm.knowledge_base.fingerprint import fingerprint_records
 from valm.knowledge_base.format import EncodedShard
-from valm.knowledge_base.sources import SourceShard
+from valm.knowledge_base.sources import SourceShard, fingerprint_records
 from valm.store.shards import Progress
 from valm_kernels.json_files import short
 
