@@ -71,7 +71,7 @@ POLL_SECONDS = 0.1
 # Where `--kill` kills: as soon as there is such a file.
 KILLED_AT = {
     "build": ["vectors-00005.npy"],
-    "index": ["cells-03.npy", "part-*-00009.npy"],
+    "index": ["done.json", "added-[1-9]*.faiss"],
     "exact": ["rows-*"],
     "retrieve": ["shard-00000.json"],
     "train": ["checkpoint-50"],
@@ -254,17 +254,15 @@ def stages(made: Run) -> dict[str, float]:
     """Seconds of the stages of `valm kb index`, by the files that they end with."""
     ends = {
         "queries": "index-*.partial",
-        "transforms": "transforms.faiss",
-        "cells": "cells-*.npy",
-        "codes trained": "trained.faiss",
-        "vectors added": "part-*.npy",
+        "trained": "added-0.faiss",
+        "vectors added": "added-[1-9]*.faiss",
         "exact answers": "index.faiss.*.tmp",
     }
     found, before = {}, 0.0
     for stage, pattern in ends.items():
         times = [seconds for name, seconds in made.seen.items() if fnmatch(name, pattern)]
         if times:
-            end = max(times) if stage in ("cells", "vectors added") else min(times)
+            end = max(times) if stage == "vectors added" else min(times)
             found[f"seconds, {stage}"], before = end - before, end
     found["seconds, written and tuned"] = made.seconds - before
     return found

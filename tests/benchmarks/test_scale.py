@@ -35,17 +35,17 @@ def test_a_command_that_fails_or_ends_before_it_is_killed_is_an_error(tmp_path):
 def test_stages_are_the_times_between_their_files():
     seen = {
         "index-1.partial": 1.0,
-        "cells-00.npy": 3.0,
-        "cells-09.npy": 8.0,
-        "trained.faiss": 9.5,
+        "added-0.faiss": 9.5,
+        "added-500.faiss": 11.0,
+        "added-1000.faiss": 14.0,
         "index.faiss.0.tmp": 20.0,
     }
     found = stages(Run(seconds=21.0, seen=seen))
     assert found == {
         "seconds, queries": 1.0,
-        "seconds, cells": 7.0,
-        "seconds, codes trained": 1.5,
-        "seconds, exact answers": 10.5,
+        "seconds, trained": 8.5,
+        "seconds, vectors added": 4.5,
+        "seconds, exact answers": 6.0,
         "seconds, written and tuned": 1.0,
     }
 

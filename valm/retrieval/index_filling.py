@@ -1,23 +1,17 @@
-"""Trains the faiss index of a knowledge base and fills it with the vectors, in steps that a later process goes on with.
+"""Trains the faiss index of a knowledge base and adds the vectors, which a later process goes on with.
 
-    index-PLAN.partial/             PLAN: a hash of all that the index follows from
-      transforms.faiss              the index, with its transforms trained
-      cells-00.npy, ...             the centroids (C, d) float32 after each round of k-means
-      trained.faiss                 the index, without vectors
-      part-TRAINED-00000.npy, ...   cell and code of each of PART_ROWS vectors; TRAINED: a hash of trained.faiss
+    index-PLAN.partial/       PLAN: a hash of all that the index follows from
+      added-COUNT.faiss       the index with its first COUNT vectors, as faiss writes it
+      done.json               COUNT of the one to go on with, and its SHA-256
 
-`build_index` removes the folder when it has written the index, so a killed one loses a round or a part, or the training
-of the transforms or of the codes, which faiss does at once. Most of the time goes into the nearest cell of each vector,
-for which an exact top-K search is faster than faiss's products. Only faiss itself adds to graphs and to an index within
-another one: their vectors are added anew.
+The folder is removed when the index is written, so a killed build loses the training, or a sixteenth of the vectors.
+A file that is not what done.json says is not used. Most of the time goes into the nearest cell of each vector, for
+which an exact top-K search is faster than faiss's products.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,29 +19,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.index_factory import import_faiss, stages
-from valm.store.files import WAIT_SECONDS
+from valm.store.files import WAIT_SECONDS, Count, Sha256, read_json, write_json
 from valm.store.folders import remove_folder
-from valm.store.shards import file_entry
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import atomic_path, folder_lock, remove_if_abandoned, remove_leftovers
+from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import check_own
 
 # Training vectors per cell (faiss warns below 39), and the least and most training vectors.
 TRAIN_PER_CELL = 40
 MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
 ITERATIONS = 10  # iterations of k-means
-# Vectors in memory at once, in float32, and those of a part.
+# Vectors in memory at once, in float32.
 ROWS = 1 << 15
-PART_ROWS = 1 << 19
+# The index is written after each of so many parts of the vectors, but of no fewer than this.
+PARTS, MIN_PART = 16, 1 << 19
 # Counts up when the same plan leads to other files.
-FORMAT = 1
+FORMAT = 2
 # Numbers of a vector that FlatIPIndex takes, one of which is that of the centroid's square.
 MIN_DIM, MAX_DIM = 8, 2047
+DONE_FILE = "done.json"
 
 
 @contextmanager
@@ -57,7 +54,7 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
     Raises:
         OSError: another process makes this index, or the folder is a link or cannot be written.
     """
-    sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ITERATIONS, ROWS, PART_ROWS, FORMAT, import_faiss().__version__)
+    sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ITERATIONS, ROWS, FORMAT, import_faiss().__version__)
     plan = hashlib.sha256(repr((kb.fingerprint, factory, seed, sizes)).encode()).hexdigest()
     folder = kb.path / f"index-{plan[:16]}.partial"
     remove_partials(kb, folder)
@@ -101,39 +98,21 @@ def filled_index(
         device: where the nearest cells are searched.
 
     Raises:
-        ValmError: a vector is not finite, there are more cells than vectors, or a file in the folder is damaged or
-            cannot be written.
+        OSError: the folder cannot be written, or a file in it leads out of it.
+        ValmError: a vector is not finite, or there are more cells than vectors.
     """
-    faiss = import_faiss()
     if not torch.cuda.is_available():  # faiss may have a GPU where torch has none
         device = torch.device("cpu")
     count = 0 if index.is_trained else _training_rows(kb, index)
-    trained = folder / "trained.faiss"
-    if os.path.lexists(trained):
-        index = _read_index(trained)
+    index, block = _unpacked(index)
+    done = _read_done(folder)
+    if done is not None:
+        index = done
     elif count:
-        index = _train(kb, index, count, folder, seed, device, progress)
-        _write_index(index, trained)
-    ivf = stages(index)[1]
-    if not (_has_plain_lists(ivf) or isinstance(ivf, faiss.IndexIVFPQFastScan)):
-        with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
-            for rows in _blocks(0, len(kb)):
-                index.add(kb.gather(rows).astype(np.float32))
-                bar.update(len(rows))
-    else:
-        parts = folder / f"part-{file_entry(trained)['sha256'][:16]}"  # of no other cells
-        _fill(kb, index, ivf, parts, device, progress)
-    return index, count
-
-
-def _has_plain_lists(index: Any) -> bool:
-    """Whether it is an inverted file of ids and codes, and of nothing else."""
-    faiss = import_faiss()
-    return (
-        isinstance(index, faiss.IndexIVF)
-        and not isinstance(index, faiss.IndexIVFPQR)  # which has codes beside its lists
-        and isinstance(faiss.downcast_InvertedLists(index.invlists), faiss.ArrayInvertedLists)
-    )
+        _train(kb, index, count, seed, device, progress)
+        _write_done(index, folder)
+    _add(kb, index, folder, device, progress)
+    return _packed(index, block), count
 
 
 class NearestCell:
@@ -157,7 +136,7 @@ class NearestCell:
         return wider
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """Cells (n,) int64 of vectors (n, d) float32; -1 of one that is not finite."""
+        """Cells (n,) int64 of vectors (n, d) float32."""
         queries = self._with_last(torch.from_numpy(vectors), 1.0)
         return self._index.search(queries, 1).indices[:, 0].cpu().numpy()
 
@@ -171,57 +150,26 @@ def _training_rows(kb: ImageKnowledgeBase, index: Any) -> int:
     return min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
 
 
-def _train(
-    kb: ImageKnowledgeBase, index: Any, count: int, folder: Path, seed: int, device: torch.device, progress: bool
-) -> Any:
-    """`index`, trained on `count` random vectors: an inverted file's cells here, the rest by faiss."""
-    faiss = import_faiss()
-    rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
-    sample = kb.gather(rows).astype(np.float32)
-    if not np.isfinite(sample).all():
-        raise _not_finite(kb)
-    transformed = folder / "transforms.faiss"
-    if transformed.exists():
-        index = _with_transforms(index, _read_index(transformed))
+def _train(kb: ImageKnowledgeBase, index: Any, count: int, seed: int, device: torch.device, progress: bool) -> None:
+    """Trains `index` on `count` random vectors: an inverted file's cells here, the rest by faiss."""
+    sample = _vectors(kb, np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False)))
     transforms, searched = stages(index)
     for transform in transforms:
-        if not transformed.exists():
-            transform.train(sample)
+        transform.train(sample)
         sample = transform.apply(sample)
-    if transforms and not transformed.exists():
-        _write_index(index, transformed)
-    if isinstance(searched, faiss.IndexIVF):
-        centroids = _train_cells(sample, searched.nlist, folder, seed, device, progress)
+    if isinstance(searched, import_faiss().IndexIVF):
+        centroids = _train_cells(sample, searched.nlist, seed, device, progress)
         searched.quantizer.train(centroids)
         searched.quantizer.add(centroids)
     searched.train(sample)
     index.is_trained = True
-    return index
 
 
-def _with_transforms(index: Any, other: Any) -> Any:
-    """`other`, an index that was read, with the index behind the transforms of `index`, a new one: how that is to be
-    trained is not in the file."""
-    index.own_fields, other.index = False, index.index
-    return other
-
-
-def _train_cells(
-    sample: np.ndarray, cells: int, folder: Path, seed: int, device: torch.device, progress: bool
-) -> np.ndarray:
+def _train_cells(sample: np.ndarray, cells: int, seed: int, device: torch.device, progress: bool) -> np.ndarray:
     """Centroids (cells, d) float32 of `sample` (n, d) by k-means."""
-    files = [folder / f"cells-{number:02d}.npy" for number in range(ITERATIONS)]
-    done = len(list(itertools.takewhile(os.path.lexists, files)))
-    if done:
-        centroids = _read_array(files[done - 1], np.dtype(np.float32), (cells, sample.shape[1]))
-        if not np.isfinite(centroids).all():
-            raise _damaged(files[done - 1])
-    else:
-        centroids = sample[np.random.default_rng(seed).choice(len(sample), cells, replace=False)]
-    with progress_bar(
-        total=ITERATIONS, initial=done, desc=f"train {cells:,} cells", unit=" rounds", shown=progress
-    ) as bar:
-        for file in files[done:]:
+    centroids = sample[np.random.default_rng(seed).choice(len(sample), cells, replace=False)]
+    with progress_bar(total=ITERATIONS, desc=f"train {cells:,} cells", unit=" rounds", shown=progress) as bar:
+        for _ in range(ITERATIONS):
             nearest, sums = NearestCell(centroids, device), torch.zeros(centroids.shape)
             counts = np.zeros(cells, np.int64)
             for rows in _blocks(0, len(sample)):
@@ -230,7 +178,6 @@ def _train_cells(
                 sums.index_add_(0, torch.from_numpy(found), torch.from_numpy(sample[rows]))
             centroids = sums.numpy() / np.maximum(counts, 1)[:, None].astype(np.float32)
             split_largest(counts, centroids)
-            _write_array(centroids, file)
             bar.update()
     return centroids
 
@@ -246,69 +193,69 @@ def split_largest(counts: np.ndarray, centroids: np.ndarray) -> None:
         counts[largest] -= counts[empty]
 
 
-def _fill(kb: ImageKnowledgeBase, index: Any, ivf: Any, parts: Path, device: torch.device, progress: bool) -> None:
-    """Adds the vectors of `kb` to `index`, whose inverted file is `ivf`, by files whose names begin with `parts`."""
+def _add(kb: ImageKnowledgeBase, index: Any, folder: Path, device: torch.device, progress: bool) -> None:
+    """Adds the vectors of `kb` that `index` has not, and writes it after each part of them."""
     faiss = import_faiss()
-    transforms, _ = stages(index)
-    nearest = NearestCell(ivf.quantizer.reconstruct_n(0, ivf.nlist), device)
-    entry = np.dtype([("cell", np.int32), ("code", np.uint8, (ivf.code_size,))])
-    starts = range(0, len(kb), PART_ROWS)
-    files = [parts.with_name(f"{parts.name}-{number:05d}.npy") for number in range(len(starts))]
-    with progress_bar(total=len(kb), desc="add", unit=" images", unit_scale=True, shown=progress) as bar:
-        for start, file in zip(starts, files, strict=True):
-            end = min(start + PART_ROWS, len(kb))
-            if os.path.lexists(file):
-                bar.update(end - start)
-                bar.initial = bar.n  # the time left is that of what this process adds
-                continue
-            part = np.empty(end - start, entry)
-            for rows in _blocks(start, end):
-                vectors = kb.gather(rows).astype(np.float32)
-                for transform in transforms:
-                    vectors = transform.apply(vectors)
-                cells = nearest(vectors)
-                if (cells < 0).any():
-                    raise _not_finite(kb)
-                codes = np.empty((len(rows), ivf.code_size), np.uint8)
-                ivf.encode_vectors(
-                    len(rows), faiss.swig_ptr(vectors), faiss.swig_ptr(cells), faiss.swig_ptr(codes), False
-                )
-                part["cell"][rows - start], part["code"][rows - start] = cells, codes
+    transforms, searched = stages(index)
+    nearest = None
+    if isinstance(searched, faiss.IndexIVF) and not isinstance(searched, faiss.IndexIVFFastScan):
+        nearest = NearestCell(searched.quantizer.reconstruct_n(0, searched.nlist), device)
+    with progress_bar(
+        total=len(kb), initial=index.ntotal, desc="add", unit=" images", unit_scale=True, shown=progress
+    ) as bar:
+        part = max(MIN_PART, -(-len(kb) // PARTS))
+        for start in range(index.ntotal, len(kb), part):
+            for rows in _blocks(start, min(start + part, len(kb))):
+                vectors = _vectors(kb, rows)
+                if nearest is None:  # faiss alone adds to graphs, and to an index within another
+                    index.add(vectors)
+                else:
+                    for transform in transforms:
+                        vectors = transform.apply(vectors)
+                    cells = nearest(vectors)
+                    searched.add_core(len(rows), faiss.swig_ptr(vectors), None, faiss.swig_ptr(cells))
+                    index.ntotal = searched.ntotal
                 bar.update(len(rows))
-            _write_array(part, file)
-    filled = ivf if _has_plain_lists(ivf) else _unpacked(ivf)
-    sizes = np.zeros(ivf.nlist, np.int64)
-    for start, file in zip(starts, files, strict=True):
-        cells = _read_array(file, entry, (min(PART_ROWS, len(kb) - start),))["cell"]
-        if cells.min() < 0 or cells.max() >= ivf.nlist:
-            raise _damaged(file)
-        sizes += np.bincount(cells, minlength=ivf.nlist)
-    for cell, size in enumerate(sizes.tolist()):  # a list that grows takes up to twice its memory
-        filled.invlists.resize(cell, size)
-    sizes[:] = 0
-    for start, file in zip(starts, files, strict=True):
-        part = _read_array(file, entry, (min(PART_ROWS, len(kb) - start),))
-        order = part["cell"].argsort(kind="stable")
-        cells, begins = np.unique(part["cell"][order], return_index=True)
-        ids, codes = order.astype(np.int64) + start, np.ascontiguousarray(part["code"][order])
-        for cell, begin, end in zip(cells.tolist(), begins.tolist(), [*begins[1:].tolist(), len(order)], strict=True):
-            some = faiss.swig_ptr(ids[begin:end]), faiss.swig_ptr(codes[begin:end])
-            filled.invlists.update_entries(cell, int(sizes[cell]), end - begin, *some)
-            sizes[cell] += end - begin
-    filled.ntotal = ivf.ntotal = index.ntotal = len(kb)
-    if filled is not ivf:
-        packed = faiss.IndexIVFPQFastScan(filled, ivf.bbs)
-        packed.own_invlists = False
-        ivf.replace_invlists(packed.invlists, True)
+            _write_done(index, folder)
 
 
-def _unpacked(ivf: Any) -> Any:
-    """An empty index of the same cells and codes, not packed by the block as those of IndexIVFPQFastScan are."""
+def _unpacked(index: Any) -> tuple[Any, int | None]:
+    """`index`, an untrained one, with codes as `add_core` adds them, if it packs codes of 4 bits by the block, and how
+    many vectors a block has; None for another."""
     faiss = import_faiss()
-    plain = faiss.IndexIVFPQ(ivf.quantizer, ivf.d, ivf.nlist, ivf.pq.M, ivf.pq.nbits)
-    plain.own_fields = False
-    plain.pq, plain.by_residual, plain.is_trained = ivf.pq, ivf.by_residual, True
-    return plain
+    searched = stages(index)[1]
+    if not isinstance(searched, faiss.IndexIVFPQFastScan):
+        return index, None
+    plain = faiss.IndexIVFPQ(searched.quantizer, searched.d, searched.nlist, searched.pq.M, searched.pq.nbits)
+    plain.by_residual = searched.by_residual
+    return _with_searched(index, plain), searched.bbs
+
+
+def _packed(index: Any, block: int | None) -> Any:
+    """The index that `_unpacked` was given, with the vectors of what it made of it."""
+    if block is None:
+        return index
+    return _with_searched(index, import_faiss().IndexIVFPQFastScan(stages(index)[1], block))
+
+
+def _with_searched(index: Any, other: Any) -> Any:
+    """`index` with `other` in the place of the inverted file behind its transforms; `other` has its quantizer."""
+    searched = stages(index)[1]
+    searched.own_fields, other.own_fields = False, True
+    if searched is index:
+        return other
+    index.index = other
+    other.this.disown()  # `index` owns it now, and Python the one before
+    searched.this.own(True)
+    return index
+
+
+def _vectors(kb: ImageKnowledgeBase, rows: np.ndarray) -> np.ndarray:
+    """Some vectors of `kb`, float32."""
+    vectors = kb.gather(rows).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise ValmError(f"the knowledge base {kb.path} is damaged: a vector is not finite; build it again")
+    return vectors
 
 
 def _blocks(start: int, end: int) -> Iterator[np.ndarray]:
@@ -316,41 +263,37 @@ def _blocks(start: int, end: int) -> Iterator[np.ndarray]:
         yield np.arange(first, min(first + ROWS, end))
 
 
-def _not_finite(kb: ImageKnowledgeBase) -> ValmError:
-    return ValmError(f"the knowledge base {kb.path} is damaged: a vector is not finite; build it again")
+class Done(TypedDict):
+    """The index that a later process goes on with: how many vectors it has, and the SHA-256 of its file."""
+
+    added: Count
+    sha256: Sha256
 
 
-def _read_array(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    try:
+def _read_done(folder: Path) -> Any:
+    """The index to go on with; None without one, or where it is not what was written."""
+    with suppress(FileNotFoundError, ValmError):
+        check_own(folder / DONE_FILE)
+        done = read_json(folder / DONE_FILE, "what is done of the index", Done)
+        file = _added_file(folder, done["added"])
         check_own(file)
-        array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise _damaged(file) from error
-    if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (dtype, shape):
-        raise _damaged(file)
-    return array
+        if file_sha256(file) == done["sha256"]:
+            return import_faiss().read_index(str(file))
+    return None
 
 
-def _read_index(file: Path) -> Any:
-    try:
-        check_own(file)
-        return import_faiss().read_index(str(file))
-    except (ValueError, RuntimeError) as error:
-        raise _damaged(file) from error
-
-
-def _damaged(file: Path) -> ValmError:
-    return ValmError(f"{file} is damaged: delete its folder, and the index is made from the beginning")
-
-
-def _write_array(array: np.ndarray, file: Path) -> None:
-    with atomic_path(file) as temporary, temporary.open("wb") as opened:
-        np.save(opened, array, allow_pickle=False)
-
-
-def _write_index(index: Any, file: Path) -> None:
+def _write_done(index: Any, folder: Path) -> None:
+    file = _added_file(folder, index.ntotal)
     with atomic_path(file) as temporary:
         write_index(index, temporary, file)
+    write_json(folder / DONE_FILE, {"added": index.ntotal, "sha256": file_sha256(file)})
+    for other in folder.glob("added-*"):
+        if other != file:
+            other.unlink()
+
+
+def _added_file(folder: Path, count: int) -> Path:
+    return folder / f"added-{count}.faiss"
 
 
 def write_index(index: Any, temporary: Path, file: Path) -> None:

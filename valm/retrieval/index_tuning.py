@@ -67,8 +67,8 @@ def build_index(
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
     Memory holds the index (twice while codes of 4 bits are packed), its training vectors (at most
-    `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds the codes a second
-    time until the index is written. A build that was killed, or missed the target, goes on where it was, given the
+    `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds the index twice until
+    it is written. A build that was killed, or missed the target, goes on where it was, given the
     same factory and seed (`index_filling`).
 
     Args:
