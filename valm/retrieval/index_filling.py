@@ -5,8 +5,8 @@
       done.json               COUNT of the one to go on with, and its SHA-256
 
 The folder is removed when the index is written, so a killed build loses the training, or a sixteenth of the vectors.
-A file that is not what done.json says is not used. Most of the time goes into the nearest cell of each vector, for
-which an exact top-K search is faster than faiss's products.
+A file that is not what done.json says is not used. Most of the time goes into the nearest cell of each vector, which an
+exact top-K search finds faster than faiss's products.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from valm_kernels.json_files import check_own
 # Training vectors per cell (faiss warns below 39), and the least and most training vectors.
 TRAIN_PER_CELL = 40
 MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
-ITERATIONS = 10  # iterations of k-means
 # Vectors in memory at once, in float32.
 ROWS = 1 << 15
 # The index is written after each of so many parts of the vectors, but of no fewer than this.
@@ -54,7 +53,7 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
     Raises:
         OSError: another process makes this index, or the folder is a link or cannot be written.
     """
-    sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ITERATIONS, ROWS, FORMAT, import_faiss().__version__)
+    sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ROWS, FORMAT, import_faiss().__version__)
     plan = hashlib.sha256(repr((kb.fingerprint, factory, seed, sizes)).encode()).hexdigest()
     folder = kb.path / f"index-{plan[:16]}.partial"
     remove_partials(kb, folder)
@@ -109,7 +108,10 @@ def filled_index(
     if done is not None:
         index = done
     elif count:
-        _train(kb, index, count, seed, device, progress)
+        sample = _vectors(kb, np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False)))
+        with progress_bar(total=count, desc="train", unit=" images", unit_scale=True, shown=progress) as bar:
+            index.train(sample)
+            bar.update(count)
         _write_done(index, folder)
     _add(kb, index, folder, device, progress)
     return _packed(index, block), count
@@ -148,49 +150,6 @@ def _training_rows(kb: ImageKnowledgeBase, index: Any) -> int:
     if cells > len(kb):
         raise ValmError(f"an index of {cells:,} cells needs as many images, the knowledge base has {len(kb):,}")
     return min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
-
-
-def _train(kb: ImageKnowledgeBase, index: Any, count: int, seed: int, device: torch.device, progress: bool) -> None:
-    """Trains `index` on `count` random vectors: an inverted file's cells here, the rest by faiss."""
-    sample = _vectors(kb, np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False)))
-    transforms, searched = stages(index)
-    for transform in transforms:
-        transform.train(sample)
-        sample = transform.apply(sample)
-    if isinstance(searched, import_faiss().IndexIVF):
-        centroids = _train_cells(sample, searched.nlist, seed, device, progress)
-        searched.quantizer.train(centroids)
-        searched.quantizer.add(centroids)
-    searched.train(sample)
-    index.is_trained = True
-
-
-def _train_cells(sample: np.ndarray, cells: int, seed: int, device: torch.device, progress: bool) -> np.ndarray:
-    """Centroids (cells, d) float32 of `sample` (n, d) by k-means."""
-    centroids = sample[np.random.default_rng(seed).choice(len(sample), cells, replace=False)]
-    with progress_bar(total=ITERATIONS, desc=f"train {cells:,} cells", unit=" rounds", shown=progress) as bar:
-        for _ in range(ITERATIONS):
-            nearest, sums = NearestCell(centroids, device), torch.zeros(centroids.shape)
-            counts = np.zeros(cells, np.int64)
-            for rows in _blocks(0, len(sample)):
-                found = nearest(sample[rows])
-                counts += np.bincount(found, minlength=cells)
-                sums.index_add_(0, torch.from_numpy(found), torch.from_numpy(sample[rows]))
-            centroids = sums.numpy() / np.maximum(counts, 1)[:, None].astype(np.float32)
-            split_largest(counts, centroids)
-            bar.update()
-    return centroids
-
-
-def split_largest(counts: np.ndarray, centroids: np.ndarray) -> None:
-    """Gives each cell without vectors half of the largest, in place: its centroid, and that one, a little aside."""
-    aside = np.full(centroids.shape[1], 1 / 1024, np.float32)
-    aside[1::2] *= -1
-    for empty in np.flatnonzero(counts == 0).tolist():
-        largest = int(counts.argmax())
-        centroids[empty], centroids[largest] = centroids[largest] * (1 + aside), centroids[largest] * (1 - aside)
-        counts[empty] = counts[largest] // 2
-        counts[largest] -= counts[empty]
 
 
 def _add(kb: ImageKnowledgeBase, index: Any, folder: Path, device: torch.device, progress: bool) -> None:
