@@ -94,14 +94,12 @@ def filled_index(
 
     Args:
         folder: of what is done (`partial_folder`).
-        device: where the nearest cells are searched.
+        device: where cells are trained and the nearest ones searched: the CPU, or GPUs that faiss has.
 
     Raises:
         OSError: the folder cannot be written, or a file in it leads out of it.
         ValmError: a vector is not finite, or there are more cells than vectors.
     """
-    if not torch.cuda.is_available():  # faiss may have a GPU where torch has none
-        device = torch.device("cpu")
     count = 0 if index.is_trained else _training_rows(kb, index)
     index, block = _unpacked(index)
     done = _read_done(folder)
@@ -110,7 +108,7 @@ def filled_index(
     elif count:
         sample = _vectors(kb, np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False)))
         with progress_bar(total=count, desc="train", unit=" images", unit_scale=True, shown=progress) as bar:
-            index.train(sample)
+            _train(index, sample, device)
             bar.update(count)
         _write_done(index, folder)
     _add(kb, index, folder, device, progress)
@@ -152,11 +150,26 @@ def _training_rows(kb: ImageKnowledgeBase, index: Any) -> int:
     return min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
 
 
+def _train(index: Any, sample: np.ndarray, device: torch.device) -> None:
+    """Trains `index` on `sample` (n, E); faiss finds its cells on all GPUs if `device` is one."""
+    faiss = import_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    nearest = None
+    if ivf is not None and device.type == "cuda":
+        nearest = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
+        ivf.clustering_index = nearest
+    index.train(sample)
+    if nearest is not None:
+        ivf.clustering_index = None  # faiss does not own it
+
+
 def _add(kb: ImageKnowledgeBase, index: Any, folder: Path, device: torch.device, progress: bool) -> None:
     """Adds the vectors of `kb` that `index` has not, and writes it after each part of them."""
     faiss = import_faiss()
     transforms, searched = stages(index)
     nearest = None
+    if not torch.cuda.is_available():  # faiss may have a GPU where torch has none
+        device = torch.device("cpu")
     if isinstance(searched, faiss.IndexIVF) and not isinstance(searched, faiss.IndexIVFFastScan):
         nearest = NearestCell(searched.quantizer.reconstruct_n(0, searched.nlist), device)
     with progress_bar(

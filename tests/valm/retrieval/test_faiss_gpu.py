@@ -65,8 +65,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", SimpleNamespace, raising=False)
     monkeypatch.setattr(faiss, "GpuParameterSpace", StandInSettings, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", move)
-    # the assigner of k-means
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: index)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: index)  # finds the cells of training vectors
     return moved
 
 
@@ -93,6 +92,17 @@ def test_one_gpu_or_all_of_them(kb, two_gpus):
     assert isinstance(built._index, OnStandIn)
     again = pickle.loads(pickle.dumps(built))
     assert again.device == built.device == torch.device("cuda") and two_gpus[-1].gpus == [0, 1]
+
+
+@pytest.mark.parametrize("factory", ["PCA8,IVF32,SQ8", "IVF32,Flat"])
+def test_cells_are_trained_on_gpus(kb, two_gpus, monkeypatch, factory):
+    used = []
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: used.append(index) or index)
+    build(kb, factory, device="cuda")
+    (cells,) = used
+    assert (cells.d, cells.ntotal) == (8 if "PCA" in factory else kb.dim, 32)
+    build(kb, factory)
+    assert len(used) == 1
 
 
 def test_candidates_of_a_gpu_are_reranked_like_those_of_the_cpu(kb, two_gpus):
