@@ -30,8 +30,9 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
     that was killed resumes.
 
     Raises:
-        ValmError: there are no parts, they are of different CLIPs, a file that is copied is damaged, or `out` cannot be
-            written or holds something else.
+        OSError: `out` cannot be written.
+        ValmError: there are no parts, they are of different CLIPs, one is replaced meanwhile, a file that is copied is
+            damaged, or `out` holds something else.
     """
     opened = [ImageKnowledgeBase.open(part) for part in parts]
     if not opened:
@@ -50,6 +51,8 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
             shards = [(kb.path, shard) for kb in opened for shard in kb.manifest["shards"]]
             with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
                 build.write(partial(_link_shard, out=build.out), shards, run_here, bar)
+            for kb in opened:  # or files would have gone with the checksums of others
+                kb.check_same()
             finish_knowledge_base(build, _moved_clip(opened, out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
 

@@ -233,6 +233,21 @@ class ImageKnowledgeBase:
         """Reads every file and returns the names of those whose content has changed."""
         return damaged_files(self.path, self.manifest, progress)
 
+    def check_same(self) -> None:
+        """Checks that the folder still holds this knowledge base: files are opened on use.
+
+        Raises:
+            ValmError: it has become another one since it was opened.
+        """
+        found = _identity(self.path)
+        if found == self._of_manifest:
+            return
+        # the same manifest is written anew where a backup is restored
+        if found and read_json(self.path / MANIFEST_FILE, "the manifest", Manifest)["sha256"] == self.fingerprint:
+            self._of_manifest = found
+        else:
+            raise ValmError(f"the knowledge base {self.path} has been replaced since it was opened: open it again")
+
     def encoded_shard(self, number: int) -> EncodedShard:
         """Shard `number` of the manifest, as `write_shard` takes it."""
         shard = self._shards[number]
@@ -316,7 +331,7 @@ class ImageKnowledgeBase:
         return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
 
     def _open_vectors(self, shard: int) -> np.ndarray:
-        self._check_same()
+        self.check_same()
         file = self._file(shard, "vectors")
         if file is None:
             raise ValmError(f"{self.path} has no vectors in its shard {shard}; build the knowledge base again")
@@ -325,28 +340,13 @@ class ImageKnowledgeBase:
         with pa.memory_map(str(file)) as mapped:
             return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
 
-    def _check_same(self) -> None:
-        """Files are opened on use.
-
-        Raises:
-            ValmError: the folder has become another knowledge base since this one was opened.
-        """
-        found = _identity(self.path)
-        if found == self._of_manifest:
-            return
-        # the same manifest is written anew where a backup is restored
-        if found and read_json(self.path / MANIFEST_FILE, "the manifest", Manifest)["sha256"] == self.fingerprint:
-            self._of_manifest = found
-        else:
-            raise ValmError(f"the knowledge base {self.path} has been replaced since it was opened: open it again")
-
     def _open_sparse_vectors(self, shard: int) -> np.ndarray:
         vectors = self._open_vectors(shard)  # a map of their own
         read_at_random(vectors)
         return vectors
 
     def _read_table(self, shard: int, kind: str) -> pa.Table | None:
-        self._check_same()
+        self.check_same()
         file = self._file(shard, kind)
         if file is None:
             return None

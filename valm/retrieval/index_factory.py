@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from valm.errors import ValmError
+
 # Number of images from which an index is worthwhile.
 EXACT_BELOW = 50_000
 # Number of images, by device, from which codes of 64 bytes are taken to save memory: otherwise the codes of so many
@@ -41,6 +43,20 @@ def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
 
 def _power_of_two(number: float) -> int:
     return 1 << round(np.log2(number))
+
+
+def new_index(dim: int, factory: str) -> Any:
+    """The untrained faiss index of vectors of width `dim` from a factory string.
+
+    Raises:
+        ValmError: faiss does not know the string.
+    """
+    faiss = import_faiss()
+    try:
+        # for unit vectors the nearest have the largest inner product, and no transform changes that
+        return faiss.index_factory(dim, factory, faiss.METRIC_L2)
+    except RuntimeError as error:
+        raise ValmError(f"faiss makes no index of {dim} dimensions from the factory string {factory!r}") from error
 
 
 def stages(index: Any) -> tuple[list[Any], Any]:

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
-from valm.retrieval.index_factory import import_faiss, stages
+from valm.retrieval.index_factory import import_faiss, new_index, stages
 from valm.store.files import WAIT_SECONDS, Count, Sha256, read_json, write_json
 from valm.store.folders import remove_folder
 from valm_kernels import FlatIPIndex
@@ -88,9 +88,9 @@ def remove_partial(folder: Path) -> None:
 
 
 def filled_index(
-    kb: ImageKnowledgeBase, index: Any, folder: Path, seed: int, device: torch.device, progress: bool
+    kb: ImageKnowledgeBase, factory: str, folder: Path, seed: int, device: torch.device, progress: bool
 ) -> tuple[Any, int]:
-    """`index`, an untrained one, trained and with all vectors of `kb`; and on how many it was trained.
+    """The faiss index of a factory string, trained and with all vectors of `kb`; and on how many it was trained.
 
     Args:
         folder: of what is done (`partial_folder`).
@@ -100,19 +100,25 @@ def filled_index(
         OSError: the folder cannot be written, or a file in it leads out of it.
         ValmError: a vector is not finite, or there are more cells than vectors.
     """
+    faiss = import_faiss()
+    index = new_index(kb.dim, factory)
     count = 0 if index.is_trained else _training_rows(kb, index)
     index, block = _unpacked(index)
     done = _read_done(folder)
     if done is not None:
         index = done
     elif count:
-        sample = _vectors(kb, np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False)))
+        rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
         with progress_bar(total=count, desc="train", unit=" images", unit_scale=True, shown=progress) as bar:
-            _train(index, sample, device)
+            _train(index, _vectors(kb, rows), device)
             bar.update(count)
         _write_done(index, folder)
     _add(kb, index, folder, device, progress)
-    return _packed(index, block), count
+    if block is not None:
+        del index, done  # before its codes are in memory a second time, packed
+        mapped = faiss.read_index(str(_added_file(folder, len(kb))), faiss.IO_FLAG_MMAP)
+        index = _with_searched(mapped, faiss.IndexIVFPQFastScan(stages(mapped)[1], block))
+    return index, count
 
 
 class NearestCell:
@@ -154,13 +160,16 @@ def _train(index: Any, sample: np.ndarray, device: torch.device) -> None:
     """Trains `index` on `sample` (n, E); faiss finds its cells on all GPUs if `device` is one."""
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
-    nearest = None
-    if ivf is not None and device.type == "cuda":
-        nearest = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
-        ivf.clustering_index = nearest
-    index.train(sample)
-    if nearest is not None:
-        ivf.clustering_index = None  # faiss does not own it
+    if ivf is None or device.type == "cpu":
+        index.train(sample)
+        return
+    nearest = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
+    ivf.clustering_index = nearest
+    try:
+        index.train(sample)
+    finally:
+        ivf.clustering_index = None
+        nearest.this.own(True)  # which the assignment took from Python, and faiss does not free
 
 
 def _add(kb: ImageKnowledgeBase, index: Any, folder: Path, device: torch.device, progress: bool) -> None:
@@ -203,21 +212,13 @@ def _unpacked(index: Any) -> tuple[Any, int | None]:
     return _with_searched(index, plain), searched.bbs
 
 
-def _packed(index: Any, block: int | None) -> Any:
-    """The index that `_unpacked` was given, with the vectors of what it made of it."""
-    if block is None:
-        return index
-    return _with_searched(index, import_faiss().IndexIVFPQFastScan(stages(index)[1], block))
-
-
 def _with_searched(index: Any, other: Any) -> Any:
     """`index` with `other` in the place of the inverted file behind its transforms; `other` has its quantizer."""
     searched = stages(index)[1]
     searched.own_fields, other.own_fields = False, True
     if searched is index:
         return other
-    index.index = other
-    other.this.disown()  # `index` owns it now, and Python the one before
+    index.index = other  # which `index` owns now
     searched.this.own(True)
     return index
 

@@ -21,7 +21,7 @@ from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
 from valm.retrieval.faiss_index import FaissIndex, read_index
-from valm.retrieval.index_factory import import_faiss, stages
+from valm.retrieval.index_factory import import_faiss, new_index, stages
 from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, write_index
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.retrieval.retriever import check_k
@@ -66,7 +66,7 @@ def build_index(
 ) -> FaissIndex:
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
-    Memory holds the index (twice while codes of 4 bits are packed), its training vectors (at most
+    Memory holds the index (up to twice while vectors are added), its training vectors (at most
     `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds the index twice until
     it is written. A build that was killed, or missed the target, goes on where it was, given the
     same factory and seed (`index_filling`).
@@ -87,22 +87,17 @@ def build_index(
             vector is not finite; another process makes this index.
         ImportError: faiss is not installed.
     """
-    faiss = import_faiss()
     queries = queries.reshape(-1, kb.dim).float().cpu()
     check_k(k, kb)
     if len(queries) < 2:
         raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
-    try:
-        # for unit vectors the nearest have the largest inner product, and no transform changes that
-        index = faiss.index_factory(kb.dim, factory, faiss.METRIC_L2)
-    except RuntimeError as error:
-        raise ValmError(f"faiss makes no index of {kb.dim} dimensions from the factory string {factory!r}") from error
+    index = new_index(kb.dim, factory)
     device = torch.device(device)
     if device.type == "cuda":  # before the training
         check_for_gpus(kb, index, search="", candidates=k)
     with partial_folder(kb, factory, seed) as folder:
         try:
-            index, trained_on = filled_index(kb, index, folder, seed, device, progress)
+            index, trained_on = filled_index(kb, factory, folder, seed, device, progress)
         except RuntimeError as error:  # such as of IDMap, which takes no vectors without ids
             reason = one_line(str(error))
             raise ValmError(f"faiss cannot fill an index of the factory string {factory!r}: {reason}") from error

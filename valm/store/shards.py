@@ -295,7 +295,8 @@ class ShardFiles:
                 os.link(os.path.realpath(source), path)
             except OSError:  # another file system, one without links, or a file of somebody else
                 with atomic_path(path) as temporary:
-                    shutil.copyfile(source, temporary)
+                    with open(source, "rb") as old, open(temporary, "wb") as new:  # copyfile would name the old one
+                        shutil.copyfileobj(old, new)
                     check_content(source, entry, temporary)
             self._files.append({**entry, "name": path.name})
         sync_folder(self.out)

@@ -114,6 +114,22 @@ def test_damage_gets_no_new_checksum(make_kb, tmp_path, how):
             merge([kb.path], tmp_path / "merged")
 
 
+def test_a_part_that_is_replaced_meanwhile_is_not_merged(folder, tokenizer, clip, make_kb, tmp_path, monkeypatch):
+    first, second = make_kb(4), build_folder(folder, tmp_path / "second", clip)
+    link = ShardFiles.link
+
+    def replaced(files, part, entries):
+        link(files, part, entries)
+        if files.number == 0:
+            shutil.rmtree(second.path)
+            build_folder(folder, second.path, make_clip(tokenizer, seed=1))
+
+    monkeypatch.setattr(ShardFiles, "link", replaced)
+    with pytest.raises(ValmError, match="second has been replaced since it was opened"):
+        merge([first.path, second.path], tmp_path / "kb", progress=False)
+    assert not (tmp_path / "kb" / "manifest.json").exists()
+
+
 def test_a_merge_goes_on(make_kb, tmp_path, monkeypatch, how):
     parts = [make_kb(4).path, make_kb(6).path]
     whole = merge(parts, tmp_path / "whole", progress=False)

@@ -101,6 +101,7 @@ def test_cells_are_trained_on_gpus(kb, two_gpus, monkeypatch, factory):
     build(kb, factory, device="cuda")
     (cells,) = used
     assert (cells.d, cells.ntotal) == (8 if "PCA" in factory else kb.dim, 32)
+    assert cells.this.own()  # or its memory would stay until the process ends
     build(kb, factory)
     assert len(used) == 1
 

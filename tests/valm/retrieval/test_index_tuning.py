@@ -206,8 +206,7 @@ def test_the_nearest_cells_are_those_that_faiss_finds():
 @pytest.mark.parametrize("factory", ["IVF16,SQ8", "PCA8,IVF16,PQ8", "IVF16,PQ8x4fs", "PCA8,IVF32,PQ4x4fsr_64"])
 def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, factory):
     faiss = pytest.importorskip("faiss")
-    index = faiss.index_factory(kb.dim, factory, faiss.METRIC_L2)
-    filled, _ = index_filling.filled_index(kb, index, tmp_path, 0, torch.device("cpu"), progress=False)
+    filled, _ = index_filling.filled_index(kb, factory, tmp_path, 0, torch.device("cpu"), progress=False)
     added = faiss.clone_index(filled)
     added.reset()
     added.add(kb.vectors().astype(np.float32))
