@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.record import cases, retrieval, texts
+from tests.record import cases, retrieval, texts, training
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,16 @@ def test_retrieval(tmp_path):
     expected = load_file(retrieval.OUTPUTS)
     for name, tensor in retrieval.outputs(tmp_path):
         check(name, tensor, expected.pop(name))
+    assert not expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_trainings(tmp_path):
+    """Two hundred steps multiply what two processors round differently: to 1e-3."""
+    expected = load_file(training.OUTPUTS)
+    for name, losses in training.outputs(tmp_path):
+        torch.testing.assert_close(losses.float(), expected.pop(name), rtol=1e-3, atol=1e-3, msg=name)
     assert not expected
 
 
