@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from benchmarks import gpu_report
 from benchmarks.valm import demo_report
 from benchmarks.valm_kernels import roofline, topk_report
-from valm.explain.plots import INK, SERIES, new_figure, quiet
+from studies.plots import INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from valm.explain.plots import INK, SERIES, new_figure
+from studies.plots import INK, SERIES, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,8 +19,8 @@ from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.color import COLORS, PROMPTS, ColorItem, fill, load_memory_color
 from valm.explain.explanation import Explanation, explain
-from valm.explain.figures import explanation_rows
-from valm.explain.plots import INK, SERIES, new_figure
+from studies.explanation_figures import explanation_rows
+from studies.plots import INK, SERIES, new_figure
 from valm.model.checkpoint import load
 from valm.store.files import writable_folder
 from valm.text import printable

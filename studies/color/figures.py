@@ -22,7 +22,7 @@ from studies.color.comparisons import (
 from studies.color.config import VALIDATION
 from studies.color.results import Results
 from valm.evaluation.statistics import Difference
-from valm.explain.plots import FAINT, INK, SERIES, new_figure, quiet
+from studies.plots import FAINT, INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

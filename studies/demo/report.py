@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from studies import explanation_figures, plots
 from studies.demo.corpus import begins_a_sentence
 from studies.demo.exhibits import Exhibits
 from studies.demo.things import CREDIT
 from valm.evaluation.color import COLORS, PROMPTS
-from valm.explain import figures, plots
 from valm_kernels.atomic_files import atomic_path
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def check_can_report() -> None:
     Raises:
         ValmError: one is missing.
     """
-    figures.check_can_draw()
+    plots.new_figure(1, 1)
 
 
 def write_report(
@@ -58,8 +58,8 @@ def write_report(
         credit=CREDIT,
         prompts={prompt: begins_a_sentence(prompt) for prompt in PROMPTS},
         exhibits=exhibits,
-        attention=svg(figures.attention(exhibits.attention)),
-        swaps=[{**vars(swap), "bars": svg(figures.answer_bars(swap.probabilities))} for swap in exhibits.swaps],
+        attention=svg(explanation_figures.attention(exhibits.attention)),
+        swaps=[{**vars(swap), "bars": svg(explanation_figures.answer_bars(swap.probabilities))} for swap in exhibits.swaps],
         language_losses=svg(plots.loss_curves({name: of for name, of in losses.items() if name != "CLIP"})),
         clip_losses=svg(plots.loss_curves({"CLIP": losses["CLIP"]})),
     )

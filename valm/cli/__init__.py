@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from valm.cli import (
     app,
     clip,
-    encoder,
     evaluate,
     explain,
     generate,
@@ -106,7 +105,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="valm", description="A language model that attends to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    build = (clip, encoder, kb, retrieve, verify)
+    build = (clip, kb, retrieve, verify)
     use = (train, evaluate, lm_eval, generate, explain, app, serve)
     for module in (*build, *use):
         module.add_to(commands)

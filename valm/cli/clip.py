@@ -1,4 +1,4 @@
-"""valm clip train."""
+"""valm clip train; `valm clip check` is in clip_check.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from valm.cli import clip_check
 from valm.cli.kb import add_source, open_source
 from valm.cli.options import Commands, above_zero, add_device, chosen_device, command, not_negative, positive, seed
 from valm.errors import ValmError
@@ -39,8 +40,9 @@ def portion(text: str) -> float:
 
 
 def add_to(commands: Commands) -> None:
-    clip = commands.add_parser("clip", help="train a CLIP")
+    clip = commands.add_parser("clip", help="train a CLIP, or see what one sees")
     clip_commands = clip.add_subparsers(required=True, metavar="COMMAND")
+    clip_check.add_to(clip_commands)
     train = command(clip_commands, "train", run_train, "train a CLIP on captioned images")
     add_source(train)
     train.add_argument(
@@ -185,7 +187,7 @@ def train(arguments: argparse.Namespace, out: Path) -> None:
     print(f"{len(records):,} images; loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last")
     print_recall("trained on", records, clip)
     print_recall("held out", held_out, clip)
-    print(f"written to {out}; `valm encoder check PICTURES --clip {out}` says what it sees")
+    print(f"written to {out}; `valm clip check PICTURES --clip {out}` says what it sees")
 
 
 def check_output(out: Path, resume: bool) -> None:
@@ -239,7 +241,7 @@ def print_recall(which: str, records: list[Record], clip: Clip) -> None:
     """Prints how often a caption finds its own image among `records`, or among MOST_CHECKED of them."""
     import torch
 
-    from valm.evaluation.encoder_check import retrieve
+    from valm.evaluation.clip_check import retrieve
     from valm.knowledge_base.encode import Encoding, encode_records
     from valm.store.shards import ProgressBar
 

@@ -11,16 +11,12 @@ from valm.cli.options import (
     add_json,
     add_retrieval,
     chosen_device,
-    chosen_min_score,
     chosen_query_dtype,
     command,
     positive,
     print_json,
 )
 from valm.errors import ValmError
-
-# Sets whose file may be given separately.
-FILES = ("memory_color", "color_terms")
 
 
 def add_to(commands: Commands) -> None:
@@ -31,7 +27,7 @@ def add_to(commands: Commands) -> None:
         help="a checkpoint, an augmented decoder, a causal or masked language model or a CLIP: FOLDER, NAME=FOLDER, or "
         "NAME=FOLDER,FOLDER for checkpoints that differ in their seed",
     )
-    evaluate.add_argument("--tasks", help="tasks or groups: color,shape,size,material,nlu,lm (default: color)")
+    evaluate.add_argument("--tasks", default="color", help="tasks or groups: color,shape,size,material,nlu,lm")
     evaluate.add_argument(
         "--protocol",
         choices=["fair", "published", "both"],
@@ -39,8 +35,6 @@ def add_to(commands: Commands) -> None:
         help="prompts and scoring of the paper, fair ones, or both",
     )
     evaluate.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
-    evaluate.add_argument("--memory-color", type=Path, help="memory_color_data.csv, instead of one in --data")
-    evaluate.add_argument("--color-terms", type=Path, help="color-concrete-objects.csv, instead of one in --data")
     evaluate.add_argument("--limit", type=positive, help="so many items of each set only, for a quick look")
     evaluate.add_argument("--no-images", action="store_true", help="also each model with its images off")
     evaluate.add_argument(
@@ -50,27 +44,13 @@ def add_to(commands: Commands) -> None:
         "--replace", type=Path, metavar="FOLDER", help="also with the images in this folder for those it finds"
     )
     evaluate.add_argument(
-        "--cost",
-        nargs="*",
-        type=Path,
-        metavar="KB",
-        help="also the time of a forward pass over that without images, and accuracy, with so many images of each "
-        "knowledge base (default: the model's own) as --cost-sizes says",
-    )
-    evaluate.add_argument("--cost-sizes", type=sizes, metavar="N,N", help="images; by default 1, 10 and 100 percent")
-    evaluate.add_argument(
         "--out",
         type=Path,
         help="folder of results.json, results.md, report.html and the cache; a killed run resumes, and an earlier "
         "report is kept in a folder of its own",
     )
-    evaluate.add_argument("--fresh", action="store_true", help="score anew what the cache in --out has")
     add_json(evaluate)
     add_retrieval(evaluate)
-
-
-def sizes(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -79,37 +59,26 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from valm.evaluation.suite import Settings, entries, evaluate
     from valm.store.files import writable_folder
 
-    if arguments.cost_sizes is not None and arguments.cost is None:
-        raise ValmError("--cost-sizes are of --cost: give it too")
-    files = {name: path for name in FILES if (path := getattr(arguments, name)) is not None}
-    tasks = arguments.tasks or (",".join(files) if files else "color")
     if arguments.out is not None:
         if arguments.out.is_file():
             raise ValmError(f"the output {arguments.out} is a file; choose a folder")
         writable_folder(arguments.out)
     settings = Settings(
-        tasks=tuple(chosen_tasks(tasks)),
+        tasks=tuple(chosen_tasks(arguments.tasks)),
         protocols=(PUBLISHED, FAIR) if arguments.protocol == "both" else (arguments.protocol,),
         data=arguments.data,
-        files=files,
         limit=arguments.limit,
         kb=arguments.kb,
         clip=arguments.clip,
         allow_download=arguments.allow_download,
         device=chosen_device(arguments),
         query_dtype=chosen_query_dtype(arguments),
-        min_score=chosen_min_score(arguments),
+        min_score=arguments.min_score,
         no_images=arguments.no_images,
         random_images=arguments.random_images,
         replace=arguments.replace,
-        fresh=arguments.fresh,
     )
-    models = entries(arguments.model)
-    results = evaluate(models, settings, arguments.out)
-    if arguments.cost is not None:
-        from valm.evaluation.cost import measure
-
-        results["cost"] = measure(models, settings, arguments.cost, arguments.cost_sizes, arguments.out)
+    results = evaluate(entries(arguments.model), settings, arguments.out)
     report, earlier = (None, None) if arguments.out is None else write_report(results, arguments.out)
     if earlier is not None:
         print(f"the report that was in {arguments.out} is now in {earlier}", file=sys.stderr)

@@ -14,7 +14,6 @@ def add_to(commands: Commands) -> None:
     explain.add_argument("model", type=Path, help="checkpoint folder")
     explain.add_argument("prompt", help="the text that is read")
     explain.add_argument("--out", type=Path, default=Path("explanation.html"), help="the page")
-    explain.add_argument("--png", type=Path, help="write the same as a picture too")
     explain.add_argument("--answers", help="words to compare, with commas between them, instead of the likeliest")
     explain.add_argument("--replace", type=Path, metavar="FOLDER", help="beside it, with images out of this folder")
     explain.add_argument("--compare", type=Path, metavar="MODEL2", help="beside it, another checkpoint")
@@ -23,14 +22,11 @@ def add_to(commands: Commands) -> None:
 
 def run_explain(arguments: argparse.Namespace) -> None:
     from valm.explain.explanation import Reader, explain_together
-    from valm.explain.figures import check_can_draw, write_figure
     from valm.explain.images import GivenImages
     from valm.explain.page import write_page
     from valm.knowledge_base.sources.folder import find_images
     from valm.retrieval.retriever import Retriever
 
-    if arguments.png:
-        check_can_draw()
     model, tokenizer = load_model(arguments)
     name = name_of(arguments.model)
     readers = {name: Reader(model, tokenizer)}
@@ -46,6 +42,3 @@ def run_explain(arguments: argparse.Namespace) -> None:
     explanations = explain_together(readers, arguments.prompt, answers)
     write_page(arguments.out, explanations)
     print(f"page: {arguments.out}")
-    if arguments.png:
-        write_figure(arguments.png, explanations)
-        print(f"picture: {arguments.png}")

@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from valm.corpus.min_score import MinScore
     from valm.store.shards import Runner
 
 # Commands and options that went, and what took their place.
 GONE = {
     "--follow-links": "linked folders are always looked into, each once",
+    "--beams": "generate() of a model that `valm.load` opens searches with num_beams",
+    "--color-terms": "put the file into the folder --data",
+    "--cost": "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only -k whole_model` times models with images",
+    "--fresh": "remove the folder cache in --out to score everything again",
+    "--memory-color": "put the file into the folder --data",
+    "--png": "the page prints",
+    "--templates": "`valm.evaluation.clip_check.check_clip` takes templates",
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
+    "encoder": "`valm clip check` looks at what a CLIP sees",
     "verify": "`valm verify FOLDER` reads every kind of store",
     "--verify": "`valm verify FOLDER` reads every kind of store",
 }
@@ -159,51 +166,15 @@ def above_zero(text: str) -> float:
     return value
 
 
-def score(text: str) -> float | str:
-    return text if text == "auto" else float(text)
-
-
-def add_min_score(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--min-score",
-        type=score,
-        metavar="SCORE",
-        help="a token whose best image has a lower retrieval score sees none; -1 cuts nothing, auto chooses it from "
-        f"--questions or --ordinary-text (default: {default})",
-    )
-    parser.add_argument(
-        "--questions",
-        type=Path,
-        metavar="CORPUS",
-        help="with --min-score auto: texts at whose last tokens images matter; 95 in 100 of them keep theirs",
-    )
-    parser.add_argument(
-        "--ordinary-text",
-        type=Path,
-        metavar="CORPUS",
-        help="with --min-score auto, instead: texts that need no images; 5 in 100 of their tokens see some",
-    )
-
-
-def chosen_min_score(arguments: argparse.Namespace) -> MinScore | None:
-    """The value of the options of `add_min_score`.
-
-    Raises:
-        ValmError: they do not go together.
-    """
-    from valm.corpus.min_score import MinScore
-
-    names = (arguments.min_score, arguments.questions, arguments.ordinary_text)
-    if names == (None, None, None):
-        return None
-    found = MinScore(*names)
-    found.check()
-    return found
-
-
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
-    add_min_score(parser, "the model's own")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        metavar="SCORE",
+        help="a token whose best image has a lower retrieval score sees none; -1 cuts nothing (default: the model's "
+        "own)",
+    )
     add_clip(parser)
     add_query_dtype(parser, auto=True)
     add_device(parser)
@@ -251,8 +222,8 @@ def load_compared(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokeniz
 
 def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple[Any, PreTrainedTokenizerFast]:
     from valm.model.checkpoint import load
+    from valm.retrieval.min_score import set_min_score
 
-    min_score = chosen_min_score(arguments)
     model, tokenizer = load(
         folder,
         kb=kb,
@@ -261,8 +232,8 @@ def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple
         device=chosen_device(arguments),
         query_dtype=chosen_query_dtype(arguments),
     )
-    if min_score is not None:
-        min_score.set(model, folder)
+    if arguments.min_score is not None:
+        set_min_score(model, arguments.min_score, folder)
     return model, tokenizer
 
 

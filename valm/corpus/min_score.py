@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,23 +53,6 @@ class MinScore:
             raise ValmError("--min-score auto chooses it from texts: give either --questions or --ordinary-text")
         if isinstance(self.score, str) and self.score != AUTO:
             raise ValmError(f"--min-score must be a number or {AUTO}, got {self.score!r}")
-
-    def set(self, model: Any, name: object) -> None:
-        """Sets that of `model`, one that takes images; of one that retrieves none a warning says so, with its `name`.
-
-        Raises:
-            ValmError: as `find`, or the model's knowledge base is missing.
-        """
-        if not model.fusion_options.retrieves:
-            warnings.warn(f"--min-score changes nothing of {name}, which retrieves no images", stacklevel=2)
-            return
-        value = self.score
-        if isinstance(value, str):
-            retriever = model.retriever
-            if not isinstance(retriever, Retriever):
-                raise ValmError(f"--min-score auto: {name} has no knowledge base: give it as kb (--kb)")
-            value = self.find(retriever.kb, retriever.encoder.query, retriever.encoder.tokenizer, retriever)
-        model.set_min_score(value)
 
     def find(
         self, kb: ImageKnowledgeBase, query: str, tokenizer: PreTrainedTokenizerFast, retriever: Retriever | None

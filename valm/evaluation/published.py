@@ -1,4 +1,4 @@
-"""The published numbers (Wang et al. 2022, tables 2, 4, 5 and 7), to lay others beside."""
+"""The published numbers (Wang et al. 2022, tables 2, 4 and 5), to lay others beside."""
 
 from __future__ import annotations
 
@@ -33,12 +33,4 @@ TABLE_5: dict[str, tuple[float, float, float]] = {
     "GPT-2*": (36.44, 42.46, 42.17),
     "VaLM, K = 4": (35.78, 42.51, 42.65),
     "VaLM, K = 8": (35.76, 42.38, 42.87),
-}
-
-# Images, the four accuracies of table 2 in percent, and time relative to GPT-2*, all at K = 4.
-TABLE_7: dict[str, tuple[float, float, float, float, float]] = {
-    "200M": (53.99, 52.66, 62.77, 85.03, 2.06),
-    "100M": (53.50, 49.71, 61.39, 81.84, 1.91),
-    "10M": (51.79, 47.49, 62.18, 82.15, 1.79),
-    "1M": (51.87, 46.31, 48.51, 82.35, 1.74),
 }

@@ -294,21 +294,17 @@ def what_is_asked(
     protocol: str,
     data: str | os.PathLike | None = None,
     *,
-    file: Path | None = None,
     allow_download: bool = False,
     limit: int | None = None,
 ) -> Questions | Documents:
     """The questions or documents of `task`, of at most `limit` items drawn by a fixed seed.
-
-    Args:
-        file: the file of the set, instead of one in the folder `data`.
 
     Raises:
         ValmError: as `read_set`, or the task has no such protocol.
     """
     if protocol not in task.protocols:
         raise ValmError(f"{task.name} has no protocol {protocol!r}, only {', '.join(task.protocols)}")
-    items = read_set(task.name, data, file=file, allow_download=allow_download)
+    items = read_set(task.name, data, allow_download=allow_download)
     asked = task.build(task.name, items, protocol)
     # after the set as a whole, whose items say which candidates there are, and which items a protocol draws
     return asked if limit is None or limit >= len(asked.texts) else _some(asked, limit)

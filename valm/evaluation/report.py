@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from valm.evaluation.charts import axes, charts
-from valm.evaluation.published import TABLE_5, TABLE_7, TABLES
+from valm.evaluation.published import TABLE_5, TABLES
 from valm.evaluation.questions import FAIR, PUBLISHED, TASKS
 from valm.evaluation.suite import RESULTS
 from valm.store.files import writable_folder, write_json
@@ -118,7 +118,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     for protocol in (PUBLISHED, FAIR):
         found += [_accuracies(results, number, protocol) for number in (2, 4)]
         found.append(_perplexities(results, protocol))
-    found += [_further(results), _differences(results), _details(results), _cost(results)]
+    found += [_further(results), _differences(results), _details(results)]
     limit = results["conditions"].get("limit")
     return [table if limit is None else _marked(table, limit) for table in found if "ours" in table.groups]
 
@@ -343,26 +343,6 @@ def _details(results: Mapping[str, Any]) -> Table:
         ("ours",) * len(rows),
         "Calibrated: less the answer's score without a prompt; by mean: less its mean over the items. Balanced: mean "
         "over the answers.",
-    )
-
-
-def _cost(results: Mapping[str, Any]) -> Table:
-    every = TABLES[2][0]
-    items = _items(results, PUBLISHED)
-    tasks = [task for task in every if task in items]
-    published = _published_rows(TABLE_7, [*every, "live"], [*tasks, "live"])
-    rows: list[tuple[str, ...]] = [(*row[:-1], MISSING, row[-1]) for row in published]
-    cost = results.get("cost", [])
-    for row in cost:
-        cells = [_percent(row["metrics"].get(task), "accuracy") for task in tasks]
-        of = f"{row['model']}, {row['knowledge_base']}, {row['images']:,}"
-        rows.append((of, *cells, f"{row['cached']:.2f}", f"{row['live']:.2f}"))
-    return Table(
-        "Table 7: images, accuracy in percent (published protocol), and time of a forward pass over the same without",
-        ("images", *(_title(task, items) for task in tasks), "retrieved before", "retrieving"),
-        tuple(rows),
-        ("published",) * len(published) + ("ours",) * len(cost),
-        "Time relative to the same model without images (K = 0).",
     )
 
 

@@ -28,7 +28,6 @@ from transformers.models.auto.modeling_auto import (
 from valm.clip.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import begin_id
-from valm.corpus.min_score import MinScore
 from valm.errors import ValmError
 from valm.evaluation.choice import check_single_tokens
 from valm.evaluation.controls import switch_images
@@ -47,6 +46,7 @@ from valm.model.checkpoint import ModelConfig, load
 from valm.model.config import MODEL_TYPE
 from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.min_score import set_min_score
 from valm.retrieval.retriever import Retriever
 from valm.store.files import is_file, is_folder, read_json
 from valm.store.folders import current_files
@@ -345,7 +345,7 @@ def open_scorer(
     allow_download: bool = False,
     device: str | torch.device = "cpu",
     query_dtype: torch.dtype | None = None,
-    min_score: MinScore | None = None,
+    min_score: float | None = None,
 ) -> Scorer:
     """The model in the folder `source`, or of that Hugging Face name where `allow_download`.
 
@@ -405,14 +405,14 @@ def _model_type(folder: Path) -> Any:
         return None
 
 
-def _open_valm(source: str, where: dict[str, Any], min_score: MinScore | None) -> CausalScorer:
+def _open_valm(source: str, where: dict[str, Any], min_score: float | None) -> CausalScorer:
     if where.get("kb") is not None and _sees_no_images(Path(source)):
         warnings.warn(f"{source} sees no images, so the knowledge base (--kb) is not for it", stacklevel=2)
         where = where | {"kb": None}
     model, tokenizer = load(source, **where)
     model.float()  # as all others
     if min_score is not None:
-        min_score.set(model, source)
+        set_min_score(model, min_score, source)
     options = model.fusion_options
     if options.blind:
         kind = "blind: its own query is each token's image"

@@ -313,16 +313,14 @@ def find_file(name: str, data: str | os.PathLike | None = None) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def read_set(
-    name: str, data: str | os.PathLike | None = None, *, file: Path | None = None, allow_download: bool = False
-) -> list[Any]:
-    """The items of the set `name`: from `file`, from `data`, or from the Hub where `allow_download`.
+def read_set(name: str, data: str | os.PathLike | None = None, *, allow_download: bool = False) -> list[Any]:
+    """The items of the set `name`: from `data`, or from the Hub where `allow_download`.
 
     Raises:
-        ValmError: it is in none of them (the message says where to get it), or a row does not parse.
+        ValmError: it is in neither (the message says where to get it), or a row does not parse.
     """
     found = SETS[name]
-    file = file or find_file(name, data)
+    file = find_file(name, data)
     if file is not None:
         items = found.load(file)
         if not items:

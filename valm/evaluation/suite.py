@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
-from valm.corpus.min_score import MinScore
 from valm.errors import ValmError
 from valm.evaluation.controls import images_fingerprint
 from valm.evaluation.metrics import choice_metrics, document_metrics
@@ -48,27 +47,23 @@ class Settings:
     """The options of an evaluation.
 
     Attributes:
-        files: the files of sets, by name; other sets are looked for in `data`.
         no_images, random_images, replace: each adds a row for every model that sees images: without images, with random
             ones of its knowledge base, with those of the folder `replace` instead.
-        fresh: ignore the cache of earlier runs.
     """
 
     tasks: tuple[Task, ...]
     protocols: tuple[str, ...] = (PUBLISHED, FAIR)
     data: str | os.PathLike | None = None
-    files: Mapping[str, Path] = field(default_factory=dict)
     limit: int | None = None
     kb: str | os.PathLike | None = None
     clip: str | None = None
     allow_download: bool = False
     device: str | torch.device = "cpu"
     query_dtype: torch.dtype | None = None
-    min_score: MinScore | None = None
+    min_score: float | None = None
     no_images: bool = False
     random_images: bool = False
     replace: str | os.PathLike | None = None
-    fresh: bool = False
 
     @property
     def variants(self) -> dict[str, tuple[str, str | os.PathLike | None]]:
@@ -155,7 +150,7 @@ def evaluate(
                     images = [retrieval, None if replace is None else images_fingerprint(replace)]
                     for key, one in asked.items():
                         bar.set_description(", ".join(filter(None, (entry.name, variant, key[0]))))
-                        of_unit = scores_of(scorer, one, cache, [own, images], settings.fresh, bar)
+                        of_unit = scores_of(scorer, one, cache, [own, images], bar)
                         scored.setdefault((variant, *key), []).append(of_unit)
             for (variant, task, protocol), of_seeds in scored.items():
                 row, values = _row(entry, "; ".join(kinds), variant, asked[task, protocol], of_seeds)
@@ -188,7 +183,6 @@ def asked_by(settings: Settings) -> dict[tuple[str, str], Questions | Documents]
             task,
             protocol,
             settings.data,
-            file=settings.files.get(task.name),
             allow_download=settings.allow_download,
             limit=settings.limit,
         )
@@ -245,7 +239,7 @@ def read_cached(file: Path) -> Scores:
 
 
 def scores_of(
-    scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], fresh: bool, bar: Any
+    scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], bar: Any
 ) -> Scores:
     """The scores from the cache, or from the model, which are then cached.
 
@@ -254,7 +248,7 @@ def scores_of(
     """
     name = f"{asked.task}-{asked.protocol}-{digest([CACHE_VERSION, own, asdict(asked), __version__])[:32]}.json"
     file = None if cache is None else cache / name
-    if file is not None and file.is_file() and not fresh:
+    if file is not None and file.is_file():
         bar.update(_size(asked))
         known = read_cached(file)
         if not _fits(known, asked):

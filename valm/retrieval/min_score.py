@@ -8,7 +8,9 @@ about colours stayed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +29,14 @@ def cut(ids: Tensor, scores: Tensor, min_score: float | None) -> tuple[Tensor, T
         return ids, scores
     none = (scores < min_score).all(-1, keepdim=True)
     return ids.masked_fill(none, -1), scores.masked_fill(none, -torch.inf)
+
+
+def set_min_score(model: Any, value: float, name: object) -> None:
+    """Sets that of `model`, one that takes images; of one that retrieves none a warning says so, with its `name`."""
+    if model.fusion_options.retrieves:
+        model.set_min_score(value)
+    else:
+        warnings.warn(f"--min-score changes nothing of {name}, which retrieves no images", stacklevel=2)
 
 
 def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterable[np.ndarray] | None = None) -> float:

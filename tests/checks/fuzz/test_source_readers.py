@@ -138,7 +138,7 @@ def test_evaluation_sets(tmp_path_factory, linked, data):
     name = data.draw(st.sampled_from(sorted(SETS)))
     file = folder / SETS[name].file
     beside = [one for one in files_of(file.parent) if one.stem.partition("_")[0] == file.stem.partition("_")[0]]
-    check_mutants(data, beside, linked, lambda: read_set(name, file=file), ...)
+    check_mutants(data, beside, linked, lambda: read_set(name, folder), ...)
 
 
 @fuzzed(300)

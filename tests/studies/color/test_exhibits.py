@@ -10,7 +10,7 @@ from studies.color.study import Study
 from valm.errors import ValmError
 from valm.explain.explanation import Explanation
 from valm.explain.images import ShownImage
-from valm.explain.plots import SERIES
+from studies.plots import SERIES
 
 
 def asked(thing, right):

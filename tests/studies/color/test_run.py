@@ -131,10 +131,11 @@ def test_a_whole_study(world):
             assert model.finder.source.knowledge_base.name == "kb-others"  # that it was trained with
         ids = tokenizer("The color of the sky is", return_tensors="pt").input_ids
         assert torch.isfinite(model(ids).logits).all()
-    table = world / "table.csv"
-    table.write_text("Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n")
+    (world / "object_color").mkdir()
+    table = "Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n"
+    (world / "object_color" / "memory_color_data.csv").write_text(table)
     folders = [str(world / "out" / name) for name in ("valm", "twin", "blind")]
-    assert main(["eval", *folders, "--memory-color", str(table)]) == 0
+    assert main(["eval", *folders, "--tasks", "memory_color", "--data", str(world)]) == 0
     figures = ["--figures", str(world)]
     where = ["--out", str(world / "out"), "--data", str(world / "data")]
     assert run_command(build_parser(), ["pictures", str(world / "study.yaml"), *where, *figures]) == 0

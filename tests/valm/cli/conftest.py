@@ -9,6 +9,7 @@ from PIL import Image
 from tests.valm.cli.commands import SIZE, THINGS, run
 from tests.valm.tiny_clip import make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.evaluation.sets import SETS
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,9 @@ def world(tmp_path_factory):
         (root / "pictures" / f"{name}.txt").write_text(f"a {name}")
     (root / "corpus.txt").write_text("\n".join(texts))
     rows = [f"{i},the ,{name},{color}" for i, (name, color) in enumerate(THINGS.items(), 1)]
-    (root / "colors.csv").write_text("\n".join(["Index,Descriptor,Item,Color", *rows]))
+    table = root / "sets" / SETS["memory_color"].file
+    table.parent.mkdir(parents=True)
+    table.write_text("\n".join(["Index,Descriptor,Item,Color", *rows]))
     make_clip(prune_tokenizer(clip_tokenizer(), texts)).save(root / "clip")
     build = ["kb", "build", root / "pictures", "--clip", root / "clip", "--out", root / "kb"]
     assert run(*build) == 0

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,17 +11,17 @@ from valm.clip.text_tower import fastest_dtype
 
 
 @pytest.fixture(scope="session")
-def sets(tmp_path_factory):
+def sets(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
     write_sets(root)
-    return root
+    return shutil.copytree(world / "sets", root, dirs_exist_ok=True)
 
 
 def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     out, other = tmp_path / "out", tmp_path / "pictures"
     other.mkdir()
     Image.new("RGB", (32, 32), "purple").save(other / "purple.png")
-    arguments = ["eval", world / "valm", world / "gpt2", "--memory-color", world / "colors.csv", "--data", sets]
+    arguments = ["eval", world / "valm", world / "gpt2", "--data", sets]
     arguments += ["--no-images", "--random-images", "--replace", other, "--out", out]
     assert run(*arguments, "--tasks", "memory_color,vicomte_color") == 0
     printed = capsys.readouterr().out
@@ -43,7 +44,7 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
 
 def test_eval_with_another_min_score(world, tmp_path, capsys):
     """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
-    arguments = ["eval", world / "valm", world / "gpt2", "--memory-color", world / "colors.csv", "--protocol", "fair"]
+    arguments = ["eval", world / "valm", world / "gpt2", "--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair"]
     with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
         assert run(*arguments, "--min-score", "2", "--no-images", "--json", "--out", tmp_path) == 0
     cut, off, _ = json.loads(capsys.readouterr().out)["rows"]
@@ -56,13 +57,13 @@ def test_eval_with_another_min_score(world, tmp_path, capsys):
 
 
 def test_eval_as_json_is_the_results_file(world, sets, tmp_path, capsys):
-    arguments = ["--memory-color", world / "colors.csv", "--protocol", "fair", "--out", tmp_path, "--json"]
+    arguments = ["--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair", "--out", tmp_path, "--json"]
     assert run("eval", world / "gpt2", *arguments) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
 
 
 def test_another_evaluation_into_the_same_folder_loses_nothing(world, tmp_path, capsys):
-    arguments = ["eval", world / "gpt2", "--memory-color", world / "colors.csv", "--protocol", "published"]
+    arguments = ["eval", world / "gpt2", "--tasks", "memory_color", "--data", world / "sets", "--protocol", "published"]
     arguments += ["--out", tmp_path]
     assert run(*arguments) == 0
     before = (tmp_path / "results.json").read_bytes()
@@ -77,19 +78,17 @@ def test_another_evaluation_into_the_same_folder_loses_nothing(world, tmp_path, 
 
 
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
-def test_a_named_file_is_its_own_task(world, capsys, model):
-    assert run("eval", world / model, "--memory-color", world / "colors.csv", "--protocol", "fair") == 0
+def test_one_protocol_of_one_task(world, capsys, model):
+    assert run("eval", world / model, "--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair") == 0
     printed = capsys.readouterr().out
     assert "| MemoryColor | fair | 6 × 9 |" in printed and "published protocol" not in printed
 
 
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
-    color = ["--memory-color", "{world}/colors.csv"]
+    color = ["--tasks", "memory_color", "--data", "{world}/sets"]
     return {
         "unknown task": (["eval", "{world}/gpt2", "--tasks", "colour"], "did you mean 'color'"),
-        "table missing": (["eval", "{world}/gpt2", "--memory-color", "{tmp}/none.csv"], "none.csv"),
-        "table of something else": (["eval", "{world}/gpt2", "--memory-color", "{world}/corpus.txt"], "columns"),
         "data missing": (["eval", "{world}/gpt2", "--tasks", "size", "--data", "{tmp}"], "get it from https://"),
         "model missing": (["eval", "{tmp}/none", *color], "there is no model folder {tmp}/none"),
         "no model": (["eval", "{world}/pictures", *color], "the language model {world}/pictures cannot be read"),
@@ -108,7 +107,7 @@ def test_wrong_input_is_one_sentence(sentence, name):
 def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, capsys):
     root = copy_of("valm")  # without the knowledge base that it notes
     (root / "valm" / "_retrieval.json").unlink()
-    assert run("eval", root / "valm", "--memory-color", world / "colors.csv", "--out", root / "out") == 1
+    assert run("eval", root / "valm", "--tasks", "memory_color", "--data", world / "sets", "--out", root / "out") == 1
     assert "nothing says where they are: give a knowledge base" in capsys.readouterr().err
     assert list((root / "out").iterdir()) == []
 
@@ -119,14 +118,14 @@ def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, ca
 def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    color = ("--memory-color", world / "colors.csv", "--protocol", "fair")
+    color = ("--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair")
     out = tmp_path / "report"
     assert run("eval", world / "valm", *color, "--query-dtype", "auto", "--device", "cpu", "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
 
 
 def test_the_report_says_the_precision_of_queries_that_there_are(world, tmp_path):
-    color = ("--memory-color", world / "colors.csv", "--protocol", "fair", "--no-images", "--out", tmp_path)
+    color = ("--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair", "--no-images", "--out", tmp_path)
     line = "Retrieval queries in float32."
     assert run("eval", world / "gpt2", *color, "--query-dtype", "float32") == 0
     assert line not in (tmp_path / "results.md").read_text()

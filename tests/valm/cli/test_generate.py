@@ -11,7 +11,7 @@ from valm.cli.generate import chosen_prompts
 from valm.model.checkpoint import load
 
 
-@pytest.mark.parametrize("options", [[], ["--beams", "2"], ["--sample", "--seed", "3"]])
+@pytest.mark.parametrize("options", [[], ["--sample", "--seed", "3"]])
 def test_generate_continues_the_prompt(world, capsys, options):
     assert run("generate", world / "valm", "the color of the apple", "--max-new-tokens", 4, *options) == 0
     assert capsys.readouterr().out.startswith("the color of the apple")
@@ -64,7 +64,7 @@ def test_the_text_tower_in_another_precision(world, capsys, monkeypatch):
 
 
 def test_images_only_from_a_score_on(world, tmp_path, capsys):
-    """A number, and one chosen from texts; what the model says follows the images that are left."""
+    """What the model says follows the images that are left."""
     ask = ["explain", world / "valm", "the color of the apple is", "--out", tmp_path / "page.html"]
 
     def page(*options):
@@ -73,19 +73,11 @@ def test_images_only_from_a_score_on(world, tmp_path, capsys):
 
     whole, same, without = page(), page("--min-score", "-1"), page("--min-score", "2")
     assert whole == same != without
-    (tmp_path / "questions.txt").write_text("the color of the apple is\nthe color of the sea is")
-    chosen = page("--min-score", "auto", "--questions", tmp_path / "questions.txt")
-    assert chosen not in (whole, without)
     generate = ["generate", world / "valm", "the color of the apple", "--max-new-tokens", 4]
     assert run(*generate, "--min-score", "0.5") == 0
     capsys.readouterr()
-    for options, message in (
-        (["--min-score", "auto"], "give either --questions or --ordinary-text"),
-        (["--questions", tmp_path / "questions.txt"], "give --min-score auto with them"),
-        (["--min-score", "nan"], "min_score must be a finite number"),
-    ):
-        assert run(*generate, *options) == 1
-        assert message in capsys.readouterr().err
+    assert run(*generate, "--min-score", "nan") == 1
+    assert "min_score must be a finite number" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2, which retrieves no images"):
         assert run("generate", world / "gpt2", "the sea", "--max-new-tokens", 2, "--min-score", "0.5") == 0
 

@@ -275,7 +275,7 @@ def wrong_inputs():
         "no embeddings": ([*kb_build, "--format", "embeddings"], "no embeddings in {world}/pictures"),
         "no table": ([*kb_build, "--format", "csv"], "{world}/pictures is not a regular file"),
         "table without the column": (
-            ["kb", "build", "{world}/colors.csv", *kb_build[3:], "--format", "csv"],
+            ["kb", "build", "{world}/sets/object_color/memory_color_data.csv", *kb_build[3:], "--format", "csv"],
             "starts with 'Index,Descriptor,Item,Color'; expected a header with a column image or file or",
         ),
         "column of pictures": (
@@ -289,8 +289,8 @@ def wrong_inputs():
         ),
         "text and picture": (["kb", "search", "{world}/kb", "x", "--image", "y"], "give either a text or --image"),
         "picture that is none": (
-            ["kb", "search", "{world}/kb", "--image", "{world}/colors.csv"],
-            "cannot read the image {world}/colors.csv: not a picture in one of the formats",
+            ["kb", "search", "{world}/kb", "--image", "{world}/sets/object_color/memory_color_data.csv"],
+            "cannot read the image {world}/sets/object_color/memory_color_data.csv: not a picture in one of the formats",
         ),
         "no such picture": (["kb", "search", "{world}/kb", "--image", "{tmp}/no.png"], "{tmp}/no.png: No such file"),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),

@@ -24,10 +24,10 @@ def commands_with_device():
         "kb build": ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"],
         "kb index": ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat"],
         "kb search": ["kb", "search", "{world}/kb", "x"],
-        "encoder check": ["encoder", "check", "{world}/pictures", "--clip", "{world}/clip"],
+        "clip check": ["clip", "check", "{world}/pictures", "--clip", "{world}/clip"],
         "retrieve": ["retrieve", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/out"],
         "train": ["train", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/model", *SIZE],
-        "eval": ["eval", "{world}/valm", "--memory-color", "{world}/colors.csv"],
+        "eval": ["eval", "{world}/valm", "--tasks", "memory_color", "--data", "{world}/sets"],
         "generate": ["generate", "{world}/valm", "x"],
     }
 

@@ -337,7 +337,7 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     capsys.readouterr()
     assert run("generate", tmp_path / "valm", "the color of the apple", "--max-new-tokens", 4) == 0
     assert capsys.readouterr().out.startswith("the color of the apple")
-    assert run("eval", tmp_path / "valm", "--memory-color", world / "colors.csv") == 0
+    assert run("eval", tmp_path / "valm", "--tasks", "memory_color", "--data", world / "sets") == 0
     assert "accuracy" in capsys.readouterr().out
     # the same through `valm retrieve`, and the baseline without pictures
     assert run("retrieve", corpus, *kb, *other, "--out", tmp_path / "retrieval", "-k", "2") == 0

@@ -180,8 +180,10 @@ def test_the_commands_refuse_another_clip_and_name_another_knowledge_base(copy, 
 
 
 def test_the_evaluations_report_names_another_knowledge_base(copy):
-    (copy / "colors.csv").write_text("Index,Descriptor,Item,Color\n1,a,apple,red\n2,the,sky,blue\n")
-    asked = ["--memory-color", copy / "colors.csv", "--protocol", "fair"]
+    (copy / "object_color").mkdir()
+    table = "Index,Descriptor,Item,Color\n1,a,apple,red\n2,the,sky,blue\n"
+    (copy / "object_color" / "memory_color_data.csv").write_text(table)
+    asked = ["--tasks", "memory_color", "--data", copy, "--protocol", "fair"]
     assert run("eval", copy / "valm", *asked, "--out", copy / "own") == 0
     assert "saved with" not in (copy / "own" / "results.md").read_text()
     with pytest.warns(UserWarning, match=OTHER_KB):

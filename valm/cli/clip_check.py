@@ -1,4 +1,4 @@
-"""valm encoder check."""
+"""valm clip check."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from valm.cli.options import Commands, add_device, chosen_device, command, posit
 
 
 def add_to(commands: Commands) -> None:
-    encoder = commands.add_parser("encoder", help="see what a CLIP sees")
-    encoder_commands = encoder.add_subparsers(required=True, metavar="COMMAND")
-    check = command(encoder_commands, "check", run_check, "evaluate a CLIP on a folder of labelled or captioned images")
+    check = command(commands, "check", run_check, "evaluate a CLIP on a folder of labelled or captioned images")
     check.add_argument("folder", type=Path, help="images in class folders, or with captions, or both")
     check.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
-    check.add_argument("--templates", type=Path, help="text file, a line for each text with {} for a class")
     check.add_argument("--batch-size", type=positive, default=64, help="images that CLIP encodes at once")
     check.add_argument("--seed", type=seed, default=0, help="of the split of the linear probe")
     add_device(check)
@@ -24,15 +21,13 @@ def add_to(commands: Commands) -> None:
 
 def run_check(arguments: argparse.Namespace) -> None:
     from valm.clip.clip import Clip
-    from valm.evaluation.encoder_check import MIN_PER_CLASS, TEMPLATES, check_encoder
-    from valm.evaluation.files import read_lines
+    from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip
     from valm.store.files import output_file, write_json
 
-    result = check_encoder(
+    result = check_clip(
         arguments.folder,
         Clip.load(arguments.clip, device=chosen_device(arguments)),
         captions=arguments.captions,
-        templates=read_lines(arguments.templates) if arguments.templates else TEMPLATES,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
     )

@@ -4,11 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("matplotlib", reason="needs the extra [demo] or [eval]")
+from studies import explanation_figures as figures
 from tests.valm.explain.explanations import explanation
-from valm.explain import figures
 
 
 def texts(figure) -> str:
@@ -66,11 +65,3 @@ def test_dollars_are_dollars():
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
     assert "$$" in drawn.getvalue() and "\u202e" not in drawn.getvalue()
-
-
-def test_the_png_has_a_row_for_each_explanation(tmp_path):
-    figures.write_figure(tmp_path / "one.png", {"valm": explanation()})
-    figures.write_figure(tmp_path / "two.png", {"valm": explanation(), "gpt2": explanation()})
-    one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
-    assert two.height > 1.8 * one.height and two.width == pytest.approx(one.width, rel=0.1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]

@@ -15,10 +15,10 @@ from tests.valm.tiny_clip import TINY
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
-from valm.evaluation.encoder_check import (
+from valm.evaluation.clip_check import (
     RECALL_AT,
     TEMPLATES,
-    check_encoder,
+    check_clip,
     classify,
     linear_probe,
     ranks,
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 
 
 def test_an_encoder_that_has_learned_the_classes(folder, trained):
-    result = check_encoder(folder, trained, progress=False)
+    result = check_clip(folder, trained, progress=False)
     found = result.classification
     assert found.classes == ("blue", "dark_green", "red", "yellow")
     assert (found.pictures, found.chance, found.majority) == (39, 0.25, 10 / 39)
@@ -91,7 +91,7 @@ def test_an_encoder_that_has_learned_the_classes(folder, trained):
 def test_an_encoder_that_has_learned_nothing(folder, tokenizer):
     """Zero-shot no better than chance; a probe can still read colours off random features."""
     torch.manual_seed(1)
-    found = check_encoder(folder, Clip.create(TINY, tokenizer), progress=False).classification
+    found = check_clip(folder, Clip.create(TINY, tokenizer), progress=False).classification
     assert found.zero_shot.low <= found.chance <= found.zero_shot.high
     assert found.linear_probe.accuracy.low > found.chance
 
@@ -125,7 +125,7 @@ def test_a_class_too_small_for_a_probe(trained):
 
 @pytest.mark.parametrize("block", [1, 10**6])
 def test_ranks(monkeypatch, block):
-    monkeypatch.setattr("valm.evaluation.encoder_check.BLOCK_SCORES", block)
+    monkeypatch.setattr("valm.evaluation.clip_check.BLOCK_SCORES", block)
     generator = torch.Generator().manual_seed(0)
     # small whole numbers, so that there are equals, exactly
     images, texts = (torch.randint(-2, 3, (n, 3), generator=generator).float() for n in (6, 15))
@@ -163,7 +163,7 @@ class SameText:
 def test_what_cannot_be_checked(tmp_path, trained):
     def fails(message, **options):
         with pytest.raises(ValmError, match=message):
-            check_encoder(tmp_path, trained, progress=False, **options)
+            check_clip(tmp_path, trained, progress=False, **options)
 
     fails("no images in")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
@@ -177,7 +177,7 @@ def test_what_cannot_be_checked(tmp_path, trained):
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
 def test_flickr8k(clip):
     """With random weights, near chance."""
-    result = check_encoder(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", clip, progress=False)
+    result = check_clip(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", clip, progress=False)
     assert result.classification is None and result.skipped == []
     assert (result.retrieval.pictures, result.retrieval.captions) == (1000, 5000)
     assert math.isclose(result.retrieval.image_to_text[2].chance, 1 - math.comb(4995, 10) / math.comb(5000, 10))

@@ -8,7 +8,7 @@ import pytest
 from valm.errors import ValmError
 
 pytest.importorskip("matplotlib", reason="needs the extra [demo] or [eval]")
-from valm.explain import plots
+from studies import plots
 
 
 def test_loss_curves_have_a_line_for_each_model():

@@ -100,7 +100,7 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class EncoderCheck:
+class ClipCheck:
     """The measurements on a folder; None without labels or without captions. Intervals are 95 % over images.
 
     skipped: uri and reason of damaged images and caption files.
@@ -116,7 +116,7 @@ class EncoderCheck:
         return asdict(self)
 
 
-def check_encoder(
+def check_clip(
     folder: str | os.PathLike,
     clip: Clip,
     *,
@@ -126,7 +126,7 @@ def check_encoder(
     batch_size: int = 64,
     workers: int | None = None,
     progress: bool = True,
-) -> EncoderCheck:
+) -> ClipCheck:
     """Evaluates `clip` on the images in `folder`: by class if they are all in class folders, at least two, by captions
     if there are any (see `read_captions`), or both.
 
@@ -160,7 +160,7 @@ def check_encoder(
         classification = classify(features, [uri.partition("/")[0] for uri in uris], clip, templates, seed=seed)
     if captioned:
         retrieval = retrieve(features, [text.splitlines() for text in texts], clip)
-    return EncoderCheck(clip.name, classification, retrieval, shard.skipped)
+    return ClipCheck(clip.name, classification, retrieval, shard.skipped)
 
 
 def check_templates(templates: Sequence[str]) -> None:

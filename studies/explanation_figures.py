@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from valm.explain.explanation import Explanation
-from valm.explain.plots import FAINT, INK, SERIES, new_figure, quiet, transparent_to
-from valm.store.files import output_file
+from studies.plots import FAINT, INK, SERIES, new_figure, quiet, transparent_to
 from valm.text import printable
 
 if TYPE_CHECKING:
@@ -33,22 +30,6 @@ SWATCHES = {
     "pink": "#f59ab4",
     "orange": "#e27022",
 }
-
-
-def check_can_draw() -> None:
-    """Checks that the packages that draw figures are installed.
-
-    Raises:
-        ValmError: one is missing.
-    """
-    new_figure(1, 1)
-
-
-def write_figure(path: str | os.PathLike, explanations: Mapping[str, Explanation]) -> None:
-    """Writes `explanations`, which are of one text, as one PNG: a row for each. All or nothing."""
-    figure = explanation_rows(explanations)
-    with output_file(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", facecolor="white")
 
 
 def explanation_rows(explanations: Mapping[str, Explanation]) -> Figure:
