@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from valm.explain.explanation import Explanation
 from studies.plots import FAINT, INK, SERIES, new_figure, quiet, transparent_to
+from valm.explain.explanation import Explanation
 from valm.text import printable
 
 if TYPE_CHECKING:

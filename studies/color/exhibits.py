@@ -15,12 +15,12 @@ from studies.color.pictures import read_pictures
 from studies.color.questions import set_items
 from studies.color.study import Study
 from studies.demo.questions import swap_red_and_blue
+from studies.explanation_figures import explanation_rows
+from studies.plots import INK, SERIES, new_figure
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.color import COLORS, PROMPTS, ColorItem, fill, load_memory_color
 from valm.explain.explanation import Explanation, explain
-from studies.explanation_figures import explanation_rows
-from studies.plots import INK, SERIES, new_figure
 from valm.model.checkpoint import load
 from valm.store.files import writable_folder
 from valm.text import printable

@@ -21,8 +21,8 @@ from studies.color.comparisons import (
 )
 from studies.color.config import VALIDATION
 from studies.color.results import Results
-from valm.evaluation.statistics import Difference
 from studies.plots import FAINT, INK, SERIES, new_figure, quiet
+from valm.evaluation.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -59,7 +59,9 @@ def write_report(
         prompts={prompt: begins_a_sentence(prompt) for prompt in PROMPTS},
         exhibits=exhibits,
         attention=svg(explanation_figures.attention(exhibits.attention)),
-        swaps=[{**vars(swap), "bars": svg(explanation_figures.answer_bars(swap.probabilities))} for swap in exhibits.swaps],
+        swaps=[
+            {**vars(swap), "bars": svg(explanation_figures.answer_bars(swap.probabilities))} for swap in exhibits.swaps
+        ],
         language_losses=svg(plots.loss_curves({name: of for name, of in losses.items() if name != "CLIP"})),
         clip_losses=svg(plots.loss_curves({"CLIP": losses["CLIP"]})),
     )

@@ -51,6 +51,7 @@ from valm.retrieval.index_tuning import build_index
 from valm.retrieval.retriever import Retriever
 from valm.retrieval.source import ImageSource, read_places, write_places
 from valm.store.folders import PLACES_FILE
+from valm.training.image_trainer import newest_checkpoint
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
@@ -378,9 +379,8 @@ def test_checkpoints_of_a_training(tmp_path):
         new_trainer(out, **fields).train()
 
     def check(out: Path, done: bool) -> None:
-        whole = [path for path in out.iterdir() if not is_temporary(path.name)]
         resumed = new_trainer(out, **fields)
-        resumed.train(resume_from_checkpoint=bool(whole))
+        resumed.train(resume_from_checkpoint=newest_checkpoint(out))
         assert resumed.losses() == uninterrupted.losses()
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 

@@ -17,7 +17,7 @@ from valm.model.adapter import load_adapter
 from valm.model.checkpoint import load, load_decoder
 from valm.retrieval.source import read_places
 from valm.store.files import read_text, writable_folder
-from valm.training.resumable import check_resumable
+from valm.training.image_trainer import check_resumable
 
 DOORS = {
     "model": load,

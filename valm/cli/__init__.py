@@ -74,8 +74,8 @@ def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
             raise
         print(f"{parser.prog}: error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{parser.prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except BaseException as error:
         if not is_panic(error):

@@ -15,8 +15,7 @@ def add_to(commands: Commands) -> None:
     verify.add_argument(
         "folder",
         type=Path,
-        help="knowledge base, retrieved corpus, index of vectors, checkpoint-N of a training, hidden states of "
-        "--cache-below, or evaluation (its cached scores)",
+        help="knowledge base, retrieved corpus, or index of vectors",
     )
 
 
@@ -31,12 +30,9 @@ def verify(folder: Path) -> str:
         ValmError: it is damaged, or no store with checksums.
     """
     from valm.corpus.retrieved import WHAT as CORPUS
-    from valm.evaluation.suite import CACHE, read_cached
     from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
     from valm.store.files import exists, is_folder, read_json
     from valm.store.shards import BUILD_FILE, MANIFEST_FILE
-    from valm.training.cache_below import cached_states, check_cached_states
-    from valm.training.resumable import CHECKSUMS_FILE, check_resumable
 
     if not is_folder(folder):
         raise ValmError(f"there is no folder {folder}")
@@ -47,22 +43,11 @@ def verify(folder: Path) -> str:
         if of == f"valm {CORPUS}":
             return _corpus(folder)
         return _index(folder)
-    if exists(folder / CHECKSUMS_FILE):
-        check_resumable(folder)
-        return f"{folder}: this checkpoint of a training is as it was written"
-    if states := cached_states(folder):
-        for file in states:
-            check_cached_states(file)
-        return f"{folder}: all {len(states):,} files of hidden states are as they were written"
-    if scores := sorted((folder / CACHE).glob("*.json")) if is_folder(folder / CACHE) else []:
-        for file in scores:
-            read_cached(file)
-        return f"{folder}: all {len(scores):,} files of scores are as they were written"
     if exists(folder / BUILD_FILE):
         raise ValmError(f"{folder} is unfinished: run the command that was to make it again, it resumes")
     raise ValmError(
-        f"{folder} has no checksums: it is none of the folders that `valm verify --help` lists. A model or a CLIP has "
-        "none either; it is checked when it is loaded"
+        f"{folder} has no checksums: it is none of the folders that `valm verify --help` lists. A checkpoint, a "
+        "model or a CLIP has none either; it is checked when it is loaded"
     )
 
 

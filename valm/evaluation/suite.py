@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,6 @@ class Scores(TypedDict, total=False):
     alone: list[Any] | None
     documents: list[Any]
     not_applicable: str
-    sha256: str  # in a file, of the rest
 
 
 def entries(names: Sequence[str]) -> list[Entry]:
@@ -226,21 +225,7 @@ def _size(asked: Questions | Documents) -> int:
     return len(asked.texts) * (len(asked.texts[0]) if isinstance(asked, Questions) else 1)
 
 
-def read_cached(file: Path) -> Scores:
-    """The scores in a file that `scores_of` wrote.
-
-    Raises:
-        ValmError: they are damaged.
-    """
-    known: Scores = read_json(file, "the scores", Scores, REMEDY)
-    if known.pop("sha256", None) != digest(known):
-        raise ValmError(f"the scores {file} do not match their checksum; {REMEDY}")
-    return known
-
-
-def scores_of(
-    scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], bar: Any
-) -> Scores:
+def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], bar: Any) -> Scores:
     """The scores from the cache, or from the model, which are then cached.
 
     The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings, the
@@ -250,7 +235,7 @@ def scores_of(
     file = None if cache is None else cache / name
     if file is not None and file.is_file():
         bar.update(_size(asked))
-        known = read_cached(file)
+        known: Scores = read_json(file, "the scores", Scores, REMEDY)
         if not _fits(known, asked):
             raise ValmError(f"the scores {file} are not of this task; {REMEDY}")
         return known
@@ -271,7 +256,7 @@ def scores_of(
     bar.update(_size(asked) - (bar.n - done))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found | {"sha256": digest(found)})
+        write_json(file, found)
     return found
 
 

@@ -30,13 +30,11 @@ from valm.store.files import writable_folder
 from valm.store.shards import open_array
 from valm.training.blocks import document_lengths
 from valm_kernels.atomic_files import atomic_path
-from valm_kernels.checksums import file_sha256
 from valm_kernels.json_files import check_own
 
-VERSION = 2
+VERSION = 3
 # Tokens of one pass through the layers below, padding included.
 BATCH_TOKENS = 4096
-CHECKSUM_BYTES = 32  # of a SHA-256
 # The name under which `Collator` and the model exchange the hidden states.
 FUSION_INPUT = "fusion_input"
 
@@ -44,7 +42,7 @@ FUSION_INPUT = "fusion_input"
 class CachedBelow(Dataset[dict[str, Any]]):
     """`documents` with the fusion layer's input for each, `fusion_input` (T, C), from a memory-mapped file.
 
-    The file and the items hold bfloat16 as uint16. After its array the file has the SHA-256 of what is before.
+    The file and the items hold bfloat16 as uint16.
     """
 
     def __init__(self, documents: Any, lengths: np.ndarray, states: np.ndarray):
@@ -111,8 +109,8 @@ def cache_below(
     """Computes the input of the fusion layer of `model` once for each document, and makes the model start from it.
 
     The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that identifies weights,
-    tokens and dtype; an existing file is reused, after all of it was compared with its checksum. The model is changed
-    by `FusionInput`: train it on the result by a `Collator`.
+    tokens and dtype; an existing file is reused. The model is changed by `FusionInput`: train it on the result by a
+    `Collator`.
 
     Args:
         model: what `valm.augment` returned, a `VaLMForCausalLM`, or with `layer` any decoder of transformers.
@@ -138,30 +136,11 @@ def cache_below(
     shape = (int(lengths.sum()), model.config.get_text_config(decoder=True).hidden_size)
     if not file.is_file():
         _write(model, layer, documents, lengths, file, shape, dtype, progress)
+    check_own(file)
     states = open_array(file, shape, dtype)
-    check_cached_states(file)
     cached = CachedBelow(documents, lengths, states)
     _install(model, layer)
     return cached
-
-
-def cached_states(folder: Path) -> list[Path]:
-    """The files that `cache_below` wrote into `folder`."""
-    return sorted(folder.glob("below-*.npy"))
-
-
-def check_cached_states(file: Path) -> None:
-    """Compares all of a file of `cache_below` with its checksum.
-
-    Raises:
-        ValmError: it is damaged.
-    """
-    size = max(0, check_own(file).st_size - CHECKSUM_BYTES)
-    with open(file, "rb") as opened:
-        opened.seek(size)
-        checksum = opened.read()
-    if file_sha256(file, size) != checksum.hex():
-        raise ValmError(f"the hidden states {file} do not match their checksum: they are damaged; delete the file")
 
 
 def fusion_layer(model: Any) -> int:
@@ -297,10 +276,6 @@ def _write(
                 states[ends[index] - lengths[index] : ends[index]] = row[: lengths[index]]
             bar.update(int(mask.sum()))
         states.flush()
-        del states
-        checksum = bytes.fromhex(file_sha256(temporary))
-        with open(temporary, "ab") as appended:
-            appended.write(checksum)
 
 
 @torch.no_grad()

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -50,6 +56,59 @@ def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
     for own in (PrinterCallback, ProgressCallback):
         training.remove_callback(own)
     training.add_callback(ProgressBar(name, shown))
+
+
+class StopsOnSignal(TrainerCallback):
+    """Ends a training after the running step, with a checkpoint, when the first of its processes was asked to.
+
+    step: after which it has ended; None if nothing has ended it.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self._asked = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Ctrl-C and SIGTERM ask for it from now on. A second one does what it did before."""
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask)
+
+    def remove(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+        self.remove()
+        print("ending after this step, with a checkpoint; once more to end at once", file=sys.stderr)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        asked = torch.tensor(int(self._asked), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.broadcast(asked, 0)
+        if asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self.step = state.global_step
+
+
+@contextmanager
+def ended_by_signals(training: Trainer) -> Iterator[None]:
+    """Makes the block, in which `training` trains, end as `StopsOnSignal` says where Ctrl-C or SIGTERM asks for it.
+
+    Raises:
+        KeyboardInterrupt: it has; the message says after which step.
+    """
+    stops = StopsOnSignal()
+    training.add_callback(stops)
+    stops.install()
+    try:
+        yield
+    finally:
+        stops.remove()
+    if stops.step is not None:
+        raise KeyboardInterrupt(f"ended after step {stops.step}: --resume goes on from there")
 
 
 class Patience(EarlyStoppingCallback):

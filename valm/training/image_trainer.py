@@ -6,46 +6,51 @@ import copy
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import SchedulerType, Trainer
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from valm.errors import ValmError, is_out_of_memory
 from valm.model.card import write_card
 from valm.model.checkpoint import save_checkpoint
 from valm.model.image_model import ImageModel
 from valm.retrieval.source import write_places
-from valm.store.files import writable_folder
-from valm.store.folders import move_folder, temporary_folder
+from valm.store.files import is_file, is_folder, is_transient, writable_folder
 from valm.store.pretrained import quiet_transformers
 from valm.training.image_dropout import ImageDropout
 from valm.training.launch import check_processes
 from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
-from valm.training.resumable import STATE_FILE, check_resumable, resume_errors, write_checksums
-from valm_kernels.atomic_files import remove_leftovers
+from valm_kernels.atomic_files import atomic_path
+from valm_kernels.json_files import check_own
 
 log = logging.getLogger(__name__)
 
 # A part of the names of the parameters that only see images.
 FUSION_NAME = ".image_fusion."
+# Written by the Trainer, the state at the end.
+STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
+# Written by DeepSpeed, whose own files have the optimizer and the learning rates.
+DEEPSPEED_FILE = "latest"
+CHECKPOINT = re.compile(f"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
+ARGUMENTS = "the training arguments do not fit"
 
 _Arguments: Any = object  # for a type checker, the class behind the mixin
 
 
 @contextmanager
-def argument_errors(still: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Takes what a library raises in the block, while `still` is true, as said of the training arguments.
+def library_errors(what: str = ARGUMENTS, still: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Takes what a library raises in the block, while `still` is true, as the reason for the sentence `what`.
 
     Raises:
         ValmError: in place of any other error but that of a file, or of too little memory.
@@ -53,11 +58,36 @@ def argument_errors(still: Callable[[], bool] = lambda: True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValmError | OSError) or is_out_of_memory(error) or not still():
+        if isinstance(error, ValmError) or is_transient(error) or is_out_of_memory(error) or not still():
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = str(error).strip().partition("\n")[0]
-        raise ValmError(f"the training arguments do not fit: {kind}{reason}") from error
+        raise ValmError(f"{what}: {kind}{reason}") from error
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end, as its last file, STATE_FILE, says."""
+    found = {int(name[1]): file for file in folder.iterdir() if (name := CHECKPOINT.fullmatch(file.name))}
+    return next((str(found[step]) for step in sorted(found, reverse=True) if is_file(found[step] / STATE_FILE)), None)
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Checks that a training can go on from a checkpoint.
+
+    Raises:
+        OSError: it, or something in it, is a link out of its folder.
+        ValmError: there is none, or it has the model alone.
+    """
+    files = {file.name for file in checkpoint.iterdir()} if is_folder(checkpoint) else set()
+    if STATE_FILE not in files:
+        raise ValmError(f"there is no checkpoint {checkpoint}: it has no {STATE_FILE}")
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        check_own(path)
+    if not files & {SCHEDULER_FILE, DEEPSPEED_FILE}:  # the Trainer would begin anew with both, without a word
+        raise ValmError(
+            f"the checkpoint {checkpoint} has a model without its optimizer and learning rates ({SCHEDULER_FILE}), as "
+            "save_only_model makes it: resume from an earlier checkpoint, or begin a new training"
+        )
 
 
 class ImageTrainer(Trainer):
@@ -89,10 +119,8 @@ class ImageTrainer(Trainer):
         self._prepared = prepared
         self.numbers: dict[str, float] = {}  # for the model card, in place of those that were logged
         self._order: TrainingOrder | None = None
-        self._planned: int | None = None  # steps of the training that wrote the checkpoint to resume from
         self._batch = (-1, 0)  # the step that is being done, and which of its batches
         self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the losses of tokens, and how many
-        self._saving: Path | None = None  # where a checkpoint is written until it is whole
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`.
@@ -103,21 +131,20 @@ class ImageTrainer(Trainer):
                 checkpoint cannot be written.
         """
         folder = writable_folder(str(self.args.output_dir))
-        if self.args.should_save:
-            remove_leftovers(folder)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if resume_from_checkpoint and "SHARDED" in str(getattr(plugin, "state_dict_type", "")):
             raise ValmError("PyTorch would unpickle a SHARDED_STATE_DICT: set FULL_STATE_DICT in fsdp_config")
-        last = get_last_checkpoint(str(folder))
+        last = newest_checkpoint(folder)
         if resume_from_checkpoint:
             if resume_from_checkpoint is True and last is None:
                 raise ValmError(f"{folder} holds no checkpoint to resume from")
-            checkpoint = str(last if resume_from_checkpoint is True else resume_from_checkpoint)
-            self._planned = check_resumable(Path(checkpoint))
+            resume_from_checkpoint = str(last if resume_from_checkpoint is True else resume_from_checkpoint)
+            check_resumable(Path(resume_from_checkpoint))
         elif last is not None:
             raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
+        what = f"cannot resume from {resume_from_checkpoint}" if resume_from_checkpoint else ARGUMENTS
         try:
-            with argument_errors(lambda: self._batch[0] < 0):
+            with library_errors(what, lambda: self._batch[0] < 0):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:  # otherwise an error would be printed after an open bar
@@ -176,10 +203,13 @@ class ImageTrainer(Trainer):
         found = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        planned = self.state.max_steps
         if resume_from_checkpoint is not None:
             # the Trainer forgets a best checkpoint whose folder had another name when it was written
             noted = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+            planned = noted.max_steps
             self.state.best_model_checkpoint = self._best_checkpoint(noted.best_model_checkpoint)
+        self.state.__class__ = _WholeState
         # those of now: the Trainer takes the intervals of saving, evaluating and logging from the checkpoint
         self.state.compute_steps(self.args, max_steps)
         step = self.state.global_step
@@ -188,10 +218,10 @@ class ImageTrainer(Trainer):
                 f"the checkpoint is at step {step}, but the training is to end at step {max_steps}: give at least "
                 f"{step} steps (--steps, max_steps), or resume from an earlier checkpoint"
             )
-        if step > 0 and self._planned not in (None, max_steps) and self.is_world_process_zero():
+        if step > 0 and planned != max_steps and self.is_world_process_zero():
             schedule = SchedulerType(self.args.lr_scheduler_type).value
             log.warning(
-                f"the training goes on to step {max_steps}, not to step {self._planned} as before: from here the "
+                f"the training goes on to step {max_steps}, not to step {planned} as before: from here the "
                 f"learning rate is that of the {schedule} schedule over {max_steps} steps"
             )
         return found
@@ -301,50 +331,25 @@ class ImageTrainer(Trainer):
             metrics[f"{prefix}_perplexity"] = math.exp(min(loss, 700))
         return output
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._saving is None else str(self._saving)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's, into a temporary folder from which the finished checkpoint is moved."""
-        run = Path(self._get_output_dir(trial))
-        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with ExitStack() as stack:
-            mine = str(stack.enter_context(temporary_folder(final))) if self.args.should_save else ""
-            (name,) = broadcast_object_list([mine])
-            self._write_checkpoint(model, trial, Path(name), final)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any, temporary: Path, final: Path) -> None:
-        self._saving = temporary
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each process writes its own random numbers
-            written = self._saving / final.name
-            if self.state.best_model_checkpoint == str(written):
-                self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                self.state.best_model_checkpoint = None if best is None else Path(best).name
-                self.state.save_to_json(str(written / STATE_FILE))
-                self.state.best_model_checkpoint = best
-                write_checksums(written)
-                move_folder(written, final)
         except Exception as error:  # torch and safetensors raise their own types for a full disk
+            folder = Path(str(self.args.output_dir))
             reason = str(error).strip().partition("\n")[0]
-            last = get_last_checkpoint(str(final.parent))
+            last = newest_checkpoint(folder)
             remedy = "there is no earlier one" if last is None else f"{last} is whole: resume from there"
-            raise ValmError(f"cannot write the checkpoint {final}: {reason}; {remedy}") from error
-        finally:
-            self._saving = None
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            raise ValmError(f"cannot write the checkpoint {folder / name}: {reason}; {remedy}") from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state, which makes a checkpoint whole, is written next
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._saving is None:  # otherwise it is still in the temporary folder
-            if self.args.should_save and isinstance(self.model, ImageModel):
-                self.create_model_card()
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self.args.should_save and isinstance(self.model, ImageModel):
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with quiet_transformers():
@@ -359,13 +364,8 @@ class ImageTrainer(Trainer):
         else:
             super().create_model_card(*args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with resume_errors(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with resume_errors(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
             # the schedule of now: the checkpoint has the learning rates of the training that wrote it
             schedule = self.lr_scheduler
@@ -373,14 +373,6 @@ class ImageTrainer(Trainer):
             for group, base, of_step in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * of_step(schedule.last_epoch)
             schedule._last_lr = [group["lr"] for group in groups]
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with resume_errors(checkpoint):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with resume_errors(checkpoint):
-            super()._load_rng_state(checkpoint)
 
     def _best_checkpoint(self, noted: str | None) -> str | None:
         """The best checkpoint's folder in output_dir, by its name alone: `noted` may be elsewhere, or of before a move.
@@ -391,7 +383,7 @@ class ImageTrainer(Trainer):
         if noted is None:
             return None
         found = Path(str(self.args.output_dir)) / Path(noted).name
-        if found.is_dir():
+        if CHECKPOINT.fullmatch(found.name) and found.is_dir():
             return str(found)
         if self.args.load_best_model_at_end:
             raise ValmError(
@@ -414,6 +406,19 @@ class ImageTrainer(Trainer):
         wrong = [name for name in load_result.missing_keys if name not in tied] + load_result.unexpected_keys
         if wrong:
             raise ValmError(f"the checkpoint is of another model than this {type(model).__name__}: {wrong[0]}")
+
+
+class _WholeState(TrainerState):
+    """A TrainerState whose file appears whole, and names no folder of this machine."""
+
+    def save_to_json(self, json_path: str) -> None:
+        best = self.best_model_checkpoint
+        self.best_model_checkpoint = None if best is None else Path(best).name
+        try:
+            with atomic_path(Path(json_path)) as temporary:
+                super().save_to_json(str(temporary))
+        finally:
+            self.best_model_checkpoint = best
 
 
 class _WithoutFolders(_Arguments):

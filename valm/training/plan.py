@@ -31,12 +31,12 @@ from valm.retrieval.context import QUERIES
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.source import ImageSource, open_encoder
 from valm.store.files import output_folder
-from valm.training.callbacks import Patience, show_progress
+from valm.training.callbacks import Patience, ended_by_signals, show_progress
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.min_score import with_min_score
 from valm.training.mix import SHARES, base_weights, mix
-from valm.training.run_note import content_of, newest_checkpoint, note_numbers, note_run, only_training
+from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
 from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
 from valm.training.twins import TWINS, twin
@@ -142,6 +142,7 @@ class TrainingPlan:
         Raises:
             ValmError: fields do not go together, or with what `out` holds; something cannot be read or does not belong
                 together; another process trains in `out`; or as in `ImageTrainer.train`.
+            KeyboardInterrupt: Ctrl-C or SIGTERM has ended it, after a step, with a checkpoint.
         """
         self.check()
         settings = training_arguments(self.out, **self.training_fields())
@@ -149,7 +150,7 @@ class TrainingPlan:
             return self._run(out, settings, command)
 
     def _run(self, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
-        checkpoint = newest_checkpoint(out, self.resume, settings.should_save)
+        checkpoint = begun_checkpoint(out, self.resume, settings.should_save)
         for name, source in (("questions", self.questions), ("ordinary-text", self.ordinary_text)):
             if source is not None and not Path(source).exists():  # read only once the corpus is retrieved
                 raise ValmError(f"--{name}: there is no {source}")
@@ -190,9 +191,13 @@ class TrainingPlan:
         own["validation_data"] = content_of(held_out) if isinstance(validation, Path) else None
         note_run(out, training, dataset, own | self.training_fields())
         show_progress(training, "train")
+        if self.resume and settings.should_log:
+            begins = "at step 0: there is no checkpoint" if checkpoint is None else f"from {Path(checkpoint).name}"
+            print(f"the training in {out} goes on {begins}", file=sys.stderr)
         # saving a model locks the folder itself
         with only_training(out) if settings.should_save else nullcontext():
-            training.train(resume_from_checkpoint=checkpoint)
+            with ended_by_signals(training):
+                training.train(resume_from_checkpoint=checkpoint)
             if base is not None:
                 training.numbers = mix(training, base, SHARES if self.mix and base else SHARES[:1])
                 note_numbers(out, training)

@@ -8,15 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.texts import fingerprint
 from valm.errors import ValmError
 from valm.model.config import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project
 from valm.store.files import WAIT_SECONDS, read_json, write_json
-from valm.training.image_trainer import ImageTrainer
+from valm.training.image_trainer import ImageTrainer, newest_checkpoint
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 from valm_kernels.json_files import short
 
@@ -49,7 +47,7 @@ OPTIONS = {
 }
 
 
-def newest_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
+def begun_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
     """The checkpoint in `out` to resume from, None to start; `writes`: whether it is this process that writes to `out`.
 
     A training that ended before its first checkpoint has nothing to resume or to lose: its note is removed.
@@ -69,7 +67,7 @@ def newest_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
             raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to continue in it")
         if found and RUN_FILE not in found:
             raise ValmError(f"{out} holds no training that could be resumed (it has no {RUN_FILE}): choose another")
-    return get_last_checkpoint(str(out)) if resume else None
+    return newest_checkpoint(out) if resume else None
 
 
 def only_training(out: Path) -> AbstractContextManager[None]:

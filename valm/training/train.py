@@ -27,7 +27,7 @@ from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.image_dropout import ImageDropout
-from valm.training.image_trainer import FUSION_NAME, ImageTrainer, argument_errors
+from valm.training.image_trainer import FUSION_NAME, ImageTrainer, library_errors
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.min_score import with_min_score
@@ -73,7 +73,7 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
     }
     if str(fields.get("metric_for_best_model")).endswith("perplexity"):
         own["greater_is_better"] = False  # which transformers takes to be so for losses only
-    with argument_errors():
+    with library_errors():
         arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | own | fields))
         for name, (least, most) in BOUNDS.items():
             value = getattr(arguments, name)
@@ -196,7 +196,7 @@ def trainer(
         multiple = changed.eval_batch_size * changed.world_size
         return documents if documents is None or changed.world_size == 1 else Evened(documents, multiple)
 
-    with argument_errors():
+    with library_errors():
         return ImageTrainer(
             fusion_lr=fusion_lr,
             model=model,

@@ -72,7 +72,7 @@ def test_checkpoint_of_a_training(training, outside, data):
         made.train(resume_from_checkpoint=str(checkpoint))
         return made.losses(), [weight.tolist() for weight in made.model.parameters()]
 
-    check_mutants(data, files_of(checkpoint), outside, read, read())
+    check_mutants(data, files_of(checkpoint), outside, read, ...)
 
 
 @fuzzed(100)
@@ -84,8 +84,8 @@ def test_cached_states(tmp_path_factory, outside, data):
     def read() -> Any:
         return [document["fusion_input"].tobytes() for document in cache_below(model, lines, folder, progress=False)]
 
-    expected = read()
-    check_mutants(data, files_of(folder), outside, read, expected)
+    read()
+    check_mutants(data, files_of(folder), outside, read, ...)
 
 
 @fuzzed(60)

@@ -151,7 +151,7 @@ def test_scores_of_an_evaluation(tmp_path_factory, outside, data):
 
     def read() -> Any:
         with progress_bar(shown=False) as bar:
-            scores = [scores_of(scorer, one, folder / CACHE, ["model"], False, bar)]
+            scores = [scores_of(scorer, one, folder / CACHE, ["model"], bar)]
         return _row(entry, "kind", "", one, scores)[0]["task"]
 
     read()

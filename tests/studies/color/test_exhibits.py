@@ -7,10 +7,10 @@ from PIL import Image
 from studies.color.config import StudyConfig
 from studies.color.exhibits import Example, examples, write_exhibits
 from studies.color.study import Study
+from studies.plots import SERIES
 from valm.errors import ValmError
 from valm.explain.explanation import Explanation
 from valm.explain.images import ShownImage
-from studies.plots import SERIES
 
 
 def asked(thing, right):

@@ -44,7 +44,17 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
 
 def test_eval_with_another_min_score(world, tmp_path, capsys):
     """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
-    arguments = ["eval", world / "valm", world / "gpt2", "--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair"]
+    arguments = [
+        "eval",
+        world / "valm",
+        world / "gpt2",
+        "--tasks",
+        "memory_color",
+        "--data",
+        world / "sets",
+        "--protocol",
+        "fair",
+    ]
     with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
         assert run(*arguments, "--min-score", "2", "--no-images", "--json", "--out", tmp_path) == 0
     cut, off, _ = json.loads(capsys.readouterr().out)["rows"]
@@ -125,7 +135,17 @@ def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, tmp_pa
 
 
 def test_the_report_says_the_precision_of_queries_that_there_are(world, tmp_path):
-    color = ("--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair", "--no-images", "--out", tmp_path)
+    color = (
+        "--tasks",
+        "memory_color",
+        "--data",
+        world / "sets",
+        "--protocol",
+        "fair",
+        "--no-images",
+        "--out",
+        tmp_path,
+    )
     line = "Retrieval queries in float32."
     assert run("eval", world / "gpt2", *color, "--query-dtype", "float32") == 0
     assert line not in (tmp_path / "results.md").read_text()

@@ -290,7 +290,7 @@ def wrong_inputs():
         "text and picture": (["kb", "search", "{world}/kb", "x", "--image", "y"], "give either a text or --image"),
         "picture that is none": (
             ["kb", "search", "{world}/kb", "--image", "{world}/sets/object_color/memory_color_data.csv"],
-            "cannot read the image {world}/sets/object_color/memory_color_data.csv: not a picture in one of the formats",
+            "memory_color_data.csv: not a picture in one of the formats",
         ),
         "no such picture": (["kb", "search", "{world}/kb", "--image", "{tmp}/no.png"], "{tmp}/no.png: No such file"),
         "no such CLIP": ([*kb_build[:4], "{tmp}/none", *kb_build[5:]], "no CLIP at '{tmp}/none'"),

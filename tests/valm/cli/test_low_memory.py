@@ -15,8 +15,8 @@ from tests.valm.killed import exit_code, forked, needs_fork
 from tests.valm.stores import make_stores
 from valm.clip.clip import Clip
 from valm.retrieval.retriever import Retriever
+from valm.training.image_trainer import check_resumable
 from valm.training.launch import check_alone
-from valm.training.resumable import check_resumable
 
 resource = pytest.importorskip("resource")
 COMMANDS = {

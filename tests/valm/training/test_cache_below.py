@@ -194,16 +194,11 @@ def test_what_is_there_is_used_and_only_for_what_it_is_of(tmp_path, monkeypatch)
     assert sum(map(len, documents())) < BATCH_TOKENS
 
 
-@pytest.mark.parametrize("place", [200, -40, -1])
-def test_a_changed_file_is_not_trained_on(tmp_path, place):
+def test_a_file_that_was_cut_is_not_trained_on(tmp_path):
     cache_below(augmented(), documents(), tmp_path, progress=False)
     (file,) = tmp_path.iterdir()
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(
-        ValmError, match=r"the hidden states .*below-.*\.npy do not match their checksum.*delete the file"
-    ):
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValmError, match=r"below-.*\.npy is damaged"):
         cache_below(augmented(), documents(), tmp_path, progress=False)
 
 

@@ -17,9 +17,9 @@ from valm.evaluation.language import token_log_probs
 from valm.model.checkpoint import load
 from valm.retrieval.retriever import Retrieved
 from valm.retrieval.source import ImageSource
-from valm.training.resumable import STATE_FILE
+from valm.training.callbacks import ended_by_signals
+from valm.training.image_trainer import STATE_FILE, newest_checkpoint
 from valm.training.train import training_arguments
-from valm_kernels.atomic_files import is_temporary
 
 # More than two epochs of eight documents in threes, with dropout.
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7}
@@ -79,13 +79,56 @@ def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterr
 def test_a_killed_save_leaves_no_checkpoint_that_is_not_whole(tmp_path, uninterrupted, point):
     code = exit_code_if_killed_at(lambda: new_trainer(tmp_path, **SAVING).train(), tmp_path, point)
     assert code == -signal.SIGKILL
-    whole = [path for path in tmp_path.iterdir() if not is_temporary(path.name)]
-    assert all(load(path)[0].training is False for path in whole)
     resumed = new_trainer(tmp_path, **SAVING)
-    resumed.train(resume_from_checkpoint=bool(whole))
+    resumed.train(resume_from_checkpoint=newest_checkpoint(tmp_path))
     assert resumed.losses() == uninterrupted[0]
     assert same(weights(resumed.model), uninterrupted[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (2, 4, 6, 7)]
+
+
+class Asks(TrainerCallback):
+    """Sends this process a signal in a step."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step - 1:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path, uninterrupted, number, capsys):
+    before = signal.getsignal(number)
+    stopped = new_trainer(tmp_path, **SAVING)
+    stopped.add_callback(Asks(3, number))
+    with pytest.raises(KeyboardInterrupt, match="ended after step 3"), ended_by_signals(stopped):
+        stopped.train()
+    assert "once more to end at once" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    resumed = new_trainer(tmp_path, **SAVING)
+    with ended_by_signals(resumed):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses() == uninterrupted[0]
+    assert same(weights(resumed.model), uninterrupted[1])
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    stopped = new_trainer(tmp_path, **SAVING)
+    stopped.add_callback(Asks(3, signal.SIGINT))
+    stopped.add_callback(Asks(3, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as interrupt, ended_by_signals(stopped):
+        stopped.train()
+    assert str(interrupt.value) == "" and stopped.state.global_step == 2
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, uninterrupted):
+    made = new_trainer(tmp_path, **SAVING)
+    made.add_callback(Asks(7, signal.SIGINT))
+    with ended_by_signals(made):
+        made.train()
+    assert made.losses() == uninterrupted[0]
 
 
 def test_a_folder_of_another_training_is_refused(tmp_path):
@@ -259,8 +302,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, 
     monkeypatch.setattr(made, "_save_rng_state", full)
     with pytest.raises(ValmError, match=r"checkpoint-4: .*No space left on device; .*checkpoint-2 is whole: resume"):
         made.train()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert load(tmp_path / "checkpoint-2")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 @needs_fork
@@ -281,7 +323,52 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
 
     for limit in (100, 3000, 60_000, 300_000):
         assert exit_code(forked(lambda limit=limit: train(limit))) == 3
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+        assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "model.safetensors", STATE_FILE])
+def test_a_file_that_was_cut_is_one_sentence(tmp_path, name):
+    new_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValmError, match=r"cannot resume from .*checkpoint-1: "):
+        new_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_model_alone_is_no_checkpoint_to_resume_from(tmp_path):
+    new_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    with pytest.raises(ValmError, match=r"checkpoint-1 has a model without its optimizer .* as save_only_model makes"):
+        new_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer", None])
+def test_links_out_are_not_opened(tmp_path, name):
+    out = tmp_path / "out"
+    new_trainer(out, max_steps=1, save_strategy="steps", save_steps=1).train()
+    if name is None:
+        (out / "checkpoint-1").rename(tmp_path / "elsewhere")
+        (out / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / "checkpoint-1" / name).unlink(missing_ok=True)
+        (out / "checkpoint-1" / name).symlink_to(tmp_path)
+    with pytest.raises(PermissionError, match="is a link that leads out of its folder"):
+        new_trainer(out, max_steps=2).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("best", ["..", "/", "checkpoint-1/../.."])
+def test_the_best_checkpoint_is_in_the_folder(tmp_path, best):
+    evaluated(tmp_path, [1.0], max_steps=1).train()
+    file = tmp_path / "checkpoint-1" / STATE_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_model_checkpoint": best}))
+    with pytest.raises(ValmError, match=r"the best checkpoint so far, .*, is missing"):
+        evaluated(tmp_path, [3.0], max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(ValmError, match="holds no checkpoint to resume from"):
+        new_trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValmError, match="there is no checkpoint"):
+        new_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
 def test_what_trainers_wrote_is_read_as_tensors_only(tmp_path, monkeypatch):
