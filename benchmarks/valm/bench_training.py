@@ -21,7 +21,7 @@ from valm.clip.tokenizer import clip_tokenizer
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.training.collate import Collator
-from valm.training.min_score import with_min_score
+from valm.training.data import with_min_score
 
 TOKENS, K, DIM = 512, 4, 768
 BATCH = {"cpu": 2, "cuda": 16}

@@ -28,10 +28,10 @@ from valm.model.checkpoint import load_decoder
 from valm.training.cache_below import cache_below
 from valm.training.callbacks import show_progress
 from valm.training.collate import IGNORED
+from valm.training.data import hold_out
 from valm.training.image_trainer import ImageTrainer
 from valm.training.mix import SHARES, base_weights, mix
-from valm.training.plan import PATIENCE, TrainingPlan
-from valm.training.split import hold_out, validation_of
+from valm.training.plan import PATIENCE, TrainingPlan, validation_of
 from valm.training.train import trainer, training_arguments
 
 # Of a document with captions before it, whose tokens are nothing to be predicted.

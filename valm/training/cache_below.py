@@ -28,7 +28,7 @@ from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
 from valm.store.files import writable_folder
 from valm.store.shards import open_array
-from valm.training.blocks import document_lengths
+from valm.training.data import document_lengths
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_own
 

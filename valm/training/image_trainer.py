@@ -27,7 +27,6 @@ from valm.model.image_model import ImageModel
 from valm.retrieval.source import write_places
 from valm.store.files import is_file, is_folder, is_transient, writable_folder
 from valm.store.pretrained import quiet_transformers
-from valm.training.image_dropout import ImageDropout
 from valm.training.launch import check_processes
 from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
@@ -242,7 +241,7 @@ class ImageTrainer(Trainer):
             seed,
             lambda: self.state.global_step,
             max_steps=self.args.max_steps,
-            passes=isinstance(dataset, ImageDropout),
+            passes=getattr(dataset, "passes", False),
         )
         return self._order
 

@@ -21,7 +21,8 @@ class TrainingOrder(Sampler[int]):
         seed: seed of the order.
         step: returns the number of finished steps.
         max_steps: steps of the training, or -1 if the epochs determine them.
-        passes: number the rows of pass p from p · size on, for data that change from pass to pass (`ImageDropout`).
+        passes: number the rows of pass p from p · size on, for data that change from pass to pass
+            (`with_image_dropout`).
     """
 
     def __init__(

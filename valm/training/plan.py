@@ -32,14 +32,12 @@ from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.source import ImageSource, open_encoder
 from valm.store.files import output_folder
 from valm.training.callbacks import Patience, ended_by_signals, show_progress
+from valm.training.data import TWINS, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
-from valm.training.min_score import with_min_score
 from valm.training.mix import SHARES, base_weights, mix
 from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
-from valm.training.split import hold_out, validation_of
 from valm.training.train import trainer, training_arguments
-from valm.training.twins import TWINS, twin
 
 STEPS = 1000
 # Evaluations of a training, and how many without gain end it, unless the fields say otherwise.
@@ -69,7 +67,7 @@ class TrainingPlan:
         tokenizer: another tokenizer for the model: folder or Hugging Face name; None = the base's, or CLIP's.
         images: K, images a token sees; None = 4.
         query: kind of the retrieval query (`ContextEncoder`); None = "eot".
-        twin: trains this control of the model with `kb` instead (`valm.training.twins.TWINS`).
+        twin: trains this control of the model with `kb` instead (`valm.training.data.twin`).
         base: augments this pretrained decoder instead of making a new model: folder or Hugging Face name.
         layer, unfreeze, logit_bias: of the base, as in `augment`; None = its defaults.
         score_scale: as in `augment`, of a new model too; a `retrieval` must have scores.
@@ -439,3 +437,13 @@ class TrainingPlan:
             device=open_device(self.device),
         )
         return Retriever(encoder, kb, IMAGES if self.images is None else self.images)
+
+
+def validation_of(given: str | os.PathLike | float) -> float | Path:
+    """The fraction or the path that `validation` of a plan means; a text may be either."""
+    if isinstance(given, float):
+        return given
+    try:
+        return float(given) if isinstance(given, str) else Path(given)
+    except ValueError:
+        return Path(given)

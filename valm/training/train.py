@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from valm.clip.tokenizer import begin_id
@@ -23,14 +22,12 @@ from valm.model.image_model import ImageModel
 from valm.model.probe import keeps_apart
 from valm.retrieval.source import ImageSource
 from valm.text import nearest
-from valm.training.blocks import Blocks
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
-from valm.training.image_dropout import ImageDropout
+from valm.training.data import Blocks, evened, views, with_image_dropout, with_min_score
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, library_errors
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
-from valm.training.min_score import with_min_score
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
 
 log = logging.getLogger(__name__)
@@ -190,11 +187,11 @@ def trainer(
         LimitedSoftmax(inner, dataset)
     if image_dropout:
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-        trained = ImageDropout(trained, image_dropout, seed)
+        trained = with_image_dropout(trained, image_dropout, seed)
 
-    def evened(documents: Any) -> Any:
+    def even(documents: Any) -> Any:
         multiple = changed.eval_batch_size * changed.world_size
-        return documents if documents is None or changed.world_size == 1 else Evened(documents, multiple)
+        return documents if documents is None or changed.world_size == 1 else evened(documents, multiple)
 
     with library_errors():
         return ImageTrainer(
@@ -202,38 +199,17 @@ def trainer(
             model=model,
             args=changed,
             train_dataset=trained,
-            eval_dataset=evened(evaluated),
-            prepared=lambda documents: evened(ready(documents)),
+            eval_dataset=even(evaluated),
+            prepared=lambda documents: even(ready(documents)),
             data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
             processing_class=with_length(tokenizer, inner),
             **options,
         )
 
 
-class Evened(Dataset[dict[str, Any]]):
-    """`data`, padded to a multiple of `multiple` with documents of one token, which add no loss.
-
-    accelerate would instead send some documents to two processes, and their losses would count twice.
-    """
-
-    def __init__(self, data: Any, multiple: int):
-        self.data = data
-        self.length = -(-len(data) // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < len(self.data):
-            return self.data[index]
-        return {name: values[:1] for name, values in self.data[0].items()}
-
-
 def _retrieval(dataset: Any) -> CorpusRetrieval | None:
-    """The retrieved corpus that `dataset` is, or wraps (`Twin`, `Selected`, PyTorch's `Subset`)."""
-    while not isinstance(dataset, CorpusRetrieval | None):
-        dataset = getattr(dataset, "documents", getattr(dataset, "dataset", None))
-    return dataset
+    """The retrieved corpus that `dataset` is a view of."""
+    return next((view for view in views(dataset) if isinstance(view, CorpusRetrieval)), None)
 
 
 def _tells_apart(model: Any) -> bool:

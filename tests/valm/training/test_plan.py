@@ -12,7 +12,7 @@ from valm import load
 from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
 from valm.training import TrainingPlan, training_arguments
-from valm.training.split import validation_of
+from valm.training.plan import validation_of
 
 TEXT = {"corpus": TextCorpus(["corpus.txt"])}
 RETRIEVED = {"retrieval": "retrieval"}

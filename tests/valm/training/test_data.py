@@ -1,0 +1,443 @@
+"""Documents are cut, exchanged, held out and divided as they say, and the trainings that read them too."""
+
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Subset
+
+from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
+from tests.valm.training.test_train import augmented
+from valm.errors import ValmError
+from valm.retrieval.min_score import cut
+from valm.training.collate import Collator
+from valm.training.data import TWINS, Blocks, Documents, hold_out, twin, with_image_dropout, with_min_score
+from valm.training.image_trainer import FUSION_NAME
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_a_twin_sees_the_same_tokens_in_the_same_order(kind):
+    made = documents(count=20)
+    order = np.random.default_rng(0).permutation(20)
+    blocks = [Blocks(data, 5, TOKENIZER.bos_token_id) for data in (made, twin(kind, made, 40, seed=3))]
+    assert len(blocks[0]) == len(blocks[1]) > 20
+    for index in order:
+        assert list(blocks[0][index]["input_ids"]) == list(blocks[1][index]["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["text", "blind"])
+def test_a_text_twin_has_no_images(kind):
+    made = twin(kind, documents(), 40, 0)
+    assert all(list(document) == ["input_ids"] for document in made)
+    assert "image_pool" not in Collator(TOKENIZER, None)(list(made))
+
+
+def test_ids_that_cannot_say_no_image_are_refused():
+    made = [document | {"image_ids": document["image_ids"].astype(np.uint32)} for document in documents(count=1)]
+    with pytest.raises(ValmError, match="image_ids of document 0 are uint32, which has no -1"):
+        twin("random", made, 40, seed=1)[0]
+
+
+def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
+    made = documents(num_images=3, count=200)
+    drawn = twin("random", made, 40, seed=1)
+    for document, found in zip(made, drawn, strict=True):
+        assert found["image_ids"].dtype == np.int64
+        assert ((found["image_ids"] == -1) == (document["image_ids"] == -1)).all()
+        assert all(len(set(row)) == len(row) for row in (row[row != -1] for row in found["image_ids"]))
+    every = np.concatenate([found["image_ids"].ravel() for found in drawn])
+    counts = np.bincount(every[every != -1], minlength=40)
+    expected = counts.sum() / 40
+    # chi-square with 39 degrees of freedom: above 73 once in a thousand seeds
+    assert len(counts) == 40 and ((counts - expected) ** 2 / expected).sum() < 73
+    Collator(TOKENIZER, Vectors(40))(list(drawn))
+
+
+@pytest.mark.parametrize("kind", ["random", "shuffled"])
+def test_exchanged_images_have_no_scores(kind):
+    made = [{**document, "image_scores": np.ones(document["image_ids"].shape, np.float32)} for document in documents()]
+    assert all(set(document) == {"input_ids", "image_ids"} for document in twin(kind, made, 40, seed=1))
+
+
+def test_all_images_can_be_drawn():
+    """K of K: each row is a permutation."""
+    images = np.zeros((50, 4), np.int64)
+    (found,) = twin("random", [{"input_ids": [0] * 50, "image_ids": images}], 4, seed=0)
+    assert all(sorted(row) == [0, 1, 2, 3] for row in found["image_ids"].tolist())
+    assert len(np.unique(found["image_ids"], axis=0)) > 10
+
+
+def test_shuffled_images_are_those_of_another_token_each():
+    # images that name their token
+    lengths, made, token = [4, 1, 7, 3], [], 0
+    for length in lengths:
+        ids = np.arange(token, token + length)
+        made.append({"input_ids": ids, "image_ids": np.stack([ids, ids + 100], axis=1)})
+        token += length
+    shuffled = twin("shuffled", made, 40, seed=2)
+    tokens = np.concatenate([document["input_ids"] for document in shuffled])
+    images = np.concatenate([document["image_ids"] for document in shuffled])
+    assert (tokens == np.arange(15)).all()
+    assert sorted(images[:, 0]) == list(range(15)) and (images[:, 1] == images[:, 0] + 100).all()
+    assert (images[:, 0] != tokens).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "shuffled"])
+def test_a_seed_decides_the_images_whoever_reads_them(kind):
+    def images(data, order):
+        found = {index: data[index]["image_ids"].tolist() for index in order}
+        return [found[index] for index in range(8)]
+
+    data = twin(kind, documents(), 40, seed=5)
+    forth = images(data, range(8))
+    assert images(pickle.loads(pickle.dumps(data)), reversed(range(8))) == forth
+    assert images(twin(kind, documents(), 40, seed=6), range(8)) != forth
+
+
+def test_wrong_twins_are_named():
+    with pytest.raises(ValmError, match="twin must be one of text, random, blind, shuffled, got 'blond'"):
+        twin("blond", documents(), 40, 0)
+    for kind in ("random", "shuffled"):
+        with pytest.raises(ValmError, match="document 0 has no image_ids to be replaced"):
+            twin(kind, [{"input_ids": [1, 2]}], 40, 0)[0]
+
+
+SOT = 99
+
+
+def document(length, seed=0):
+    images = np.random.default_rng(seed).integers(0, 50, (length, 2))
+    return {"input_ids": [SOT, *range(length - 1)], "image_ids": images}
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(2, 12))
+def test_every_token_is_in_one_block_with_the_pictures_of_its_document(lengths, size):
+    documents = [document(length, seed) for seed, length in enumerate(lengths)]
+    data = Blocks(documents, size, SOT)
+    blocks = list(data)
+    assert data.lengths().tolist() == [len(block["input_ids"]) for block in blocks]
+    assert all(1 <= len(block["input_ids"]) <= size for block in blocks)
+    assert all(block["input_ids"][0] == SOT for block in blocks)
+    # blocks of one document follow one another: without SOT they are the documents
+    tokens = [id for block in blocks for id in list(block["input_ids"])[1:]]
+    assert tokens == [id for made in documents for id in made["input_ids"][1:]]
+    images = np.concatenate([block["image_ids"][1:] for block in blocks])
+    assert np.array_equal(images, np.concatenate([made["image_ids"][1:] for made in documents]))
+    firsts = {tuple(block["image_ids"][0]) for block in blocks}
+    assert firsts == {tuple(made["image_ids"][0]) for made in documents}
+
+
+def test_a_document_that_fits_is_left_alone():
+    documents = [document(5), document(6)]
+    blocks = Blocks(documents, 5, SOT)
+    assert len(blocks) == 3
+    assert blocks[0] is documents[0]
+    assert list(blocks[2]["input_ids"]) == [SOT, 4]
+    with pytest.raises(IndexError, match="blocks go from 0 to 2, got 3"):
+        blocks[3]
+
+
+def test_a_long_document_without_sot_is_refused():
+    with pytest.raises(ValmError, match="document 1 has 4 tokens, more than a block's 3, and cannot be cut"):
+        list(Blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3, 4]}], 3, SOT))
+
+
+def test_a_block_has_room_for_a_token_beside_sot():
+    with pytest.raises(ValmError, match="at least 2 tokens, SOT and another, got a length of 1"):
+        Blocks([document(5)], 1, SOT)
+
+
+DOCUMENTS = [{"input_ids": list(range(number + 1))} for number in range(40)]
+
+
+@given(st.integers(2, 40), st.floats(0.001, 0.999), st.integers(0, 9))
+def test_every_document_is_trained_on_or_held_out(count, fraction, seed):
+    kept, held = hold_out(DOCUMENTS[:count], fraction, seed)
+    numbers = [
+        len(document["input_ids"]) - 1 for part in (kept, held) for document in (part[i] for i in range(len(part)))
+    ]
+    assert sorted(numbers) == list(range(count))
+    assert len(held) == min(count - 1, max(1, round(fraction * count)))
+    assert kept.lengths().tolist() == [len(kept[i]["input_ids"]) for i in range(len(kept))]
+    assert np.array_equal(hold_out(DOCUMENTS[:count], fraction, seed)[1].numbers, held.numbers)
+
+
+@pytest.mark.parametrize(
+    "count, fraction, message",
+    [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1: give a corpus of more")],
+)
+def test_what_cannot_be_held_out_is_said(count, fraction, message):
+    with pytest.raises(ValmError, match=message):
+        hold_out(DOCUMENTS[:count], fraction, 0)
+
+
+def test_blocks_are_cut_after_the_split():
+    with pytest.raises(TypeError, match="got Blocks"):
+        hold_out(Blocks(DOCUMENTS, 8, 0), 0.5, 0)
+
+
+@pytest.fixture
+def scored():
+    """Documents with scores; one is exactly at 0.5."""
+    random = np.random.default_rng(0)
+    made = []
+    for document in documents():
+        scores = random.uniform(0, 0.7, document["image_ids"].shape).astype(np.float32)
+        scores[0] = 0.5
+        made.append(
+            document | {"image_scores": np.where(document["image_ids"] < 0, -np.inf, scores).astype(np.float32)}
+        )
+    return made
+
+
+def test_all_images_of_a_token_or_none(scored):
+    found = with_min_score(scored, 0.5)
+    assert len(found) == len(scored) and found.lengths().tolist() == [len(one["input_ids"]) for one in scored]
+    kept = 0
+    for document, one in zip(scored, found, strict=True):
+        keep = (document["image_scores"] >= 0.5).any(-1)
+        kept += keep.mean() / len(scored)
+        assert np.array_equal(one["image_ids"][keep], document["image_ids"][keep])
+        assert (one["image_ids"][~keep] == -1).all() and (one["image_scores"][~keep] == -np.inf).all()
+        assert one["image_ids"].dtype == np.int64 and one["image_scores"].dtype == np.float32
+        assert keep[0] == (document["image_ids"][0] >= 0).any()
+    assert 0.2 < kept < 0.8
+
+
+@pytest.mark.parametrize("kind", ["random", "shuffled"])
+def test_a_twin_has_images_where_the_model_has(scored, kind):
+    seen = with_min_score(scored, 0.5)
+    made = twin(kind, seen, 40, seed=1)
+    for document, one in zip(seen, made, strict=True):
+        assert np.array_equal((document["image_ids"] >= 0).any(-1), (one["image_ids"] >= 0).any(-1))
+        assert not np.array_equal(document["image_ids"], one["image_ids"])
+    for cut_once in (made, Subset(made, [1, 0])):
+        assert with_min_score(cut_once, 0.5) is cut_once
+    for other in (0.6, None):
+        with pytest.raises(ValmError, match=rf"the documents have the min_score 0\.5, but the model's is {other}"):
+            with_min_score(made, other)
+
+
+def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
+    def weights(name, model, dataset):
+        made = new_trainer(tmp_path / name, model=model, dataset=dataset, max_steps=2)
+        made.train()
+        return {key: tensor.clone() for key, tensor in made.model.state_dict().items()}
+
+    cut = weights("cut", new_model(min_score=0.5), scored)
+    given = weights("given", new_model(), list(with_min_score(scored, 0.5)))
+    uncut = weights("uncut", new_model(), scored)
+    assert all((cut[name] == given[name]).all() for name in cut)
+    assert any((cut[name] != uncut[name]).any() for name in cut)
+
+
+def test_a_min_score_that_hides_every_image_is_said(scored):
+    with pytest.warns(UserWarning, match=r"at min_score 7\.0 no token of the first 8 documents .* score is 0\.6\d\d"):
+        with_min_score(scored, 7.0)
+
+
+@pytest.mark.filterwarnings("ignore:at min_score 2.0")
+@pytest.mark.parametrize("unfreeze", [None, "block"])
+def test_a_step_without_any_image_has_gradients_of_all_parameters(scored, tmp_path, unfreeze):
+    """Otherwise one whose other parameters are frozen would have nothing to train, and processes would not agree."""
+    given = {} if unfreeze is None else {"unfreeze": unfreeze}
+    made = new_trainer(tmp_path, model=augmented(min_score=2.0, **given), dataset=scored, weight_decay=0)
+    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    batch = made.data_collator([made.train_dataset[index] for index in range(3)])
+    assert len(batch["image_pool"]) == 0
+    made.model.train()
+    made.model(**batch).loss.backward()
+    trained = {name: tensor for name, tensor in made.model.named_parameters() if tensor.requires_grad}
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
+    seen = {name for name, tensor in trained.items() if tensor.grad.any()}
+    assert not any(FUSION_NAME in name for name in seen) and bool(seen) == (unfreeze == "block")
+    made.model.zero_grad()
+    made.train()
+    after = made.model.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} <= seen
+
+
+def test_a_number_of_numpys_cuts_as_one_of_pythons():
+    """NumPy compares its own 0.7 with float32 scores in float64, where a score that was rounded to 0.7 is below."""
+    ids, scores = torch.tensor([[3]]), torch.tensor([[0.7]])
+    for number in (0.7, np.float64(0.7), np.float32(0.7)):
+        assert cut(ids, scores, number)[0].equal(ids)
+
+
+def test_ids_that_cannot_say_no_image_cannot_be_cut(scored):
+    unsigned = [document | {"image_ids": document["image_ids"].astype(np.uint32)} for document in scored]
+    with pytest.raises(ValmError, match="image_ids of document 0 are uint32, which has no -1"):
+        with_min_score(unsigned, 0.5)
+
+
+def test_what_is_evaluated_on_is_cut_too(scored, tmp_path):
+    def loss(model, eval_dataset):
+        made = new_trainer(tmp_path, model=model, dataset=scored, eval_dataset=eval_dataset)
+        return made.evaluate()["eval_loss"]
+
+    cut = loss(new_model(min_score=0.5), scored)
+    assert cut == loss(new_model(), list(with_min_score(scored, 0.5))) != loss(new_model(), scored)
+
+
+def test_what_a_trainer_is_given_to_evaluate_is_what_its_own_documents_are(scored, tmp_path):
+    """Cut by the min_score, and into blocks that the model can read."""
+    long = [{name: np.concatenate([values] * 9) for name, values in document.items()} for document in scored]
+    own = new_trainer(tmp_path, model=new_model(min_score=0.5), dataset=scored, eval_dataset=long)
+    other = new_trainer(tmp_path, model=new_model(min_score=0.5), dataset=scored, eval_dataset=scored)
+    expected = own.evaluate()["eval_loss"]
+    assert own.evaluate(own.eval_dataset)["eval_loss"] == other.evaluate(long)["eval_loss"] == expected
+    assert other.predict(long).metrics["test_loss"] == expected
+    with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores"):
+        other.evaluate(documents())
+
+
+def test_documents_without_scores_are_refused_before_the_training(tmp_path):
+    with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores: retrieve it again"):
+        new_trainer(tmp_path, model=new_model(min_score=0.5))
+    with pytest.raises(ValmError, match="a streamed dataset has no min_score"):
+        with_min_score(iter(documents()), 0.5)
+    assert with_min_score(iter(()), None) is not None and Vectors().dim == 24
+
+
+def blinded(dropout, passes, size):
+    """Whether each document has no image, (passes, size)."""
+    found = [(dropout[number]["image_ids"] == -1).all() for number in range(passes * size)]
+    return np.reshape(found, (passes, size))
+
+
+def test_each_pass_takes_the_images_of_other_documents():
+    made = documents(count=50)
+    dropout = with_image_dropout(made, 0.3, seed=1)
+    found = blinded(dropout, passes=40, size=50)
+    assert len(dropout) == 50 and abs(found.mean() - 0.3) < 0.05
+    assert np.unique(found, axis=0).shape == np.unique(found, axis=1).shape == (40, 50)
+    again, other = (blinded(with_image_dropout(made, 0.3, seed), passes=40, size=50) for seed in (1, 2))
+    assert (again == found).all() and (other != found).any()
+    for number in (3, 17, 1234):
+        before, after = made[number % 50], dropout[number]
+        assert after["input_ids"] == before["input_ids"]
+        hidden = found.flat[number]
+        assert (after["image_ids"] == (-1 if hidden else before["image_ids"])).all()
+
+
+def test_nobody_draws_from_a_global_generator():
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    blinded(with_image_dropout(documents(), 0.5, seed=1), passes=3, size=8)
+    assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpys).all()
+
+
+@pytest.mark.parametrize("row_length", [None, 40])
+def test_images_that_nobody_sees_are_in_no_batch(row_length):
+    made = documents()
+    for document in made:
+        document["image_scores"] = np.where(document["image_ids"] == -1, -np.inf, 0.5).astype(np.float32)
+    dropout = with_image_dropout(made, 0.5, seed=1)
+    hidden = blinded(dropout, passes=1, size=8)[0]
+    assert hidden.any() and not hidden.all()
+    batch = Collator(TOKENIZER, Vectors(), row_length, scores=True)([dropout[number] for number in range(8)])
+    seen = np.concatenate([one["image_ids"].ravel() for one, none in zip(made, hidden, strict=True) if not none])
+    assert len(batch["image_pool"]) == len(np.unique(seen[seen != -1]))
+    assert ((batch["image_scores"] == -torch.inf) == (batch["image_index"] == -1)).all()
+    assert (batch["image_index"] >= 0).sum() == (seen != -1).sum()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The losses of a training of more than two passes."""
+    made = new_trainer(tmp_path_factory.mktemp("run"), image_dropout=0.5, max_steps=7)
+    made.train()
+    return made.losses()
+
+
+def test_a_resumed_training_drops_the_images_of_the_same_documents(tmp_path, uninterrupted):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7}
+    new_trainer(tmp_path, image_dropout=0.5, **saving).train()
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    resumed = new_trainer(tmp_path, image_dropout=0.5, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.losses() == uninterrupted
+
+
+def test_workers_drop_the_images_of_the_same_documents(tmp_path, uninterrupted):
+    made = new_trainer(tmp_path, image_dropout=0.5, max_steps=7, dataloader_num_workers=2)
+    made.train()
+    assert made.losses() == uninterrupted
+
+
+def test_accumulation_drops_the_images_of_the_same_documents(tmp_path):
+    """Nor would the number of processes change them: a document's do not depend on its batch."""
+    runs = []
+    for size in (4, 2, 1):
+        model = new_model(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        made = new_trainer(tmp_path, model=model, image_dropout=0.5, **sizes)
+        made.train()
+        runs.append(made.losses())
+    np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
+
+
+def test_the_trainer_counts_passes(tmp_path, monkeypatch):
+    """Where all documents are one batch, only the pass tells its draws apart."""
+    read = []
+    get = Documents.__getitem__
+    monkeypatch.setattr(Documents, "__getitem__", lambda self, number: read.append(number) or get(self, number))
+    made = new_trainer(tmp_path, image_dropout=0.5, per_device_train_batch_size=8, max_steps=3)
+    made.train()
+    assert [sorted(read[first : first + 8]) for first in (0, 8, 16)] == [
+        [*range(first, first + 8)] for first in (0, 8, 16)
+    ]
+    assert sorted(made._order.rows(8, 16)) == list(range(8))  # as errors name them
+
+
+def test_evaluation_sees_all_images(tmp_path):
+    held_out = documents(count=5, seed=1)
+    without, with_dropout = (
+        new_trainer(tmp_path, eval_dataset=held_out, image_dropout=share).evaluate()["eval_loss"] for share in (0, 0.9)
+    )
+    assert without == with_dropout
+
+
+def test_an_augmented_decoder_learns_from_documents_without_images(tmp_path):
+    """Packed, and a step in which no token has one too."""
+    made = new_trainer(tmp_path, model=augmented(unfreeze="block"), image_dropout=0.9, max_steps=8)
+    made.train()
+    assert all(np.isfinite(made.losses()))
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        (
+            new_model,
+            {"image_dropout": 1.0},
+            r"image_dropout \(--image-dropout\) is 1.0, expected at least 0 and below 1",
+        ),
+        (new_model, {"image_dropout": -0.1}, r"image_dropout \(--image-dropout\) is -0.1, expected at least 0"),
+        (
+            lambda: new_model(num_images=0),
+            {"kb": None},
+            "of a model with images, and this VaLMForCausalLM sees none: d",
+        ),
+        (augmented, {}, "all of these are frozen: let some train .--unfreeze block or all., or leave"),
+        (
+            new_model,
+            {"train_sampling_strategy": "group_by_length"},
+            'documents that have a length and train_sampling_strategy "random"',
+        ),
+    ],
+)
+def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message):
+    with pytest.raises(ValmError, match=message):
+        new_trainer(tmp_path, **({"model": model(), "image_dropout": 0.5} | more))
+
+
+def test_a_model_that_retrieves_as_it_trains_is_refused(tmp_path):
+    model = new_model()
+    model.set_retriever(type("Retriever", (), {"k": 3, "dim": 24})())
+    with pytest.raises(ValmError, match="retrieves as it trains: leave --image-dropout out"):
+        new_trainer(tmp_path, model=model, kb=None, image_dropout=0.5)
