@@ -22,6 +22,7 @@ LAYERS = [
     {"knowledge_base"},
     {"clip"},
     {"store"},
+    {"options"},
     {"errors", "progress", "text"},
 ]
 LAYER = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}

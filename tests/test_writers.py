@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 WRITERS = {
     "atomic_folder", "atomic_path", "copy2", "copyfile", "copyfileobj", "copytree", "imwrite", "link", "open_memmap",
     "output_file", "replaced_files", "save", "save_file",
-    "save_pretrained", "savefig", "temporary_file", "temporary_folder", "to_csv", "to_json", "to_parquet", "tofile",
+    "save_pretrained", "savefig", "temporary_file", "to_csv", "to_json", "to_parquet", "tofile",
     "write_array", "write_bytes", "write_json", "write_table", "write_text",
 }  # fmt: skip
 # They hold files for others, and write none of their own.

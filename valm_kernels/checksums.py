@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 BLOCK_BYTES = 1 << 22
 
 
-def file_sha256(path: Path, size: int = sys.maxsize) -> str:
-    """SHA-256 of a file's content, or of its first `size` bytes, in hexadecimal digits."""
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(min(BLOCK_BYTES, size)):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
-            size -= len(block)
     return digest.hexdigest()
 
 

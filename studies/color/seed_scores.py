@@ -45,7 +45,7 @@ from studies.color.training import FUSION_LAYER
 from studies.demo.run import hardware
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import own_tokenizer
-from valm.corpus.min_score import AUTO, MinScore
+from valm.corpus.min_score import find_min_score
 from valm.evaluation.color import ColorItem, load_memory_color
 from valm.evaluation.questions import Questions
 from valm.evaluation.scorers import CausalScorer, digest
@@ -172,11 +172,9 @@ class Scoring:
     def min_score(self, arm: Arm) -> float:
         """Below it a token sees no images, in the tests with a cut."""
         folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
-        chosen = MinScore(AUTO, questions=folder / retrieval_name(QUESTIONS, KB_OTHERS))
+        questions = folder / retrieval_name(QUESTIONS, KB_OTHERS)
         kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
-        found = chosen.find(kb, query, self.tokenizer, None)
-        assert found is not None
-        return found
+        return find_min_score(kb, query, self.tokenizer, None, questions=questions)
 
     def _retriever(self, arm: Arm, images: str) -> Any:
         if images == "none":

@@ -6,14 +6,15 @@ import argparse
 import signal
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, name_of, positive
+from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, port
+from valm.store.files import name_of
 
 
 def add_to(commands: Commands) -> None:
     app = command(commands, "app", run_app, "try a model in the browser, on this machine alone")
     app.add_argument("model", type=Path, help="checkpoint folder")
     app.add_argument("--compare", type=Path, metavar="MODEL2", help="another checkpoint, to show beside it")
-    app.add_argument("--port", type=positive, help="by default the first free one from 7860 on")
+    app.add_argument("--port", type=port, help="by default the first free one from 7860 on")
     add_retrieval(app)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, name_of
+from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model
 from valm.errors import ValmError
+from valm.store.files import name_of
 
 
 def add_to(commands: Commands) -> None:

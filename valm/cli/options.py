@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from valm.errors import ValmError
+from valm.options import MAX_SEED
 from valm.text import nearest
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ GONE = {
     "verify": "`valm verify FOLDER` reads every kind of store",
     "--verify": "`valm verify FOLDER` reads every kind of store",
 }
-
-# NumPy's generators take no seed below 0, and its older one none above this.
-MAX_SEED = 1 << 32
 
 
 def instead(name: str, known: Iterable[str]) -> str:
@@ -63,11 +61,11 @@ class CommandParser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def unknown_options(self, given: Sequence[str]) -> list[str]:
-        """The options in `given`, such as --name, that are neither the parser's own nor a prefix of one."""
+        """The options in `given`, such as --name, that are not the parser's own."""
         before_end = given[: list(given).index("--")] if "--" in given else given
         names = [text.partition("=")[0] for text in before_end if text.startswith("--")]
         known = self.option_names()
-        return [name for name in names if " " not in name and not any(option.startswith(name) for option in known)]
+        return [name for name in names if " " not in name and name not in known]
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(sys.argv[1:] if args is None else args)
@@ -86,12 +84,12 @@ class CommandParser(argparse.ArgumentParser):
         return result, more
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and exits, unless an option is misspelt or gone: argparse first names required ones it
-        lacks."""
+        """Exits with one sentence; that an option is misspelt or gone comes first, as argparse names required ones that
+        it lacks before."""
         for name in self.unknown_options(self._given):
             if instead(name, self.option_names()):
                 self._fail(name)
-        super().error(message)
+        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` has all\n")
 
     def _check_command(self, given: list[str]) -> None:
         if not given:
@@ -112,7 +110,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> CommandParser:
     """Declares the command `name` of `group`, which calls `run`."""
-    return runs(group.add_parser(name, help=help, description=help, formatter_class=HelpFormatter), run)
+    shown: Any = {"help": help, "description": help, "formatter_class": HelpFormatter}
+    return runs(group.add_parser(name, allow_abbrev=False, **shown), run)
 
 
 def runs(parser: CommandParser, run: Callable[[argparse.Namespace], None]) -> CommandParser:
@@ -142,6 +141,13 @@ def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 65535")
     return value
 
 
@@ -235,13 +241,6 @@ def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple
     if arguments.min_score is not None:
         set_min_score(model, arguments.min_score, folder)
     return model, tokenizer
-
-
-def name_of(folder: Path, unlike: Iterable[str] = ()) -> str:
-    """A page's name for the model in `folder`: the end of its path, long enough to differ from the names `unlike`."""
-    parts = folder.absolute().parts
-    tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
-    return next((tail for tail in tails if tail not in unlike), f"{folder} again")
 
 
 def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, command, load_model, name_of, not_negative, positive
+from valm.cli.options import Commands, add_retrieval, command, load_model, not_negative, positive
 from valm.errors import ValmError
+from valm.store.files import name_of
 
 
 def add_to(commands: Commands) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,61 +18,36 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.min_score import choose_min_score
 from valm.retrieval.retriever import Retriever
 
-AUTO = "auto"
 NO_SCORES = "has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB --out FOLDER` writes them"
 # Texts that are read ahead, to find the images of equally long ones together.
 WINDOW = 256
 
 
-@dataclass(frozen=True)
-class MinScore:
-    """The options --min-score, --questions and --ordinary-text, whose names the error messages use.
+def find_min_score(
+    kb: ImageKnowledgeBase,
+    query: str,
+    tokenizer: PreTrainedTokenizerFast,
+    retriever: Retriever | None,
+    *,
+    questions: str | os.PathLike | None = None,
+    ordinary_text: str | os.PathLike | None = None,
+) -> float:
+    """The min_score that `choose_min_score` takes for texts at whose last tokens images matter, or for texts that need
+    none. Either is a text file, or a result of `valm retrieve`.
 
-    Attributes:
-        score: a number, or AUTO; None is not given.
-        questions: of AUTO, texts at whose last tokens images matter.
-        ordinary_text: of AUTO instead, texts that need none. Both are a text file, or a result of `valm retrieve`.
+    Args:
+        kb, query, tokenizer: the model's knowledge base, kind of query and tokenizer.
+        retriever: finds the images of texts; None: only results of `valm retrieve` can be read.
+
+    Raises:
+        ValmError: the texts cannot be read, were retrieved from another knowledge base, with another kind of query,
+            another tokenizer or without scores, or have no token with images.
     """
-
-    score: float | str | None
-    questions: str | os.PathLike | None = None
-    ordinary_text: str | os.PathLike | None = None
-
-    def check(self) -> None:
-        """Checks the options against each other.
-
-        Raises:
-            ValmError: they do not go together.
-        """
-        given = [source for source in (self.questions, self.ordinary_text) if source is not None]
-        if self.score != AUTO and given:
-            raise ValmError("--questions and --ordinary-text choose the min_score: give --min-score auto with them")
-        if self.score == AUTO and len(given) != 1:
-            raise ValmError("--min-score auto chooses it from texts: give either --questions or --ordinary-text")
-        if isinstance(self.score, str) and self.score != AUTO:
-            raise ValmError(f"--min-score must be a number or {AUTO}, got {self.score!r}")
-
-    def find(
-        self, kb: ImageKnowledgeBase, query: str, tokenizer: PreTrainedTokenizerFast, retriever: Retriever | None
-    ) -> float | None:
-        """The number, chosen if it is AUTO.
-
-        Args:
-            kb, query, tokenizer: the model's knowledge base, kind of query and tokenizer.
-            retriever: finds the images of texts; None: only results of `valm retrieve` can be read.
-
-        Raises:
-            ValmError: as `check`; or the texts cannot be read, were retrieved from another knowledge base, with another
-                kind of query, another tokenizer or without scores, or have no token with images.
-        """
-        self.check()
-        if not isinstance(self.score, str):
-            return self.score
-        source = self.ordinary_text if self.questions is None else self.questions
-        assert source is not None  # as `check` found
-        path = Path(source)
-        found = _stored_scores(path, kb, query, tokenizer) if path.is_dir() else _scores_of(path, retriever)
-        return choose_min_score(**{"text" if self.questions is None else "questions": found})
+    source = ordinary_text if questions is None else questions
+    assert source is not None  # as the plan of a training checks
+    path = Path(source)
+    found = _stored_scores(path, kb, query, tokenizer) if path.is_dir() else _scores_of(path, retriever)
+    return choose_min_score(**{"text" if questions is None else "questions": found})
 
 
 def _stored_scores(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,10 @@ class ValmLM(HFLM):
     ):
         _check_names(arguments)
         # the harness's command line has cuda:0 as the default everywhere
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            warnings.warn(f"torch has no GPU here: the model runs on the CPU, not on {device}", stacklevel=2)
+            device = "cpu"
+        if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
         model, tokenizer = load(pretrained, device=device, **found)

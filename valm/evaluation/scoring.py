@@ -61,12 +61,15 @@ def answer_log_probs(
         bos: begin each prompt with SOT, as every document in training does.
 
     Raises:
-        ValmError: an empty prompt or answer, or a model that sees images but was given no retriever.
+        ValmError: an empty prompt or answer, one that is too long for the model, or a model that sees images but was
+            given no retriever.
     """
     check_model(model)
     tokenized = answer_tokens(tokenizer, answers)
     start = [begin_id(tokenizer)] if bos else []
     longest = context_length(model) - max(map(len, tokenized), default=1) + 1 - len(start)
+    if longest < 1:
+        raise ValmError(f"the model reads {context_length(model)} tokens, too few for the longest answer and a prompt")
     texts = [start + ids[-longest:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     check_writable(tokenizer, answers, tokenized)
     if [] in texts:

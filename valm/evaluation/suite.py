@@ -22,7 +22,7 @@ from valm.evaluation.scorers import DocumentScore, NotApplicable, Scorer, digest
 from valm.evaluation.size import objects_of
 from valm.evaluation.statistics import paired
 from valm.progress import progress_bar
-from valm.store.files import read_json, write_json
+from valm.store.files import name_of, read_json, write_json
 from valm_kernels import __version__
 from valm_kernels.atomic_files import remove_leftovers
 
@@ -91,7 +91,7 @@ def entries(names: Sequence[str]) -> list[Entry]:
     """The models of arguments like FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER (checkpoints of several seeds).
 
     Raises:
-        ValmError: two have the same name.
+        ValmError: two are the same, or have the same name.
     """
     found: list[Entry] = []
     for text in names:
@@ -99,9 +99,11 @@ def entries(names: Sequence[str]) -> list[Entry]:
         if equals and not Path(text).exists():
             entry = Entry(name, tuple(filter(None, sources.split(","))))
         else:
-            entry = Entry(Path(text.rstrip("/")).name, (text,))
+            entry = Entry(name_of(text, [other.name for other in found]), (text,))
         if not entry.sources or not entry.name:
             raise ValmError(f"{text!r} names no model; give FOLDER or NAME=FOLDER,FOLDER")
+        if any(os.path.realpath(text) == os.path.realpath(other.sources[0]) for other in found if not equals):
+            raise ValmError(f"the model {text} is given twice: leave one out")
         if entry.name in {other.name for other in found}:
             raise ValmError(f"two models are called {entry.name!r}: give them names, NAME={entry.sources[0]}")
         found.append(entry)
@@ -142,7 +144,7 @@ def evaluate(
                 scorer = open_with(source, settings)
                 kinds[scorer.kind] = None
                 query_dtype = query_dtype or scorer.query_dtype
-                own = scorer.fingerprint
+                own = None if cache is None else scorer.fingerprint
                 for variant in variants[source]:
                     retrieval, replace = settings.variants[variant]
                     scorer.switch(retrieval, replace)

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,6 +149,13 @@ def read_text(path: str | os.PathLike) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def name_of(folder: str | os.PathLike, unlike: Iterable[str] = ()) -> str:
+    """A name for what is in `folder`: the end of its path, long enough to differ from the names `unlike`."""
+    parts = Path(os.path.abspath(folder)).parts
+    tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+    return next((tail for tail in tails if tail not in unlike), f"{folder} again")
 
 
 def is_folder(path: str | os.PathLike) -> bool:

@@ -36,23 +36,16 @@ PLACES_FILE = "_retrieval.json"
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, moved to it when the block succeeds and removed when it raises."""
-    with temporary_folder(path) as temporary:
-        yield temporary
-        move_folder(temporary, path)
-
-
-@contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
-    """An empty, locked folder beside `path`, removed when the block ends unless `move_folder` has moved it."""
+    """A temporary, locked folder beside `path`, moved to it when the block succeeds and removed when it raises."""
     with claimed(path, Path.mkdir) as temporary:
         try:
             yield temporary
+            _move_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def move_folder(temporary: Path, path: Path) -> None:
+def _move_folder(temporary: Path, path: Path) -> None:
     """Moves a finished folder to `path`, and replaces one that is there. Its files get the mode that the umask says,
     which was that of the folder: safetensors makes its own for their owner alone."""
     mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666

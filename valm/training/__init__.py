@@ -1,20 +1,22 @@
-"""Training: `TrainingPlan` is a whole one, `trainer` makes a transformers Trainer for models that take images."""
+"""Training: `run_plan` runs a whole one, a `TrainingPlan`; `trainer` makes a Trainer for models that take images."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from valm.training.plan import TrainingPlan
+    from valm.training.run import run_plan
     from valm.training.train import trainer, training_arguments
 
 # The module of each name, imported on first use: commands that train nothing import `valm.training.launch` alone.
 _MODULES = {
     "TrainingPlan": "valm.training.plan",
+    "run_plan": "valm.training.run",
     "trainer": "valm.training.train",
     "training_arguments": "valm.training.train",
 }
 
-__all__ = ["TrainingPlan", "trainer", "training_arguments"]
+__all__ = ["TrainingPlan", "run_plan", "trainer", "training_arguments"]
 
 
 def __getattr__(name: str) -> Any:

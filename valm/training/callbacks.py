@@ -73,7 +73,8 @@ class StopsOnSignal(TrainerCallback):
         """Ctrl-C and SIGTERM ask for it from now on. A second one does what it did before."""
         if threading.current_thread() is threading.main_thread():  # no other may
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._ask)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as SIGINT is in a job in the background
+                    self._handlers[number] = signal.signal(number, self._ask)
 
     def remove(self) -> None:
         while self._handlers:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import ClipLoss
+from open_clip import ClipLoss, list_models
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -34,7 +34,7 @@ from valm.knowledge_base.sources import Source
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
-from valm.text import one_line, printable
+from valm.text import nearest, one_line, printable
 from valm.training.steps import Draws, take_steps
 from valm.training.steps_checkpoint import StepsCheckpoint
 
@@ -152,7 +152,9 @@ def new_clip(
     except ValmError:
         raise
     except Exception as error:  # open_clip raises any for odd values
-        raise ValmError(f"open_clip cannot make the CLIP {model}: {str(error) or type(error).__name__}") from error
+        meant = nearest(str(model), [SMALL, *list_models()])
+        reason = f"open_clip cannot make the CLIP {model}: {str(error) or type(error).__name__}"
+        raise ValmError(f"{reason}{meant}") from error
     clip.model.requires_grad_(True)
     if image_tower is not None:
         try:

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from valm.corpus.min_score import NO_SCORES
 from valm.errors import ValmError
 from valm.retrieval.min_score import cut
+from valm.training.plan import TWINS
 
 # Makes a document of its number and the document.
 Change = Callable[[int, dict[str, Any]], dict[str, Any]]
-TWINS = ("text", "random", "blind", "shuffled")
 # Documents among which one image is looked for.
 LOOKED_AT = 1000
 

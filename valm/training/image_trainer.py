@@ -60,7 +60,8 @@ def library_errors(what: str = ARGUMENTS, still: Callable[[], bool] = lambda: Tr
         if isinstance(error, ValmError) or is_transient(error) or is_out_of_memory(error) or not still():
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        reason = str(error).strip().partition("\n")[0]
+        first, *more = str(error).strip().split("\n")
+        reason = more[-1].strip() if first.endswith(":") and more else first  # a heading, and a line for each weight
         raise ValmError(f"{what}: {kind}{reason}") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from valm.clip.tokenizer import begin_id
 from valm.corpus.retrieved import CorpusRetrieval
@@ -77,6 +78,8 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
             if value is not None and not least <= value <= most:
                 limit = f" and at most {most}" if most < math.inf else ""
                 raise ValueError(f"{name} is {value}, expected at least {least}{limit}")
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # which raises where its package is not installed, before any work
     check_processes(arguments)
     return arguments
 

@@ -19,7 +19,7 @@ def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
     train = ["clip", "train", world / "pictures", "--steps", 40, "--batch-size", 6, "--lr", 3e-3]
     assert run(*train, "--model", tmp_path / "tiny.json", "--out", tmp_path / "clip") == 0
     assert "6 images; loss" in capsys.readouterr().out
-    assert run("encoder", "check", world / "pictures", "--clip", tmp_path / "clip") == 0
+    assert run("clip", "check", world / "pictures", "--clip", tmp_path / "clip") == 0
     assert "text to image  recall@1" in capsys.readouterr().out
     # its image side frozen, and a new text side; the result builds a knowledge base
     assert run(*train, "--image-tower", tmp_path / "clip", "--out", tmp_path / "lit", "--prefixes", 1) == 0

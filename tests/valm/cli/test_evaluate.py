@@ -104,7 +104,7 @@ def wrong_inputs():
         "no model": (["eval", "{world}/pictures", *color], "the language model {world}/pictures cannot be read"),
         "no pictures to replace by": (["eval", "{world}/valm", *color, "--replace", "{tmp}"], "no images in {tmp}"),
         "output is a file": (["eval", "{world}/gpt2", *color, "--out", "{tmp}/empty.txt"], "is a file"),
-        "two of one name": (["eval", "{world}/gpt2", "{world}/gpt2/", *color], "two models are called 'gpt2'"),
+        "one model twice": (["eval", "{world}/gpt2", "{world}/gpt2/", *color], "is given twice: leave one out"),
     }
 
 

@@ -674,7 +674,7 @@ def test_divided_weights_are_not_mixed(world, base, tmp_path, capsys, monkeypatc
         made.is_fsdp_enabled = True
         return made
 
-    monkeypatch.setattr("valm.training.plan.trainer", sharded)
+    monkeypatch.setattr("valm.training.run.trainer", sharded)
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
     assert run(*train, "--unfreeze", "block", "--validation", 0.3, "--out", tmp_path / "model") == 1
     assert (
@@ -735,7 +735,10 @@ def wrong_inputs():
             "--dataset-split is of a Hugging Face dataset",
         ),
         "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
-        "impossible heads": ([*train, "--clip", "{world}/clip", "--heads", "5"], "n_embd"),
+        "impossible heads": (
+            [*train, "--clip", "{world}/clip", "--heads", "5"],
+            "--heads is 5, which does not divide --width 32 evenly",
+        ),
         "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
         "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
         "unknown option": ([*train, "--lerning_rate", "1"], "no option --lerning_rate, did you mean --learning_rate?"),

@@ -50,17 +50,16 @@ def test_ours_stands_below_the_published_rows():
 
 
 def test_numbers_of_a_part_of_the_items_are_marked():
-    cost = [{"model": "ours", "knowledge_base": "kb", "images": 9, "cached": 1.2, "live": 2.25, "metrics": {}}]
     pair = {"first": "ours", "second": "theirs", "task": "memory_color", "protocol": "fair", "metric": "accuracy"}
     pair |= {"value": 0.1, "low": 0.0, "high": 0.2, "p": 0.5}
-    limited = results(cost=cost, pairs=[pair])
+    limited = results(pairs=[pair])
     limited["conditions"]["limit"] = 50
     found = tables(limited)
-    assert len(found) == 5 and all("50 items of each set at most" in table.note for table in found)
+    assert len(found) == 4 and all("50 items of each set at most" in table.note for table in found)
     for table in found:
         for group, row in zip(table.groups, table.rows, strict=True):
             assert row[0].endswith("(50 items at most)") == (group != "published")
-    assert "at most" not in markdown(results(cost=cost, pairs=[pair]))
+    assert "at most" not in markdown(results(pairs=[pair]))
 
 
 def test_a_second_report_keeps_the_first(tmp_path):
@@ -102,16 +101,6 @@ def test_names_are_escaped():
 
 def test_what_has_no_number_has_a_reason():
     assert "ours has no number for RelativeSize: 'yes' is 2 tokens." in markdown(results())
-
-
-def test_table_7_has_time_and_accuracy_for_each_size():
-    cost = [
-        {"model": "ours", "knowledge_base": "kb", "images": 1000, "cached": 1.2, "live": 2.25,
-         "metrics": {"memory_color": {"accuracy": estimate(0.5)}}}
-    ]  # fmt: skip
-    table = tables(results(cost=cost))[-1]
-    assert table.rows[0] == ("200M (paper)", "53.99", "85.03", MISSING, "2.06")
-    assert table.rows[-1] == ("ours, kb, 1,000", "50.0 [25.0, 50.0]", MISSING, "1.20", "2.25")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

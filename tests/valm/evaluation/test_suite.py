@@ -1,6 +1,7 @@
 """Several models side by side: what is cached, what is scored anew, what is said of wrong input."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -73,9 +74,6 @@ def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_pa
     calls.clear()
     retrained = evaluate([Entry("model", (str(world / "seed1"),))], asked, tmp_path, progress=False)
     assert len(calls) == 2 and retrained["rows"] != first["rows"]
-    calls.clear()
-    evaluate(model, settings(world, protocols=(FAIR,), fresh=True), tmp_path, progress=False)
-    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -160,7 +158,12 @@ def test_a_task_that_a_model_cannot_be_asked_has_a_reason(world):
 
 def test_names_of_models(tmp_path):
     assert entries(["a/b/", "name=c,d"]) == [Entry("b", ("a/b/",)), Entry("name", ("c", "d"))]
-    for names, message in ((["a/x", "b/x"], "two models are called 'x'"), (["x="], "names no model")):
+    assert [entry.name for entry in entries(["a/x", "b/x", "."])] == ["x", "b/x", os.path.basename(os.getcwd())]
+    for names, message in (
+        (["a/x", "x=b"], "two models are called 'x'"),
+        (["a/x", "a/x/"], "the model a/x/ is given twice"),
+        (["x="], "names no model"),
+    ):
         with pytest.raises(ValmError, match=message):
             entries(names)
 

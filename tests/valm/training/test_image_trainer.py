@@ -97,6 +97,15 @@ class Asks(TrainerCallback):
             signal.raise_signal(self.number)
 
 
+@pytest.fixture
+def in_front():
+    """A job in the background ignores Ctrl-C, and so may these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_front")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path, uninterrupted, number, capsys):
     before = signal.getsignal(number)
@@ -114,6 +123,7 @@ def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path, uninterrupt
     assert same(weights(resumed.model), uninterrupted[1])
 
 
+@pytest.mark.usefixtures("in_front")
 def test_a_second_signal_ends_it_at_once(tmp_path):
     stopped = new_trainer(tmp_path, **SAVING)
     stopped.add_callback(Asks(3, signal.SIGINT))
@@ -123,6 +133,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert str(interrupt.value) == "" and stopped.state.global_step == 2
 
 
+@pytest.mark.usefixtures("in_front")
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, uninterrupted):
     made = new_trainer(tmp_path, **SAVING)
     made.add_callback(Asks(7, signal.SIGINT))

@@ -11,7 +11,7 @@ from tests.valm.cli.commands import SIZE, run
 from valm import load
 from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
-from valm.training import TrainingPlan, training_arguments
+from valm.training import TrainingPlan, run_plan, training_arguments
 from valm.training.plan import validation_of
 
 TEXT = {"corpus": TextCorpus(["corpus.txt"])}
@@ -37,18 +37,18 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
         (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
         (TEXT | {"context": 0}, "--context is 0, expected at least 1"),
-        (TEXT | {"validation": 0.5, "patience": -1}, "--patience is -1, expected at least 0, which is never"),
+        (TEXT | {"validation": 0.5, "patience": -1}, "--patience is -1, expected at least 0"),
         (
             TEXT | {"validation": 0.5, "mix": False},
             "--no-mix is of a pretrained decoder that is evaluated: give --base",
         ),
         (TEXT | {"base": "base", "mix": False}, "--no-mix is of a pretrained decoder that is evaluated: give --base"),
-        (TEXT | {"layers": -1}, "--layers is -1, expected at least 1"),
+        (TEXT | {"layers": -1}, "--layers is -1, expected at least 2"),
         (TEXT | {"lr": -1.0}, "--lr is -1.0, expected at least 0"),
         (TEXT | {"lr": float("nan")}, "--lr is nan, expected at least 0"),
         (WITH_KB | {"base": "base", "fusion_lr": -0.1}, "--fusion-lr is -0.1, expected at least 0"),
-        (WITH_KB | {"twin": "tetx"}, "twin must be one of text, random, blind, shuffled, got 'tetx'"),
-        (TEXT | {"kb": "kb", "query": "self"}, "query must be one of eot, state, got 'self'"),
+        (WITH_KB | {"twin": "tetx"}, "--twin must be one of text, random, blind, shuffled, got 'tetx'"),
+        (TEXT | {"kb": "kb", "query": "self"}, "--query must be one of eot, state, got 'self'"),
         (TEXT | {"base": "base", "fusion_lr": 1.0}, "--fusion-lr is of a model with images: give its --kb too"),
         (TEXT | {"base": "base", "logit_bias": 1.0}, "--logit-bias is of a model with images: give its --kb too"),
         (TEXT | {"base": "base", "clip": "clip"}, "without --kb, --clip has the model's tokenizer, and so have"),
@@ -57,7 +57,7 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_opened(tmp_path, fields, message):
     with pytest.raises(ValmError, match=f"^{message}"):
-        TrainingPlan(out=tmp_path / "out", **fields).run()
+        run_plan(TrainingPlan(out=tmp_path / "out", **fields))
     assert not list(tmp_path.iterdir())
 
 
@@ -73,10 +73,10 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     clip.save(tmp_path / "clip")
     sizes = {"layers": 3, "width": 32, "heads": 4, "context": 32, "steps": 3, "batch_size": 4}
     plan = {"corpus": TextCorpus([corpus]), "clip": str(tmp_path / "clip"), **sizes, "validation": 0.3}
-    training = TrainingPlan(out=tmp_path / "plan", **plan).run(command="from Python")
+    training = run_plan(TrainingPlan(out=tmp_path / "plan", **plan), command="from Python")
     assert training.state.global_step == 3 and "from Python" in (tmp_path / "plan" / "README.md").read_text()
     with pytest.raises(ValmError, match="plan"):  # which is there
-        TrainingPlan(out=tmp_path / "plan", **plan).run()
+        run_plan(TrainingPlan(out=tmp_path / "plan", **plan))
     command = ["train", corpus, "--clip", tmp_path / "clip", *SIZE, "--validation", 0.3]
     assert run(*command, "--out", tmp_path / "command") == 0
     written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("plan", "command"))
@@ -89,10 +89,10 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     for damaged in (True, [0.3], {}):
         run_file.write_text(json.dumps(notes[0] | {"validation": damaged}))
         with pytest.raises(ValmError, match="holds another training: its --validation is"):
-            TrainingPlan(out=tmp_path / "plan", resume=True, **plan).run()
+            run_plan(TrainingPlan(out=tmp_path / "plan", resume=True, **plan))
     run_file.write_text(json.dumps(notes[0]))
     with pytest.raises(ValmError, match=r"holds another training: its --lr is 0.0005, here it is 1.0"):
-        TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan).run()
+        run_plan(TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_training_that_is_evaluated_stops_after_three_evaluations_without_gain
             ({"validation": None}, 6),
         ]
     ):
-        assert TrainingPlan(out=tmp_path / str(number), **(plan | more)).run().state.global_step == steps
+        assert run_plan(TrainingPlan(out=tmp_path / str(number), **(plan | more))).state.global_step == steps
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_a_plan_retrieves_its_corpus(tmp_path, clip, make_kb, corpus):
     clip.save(tmp_path / "clip")
     sizes = {"layers": 2, "width": 32, "heads": 4, "context": 32, "steps": 1, "batch_size": 2}
     plan = {"corpus": TextCorpus([corpus]), "kb": kb.path, "clip": str(tmp_path / "clip"), "images": 2, **sizes}
-    TrainingPlan(out=tmp_path / "model", validation=corpus, **plan).run()
+    run_plan(TrainingPlan(out=tmp_path / "model", validation=corpus, **plan))
     assert {path.name for path in tmp_path.glob("model*")} == {
         *("model", "model-retrieval", "model-validation-retrieval"),
     }
     model, _ = load(tmp_path / "model", clip=tmp_path / "clip")
     assert model.fusion_options.num_images == 2 and model.retriever.encoder.query == "eot"
-    with pytest.raises(ValmError, match="twin must be one of text, random, blind, shuffled, got 'other'"):
-        TrainingPlan(out=tmp_path / "other", twin="other", **plan).run()
+    with pytest.raises(ValmError, match="--twin must be one of text, random, blind, shuffled, got 'other'"):
+        run_plan(TrainingPlan(out=tmp_path / "other", twin="other", **plan))

@@ -236,18 +236,15 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "other, reason",
     [
-        (lambda: new_model(n_embd=64), "size mismatch for .*"),
-        (
-            lambda: new_model(n_layer=2),
-            "the checkpoint is of another model than this VaLMForCausalLM: .*",
-        ),
-        (augmented, "the checkpoint is of another model than this LlamaForCausalLM: .*"),
+        (lambda: new_model(n_embd=64), "cannot resume from .*checkpoint-2: .*size mismatch for "),
+        (lambda: new_model(n_layer=2), "the checkpoint is of another model than this VaLMForCausalLM: "),
+        (augmented, "the checkpoint is of another model than this LlamaForCausalLM: "),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, reason):
     saving = {"save_strategy": "steps", "max_steps": 2}
     new_trainer(tmp_path, **saving).train()
-    with pytest.raises(ValmError, match=f"cannot resume from .*checkpoint-2: {reason}"):
+    with pytest.raises(ValmError, match=reason):
         new_trainer(tmp_path, model=other(), **saving).train(resume_from_checkpoint=True)
 
 

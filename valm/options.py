@@ -1,0 +1,91 @@
+"""Options as fields of a dataclass: name, type, default, bounds and help of each stand in one place.
+
+The command line is made of the fields, and the dataclass checks what either it or Python gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from valm.errors import ValmError
+
+# How the text of an option becomes the value of a field with this annotation.
+PARSED: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "str | os.PathLike": Path}
+REQUIRED = dataclasses.MISSING
+# NumPy's generators take no seed below 0, and its older one none above this.
+MAX_SEED = 1 << 32
+
+
+def option(
+    help: str,
+    default: Any = None,
+    *,
+    least: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] | None = None,
+    short: str | None = None,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field of a dataclass that is an option too, --NAME, or --no-NAME where it is True by default.
+
+    Args:
+        default: REQUIRED for none.
+        least, below: bounds of a number.
+        short: another name, such as -k.
+        parse: makes the value of a text; by default as PARSED says for the annotation.
+    """
+    said = {"help": help, "least": least, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata=said | {"short": short, "metavar": metavar, "parse": parse})
+
+
+def add_fields(parser: argparse.ArgumentParser, kind: Any) -> None:
+    """Declares the options that the fields of the dataclass `kind` are."""
+    for field in dataclasses.fields(kind):
+        said = field.metadata
+        if "help" not in said:
+            continue
+        name = field.name.replace("_", "-")
+        shown: dict[str, Any] = {"dest": field.name, "help": said["help"]}
+        if field.type == "bool":
+            action = "store_false" if field.default else "store_true"
+            parser.add_argument(f"--no-{name}" if field.default else f"--{name}", action=action, default=None, **shown)
+            continue
+        required = field.default is REQUIRED
+        if not required and field.default is not None and "(default: " not in said["help"]:
+            shown["help"] += f" (default: {field.default})"
+        parse = said["parse"] or PARSED[str(field.type).removesuffix(" | None")]
+        names = [f"--{name}"] if said["short"] is None else [said["short"], f"--{name}"]
+        parser.add_argument(
+            *names, type=parse, choices=said["choices"], metavar=said["metavar"], required=required, **shown
+        )
+
+
+def given_fields(kind: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the dataclass `kind` that `arguments` has a value for."""
+    values = ((field.name, getattr(arguments, field.name, None)) for field in dataclasses.fields(kind))
+    return {name: value for name, value in values if value is not None}
+
+
+def check_fields(values: Any) -> None:
+    """Checks the fields of a dataclass against the bounds and choices of its options.
+
+    Raises:
+        ValmError: one has another value.
+    """
+    for field in dataclasses.fields(values):
+        value, said = getattr(values, field.name), field.metadata
+        if value is None or "help" not in said:
+            continue
+        name = f"--{field.name.replace('_', '-')}"
+        least, below, choices = said["least"], said["below"], said["choices"]
+        if choices is not None and value not in choices:
+            raise ValmError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        # negated, so that NaN is refused
+        if (least is not None and not value >= least) or (below is not None and not value < below):
+            bounds = [f"at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
+            raise ValmError(f"{name} is {value}, expected {' and '.join(bounds)}")

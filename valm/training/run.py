@@ -1,0 +1,319 @@
+"""Runs a `TrainingPlan`: a training from beginning to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from valm.clip.clip import Clip
+from valm.clip.device import open_device
+from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
+from valm.corpus.min_score import find_min_score
+from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.texts import TextCorpus
+from valm.errors import ValmError
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.augment import augment
+from valm.model.checkpoint import load_decoder
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
+from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.source import ImageSource, open_encoder
+from valm.store.files import output_folder
+from valm.training.callbacks import Patience, ended_by_signals, show_progress
+from valm.training.data import hold_out, twin, with_min_score
+from valm.training.image_trainer import ImageTrainer
+from valm.training.launch import launched_processes
+from valm.training.mix import SHARES, base_weights, mix
+from valm.training.plan import PATIENCE, TrainingPlan, validation_of
+from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
+from valm.training.train import trainer, training_arguments
+
+# Images a token sees and kind of the retrieval query, where the corpus is retrieved here.
+IMAGES, QUERY = 4, "eot"
+# Tokens whose queries a blind model keeps from one epoch to the next.
+CACHED_QUERIES = 1 << 17
+
+
+def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
+    """Trains, and writes the model into `plan.out`. In a launched training all processes call it.
+
+    Args:
+        command: for the model card (`write_card`).
+
+    Returns:
+        The Trainer after the training.
+
+    Raises:
+        ValmError: fields do not go together, or with what `out` holds; something cannot be read or does not belong
+            together; another process trains in `out`; or as in `ImageTrainer.train`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM has ended it, after a step, with a checkpoint.
+    """
+    plan.check()
+    settings = training_arguments(plan.out, **plan.training_fields())
+    with output_folder(plan.out) as out:
+        return _run(plan, out, settings, command)
+
+
+def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
+    checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
+    for name, source in (("questions", plan.questions), ("ordinary-text", plan.ordinary_text)):
+        if source is not None and not Path(source).exists():  # read only once the corpus is retrieved
+            raise ValmError(f"--{name}: there is no {source}")
+    kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
+    dataset, tokenizer = _open_corpus(plan, kb, "retrieval")
+    min_score = _min_score(plan, kb, dataset, tokenizer)
+    documents, held_out = _split(plan, kb, dataset, min_score, settings.seed)
+    torch.manual_seed(settings.seed)
+    model = _model(plan, kb, dataset, tokenizer, min_score)
+    sees = model.fusion_options
+    base = None if plan.base is None or held_out is None else base_weights(model)
+    patience = _patience(plan, settings)
+    training = trainer(
+        model,
+        documents,
+        kb if sees.retrieves else None,  # a blind model makes its queries as it trains
+        tokenizer=tokenizer,
+        arguments=settings,
+        eval_dataset=held_out,
+        row_length=plan.context,
+        cache_below=plan.cache_below,
+        fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
+        limit_softmax=plan.limit_softmax,
+        image_dropout=plan.image_dropout if sees.num_images > 0 else 0.0,
+        callbacks=[Patience(patience)] if patience else None,
+    )
+    if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if plan.mix and base:
+            raise ValmError(
+                "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
+            )
+        base = None
+    own: dict[str, Any] = {"twin": plan.twin, "limit_softmax": plan.limit_softmax or None}
+    own["image_dropout"] = plan.image_dropout or None
+    own["context"] = plan.context
+    validation = None if plan.validation is None else validation_of(plan.validation)
+    own["validation"] = None if validation is None else str(validation)
+    own["validation_data"] = content_of(held_out) if isinstance(validation, Path) else None
+    note_run(out, training, dataset, own | plan.training_fields())
+    if settings.should_log:
+        print(summary(plan, model, documents, training), file=sys.stderr)
+    show_progress(training, "train")
+    if plan.resume and settings.should_log:
+        begins = "at step 0: there is no checkpoint" if checkpoint is None else f"from {Path(checkpoint).name}"
+        print(f"the training in {out} goes on {begins}", file=sys.stderr)
+    # saving a model locks the folder itself
+    with only_training(out) if settings.should_save else nullcontext():
+        with ended_by_signals(training):
+            training.train(resume_from_checkpoint=checkpoint)
+        if base is not None:
+            training.numbers = mix(training, base, SHARES if plan.mix and base else SHARES[:1])
+            note_numbers(out, training)
+        training.write(out, tokenizer, command=command)
+    return training
+
+
+def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrainer) -> str:
+    """One line that says what is trained, and whether it sees images."""
+    images = model.fusion_options.num_images
+    of = "its queries" if plan.twin == "blind" else f"{plan.kb}"
+    sees = f"{images} images a token of {of}" if images else "text alone" + (": no --kb" if plan.kb is None else "")
+    config = model.config.get_text_config(decoder=True)
+    sizes = f"{config.num_hidden_layers} layers of {config.hidden_size}"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = "" if trained == count else f", {trained / 1e6:,.1f} M of them train"
+    rows = training.get_total_train_batch_size(training.args)
+    steps = training.args.max_steps if training.args.max_steps > 0 else f"{training.args.num_train_epochs:g} epochs of"
+    return (
+        f"{plan.twin or 'a model'} with {sees}: {sizes}, {count / 1e6:,.1f} M parameters{share}; {len(documents):,} "
+        f"documents, {steps} steps of {rows}"
+    )
+
+
+def _patience(plan: TrainingPlan, settings: TrainingArguments) -> int:
+    """Evaluations without gain that end the training, 0 = none."""
+    if plan.patience and not settings.load_best_model_at_end:
+        raise ValmError("--patience keeps the best checkpoint: leave --load_best_model_at_end as it is, or give 0")
+    if plan.patience is not None:
+        return plan.patience
+    return PATIENCE if plan.validation is not None and settings.load_best_model_at_end else 0
+
+
+def _min_score(
+    plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, tokenizer: PreTrainedTokenizerFast
+) -> float | None:
+    """The `min_score` of the documents, also of those of a twin."""
+    if kb is None or plan.min_score is None:
+        return None
+    if not isinstance(plan.min_score, str):
+        return plan.min_score
+    retriever = None if plan.corpus is None else _retriever(plan, kb)
+    found = find_min_score(
+        kb, dataset.query, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
+    )
+    print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
+    return found
+
+
+def _model(
+    plan: TrainingPlan,
+    kb: ImageKnowledgeBase | None,
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    min_score: float | None,
+) -> Any:
+    """The model or its twin, before the training."""
+    images: dict[str, Any] = {}
+    if kb is not None and plan.twin != "text":
+        blind = plan.twin == "blind"
+        images = {"num_images": 1 if blind else dataset.k, "image_dim": kb.dim, "blind": blind}
+        images["min_score"] = None if blind else min_score
+    model = _new(plan, tokenizer, images) if plan.base is None else _augmented(plan, plan.base, images)
+    if kb is not None and plan.twin == "blind":
+        source = ImageSource.of_knowledge_base(kb, dataset.query, **dataset.segments)
+        of_clip: Any = {"clip": plan.clip, "allow_download": plan.allow_download}
+        retriever = model.finder.open(source, dataset.tokenizer, device=open_device(plan.device), **of_clip)
+        model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
+    return model
+
+
+def _new(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any]) -> Any:
+    """A VaLM with random weights, or without images GPT-2*."""
+    sizes = plan.sizes()
+    config = ValmConfig(
+        vocab_size=len(tokenizer),
+        n_positions=plan.context,
+        n_layer=sizes["layers"],
+        n_embd=sizes["width"],
+        n_head=sizes["heads"],
+        bos_token_id=begin_id(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        score_scale=plan.score_scale if images else None,
+        **(images or {"num_images": 0, "image_dim": sizes["width"]}),
+    )
+    return VaLMForCausalLM(config)
+
+
+def _augmented(plan: TrainingPlan, base: str, images: dict[str, Any]) -> Any:
+    """The pretrained decoder `base`, augmented, or without images its text-only twin."""
+    given = {"layer": plan.layer, "unfreeze": plan.unfreeze, "logit_bias": plan.logit_bias}
+    said: Any = {name: value for name, value in given.items() if value is not None}
+    if images:
+        said["score_scale"] = plan.score_scale
+    elif plan.unfreeze is None:
+        raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
+    return augment(load_decoder(base), **(images or {"num_images": 0, "image_dim": 1}), **said)
+
+
+def _split(
+    plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, min_score: float | None, seed: int
+) -> tuple[Any, Any]:
+    """The documents to train on and those of `validation`, or None, with the images of the twin.
+
+    Raises:
+        ValmError: the two do not belong together.
+    """
+
+    def with_images(documents: Any) -> Any:
+        seen = documents if plan.twin in ("text", "blind") else with_min_score(documents, min_score)
+        return seen if plan.twin is None or kb is None else twin(plan.twin, seen, len(kb), seed)
+
+    if plan.validation is None:
+        return with_images(dataset), None
+    found = validation_of(plan.validation)
+    if isinstance(found, float):
+        return hold_out(with_images(dataset), found, seed)
+    return with_images(dataset), with_images(_open_validation(plan, kb, dataset, found))
+
+
+def _open_validation(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, path: Path) -> Any:
+    """The documents of `validation` that are in `path`.
+
+    Raises:
+        ValmError: they do not belong to `dataset`.
+    """
+    retrieved = path.is_dir()
+    if plan.retrieval is not None and not retrieved:
+        raise ValmError(f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out")
+    if retrieved:
+        other = dataclasses.replace(plan, corpus=None, retrieval=path)
+    else:
+        assert plan.corpus is not None  # as `check` found
+        texts = TextCorpus([path], column=plan.corpus.column)
+        other = dataclasses.replace(plan, corpus=texts, retrieval=None)
+    found, _ = _open_corpus(other, kb, "validation-retrieval")
+    if not isinstance(dataset, CorpusRetrieval):
+        if retrieved:
+            raise ValmError(
+                f"--validation {path} is a result of `valm retrieve`, and the corpus is none: give a text file"
+            )
+        return found
+    for name in ("tokenizer", "eos", "knowledge_base", "k", "query", "overlap", "min_tokens", "precision"):
+        here, there = (corpus.manifest["plan"].get(name) for corpus in (found, dataset))
+        if here != there:
+            raise ValmError(
+                f"--validation {path} was retrieved otherwise than the corpus: its {name.replace('_', ' ')} is "
+                f"{here}, not {there}"
+            )
+    return found
+
+
+def _open_corpus(plan: TrainingPlan, kb: ImageKnowledgeBase | None, name: str) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The documents and the tokenizer of the model; `name`: of the folder in which their images are retrieved."""
+    if plan.corpus is None:
+        documents = _open_retrieval(plan)
+    elif kb is not None:
+        documents = _retrieve(plan, plan.corpus, kb, name)
+    else:
+        named = plan.tokenizer or plan.base
+        if named:
+            tokenizer = load_tokenizer(named) if plan.base is None else own_tokenizer(named)
+        else:
+            tokenizer = Clip.load(plan.clip).tokenizer if plan.clip else clip_tokenizer()
+        found = tokenize_documents(list(plan.corpus.documents()), tokenizer)
+        return [{"input_ids": document} for document in found], tokenizer
+    if plan.base is not None:  # `trainer` compares the base's own with the corpus'
+        return documents, own_tokenizer(plan.tokenizer or plan.base)
+    chats = documents.tokenizer.chat_template is not None  # which a model trained from nothing cannot
+    return documents, load_tokenizer(documents.path) if chats else documents.tokenizer
+
+
+def _open_retrieval(plan: TrainingPlan) -> CorpusRetrieval:
+    decided = {"--tokenizer": plan.tokenizer, "-k": plan.images, "--query": plan.query}
+    if plan.twin != "blind":  # which retrieves as it trains
+        decided["--clip"] = plan.clip
+    given = next((name for name, value in decided.items() if value is not None), None)
+    if given is not None:
+        raise ValmError(f"{given} was decided when {plan.retrieval} was retrieved; leave it out")
+    assert plan.retrieval is not None  # as `check` found
+    return CorpusRetrieval.open(plan.retrieval)
+
+
+def _retrieve(plan: TrainingPlan, corpus: TextCorpus, kb: ImageKnowledgeBase, name: str) -> CorpusRetrieval:
+    """Retrieves the images of `corpus` into a folder beside `out`, which is not published with the model."""
+    if launched_processes() > 1:
+        raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
+    out = Path(plan.out).absolute()
+    return retrieve_corpus(corpus.documents(), _retriever(plan, kb), out.with_name(f"{out.name}-{name}"))
+
+
+def _retriever(plan: TrainingPlan, kb: ImageKnowledgeBase) -> Retriever:
+    named = plan.tokenizer or plan.base
+    encoder = open_encoder(
+        kb,
+        QUERY if plan.query is None else plan.query,
+        load_tokenizer(named, chats=plan.base is not None) if named else None,
+        clip=plan.clip,
+        allow_download=plan.allow_download,
+        device=open_device(plan.device),
+    )
+    return Retriever(encoder, kb, IMAGES if plan.images is None else plan.images)
