@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -139,6 +138,8 @@ def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
 
 def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
     """Writes shard `number` of the knowledge base in `out`; without images it has no files of vectors and items."""
+    import pyarrow.parquet as pq
+
     files = ShardFiles(out, number)
     if shard.skipped:
         files.write("skipped", ".json", lambda path: write_json(path, shard.skipped))

@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from PIL import Image
 
 from valm.errors import ValmError
 from valm.knowledge_base.format import (
@@ -35,7 +32,8 @@ from valm.store.shards import MANIFEST_FILE, Manifest, damaged_files, open_array
 from valm.text import one_line
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
-if TYPE_CHECKING:  # so that opening a knowledge base does not wait for torch
+if TYPE_CHECKING:  # so that opening a knowledge base does not wait for what reads its tables and images
+    from PIL import Image
     from torch import Tensor
 
     from valm.clip.clip import Clip
@@ -160,6 +158,8 @@ class ImageKnowledgeBase:
             IndexError: the id is out of range.
             ValmError: the thumbnail is damaged.
         """
+        from PIL import Image
+
         shard, row = self._locate(id)
         table = self._table(shard, "thumbnails")
         if table is None:
@@ -174,6 +174,8 @@ class ImageKnowledgeBase:
 
     def captioned(self) -> int:
         """Number of images with a caption. Reads all captions, of one shard at a time."""
+        import pyarrow.compute as pc
+
         tables = (self._read_table(shard, "items") for shard in range(len(self._shards)))
         return sum(
             pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables if table is not None
@@ -346,6 +348,8 @@ class ImageKnowledgeBase:
         return vectors
 
     def _read_table(self, shard: int, kind: str) -> pa.Table | None:
+        import pyarrow.parquet as pq
+
         self.check_same()
         file = self._file(shard, kind)
         if file is None:
