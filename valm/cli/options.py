@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
     from valm.store.shards import Runner
 
+WHOLE_MODEL = "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only --full -k whole_model`"
 # Commands and options that went, and what took their place.
 GONE = {
     "--follow-links": "linked folders are always looked into, each once",
     "--beams": "generate() of a model that `valm.load` opens searches with num_beams",
     "--color-terms": "put the file into the folder --data",
-    "--cost": "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only -k whole_model` times models with images",
+    "--cost": f"{WHOLE_MODEL} times models with images",
+    "--cost-sizes": f"{WHOLE_MODEL} has sizes of its own",
     "--fresh": "remove the folder cache in --out to score everything again",
     "--memory-color": "put the file into the folder --data",
+    "--ordinary-text": "`valm train` chooses a min_score by it, which the model keeps",
+    "--questions": "`valm train` chooses a min_score by them, which the model keeps",
     "--png": "the page prints",
     "--templates": "`valm.evaluation.clip_check.check_clip` takes templates",
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from valm.progress import progress_bar
 
@@ -59,14 +61,12 @@ def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
 
 
 class StopsOnSignal(TrainerCallback):
-    """Ends a training after the running step, with a checkpoint, when the first of its processes was asked to.
-
-    step: after which it has ended; None if nothing has ended it.
-    """
+    """Ends a training by a KeyboardInterrupt when the first of its processes was asked to: after the running step, once
+    a checkpoint is written."""
 
     def __init__(self) -> None:
-        self.step: int | None = None
-        self._asked = False
+        self._asked = self._ends = False
+        self._process = os.getpid()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -83,15 +83,26 @@ class StopsOnSignal(TrainerCallback):
     def _ask(self, *_: Any) -> None:
         self._asked = True
         self.remove()
-        print("ending after this step, with a checkpoint; once more to end at once", file=sys.stderr)
+        if os.getpid() == self._process:  # not in the workers of a data loader
+            with suppress(OSError):  # a pipe that Ctrl-C has closed too
+                print("ending after this step, with a checkpoint; once more to end at once", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         asked = torch.tensor(int(self._asked), device=args.device)
         if args.world_size > 1:
             torch.distributed.broadcast(asked, 0)
-        if asked and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-            self.step = state.global_step
+        self._ends = bool(asked) and state.global_step < state.max_steps
+        if self._ends:
+            control.should_save = True
+            if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide it
+                control.should_evaluate = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._ends:
+            ended = f"ended after step {state.global_step}"
+            if args.save_only_model:
+                raise KeyboardInterrupt(f"{ended}; its checkpoint has the model alone, so nothing can go on from there")
+            raise KeyboardInterrupt(f"{ended}: --resume goes on from there")
 
 
 @contextmanager
@@ -108,8 +119,6 @@ def ended_by_signals(training: Trainer) -> Iterator[None]:
         yield
     finally:
         stops.remove()
-    if stops.step is not None:
-        raise KeyboardInterrupt(f"ended after step {stops.step}: --resume goes on from there")
 
 
 class Patience(EarlyStoppingCallback):

@@ -59,7 +59,7 @@ class Documents(Dataset[dict[str, Any]]):
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (documents,) int64."""
         found = document_lengths(self.documents)
-        return found if self.numbers is None else found[self.numbers]
+        return found if self.numbers is None else found[self.numbers % len(found)]
 
 
 def document_lengths(documents: Any) -> np.ndarray:

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 FUSION_NAME = ".image_fusion."
 # Written by the Trainer, the state at the end.
 STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
+OPTIMIZER_FILES = {"optimizer.pt", "optimizer.bin"}
 # Written by DeepSpeed, whose own files have the optimizer and the learning rates.
 DEEPSPEED_FILE = "latest"
 CHECKPOINT = re.compile(f"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
@@ -83,10 +84,11 @@ def check_resumable(checkpoint: Path) -> None:
         raise ValmError(f"there is no checkpoint {checkpoint}: it has no {STATE_FILE}")
     for path in (checkpoint, *checkpoint.rglob("*")):
         check_own(path)
-    if not files & {SCHEDULER_FILE, DEEPSPEED_FILE}:  # the Trainer would begin anew with both, without a word
+    whole = SCHEDULER_FILE in files and files & OPTIMIZER_FILES
+    if not whole and DEEPSPEED_FILE not in files:  # the Trainer would begin anew with either, without a word
         raise ValmError(
-            f"the checkpoint {checkpoint} has a model without its optimizer and learning rates ({SCHEDULER_FILE}), as "
-            "save_only_model makes it: resume from an earlier checkpoint, or begin a new training"
+            f"the checkpoint {checkpoint} has a model without its optimizer or learning rates, as save_only_model "
+            "makes it: resume from an earlier checkpoint, or begin a new training"
         )
 
 
@@ -95,7 +97,7 @@ class ImageTrainer(Trainer):
 
     - Data are read in a `TrainingOrder` (with train_sampling_strategy "random"; other strategies are the Trainer's).
     - A loss that is not finite stops the training before its step is taken.
-    - A checkpoint is whole or absent. Nothing in it or in an upload names a folder of this machine.
+    - A checkpoint is whole when its STATE_FILE is there. Nothing in it or in an upload names a folder of this machine.
     - Evaluation weighs every token equally, in any batch, and adds the perplexity.
 
     Args:
@@ -332,15 +334,19 @@ class ImageTrainer(Trainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / STATE_FILE).unlink(missing_ok=True)  # of another training: it is not whole meanwhile
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # torch and safetensors raise their own types for a full disk
-            folder = Path(str(self.args.output_dir))
             reason = str(error).strip().partition("\n")[0]
             last = newest_checkpoint(folder)
+            if last == str(checkpoint):  # what failed came after it, such as an upload
+                raise
             remedy = "there is no earlier one" if last is None else f"{last} is whole: resume from there"
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            raise ValmError(f"cannot write the checkpoint {folder / name}: {reason}; {remedy}") from error
+            raise ValmError(f"cannot write the checkpoint {checkpoint}: {reason}; {remedy}") from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -15,7 +15,7 @@ from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
 from valm.retrieval.min_score import cut
 from valm.training.collate import Collator
-from valm.training.data import TWINS, Blocks, Documents, hold_out, twin, with_image_dropout, with_min_score
+from valm.training.data import TWINS, Blocks, Documents, evened, hold_out, twin, with_image_dropout, with_min_score
 from valm.training.image_trainer import FUSION_NAME
 
 
@@ -129,6 +129,10 @@ def test_every_token_is_in_one_block_with_the_pictures_of_its_document(lengths, 
     assert np.array_equal(images, np.concatenate([made["image_ids"][1:] for made in documents]))
     firsts = {tuple(block["image_ids"][0]) for block in blocks}
     assert firsts == {tuple(made["image_ids"][0]) for made in documents}
+
+
+def test_evened_documents_have_lengths():
+    assert evened([document(length) for length in (3, 4, 5, 6, 7)], 4).lengths().tolist()[:5] == [3, 4, 5, 6, 7]
 
 
 def test_a_document_that_fits_is_left_alone():

@@ -142,6 +142,44 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path, uninterrupted):
     assert made.losses() == uninterrupted[0]
 
 
+@pytest.mark.usefixtures("in_front")
+@pytest.mark.parametrize("fields", [{"save_total_limit": 1}, {"save_strategy": "best"}], ids=str)
+def test_the_checkpoint_of_an_ended_training_stays(tmp_path, fields):
+    better = [3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
+    stopped = evaluated(tmp_path, better, **({"save_steps": 1, "max_steps": 6} | fields))
+    stopped.add_callback(Asks(4, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=r"ended after step \d: --resume") as ended, ended_by_signals(stopped):
+        stopped.train()
+    step = str(ended.value).split()[3].rstrip(":")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_that_lost_a_file_is_not_resumed_from(tmp_path, name):
+    new_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / name).unlink()
+    with pytest.raises(ValmError, match="without its optimizer or learning rates"):
+        new_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path, monkeypatch):
+    new_trainer(tmp_path, **SAVING).train()
+    again = new_trainer(tmp_path, **SAVING)
+    monkeypatch.setattr(again, "_save_rng_state", lambda folder: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(ValmError, match=r"checkpoint-6: no space; .*checkpoint-7 is whole"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not (tmp_path / "checkpoint-6" / STATE_FILE).exists()
+
+
+def test_a_failed_upload_is_not_said_of_the_checkpoint(tmp_path, monkeypatch):
+    made = new_trainer(tmp_path, **SAVING, push_to_hub=False)
+    made.args.push_to_hub = True
+    monkeypatch.setattr(made, "init_hf_repo", lambda *_: None)
+    monkeypatch.setattr(made, "_push_from_checkpoint", lambda folder: (_ for _ in ()).throw(RuntimeError("no network")))
+    with pytest.raises(RuntimeError, match="no network"):
+        made.train()
+
+
 def test_a_folder_of_another_training_is_refused(tmp_path):
     new_trainer(tmp_path, **SAVING).train()
     with pytest.raises(ValmError, match="holds the checkpoints of another training: resume it, or choose another"):
@@ -348,7 +386,9 @@ def test_a_file_that_was_cut_is_one_sentence(tmp_path, name):
 
 def test_a_model_alone_is_no_checkpoint_to_resume_from(tmp_path):
     new_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True).train()
-    with pytest.raises(ValmError, match=r"checkpoint-1 has a model without its optimizer .* as save_only_model makes"):
+    with pytest.raises(
+        ValmError, match=r"checkpoint-1 has a model without its optimizer or learning rates, as save_only_model"
+    ):
         new_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 
