@@ -29,7 +29,7 @@ class TrainingOptions:
         Raises:
             ValmError: an option or a name in the file is neither, or the file is no YAML.
         """
-        only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        only_config = argparse.ArgumentParser(add_help=False)
         only_config.add_argument("--config", type=Path)
         file = only_config.parse_known_args(given)[0].config
         fields: dict[str, Any] = {}
