@@ -233,8 +233,10 @@ def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, 
     The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings, the
     questions themselves (and so data and prompts), and the version of this package.
     """
-    name = f"{asked.task}-{asked.protocol}-{digest([CACHE_VERSION, own, asdict(asked), __version__])[:32]}.json"
-    file = None if cache is None else cache / name
+    file = None
+    if cache is not None:
+        key = digest([CACHE_VERSION, own, asdict(asked), __version__])
+        file = cache / f"{asked.task}-{asked.protocol}-{key[:32]}.json"
     if file is not None and file.is_file():
         bar.update(_size(asked))
         known: Scores = read_json(file, "the scores", Scores, REMEDY)

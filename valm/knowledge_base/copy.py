@@ -81,7 +81,8 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
     A run that was killed resumes.
 
     Raises:
-        ValmError: a file of `kb` is damaged, or `out` cannot be written or holds something else.
+        ValmError: a file of `kb` is damaged, or `out` holds something else.
+        OSError: `out` cannot be written.
     """
     build = begin_knowledge_base(out, {"source": "dedupe", "parts": [kb.fingerprint]})
     with build.writing():

@@ -68,8 +68,8 @@ def build_index(
 
     Memory holds the index (up to twice while vectors are added), its training vectors (at most
     `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds the index twice until
-    it is written. A build that was killed, or missed the target, goes on where it was, given the
-    same factory and seed (`index_filling`).
+    it is written. A build that was killed, or missed the target, goes on where it was, given the same factory and seed
+    (`index_filling`).
 
     Args:
         queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:

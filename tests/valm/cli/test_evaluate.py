@@ -10,6 +10,12 @@ from tests.valm.evaluation.small_sets import write_sets
 from valm.clip.text_tower import fastest_dtype
 
 
+@pytest.fixture
+def color(world):
+    """The options of a short evaluation: Memory Colors with the fair protocol."""
+    return ("--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair")
+
+
 @pytest.fixture(scope="session")
 def sets(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("sets")
@@ -42,33 +48,22 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     assert len(list((out / "cache").iterdir())) == 5 * 3
 
 
-def test_eval_with_another_min_score(world, tmp_path, capsys):
+def test_eval_with_another_min_score(world, color, tmp_path, capsys):
     """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
-    arguments = [
-        "eval",
-        world / "valm",
-        world / "gpt2",
-        "--tasks",
-        "memory_color",
-        "--data",
-        world / "sets",
-        "--protocol",
-        "fair",
-    ]
+    models = ("eval", world / "valm", world / "gpt2")
     with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
-        assert run(*arguments, "--min-score", "2", "--no-images", "--json", "--out", tmp_path) == 0
+        assert run(*models, *color, "--min-score", "2", "--no-images", "--json", "--out", tmp_path) == 0
     cut, off, _ = json.loads(capsys.readouterr().out)["rows"]
     assert cut["metrics"] == off["metrics"] and "2 images a token with a retrieval score from 2" in cut["kind"]
     scored = set((tmp_path / "cache").iterdir())
-    assert run("eval", world / "valm", *arguments[3:], "--json", "--out", tmp_path) == 0
+    assert run("eval", world / "valm", *color, "--json", "--out", tmp_path) == 0
     (whole,) = json.loads(capsys.readouterr().out)["rows"]
     assert whole["kind"].endswith("2 images a token")
     assert len(set((tmp_path / "cache").iterdir()) - scored) == 1  # not from the scores of the other
 
 
-def test_eval_as_json_is_the_results_file(world, sets, tmp_path, capsys):
-    arguments = ["--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair", "--out", tmp_path, "--json"]
-    assert run("eval", world / "gpt2", *arguments) == 0
+def test_eval_as_json_is_the_results_file(world, sets, color, tmp_path, capsys):
+    assert run("eval", world / "gpt2", *color, "--out", tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
 
 
@@ -88,8 +83,8 @@ def test_another_evaluation_into_the_same_folder_loses_nothing(world, tmp_path, 
 
 
 @pytest.mark.parametrize("model", ["valm", "gpt2"])
-def test_one_protocol_of_one_task(world, capsys, model):
-    assert run("eval", world / model, "--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair") == 0
+def test_one_protocol_of_one_task(world, color, capsys, model):
+    assert run("eval", world / model, *color) == 0
     printed = capsys.readouterr().out
     assert "| MemoryColor | fair | 6 × 9 |" in printed and "published protocol" not in printed
 
@@ -125,31 +120,19 @@ def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, ca
 @pytest.mark.parametrize(
     ("amx", "vnni", "expected"), [(True, True, "bfloat16"), (False, True, "int8"), (False, False, "float32")]
 )
-def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, tmp_path, monkeypatch):
+def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, color, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    color = ("--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair")
     out = tmp_path / "report"
     assert run("eval", world / "valm", *color, "--query-dtype", "auto", "--device", "cpu", "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
 
 
-def test_the_report_says_the_precision_of_queries_that_there_are(world, tmp_path):
-    color = (
-        "--tasks",
-        "memory_color",
-        "--data",
-        world / "sets",
-        "--protocol",
-        "fair",
-        "--no-images",
-        "--out",
-        tmp_path,
-    )
+def test_the_report_says_the_precision_of_queries_that_there_are(world, color, tmp_path):
     line = "Retrieval queries in float32."
-    assert run("eval", world / "gpt2", *color, "--query-dtype", "float32") == 0
+    assert run("eval", world / "gpt2", *color, "--query-dtype", "float32", "--no-images", "--out", tmp_path) == 0
     assert line not in (tmp_path / "results.md").read_text()
-    assert run("eval", world / "gpt2", world / "valm", *color) == 0
+    assert run("eval", world / "gpt2", world / "valm", *color, "--no-images", "--out", tmp_path) == 0
     assert json.loads((tmp_path / "results.json").read_text())["conditions"]["query_dtype"] == "float32"
     for name in ("results.md", "report.html"):
         assert line in (tmp_path / name).read_text()
