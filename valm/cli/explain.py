@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model
-from valm.errors import ValmError
 from valm.store.files import name_of
 
 
@@ -22,20 +21,15 @@ def add_to(commands: Commands) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> None:
+    from valm.evaluation.controls import images_for
     from valm.explain.explanation import Reader, explain_together
-    from valm.explain.images import GivenImages
     from valm.explain.page import write_page
-    from valm.knowledge_base.sources.folder import find_images
-    from valm.retrieval.retriever import Retriever
 
     model, tokenizer = load_model(arguments)
     name = name_of(arguments.model)
     readers = {name: Reader(model, tokenizer)}
     if arguments.replace:
-        if not isinstance(model.retriever, Retriever):
-            raise ValmError(f"--replace: the model in {arguments.model} retrieves no images that could be replaced")
-        files = [arguments.replace / file for file in find_images(arguments.replace).images]
-        replaced = GivenImages(files, model.retriever, scored=model.fusion_options.scored)
+        replaced = images_for(model, replace=arguments.replace)
         readers[f"{name}, with images of {arguments.replace.absolute().name}"] = Reader(model, tokenizer, replaced)
     if arguments.compare:
         readers[name_of(arguments.compare, unlike=readers)] = Reader(*load_compared(arguments))

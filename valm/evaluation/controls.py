@@ -13,23 +13,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from valm.clip.clip import Clip
 from valm.clip.read_image import read_image
 from valm.errors import ValmError
 from valm.knowledge_base.sources.folder import find_images
 from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextCache
-from valm.retrieval.retriever import BlindRetriever, NoImages, Retrieved, Retriever
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved, Retriever
 
-RETRIEVAL = ("on", "off", "random")
+RETRIEVAL = ON, OFF, RANDOM = ("on", "off", "random")
 
 
-class _OtherVectors:
-    """A retriever that finds the same images but returns other vectors."""
+class OtherImages:
+    """A retriever that returns other images than `retriever` finds, with the scores of those that they replace."""
 
     def __init__(self, retriever: Retriever):
         self.retriever = retriever
-        self.k, self.dim = retriever.k, retriever.dim
+        self.k, self.dim, self.kb = retriever.k, retriever.dim, retriever.kb
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
         return self._replaced(self.retriever(input_ids, attention_mask))
@@ -41,43 +40,54 @@ class _OtherVectors:
         return self._replaced(self.retriever.step(input_ids, state, attention_mask))
 
     def _replaced(self, found: Retrieved) -> Retrieved:
-        return found._replace(image_pool=self.vectors_of(found.image_ids.cpu()).to(found.image_pool.device))
-
-    def vectors_of(self, ids: Tensor) -> Tensor:
-        """(n, E) float32: the replacements of the images `ids` (n,)."""
         raise NotImplementedError
 
+    def own_scores(self, input_ids: Tensor, shown: Retrieved) -> Tensor:
+        """(B, T, K) float32: inner products of each token's query and the images that it is shown; -inf = none."""
+        queries, index = self.retriever.encoder(input_ids), shown.image_index
+        products = torch.einsum("bte,btke->btk", queries.to(shown.image_pool), shown.image_pool[index.clamp(min=0)])
+        return products.masked_fill(index < 0, -torch.inf)
 
-class Replaced(_OtherVectors):
+
+class Replaced(OtherImages):
     """vectors: (N, E), for each image of the knowledge base the vector that replaces its own."""
 
     def __init__(self, retriever: Retriever, vectors: Tensor):
         super().__init__(retriever)
         self.vectors = vectors
 
-    def vectors_of(self, ids: Tensor) -> Tensor:
-        return self.vectors[ids]
+    def _replaced(self, found: Retrieved) -> Retrieved:
+        return found._replace(image_pool=self.vectors[found.image_ids.cpu()].to(found.image_pool.device))
 
 
-class RandomImages(_OtherVectors):
-    """Every image is replaced by a random one of the knowledge base, always the same one for a seed, with the score of
-    the image that it replaces."""
+class RandomImages(OtherImages):
+    """Every image is replaced by a random one of the knowledge base, always the same one for a seed; `image_ids` are
+    those of the random ones."""
 
     def __init__(self, retriever: Retriever, seed: int):
         super().__init__(retriever)
         self.other = torch.randperm(len(retriever.kb), generator=torch.Generator().manual_seed(seed))  # (N,)
 
-    def vectors_of(self, ids: Tensor) -> Tensor:
-        return torch.from_numpy(self.retriever.kb.gather(self.other[ids].numpy())).float()
+    def _replaced(self, found: Retrieved) -> Retrieved:
+        ids = self.other[found.image_ids.cpu()]
+        pool = torch.from_numpy(self.kb.gather(ids.numpy())).to(found.image_pool)
+        return found._replace(image_pool=pool, image_ids=ids.to(found.image_ids.device))
 
 
-class FixedImages(_OtherVectors):
-    """Every token that has images sees the same K: the first of `vectors` (n, E), repeated if there are fewer, with the
-    scores of the images that they replace."""
+class GivenImages(OtherImages):
+    """Every token that has images sees the same K: the first of `files`, repeated if there are fewer. `images` has
+    their names and contents, and `image_ids` are numbers of it.
 
-    def __init__(self, retriever: Retriever, vectors: Tensor):
+    Raises:
+        ValmError: a file cannot be read as an image.
+    """
+
+    def __init__(self, retriever: Retriever, files: Sequence[Path]):
         super().__init__(retriever)
-        self.vectors = vectors[: self.k]
+        files = files[: self.k]
+        contents = read_images(files)
+        self.images = [(file.name, content) for file, content in zip(files, contents, strict=True)]
+        self.vectors = retriever.encoder.clip.encode_images(contents)  # (n, E)
 
     def _replaced(self, found: Retrieved) -> Retrieved:
         index, device = found.image_index, found.image_index.device
@@ -86,7 +96,7 @@ class FixedImages(_OtherVectors):
         return Retrieved(
             self.vectors.to(device),
             slots.expand(index.shape).masked_fill(none, -1),
-            torch.full((len(self.vectors),), -1, device=device),
+            torch.arange(len(self.vectors), device=device),
             # a slot may have been empty
             found.scores.where(index >= 0, found.scores.amax(-1, keepdim=True)).masked_fill(none, -torch.inf),
         )
@@ -107,17 +117,6 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
     return images
 
 
-def images_in(folder: str | os.PathLike, clip: Clip, k: int) -> Tensor:
-    """(n, E) float32: the first `k` images under `folder`, in the order of their names, encoded.
-
-    Raises:
-        ValmError: there is no image, or one cannot be read.
-    """
-    names = find_images(Path(folder)).images[:k]
-    images = read_images([Path(folder) / name for name in names])
-    return clip.encode_images(images)
-
-
 def images_fingerprint(folder: str | os.PathLike) -> str:
     """SHA-256 over the names and contents of the images under `folder`. One that cannot be read counts by its name:
     `switch_images` refuses it where a model sees it.
@@ -126,18 +125,26 @@ def images_fingerprint(folder: str | os.PathLike) -> str:
         ValmError: there are none.
     """
     found = hashlib.sha256()
-    for name in find_images(Path(folder)).images:
-        file = Path(folder) / name
-        found.update(os.fsencode(name))
+    for file in images_in(folder):
+        found.update(os.fsencode(file.relative_to(folder)))
         with suppress(ValmError, OSError):
             found.update(file.read_bytes())
     return found.hexdigest()
 
 
-def switch_images(
-    model: ImageModel, retrieval: str = "on", *, replace: str | os.PathLike | None = None, seed: int = 0
-) -> None:
-    """Sets which images `model` sees from now on.
+def images_in(folder: str | os.PathLike) -> list[Path]:
+    """The images under `folder`, in the order of their names.
+
+    Raises:
+        ValmError: there are none.
+    """
+    return [Path(folder) / name for name in find_images(Path(folder)).images]
+
+
+def images_for(
+    model: ImageModel, retrieval: str = ON, *, replace: str | os.PathLike | None = None, seed: int = 0
+) -> ImageRetriever | None:
+    """What finds the images that `model` sees in a control; None for a model that sees none.
 
     Args:
         retrieval: "on" those that its retriever finds, "off" none, "random" random ones of its knowledge base.
@@ -149,26 +156,32 @@ def switch_images(
     """
     if retrieval not in RETRIEVAL:
         raise ValmError(f"retrieval must be one of {', '.join(RETRIEVAL)}, got {retrieval!r}")
-    if replace is not None and retrieval != "on":
+    if replace is not None and retrieval != ON:
         raise ValmError(f"retrieval={retrieval} and images to replace it by exclude each other: give one of the two")
     options = model.fusion_options
     if options.num_images == 0:
-        if retrieval == "random" or replace is not None:
+        if retrieval == RANDOM or replace is not None:
             raise ValmError("this model sees no images (K = 0), so there are none to replace")
-        return
-    if retrieval == "off":
-        model.set_retriever(NoImages(options.num_images, options.image_dim))
-        return
+        return None
+    if retrieval == OFF:
+        return NoImages(options.num_images, options.image_dim)
     retriever: Any = model.retriever
     if retriever is None:
         raise ValmError(
             f"this model sees {options.num_images} images a token, but nothing says where they are: give a knowledge "
             "base (kb), or switch its images off"
         )
-    if retrieval == "random" or replace is not None:
-        if isinstance(retriever, BlindRetriever):
-            raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
-        other: Any = RandomImages(retriever, seed)
-        if replace is not None:
-            other = FixedImages(retriever, images_in(replace, retriever.encoder.clip, options.num_images))
-        model.set_retriever(other)
+    if retrieval == ON and replace is None:
+        return retriever
+    if isinstance(retriever, BlindRetriever):
+        raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
+    return RandomImages(retriever, seed) if replace is None else GivenImages(retriever, images_in(replace))
+
+
+def switch_images(
+    model: ImageModel, retrieval: str = ON, *, replace: str | os.PathLike | None = None, seed: int = 0
+) -> None:
+    """Sets which images `model` sees from now on; arguments and errors as in `images_for`."""
+    retriever = images_for(model, retrieval, replace=replace, seed=seed)
+    if retriever is not None:
+        model.set_retriever(retriever)

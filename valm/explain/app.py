@@ -13,8 +13,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 from valm.errors import PANIC, ValmError, is_panic
+from valm.evaluation.controls import GivenImages, RandomImages
 from valm.explain.explanation import Explanation, Reader, explain_together
-from valm.explain.images import GivenImages, ShownRandomImages
 from valm.explain.page import render_body, style
 from valm.retrieval.retriever import BlindRetriever, Retriever
 
@@ -149,13 +149,11 @@ class App:
         of_kb = type(retriever)(retriever.encoder, retriever.kb, k, retriever.index, cache_tokens=0)
         if images == RETRIEVED:
             return f"{self.name}, {k} retrieved images", Reader(self.model, self.tokenizer, of_kb)
-        scored = self.model.fusion_options.scored
         if images == RANDOM:
-            random = ShownRandomImages(of_kb, 0, scored=scored)
-            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, random)
+            return f"{self.name}, {k} random images", Reader(self.model, self.tokenizer, RandomImages(of_kb, 0))
         if not uploads:
             raise ValmError("there are no uploaded images yet: add some in More controls")
-        given = GivenImages([Path(file) for file in uploads], of_kb, scored=scored)
+        given = GivenImages(of_kb, [Path(file) for file in uploads])
         return f"{self.name}, uploaded images", Reader(self.model, self.tokenizer, given)
 
     def show(self, head: int, *arguments: Any) -> tuple[str, str]:

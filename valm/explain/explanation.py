@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.clip.tokenizer import begin_id, prompt_ids
 from valm.errors import ValmError
+from valm.evaluation.controls import OtherImages
 from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
 from valm.model.probe import in_mode
@@ -101,6 +102,9 @@ def explain(
         note = "This model is blind: the one image of each token is its own retrieval query, which is not an image."
     found = _find(model, finder, ids)
     text_weights, image_weights = model.fusion_attention(ids, **_images(model, found))
+    scores = found.scores
+    if isinstance(finder, OtherImages) and not model.fusion_options.scored:  # which would use those of the replaced
+        scores = finder.own_scores(ids, found)
     if answers is None:
         words, probabilities = _likeliest(tokenizer, _log_probs(model, ids, found)[-1])
     else:
@@ -111,7 +115,7 @@ def explain(
         text_weights=text_weights[0].float().cpu().numpy(),
         image_weights=image_weights[0].float().cpu().numpy(),
         image_index=found.image_index[0].cpu().numpy(),
-        scores=found.scores[0].float().cpu().numpy(),
+        scores=scores[0].float().cpu().numpy(),
         images=tuple(show_images(finder, found.image_ids.tolist())),
         answers=tuple(words),
         probabilities=np.array(probabilities, np.float32),

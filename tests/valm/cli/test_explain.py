@@ -47,7 +47,10 @@ def wrong_inputs():
         "no retriever": (["explain", "{tmp}/alone", PROMPT, *page], "has no retriever: give it a knowledge base"),
         "another CLIP": ([*valm, PROMPT, "--clip", "{tmp}/clip", *page], "was built with the CLIP"),
         "no pictures": ([*valm, PROMPT, "--replace", "{tmp}/alone", *page], "no images in {tmp}/alone"),
-        "nothing to replace": ([*gpt2, PROMPT, "--replace", "{world}/pictures", *page], "retrieves no images"),
+        "nothing to replace": (
+            [*gpt2, PROMPT, "--replace", "{world}/pictures", *page],
+            "this model sees no images (K = 0), so there are none to replace",
+        ),
         "no answer": ([*valm, PROMPT, "--answers", "red,,blue", *page], "the answer '' has no tokens"),
         "no such folder": ([*valm, PROMPT, "--out", "{tmp}/none/page.html"], "{tmp}/none"),
     }

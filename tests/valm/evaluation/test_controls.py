@@ -1,5 +1,7 @@
 """The controls exchange the images and nothing else."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,11 @@ from PIL import Image
 from tests.valm.models import random_ids, tiny_model
 from valm.errors import ValmError
 from valm.evaluation.controls import (
-    FixedImages,
+    GivenImages,
     RandomImages,
     Replaced,
     images_fingerprint,
-    images_in,
+    read_images,
     switch_images,
 )
 from valm.retrieval.context import ContextEncoder
@@ -61,25 +63,41 @@ def test_replaced_serves_cached_generation():
 
 
 def test_random_images_are_a_permutation_by_seed():
-    every = torch.arange(10)
-    first, again, other = (RandomImages(FakeRetriever(), seed).vectors_of(every) for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert sorted(first[:, 0].tolist()) == [4.0 * i for i in range(10)]
+    class FindsAll(FakeRetriever):
+        def __call__(self, input_ids, attention_mask=None) -> Retrieved:
+            return super().__call__(input_ids)._replace(image_ids=torch.arange(10))
+
+    first, again, other = (RandomImages(FindsAll(), seed)(torch.zeros(1, 1)) for seed in (0, 0, 1))
+    assert torch.equal(first.image_ids, again.image_ids) and not torch.equal(first.image_ids, other.image_ids)
+    assert first.image_ids.sort().values.tolist() == list(range(10))
+    assert torch.equal(first.image_pool, torch.arange(40.0).reshape(10, 4)[first.image_ids])
 
 
-def test_fixed_images_are_the_same_for_every_token_that_has_some():
+def test_given_images_are_the_same_for_every_token_that_has_some(tmp_path):
+    class Encodes:
+        def encode_images(self, images):
+            return torch.randn(len(images), 4)
+
     class FindsSome(FakeRetriever):
-        k = 3
+        k, encoder = 3, SimpleNamespace(clip=Encodes())
 
         def __call__(self, input_ids, attention_mask=None) -> Retrieved:
             index = torch.tensor([[[-1, -1, -1], [0, -1, -1], [0, 0, 0]]])
             return Retrieved(torch.zeros(1, 4), index, torch.tensor([5]), torch.zeros(1, 3, 3))
 
-    found = FixedImages(FindsSome(), torch.randn(2, 4))(torch.zeros(1, 3))
+    files = [tmp_path / f"{name}.png" for name in "abcde"]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    given = GivenImages(FindsSome(), files[:2])
+    found = given(torch.zeros(1, 3))
+    assert [name for name, _ in given.images] == ["a.png", "b.png"] and found.image_ids.tolist() == [0, 1]
     assert found.image_pool.shape == (2, 4)
     assert found.image_index.tolist() == [[[-1, -1, -1], [0, 1, 0], [0, 1, 0]]]
     assert torch.equal(found.scores == -torch.inf, found.image_index < 0)
-    assert len(FixedImages(FindsSome(), torch.randn(5, 4))(torch.zeros(1, 3)).image_pool) == 3
+    files[4].write_bytes(b"no image")  # which none of three sees
+    assert len(GivenImages(FindsSome(), files)(torch.zeros(1, 3)).image_pool) == 3
+    with pytest.raises(ValmError, match=r"cannot read the image e\.png"):
+        GivenImages(FindsSome(), files[2:])
 
 
 @pytest.fixture
@@ -110,7 +128,7 @@ def test_random_and_replaced_images_change_what_a_model_says(seeing, tmp_path):
     model.set_retriever(own)
     Image.new("RGB", (32, 32), "green").save(tmp_path / "green.png")
     switch_images(model, replace=tmp_path)
-    pool = images_in(tmp_path, own.encoder.clip, own.k)
+    pool = own.encoder.clip.encode_images(read_images([tmp_path / "green.png"]))
     index = torch.zeros(2, 6, 3, dtype=torch.int64).index_fill(1, torch.tensor([0]), -1)
     expected = model(ids, image_pool=pool, image_index=index).logits
     torch.testing.assert_close(model(ids).logits, expected)
@@ -149,6 +167,3 @@ def test_wrong_switches_are_named(tmp_path):
     ]:
         with pytest.raises(ValmError, match=message):
             switch_images(model, retrieval, replace=replace)
-    (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValmError, match=r"cannot read the image .*a\.png"):
-        images_in(tmp_path, None, 1)

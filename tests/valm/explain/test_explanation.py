@@ -6,9 +6,9 @@ from tests.valm.model.decoders import tiny_gpt2
 from tests.valm.other_tokenizers import gpt2_like, llama_like
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
+from valm.evaluation.controls import RandomImages
 from valm.evaluation.scoring import answer_log_probs
 from valm.explain.explanation import MAX_TOKENS, Reader, explain, explain_together
-from valm.explain.images import ShownRandomImages
 from valm.model.augment import augment
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -113,7 +113,7 @@ def test_another_tokenizer_is_explained_too(clip, kb, make_tokenizer):
 
 def test_another_retriever_changes_images_and_answers(model, tokenizer):
     own = explain(model, tokenizer, TEXT)
-    other = explain(model, tokenizer, TEXT, retriever=ShownRandomImages(model.retriever, seed=3, scored=False))
+    other = explain(model, tokenizer, TEXT, retriever=RandomImages(model.retriever, seed=3))
     assert [image.caption for image in own.images_of(-1)] != [image.caption for image in other.images_of(-1)]
     assert not np.allclose(own.probabilities, other.probabilities)
     assert explain(model, tokenizer, TEXT).answers == own.answers  # the model has its own again

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from valm.evaluation.controls import GivenImages
 from valm.explain.explanation import Reader, explain_together
-from valm.explain.images import GivenImages
 from valm.explain.page import write_page
 from valm.model.checkpoint import load
 
@@ -46,7 +46,7 @@ def save(tmp_path):
 def test_screenshot_of_the_page(demo, browser, save, tmp_path):
     model, tokenizer = load(demo / "valm")
     frogs = sorted((demo / "pictures" / "frog").iterdir())
-    replaced = Reader(model, tokenizer, GivenImages(frogs, model.retriever, scored=False))
+    replaced = Reader(model, tokenizer, GivenImages(model.retriever, frogs))
     readers = {"valm": Reader(model, tokenizer), "valm, with images of frog": replaced}
     write_page(tmp_path / "page.html", explain_together(readers, PROMPT))
     page = browser.new_page(viewport={"width": 1080, "height": 700}, color_scheme="light")
