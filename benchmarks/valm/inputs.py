@@ -69,7 +69,7 @@ def evaluation_set(name: str) -> list[Any]:
     """The items of an evaluation set; where it is not on this machine, the benchmark is skipped."""
     if find_file(name) is None:
         pytest.skip(f"needs {SETS[name].title}: set VALM_EVAL_DATA to the folder of the evaluation sets")
-    return read_set(name)
+    return read_set(SETS[name])
 
 
 def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:

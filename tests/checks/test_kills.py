@@ -34,9 +34,9 @@ from valm.clip.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
-from valm.evaluation.questions import chosen_tasks
 from valm.evaluation.report import write_report
-from valm.evaluation.suite import CACHE, Entry, Settings, evaluate
+from valm.evaluation.settings import Settings
+from valm.evaluation.suite import CACHE, evaluate
 from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import dedupe, merge
 from valm.knowledge_base.encode import Encoding
@@ -392,8 +392,8 @@ def test_evaluation(tmp_path):
     ids = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
     model = tiny_model(0, vocab_size=len(TOKENIZER), num_images=0, n_positions=96, **ids)
     save_checkpoint(model, TOKENIZER, tmp_path / "model")
-    asked = Settings(tuple(chosen_tasks("relative_size,lambada")), data=tmp_path / "data")
-    models = [Entry("model", (str(tmp_path / "model"),))]
+    asked = Settings(tasks=["relative_size", "lambada"], data=tmp_path / "data")
+    models = {"model": [str(tmp_path / "model")]}
 
     def write(out: Path) -> None:
         write_report(evaluate(models, asked, out, progress=False), out)

@@ -194,7 +194,7 @@ def classify(
     return Classification(
         classes=tuple(classes),
         pictures=len(gold),
-        zero_shot=accuracy(right),
+        zero_shot=accuracy(right[None]),
         balanced=float(np.mean([right[gold == label].mean() for label in range(len(classes))])),
         linear_probe=linear_probe(features.numpy(), gold, seed) if counts.min() >= MIN_PER_CLASS else None,
         chance=1 / len(classes),
@@ -232,7 +232,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     rest = np.concatenate([train, validation])
     right = fitted(rest, c).predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
-    return Probe(accuracy(right), majority, len(rest), len(test), c)
+    return Probe(accuracy(right[None]), majority, len(rest), len(test), c)
 
 
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -267,7 +267,9 @@ def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) ->
     return Retrieval(
         pictures=len(has),
         captions=len(image_of),
-        image_to_text=tuple(Recall(k, accuracy(to_text < k), _chance(own, len(image_of), k)) for k in RECALL_AT),
+        image_to_text=tuple(
+            Recall(k, accuracy((to_text < k)[None]), _chance(own, len(image_of), k)) for k in RECALL_AT
+        ),
         # the captions of an image are not independent questions
         text_to_image=tuple(
             Recall(

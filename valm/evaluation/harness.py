@@ -1,15 +1,17 @@
 """VaLM in lm-evaluation-harness: `valm lm-eval run --model valm --model_args pretrained=FOLDER,kb=FOLDER --tasks ...`
 
 One class over the harness's own Hugging Face class, which does the batching, caching, chat templates and logging, and
-the tasks of the paper in `valm/evaluation/tasks/`.
+the sets of `valm eval` as its tasks, which `write_tasks` writes.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +28,9 @@ except ImportError as error:
 
 from valm.clip.tokenizer import beginning_with_bos
 from valm.evaluation.controls import images_fingerprint, switch_images
+from valm.evaluation.questions import FAIR, PUBLISHED
 from valm.evaluation.scorers import CausalScorer, digest
+from valm.evaluation.sets import SETS
 from valm.model.checkpoint import load
 from valm.text import nearest
 
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import CacheHook
 
-TASKS = Path(__file__).parent / "tasks"
+# What the harness's tasks about choices and about texts share.
+SHARED = Path(__file__).parent / "tasks"
 # The commands of the harness that search for tasks.
 WITH_TASKS = ("run", "ls", "validate")
 # A key of the harness's cache that is no hash of a request.
@@ -93,7 +98,6 @@ class ValmLM(HFLM):
         if min_score is not None:
             model.set_min_score(min_score)
         self._scorer = CausalScorer(model, tokenizer, "valm")
-        self._own_retriever = model.retriever if self._scorer.sees_images else None
         switch_images(model, retrieval, replace=replace, seed=image_seed)
         self._replace = replace
         super().__init__(pretrained=model, tokenizer=beginning_with_bos(tokenizer), **arguments)
@@ -120,15 +124,7 @@ class ValmLM(HFLM):
     def _fingerprint(self) -> str:
         """Of all that the answers depend on, beside the arguments of the model, which are in the cache's name."""
         replaced = None if self._replace is None else images_fingerprint(self._replace)
-        if not self._scorer.sees_images:
-            return digest([self._scorer.fingerprint, replaced])
-        model = self._scorer.model
-        shown = model.retriever
-        model.set_retriever(self._own_retriever)  # which names its knowledge base
-        try:
-            return digest([self._scorer.fingerprint, replaced])
-        finally:
-            model.set_retriever(shown)
+        return digest([self._scorer.fingerprint, replaced])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The base's; the text does not begin with bos, which the first window begins with in any case."""
@@ -150,18 +146,38 @@ def _check_names(arguments: dict[str, Any]) -> None:
             raise ValmError(f"the model has no argument {name}{nearest(name, sorted(known))}")
 
 
+def write_tasks(folder: Path) -> list[str]:
+    """Writes a task file for each set and protocol into `folder`, and returns the names of the tasks: valm_SET, and
+    valm_SET_published, to be run with add_bos_token=False. The harness has LAMBADA itself, and computes no perplexity
+    per token."""
+    names = []
+    for one in SETS.values():
+        for protocol in one.protocols if one.group != "lm" else (FAIR,):
+            if one.name == "lambada":
+                continue
+            names.append(f"valm_{one.name}" + ("_published" if protocol == PUBLISHED else ""))
+            task = {
+                "task": names[-1],
+                "include": str(SHARED / ("_text.yaml" if one.group == "lm" else "_choice.yaml")),
+                "dataset_kwargs": {"task": one.name, "protocol": protocol},
+                "metadata": {"version": 1.0},
+            }
+            (folder / f"{names[-1]}.yaml").write_text(json.dumps(task))  # which is YAML too
+    return names
+
+
 def run(arguments: list[str]) -> None:
-    """The harness's own command line, with model "valm" and the tasks in TASKS.
+    """The harness's own command line, with model "valm" and the tasks of `write_tasks`.
 
     Raises:
         ValmError: a task does not exist, or the model's arguments are invalid.
     """
-    if (
-        arguments
-        and arguments[0] in WITH_TASKS
-        and not any(argument.partition("=")[0] == "--include_path" for argument in arguments)
-    ):
-        arguments = [arguments[0], *arguments[1:], "--include_path", str(TASKS)]
+    own_tasks = any(argument.partition("=")[0] == "--include_path" for argument in arguments)
+    if arguments and arguments[0] in WITH_TASKS and not own_tasks:
+        with TemporaryDirectory() as folder:
+            write_tasks(Path(folder))
+            run([*arguments, "--include_path", folder])
+        return
     setup_logging()
     before, sys.argv = sys.argv, ["valm lm-eval", *arguments]
     try:

@@ -7,7 +7,6 @@ is read in windows that overlap by half.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,26 +15,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.files import read_json_lines
 from valm.evaluation.scoring import Progress, check_model, context_length, counting, equal_lengths
 from valm_kernels.json_files import short
 
 # Quotation marks in front of a word are text before it; the apostrophe of "don't" belongs to the word.
 LAST_WORD = re.compile(r"\w+(?:['’](?:s|t|re|ve|m|ll|d))?\s*$", re.IGNORECASE)
 NO_LAST_WORD = "a passage must end in a word with text before it"
-
-
-def load_lambada(path: str | os.PathLike) -> list[str]:
-    """The passages of a file of lines like {"text": ...}.
-
-    Raises:
-        ValmError: the file has other content, or a passage does not end in a word with text before it.
-    """
-    passages = [row["text"] for row in read_json_lines(path, {"text"})]
-    for number, passage in enumerate(passages, 1):
-        if not _before_last_word(passage):
-            raise ValmError(f"{path}, line {number}: {NO_LAST_WORD}, got {short(passage)}")
-    return passages
 
 
 def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[int], int]:
@@ -45,14 +30,14 @@ def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[in
         ValmError: it does not end in a word with text before it.
     """
     ids = tokenizer(passage, add_special_tokens=False)["input_ids"]
-    before = _before_last_word(passage)
+    before = before_last_word(passage)
     context = len(tokenizer(before, add_special_tokens=False)["input_ids"])
     if not 0 < context < len(ids):
         raise ValmError(f"{NO_LAST_WORD}, got {short(passage)}")
     return ids, len(ids) - context
 
 
-def _before_last_word(passage: str) -> str:
+def before_last_word(passage: str) -> str:
     """The text before the last word of a passage; empty if it does not end in a word."""
     word = LAST_WORD.search(passage)
     return passage[: word.start()].rstrip() if word else ""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from valm.evaluation.choice import log_prior, vote_of_prompts
-from valm.evaluation.questions import FAIR, Documents, Questions
-from valm.evaluation.scorers import DocumentScore
-from valm.evaluation.size import YES_NO, objects_of
-from valm.evaluation.statistics import Estimate, ratio
+from valm.evaluation.questions import FAIR, YES_NO, Documents, Questions
+from valm.evaluation.statistics import accuracy, ratio
 
 
 def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | None) -> dict[str, Any]:
@@ -33,69 +30,83 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
         baselines: majority, its answer, and every constant answer.
     """
     right = np.array(asked.right)  # (items, prompts)
-    share = partial(of_prompts, objects=objects_of(asked.items, asked.candidates))
-    correct = scores.argmax(-1) == right  # (seeds, items, prompts)
-    shares = Counter(right.ravel().tolist())
-    constants = {asked.candidates[answer]: count / right.size for answer, count in shares.most_common()}
-    found: dict[str, Any] = {
-        "accuracy": share(correct),
-        "balanced": float(np.mean([correct[:, right == answer].mean() for answer in shares])),
-        "baselines": {
-            "majority": max(constants.values()),
-            "majority_answer": max(constants, key=lambda answer: constants[answer]),
-            "chance": 1 / len(asked.candidates),
-            "constants": constants,
-        },
+    found: dict[str, Any] = {}
+
+    def share(name: str, correct: np.ndarray) -> None:
+        """Of (seeds, items) or (seeds, items, prompts)."""
+        found[name] = asdict(accuracy(correct, asked.objects))
+
+    given = scores.argmax(-1)
+    correct = given == right  # (seeds, items, prompts)
+    share("accuracy", correct)
+    answers = asked.answers  # (items, prompts)
+    shares = Counter(answers.ravel().tolist())
+    constants = {answer: count / right.size for answer, count in shares.most_common()}
+    found["balanced"] = float(np.mean([correct[:, answers == answer].mean() for answer in shares]))
+    found["baselines"] = {
+        "majority": max(constants.values()),
+        "majority_answer": max(constants, key=lambda answer: constants[answer]),
+        "chance": fmean(1 / len(candidates) for candidates in asked.choices or (asked.candidates,)),
+        "constants": constants,
     }
     if asked.candidates == YES_NO:
-        found["said_yes"] = float((scores.argmax(-1) == 0).mean())
-    if not asked.fair:
+        found["said_yes"] = float((given == 0).mean())
+    if not asked.fair or not asked.candidates:
         return found
     if alone is not None:
-        found["calibrated"] = share((scores - alone[:, None, None]).argmax(-1) == right)
+        share("calibrated", (scores - alone[:, None, None]).argmax(-1) == right)
     if (right == right[:, :1]).all():
         without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
-        found["calibrated_mean"] = share(without_prior.argmax(-1) == right)
+        share("calibrated_mean", without_prior.argmax(-1) == right)
         if right.shape[1] > 1:
             votes = np.stack([vote_of_prompts(of_seed) for of_seed in scores])  # (seeds, items)
-            found["vote"] = share((votes == right[:, 0])[..., None])
+            share("vote", votes == right[:, 0])
     else:
         margin = (scores[..., 0] - scores[..., 1]).reshape(*correct.shape[:2], -1, 2)  # (seeds, items, prompts, orders)
-        found["both_orders"] = share(correct.reshape(margin.shape).all(-1))
-        found["preferred"] = share(margin[..., 0] > margin[..., 1])
+        share("both_orders", correct.reshape(margin.shape).all(-1))
+        share("preferred", margin[..., 0] > margin[..., 1])
     return found
 
 
-def of_prompts(correct: np.ndarray, objects: np.ndarray | None = None) -> dict[str, float]:
-    """The share that is right of (seeds, items, prompts); objects as in `ratio`."""
-    tries = np.full(correct.shape[:2], float(correct.shape[2]))
-    return asdict(ratio(correct.sum(-1).astype(float), tries, objects=objects))
-
-
-def document_metrics(asked: Documents, scores: Sequence[Sequence[DocumentScore]]) -> dict[str, Any]:
-    """The numbers of one task, of (seeds, texts).
+def document_metrics(asked: Documents, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The numbers of one task, of what `Scorer.documents` returns, stacked: (seeds, texts).
 
     perplexity: per token of the model's own tokenizer. word_perplexity, byte_perplexity: per word and byte of the text,
     in any vocabulary; a tokenizer that drops case or blanks, as CLIP's does, leaves less to predict. Where there is a
     last word, accuracy: how often it is the likeliest, and target_perplexity: per such word (published: per last
     token).
     """
-    nats, tokens, words, bytes_, word_nats, known = (
-        np.array([[getattr(score, name) for score in of_seed] for of_seed in scores], dtype=float)
-        for name in ("nats", "tokens", "words", "bytes", "word_nats", "known")
-    )
-    found: dict[str, Any] = {"perplexity": _perplexity(nats, tokens)}
+
+    def perplexity(nats: np.ndarray, units: np.ndarray) -> dict[str, float]:
+        return asdict(ratio(nats, units, transform=np.exp))
+
+    nats, texts = scores["nats"], np.ones_like(scores["nats"])
+    found: dict[str, Any] = {"perplexity": perplexity(nats, scores["tokens"])}
     if asked.protocol == FAIR:
-        found |= {"word_perplexity": _perplexity(nats, words), "byte_perplexity": _perplexity(nats, bytes_)}
+        found["word_perplexity"] = perplexity(nats, scores["words"])
+        found["byte_perplexity"] = perplexity(nats, scores["bytes"])
     if asked.last_word:
         found |= {
-            "accuracy": asdict(ratio(known, np.ones_like(known))),
-            "target_perplexity": _perplexity(word_nats, np.ones_like(known)),
+            "accuracy": asdict(accuracy(scores["known"])),
+            "target_perplexity": perplexity(scores["word_nats"], texts),
             "baselines": {"majority": 0.0, "majority_answer": "any one word", "chance": 0.0, "constants": {}},
         }
     return found
 
 
-def _perplexity(nats: np.ndarray, units: np.ndarray) -> dict[str, float]:
-    estimate: Estimate = ratio(nats, units, transform=np.exp)
-    return asdict(estimate)
+def vote_of_prompts(scores: np.ndarray) -> np.ndarray:
+    """(items, prompts, candidates) -> (items,): the answer of most prompts; ties go to the likeliest over all
+    prompts."""
+    votes = np.eye(scores.shape[-1])[scores.argmax(-1)].sum(1)  # (items, candidates)
+    likely = np.exp(_among_candidates(scores)).mean(1)  # below 1, so it only breaks ties
+    return (votes + likely).argmax(-1)
+
+
+def log_prior(scores: np.ndarray) -> np.ndarray:
+    """(items, prompts, candidates) -> (1, prompts, candidates): log of each candidate's mean probability over items."""
+    return np.logaddexp.reduce(_among_candidates(scores), axis=0, keepdims=True) - np.log(len(scores))
+
+
+def _among_candidates(scores: np.ndarray) -> np.ndarray:
+    """Log-probabilities among the candidates: they sum to 1 for each item and prompt."""
+    return scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)

@@ -8,10 +8,10 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -29,7 +29,6 @@ from valm.clip.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
-from valm.evaluation.choice import check_single_tokens
 from valm.evaluation.controls import switch_images
 from valm.evaluation.language import last_word, token_log_probs
 from valm.evaluation.questions import FAIR, Documents, Questions
@@ -37,9 +36,11 @@ from valm.evaluation.scoring import (
     Progress,
     answer_log_probs,
     answer_tokens,
+    check_single_tokens,
     check_writable,
     counting,
     equal_lengths,
+    last_tokens,
 )
 from valm.model.adapter import ADAPTER_FILE, is_adapter
 from valm.model.checkpoint import ModelConfig, load
@@ -60,68 +61,84 @@ class NotApplicable(ValmError):
     """A model does not support a kind of question; the message says why."""
 
 
-@dataclass(frozen=True)
-class DocumentScore:
-    """nats: of all `tokens` together. word_nats: of the last word, of `word_tokens` tokens; known: whether each of them
-    was the likeliest. All three are 0 if no last word is asked for."""
-
-    nats: float
-    tokens: int
-    words: int
-    bytes: int
-    word_nats: float = 0.0
-    word_tokens: int = 0
-    known: bool = False
-
-
-class Scorer(Protocol):
+class Scorer:
     """A model that can be evaluated.
 
     Attributes:
         kind: its kind, for the tables.
-        fingerprint: SHA-256 over everything that its scores depend on, except the questions.
         sees_images: whether `switch` changes something.
         retrieves: whether its images can be replaced by others; those of a blind model cannot.
-        query_dtype: the precision of CLIP's text tower where that writes its queries, else None. Asked before `switch`.
+        query_dtype: the precision of CLIP's text tower where that writes its queries, else None.
     """
 
     kind: str
+    sees_images: bool = False
+    retrieves: bool = False
+    query_dtype: torch.dtype | None = None
 
     @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def sees_images(self) -> bool: ...
-
-    @property
-    def retrieves(self) -> bool: ...
-
-    @property
-    def query_dtype(self) -> torch.dtype | None: ...
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that its scores depend on, except the questions."""
+        raise NotImplementedError
 
     def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
         """Sets which images it sees, as `switch_images`."""
-        ...
 
-    def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of the candidates, (items, prompts, candidates), and without a prompt, (candidates,) or
-        None if the model has none.
+    @torch.no_grad()
+    def answers(self, asked: Questions, progress: Progress = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities of the candidates, (items, prompts, candidates), -inf where an item has fewer, and without
+        a prompt, (candidates,) or None if the model has none or the candidates differ.
 
         Raises:
             NotApplicable: the model does not support such questions.
         """
-        ...
+        of_candidates = defaultdict(list)
+        for item, candidates in enumerate(asked.candidates_of_items):
+            of_candidates[candidates].append(item)
+        shape = (len(asked.texts), len(asked.texts[0]), max(map(len, of_candidates)))
+        scores = torch.full(shape, -torch.inf)
+        with counting(progress, shape[0] * shape[1]) as advance:
+            for candidates, items in of_candidates.items():
+                texts = [text for item in items for text in asked.texts[item]]
+                found = self._scores(texts, candidates, asked.fair, advance)
+                scores[items, :, : len(candidates)] = found.view(len(items), shape[1], -1)
+        return scores, self._alone(asked.candidates) if asked.candidates else None
 
-    def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
-        """The likelihood of each text.
+    def _scores(
+        self, prompts: Sequence[str], candidates: Sequence[str], fair: bool, progress: Progress
+    ) -> torch.Tensor:
+        """(prompts, candidates)"""
+        raise NotImplementedError
+
+    def _alone(self, candidates: Sequence[str]) -> torch.Tensor | None:
+        """(candidates,): log-probability of each answer without a prompt."""
+        return None
+
+    def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
+        """The likelihood of each text, (texts,) float64 each: nats of all `tokens` together, `words` and `bytes`; where
+        a last word is asked for, word_nats of that, and `known`: whether each of its tokens was the likeliest.
 
         Raises:
             NotApplicable: the model does not support it.
         """
-        ...
+        raise NotApplicable(f"{self.kind} has no probability of a text")
 
 
-class CausalScorer:
+def _writable(tokenizer: Any, candidates: Sequence[str], tokens: Sequence[Sequence[int]], fair: bool) -> None:
+    """Checks that the model can be asked for these answers.
+
+    Raises:
+        NotApplicable: it cannot.
+    """
+    try:
+        check_writable(tokenizer, candidates, tokens)
+        if not fair:
+            check_single_tokens(candidates, tokens)
+    except ValmError as error:
+        raise NotApplicable(str(error)) from error
+
+
+class CausalScorer(Scorer):
     """A causal language model of transformers, with or without images."""
 
     def __init__(self, model: Any, tokenizer: Any, kind: str):
@@ -129,26 +146,20 @@ class CausalScorer:
         self.tokenizer = tokenizer
         self.kind = kind
         self._retriever: Any = None
-
-    @property
-    def sees_images(self) -> bool:
-        return isinstance(self.model, ImageModel) and self.model.fusion_options.num_images > 0
-
-    @property
-    def retrieves(self) -> bool:
-        return isinstance(self.model, ImageModel) and self.model.fusion_options.retrieves
-
-    @property
-    def query_dtype(self) -> torch.dtype | None:
-        encoder = getattr(self.model.retriever, "encoder", None) if self.sees_images else None
-        return encoder.tower.dtype if isinstance(encoder, ContextEncoder) else None
+        if isinstance(model, ImageModel):
+            self.sees_images = model.fusion_options.num_images > 0
+            self.retrieves = model.fusion_options.retrieves
+        if self.sees_images:
+            self._retriever = model.retriever  # `switch` may replace it
+            encoder = getattr(self._retriever, "encoder", None)
+            self.query_dtype = encoder.tower.dtype if isinstance(encoder, ContextEncoder) else None
 
     @property
     def fingerprint(self) -> str:
         own = model_fingerprint(self.model, self.tokenizer)
         if not self.sees_images:
             return own
-        retriever: Any = self.model.retriever
+        retriever = self._retriever
         settings: list[Any] = [own, type(retriever).__name__]
         encoder = getattr(retriever, "encoder", None)
         if isinstance(encoder, ContextEncoder):
@@ -161,78 +172,55 @@ class CausalScorer:
 
     def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
         if self.sees_images:
-            self._retriever = self._retriever or self.model.retriever  # an earlier switch may have replaced it
             self.model.set_retriever(self._retriever)
             switch_images(self.model, retrieval, replace=replace)
 
-    def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
-        try:
-            check_writable(self.tokenizer, asked.candidates, answer_tokens(self.tokenizer, asked.candidates))
-            if not asked.fair:
-                check_single_tokens(self.tokenizer, asked.candidates)
-        except ValmError as error:
-            raise NotApplicable(str(error)) from error
-        flat = [text for row in asked.texts for text in row]
-        scores = answer_log_probs(
-            self.model,
-            self.tokenizer,
-            flat,
-            asked.candidates,
-            bos=asked.fair,
-            batch_size=BATCH_SIZE,
-            progress=progress,
+    def _scores(
+        self, prompts: Sequence[str], candidates: Sequence[str], fair: bool, progress: Progress
+    ) -> torch.Tensor:
+        _writable(self.tokenizer, candidates, answer_tokens(self.tokenizer, candidates), fair)
+        return answer_log_probs(
+            self.model, self.tokenizer, prompts, candidates, bos=fair, batch_size=BATCH_SIZE, progress=progress
         )
-        return scores.view(len(asked.texts), -1, len(asked.candidates)), self._alone(asked.candidates)
 
     def _alone(self, candidates: Sequence[str]) -> torch.Tensor:
-        """(candidates,): log-probability of each answer at the beginning of a text."""
+        """Each answer at the beginning of a text."""
         tokenized = answer_tokens(self.tokenizer, candidates)
         texts = [[begin_id(self.tokenizer), *tokens] for tokens in tokenized]
         return torch.stack([row.sum() for row in token_log_probs(self.model, texts, BATCH_SIZE)[0]]).float()
 
-    def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
+    def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
         """fair: each text after SOT. published: each after eos and with eos at its end, as fairseq reads them; and the
         last token alone as the last word, with nothing before the text."""
         fair = asked.protocol == FAIR
-        tokens, word_lengths = [], []
-        for text in asked.texts:
-            if asked.last_word:
-                ids, length = last_word(self.tokenizer, text)
-            else:
-                ids, length = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], 0
-            tokens.append(ids)
-            word_lengths.append(length if fair else min(length, 1))
+        lengths: tuple[int, ...] = ()
+        if asked.last_word:
+            tokens, lengths = zip(*(last_word(self.tokenizer, text) for text in asked.texts), strict=True)
+        else:
+            tokens = self.tokenizer(list(asked.texts), add_special_tokens=False, verbose=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         read = [[begin_id(self.tokenizer), *ids] if fair else [eos, *ids, eos] for ids in tokens]
         log_probs, best = token_log_probs(self.model, read, BATCH_SIZE, progress)
-        word_log_probs, word_best = log_probs, best
-        if asked.last_word and not fair:
-            word_log_probs, word_best = token_log_probs(self.model, tokens, BATCH_SIZE)
-        scores = []
-        for row, text in enumerate(asked.texts):
-            of_word = slice(len(word_log_probs[row]) - word_lengths[row], None)
-            scores.append(
-                DocumentScore(
-                    nats=-log_probs[row].sum().item(),
-                    tokens=len(log_probs[row]),
-                    words=len(text.split()),
-                    bytes=len(text.encode()),
-                    word_nats=-word_log_probs[row][of_word].sum().item(),
-                    word_tokens=word_lengths[row],
-                    known=bool(word_lengths[row]) and bool(word_best[row][of_word].all()),
-                )
-            )
-        return scores
+        found: dict[str, list[float]] = {
+            "nats": [-row.sum().item() for row in log_probs],
+            "tokens": [len(row) for row in log_probs],
+            "words": [len(text.split()) for text in asked.texts],
+            "bytes": [len(text.encode()) for text in asked.texts],
+        }
+        if asked.last_word:
+            if not fair:
+                lengths = (1,) * len(tokens)
+                log_probs, best = token_log_probs(self.model, tokens, BATCH_SIZE)
+            found["word_nats"] = [-row[-length:].sum().item() for row, length in zip(log_probs, lengths, strict=True)]
+            found["known"] = [bool(row[-length:].all()) for row, length in zip(best, lengths, strict=True)]
+        return {name: np.array(values, float) for name, values in found.items()}
 
 
-class MaskedScorer:
+class MaskedScorer(Scorer):
     """A masked language model: the answer stands as one mask for each of its tokens after the prompt, with a full stop
     behind it, and its score is the sum of the log-probabilities of its tokens at the masks."""
 
     kind = "masked language model"
-    sees_images = False
-    retrieves = False
-    query_dtype = None
 
     def __init__(self, model: Any, tokenizer: Any):
         if tokenizer.mask_token_id is None:
@@ -244,32 +232,18 @@ class MaskedScorer:
     def fingerprint(self) -> str:
         return model_fingerprint(self.model, self.tokenizer)
 
-    def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
-        pass
-
-    @torch.no_grad()
-    def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
-        flat = [text for row in asked.texts for text in row]
-        scores = self._scores([*flat, ""], asked.candidates, asked.fair, progress)
-        return scores[:-1].view(len(asked.texts), -1, len(asked.candidates)), scores[-1]
-
     def _scores(
         self, prompts: Sequence[str], candidates: Sequence[str], fair: bool, progress: Progress
     ) -> torch.Tensor:
-        """(prompts, candidates)"""
         tokenizer = self.tokenizer
         answers = tokenizer([" " + answer for answer in candidates], add_special_tokens=False)["input_ids"]
-        try:
-            check_writable(tokenizer, candidates, answers)
-            if not fair:
-                check_single_tokens(tokenizer, candidates)
-        except ValmError as error:
-            raise NotApplicable(str(error)) from error
+        _writable(tokenizer, candidates, answers, fair)
         stop = tokenizer(".", add_special_tokens=False)["input_ids"]
         frame = tokenizer("")["input_ids"]  # [CLS] [SEP]
         first, last = frame[: len(frame) // 2], frame[len(frame) // 2 :]
-        room = _mask_positions(self.model) - max(map(len, answers)) - len(stop) - len(frame)
-        read = [ids[-room:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+        context = _mask_positions(self.model)
+        room = context - max(map(len, answers)) - len(stop) - len(frame)
+        read = last_tokens(tokenizer(list(prompts), add_special_tokens=False)["input_ids"], room, context)
         of_length = defaultdict(list)
         for number, ids in enumerate(answers):
             of_length[len(ids)].append(number)
@@ -291,8 +265,11 @@ class MaskedScorer:
                     advance(len(rows) / len(of_length))
         return scores
 
-    def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
-        raise NotApplicable("a masked language model has no probability of a text")
+    def _alone(self, candidates: Sequence[str]) -> torch.Tensor:
+        return self._scores([""], candidates, True, None)[0]
+
+    def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
+        raise NotApplicable(f"a {self.kind} has no probability of a text")
 
 
 def _mask_positions(model: Any) -> int:
@@ -302,13 +279,10 @@ def _mask_positions(model: Any) -> int:
     return model.config.max_position_embeddings - max(offsets, default=0)
 
 
-class ClipScorer:
+class ClipScorer(Scorer):
     """CLIP's text tower: an answer's score is the similarity of its text and the prompt's, on CLIP's own scale."""
 
     kind = "CLIP's text tower"
-    sees_images = False
-    retrieves = False
-    query_dtype = None
 
     def __init__(self, clip: Clip):
         self.clip = clip
@@ -317,24 +291,17 @@ class ClipScorer:
     def fingerprint(self) -> str:
         return digest(["clip", self.clip.weights_hash, self.clip.tokenizer.backend_tokenizer.to_str()])
 
-    def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
-        pass
-
-    @torch.no_grad()
-    def answers(self, asked: Questions, progress: Progress) -> tuple[torch.Tensor, torch.Tensor | None]:
-        flat = [text for row in asked.texts for text in row]
-        answers = self.clip.encode_texts(list(asked.candidates))  # (candidates, E)
+    def _scores(
+        self, prompts: Sequence[str], candidates: Sequence[str], fair: bool, progress: Progress
+    ) -> torch.Tensor:
+        answers = self.clip.encode_texts(list(candidates))  # (candidates, E)
         rows = []
-        with counting(progress, len(flat)) as advance:
-            for start in range(0, len(flat), BATCH_SIZE):
-                batch = flat[start : start + BATCH_SIZE]
+        with counting(progress, len(prompts)) as advance:
+            for start in range(0, len(prompts), BATCH_SIZE):
+                batch = list(prompts[start : start + BATCH_SIZE])
                 rows.append(self.clip.encode_texts(batch, keep="end") @ answers.T)
                 advance(len(batch))
-        scores = (torch.cat(rows) * self.clip.model.logit_scale.exp()).log_softmax(-1)
-        return scores.cpu().view(len(asked.texts), -1, len(asked.candidates)), None
-
-    def documents(self, asked: Documents, progress: Progress) -> list[DocumentScore]:
-        raise NotApplicable("CLIP's text tower has no probability of a text")
+        return (torch.cat(rows) * self.clip.model.logit_scale.exp()).log_softmax(-1).cpu()
 
 
 def open_scorer(
@@ -355,17 +322,28 @@ def open_scorer(
     Raises:
         ValmError: it is none of them, or cannot be loaded.
     """
+    check_source(source, allow_download)
     folder = Path(source)
     if is_file(folder / CLIP_CONFIG_FILE):
         return ClipScorer(Clip.load(source, device=device))
-    where = {"kb": kb, "clip": clip, "allow_download": allow_download, "device": device, "query_dtype": query_dtype}
-    if is_adapter(folder):
-        return _open_valm(source, where, min_score)
-    if not is_folder(folder) and not allow_download:
-        raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
-    if is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE:
+    if is_adapter(folder) or (is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE):
+        where = {"kb": kb, "clip": clip, "allow_download": allow_download, "device": device, "query_dtype": query_dtype}
         return _open_valm(source, where, min_score)
     return _open_transformers(source, allow_download, device)
+
+
+def check_source(source: str, allow_download: bool) -> None:
+    """Checks that there is something to open.
+
+    Raises:
+        ValmError: there is no such folder, or it holds no model.
+    """
+    folder = Path(source)
+    if not is_folder(folder):
+        if not allow_download:
+            raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
+    elif not is_adapter(folder) and not any(is_file(folder / name) for name in (CONFIG_FILE, CLIP_CONFIG_FILE)):
+        raise ValmError(f"the folder {source} holds no model: it has neither {CONFIG_FILE} nor {CLIP_CONFIG_FILE}")
 
 
 def _open_transformers(source: str, allow_download: bool, device: str | torch.device) -> Scorer:

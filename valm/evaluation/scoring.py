@@ -40,6 +40,31 @@ def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], t
             raise ValmError(f"the tokenizer cannot write the answer {answer!r}: it becomes {tokenizer.unk_token}")
 
 
+def check_single_tokens(answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+    """Checks that every answer is one token, as the published scripts need.
+
+    Raises:
+        ValmError: an answer is not one token.
+    """
+    for answer, ids in zip(answers, tokens, strict=True):
+        if len(ids) != 1:
+            raise ValmError(
+                f"{answer!r} is {len(ids)} tokens for this tokenizer, and the published protocol compares single "
+                "tokens: use the fair one"
+            )
+
+
+def last_tokens(texts: Sequence[list[int]], room: int, context: int) -> list[list[int]]:
+    """Of each text the last tokens for which a model that reads `context` tokens has `room` beside an answer.
+
+    Raises:
+        ValmError: there is none.
+    """
+    if room < 1:
+        raise ValmError(f"the model reads {context} tokens, too few for the longest answer and a prompt")
+    return [ids[-room:] for ids in texts]
+
+
 @torch.no_grad()
 def answer_log_probs(
     model: Any,
@@ -67,10 +92,10 @@ def answer_log_probs(
     check_model(model)
     tokenized = answer_tokens(tokenizer, answers)
     start = [begin_id(tokenizer)] if bos else []
-    longest = context_length(model) - max(map(len, tokenized), default=1) + 1 - len(start)
-    if longest < 1:
-        raise ValmError(f"the model reads {context_length(model)} tokens, too few for the longest answer and a prompt")
-    texts = [start + ids[-longest:] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    context = context_length(model)
+    room = context - max(map(len, tokenized), default=1) + 1 - len(start)
+    read = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    texts = [start + ids for ids in last_tokens(read, room, context)]
     check_writable(tokenizer, answers, tokenized)
     if [] in texts:
         raise ValmError(f"prompt {prompts[texts.index([])]!r} has no tokens")

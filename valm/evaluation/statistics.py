@@ -64,10 +64,10 @@ def ratio(
     return Estimate(float(transform(np.asarray(_total(hits) / _total(tries)))), float(low), float(high))
 
 
-def accuracy(right: np.ndarray, seed: int = 0) -> Estimate:
-    """The share of true values of (items,) or (items, prompts). The prompts of an item are drawn together."""
-    right = right.reshape(len(right), -1)
-    return ratio(right.sum(-1)[None].astype(float), np.full((1, len(right)), float(right.shape[1])), seed)
+def accuracy(right: np.ndarray, objects: np.ndarray | None = None) -> Estimate:
+    """The share of true values of (seeds, items) or (seeds, items, prompts); objects as in `ratio`."""
+    right = right.reshape(*right.shape[:2], -1)
+    return ratio(right.sum(-1).astype(float), np.full(right.shape[:2], float(right.shape[2])), objects=objects)
 
 
 def _drawn(objects: np.ndarray | None, hits: np.ndarray, tries: np.ndarray) -> np.ndarray:

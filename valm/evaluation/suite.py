@@ -5,117 +5,87 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.evaluation.controls import images_fingerprint
+from valm.evaluation.controls import OFF, ON, RANDOM, images_fingerprint
 from valm.evaluation.metrics import choice_metrics, document_metrics
-from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions, Task, what_is_asked
-from valm.evaluation.scorers import DocumentScore, NotApplicable, Scorer, digest, open_scorer
-from valm.evaluation.size import objects_of
+from valm.evaluation.questions import Documents, Questions, chosen_sets, what_is_asked
+from valm.evaluation.scorers import NotApplicable, Scorer, check_source, digest, open_scorer
+from valm.evaluation.sets import EvaluationSet, own_sets
+from valm.evaluation.settings import Settings
 from valm.evaluation.statistics import paired
+from valm.knowledge_base.sources.folder import find_images
+from valm.options import check_fields
 from valm.progress import progress_bar
-from valm.store.files import name_of, read_json, write_json
+from valm.store.files import short_names
 from valm_kernels import __version__
-from valm_kernels.atomic_files import remove_leftovers
+from valm_kernels.atomic_files import atomic_path, remove_leftovers
 
 CACHE = "cache"
-CACHE_VERSION = 4  # of its files; those of another are scored again
-# What a model sees that retrieves no images of a knowledge base too: its own, or none.
-UNREPLACED = (("on", None), ("off", None))
+CACHE_VERSION = 5  # of its files; those of another are scored again
 RESULTS = "results.json"
-REMEDY = "delete it and run again"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A model of the comparison. sources: its checkpoints, several where they differ in their seed."""
+class Control(NamedTuple):
+    """What a row of a model sees: the arguments of `switch_images`."""
 
-    name: str
-    sources: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of an evaluation.
-
-    Attributes:
-        no_images, random_images, replace: each adds a row for every model that sees images: without images, with random
-            ones of its knowledge base, with those of the folder `replace` instead.
-    """
-
-    tasks: tuple[Task, ...]
-    protocols: tuple[str, ...] = (PUBLISHED, FAIR)
-    data: str | os.PathLike | None = None
-    limit: int | None = None
-    kb: str | os.PathLike | None = None
-    clip: str | None = None
-    allow_download: bool = False
-    device: str | torch.device = "cpu"
-    query_dtype: torch.dtype | None = None
-    min_score: float | None = None
-    no_images: bool = False
-    random_images: bool = False
-    replace: str | os.PathLike | None = None
-
-    @property
-    def variants(self) -> dict[str, tuple[str, str | os.PathLike | None]]:
-        """The arguments of `switch_images` for each row of a model that sees images, by the row's name."""
-        found: dict[str, tuple[str, str | os.PathLike | None]] = {"": ("on", None)}
-        if self.no_images:
-            found["no images"] = ("off", None)
-        if self.random_images:
-            found["random images"] = ("random", None)
-        if self.replace is not None:
-            found[f"images of {Path(self.replace).name}"] = ("on", self.replace)
-        return found
+    retrieval: str = ON
+    replace: str | None = None
 
 
-class Scores(TypedDict, total=False):
-    """A file of the cache: the scores of one model on one task, or why it does not apply."""
-
-    scores: list[Any]
-    alone: list[Any] | None
-    documents: list[Any]
-    not_applicable: str
+# The scores of one model on one task: arrays by name, or why it does not apply.
+Scores = dict[str, np.ndarray]
+# A task and its protocol.
+Asked = dict[tuple[str, str], Questions | Documents]
 
 
-def entries(names: Sequence[str]) -> list[Entry]:
-    """The models of arguments like FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER (checkpoints of several seeds).
+def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The checkpoints of each model, by its name, of arguments like FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER
+    (checkpoints of several seeds). A FOLDER is called by the end of its path, as long as it takes to tell them apart.
 
     Raises:
         ValmError: two are the same, or have the same name.
     """
-    found: list[Entry] = []
-    for text in names:
-        name, equals, sources = text.partition("=")
-        if equals and not Path(text).exists():
-            entry = Entry(name, tuple(filter(None, sources.split(","))))
+    found: dict[str, tuple[str, ...]] = {}
+    folders = [text for text in models if "=" not in text or Path(text).exists()]
+    real = [os.path.realpath(folder) for folder in folders]
+    names = dict(zip(folders, short_names(folders), strict=True))
+    for text in models:
+        sources: tuple[str, ...] = (text,)
+        if text in names:
+            if real.count(os.path.realpath(text)) > 1:
+                raise ValmError(f"the model {text} is given twice: leave one out")
+            name = names[text]
         else:
-            entry = Entry(name_of(text, [other.name for other in found]), (text,))
-        if not entry.sources or not entry.name:
+            name, _, rest = text.partition("=")
+            sources = tuple(filter(None, rest.split(",")))
+        if not sources or not name:
             raise ValmError(f"{text!r} names no model; give FOLDER or NAME=FOLDER,FOLDER")
-        if any(os.path.realpath(text) == os.path.realpath(other.sources[0]) for other in found if not equals):
-            raise ValmError(f"the model {text} is given twice: leave one out")
-        if entry.name in {other.name for other in found}:
-            raise ValmError(f"two models are called {entry.name!r}: give them names, NAME={entry.sources[0]}")
-        found.append(entry)
+        if name in found:
+            raise ValmError(f"two models are called {name!r}: give them names, NAME={sources[0]}")
+        found[name] = sources
     return found
 
 
 def evaluate(
-    models: Sequence[Entry], settings: Settings, out: str | os.PathLike | None = None, *, progress: bool = True
+    models: Mapping[str, Sequence[str]],
+    settings: Settings,
+    out: str | os.PathLike | None = None,
+    *,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Every model on every task in every protocol that it has.
 
     Args:
+        models: the checkpoints of each model, by its name: several where they differ in their seed.
         out: the folder whose CACHE is read and extended.
 
     Returns:
@@ -123,44 +93,44 @@ def evaluate(
         the first row and each other one on the same task; and what the numbers depend on.
 
     Raises:
-        ValmError: data, a model or its images are missing or do not belong together. This is checked before scoring.
+        ValmError: data, a model or its images are missing or do not belong together. What needs no model is checked
+            before the first is opened, the rest of each before it is scored.
     """
-    asked = asked_by(settings)
-    variants = {
-        source: variants_of(open_with(source, settings), settings) for entry in models for source in entry.sources
-    }
+    check_fields(settings)
+    tasks = ("color",) if settings.tasks is None and not settings.ask else settings.tasks
+    sets = [*([] if tasks is None else chosen_sets(tasks)), *own_sets(settings.ask)]
+    asked = asked_by(settings, sets)
+    controls = controls_of(settings)
+    for source in (source for sources in models.values() for source in sources):
+        check_source(source, settings.allow_download)
     cache = None if out is None else Path(out) / CACHE
     if cache is not None and cache.is_dir():
         remove_leftovers(cache)
-    total = sum(map(_size, asked.values())) * sum(map(len, variants.values()))
     rows: list[dict[str, Any]] = []
     compared: list[Any] = []
-    query_dtype: torch.dtype | None = None  # the same for all models that have one, as all are opened alike
+    dtypes: list[torch.dtype | None] = []
+    total = sum(map(_size, asked.values())) * sum(map(len, models.values()))
     with progress_bar(total=total, unit="text", unit_scale=True, shown=progress) as bar:
-        for entry in models:
+        for name, sources in models.items():
             scored: dict[tuple[str, str, str], list[Scores]] = {}
             kinds: dict[str, None] = {}
-            for source in entry.sources:
+            for source in sources:
                 scorer = open_with(source, settings)
                 kinds[scorer.kind] = None
-                query_dtype = query_dtype or scorer.query_dtype
-                own = None if cache is None else scorer.fingerprint
-                for variant in variants[source]:
-                    retrieval, replace = settings.variants[variant]
-                    scorer.switch(retrieval, replace)
-                    images = [retrieval, None if replace is None else images_fingerprint(replace)]
-                    for key, one in asked.items():
-                        bar.set_description(", ".join(filter(None, (entry.name, variant, key[0]))))
-                        of_unit = scores_of(scorer, one, cache, [own, images], bar)
-                        scored.setdefault((variant, *key), []).append(of_unit)
+                dtypes.append(scorer.query_dtype)
+                for key, scores in _scores_of_model(name, scorer, asked, controls, cache, bar).items():
+                    scored.setdefault(key, []).append(scores)
+                del scorer  # before the next is opened
             for (variant, task, protocol), of_seeds in scored.items():
-                row, values = _row(entry, "; ".join(kinds), variant, asked[task, protocol], of_seeds)
+                model = {"model": f"{name}, {variant}" if variant else name, "kind": "; ".join(kinds)}
+                row, values = _row(model, asked[task, protocol], of_seeds)
                 rows.append(row)
                 compared.append(values)
+    query_dtype = next(filter(None, dtypes), None)  # the same for all models that have one, as all are opened alike
     return {
         "rows": rows,
         "pairs": _pairs(rows, compared),
-        "tasks": [_about(task, asked) for task in settings.tasks],
+        "tasks": [_about(task, asked) for task in sets],
         "conditions": {
             "valm": __version__,
             "torch": torch.__version__,
@@ -173,27 +143,45 @@ def evaluate(
     }
 
 
-def asked_by(settings: Settings) -> dict[tuple[str, str], Questions | Documents]:
-    """The questions of each task in each of its protocols.
+def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
+    """The questions of each set in each of its protocols.
 
     Raises:
         ValmError: there are none, or data are missing or do not parse.
     """
     asked = {
-        (task.name, protocol): what_is_asked(
-            task,
-            protocol,
-            settings.data,
-            allow_download=settings.allow_download,
-            limit=settings.limit,
+        (one.name, protocol): what_is_asked(
+            one, protocol, settings.data, allow_download=settings.allow_download, limit=settings.limit
         )
-        for task in settings.tasks
+        for one in sets
         for protocol in settings.protocols
-        if protocol in task.protocols
+        if protocol in one.protocols
     }
     if not asked:
         raise ValmError(f"none of the tasks has the protocol {', '.join(settings.protocols)}")
     return asked
+
+
+def controls_of(settings: Settings) -> dict[str, Control]:
+    """The rows of a model that sees images, by what their name says of these.
+
+    Raises:
+        ValmError: a word of `controls` is none, or a folder has no images.
+    """
+    found = {"": Control()}
+    folders = [word for word in settings.controls if word not in (OFF, RANDOM)]
+    names = dict(zip(folders, short_names(folders), strict=True))
+    for word in settings.controls:
+        if word in names:
+            if not Path(word).is_dir():
+                raise ValmError(
+                    f"--controls: {word} is no folder of images; give off, random or a folder, with commas between them"
+                )
+            find_images(Path(word))
+            found[f"images of {names[word]}"] = Control(replace=word)
+        else:
+            found[f"{'no' if word == OFF else word} images"] = Control(word)
+    return found
 
 
 def open_with(source: str, settings: Settings) -> Scorer:
@@ -209,114 +197,111 @@ def open_with(source: str, settings: Settings) -> Scorer:
     )
 
 
-def variants_of(scorer: Scorer, settings: Settings) -> list[str]:
-    """The variants that the model has; checked before any long work.
+def _scores_of_model(
+    name: str, scorer: Scorer, asked: Asked, controls: Mapping[str, Control], cache: Path | None, bar: Any
+) -> dict[tuple[str, str, str], Scores]:
+    """By the name of what it sees, task and protocol."""
+    chosen = controls_for(scorer, controls)
+    bar.total += sum(map(_size, asked.values())) * (len(chosen) - 1)
+    own = None if cache is None else scorer.fingerprint
+    found = {}
+    for variant, control in chosen.items():
+        scorer.switch(*control)
+        key = None
+        if cache is not None:
+            replaced = None if control.replace is None else images_fingerprint(control.replace)
+            key = [own, control.retrieval, replaced]
+        for (task, protocol), one in asked.items():
+            bar.set_description(", ".join(filter(None, (name, variant, task))))
+            found[variant, task, protocol] = scores_of(scorer, one, cache, key, bar)
+    return found
+
+
+def controls_for(scorer: Scorer, controls: Mapping[str, Control]) -> dict[str, Control]:
+    """Those that the model has: one that retrieves no images of a knowledge base sees its own, or none.
 
     Raises:
-        ValmError: the images of one do not exist.
+        ValmError: it cannot see the images of one.
     """
     if not scorer.sees_images:
-        return [""]
-    chosen = {name: sees for name, sees in settings.variants.items() if scorer.retrieves or sees in UNREPLACED}
-    for retrieval, replace in chosen.values():
-        scorer.switch(retrieval, replace)
-    return list(chosen)
+        return {"": Control()}
+    unreplaced = (Control(ON), Control(OFF))
+    chosen = {name: control for name, control in controls.items() if scorer.retrieves or control in unreplaced}
+    for control in chosen.values():
+        scorer.switch(*control)
+    return chosen
 
 
 def _size(asked: Questions | Documents) -> int:
     return len(asked.texts) * (len(asked.texts[0]) if isinstance(asked, Questions) else 1)
 
 
-def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: list[Any], bar: Any) -> Scores:
+def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: Any, bar: Any) -> Scores:
     """The scores from the cache, or from the model, which are then cached.
 
-    The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings, the
-    questions themselves (and so data and prompts), and the version of this package.
+    The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings
+    (`own`), the questions themselves (and so data and prompts), and the version of this package.
     """
     file = None
     if cache is not None:
         key = digest([CACHE_VERSION, own, asdict(asked), __version__])
-        file = cache / f"{asked.task}-{asked.protocol}-{key[:32]}.json"
-    if file is not None and file.is_file():
-        bar.update(_size(asked))
-        known: Scores = read_json(file, "the scores", Scores, REMEDY)
-        if not _fits(known, asked):
-            raise ValmError(f"the scores {file} are not of this task; {REMEDY}")
-        return known
-    found: Scores
+        file = cache / f"{asked.task}-{asked.protocol}-{key[:32]}.npz"
+        # what is missing is scored, and what is damaged too, for which zipfile raises many types
+        with suppress(Exception), np.load(file) as known:
+            found = dict(known)
+            bar.update(_size(asked))
+            return found
     done = bar.n
     try:
         if isinstance(asked, Questions):
             scores, alone = scorer.answers(asked, bar.update)
-            found = {"scores": scores.tolist(), "alone": None if alone is None else alone.tolist()}
+            found = {"scores": scores.double().numpy()}
+            if alone is not None:
+                found["alone"] = alone.double().numpy()
         else:
-            found = {"documents": [list(asdict(score).values()) for score in scorer.documents(asked, bar.update)]}
+            found = scorer.documents(asked, bar.update)
+        if any(np.isnan(values).any() for values in found.values()):  # the first NaN would be the answer
+            raise ValmError(
+                f"the scores of {asked.task} are NaN: weights of the {scorer.kind} are not finite, or its numbers "
+                "overflow"
+            )
     except NotApplicable as error:
-        found = {"not_applicable": str(error)}
-    if not _fits(found, asked):  # the first NaN would be the answer
-        raise ValmError(
-            f"the scores of {asked.task} are NaN: weights of the {scorer.kind} are not finite, or its numbers overflow"
-        )
+        found = {"not_applicable": np.array(str(error))}
     bar.update(_size(asked) - (bar.n - done))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
+        with atomic_path(file) as temporary, temporary.open("wb") as stream:
+            np.savez_compressed(stream, **found)
     return found
 
 
-def _fits(found: Scores, asked: Questions | Documents) -> bool:
-    """Whether scores out of a file have a number where one is expected."""
-    if "not_applicable" in found:
-        return True
-    try:
-        if isinstance(asked, Documents):
-            scores = [list(asdict(DocumentScore(*values)).values()) for values in found["documents"]]
-            return _are_numbers(scores, (len(asked.texts), len(fields(DocumentScore))))
-        shape = (len(asked.texts), len(asked.texts[0]), len(asked.candidates))
-        alone = found["alone"]
-        return (alone is None or _are_numbers(alone, shape[2:])) and _are_numbers(found["scores"], shape)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-
-
-def _are_numbers(values: list[Any], shape: tuple[int, ...]) -> bool:
-    """Whether nested lists have this shape and hold numbers alone: no NaN, and no null, which numpy would make one."""
-    array = np.array(values)
-    return array.shape == shape and array.dtype.kind in "iuf" and not np.isnan(array).any()
-
-
 def _row(
-    entry: Entry, kind: str, variant: str, asked: Questions | Documents, of_seeds: Sequence[Scores]
+    model: Mapping[str, str], asked: Questions | Documents, of_seeds: Sequence[Scores]
 ) -> tuple[dict[str, Any], Any]:
     """A row of the results, and what two rows are compared by: (hits or nats (seeds, items), tries (items,), objects
     as in `paired`)."""
     row: dict[str, Any] = {
-        "model": entry.name if not variant else f"{entry.name}, {variant}",
-        "kind": kind,
+        **model,
         "checkpoints": len(of_seeds),
         "task": asked.task,
         "protocol": asked.protocol,
         "items": len(asked.texts),
     }
-    refused = next((one["not_applicable"] for one in of_seeds if "not_applicable" in one), None)
+    refused = next((str(one["not_applicable"]) for one in of_seeds if "not_applicable" in one), None)
     if refused is not None:
         return row | {"not_applicable": refused}, None
+    stacked = {
+        name: np.stack([one[name] for one in of_seeds]) for name in of_seeds[0] if all(name in one for one in of_seeds)
+    }
     if isinstance(asked, Questions):
-        scores = np.array([one["scores"] for one in of_seeds])  # (seeds, items, prompts, candidates)
-        alone = None
-        if all(one["alone"] is not None for one in of_seeds):
-            alone = np.array([one["alone"] for one in of_seeds])
-        correct = scores.argmax(-1) == np.array(asked.right)
-        tries = np.full(len(asked.items), float(len(asked.texts[0])))
-        row |= {"prompts": len(asked.texts[0]), "metrics": choice_metrics(asked, scores, alone)}
-        return row, ("accuracy", correct.sum(-1).astype(float), tries, objects_of(asked.items, asked.candidates))
-    documents = [[DocumentScore(*fields) for fields in one["documents"]] for one in of_seeds]
-    row["metrics"] = document_metrics(asked, documents)
+        scores = stacked["scores"]  # (seeds, items, prompts, candidates)
+        row |= {"prompts": scores.shape[2], "metrics": choice_metrics(asked, scores, stacked.get("alone"))}
+        correct = (scores.argmax(-1) == np.array(asked.right)).sum(-1).astype(float)
+        return row, ("accuracy", correct, np.full(len(asked.items), float(scores.shape[2])), asked.objects)
+    row["metrics"] = document_metrics(asked, stacked)
     if asked.last_word:
-        known = np.array([[float(score.known) for score in of_seed] for of_seed in documents])
-        return row, ("accuracy", known, np.ones(known.shape[1]), None)
-    nats = np.array([[score.nats for score in of_seed] for of_seed in documents])
-    return row, ("nats per byte", nats, np.array([float(score.bytes) for score in documents[0]]), None)
+        return row, ("accuracy", stacked["known"], np.ones(len(asked.texts)), None)
+    return row, ("nats per byte", stacked["nats"], stacked["bytes"][0], None)
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[dict[str, Any]]:
@@ -328,13 +313,13 @@ def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[d
             continue
         metric, first, tries, objects = compared[same[0]]
         _, second, *_ = compared[number]
-        named = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
-        models = {"first": rows[same[0]]["model"], "second": row["model"]}
-        found.append(named | models | asdict(paired(first, second, tries, objects=objects)))
+        of = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
+        both = {"first": rows[same[0]]["model"], "second": row["model"]}
+        found.append(of | both | asdict(paired(first, second, tries, objects=objects)))
     return found
 
 
-def _about(task: Task, asked: Mapping[tuple[str, str], Questions | Documents]) -> dict[str, Any]:
+def _about(task: EvaluationSet, asked: Asked) -> dict[str, Any]:
     protocols = [protocol for name, protocol in asked if name == task.name]
     return {
         "task": task.name,

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +156,18 @@ def name_of(folder: str | os.PathLike, unlike: Iterable[str] = ()) -> str:
     parts = Path(os.path.abspath(folder)).parts
     tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
     return next((tail for tail in tails if tail not in unlike), f"{folder} again")
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """The end of each path, long enough to differ from the others' ends; of the same path the whole."""
+    every = [Path(os.path.abspath(path)).parts for path in paths]
+    return [
+        next(
+            ("/".join(parts[-n:]) for n in range(1, len(parts)) if [p[-n:] for p in every].count(parts[-n:]) == 1),
+            str(path),
+        )
+        for path, parts in zip(paths, every, strict=True)
+    ]
 
 
 def is_folder(path: str | os.PathLike) -> bool:

@@ -28,10 +28,11 @@ from valm.cli import build_parser
 from valm.cli.train import chosen_plan
 from valm.corpus.texts import read_documents
 from valm.evaluation.controls import read_images
-from valm.evaluation.questions import Documents, Questions, chosen_tasks
-from valm.evaluation.scorers import DocumentScore
+from valm.evaluation.questions import Documents, Questions, chosen_sets
+from valm.evaluation.scorers import Scorer
 from valm.evaluation.sets import SETS, read_set
-from valm.evaluation.suite import CACHE, Entry, Settings, _row, asked_by, scores_of
+from valm.evaluation.settings import Settings
+from valm.evaluation.suite import CACHE, asked_by, scores_of
 from valm.knowledge_base.captions import read_captions
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
@@ -138,35 +139,37 @@ def test_evaluation_sets(tmp_path_factory, linked, data):
     name = data.draw(st.sampled_from(sorted(SETS)))
     file = folder / SETS[name].file
     beside = [one for one in files_of(file.parent) if one.stem.partition("_")[0] == file.stem.partition("_")[0]]
-    check_mutants(data, beside, linked, lambda: read_set(name, folder), ...)
+    check_mutants(data, beside, linked, lambda: read_set(SETS[name], folder), ...)
 
 
 @fuzzed(300)
 def test_scores_of_an_evaluation(tmp_path_factory, outside, data):
     folder = tmp_path_factory.mktemp("scores")
     write_sets(folder / "data")
-    asked = asked_by(Settings(tuple(chosen_tasks("memory_color,lambada")), data=folder / "data"))
+    sets = chosen_sets(["memory_color", "lambada"])
+    asked = asked_by(Settings(data=folder / "data"), sets)
     one = asked[data.draw(st.sampled_from(sorted(asked)))]
-    scorer, entry = GivenScorer(), Entry("model", ("model",))
 
     def read() -> Any:
         with progress_bar(shown=False) as bar:
-            scores = [scores_of(scorer, one, folder / CACHE, ["model"], bar)]
-        return _row(entry, "kind", "", one, scores)[0]["task"]
+            return {
+                name: values.tolist() for name, values in scores_of(GivenScorer(), one, folder / CACHE, [], bar).items()
+            }
 
-    read()
-    check_mutants(data, files_of(folder / CACHE), outside, read, one.task)
+    check_mutants(data, files_of(folder / CACHE), outside, read, read())
 
 
-class GivenScorer:
+class GivenScorer(Scorer):
     """Scores by rule."""
 
-    def answers(self, asked: Questions, progress: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    kind = "given"
+
+    def answers(self, asked: Questions, progress: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(asked.texts), len(asked.texts[0]), len(asked.candidates))
         return torch.arange(float(np.prod(shape))).view(shape), torch.ones(shape[2])
 
-    def documents(self, asked: Documents, progress: Any) -> list[DocumentScore]:
-        return [DocumentScore(9.5, 4, 3, 20, 1.5, 1, True) for _ in asked.texts]
+    def documents(self, asked: Documents, progress: Any = None) -> dict[str, np.ndarray]:
+        return {"nats": np.full(len(asked.texts), 9.5)}
 
 
 @fuzzed(300)

@@ -28,7 +28,7 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     other.mkdir()
     Image.new("RGB", (32, 32), "purple").save(other / "purple.png")
     arguments = ["eval", world / "valm", world / "gpt2", "--data", sets]
-    arguments += ["--no-images", "--random-images", "--replace", other, "--out", out]
+    arguments += ["--controls", f"off,random,{other}", "--out", out]
     assert run(*arguments, "--tasks", "memory_color,vicomte_color") == 0
     printed = capsys.readouterr().out
     assert f"written to {out / 'report.html'}" in printed
@@ -52,7 +52,7 @@ def test_eval_with_another_min_score(world, color, tmp_path, capsys):
     """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
     models = ("eval", world / "valm", world / "gpt2")
     with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
-        assert run(*models, *color, "--min-score", "2", "--no-images", "--json", "--out", tmp_path) == 0
+        assert run(*models, *color, "--min-score", "2", "--controls", "off", "--json", "--out", tmp_path) == 0
     cut, off, _ = json.loads(capsys.readouterr().out)["rows"]
     assert cut["metrics"] == off["metrics"] and "2 images a token with a retrieval score from 2" in cut["kind"]
     scored = set((tmp_path / "cache").iterdir())
@@ -89,6 +89,33 @@ def test_one_protocol_of_one_task(world, color, capsys, model):
     assert "| MemoryColor | fair | 6 × 9 |" in printed and "published protocol" not in printed
 
 
+def test_ones_own_questions_are_asked_alone_or_beside_the_sets(world, color, tmp_path, capsys):
+    same, other = tmp_path / "fruit.csv", tmp_path / "more.csv"
+    same.write_text(
+        "question,answer,choices\nthe color of the apple is,red,red|green|blue\nthe apple is,green,blue|red|green\n"
+    )
+    other.write_text('question,answer,choices\nthe sky is,blue,red|blue\n"the apple, is",red,red | green | blue\n')
+    models = ("eval", world / "valm", world / "gpt2")
+    out = tmp_path / "out"
+    assert run(*models, "--ask", f"{same},{other}", "--controls", "off", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "## Your questions, accuracy in percent, fair protocol" in printed
+    assert "| model | Your questions: fruit, 2 items | Your questions: more, 2 items |" in printed
+    assert "<h3>Your questions: fruit " in (out / "report.html").read_text()
+    results = json.loads((out / "results.json").read_text())
+    assert [row["model"] for row in results["rows"]] == [
+        name for name in ("valm", "valm, no images", "gpt2") for _ in "ab"
+    ]
+    assert len(results["pairs"]) == 4
+    fruit, more = (row["metrics"] for row in results["rows"][:2])
+    assert "calibrated" in fruit and "calibrated_mean" in fruit and "calibrated" not in more
+    assert fruit["baselines"]["constants"] == {"red": 0.5, "green": 0.5}
+    assert more["baselines"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert run("eval", world / "gpt2", *color, "--ask", same, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["task"] for row in rows] == ["memory_color", "ask-fruit"]
+
+
 def wrong_inputs():
     """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
     color = ["--tasks", "memory_color", "--data", "{world}/sets"]
@@ -96,8 +123,18 @@ def wrong_inputs():
         "unknown task": (["eval", "{world}/gpt2", "--tasks", "colour"], "did you mean 'color'"),
         "data missing": (["eval", "{world}/gpt2", "--tasks", "size", "--data", "{tmp}"], "get it from https://"),
         "model missing": (["eval", "{tmp}/none", *color], "there is no model folder {tmp}/none"),
-        "no model": (["eval", "{world}/pictures", *color], "the language model {world}/pictures cannot be read"),
-        "no pictures to replace by": (["eval", "{world}/valm", *color, "--replace", "{tmp}"], "no images in {tmp}"),
+        "no model": (["eval", "{world}/pictures", *color], "the folder {world}/pictures holds no model"),
+        "no pictures to replace by": (
+            ["eval", "{world}/valm", *color, "--controls", "off,{tmp}"],
+            "no images in {tmp}",
+        ),
+        "no control": (
+            ["eval", "{world}/valm", *color, "--controls", "of"],
+            "of is no folder of images; give off, random",
+        ),
+        "an option that went": (["eval", "{world}/valm", *color, "--no-images"], "`valm eval --controls off` adds"),
+        "no such questions": (["eval", "{world}/gpt2", "--ask", "{tmp}/none.csv"], "{tmp}/none.csv"),
+        "no questions": (["eval", "{world}/gpt2", "--ask", "{tmp}/empty.txt"], "empty.txt has the columns"),
         "output is a file": (["eval", "{world}/gpt2", *color, "--out", "{tmp}/empty.txt"], "is a file"),
         "one model twice": (["eval", "{world}/gpt2", "{world}/gpt2/", *color], "is given twice: leave one out"),
     }
@@ -130,9 +167,9 @@ def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, color,
 
 def test_the_report_says_the_precision_of_queries_that_there_are(world, color, tmp_path):
     line = "Retrieval queries in float32."
-    assert run("eval", world / "gpt2", *color, "--query-dtype", "float32", "--no-images", "--out", tmp_path) == 0
+    assert run("eval", world / "gpt2", *color, "--query-dtype", "float32", "--controls", "off", "--out", tmp_path) == 0
     assert line not in (tmp_path / "results.md").read_text()
-    assert run("eval", world / "gpt2", world / "valm", *color, "--no-images", "--out", tmp_path) == 0
+    assert run("eval", world / "gpt2", world / "valm", *color, "--controls", "off", "--out", tmp_path) == 0
     assert json.loads((tmp_path / "results.json").read_text())["conditions"]["query_dtype"] == "float32"
     for name in ("results.md", "report.html"):
         assert line in (tmp_path / name).read_text()

@@ -19,7 +19,7 @@ from tests.valm.tiny_clip import make_clip
 from valm.cli import main
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
-from valm.evaluation.questions import TASKS, harness_docs
+from valm.evaluation.questions import harness_docs
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.model.checkpoint import save_checkpoint
@@ -35,8 +35,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from valm.evaluation.harness import OF_LOADING, ValmLM
-from valm.evaluation.harness import TASKS as TASK_FILES
+from valm.evaluation.harness import OF_LOADING, ValmLM, write_tasks
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 PROSE = Path(__file__).parents[2] / "fixtures" / "prose.txt"
@@ -159,15 +158,10 @@ def data(tmp_path_factory):
     return root
 
 
-def test_every_task_file_runs(models, data):
-    names = sorted(file.stem for file in TASK_FILES.glob("*.yaml") if not file.stem.startswith("_"))
-    expected = {task.name for task in TASKS.values()} - {"lambada"}  # the harness has its own
-    expected |= {
-        f"{task.name}_published" for task in TASKS.values() if "published" in task.protocols and task.group != "lm"
-    }
-    assert set(names) == expected
-    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"data": str(data)})
-    tasks = [f"valm_{name}" for name in names]
+def test_every_task_file_runs(models, data, tmp_path):
+    tasks = write_tasks(tmp_path)
+    assert len(tasks) == len(list(tmp_path.iterdir())) == 20  # 12 sets in the fair protocol, 8 in the published one
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"data": str(data)})
     model = ValmLM(str(models / "valm"), batch_size=8)
     results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
     assert set(results) == set(tasks)
@@ -182,8 +176,9 @@ class ConstantYes(ValmLM):
         return [(0.0 if request.args[1] == " yes" else -1.0, False) for request in requests]
 
 
-def test_constant_yes_is_perfect_as_published_and_half_right_in_the_fair_protocol(models, data):
-    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"data": str(data)})
+def test_constant_yes_is_perfect_as_published_and_half_right_in_the_fair_protocol(models, data, tmp_path):
+    write_tasks(tmp_path)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"data": str(data)})
     tasks = ["valm_relative_size", "valm_relative_size_published", "valm_vicomte_size"]
     model = ConstantYes(str(models / "valm"))
     results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
@@ -197,10 +192,11 @@ class Majority(ValmLM):
         return [(0.0 if request.args[1] in (" round", " Positive") else -1.0, False) for request in requests]
 
 
-def test_a_majority_model_scores_the_stated_majority(models, data):
+def test_a_majority_model_scores_the_stated_majority(models, data, tmp_path):
+    write_tasks(tmp_path)
     tasks = ["valm_object_shape_published", "valm_sst2"]
     data = DATA or data
-    manager = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata={"data": str(data)})
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"data": str(data)})
     model = Majority(str(models / "valm"))
     results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
     expected = (81 / 101, 444 / 872) if DATA else (1, 2 / 3)
@@ -237,7 +233,11 @@ def test_a_cache_of_other_weights_is_refused(models, tmp_path):
 
 def test_the_harness_own_arguments_reach_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(HarnessCLI, "execute", lambda self, arguments: seen.append(vars(arguments)))
+
+    def execute(self, arguments):
+        seen.append(vars(arguments) | {"tasks there": len(list(Path(arguments.include_path).glob("valm_*.yaml")))})
+
+    monkeypatch.setattr(HarnessCLI, "execute", execute)
     assert main(["lm-eval", "run", "--model", "valm", "--model_args", "pretrained=x,kb=y", "--tasks", "piqa"]) == 0
     assert main(["lm-eval", "ls", "tasks", "--include_path", "mine"]) == 0
     for retrieval in ("on", "off", "on"):
@@ -247,7 +247,8 @@ def test_the_harness_own_arguments_reach_it(monkeypatch):
     assert first == third != second and first.startswith("scores-")
     run, ls = seen[:2]
     assert run["model_args"] == {"pretrained": "x", "kb": "y"} and run["tasks"] == ["piqa"]
-    assert (run["include_path"], ls["include_path"]) == (str(TASK_FILES), "mine")
+    assert (run["tasks there"], ls["include_path"]) == (20, "mine")
+    assert not Path(run["include_path"]).exists()
 
 
 @pytest.mark.slow  # the harness reads the files of all its own tasks first

@@ -9,10 +9,11 @@ import torch
 from tests.valm.models import tiny_model
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.errors import ValmError
-from valm.evaluation.language import LAST_WORD, last_word, load_lambada, token_log_probs, windows
+from valm.evaluation.language import LAST_WORD, last_word, token_log_probs, windows
 from valm.evaluation.metrics import document_metrics
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents
 from valm.evaluation.scorers import CausalScorer
+from valm.evaluation.sets import SETS
 from valm.training.collate import Collator
 
 DATA = os.environ.get("VALM_EVAL_DATA")
@@ -31,7 +32,8 @@ def nats(model, documents, batch_size=16):
 
 def of_passages(model, passages, protocol=FAIR):
     asked = Documents("lambada", protocol, tuple(passages), last_word=True)
-    return document_metrics(asked, [CausalScorer(model, TOKENIZER, "").documents(asked, None)])
+    scores = CausalScorer(model, TOKENIZER, "").documents(asked)
+    return document_metrics(asked, {name: values[None] for name, values in scores.items()})
 
 
 def test_each_text_is_read_alone_and_all_together_are_the_training_loss(model):
@@ -96,12 +98,12 @@ def test_what_has_no_last_word_is_refused():
 def test_a_passage_without_a_last_word_is_named(tmp_path, passage):
     (tmp_path / "lambada.jsonl").write_text('{"text": "the sea is big"}\n' + json.dumps({"text": passage}))
     with pytest.raises(ValmError, match=rf"lambada\.jsonl, line 2: a passage must end in a word .*, got '{passage}'"):
-        load_lambada(tmp_path / "lambada.jsonl")
+        SETS["lambada"].load(tmp_path / "lambada.jsonl")
 
 
 @pytest.mark.skipif(not DATA, reason="VALM_EVAL_DATA does not say where the evaluation sets are")
 def test_last_words_of_the_real_set_are_of_several_tokens_as_often_as_published():
-    passages = load_lambada(Path(DATA) / "eval/lambada/lambada_test.jsonl")
+    passages = SETS["lambada"].load(Path(DATA) / "eval/lambada/lambada_test.jsonl")
     tokenizer = clip_tokenizer()
     words = [LAST_WORD.search(passage)[0] for passage in passages]
     several = sum(len(ids) > 1 for ids in tokenizer(words, add_special_tokens=False)["input_ids"])

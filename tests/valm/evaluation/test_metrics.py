@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from valm.evaluation.metrics import choice_metrics, document_metrics
+from valm.evaluation.metrics import choice_metrics, document_metrics, vote_of_prompts
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions
-from valm.evaluation.scorers import DocumentScore
 
 
 def questions(right, candidates, protocol=FAIR) -> Questions:
@@ -55,7 +54,10 @@ def test_preferred_sees_through_a_fondness_for_yes():
 
 
 def test_perplexity_per_token_word_and_byte():
-    scores = [[DocumentScore(6.0, 3, 2, 12, 2.0, 1, True), DocumentScore(4.0, 2, 3, 8, 3.0, 2, False)]]
+    of_texts = {
+        "nats": [6, 4], "tokens": [3, 2], "words": [2, 3], "bytes": [12, 8], "word_nats": [2, 3], "known": [1, 0],
+    }  # fmt: skip
+    scores = {name: np.array([values], float) for name, values in of_texts.items()}
     found = document_metrics(Documents("lambada", FAIR, ("", ""), True), scores)
     assert found["perplexity"]["value"] == pytest.approx(np.exp(2))
     assert found["word_perplexity"]["value"] == pytest.approx(np.exp(2))
@@ -63,3 +65,14 @@ def test_perplexity_per_token_word_and_byte():
     assert (found["accuracy"]["value"], found["target_perplexity"]["value"]) == (0.5, pytest.approx(np.exp(2.5)))
     published = document_metrics(Documents("wikitext103", PUBLISHED, ("", ""), False), scores)
     assert set(published) == {"perplexity"}
+
+
+def test_the_vote_is_by_count_and_equal_counts_go_to_the_likelier():
+    scores = np.log(
+        [
+            [[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]],  # two of three for the second, though the first is likelier over all
+            [[0.9, 0.1], [0.4, 0.6], [0.5, 0.5]],
+        ]
+    )
+    assert vote_of_prompts(scores).tolist() == [1, 0]
+    assert vote_of_prompts(scores[:, :2]).tolist() == [0, 0]

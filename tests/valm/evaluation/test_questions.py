@@ -9,8 +9,8 @@ import pytest
 
 from tests.valm.evaluation.small_sets import write_sets
 from valm.errors import ValmError
-from valm.evaluation.questions import FAIR, MATERIALS, PUBLISHED, TASKS, VICOMTE_COLORS, chosen_tasks, what_is_asked
-from valm.evaluation.sets import SETS
+from valm.evaluation.questions import FAIR, PUBLISHED, YES_NO, chosen_sets, fill, objects_of, what_is_asked
+from valm.evaluation.sets import SETS, Item, load_memory_color, own_sets
 
 DATA = os.environ.get("VALM_EVAL_DATA")
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "prompts.json"
@@ -28,13 +28,13 @@ def data(tmp_path_factory):
 def test_prompts_are_the_published_ones_byte_for_byte(data, task):
     expected = json.loads(FIXTURE.read_text(encoding="utf-8"))[task]
     for protocol in (PUBLISHED, FAIR):
-        asked = what_is_asked(TASKS[task], protocol, data)
+        asked = what_is_asked(SETS[task], protocol, data)
         assert list(asked.texts[0]) == expected[protocol]
         if "candidates" in expected and task not in ("memory_color", "color_terms"):
             assert list(asked.candidates) == expected["candidates"]
     if task in ("memory_color", "color_terms"):
-        assert list(what_is_asked(TASKS[task], FAIR, data).candidates) == expected["candidates"]
-        assert what_is_asked(TASKS[task], PUBLISHED, data).candidates == ("yellow", "red", "blue", "white")
+        assert list(what_is_asked(SETS[task], FAIR, data).candidates) == expected["candidates"]
+        assert what_is_asked(SETS[task], PUBLISHED, data).candidates == ("yellow", "red", "blue", "white")
 
 
 @needs_data
@@ -58,29 +58,58 @@ def test_prompts_are_the_published_ones_byte_for_byte(data, task):
     ],
 )
 def test_the_real_sets_have_the_known_majorities(task, protocol, items, prompts, majority):
-    asked = what_is_asked(TASKS[task], protocol, DATA)
+    asked = what_is_asked(SETS[task], protocol, DATA)
     counts = Counter(answer for row in asked.right for answer in row)
     assert (len(asked.items), len(asked.texts[0])) == (items, prompts)
     assert max(counts.values()) / counts.total() == pytest.approx(majority)
 
 
 @needs_data
-@pytest.mark.parametrize("task, labels", [("vicomte_color", VICOMTE_COLORS), ("vicomte_material", MATERIALS)])
-def test_the_candidates_are_all_labels_of_the_set(task, labels):
+@pytest.mark.parametrize("task", ["vicomte_color", "vicomte_material"])
+def test_the_candidates_are_all_labels_of_the_set(task):
     folder = Path(DATA) / "eval/vicomte"
     name = task.removeprefix("vicomte_")
     rows = [json.loads(line) for part in ("train", "test") for line in (folder / f"{name}_single_{part}.jsonl").open()]
-    assert {row[key] for row in rows for key in ("obj", "alt")} == set(labels)
+    assert {row[key] for row in rows for key in ("obj", "alt")} == set(SETS[task].labels)
+
+
+@needs_data
+def test_the_items_are_the_published_ones():
+    items = load_memory_color(Path(DATA) / "eval" / SETS["memory_color"].file)
+    counts = {"white": 25, "green": 19, "yellow": 18, "red": 11, "grey": 8, "brown": 8, "black": 7, "blue": 4}
+    assert Counter(item.answer for item in items) == counts | {"purple": 3, "pink": 3, "orange": 3}
+    assert items[1] == Item("ocean", "blue", "the")
+    assert Counter(item.descriptor for item in items)[""] == 54
+    items = SETS["color_terms"].load(Path(DATA) / "eval" / SETS["color_terms"].file)
+    counts = {"white": 10, "brown": 10, "green": 9, "grey": 6, "black": 6, "yellow": 4, "red": 3, "blue": 2}
+    assert Counter(item.answer for item in items) == counts | {"pink": 1, "orange": 1}
+    assert items[1] == Item("banana", "yellow", None)
+    pairs = SETS["relative_size"].load(Path(DATA) / "eval" / SETS["relative_size"].file)
+    assert (len(pairs), len({thing for pair in pairs for thing in pair})) == (486, 41)
+    assert pairs[0] == ("aeroplane", "apple")
+
+
+def test_a_thing_is_asked_for_with_its_descriptor():
+    first, *_, last = SETS["memory_color"].prompts
+    assert fill(first, "banana", None, fair=True) == "Q: What is the color of the banana? A: It is"
+    assert fill(first, "banana", None, fair=False) == "Q: What is the color of [DESCRIPTOR] banana? A: It is"
+    assert fill(last, "fur", "the inside of a", fair=True) == "the inside of a fur usually has the color of"
+    assert fill(last, "snow", "", fair=True) == "snow usually has the color of"
+
+
+def test_the_objects_of_pairs():
+    assert objects_of(["bus > cat", "polar bear > bus"], YES_NO).tolist() == [[0, 1], [2, 0]]
+    assert objects_of(["a review > the film"], ("Positive", "Negative")) is None
 
 
 def test_the_answer_of_a_pair_is_yes_in_one_order(data):
-    asked = what_is_asked(TASKS["relative_size"], FAIR, data)
+    asked = what_is_asked(SETS["relative_size"], FAIR, data)
     assert asked.right == ((0, 1) * 6,) * 3
-    assert what_is_asked(TASKS["relative_size"], PUBLISHED, data).right == ((0,) * 4,) * 3
+    assert what_is_asked(SETS["relative_size"], PUBLISHED, data).right == ((0,) * 4,) * 3
 
 
 def test_published_wikitext_is_its_paragraphs(data):
-    published, fair = (what_is_asked(TASKS["wikitext103"], protocol, data) for protocol in (PUBLISHED, FAIR))
+    published, fair = (what_is_asked(SETS["wikitext103"], protocol, data) for protocol in (PUBLISHED, FAIR))
     assert len(fair.texts) == 2 and fair.texts[0].startswith(" = Title") and "Another" in fair.texts[0]
     assert published.texts == (
         " = Title = ",
@@ -95,7 +124,7 @@ def test_published_wikitext_is_its_paragraphs(data):
 @pytest.mark.parametrize("name, protocol", [("memory_color", PUBLISHED), ("memory_color", FAIR), ("lambada", FAIR)])
 def test_a_limit_asks_items_as_among_all(data, name, protocol):
     """The candidates of the published MemoryColor are the colours of its items."""
-    whole, some = (what_is_asked(TASKS[name], protocol, data, limit=limit) for limit in (None, 1))
+    whole, some = (what_is_asked(SETS[name], protocol, data, limit=limit) for limit in (None, 1))
     assert len(some.texts) == 1 < len(whole.texts) and set(some.texts) < set(whole.texts)
     if name == "lambada":
         return
@@ -105,20 +134,20 @@ def test_a_limit_asks_items_as_among_all(data, name, protocol):
 
 
 def test_a_limit_draws_the_same_items_again(data):
-    one, two = (what_is_asked(TASKS["memory_color"], FAIR, data, limit=2) for _ in range(2))
+    one, two = (what_is_asked(SETS["memory_color"], FAIR, data, limit=2) for _ in range(2))
     assert one == two and len(one.items) == 2
 
 
 def test_tasks_and_groups_by_name():
-    assert [task.name for task in chosen_tasks("color, sst2,sst2")] == [
+    assert [one.name for one in chosen_sets(["color", "sst2", "sst2"])] == [
         "memory_color", "color_terms", "vicomte_color", "sst2",
     ]  # fmt: skip
     with pytest.raises(ValmError, match="no task 'colour': did you mean 'color'"):
-        chosen_tasks("colour")
+        chosen_sets(["colour"])
     with pytest.raises(ValmError, match="no tasks are named"):
-        chosen_tasks(" ")
+        chosen_sets([])
     with pytest.raises(ValmError, match="has no protocol 'published', only fair"):
-        what_is_asked(TASKS["vicomte_size"], PUBLISHED)
+        what_is_asked(SETS["vicomte_size"], PUBLISHED)
 
 
 @pytest.mark.parametrize(
@@ -130,21 +159,82 @@ def test_tasks_and_groups_by_name():
         ("vicomte/material_single_test.jsonl", '{"sub": "a"}', "vicomte_material", "line 1: expected an object"),
         ("vicomte/material_single_test.jsonl", '{"sub": "a", "obj": "fog"}', "vicomte_material", "'fog' in ViComTe"),
         ("lambada/lambada_test.jsonl", "\n", "lambada", "has no items"),
+        (
+            "lambada/lambada_test.jsonl",
+            '{"text": "Alone"}',
+            "lambada",
+            "line 1: a passage must end in a word with text",
+        ),
+        ("object_size/sizePairsFull.txt", "bus cat\nbus\n", "relative_size", "line 2: expected two words, got 1"),
+        (
+            "object_color/color-concrete-objects.csv",
+            "thing\nsea\n",
+            "color_terms",
+            r"has the columns \['thing'\], expected",
+        ),
+        (
+            "object_color/color-concrete-objects.csv",
+            "object,color\nsea,teal",
+            "color_terms",
+            "'teal' in ColorTerms is not",
+        ),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, file, content, task, message):
     write_sets(tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(ValmError, match=message):
-        what_is_asked(TASKS[task], FAIR, tmp_path)
+        what_is_asked(SETS[task], FAIR, tmp_path)
+
+
+def test_ones_own_questions(tmp_path):
+    file = tmp_path / "mine.csv"
+    file.write_text("question,answer,choices\nIs 3 > 2?,yes,yes|no\nIs 1 > 2?,no,no|yes\n")
+    (mine,) = own_sets([file, file])
+    asked = what_is_asked(mine, FAIR)
+    assert (asked.task, mine.title) == ("ask-mine", "Your questions: mine")
+    assert (asked.candidates, asked.right, asked.choices) == (("yes", "no"), ((0,), (1,)), ())
+    assert asked.objects is None  # of no pairs, though their texts look so
+    file.write_text("question,answer,choices\nA,x,x|y\nB,z,y|z|w\nC,x,x|y\n")
+    asked = what_is_asked(mine, FAIR)
+    assert (asked.candidates, asked.right, asked.choices) == (
+        (),
+        ((0,), (1,), (0,)),
+        (("x", "y"), ("y", "z", "w"), ("x", "y")),
+    )
+    some = what_is_asked(mine, FAIR, limit=2)
+    own = dict(zip(asked.items, asked.choices, strict=True))
+    assert some.choices == tuple(own[item] for item in some.items)
+    (tmp_path / "b").mkdir()
+    titles = [one.title for one in own_sets([file, tmp_path / "b" / "mine.csv"])]
+    assert titles == [f"Your questions: {tmp_path.name}/mine", "Your questions: b/mine"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("A,x,x|y\n,x,x|y", r"mine\.csv, row 3: the question is empty"),
+        ("A,x,x", "row 2: expected two choices or more, with | between them, no two the same, got 'x'"),
+        ("A,x,x|x", "row 2: expected two choices or more"),
+        ("A,x,x|y|", "row 2: expected two choices or more"),
+        ("A,z,x|y", r"row 2: the answer 'z' is not one of the choices x\|y"),
+        ("A,x", "row 2: expected 3 values"),
+        ("", r"mine\.csv has no items"),
+    ],
+)
+def test_wrong_questions_are_named(tmp_path, rows, message):
+    (tmp_path / "mine.csv").write_text(f"question,answer,choices\n{rows}\n")
+    (mine,) = own_sets([tmp_path / "mine.csv"])
+    with pytest.raises(ValmError, match=message.replace("with |", r"with \|")):
+        what_is_asked(mine, FAIR)
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(ValmError, match=r"SST-2 is not here \(no nlu/sst2_dev.txt in .*get it from https://.*sst2, or"):
-        what_is_asked(TASKS["sst2"], FAIR, tmp_path)
+        what_is_asked(SETS["sst2"], FAIR, tmp_path)
     monkeypatch.delenv("VALM_EVAL_DATA", raising=False)
     with pytest.raises(ValmError, match="neither --data nor VALM_EVAL_DATA"):
-        what_is_asked(TASKS["memory_color"], FAIR)
+        what_is_asked(SETS["memory_color"], FAIR)
 
 
 def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_path, monkeypatch):
@@ -156,7 +246,7 @@ def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_pat
         return datasets.Dataset.from_list([{"text": "Shares fell.", "label": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = what_is_asked(TASKS["ag_news"], FAIR, tmp_path, allow_download=True)
+    found = what_is_asked(SETS["ag_news"], FAIR, tmp_path, allow_download=True)
     assert asked == [("fancyzhang/ag_news", None, "test", False)]
     assert found.candidates[found.right[0][0]] == "business"
 
@@ -165,7 +255,7 @@ def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_pat
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ValmError, match=r"cannot load AG News from the Hub \(fancyzhang/ag_news\): no route"):
-        what_is_asked(TASKS["ag_news"], FAIR, tmp_path, allow_download=True)
+        what_is_asked(SETS["ag_news"], FAIR, tmp_path, allow_download=True)
 
 
 def test_the_documentation_has_every_set():
@@ -182,4 +272,4 @@ def test_the_documentation_has_every_set():
         )
         row = next(line for line in lines if line.startswith("|") and f"| `{name}` |" in line)
         assert all(f"| {fact} |" in row for fact in facts)
-        assert f"| {', '.join(TASKS[name].protocols)} |" in row
+        assert f"| {', '.join(SETS[name].protocols)} |" in row

@@ -128,13 +128,13 @@ def test_a_causal_model_scores_answers_alone_and_documents(folders):
     expected = log_probs.gather(-1, torch.tensor(read[1:])[:, None]).sum()
     torch.testing.assert_close(alone[0], expected, rtol=1e-4, atol=1e-4)
     text = "The banana is yellow"
-    (fair,) = scorer.documents(Documents("lambada", FAIR, (text,), True), None)
-    (published,) = scorer.documents(Documents("lambada", PUBLISHED, (text,), True), None)
-    assert published.tokens == fair.tokens + 1  # the eos behind it
-    assert (fair.words, fair.bytes, published.word_tokens) == (4, len(text), 1)
+    fair = scorer.documents(Documents("lambada", FAIR, (text,), True), None)
+    published = scorer.documents(Documents("lambada", PUBLISHED, (text,), True), None)
+    assert published["tokens"] == fair["tokens"] + 1  # the eos behind it
+    assert (fair["words"], fair["bytes"]) == (4, len(text))
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     last = model(ids[:, :-1]).logits[0, -1].log_softmax(-1)
-    assert published.word_nats == pytest.approx(-last[ids[0, -1]].item(), rel=1e-4)
+    assert published["word_nats"] == pytest.approx(-last[ids[0, -1]].item(), rel=1e-4)
 
 
 def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp_path, clip):
@@ -210,6 +210,29 @@ def test_a_long_prompt_loses_its_beginning(folders):
         found, same = (scorer.answers(one, None)[0] for one in (long, longer))
         assert torch.equal(found, same) and found.isfinite().all()
         assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_context_without_room_for_a_prompt_is_named(folders, name):
+    """A slice from -0 would be the whole prompt."""
+    scorer = open_scorer(str(folders / name))
+    sizes = {"gpt2": ("n_positions", 1), "bert": ("max_position_embeddings", 5)}  # [CLS] [MASK] [MASK] . [SEP]
+    setattr(scorer.model.config, *sizes[name])
+    with pytest.raises(ValmError, match=r"the model reads . tokens, too few for the longest answer and a prompt"):
+        scorer.answers(questions())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "clip"])
+def test_each_item_is_asked_with_its_own_choices(folders, name):
+    scorer = open_scorer(str(folders / name))
+    choices = (("yellow", "blue"), ("red", "blue", "yellow"))
+    differing = dataclasses.replace(questions(), candidates=(), choices=choices)
+    scores, alone = scorer.answers(differing)
+    assert scores.shape == (2, 2, 3) and alone is None
+    assert scores[0, :, 2].isneginf().all()
+    for item, candidates in enumerate(choices):
+        expected, _ = scorer.answers(questions(candidates=candidates))
+        torch.testing.assert_close(scores[item, :, : len(candidates)], expected[item], rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_a_head_is_refused(folders, tmp_path):

@@ -8,14 +8,14 @@ def test_interval_holds_the_true_share_about_95_times_in_100():
     random = np.random.default_rng(0)
     held = 0
     for seed in range(100):
-        estimate = accuracy(random.random(100) < 0.6, seed)
+        estimate = ratio((random.random((1, 100)) < 0.6).astype(float), np.ones((1, 100)), seed)
         held += estimate.low <= 0.6 <= estimate.high
     assert 88 <= held <= 100
 
 
 def test_prompts_of_an_item_do_not_make_the_interval_narrower():
-    right = np.random.default_rng(0).random(50) < 0.5
-    alone, nine_times = accuracy(right), accuracy(np.repeat(right[:, None], 9, axis=1))
+    right = np.random.default_rng(0).random((1, 50)) < 0.5
+    alone, nine_times = accuracy(right), accuracy(np.repeat(right[..., None], 9, axis=2))
     assert alone == nine_times
     assert alone.high - alone.low > 0.2
     assert str(Estimate(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"

@@ -1,19 +1,21 @@
 """Several models side by side: what is cached, what is scored anew, what is said of wrong input."""
 
-import json
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import tiny_model
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
-from valm.evaluation import scorers
-from valm.evaluation.questions import FAIR, TASKS, chosen_tasks, what_is_asked
-from valm.evaluation.suite import CACHE, Entry, Settings, entries, evaluate, scores_of, variants_of
+from valm.evaluation import scorers, suite
+from valm.evaluation.questions import FAIR, what_is_asked
+from valm.evaluation.sets import SETS
+from valm.evaluation.settings import Settings, listed
+from valm.evaluation.suite import CACHE, controls_for, controls_of, evaluate, named, scores_of
 from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever
@@ -33,7 +35,7 @@ def world(tmp_path_factory):
 
 
 def settings(world, tasks="memory_color,relative_size", **arguments) -> Settings:
-    return Settings(tuple(chosen_tasks(tasks)), data=world / "data", **arguments)
+    return Settings(**{"tasks": listed(tasks), "data": world / "data"} | arguments)
 
 
 @pytest.fixture
@@ -52,9 +54,7 @@ def calls(monkeypatch):
 
 
 def test_every_model_has_a_row_for_every_task_and_protocol(world):
-    results = evaluate(
-        entries([f"{world}/seed0", f"{world}/seed1"]), settings(world, "memory_color,lm"), progress=False
-    )
+    results = evaluate(named([f"{world}/seed0", f"{world}/seed1"]), settings(world, "memory_color,lm"), progress=False)
     rows = [(row["model"], row["task"], row["protocol"]) for row in results["rows"]]
     tasks = [(task, p) for task in ("memory_color", "wikitext103", "lambada") for p in ("published", "fair")]
     assert rows == [(model, *task) for model in ("seed0", "seed1") for task in tasks]
@@ -63,8 +63,8 @@ def test_every_model_has_a_row_for_every_task_and_protocol(world):
 
 
 def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_path, calls):
-    asked = settings(world, protocols=(FAIR,))
-    model = [Entry("model", (str(world / "seed0"),))]
+    asked = settings(world, protocol=FAIR)
+    model = {"model": [str(world / "seed0")]}
     first = evaluate(model, asked, tmp_path, progress=False)
     assert calls == [("memory_color", FAIR), ("relative_size", FAIR)]
     next((tmp_path / CACHE).glob("relative_size*")).unlink()  # as if the run had been killed before it
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_pa
     assert evaluate(model, asked, tmp_path, progress=False) == first
     assert calls == [("relative_size", FAIR)]
     calls.clear()
-    retrained = evaluate([Entry("model", (str(world / "seed1"),))], asked, tmp_path, progress=False)
+    retrained = evaluate({"model": [str(world / "seed1")]}, asked, tmp_path, progress=False)
     assert len(calls) == 2 and retrained["rows"] != first["rows"]
 
 
@@ -88,37 +88,82 @@ def test_a_diverged_model_has_no_answers(world, tmp_path, cached):
             scores[-1] = torch.nan
             return scores, None
 
-    asked = what_is_asked(TASKS["memory_color"], FAIR, settings(world).data)
+    asked = what_is_asked(SETS["memory_color"], FAIR, settings(world).data)
     cache = tmp_path if cached else None
     with pytest.raises(ValmError, match="the scores of memory_color are NaN: weights of the causal language model are"):
         scores_of(Diverged(), asked, cache, [], SimpleNamespace(n=0, update=lambda count: None))
     assert not list(tmp_path.iterdir())
 
 
-def test_scores_of_another_shape_are_not_used(world, tmp_path):
-    asked, model = settings(world, "memory_color", protocols=(FAIR,)), [Entry("model", (str(world / "seed0"),))]
-    evaluate(model, asked, tmp_path, progress=False)
+def test_damaged_scores_are_scored_again(world, tmp_path, calls):
+    asked, model = settings(world, "memory_color", protocol=FAIR), {"model": [str(world / "seed0")]}
+    first = evaluate(model, asked, tmp_path, progress=False)
     (file,) = (tmp_path / CACHE).iterdir()
-    scores = json.loads(file.read_text())
-    scores["scores"].pop()
-    file.write_text(json.dumps(scores))
-    with pytest.raises(ValmError, match=r"the scores .* are not of this task; delete it and run"):
-        evaluate(model, asked, tmp_path, progress=False)
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-100], whole[:90] + b"x" + whole[91:]):
+        file.write_bytes(damaged)
+        calls.clear()
+        assert evaluate(model, asked, tmp_path, progress=False) == first
+        assert len(calls) == 1 and file.read_bytes() == whole
+
+
+def test_every_model_is_opened_once_and_hashed_only_for_a_cache(world, tmp_path, monkeypatch):
+    opened, hashed = [], []
+    own_open, own_hash = suite.open_scorer, scorers.model_fingerprint
+    monkeypatch.setattr(
+        suite, "open_scorer", lambda source, **with_: opened.append(source) or own_open(source, **with_)
+    )
+    monkeypatch.setattr(scorers, "model_fingerprint", lambda *model: hashed.append(model) or own_hash(*model))
+    models = {"both": [str(world / "seed0"), str(world / "seed1")], "one": [str(world / "seed1")]}
+    evaluate(models, settings(world), progress=False)
+    assert opened == [source for sources in models.values() for source in sources] and not hashed
+    evaluate(models, settings(world), tmp_path, progress=False)
+    assert len(hashed) == 3
+
+
+def test_no_model_is_opened_where_something_is_missing(world, tmp_path, monkeypatch):
+    """What can be known without a model."""
+    monkeypatch.setattr(suite, "open_scorer", lambda *_, **__: pytest.fail("it was opened"))
+    (tmp_path / "empty").mkdir()
+    for models, arguments, message in [
+        ([f"{world}/seed0", f"{tmp_path}/none"], {}, "there is no model folder .*none"),
+        (
+            [f"{world}/seed0", f"{tmp_path}/empty"],
+            {},
+            "the folder .*empty holds no model: it has neither config.json nor",
+        ),
+        ([f"{world}/seed0"], {"tasks": "sst2", "data": tmp_path}, "SST-2 is not here"),
+        (
+            [f"{world}/seed0"],
+            {"controls": ["of"]},
+            "--controls: of is no folder of images; give off, random or a folder",
+        ),
+        ([f"{world}/seed0"], {"controls": [str(tmp_path / "empty")]}, "no images in"),
+        ([f"{world}/seed0"], {"limit": 0}, "--limit is 0, expected at least 1"),
+        ([f"{world}/seed0"], {"protocol": "unfair"}, "--protocol must be one of fair, published, both, got 'unfair'"),
+        (
+            [f"{world}/seed0"],
+            {"tasks": "vicomte_size", "protocol": "published"},
+            "none of the tasks has the protocol",
+        ),
+    ]:
+        with pytest.raises(ValmError, match=message):
+            evaluate(named(models), settings(world, **arguments), progress=False)
 
 
 def test_other_data_are_scored_anew(world, tmp_path, calls):
-    model = [Entry("model", (str(world / "seed0"),))]
-    evaluate(model, settings(world, "color_terms", protocols=(FAIR,)), tmp_path, progress=False)
+    model = {"model": [str(world / "seed0")]}
+    evaluate(model, settings(world, "color_terms", protocol=FAIR), tmp_path, progress=False)
     write_sets(tmp_path / "data")
     (tmp_path / "data/object_color/color-concrete-objects.csv").write_text("object,color\nlemon,yellow\n")
-    other = Settings(tuple(chosen_tasks("color_terms")), protocols=(FAIR,), data=tmp_path / "data")
+    other = settings(world, "color_terms", protocol=FAIR, data=tmp_path / "data")
     assert evaluate(model, other, tmp_path, progress=False)["rows"][0]["items"] == 1
     assert len(calls) == 2
 
 
 def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path):
-    model = [Entry("model", (str(world / "seed0"),))]
-    asked = settings(world, "memory_color,sst2,lambada", protocols=(FAIR,))
+    model = {"model": [str(world / "seed0")]}
+    asked = settings(world, "memory_color,sst2,lambada", protocol=FAIR)
     first = evaluate(model, asked, progress=False)["rows"]
     monkeypatch.setattr(scorers, "BATCH_SIZE", 1)
     for one, other in zip(first, evaluate(model, asked, progress=False)["rows"], strict=True):
@@ -129,18 +174,16 @@ def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path
     file = tmp_path / "nlu/sst2_dev.txt"
     file.write_text("\n".join(reversed(file.read_text().splitlines())))
     scorer = scorers.open_scorer(str(world / "seed0"))
-    from valm.evaluation.questions import TASKS, what_is_asked
-
     (plain, _), (turned, _) = (
-        scorer.answers(what_is_asked(TASKS["sst2"], FAIR, data), None) for data in (world / "data", tmp_path)
+        scorer.answers(what_is_asked(SETS["sst2"], FAIR, data), None) for data in (world / "data", tmp_path)
     )
     torch.testing.assert_close(plain, turned.flip(0), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpoints_of_several_seeds_are_one_row(world):
-    both = [Entry("both", (str(world / "seed0"), str(world / "seed1")))]
+    both = {"both": [str(world / "seed0"), str(world / "seed1")]}
     one, two = (
-        evaluate(entries([f"m={world}/seed{seed}"]), settings(world, "color_terms"), progress=False)["rows"][0]
+        evaluate(named([f"m={world}/seed{seed}"]), settings(world, "color_terms"), progress=False)["rows"][0]
         for seed in (0, 1)
     )
     pooled = evaluate(both, settings(world, "color_terms"), progress=False)["rows"][0]
@@ -150,37 +193,23 @@ def test_checkpoints_of_several_seeds_are_one_row(world):
 
 
 def test_a_task_that_a_model_cannot_be_asked_has_a_reason(world):
-    results = evaluate(entries([f"{world}/seed0"]), settings(world, "relative_size"), progress=False)
+    results = evaluate(named([f"{world}/seed0"]), settings(world, "relative_size"), progress=False)
     published, fair = results["rows"]
     assert "tokens for this tokenizer" in published["not_applicable"] and "metrics" not in published
     assert fair["metrics"]["accuracy"]["value"] >= 0
 
 
 def test_names_of_models(tmp_path):
-    assert entries(["a/b/", "name=c,d"]) == [Entry("b", ("a/b/",)), Entry("name", ("c", "d"))]
-    assert [entry.name for entry in entries(["a/x", "b/x", "."])] == ["x", "b/x", os.path.basename(os.getcwd())]
+    assert named(["a/b/", "name=c,d"]) == {"b": ("a/b/",), "name": ("c", "d")}
+    assert list(named(["a/x", "b/x", ".", "c/y/z"])) == ["a/x", "b/x", os.path.basename(os.getcwd()), "z"]
+    assert list(named(["a/x/model", "b/x/model"])) == ["a/x/model", "b/x/model"]
     for names, message in (
         (["a/x", "x=b"], "two models are called 'x'"),
-        (["a/x", "a/x/"], "the model a/x/ is given twice"),
+        (["a/x", "a/x/"], "the model a/x is given twice"),
         (["x="], "names no model"),
     ):
         with pytest.raises(ValmError, match=message):
-            entries(names)
-
-
-def test_nothing_is_scored_where_something_is_missing(world, tmp_path, calls):
-    for models, arguments, message in [
-        (["a=" + str(world / "seed0"), str(tmp_path / "none")], {}, "there is no model folder"),
-        ([str(world / "seed0")], {"tasks": "memory_color,sst2"}, "SST-2 is not here"),
-    ]:
-        one = settings(world, **arguments)
-        if "tasks" in arguments:
-            write_sets(tmp_path / "part")
-            (tmp_path / "part/nlu/sst2_dev.txt").unlink()
-            one = Settings(one.tasks, data=tmp_path / "part")
-        with pytest.raises(ValmError, match=message):
-            evaluate(entries(models), one, tmp_path / "out", progress=False)
-    assert calls == [] and not (tmp_path / "out").exists()
+            named(names)
 
 
 def test_a_blind_model_beside_others_has_no_row_of_replaced_images(world, clip, tmp_path):
@@ -190,5 +219,7 @@ def test_a_blind_model_beside_others_has_no_row_of_replaced_images(world, clip, 
     blind = tiny_model(**sizes, **ids, num_images=1, blind=True)
     blind.set_retriever(BlindRetriever(ContextEncoder(clip)))
     scorer = scorers.CausalScorer(blind, clip.tokenizer, "blind")
-    asked = settings(world, no_images=True, random_images=True, replace=tmp_path)
-    assert scorer.sees_images and variants_of(scorer, asked) == ["", "no images"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    controls = controls_of(settings(world, controls=["off", "random", str(tmp_path)]))
+    assert list(controls) == ["", "no images", "random images", f"images of {tmp_path.name}"]
+    assert scorer.sees_images and list(controls_for(scorer, controls)) == ["", "no images"]
