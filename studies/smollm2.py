@@ -28,14 +28,15 @@ from examples.augment_smollm2 import convert_smollm2
 from studies.color.text import color_glosses
 from studies.color.words import COLOR_WORDS, Names, words
 from studies.demo.clip_training import train_demo_clip
+from studies.demo.questions import evaluate_color
 from studies.demo.run import write_pictures
 from studies.demo.split import Split, find_memory_color, split_things
 from studies.demo.things import load_things
 from valm.clip.tokenizer import clip_tokenizer, own_tokenizer, prune_tokenizer, tokenize_documents
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
-from valm.evaluation.color import PROMPTS, evaluate_color
 from valm.evaluation.controls import switch_images
 from valm.evaluation.language import token_log_probs
+from valm.evaluation.questions import COLOR_PROMPTS
 from valm.evaluation.statistics import Estimate, ratio
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
@@ -51,7 +52,7 @@ LR, FUSION_LR, LOGIT_BIAS = 2e-4, 2e-3, -5.0
 GLOSSES, SENTENCES, NEWS = 900, 1600, 600
 HELD_OUT_GLOSSES, HELD_OUT_NEWS = 300, 300
 WORDS = 20  # of a text, at most: a batch is as long as its longest
-ASKED = PROMPTS[::3]  # three of the nine prompts of the paper; no template begins as one of them
+ASKED = COLOR_PROMPTS[::3]  # three of the nine prompts of the paper; no template begins as one of them
 SENTENCE_TEMPLATES = (
     "The {x} is {c}.",
     "A {x} is usually {c}.",
@@ -99,7 +100,7 @@ def color_sentences(parts: Split, rng: random.Random) -> list[str]:
 
 def new_knowledge_base(parts: Split, texts: list[str], seed: int, out: Path) -> valm.ImageKnowledgeBase:
     """Pictures of all things, encoded by a small CLIP that was trained on them and on their names."""
-    words = prune_tokenizer(clip_tokenizer(), [*texts, *PROMPTS, *(thing.name for thing in parts.pictured)])
+    words = prune_tokenizer(clip_tokenizer(), [*texts, *COLOR_PROMPTS, *(thing.name for thing in parts.pictured)])
     clip, _ = train_demo_clip(parts.pictured, words, seed=seed, steps=CLIP_STEPS)
     clip.save(out / "clip")
     write_pictures(parts.pictured, out / "pictures", VIEWS, seed)
@@ -189,7 +190,8 @@ def main() -> None:
             model.set_retriever(retriever)
             switch_images(model, retrieval, seed=seed)
         asked = evaluate_color(model, tokenizer, parts.heldout, prompts=ASKED)
-        print(f"{name}\n  colours {asked.accuracy}, calibrated {asked.calibrated}")
+        accuracy, calibrated = (Estimate(**asked.metrics[of]) for of in ("accuracy", "calibrated_mean"))
+        print(f"{name}\n  colours {accuracy}, calibrated {calibrated}")
         for kind, held in held_out.items():
             found, tokens = nats(model, tokenizer, held)
             line = f"  {kind}, {tokens.sum()} tokens: perplexity {perplexity(found, tokens).value:.2f}"

@@ -16,7 +16,8 @@ import torch
 from studies.color.pictures import Picture
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.evaluation.color import PROMPTS, ColorItem, fill
+from valm.evaluation.questions import COLOR_PROMPTS, fill
+from valm.evaluation.sets import Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 
 IMAGE_SIZE = 112
@@ -74,7 +75,7 @@ def _renamed(weights: dict[str, torch.Tensor], trunk: torch.nn.Module) -> dict[s
 
 
 def check(
-    folder: Path, kb: ImageKnowledgeBase, pictures: Sequence[Picture], validation: Sequence[ColorItem]
+    folder: Path, kb: ImageKnowledgeBase, pictures: Sequence[Picture], validation: Sequence[Item]
 ) -> dict[str, float]:
     """How well the CLIP in `folder` retrieves pictures of the validation things and represents their colours.
 
@@ -98,15 +99,15 @@ def check(
     in_kb = [shown[kb.item(number).uri] for number in range(len(kb))]
     vectors = torch.from_numpy(np.asarray(kb.vectors())).float()  # (N, E)
     results = {}
-    for prompt in PROMPTS:
-        queries = clip.encode_texts([fill(prompt, item.item, item.descriptor, True) for item in validation])
+    for prompt in COLOR_PROMPTS:
+        queries = clip.encode_texts([fill(prompt, item.text, item.descriptor, True) for item in validation])
         nearest = (queries.cpu() @ vectors.T).topk(max(RECALL_AT)).indices.tolist()  # (items, 4)
-        hits = [[in_kb[id].thing == item.item for id in ids] for ids, item in zip(nearest, validation, strict=True)]
+        hits = [[in_kb[id].thing == item.text for id in ids] for ids, item in zip(nearest, validation, strict=True)]
         for k in RECALL_AT:
             results[f"recall@{k} {prompt}"] = float(np.mean([any(found[:k]) for found in hits]))
     for k in RECALL_AT:
-        results[f"recall@{k}"] = float(np.mean([results[f"recall@{k} {prompt}"] for prompt in PROMPTS]))
-    return results | _color_probe(vectors.numpy(), in_kb, {item.item for item in validation})
+        results[f"recall@{k}"] = float(np.mean([results[f"recall@{k} {prompt}"] for prompt in COLOR_PROMPTS]))
+    return results | _color_probe(vectors.numpy(), in_kb, {item.text for item in validation})
 
 
 def _color_probe(vectors: np.ndarray, pictures: Sequence[Picture], held_out: set[str]) -> dict[str, float]:

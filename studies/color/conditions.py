@@ -17,8 +17,8 @@ from studies.color.config import KB, KB_NOISE, KB_OTHERS
 from studies.color.pictures import Picture, shows
 from studies.demo.questions import swapped_red_and_blue
 from valm.clip.clip import Clip
-from valm.evaluation.color import COLORS
 from valm.evaluation.controls import RandomImages, Replaced
+from valm.evaluation.questions import COLORS
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, NoImages, Retriever

@@ -19,7 +19,8 @@ from studies.explanation_figures import explanation_rows
 from studies.plots import INK, SERIES, new_figure
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.evaluation.color import COLORS, PROMPTS, ColorItem, fill, load_memory_color
+from valm.evaluation.questions import COLOR_PROMPTS, COLORS, fill
+from valm.evaluation.sets import Item, load_memory_color
 from valm.explain.explanation import Explanation, explain
 from valm.model.checkpoint import load
 from valm.store.files import writable_folder
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PROMPT = PROMPTS[7]  # "The typical color of [DESCRIPTOR] [ITEM] is"
+PROMPT = COLOR_PROMPTS[7]  # "The typical color of [DESCRIPTOR] [ITEM] is"
 EXAMPLES = 8
 COLUMNS = 2
 # Colours that change when the red and blue channels are exchanged. The attention is shown for a thing of such a colour.
@@ -70,17 +71,17 @@ def write_exhibits(study: Study, seed: int, figures: Path) -> None:
     conditions = Conditions(folder, clip, tokenizer, study.config.images, seed, pictures, study.pictures)
     found = conditions["retrieved"]
 
-    def example(item: ColorItem) -> Example:
-        question = fill(PROMPT, item.item, item.descriptor, True)
-        return Example(explain(model, tokenizer, question, retriever=found, answers=COLORS), item.color)
+    def example(item: Item) -> Example:
+        question = fill(PROMPT, item.text, item.descriptor, True)
+        return Example(explain(model, tokenizer, question, retriever=found, answers=COLORS), item.answer)
 
     draw = random.Random(seed)
     things = load_memory_color(folder / "text" / "validation.csv")
     drawn = [example(item) for item in draw.sample(things, min(EXAMPLES, len(things)))]
     failures: list[Example] = []
-    items = [ColorItem(item.text, item.answer, item.descriptor) for item in set_items("memory_color", study.data)]
+    items = set_items("memory_color", study.data)
     for item in draw.sample(items, len(items)):
-        if len(failures) < EXAMPLES and conditions.pictures_of(item.item):
+        if len(failures) < EXAMPLES and conditions.pictures_of(item.text):
             asked = example(item)
             if asked.answer != asked.right:
                 failures.append(asked)

@@ -10,9 +10,8 @@ from pathlib import Path
 from studies.color.config import SETS as SET_NAMES
 from studies.color.config import VALIDATION
 from valm.errors import ValmError
-from valm.evaluation.color import ColorItem
 from valm.evaluation.files import read_csv
-from valm.evaluation.questions import FAIR, TASKS, Questions
+from valm.evaluation.questions import FAIR, Questions, build
 from valm.evaluation.sets import SETS, Item, find_file, read_set
 
 # The sets about colours, whose items' colours no training text says.
@@ -30,7 +29,7 @@ def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
     Raises:
         ValmError: a file is missing or damaged.
     """
-    items = read_set(name, data)
+    items = read_set(SETS[name], data)
     if name == "vicomte_color":
         file = find_file(name, data)
         assert file is not None  # read_set has read it
@@ -57,12 +56,11 @@ def flickr_captions(data: str | os.PathLike | None) -> list[str]:
 
 def set_questions(name: str, data: str | os.PathLike | None) -> Questions:
     """The questions of a set in the fair protocol."""
-    return TASKS[name].build(name, set_items(name, data), FAIR)  # type: ignore[return-value]  # these tasks have no documents
+    return build(SETS[name], set_items(name, data), FAIR)  # type: ignore[return-value]  # these sets have no documents
 
 
-def validation_questions(things: Sequence[ColorItem]) -> Questions:
+def validation_questions(things: Sequence[Item]) -> Questions:
     """The nine colour prompts about the validation things."""
-    items = [Item(thing.item, thing.color, thing.descriptor) for thing in things]
-    asked = TASKS["memory_color"].build("memory_color", items, FAIR)
+    asked = build(SETS["memory_color"], list(things), FAIR)
     assert isinstance(asked, Questions)
     return dataclasses.replace(asked, task=VALIDATION)

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from studies.color.config import ARMS, SETS, VALIDATION
 from studies.color.scoring import DIGITS, expanded
 from valm.errors import ValmError
-from valm.evaluation.size import objects_of
+from valm.evaluation.questions import objects_of
 from valm.evaluation.statistics import Counts, Difference, Estimate, paired, ratio
 from valm.store.files import Count, read_json
 from valm_kernels.json_files import short

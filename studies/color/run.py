@@ -51,7 +51,7 @@ from studies.color.words import Names
 from studies.stages import Stages
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.evaluation.color import load_memory_color
+from valm.evaluation.sets import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
@@ -303,7 +303,7 @@ def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int, setting
         done = train_late_fusion(out, kb=kb, **same)
     else:
         text = study.seed_folder(seed) / "text"
-        things = {thing.item for thing in load_memory_color(text / "validation.csv")}
+        things = {thing.text for thing in load_memory_color(text / "validation.csv")}
         captions = Captions(kb, read_pictures(study.pictures), arm.tests[0] == COLORED_CAPTIONS, things)
         done = train_with_captions(out, texts=read_texts(text / f"{arm.corpus}.jsonl"), caption=captions, **same)
     write_json(out / LOSSES_FILE, [round(loss, 4) for loss in done.losses()])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from valm.clip.tokenizer import begin_id
-from valm.evaluation.choice import log_prior
+from valm.evaluation.metrics import log_prior
 from valm.evaluation.questions import FAIR, Documents, Questions
 from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.scoring import Progress, answer_tokens
@@ -47,7 +47,7 @@ def answers_of(scorer: CausalScorer, asked: Questions, progress: Progress = None
 def predicted(scorer: CausalScorer, texts: Sequence[str], progress: Progress = None) -> dict[str, Any]:
     """The negative log-probability of each text in nats, and its number of tokens."""
     found = scorer.documents(Documents("heldout", FAIR, tuple(texts), last_word=False), progress)
-    return {"nats": [round(one.nats, 4) for one in found], "tokens": [one.tokens for one in found]}
+    return {"nats": [round(nats, 4) for nats in found["nats"].tolist()], "tokens": found["tokens"].astype(int).tolist()}
 
 
 def question_rows(tokenizer: Any, asked: Questions) -> list[list[int]]:

@@ -46,10 +46,9 @@ from studies.demo.run import hardware
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import own_tokenizer
 from valm.corpus.min_score import find_min_score
-from valm.evaluation.color import ColorItem, load_memory_color
 from valm.evaluation.questions import Questions
 from valm.evaluation.scorers import CausalScorer, digest
-from valm.evaluation.sets import SETS, find_file
+from valm.evaluation.sets import SETS, Item, find_file, load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
 from valm.model.checkpoint import load, load_decoder
@@ -71,7 +70,7 @@ class Scoring:
         self._with_captions: dict[str, dict[str, Questions]] = {}
 
     @cached_property
-    def things(self) -> list[ColorItem]:
+    def things(self) -> list[Item]:
         """The validation things."""
         return load_memory_color(self.folder / "text" / "validation.csv")
 

@@ -22,7 +22,7 @@ from studies.color.pictures import Picture, thing_colors
 from studies.color.words import COLOR_WORDS, Names, head_noun, wordnet, words
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
-from valm.evaluation.color import ColorItem
+from valm.evaluation.sets import Item
 from valm.store.files import read_text, writable_folder, write_json
 from valm_kernels.atomic_files import atomic_path
 
@@ -106,7 +106,7 @@ class StudyText:
     natural: list[str]
     heldout: dict[str, list[str]]
     captions: dict[str, list[str]]
-    validation: list[ColorItem]
+    validation: list[Item]
     counts: dict[str, int]
 
     def write(self, folder: Path) -> None:
@@ -126,7 +126,7 @@ class StudyText:
         ):
             table = csv.writer(file)
             table.writerow(["Index", "Descriptor", "Item", "Color"])
-            table.writerows([n, item.descriptor, item.item, item.color] for n, item in enumerate(self.validation, 1))
+            table.writerows([n, item.descriptor, item.text, item.answer] for n, item in enumerate(self.validation, 1))
         write_json(folder / "captions.json", self.captions)
         write_json(folder / "counts.json", self.counts)
 
@@ -237,7 +237,7 @@ def study_text(
         if lines:
             captions[picture.file] = lines
     counts["training"] = len(training)
-    items_asked = [ColorItem(thing, colors[thing], "the") for thing in validation]
+    items_asked = [Item(thing, colors[thing], "the") for thing in validation]
     return StudyText(training, natural, heldout, captions, items_asked, dict(counts))
 
 

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from studies.demo.questions import (
     PLAIN_PROMPT,
     answer_probabilities,
+    evaluate_color,
     plain_question,
     swap_red_and_blue,
 )
-from valm.evaluation.color import COLORS, ColorItem, evaluate_color
 from valm.evaluation.controls import Replaced
+from valm.evaluation.questions import COLORS
+from valm.evaluation.sets import Item
 from valm.explain.explanation import Explanation, explain
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.retriever import ImageRetriever, Retriever
@@ -58,7 +60,7 @@ def collect_exhibits(
     tokenizer: PreTrainedTokenizerFast,
     found: Retriever,
     swapped: Replaced,
-    items: Sequence[ColorItem],
+    items: Sequence[Item],
     seed: int,
 ) -> Exhibits:
     """Asks about things drawn at random from `items`, so that nobody picks those that go well.
@@ -68,9 +70,9 @@ def collect_exhibits(
     drawn = random.Random(seed).sample(list(items), len(items))
     model.set_retriever(found)
     answers = evaluate_color(model, tokenizer, drawn, prompts=[PLAIN_PROMPT]).predictions
-    first_right: dict[str, ColorItem] = {}
+    first_right: dict[str, Item] = {}
     for item, (answer,) in zip(drawn, answers, strict=True):
-        if answer == item.color in SWAPPED_COLORS:
+        if answer == item.answer in SWAPPED_COLORS:
             first_right.setdefault(answer, item)
     return Exhibits(
         examples=[_example(model, tokenizer, found, item) for item in drawn[:NUM_EXAMPLES]],
@@ -79,14 +81,14 @@ def collect_exhibits(
     )
 
 
-def _example(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, item: ColorItem) -> Example:
+def _example(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, item: Item) -> Example:
     seen = explain(model, tokenizer, plain_question(item), retriever=found, answers=COLORS)
     return Example(
         seen.text,
         _last_pictures(seen),
         [image.caption for image in seen.images_of(-1)],
         seen.answers[seen.probabilities.argmax()],
-        item.color,
+        item.answer,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip
-from valm.evaluation.color import COLORS, ColorItem, ColorResult, evaluate_color, fill
+from valm.evaluation.metrics import choice_metrics
+from valm.evaluation.questions import COLOR_PROMPTS, COLORS, FAIR, Questions, build, fill
+from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.scoring import answer_log_probs
+from valm.evaluation.sets import SETS, Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
@@ -39,8 +43,8 @@ def swap_red_and_blue(picture: Image.Image) -> Image.Image:
     return Image.merge("RGB", (blue, green, red))
 
 
-def plain_question(item: ColorItem) -> str:
-    return fill(PLAIN_PROMPT, item.item, item.descriptor, fair=True)
+def plain_question(item: Item) -> str:
+    return fill(PLAIN_PROMPT, item.text, item.descriptor, fair=True)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
@@ -49,7 +53,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
 
 
 def hit_rates(
-    encoder: ContextEncoder, kb: ImageKnowledgeBase, items: Sequence[ColorItem], names: Sequence[str]
+    encoder: ContextEncoder, kb: ImageKnowledgeBase, items: Sequence[Item], names: Sequence[str]
 ) -> dict[str, float]:
     """How often a thing's own picture is among the first 1, 4 and 8 that the last token of its question finds.
 
@@ -61,19 +65,41 @@ def hit_rates(
     for item in items:
         query = encoder(token_ids(encoder.clip.tokenizer, plain_question(item)))[:, -1]  # (1, E)
         ids, _ = retriever.nearest(query)
-        own.append([names[id] == item.item for id in ids[0].tolist()])
+        own.append([names[id] == item.text for id in ids[0].tolist()])
     found = np.array(own)  # (items, pictures)
     return {f"top{k}": round(float(found[:, :k].any(1).mean()), 4) for k in HITS_AT}
 
 
+@dataclass(frozen=True)
+class ColorResult:
+    """predictions: (items, prompts). metrics: of `choice_metrics`."""
+
+    items: tuple[Item, ...]
+    prompts: tuple[str, ...]
+    predictions: tuple[tuple[str, ...], ...]
+    metrics: dict[str, Any]
+
+
+def evaluate_color(
+    model: Any, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item], prompts: Sequence[str] = COLOR_PROMPTS
+) -> ColorResult:
+    """Asks `model` for the colour of each item with each prompt, in the fair protocol of `valm eval`."""
+    asked = build(replace(SETS["memory_color"], prompts=tuple(prompts)), list(items), FAIR)
+    assert isinstance(asked, Questions)
+    scores = CausalScorer(model, tokenizer, "").answers(asked)[0].double().numpy()  # (items, prompts, colours)
+    predictions = tuple(tuple(COLORS[answer] for answer in row) for row in scores.argmax(-1))
+    return ColorResult(tuple(items), tuple(prompts), predictions, choice_metrics(asked, scores[None], None))
+
+
 def accuracies(result: ColorResult) -> dict[str, Any]:
     """The numbers of one evaluation for results.json."""
-    gold = np.array([item.color for item in result.items])
+    gold = np.array([item.answer for item in result.items])
     right = np.array(result.predictions) == gold[:, None]  # (items, prompts)
+    accuracy = result.metrics["accuracy"]
     return {
-        "accuracy": round(result.accuracy.value, 4),
-        "interval": [round(result.accuracy.low, 4), round(result.accuracy.high, 4)],
-        "vote": round(result.vote.value, 4),
+        "accuracy": round(accuracy["value"], 4),
+        "interval": [round(accuracy["low"], 4), round(accuracy["high"], 4)],
+        "vote": round(result.metrics["vote"]["value"], 4),
         "by_prompt": {
             prompt: round(float(share), 4) for prompt, share in zip(result.prompts, right.mean(0), strict=True)
         },
@@ -81,13 +107,13 @@ def accuracies(result: ColorResult) -> dict[str, Any]:
 
 
 def answers_by_color(
-    model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[ColorItem]
+    model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]
 ) -> dict[str, dict[str, int]]:
     """For the things of each colour, how often each colour is answered to the plain question."""
     result = evaluate_color(model, tokenizer, items, prompts=[PLAIN_PROMPT])
     counts: dict[str, Counter] = {}
     for item, (answer,) in zip(items, result.predictions, strict=True):
-        counts.setdefault(item.color, Counter())[answer] += 1
+        counts.setdefault(item.answer, Counter())[answer] += 1
     return {color: dict(counts[color].most_common()) for color in COLORS if color in counts}
 
 

@@ -16,7 +16,7 @@ from studies import explanation_figures, plots
 from studies.demo.corpus import begins_a_sentence
 from studies.demo.exhibits import Exhibits
 from studies.demo.things import CREDIT
-from valm.evaluation.color import COLORS, PROMPTS
+from valm.evaluation.questions import COLOR_PROMPTS, COLORS
 from valm_kernels.atomic_files import atomic_path
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def write_report(
         row_names=ROW_NAMES,
         colors=COLORS,
         credit=CREDIT,
-        prompts={prompt: begins_a_sentence(prompt) for prompt in PROMPTS},
+        prompts={prompt: begins_a_sentence(prompt) for prompt in COLOR_PROMPTS},
         exhibits=exhibits,
         attention=svg(explanation_figures.attention(exhibits.attention)),
         swaps=[

@@ -25,6 +25,7 @@ from studies.demo.exhibits import collect_exhibits
 from studies.demo.questions import (
     accuracies,
     answers_by_color,
+    evaluate_color,
     hit_rates,
     swapped_red_and_blue,
 )
@@ -35,8 +36,9 @@ from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
 from valm.errors import ValmError
-from valm.evaluation.color import PROMPTS, ColorItem, evaluate_color
 from valm.evaluation.controls import RandomImages, Replaced
+from valm.evaluation.questions import COLOR_PROMPTS
+from valm.evaluation.sets import Item
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
@@ -136,7 +138,7 @@ def _run(
         )
         write_pictures(parts.pictured, folder / "pictures", settings.views, seed)
     names = [thing.name for thing in parts.pictured]
-    tokenizer = prune_tokenizer(clip_tokenizer(), [*all_texts(names, COLORS), *PROMPTS])
+    tokenizer = prune_tokenizer(clip_tokenizer(), [*all_texts(names, COLORS), *COLOR_PROMPTS])
 
     with stage("CLIP"):
         clip, losses["CLIP"] = train_demo_clip(
@@ -150,7 +152,7 @@ def _run(
 
     sentences = training_sentences(
         {thing.name: thing.color for thing in parts.spoken if thing.color is not None},
-        [item.item for item in parts.asked],
+        [item.text for item in parts.asked],
         settings.sentences,
         random.Random(seed),
     )
@@ -217,8 +219,8 @@ def _run(
             swap[name] = answers_by_color(valm, tokenizer, labelled)
 
     def table(part: str) -> dict[str, float]:
-        accuracy = {name: round(result[part].accuracy.value, 4) for name, result in answers.items()}
-        return accuracy | {"majority": round(answers["valm"][part].majority, 4)}
+        accuracy = {name: round(result[part].metrics["accuracy"]["value"], 4) for name, result in answers.items()}
+        return accuracy | {"majority": round(answers["valm"][part].metrics["baselines"]["majority"], 4)}
 
     results: dict[str, Any] = {
         "heldout_color_accuracy": table("heldout"),
@@ -282,10 +284,10 @@ def write_pictures(things: list[Thing], folder: Path, views: int, seed: int) -> 
     write_json(folder / "captions.json", captions)
 
 
-def pixel_labelled(parts: Split) -> list[ColorItem]:
+def pixel_labelled(parts: Split) -> list[Item]:
     """The things that are asked for, with the colours of their pixels, which the swap of two channels changes."""
     colors = {thing.name: thing.color for thing in parts.pictured if thing.color is not None}
-    return [ColorItem(item.item, colors[item.item], item.descriptor) for item in parts.asked if item.item in colors]
+    return [Item(item.text, colors[item.text], item.descriptor) for item in parts.asked if item.text in colors]
 
 
 def versions() -> dict[str, str | int]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from studies.demo.things import Thing
 from valm.errors import ValmError
-from valm.evaluation.color import ColorItem, load_memory_color
-from valm.evaluation.sets import SETS, find_file
+from valm.evaluation.sets import SETS, Item, find_file, load_memory_color
 
 SPLITS = ("test", "validation")
 HELD_OUT = 4  # one in so many
@@ -27,17 +26,17 @@ class Split:
     """
 
     spoken: list[Thing]
-    heldout: list[ColorItem]
-    memory: list[ColorItem]
+    heldout: list[Item]
+    memory: list[Item]
     pictured: list[Thing]
 
     @property
-    def asked(self) -> list[ColorItem]:
+    def asked(self) -> list[Item]:
         return self.heldout + self.memory
 
 
 def split_things(
-    things: list[Thing], memory_color: list[ColorItem], *, seed: int, split: str, max_things: int | None = None
+    things: list[Thing], memory_color: list[Item], *, seed: int, split: str, max_things: int | None = None
 ) -> Split:
     """Draws the split by `seed`.
 
@@ -50,8 +49,8 @@ def split_things(
         raise ValmError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = random.Random(seed)
     names = {thing.name for thing in things}
-    memory = [item for item in memory_color if item.item in names]
-    remembered = {item.item for item in memory}
+    memory = [item for item in memory_color if item.text in names]
+    remembered = {item.text for item in memory}
     colored = [thing for thing in things if thing.color is not None and thing.name not in remembered]
     rng.shuffle(colored)
     if max_things is not None:
@@ -61,16 +60,16 @@ def split_things(
         heldout, spoken = test, rest
     else:
         heldout, spoken = rest[: len(rest) // HELD_OUT], rest[len(rest) // HELD_OUT :]
-    kept = {thing.name for thing in colored} | {item.item for item in memory}
+    kept = {thing.name for thing in colored} | {item.text for item in memory}
     return Split(
         spoken=spoken,
-        heldout=[ColorItem(thing.name, thing.color, "the") for thing in heldout if thing.color is not None],
+        heldout=[Item(thing.name, thing.color, "the") for thing in heldout if thing.color is not None],
         memory=memory,
         pictured=[thing for thing in things if thing.name in kept],
     )
 
 
-def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[ColorItem], str | None]:
+def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[Item], str | None]:
     """MemoryColor's items, or none and the reason.
 
     Args:

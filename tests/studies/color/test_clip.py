@@ -11,7 +11,8 @@ from studies.color.clip import MODEL_CFG, check, image_tower
 from studies.color.pictures import Picture
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.evaluation.color import PROMPTS, ColorItem
+from valm.evaluation.questions import COLOR_PROMPTS
+from valm.evaluation.sets import Item
 from valm.knowledge_base.build import build
 from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
@@ -77,11 +78,11 @@ def test_check_of_a_clip_that_knows_nothing_of_shapes(tmp_path):
         Image.new("RGB", (20, 20), color).save(tmp_path / "pictures" / file)
         pictures.append(Picture(file, f"thing {number}", "drawn", f"thing {number}", color, None))
     kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", clip, Encoding(workers=0), progress=False)
-    validation = [ColorItem(f"thing {number}", pictures[number].color, "the") for number in range(6)]
+    validation = [Item(f"thing {number}", pictures[number].color, "the") for number in range(6)]
     found = check(tmp_path / "clip", kb, pictures, validation)
     assert found["color probe"] == 1  # plain colours, even through random weights
     assert found["color majority"] == pytest.approx(1 / 3)
-    assert set(found) >= {f"recall@{k} {prompt}" for k in (1, 4) for prompt in PROMPTS}
+    assert set(found) >= {f"recall@{k} {prompt}" for k in (1, 4) for prompt in COLOR_PROMPTS}
     assert 0 <= found["recall@1"] <= found["recall@4"] < 1
     with pytest.raises(ValmError, match="colour probe"):
-        check(tmp_path / "clip", kb, pictures, [ColorItem("nothing", "red", "the")])
+        check(tmp_path / "clip", kb, pictures, [Item("nothing", "red", "the")])

@@ -13,12 +13,12 @@ from studies.color.scoring import (
 )
 from tests.checks.families import open_images
 from tests.valm.other_tokenizers import gpt2_like
-from valm.evaluation.color import ColorItem
 from valm.evaluation.scorers import CausalScorer
+from valm.evaluation.sets import Item
 from valm.model.augment import augment
 from valm.retrieval.retriever import NoImages, Retrieved
 
-THINGS = [ColorItem("banana", "yellow", "a"), ColorItem("apple", "red", "an"), ColorItem("sky", "blue", "the")]
+THINGS = [Item("banana", "yellow", "a"), Item("apple", "red", "an"), Item("sky", "blue", "the")]
 TEXTS = ["the color of the sky is blue", "apples and bananas"]
 
 

@@ -12,8 +12,8 @@ from studies.color.pictures import Picture
 from studies.color.text import COLOR_TEMPLATES, color_glosses, file_prose, python_prose, study_text
 from studies.color.words import COLOR_WORDS, Names, words
 from valm.errors import ValmError
-from valm.evaluation.color import COLORS, PROMPTS, load_memory_color
-from valm.evaluation.sets import DATA_VARIABLE, find_file
+from valm.evaluation.questions import COLOR_PROMPTS, COLORS
+from valm.evaluation.sets import DATA_VARIABLE, find_file, load_memory_color
 
 SOURCES = {"glosses": {}, "templates": {"count": 200}, "prose": {"count": 20}}
 ITEMS = ["tomato", "polar bear"]
@@ -41,7 +41,7 @@ def ngrams(template, thing):
 
 
 def test_templates_are_unlike_the_prompts():
-    prompts = set().union(*(ngrams(prompt, "[ITEM]") for prompt in PROMPTS))
+    prompts = set().union(*(ngrams(prompt, "[ITEM]") for prompt in COLOR_PROMPTS))
     for template in COLOR_TEMPLATES:
         assert template.count("{x}") == template.count("{c}") == 1
         assert not ngrams(template.replace("{c}", ""), "{x}") & prompts, template
@@ -85,7 +85,7 @@ def test_no_item_of_memory_color_stands_beside_a_colour(pictures):
     file = find_file("memory_color")
     if file is None:
         pytest.skip(f"no memory_color_data.csv: {DATA_VARIABLE} names no folder that has it")
-    items = [item.item for item in load_memory_color(file)]
+    items = [item.text for item in load_memory_color(file)]
     text = study_text({"glosses": {}, "prose": {}}, pictures, items, seed=0)
     color = re.compile(rf"\b({'|'.join(COLORS)}|gray)\b", re.IGNORECASE)
     said = [line for line in text.training if color.search(line)]
@@ -101,7 +101,7 @@ def test_a_thing_that_is_an_item_is_never_coloured(pictures, glosses):
     leaking = [Picture(f"drawn/tomatoes-{n}.png", "tomatoes", "drawn", "tomatoes", "red", "blue") for n in range(3)]
     text = drawn([*pictures, *leaking])
     assert not [line for line in text.training if "tomato" in line]
-    assert "tomatoes" not in [item.item for item in text.validation]
+    assert "tomatoes" not in [item.text for item in text.validation]
     captions = text.captions["drawn/tomatoes-0.png"]
     assert captions and not [line for line in captions if "red" in words(line)]
 
@@ -115,7 +115,7 @@ def test_head_nouns_of_some_items(pictures, glosses, monkeypatch):
 
 def test_validation_things_are_a_quarter_and_silent(pictures, glosses):
     text = drawn(pictures)
-    held = {item.item for item in text.validation}
+    held = {item.text for item in text.validation}
     assert len(held) == 10
     assert not [line for line in text.training if held & set(words(line))]
     for picture in pictures:

@@ -15,7 +15,7 @@ from studies.demo.corpus import (
     training_sentences,
 )
 from studies.demo.things import COLORS
-from valm.evaluation.color import PROMPTS
+from valm.evaluation.questions import COLOR_PROMPTS
 
 SPOKEN = {"tomato": "red", "banana": "yellow", "swan": "white", "pear": "green"}
 SILENT = ["cherry", "blood", "sheep", "frog"]
@@ -67,4 +67,4 @@ def test_templates_without_a_color_name_none():
 
 
 def test_the_evaluation_also_asks_in_words_that_no_sentence_begins_with():
-    assert [begins_a_sentence(prompt) for prompt in PROMPTS] == [0, 1, 0, 1, 1, 0, 0, 1, 0]
+    assert [begins_a_sentence(prompt) for prompt in COLOR_PROMPTS] == [0, 1, 0, 1, 1, 0, 0, 1, 0]

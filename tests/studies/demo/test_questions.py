@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from studies.demo.questions import plain_question, swap_red_and_blue
-from valm.evaluation.color import ColorItem
+from valm.evaluation.sets import Item
 
 
 def test_swap_turns_red_into_blue_and_leaves_grey():
@@ -18,4 +18,4 @@ def test_swap_turns_red_into_blue_and_leaves_grey():
     [("a", "The color of a bat is"), ("", "The color of bat is"), (None, "The color of the bat is")],
 )
 def test_plain_question(descriptor, question):
-    assert plain_question(ColorItem("bat", "black", descriptor)) == question
+    assert plain_question(Item("bat", "black", descriptor)) == question

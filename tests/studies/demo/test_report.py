@@ -10,14 +10,14 @@ from studies.demo.exhibits import Example, Exhibits, Swap
 from studies.demo.report import ROW_NAMES, write_report
 from studies.demo.things import CREDIT
 from tests.valm.explain.explanations import explanation
-from valm.evaluation.color import PROMPTS
+from valm.evaluation.questions import COLOR_PROMPTS
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 SHARES = {"valm": 0.871, "gpt2": 0.194, "random_images": 0.106, "valm_state_queries": 0.851, "majority": 0.266}
 
 
 def results(memory: bool) -> dict:
-    detail = {"interval": [0.1, 0.9], "by_prompt": dict.fromkeys(PROMPTS, 0.5)}
+    detail = {"interval": [0.1, 0.9], "by_prompt": dict.fromkeys(COLOR_PROMPTS, 0.5)}
     return {
         "heldout_color_accuracy": SHARES,
         "memory_color_accuracy": SHARES if memory else None,

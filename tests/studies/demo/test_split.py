@@ -6,15 +6,15 @@ from PIL import Image
 from studies.demo.split import find_memory_color, split_things
 from studies.demo.things import Thing
 from valm.errors import ValmError
-from valm.evaluation.color import ColorItem
+from valm.evaluation.sets import Item
 
 DRAWING = Image.new("RGBA", (8, 8))
 THINGS = [Thing(f"thing {i:02d}", "red" if i % 3 else None, DRAWING) for i in range(60)]
-MEMORY = [ColorItem("thing 03", "green", "a"), ColorItem("thing 04", "blue", "a"), ColorItem("unicorn", "white", "a")]
+MEMORY = [Item("thing 03", "green", "a"), Item("thing 04", "blue", "a"), Item("unicorn", "white", "a")]
 
 
 def names(things) -> set[str]:
-    return {getattr(thing, "name", None) or thing.item for thing in things}
+    return {getattr(thing, "name", None) or thing.text for thing in things}
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
@@ -66,5 +66,5 @@ def test_memory_color_is_found_or_a_word_says_why_not(tmp_path):
     table = tmp_path / "eval" / "object_color" / "memory_color_data.csv"
     table.parent.mkdir(parents=True)
     table.write_text("Index,Descriptor,Item,Color\n1,a ,sunflower,yellow\n")
-    expected = ([ColorItem("sunflower", "yellow", "a")], None)
+    expected = ([Item("sunflower", "yellow", "a")], None)
     assert find_memory_color(tmp_path) == find_memory_color(table) == expected
