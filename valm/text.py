@@ -90,6 +90,13 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, of cells in Markdown: a `|` in them is written `\\|`."""
+    columns = list(head)
+    every = (columns, ["---"] * len(columns), *rows)
+    return "\n".join(" ".join(["|", *(f"{cell} |".lstrip() for cell in cells)]) for cells in every)
+
+
 def printable(text: str) -> str:
     """The text, safe for a terminal: on one line, with escapes for characters that control the terminal, reorder the
     line (bidirectional controls) or cannot be written."""

@@ -1,6 +1,6 @@
 import pytest
 
-from valm.text import decoded, encoding_of, printable, split_lines, why_no_text
+from valm.text import decoded, encoding_of, markdown_table, printable, split_lines, why_no_text
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,7 @@ def test_a_byte_order_mark_tells_the_encoding(encoding):
 
 def test_binary_files_need_not_be_converted():
     assert why_no_text(b"\x89PNG\r\n\x1a\n\0\0").endswith("convert it if it is text, else leave it out")
+
+
+def test_a_table_in_markdown():
+    assert markdown_table(["", "of"], [("a", "1"), ("b", "")]) == "| | of |\n| --- | --- |\n| a | 1 |\n| b | |"

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from valm.retrieval.source import ImageSource
+from valm.text import markdown_table
 from valm_kernels import __version__
 from valm_kernels.atomic_files import atomic_path
 
@@ -61,8 +62,8 @@ def write_card(
     ]
     lines += [*_needs(model, source, with_base), "## How to load it", _how(source)]
     if numbers:
-        rows = [f"| {name} | {value:.4g} |" for name, value in numbers.items()]
-        lines += ["## Numbers", "\n".join(["| | |", "| --- | --- |", *rows])]
+        rows = [(name, f"{value:.4g}") for name, value in numbers.items()]
+        lines += ["## Numbers", markdown_table(["", ""], rows)]
     if command:
         lines += ["## How it was made", f"```bash\n{_without_folders(command)}\n```"]
     with atomic_path(file) as temporary:
