@@ -11,6 +11,7 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
+from valm.evaluation.settings import Settings
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.adapter import load_adapter
@@ -25,7 +26,7 @@ DOORS = {
     "decoder": load_decoder,
     "tokenizer": load_tokenizer,
     "saved tokenizer": open_tokenizer,
-    "evaluation": open_scorer,
+    "evaluation": lambda folder: open_scorer(folder, Settings()),
     "CLIP": Clip.load,
     "knowledge base": ImageKnowledgeBase.open,
     "corpus": lambda path: read_documents([path]),

@@ -7,35 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from valm.evaluation.statistics import Estimate
-
 
 @dataclass(frozen=True)
 class Quantity:
-    """What an axis shows: results times `factor`, written as `digits` says."""
+    """How numbers are shown: times `factor`, as `digits` says; title: of the axis."""
 
-    title: str
     factor: float
     digits: str
+    title: str = ""
     from_zero: bool = True
 
-    def estimate(self, result: Mapping[str, float]) -> Estimate:
-        return Estimate(*(self.factor * result[name] for name in ("value", "low", "high")))
+    def text(self, numbers: Mapping[str, float]) -> str:
+        """A value, with its interval if it has one."""
+        value, *interval = (format(number, self.digits) for number in self.scaled(numbers))
+        return f"{value} [{', '.join(interval)}]" if interval else value
 
-    def text(self, estimate: Estimate) -> str:
-        value, low, high = (format(number, self.digits) for number in (estimate.value, estimate.low, estimate.high))
-        return f"{value} [{low}, {high}]"
+    def scaled(self, numbers: Mapping[str, float]) -> list[float]:
+        return [self.factor * numbers[name] for name in ("value", "low", "high") if name in numbers]
 
 
 # A chart shows the first of these that a task has.
 METRICS = {
-    "accuracy": Quantity("accuracy in percent", 100, ".1f"),
-    "word_perplexity": Quantity("perplexity per word", 1, ".4g", from_zero=False),
-    "perplexity": Quantity("perplexity per token", 1, ".4g", from_zero=False),
+    "accuracy": Quantity(100, ".1f", "accuracy in percent"),
+    "word_perplexity": Quantity(1, ".4g", "perplexity per word", from_zero=False),
+    "perplexity": Quantity(1, ".4g", "perplexity per token", from_zero=False),
 }
 DIFFERENCES = {
-    "accuracy": Quantity("points", 100, "+.1f"),
-    "nats per byte": Quantity("nats per byte (less is better)", 1, "+.3f"),
+    "accuracy": Quantity(100, "+.1f", "points"),
+    "nats per byte": Quantity(1, "+.3f", "nats per byte (less is better)"),
 }
 
 
@@ -43,7 +42,8 @@ DIFFERENCES = {
 class Chart:
     """One task in one protocol.
 
-    rows: of each model its name, its number, and by how much `first` is above it, None without a comparison.
+    rows: of each model its name, its number, and by how much `first` is above it, None without a comparison; both
+    with their intervals.
     difference: what the comparisons are of; None without any.
     majority: the accuracy of always giving the commonest answer, in percent; None where there is none.
     """
@@ -52,7 +52,7 @@ class Chart:
     protocol: str
     items: int
     quantity: Quantity
-    rows: tuple[tuple[str, Estimate, Estimate | None], ...]
+    rows: tuple[tuple[str, Mapping[str, float], Mapping[str, float] | None], ...]
     first: str
     difference: Quantity | None
     majority: float | None
@@ -88,14 +88,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
                 protocol,
                 rows[0]["items"],
                 METRICS[metric],
-                tuple(
-                    (
-                        row["model"],
-                        METRICS[metric].estimate(row["metrics"][metric]),
-                        difference.estimate(pairs[row["model"]]) if difference and row["model"] in pairs else None,
-                    )
-                    for row in rows
-                ),
+                tuple((row["model"], row["metrics"][metric], pairs.get(row["model"])) for row in rows),
                 rows[0]["model"],
                 difference,
                 100 * baselines["majority"] if baselines and baselines["constants"] else None,
@@ -108,10 +101,10 @@ def axes(charts: Sequence[Chart]) -> dict[Quantity, Axis]:
     """One axis for each quantity, with all its numbers in all charts, so that equal lengths are equal numbers."""
     numbers: dict[Quantity, list[float]] = {}
     for chart in charts:
-        for _, number, difference in chart.rows:
-            for quantity, estimate in ((chart.quantity, number), (chart.difference, difference)):
+        for _, *shown in chart.rows:
+            for quantity, estimate in zip((chart.quantity, chart.difference), shown, strict=True):
                 if quantity is not None and estimate is not None:
-                    numbers.setdefault(quantity, []).extend((estimate.low, estimate.value, estimate.high))
+                    numbers.setdefault(quantity, []).extend(quantity.scaled(estimate))
         if chart.majority is not None:
             numbers[chart.quantity].append(chart.majority)
     return {quantity: _axis([0.0, *values] if quantity.from_zero else values) for quantity, values in numbers.items()}

@@ -139,7 +139,9 @@ def check_clip(
             lacks {}.
         ImportError: scikit-learn is not installed, which a linear probe needs.
     """
-    check_templates(templates)
+    for template in templates:
+        if "{}" not in template:
+            raise ValmError(f"the prompt template {template!r} has no {{}} for the name of the class")
     folder = Path(folder)
     records = folder_records(folder, find_images(folder).images, Path(captions) if captions is not None else None)
     uris = [record.uri for record in records if record.source is not None]
@@ -161,19 +163,6 @@ def check_clip(
     if captioned:
         retrieval = retrieve(features, [text.splitlines() for text in texts], clip)
     return ClipCheck(clip.name, classification, retrieval, shard.skipped)
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Checks the templates.
-
-    Raises:
-        ValmError: there are none, or one lacks {}.
-    """
-    if not templates:
-        raise ValmError("there are no prompt templates")
-    for template in templates:
-        if "{}" not in template:
-            raise ValmError(f"the prompt template {template!r} has no {{}} for the name of the class")
 
 
 def classify(

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from valm.errors import ValmError
-from valm.evaluation.scoring import Progress, check_model, context_length, counting, equal_lengths
+from valm.evaluation.scoring import Progress, check_model, context_length, equal_lengths
 from valm_kernels.json_files import short
 
 # Quotation marks in front of a word are text before it; the apostrophe of "don't" belongs to the word.
@@ -81,15 +81,15 @@ def token_log_probs(
     likeliest = [torch.empty(len(text) - 1, dtype=torch.bool) for text in texts]
     places = [(row, *window) for row, text in enumerate(texts) for window in windows(len(text), context)]
     parts = [texts[row][start:end] for row, start, end, _ in places]
-    with counting(progress, len(texts)) as advance:
-        for rows in equal_lengths(parts, batch_size):
-            ids = torch.tensor([list(parts[row]) for row in rows], device=model.device)  # (b, T)
-            scores = model(ids).logits[:, :-1].float().log_softmax(-1)  # (b, T - 1, V)
-            of_tokens = scores.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (b, T - 1)
-            best = of_tokens == scores.amax(-1)
-            for part, values, is_best in zip(rows, of_tokens.double().cpu(), best.cpu(), strict=True):
-                row, start, end, scored = places[part]
-                log_probs[row][scored - 1 : end - 1] = values[scored - start - 1 :]
-                likeliest[row][scored - 1 : end - 1] = is_best[scored - start - 1 :]
-            advance(len(rows) * len(texts) / len(parts))
+    for rows in equal_lengths(parts, batch_size):
+        ids = torch.tensor([list(parts[row]) for row in rows], device=model.device)  # (b, T)
+        scores = model(ids).logits[:, :-1].float().log_softmax(-1)  # (b, T - 1, V)
+        of_tokens = scores.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (b, T - 1)
+        best = of_tokens == scores.amax(-1)
+        for part, values, is_best in zip(rows, of_tokens.double().cpu(), best.cpu(), strict=True):
+            row, start, end, scored = places[part]
+            log_probs[row][scored - 1 : end - 1] = values[scored - start - 1 :]
+            likeliest[row][scored - 1 : end - 1] = is_best[scored - start - 1 :]
+        if progress:
+            progress(len(rows) * len(texts) / len(parts))
     return log_probs, likeliest

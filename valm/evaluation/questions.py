@@ -1,19 +1,7 @@
 """The questions of each set, in two protocols, and the same for lm-evaluation-harness.
 
-"published" repeats the prompts and the scoring behind the published numbers, with their faults; "fair" corrects them:
-
-=========================== ============================================ =====================================
-                            published                                    fair
-=========================== ============================================ =====================================
-start of a text             nothing                                      SOT, as in training
-answers                     one token each, the others are refused       log-probability summed over tokens
-candidates about things     the answers that occur in the file           all labels of the set
-[DESCRIPTOR] of ColorTerms  left in the prompt as it stands              "the"
-size                        one order, whose answer is yes; two missing  both orders, all six prompts
-                            commas join three of the six prompts
-one answer per item         -                                            the vote of the prompts
-an answer's own frequency   -                                            taken out (the calibrated accuracy)
-=========================== ============================================ =====================================
+"published" repeats the prompts and the scoring behind the published numbers, with their faults; "fair" corrects them
+(docs/reference/test-sets.md has both).
 """
 
 from __future__ import annotations

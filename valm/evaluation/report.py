@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from valm.evaluation.charts import axes, charts
+from valm.evaluation.charts import Quantity, axes, charts
 from valm.evaluation.published import LAYOUTS, Column, Layout
 from valm.evaluation.questions import FAIR
 from valm.evaluation.sets import OWN
 from valm.evaluation.suite import RESULTS
 from valm.store.files import writable_folder, write_json
 from valm.store.folders import atomic_folder
-from valm.text import one_line
+from valm.text import markdown_table, one_line
 from valm_kernels.atomic_files import atomic_path, remove_leftovers
 
 MARKDOWN, PAGE = "results.md", "report.html"
@@ -122,10 +122,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The tables, and what they depend on, as Markdown."""
     parts = ["# Evaluation"]
     for table in tables(results):
-        lines = [f"## {table.title}", ""] + ([table.note, ""] if table.note else [])
-        lines += [_line(table.columns), _line(["---"] * len(table.columns))]
-        lines += [_line(row) for row in table.rows]
-        parts.append("\n".join(lines))
+        parts += [f"## {table.title}", *filter(None, [table.note])]
+        parts.append(markdown_table(map(_escaped, table.columns), (map(_escaped, row) for row in table.rows)))
     parts.append("## Conditions\n\n" + "\n".join(f"- {_escaped(text)}" for text in conditions(results)))
     return "\n\n".join(parts) + "\n"
 
@@ -215,7 +213,7 @@ def _differences(results: Mapping[str, Any]) -> Table:
             titles[pair["task"]],
             pair["protocol"],
             pair["metric"],
-            _estimate(pair, 100 if pair["metric"] == "accuracy" else 1, "+.2f"),
+            Quantity(100 if pair["metric"] == "accuracy" else 1, "+.2f").text(pair),
             MISSING if pair["p"] is None else f"{pair['p']:.4f}",
         )
         for pair in results["pairs"]
@@ -262,19 +260,8 @@ def _cell(metrics: Mapping[str, Any], name: str) -> str:
     """A metric in percent, or a perplexity, with its interval if it has one."""
     if name not in metrics:
         return MISSING
-    value, factor, digits = metrics[name], 100, ".1f"
-    if name.endswith("perplexity"):
-        factor, digits = 1, ".4g"
-    return _estimate(value if isinstance(value, Mapping) else {"value": value}, factor, digits)
-
-
-def _estimate(numbers: Mapping[str, float], factor: float, digits: str) -> str:
-    value, *interval = (format(factor * numbers[of], digits) for of in ("value", "low", "high") if of in numbers)
-    return f"{value} [{', '.join(interval)}]" if interval else value
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_escaped, cells)) + " |"
+    value, shown = metrics[name], Quantity(1, ".4g") if name.endswith("perplexity") else Quantity(100, ".1f")
+    return shown.text(value if isinstance(value, Mapping) else {"value": value})
 
 
 def _escaped(text: str) -> str:

@@ -38,10 +38,10 @@ from valm.evaluation.scoring import (
     answer_tokens,
     check_single_tokens,
     check_writable,
-    counting,
     equal_lengths,
     last_tokens,
 )
+from valm.evaluation.settings import Settings
 from valm.model.adapter import ADAPTER_FILE, is_adapter
 from valm.model.checkpoint import ModelConfig, load
 from valm.model.config import MODEL_TYPE
@@ -97,11 +97,10 @@ class Scorer:
             of_candidates[candidates].append(item)
         shape = (len(asked.texts), len(asked.texts[0]), max(map(len, of_candidates)))
         scores = torch.full(shape, -torch.inf)
-        with counting(progress, shape[0] * shape[1]) as advance:
-            for candidates, items in of_candidates.items():
-                texts = [text for item in items for text in asked.texts[item]]
-                found = self._scores(texts, candidates, asked.fair, advance)
-                scores[items, :, : len(candidates)] = found.view(len(items), shape[1], -1)
+        for candidates, items in of_candidates.items():
+            texts = [text for item in items for text in asked.texts[item]]
+            found = self._scores(texts, candidates, asked.fair, progress)
+            scores[items, :, : len(candidates)] = found.view(len(items), shape[1], -1)
         return scores, self._alone(asked.candidates) if asked.candidates else None
 
     def _scores(
@@ -248,21 +247,21 @@ class MaskedScorer(Scorer):
         for number, ids in enumerate(answers):
             of_length[len(ids)].append(number)
         scores = torch.empty(len(prompts), len(candidates))
-        with counting(progress, len(prompts)) as advance:
-            for length, members in of_length.items():
-                masks = [tokenizer.mask_token_id] * length
-                texts = [[*first, *ids, *masks, *stop, *last] for ids in read]
-                wanted = torch.tensor([answers[number] for number in members], device=self.model.device)
-                for rows in equal_lengths(texts, BATCH_SIZE):
-                    batch = torch.tensor([texts[row] for row in rows], device=self.model.device)
-                    outputs = self.model(batch)
-                    logits = outputs.get("logits", outputs.get("prediction_logits"))
-                    log_probs = logits.float().log_softmax(-1)  # (b, T, V)
-                    at = torch.stack([(row == tokenizer.mask_token_id).nonzero()[-length:, 0] for row in batch])
-                    of_masks = log_probs.gather(1, at[..., None].expand(-1, -1, log_probs.shape[-1]))  # (b, length, V)
-                    found = of_masks[:, torch.arange(length), wanted].sum(-1)  # (b, members)
-                    scores[torch.tensor(rows)[:, None], torch.tensor(members)] = found.cpu()
-                    advance(len(rows) / len(of_length))
+        for length, members in of_length.items():
+            masks = [tokenizer.mask_token_id] * length
+            texts = [[*first, *ids, *masks, *stop, *last] for ids in read]
+            wanted = torch.tensor([answers[number] for number in members], device=self.model.device)
+            for rows in equal_lengths(texts, BATCH_SIZE):
+                batch = torch.tensor([texts[row] for row in rows], device=self.model.device)
+                outputs = self.model(batch)
+                logits = outputs.get("logits", outputs.get("prediction_logits"))
+                log_probs = logits.float().log_softmax(-1)  # (b, T, V)
+                at = torch.stack([(row == tokenizer.mask_token_id).nonzero()[-length:, 0] for row in batch])
+                of_masks = log_probs.gather(1, at[..., None].expand(-1, -1, log_probs.shape[-1]))  # (b, length, V)
+                found = of_masks[:, torch.arange(length), wanted].sum(-1)  # (b, members)
+                scores[torch.tensor(rows)[:, None], torch.tensor(members)] = found.cpu()
+                if progress:
+                    progress(len(rows) / len(of_length))
         return scores
 
     def _alone(self, candidates: Sequence[str]) -> torch.Tensor:
@@ -296,25 +295,16 @@ class ClipScorer(Scorer):
     ) -> torch.Tensor:
         answers = self.clip.encode_texts(list(candidates))  # (candidates, E)
         rows = []
-        with counting(progress, len(prompts)) as advance:
-            for start in range(0, len(prompts), BATCH_SIZE):
-                batch = list(prompts[start : start + BATCH_SIZE])
-                rows.append(self.clip.encode_texts(batch, keep="end") @ answers.T)
-                advance(len(batch))
+        for start in range(0, len(prompts), BATCH_SIZE):
+            batch = list(prompts[start : start + BATCH_SIZE])
+            rows.append(self.clip.encode_texts(batch, keep="end") @ answers.T)
+            if progress:
+                progress(len(batch))
         return (torch.cat(rows) * self.clip.model.logit_scale.exp()).log_softmax(-1).cpu()
 
 
-def open_scorer(
-    source: str,
-    *,
-    kb: str | os.PathLike | None = None,
-    clip: str | None = None,
-    allow_download: bool = False,
-    device: str | torch.device = "cpu",
-    query_dtype: torch.dtype | None = None,
-    min_score: float | None = None,
-) -> Scorer:
-    """The model in the folder `source`, or of that Hugging Face name where `allow_download`.
+def open_scorer(source: str, settings: Settings) -> Scorer:
+    """The model in the folder `source`, or of that Hugging Face name where the settings allow its download.
 
     It may be what `valm.load` loads (kb, clip, query_dtype and min_score are of such models), a causal or masked
     language model of transformers, or a CLIP in open_clip's format.
@@ -322,14 +312,13 @@ def open_scorer(
     Raises:
         ValmError: it is none of them, or cannot be loaded.
     """
-    check_source(source, allow_download)
+    check_source(source, settings.allow_download)
     folder = Path(source)
     if is_file(folder / CLIP_CONFIG_FILE):
-        return ClipScorer(Clip.load(source, device=device))
+        return ClipScorer(Clip.load(source, device=settings.device))
     if is_adapter(folder) or (is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE):
-        where = {"kb": kb, "clip": clip, "allow_download": allow_download, "device": device, "query_dtype": query_dtype}
-        return _open_valm(source, where, min_score)
-    return _open_transformers(source, allow_download, device)
+        return _open_valm(source, settings)
+    return _open_transformers(source, settings.allow_download, settings.device)
 
 
 def check_source(source: str, allow_download: bool) -> None:
@@ -383,14 +372,22 @@ def _model_type(folder: Path) -> Any:
         return None
 
 
-def _open_valm(source: str, where: dict[str, Any], min_score: float | None) -> CausalScorer:
-    if where.get("kb") is not None and _sees_no_images(Path(source)):
+def _open_valm(source: str, settings: Settings) -> CausalScorer:
+    kb = settings.kb
+    if kb is not None and _sees_no_images(Path(source)):
         warnings.warn(f"{source} sees no images, so the knowledge base (--kb) is not for it", stacklevel=2)
-        where = where | {"kb": None}
-    model, tokenizer = load(source, **where)
+        kb = None
+    model, tokenizer = load(
+        source,
+        kb=kb,
+        clip=settings.clip,
+        allow_download=settings.allow_download,
+        device=settings.device,
+        query_dtype=settings.query_dtype,
+    )
     model.float()  # as all others
-    if min_score is not None:
-        set_min_score(model, min_score, source)
+    if settings.min_score is not None:
+        set_min_score(model, settings.min_score, source)
     options = model.fusion_options
     if options.blind:
         kind = "blind: its own query is each token's image"

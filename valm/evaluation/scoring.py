@@ -14,10 +14,9 @@ from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.model.checkpoint import positions
 from valm.model.image_model import ImageModel
-from valm.progress import progress_bar
 
-# The name of a progress bar, or a function called with the number of further texts done; None for neither.
-Progress: TypeAlias = "str | Callable[[float], object] | None"
+# Called with the number of further texts done.
+Progress: TypeAlias = "Callable[[float], object] | None"
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:
@@ -105,7 +104,7 @@ def answer_log_probs(
     for i, ids in enumerate(tokenized):
         by_head[tuple(ids[:-1])].append(i)
     scores = torch.empty(len(texts), len(answers))
-    with one_product(model), counting(progress, len(texts)) as advance:
+    with one_product(model):
         for head, members in by_head.items():
             answer_ids = torch.tensor([tokenized[i] for i in members], device=model.device)  # (answers here, tokens)
             for rows in equal_lengths(texts, batch_size):
@@ -115,7 +114,8 @@ def answer_log_probs(
                 places = torch.arange(len(head) + 1)
                 log_probs = logits.log_softmax(-1)[:, places, answer_ids]  # (b, answers here, tokens)
                 scores[torch.tensor(rows)[:, None], torch.tensor(members)] = log_probs.sum(-1).cpu()
-                advance(len(rows) / len(by_head))
+                if progress:
+                    progress(len(rows) / len(by_head))
     return scores
 
 
@@ -150,16 +150,6 @@ def one_product(model: Any) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@contextmanager
-def counting(progress: Progress, total: int) -> Iterator[Callable[[float], object]]:
-    """A function called with the number of further texts done, of `total`."""
-    if callable(progress):
-        yield progress
-        return
-    with progress_bar(total=total, desc=progress, unit="text", shown=progress is not None) as bar:
-        yield bar.update
 
 
 def equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

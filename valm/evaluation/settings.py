@@ -20,8 +20,8 @@ def listed(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of an evaluation (`valm eval --help`); kb, clip, allow_download, device, query_dtype and min_score
-    open the models (`valm.evaluation.scorers.open_scorer`)."""
+    """The options of an evaluation (`valm eval --help`). Those from `kb` on are how models are opened, as `valm.load`
+    does; min_score takes the place of a model's own."""
 
     tasks: Sequence[str] | None = option(
         "tasks or groups, with commas between them: color,shape,size,material,nlu,lm (default: color; with --ask none)",

@@ -115,7 +115,7 @@ def evaluate(
             scored: dict[tuple[str, str, str], list[Scores]] = {}
             kinds: dict[str, None] = {}
             for source in sources:
-                scorer = open_with(source, settings)
+                scorer = open_scorer(source, settings)
                 kinds[scorer.kind] = None
                 dtypes.append(scorer.query_dtype)
                 for key, scores in _scores_of_model(name, scorer, asked, controls, cache, bar).items():
@@ -130,7 +130,11 @@ def evaluate(
     return {
         "rows": rows,
         "pairs": _pairs(rows, compared),
-        "tasks": [_about(task, asked) for task in sets],
+        "tasks": [
+            {"task": one.name, "title": one.title, "group": one.group, "table": one.table, "note": one.note}
+            | {"protocols": [protocol for name, protocol in asked if name == one.name]}
+            for one in sets
+        ],
         "conditions": {
             "valm": __version__,
             "torch": torch.__version__,
@@ -182,19 +186,6 @@ def controls_of(settings: Settings) -> dict[str, Control]:
         else:
             found[f"{'no' if word == OFF else word} images"] = Control(word)
     return found
-
-
-def open_with(source: str, settings: Settings) -> Scorer:
-    """Opens the model `source` with the settings."""
-    return open_scorer(
-        source,
-        kb=settings.kb,
-        clip=settings.clip,
-        allow_download=settings.allow_download,
-        device=settings.device,
-        query_dtype=settings.query_dtype,
-        min_score=settings.min_score,
-    )
 
 
 def _scores_of_model(
@@ -317,15 +308,3 @@ def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[d
         both = {"first": rows[same[0]]["model"], "second": row["model"]}
         found.append(of | both | asdict(paired(first, second, tries, objects=objects)))
     return found
-
-
-def _about(task: EvaluationSet, asked: Asked) -> dict[str, Any]:
-    protocols = [protocol for name, protocol in asked if name == task.name]
-    return {
-        "task": task.name,
-        "title": task.title,
-        "group": task.group,
-        "table": task.table,
-        "note": task.note,
-        "protocols": protocols,
-    }

@@ -39,7 +39,8 @@ def test_a_chart_has_every_model_and_its_difference_to_the_first():
     assert (colors.task, colors.protocol, colors.items, colors.majority) == ("memory_color", "fair", 109, 25.0)
     (valm, own, none), (gpt2, other, difference) = colors.rows
     assert (valm, gpt2, colors.first, none) == ("valm", "gpt2", "valm", None)
-    assert (own.value, own.high, other.low, difference.value) == (50.0, 62.0, 10.0, 37.5)
+    assert (colors.quantity.scaled(own), colors.quantity.scaled(other)[1]) == ([50.0, 40.0, 62.0], 10.0)
+    assert colors.difference.scaled(difference)[0] == 37.5
     assert colors.quantity.text(own) == "50.0 [40.0, 62.0]"
     assert colors.difference.text(difference) == "+37.5 [+30.0, +45.0]"
     assert words.quantity is METRICS["word_perplexity"] and words.majority is None

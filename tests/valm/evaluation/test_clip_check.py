@@ -171,7 +171,6 @@ def test_what_cannot_be_checked(tmp_path, trained):
     (tmp_path / "x.txt").write_text("a square")
     fails("there are 1 readable images with captions; it takes two")
     fails("the prompt template 'a photo' has no {}", templates=["a photo"])
-    fails("there are no prompt templates", templates=[])
 
 
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")

@@ -36,6 +36,7 @@ from valm.evaluation.scorers import (
     model_fingerprint,
     open_scorer,
 )
+from valm.evaluation.settings import Settings
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
@@ -80,17 +81,17 @@ def folders(tmp_path_factory, clip):
 
 
 def test_each_folder_is_opened_as_what_it_is(folders):
-    kinds = {name: open_scorer(str(folders / name)) for name in ("gpt2", "bert", "clip")}
+    kinds = {name: open_scorer(str(folders / name), Settings()) for name in ("gpt2", "bert", "clip")}
     assert isinstance(kinds["gpt2"], CausalScorer) and kinds["gpt2"].kind == "causal language model (GPT2LMHeadModel)"
     assert isinstance(kinds["bert"], MaskedScorer) and isinstance(kinds["clip"], ClipScorer)
     prints = {scorer.fingerprint for scorer in kinds.values()}
-    assert len(prints) == 3 and open_scorer(str(folders / "bert")).fingerprint in prints
+    assert len(prints) == 3 and open_scorer(str(folders / "bert"), Settings()).fingerprint in prints
     assert not any(scorer.sees_images for scorer in kinds.values())
 
 
 @pytest.mark.parametrize("name, output", [("bert", "logits"), ("visualbert", "prediction_logits")])
 def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders, name, output):
-    scorer = open_scorer(str(folders / name))
+    scorer = open_scorer(str(folders / name), Settings())
     asked = questions()
     scores, alone = scorer.answers(asked, None)
     tokenizer, model = scorer.tokenizer, scorer.model
@@ -109,7 +110,7 @@ def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders, name, 
 
 
 def test_clip_scores_are_similarities_on_its_own_scale(folders):
-    scorer = open_scorer(str(folders / "clip"))
+    scorer = open_scorer(str(folders / "clip"), Settings())
     asked = questions()
     scores, alone = scorer.answers(asked, None)
     clip = scorer.clip
@@ -120,7 +121,7 @@ def test_clip_scores_are_similarities_on_its_own_scale(folders):
 
 
 def test_a_causal_model_scores_answers_alone_and_documents(folders):
-    scorer = open_scorer(str(folders / "gpt2"))
+    scorer = open_scorer(str(folders / "gpt2"), Settings())
     _, alone = scorer.answers(questions(), None)
     tokenizer, model = scorer.tokenizer, scorer.model
     read = [tokenizer.bos_token_id, *tokenizer(" yellow")["input_ids"]]
@@ -143,12 +144,12 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
         Image.new("RGB", (32, 32), (number * 40, 90, 200)).save(tmp_path / "pictures" / f"{number}.png")
     clip.save(tmp_path / "clip")
     kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
-    original = open_scorer(str(folders / "gpt2"))
+    original = open_scorer(str(folders / "gpt2"), Settings())
     base = GPT2LMHeadModel.from_pretrained(folders / "gpt2")
     augmented = valm.augment(base, kb.dim, 2, logit_bias=2.0)
     augmented.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer), kb, 2))
     valm.save_adapter(augmented, tmp_path / "adapter")
-    scorer = open_scorer(str(tmp_path / "adapter"))
+    scorer = open_scorer(str(tmp_path / "adapter"), Settings())
     assert scorer.sees_images and scorer.kind == "GPT2LMHeadModel, 2 images a token"
     asked = questions()
     own = scorer.fingerprint
@@ -162,15 +163,15 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     torch.testing.assert_close(scorer.answers(asked, None)[0], seen)
     assert scorer.fingerprint == own
     build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
-    other = open_scorer(str(tmp_path / "adapter"), kb=tmp_path / "other")
+    other = open_scorer(str(tmp_path / "adapter"), Settings(kb=tmp_path / "other"))
     assert other.fingerprint != own
-    half = open_scorer(str(tmp_path / "adapter"), query_dtype=torch.bfloat16)
+    half = open_scorer(str(tmp_path / "adapter"), Settings(query_dtype=torch.bfloat16))
     assert half.fingerprint != own
     assert (scorer.query_dtype, half.query_dtype, original.query_dtype) == (torch.float32, torch.bfloat16, None)
     shorter = ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer, overlap=0, min_tokens=3)
     augmented.set_retriever(Retriever(shorter, kb, 2))
     valm.save_adapter(augmented, tmp_path / "shorter")
-    assert open_scorer(str(tmp_path / "shorter")).fingerprint != own
+    assert open_scorer(str(tmp_path / "shorter"), Settings()).fingerprint != own
     # `valm eval MODEL TWIN --kb KB` is how a model whose knowledge base was moved is compared
     twin = valm.augment(GPT2LMHeadModel.from_pretrained(folders / "gpt2"), kb.dim, 0, unfreeze="block")
     valm.save_adapter(twin, tmp_path / "twin-adapter")
@@ -178,17 +179,17 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     original.tokenizer.save_pretrained(tmp_path / "twin")
     for name in ("twin", "twin-adapter"):
         with pytest.warns(UserWarning, match=rf"{name} sees no images, so the knowledge base \(--kb\) is not for it"):
-            assert not open_scorer(str(tmp_path / name), kb=tmp_path / "other").sees_images
+            assert not open_scorer(str(tmp_path / name), Settings(kb=tmp_path / "other")).sees_images
 
 
 def test_the_published_protocol_needs_single_tokens(folders):
-    scorer = open_scorer(str(folders / "gpt2"))
+    scorer = open_scorer(str(folders / "gpt2"), Settings())
     with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
         scorer.answers(questions(PUBLISHED, ("grey", "zzz", "blue")), None)
 
 
 def test_the_published_protocol_needs_single_tokens_of_a_masked_model_too(folders):
-    scorer = open_scorer(str(folders / "bert"))
+    scorer = open_scorer(str(folders / "bert"), Settings())
     with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
         scorer.answers(questions(PUBLISHED), None)
     scorer.answers(questions(PUBLISHED, ("yellow", "red", "blue")), None)
@@ -197,11 +198,11 @@ def test_the_published_protocol_needs_single_tokens_of_a_masked_model_too(folder
 def test_a_long_prompt_loses_its_beginning(folders):
     """RoBERTa has fewer positions than its config says, and CLIP cuts the end of other texts."""
     torch.manual_seed(0)
-    bert = open_scorer(str(folders / "bert"))
+    bert = open_scorer(str(folders / "bert"), Settings())
     sizes = {name: getattr(bert.model.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 20, "pad_token_id": 0}
     roberta = MaskedScorer(RobertaForMaskedLM(RobertaConfig(**sizes, **layers)), bert.tokenizer)
-    for scorer in (bert, roberta, open_scorer(str(folders / "clip"))):
+    for scorer in (bert, roberta, open_scorer(str(folders / "clip"), Settings())):
         asked = questions()
         long = dataclasses.replace(
             asked, texts=tuple(tuple("a red sky " * 90 + text for text in row) for row in asked.texts)
@@ -215,7 +216,7 @@ def test_a_long_prompt_loses_its_beginning(folders):
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_a_context_without_room_for_a_prompt_is_named(folders, name):
     """A slice from -0 would be the whole prompt."""
-    scorer = open_scorer(str(folders / name))
+    scorer = open_scorer(str(folders / name), Settings())
     sizes = {"gpt2": ("n_positions", 1), "bert": ("max_position_embeddings", 5)}  # [CLS] [MASK] [MASK] . [SEP]
     setattr(scorer.model.config, *sizes[name])
     with pytest.raises(ValmError, match=r"the model reads . tokens, too few for the longest answer and a prompt"):
@@ -224,7 +225,7 @@ def test_a_context_without_room_for_a_prompt_is_named(folders, name):
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "clip"])
 def test_each_item_is_asked_with_its_own_choices(folders, name):
-    scorer = open_scorer(str(folders / name))
+    scorer = open_scorer(str(folders / name), Settings())
     choices = (("yellow", "blue"), ("red", "blue", "yellow"))
     differing = dataclasses.replace(questions(), candidates=(), choices=choices)
     scores, alone = scorer.answers(differing)
@@ -237,10 +238,10 @@ def test_each_item_is_asked_with_its_own_choices(folders, name):
 
 def test_a_model_without_a_head_is_refused(folders, tmp_path):
     """transformers would give it random weights, and take a BERT for a causal model."""
-    bert = open_scorer(str(folders / "bert"))
+    bert = open_scorer(str(folders / "bert"), Settings())
     bert.model.bert.save_pretrained(tmp_path / "bert")
     bert.tokenizer.save_pretrained(tmp_path / "bert")
-    gpt2 = open_scorer(str(folders / "gpt2"))
+    gpt2 = open_scorer(str(folders / "gpt2"), Settings())
     GPT2Model(gpt2.model.config).save_pretrained(tmp_path / "gpt2")
     for name in ("h.0.mlp.c_fc.weight",):
         weights = load_file(tmp_path / "gpt2" / "model.safetensors")
@@ -249,11 +250,11 @@ def test_a_model_without_a_head_is_refused(folders, tmp_path):
     gpt2.tokenizer.save_pretrained(tmp_path / "gpt2")
     for folder in ("bert", "gpt2"):
         with pytest.raises(ValmError, match=r"has no weights for .*: it is no language model, or not all of one"):
-            open_scorer(str(tmp_path / folder))
+            open_scorer(str(tmp_path / folder), Settings())
 
 
 def test_the_logits_are_the_last_whatever_a_class_returns(folders):
-    scorer = open_scorer(str(folders / "gpt2"))
+    scorer = open_scorer(str(folders / "gpt2"), Settings())
     expected, _ = scorer.answers(questions(), None)
     own = scorer.model.forward
     scorer.model.forward = lambda *args, logits_to_keep=0, **kwargs: own(*args, **kwargs)
@@ -262,27 +263,27 @@ def test_the_logits_are_the_last_whatever_a_class_returns(folders):
 
 
 def test_the_role_of_a_token_is_part_of_what_scores_depend_on(folders):
-    scorer = open_scorer(str(folders / "gpt2"))
+    scorer = open_scorer(str(folders / "gpt2"), Settings())
     before = scorer.fingerprint
     scorer.tokenizer.bos_token = scorer.tokenizer.convert_ids_to_tokens(7)
     assert scorer.fingerprint != before
 
 
 def test_an_answer_that_the_tokenizer_cannot_write_is_named(folders):
-    scorer = open_scorer(str(folders / "bert"))
+    scorer = open_scorer(str(folders / "bert"), Settings())
     with pytest.raises(NotApplicable, match=r"cannot write the answer 'zebra': it becomes \[UNK\]"):
         scorer.answers(questions(candidates=("yellow", "zebra")), None)
 
 
 def test_what_cannot_be_opened_is_named(folders, tmp_path):
     with pytest.raises(ValmError, match="there is no model folder"):
-        open_scorer(str(tmp_path / "none"))
+        open_scorer(str(tmp_path / "none"), Settings())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     with pytest.raises(ValmError, match=r"the language model .* cannot be read"):
-        open_scorer(str(tmp_path))
+        open_scorer(str(tmp_path), Settings())
     plain = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    bert = open_scorer(str(folders / "bert"))
+    bert = open_scorer(str(folders / "bert"), Settings())
     with pytest.raises(ValmError, match="names no mask token"):
         MaskedScorer(bert.model, PreTrainedTokenizerFast(tokenizer_object=plain))
 

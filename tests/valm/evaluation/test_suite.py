@@ -111,7 +111,7 @@ def test_every_model_is_opened_once_and_hashed_only_for_a_cache(world, tmp_path,
     opened, hashed = [], []
     own_open, own_hash = suite.open_scorer, scorers.model_fingerprint
     monkeypatch.setattr(
-        suite, "open_scorer", lambda source, **with_: opened.append(source) or own_open(source, **with_)
+        suite, "open_scorer", lambda source, settings: opened.append(source) or own_open(source, settings)
     )
     monkeypatch.setattr(scorers, "model_fingerprint", lambda *model: hashed.append(model) or own_hash(*model))
     models = {"both": [str(world / "seed0"), str(world / "seed1")], "one": [str(world / "seed1")]}
@@ -173,7 +173,7 @@ def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path
     write_sets(tmp_path)
     file = tmp_path / "nlu/sst2_dev.txt"
     file.write_text("\n".join(reversed(file.read_text().splitlines())))
-    scorer = scorers.open_scorer(str(world / "seed0"))
+    scorer = scorers.open_scorer(str(world / "seed0"), Settings())
     (plain, _), (turned, _) = (
         scorer.answers(what_is_asked(SETS["sst2"], FAIR, data), None) for data in (world / "data", tmp_path)
     )

@@ -15,6 +15,7 @@ from valm import load, save_adapter
 from valm.clip.tokenizer import clip_tokenizer, load_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
+from valm.evaluation.settings import Settings
 from valm.model.checkpoint import load_decoder
 from valm.store import pretrained
 from valm.store.pretrained import from_pretrained, gguf_option, library_errors
@@ -85,7 +86,7 @@ def test_code_of_others_is_neither_run_nor_asked_for(code_base, tmp_path, door):
         "adapter": lambda: load(save_adapter_on(code_base, tmp_path / "adapter")),
         "decoder": lambda: load_decoder(code_base),
         "tokenizer": lambda: load_tokenizer(code_base),
-        "evaluation": lambda: open_scorer(str(code_base)),
+        "evaluation": lambda: open_scorer(str(code_base), Settings()),
     }
     with pytest.raises(ValmError, match=r"base.* needs code of its own \(auto_map\), which is not run") as raised:
         doors[door]()
@@ -110,7 +111,7 @@ def rename_shard(index, new):
     return index.parent / first
 
 
-OPENED = {"decoder": load_decoder, "evaluation": lambda folder: open_scorer(os.fspath(folder))}
+OPENED = {"decoder": load_decoder, "evaluation": lambda folder: open_scorer(os.fspath(folder), Settings())}
 
 
 @pytest.mark.parametrize("door", OPENED)
