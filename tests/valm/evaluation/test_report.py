@@ -116,7 +116,8 @@ def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
     long["pairs"] = [about | {"metric": "accuracy", "value": 0.2, "low": -0.1, "high": 0.3, "p": 0.5}]
     words = estimate(40.0)
     long["rows"] += [second, row("ours", "wikitext103", "fair", word_perplexity=words, perplexity=words)]
-    long["rows"].append(row("another model", "wikitext103", "fair", word_perplexity=words, perplexity=words))
+    diverged = {"value": 755300.0, "low": 512300.0, "high": 1123000.0}
+    long["rows"].append(row("another model", "wikitext103", "fair", word_perplexity=diverged, perplexity=words))
     wide = {"metric": "nats per byte", "value": -0.011, "low": -0.222, "high": -0.001, "p": 0.5}
     long["pairs"].append(about | wide | {"task": "wikitext103", "protocol": "fair"})
     (tmp_path / "page.html").write_text(page(long))
@@ -125,6 +126,11 @@ def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
     shown.on("request", lambda request: requests.append(request.url))
     shown.goto((tmp_path / "page.html").as_uri())
     assert shown.evaluate("document.documentElement.scrollWidth") == width
+    # equal lengths are equal numbers, also in a chart without differences
+    places = "plots => plots.map(plot => plot.getBoundingClientRect()).map(box => [box.left, box.width].join())"
+    assert len({*shown.locator("td:not(.difference) > .plot").evaluate_all(places)}) == 1
+    sizes = "texts => texts.map(text => parseFloat(getComputedStyle(text).fontSize))"
+    assert min(shown.locator("section :is(th, td, span, p)").evaluate_all(sizes)) >= 12
     background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(20, 23, 28)") == (scheme == "dark")
     scrolls = "tables => tables.map(table => table.scrollWidth > table.clientWidth)"
