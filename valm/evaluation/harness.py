@@ -112,7 +112,9 @@ class ValmLM(HFLM):
         cache = cache_hook.dbdict
         if cache is None:
             return
-        own = self._fingerprint()
+        # beside the arguments of the model, which are in the cache's name
+        replaced = None if self._replace is None else images_fingerprint(self._replace)
+        own = digest([self._scorer.fingerprint, replaced])
         if cache.get(FINGERPRINT) != own:
             if len(cache) > 0:
                 raise ValmError(
@@ -120,11 +122,6 @@ class ValmLM(HFLM):
                     "delete it, or name another one (--use_cache)"
                 )
             cache[FINGERPRINT] = own
-
-    def _fingerprint(self) -> str:
-        """Of all that the answers depend on, beside the arguments of the model, which are in the cache's name."""
-        replaced = None if self._replace is None else images_fingerprint(self._replace)
-        return digest([self._scorer.fingerprint, replaced])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The base's; the text does not begin with bos, which the first window begins with in any case."""
