@@ -156,7 +156,8 @@ def test_scores_of_an_evaluation(tmp_path_factory, outside, data):
                 name: values.tolist() for name, values in scores_of(GivenScorer(), one, folder / CACHE, [], bar).items()
             }
 
-    check_mutants(data, files_of(folder / CACHE), outside, read, read())
+    whole = read()
+    check_mutants(data, files_of(folder / CACHE), outside, read, whole)
 
 
 class GivenScorer(Scorer):
