@@ -199,6 +199,17 @@ def test_a_task_that_a_model_cannot_be_asked_has_a_reason(world):
     assert fair["metrics"]["accuracy"]["value"] >= 0
 
 
+def test_ones_own_questions_are_asked_alone(world, tmp_path):
+    (tmp_path / "mine.csv").write_text(
+        "question,answer,choices\nthe banana is,yellow,yellow|red\nthe sky is,blue,red|blue\n"
+    )
+    (row,) = evaluate(named([f"{world}/seed0"]), Settings(ask=[tmp_path / "mine.csv"]), progress=False)["rows"]
+    assert (row["task"], row["protocol"], row["items"]) == ("ask-mine", FAIR, 2)
+    assert 0 <= row["metrics"]["accuracy"]["value"] <= 1
+    with pytest.raises(ValmError, match="none of the tasks has the protocol published"):
+        evaluate({}, Settings(ask=[tmp_path / "mine.csv"], protocol="published"), progress=False)
+
+
 def test_names_of_models(tmp_path):
     assert named(["a/b/", "name=c,d"]) == {"b": ("a/b/",), "name": ("c", "d")}
     assert list(named(["a/x", "b/x", ".", "c/y/z"])) == ["a/x", "b/x", os.path.basename(os.getcwd()), "z"]

@@ -10,7 +10,17 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import Count, check, output_file, read_json, read_text, read_yaml, writable_folder, write_json
+from valm.store.files import (
+    Count,
+    check,
+    output_file,
+    read_json,
+    read_text,
+    read_yaml,
+    short_names,
+    writable_folder,
+    write_json,
+)
 
 
 def test_json_round_trip(tmp_path):
@@ -164,3 +174,9 @@ def test_an_output_goes_into_a_pipe(tmp_path):
 def test_an_output_that_is_a_folder_is_one_sentence(tmp_path):
     with pytest.raises(IsADirectoryError):
         write_output(tmp_path, "new")
+
+
+def test_short_names_tell_paths_apart():
+    assert short_names(["a/x", "b/x/", Path("c/y"), "b/x/z"]) == ["a/x", "b/x", "y", "z"]
+    assert short_names(["a/x/m", "b/x/m"]) == ["a/x/m", "b/x/m"]
+    assert short_names(["a/x", "a/x/"]) == ["a/x", "a/x/"]  # the same path
