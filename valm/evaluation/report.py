@@ -134,7 +134,12 @@ def page(results: Mapping[str, Any]) -> str:
     template = environment.get_template("report.html")
     drawn = charts(results)
     return template.render(
-        charts=drawn, axes=axes(drawn), titles=_titles(results), tables=tables(results), conditions=conditions(results)
+        charts=drawn,
+        axes=axes(drawn),
+        titles=_titles(results),
+        tables=tables(results),
+        conditions=conditions(results),
+        limit=results["conditions"].get("limit"),
     )
 
 

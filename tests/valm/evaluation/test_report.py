@@ -63,6 +63,7 @@ def test_numbers_of_a_part_of_the_items_are_marked():
     for table in found:  # the paper's numbers are of all items
         assert all(row[0].endswith("(50 items at most)") for row in table.rows) and "published" not in table.groups
     assert "at most" not in markdown(results(pairs=[pair]))
+    assert "Wang et al." in page(results()) and "Wang et al." not in page(limited)
 
 
 def test_a_second_report_keeps_the_first(tmp_path):
