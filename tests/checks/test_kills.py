@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -17,13 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForCausalLM
 
 from tests.checks.counts import COUNTS
 from tests.valm.cli.commands import run
 from tests.valm.evaluation.small_sets import write_sets
-from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
+from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, killed_at, needs_fork
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.models import tiny_model
 from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions, random_directions
@@ -385,6 +388,51 @@ def test_checkpoints_of_a_training(tmp_path):
         assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
     assert kill_everywhere(write, check, tmp_path) >= 30
+
+
+def as_one_of_two(train: Callable[[], object], rank: int, port: int) -> Callable[[], None]:
+    """For a child: `train` as one of two processes of a launched training."""
+
+    def run() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        train()
+
+    return run
+
+
+def train_as_two(train: Callable[[], object], folder: Path, killed: int | None = None, point: int = 0) -> list[int]:
+    """Exit codes of two processes that `train`, of which `killed` ends before its `point`-th change of `folder`."""
+    port = get_free_port()
+    works = [train if rank != killed else killed_at(train, folder, point) for rank in range(2)]
+    children = [forked(as_one_of_two(work, rank, port)) for rank, work in enumerate(works)]
+    return [exit_code(child) for child in children]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_checkpoints_of_a_training_of_two_processes(tmp_path, killed):
+    fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "per_device_train_batch_size": 2}
+
+    def train(out: Path, losses: Path) -> None:
+        training = new_trainer(out, **fields)
+        training.train(resume_from_checkpoint=newest_checkpoint(out) if out.is_dir() else None)
+        losses.write_text(json.dumps(training.losses()))
+
+    assert train_as_two(lambda: train(tmp_path / "whole", tmp_path / "losses"), tmp_path) == [0, 0]
+    point = 0
+    while True:
+        out, losses = tmp_path / str(point), tmp_path / f"{point}.json"
+        codes = train_as_two(lambda out=out, losses=losses: train(out, losses), out, killed, point)
+        if codes == [0, 0]:
+            break
+        assert codes[killed] == -signal.SIGKILL and (codes[1 - killed] != 0 or newest_checkpoint(out).endswith("-2"))
+        COUNTS["times one of two"] += 1
+        assert train_as_two(lambda out=out, losses=losses: train(out, losses), out) == [0, 0]
+        assert losses.read_text() == (tmp_path / "losses").read_text()
+        assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+        point += 1
+    assert point >= (30 if killed == 0 else 3)
 
 
 def test_evaluation(tmp_path):

@@ -27,9 +27,15 @@ WRITES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
 def exit_code_if_killed_at(
     function: Callable[[], Any], folder: Path, point: int, number: signal.Signals = signal.SIGKILL
 ) -> int:
-    """Exit code of a child that runs `function` and sends itself a signal before its `point`-th (from 0) change of
-    `folder`, or of a name that begins so: a file opened to be written, a name made, moved or removed. 0 where there are
-    not so many."""
+    """Exit code of a child that runs `killed_at`; 0 where it makes fewer changes."""
+    return exit_code(forked(killed_at(function, folder, point, number)))
+
+
+def killed_at(
+    function: Callable[[], Any], folder: Path, point: int, number: signal.Signals = signal.SIGKILL
+) -> Callable[[], None]:
+    """For a child: `function`, in which it sends itself a signal before its `point`-th (from 0) change of `folder`, or
+    of a name that begins so: a file opened to be written, a name made, moved or removed."""
     root = os.fspath(folder)
 
     def run() -> None:
@@ -49,7 +55,7 @@ def exit_code_if_killed_at(
         sys.addaudithook(hook)
         function()
 
-    return exit_code(forked(run))
+    return run
 
 
 def _path(event: str, arguments: tuple[Any, ...]) -> str:
