@@ -41,6 +41,7 @@ from valm.store.files import (
     writable_folder,
     write_json,
 )
+from valm.store.settings import check_same
 from valm.text import one_line
 from valm_kernels.atomic_files import atomic_path, folder_lock, is_temporary, remove_leftovers, sync_folder
 from valm_kernels.checksums import file_sha256, json_sha256
@@ -190,12 +191,12 @@ class ShardedBuild:
         if (self.out / MANIFEST_FILE).exists():
             manifest: Manifest = read_json(self.out / MANIFEST_FILE, "the manifest", Manifest)
             check_seal(manifest, self.out / MANIFEST_FILE)
-            self._check_plan(manifest, f"already holds a {self.what}", "choose another folder")
+            check_same(f"{self.out} holds another {self.what}", manifest["plan"], self.plan, "choose another folder")
             self._manifest = manifest
             self._remove_state()  # where it was killed between its last steps
         elif (self.out / BUILD_FILE).exists():
             state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {self.what}", Plan, DELETE)
-            self._check_plan(state, f"holds an unfinished {self.what}", DELETE)
+            check_same(f"{self.out} holds another unfinished {self.what}", state["plan"], self.plan, DELETE)
         else:
             remove_leftovers(self.out)
             others = sorted(file.name for file in self.out.iterdir() if not is_temporary(file.name))
@@ -247,14 +248,6 @@ class ShardedBuild:
             file.unlink(missing_ok=True)
         remove_leftovers(self.out)
         (self.out / BUILD_FILE).unlink(missing_ok=True)
-
-    def _check_plan(self, found: Plan, holds: str, advice: str) -> None:
-        before = found["plan"]
-        changed = [name for name in sorted({*before, *self.plan}) if before.get(name) != self.plan.get(name)]
-        if changed:
-            raise ValmError(
-                f"{self.out} {holds} of another source or other settings ({', '.join(changed)} differ); {advice}"
-            )
 
 
 class ShardFiles:

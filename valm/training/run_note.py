@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,9 +13,9 @@ from valm.errors import ValmError
 from valm.model.config import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project
 from valm.store.files import WAIT_SECONDS, read_json, write_json
+from valm.store.settings import check_same
 from valm.training.image_trainer import ImageTrainer, newest_checkpoint
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
-from valm_kernels.json_files import short
 
 RUN_FILE = "_run.json"  # uploads ignore names that begin so
 LOGS = "runs"  # of TensorBoard
@@ -135,14 +134,8 @@ def compare(out: Path, model: Any, before: dict[str, Any], run: dict[str, Any]) 
         raise ValmError(
             f"{out} holds the training of another base model: {other} had other values; choose another folder"
         )
-    for name in dict.fromkeys([*run, *before]):
-        there, here = before.get(name), json.loads(json.dumps(run.get(name)))
-        if name not in ("base", "numbers") and here != there:
-            there, here = ("not given" if value is None else short(value) for value in (there, here))
-            raise ValmError(
-                f"{out} holds another training: its {option_of(name)} is {there}, here it is {here}; choose another "
-                "folder"
-            )
+    there, here = ({name: of[name] for name in of if name not in ("base", "numbers")} for of in (before, run))
+    check_same(f"{out} holds another training", there, here, "choose another folder", option_of)
 
 
 def other_base_tensor(model: Any, noted: Any) -> str | None:

@@ -19,9 +19,9 @@ from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.store.files import Sha256, exists, parse_json
+from valm.store.settings import check_same
 from valm.text import one_line
 from valm_kernels.atomic_files import atomic_path
-from valm_kernels.json_files import short
 
 # Seconds between two checkpoints, or so many times as long as writing the last one took.
 SAVE_SECONDS = 30.0
@@ -53,7 +53,7 @@ class StepsCheckpoint:
 
     def __init__(self, path: Path, model: nn.Module, settings: Mapping[str, Any]):
         self.path, self.model = path, model
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = dict(settings)
         self.losses: list[float] = []
         self._tensors: dict[str, Tensor] = {}
         self._due = time.monotonic() + SAVE_SECONDS
@@ -61,13 +61,8 @@ class StepsCheckpoint:
             return
         note, self._tensors = _read(path)
         self.losses = note["losses"]
-        for name in dict.fromkeys([*self.settings, *note["settings"]]):
-            here, there = self.settings.get(name), note["settings"].get(name)
-            if here != there:
-                raise ValmError(
-                    f"{path.parent} holds another training: its {name} is {short(there)}, here {short(here)}; choose "
-                    "another folder, or resume with what it had"
-                )
+        remedy = "choose another folder, or resume with what it had"
+        check_same(f"{path.parent} holds another training", note["settings"], self.settings, remedy)
 
     def restore(self, optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> list[float]:
         """Sets the model, the optimizer, its schedule and torch's random numbers to what the file has, if there is one,

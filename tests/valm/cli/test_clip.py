@@ -99,7 +99,7 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
     ("options", "message"),
     [
         ([], "holds an unfinished training: give --resume to continue it"),
-        (["--resume", "--lr", "1e-2"], "holds another training: its --lr is 0.001, here 0.01"),
+        (["--resume", "--lr", "1e-2"], "holds another training: its --lr is 0.001, here it is 0.01"),
         (["--resume", "--vocabulary", "{world}/corpus.txt"], "holds another training: its --vocabulary is "),
     ],
 )

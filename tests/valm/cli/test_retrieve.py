@@ -27,10 +27,13 @@ def wrong_inputs():
             "cannot read the dataset {tmp}/none",
         ),
         "retrieval into something else": ([*retrieve[:-1], "{world}/clip"], "is not empty"),
-        "retrieval of other settings": ([*retrieve[:-1], "{world}/retrieval"], "(k differ)"),
+        "retrieval of other settings": (
+            [*retrieve[:-1], "{world}/retrieval"],
+            "holds another corpus retrieval: its k is ",
+        ),
         "retrieval in another precision": (
             [*retrieve[:-1], "{world}/retrieval", "-k", "2", "--query-dtype", "bfloat16"],
-            "(precision differ)",
+            "its precision is ",
         ),
         "retrieval without knowledge base": ([*retrieve[:3], "{world}/clip", *retrieve[4:]], "is not a knowledge base"),
         "more images than there are, retrieved": ([*retrieve, "-k", "7"], "k must be from 1 to the 6"),

@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_search(documents, retriever, tmp_path):
         assert found[index]["image_ids"].tolist() == ids[0].tolist()
         assert found[index]["image_scores"].dtype == np.float32
         np.testing.assert_allclose(found[index]["image_scores"], scores[0].numpy(), rtol=0, atol=1e-5)
-    with pytest.raises(ValmError, match=r"\(scores differ\)"):
+    with pytest.raises(ValmError, match="its scores is "):
         retrieve_corpus(documents, retriever, tmp_path / "scored", scores=False, part_bytes=200, progress=False)
     (found.path / "image_scores-00000.npy").unlink()
     with pytest.raises(ValmError, match="image_scores-00000"):
@@ -321,13 +321,13 @@ def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retr
 
     retrieve()
     state = Retriever(ContextEncoder(clip, query="state"), retriever.kb, 4)
-    with pytest.raises(ValmError, match=r"already holds a corpus retrieval of another source .* \(query differ\)"):
+    with pytest.raises(ValmError, match=r"holds another corpus retrieval: its query is"):
         retrieve(state)
-    with pytest.raises(ValmError, match=r"\(knowledge_base differ\)"):
+    with pytest.raises(ValmError, match="its knowledge_base is "):
         retrieve(Retriever(ContextEncoder(clip), make_kb(21), 4))
-    with pytest.raises(ValmError, match=r"\(k differ\)"):
+    with pytest.raises(ValmError, match="its k is "):
         retrieve(Retriever(ContextEncoder(clip), retriever.kb, 3))
-    with pytest.raises(ValmError, match=r"\(part_bytes differ\)"):
+    with pytest.raises(ValmError, match="its part_bytes is "):
         retrieve(part_bytes=100)
     file.write_text("\n".join(LINES).replace("sky", "sea"))  # as long as before
     with pytest.raises(ValmError, match="the corpus has changed"):
@@ -351,7 +351,7 @@ def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
 
     corpus = retrieve(first)
     corpus.check_tokenizer(first)
-    with pytest.raises(ValmError, match=r"\(eos differ\)"):
+    with pytest.raises(ValmError, match="its eos is "):
         retrieve(other)
     with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\); retrieve it again"):
         corpus.check_tokenizer(other)
@@ -369,7 +369,7 @@ def test_the_plan_says_what_searched(documents, clip, kb, tmp_path):
     assert retrieve(None, "exact") == retrieve(FlatIPIndex(kb.vectors()), "exact") == "exact"
     assert retrieve(FlatIPIndex(kb.vectors(), dtype="int8"), "int8") == "exact, int8"
     assert retrieve(Own(), "own").endswith(".Own")
-    with pytest.raises(ValmError, match=r"\(index differ\)"):
+    with pytest.raises(ValmError, match="its index is "):
         retrieve(Own(), "exact")
 
 

@@ -94,13 +94,13 @@ def stop_at(uri, original):
 
 def test_another_plan_is_refused(kb, folder, clip, tokenizer, tmp_path):
     with pytest.raises(
-        ValmError, match=r"already holds a knowledge base of another source or other settings \(shard_size differ\)"
+        ValmError, match=r"holds another knowledge base: its shard_size is \d+, here it is \d+; choose another folder"
     ):
         build_folder(folder, kb.path, clip, shard_size=5)
-    with pytest.raises(ValmError, match="already holds a knowledge base"):
+    with pytest.raises(ValmError, match="holds another knowledge base: its "):
         build_folder(folder, kb.path, make_clip(tokenizer, seed=1))
     (tmp_path / "build.json").write_text(json.dumps({"plan": {"source": "other"}}))
-    with pytest.raises(ValmError, match="holds an unfinished knowledge base of another source"):
+    with pytest.raises(ValmError, match="holds another unfinished knowledge base: its "):
         build_folder(folder, tmp_path, clip)
     with pytest.raises(ValmError, match="is not empty"):
         build_folder(folder, folder, clip)

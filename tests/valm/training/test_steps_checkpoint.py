@@ -69,8 +69,8 @@ def test_it_is_written_every_so_often(tmp_path, monkeypatch):
 def test_another_training_does_not_resume(tmp_path):
     interrupted(tmp_path / "state", seed=1)
     for settings, message in (
-        ({"lr": 0.2, "seed": 1}, "its lr is 0.1, here 0.2; choose another folder"),
-        ({"lr": 0.1}, "its seed is 1, here "),
+        ({"lr": 0.2, "seed": 1}, "its lr is 0.1, here it is 0.2; choose another folder"),
+        ({"lr": 0.1}, "its seed is 1, here it is "),
     ):
         with pytest.raises(ValmError, match=message):
             StepsCheckpoint(tmp_path / "state", new_model(), settings)
