@@ -9,11 +9,11 @@ from pathlib import Path
 
 from valm.cli import main as valm
 from valm.cli import run_command
-from valm.cli.options import CommandParser, command
+from valm.cli.options import CommandParser, command, program
 
 
 def build_parser() -> CommandParser:
-    study = CommandParser(prog="python -m studies.color", description="Do pictures help a language model?")
+    study = program("python -m studies.color", "Do pictures help a language model?")
     study_commands = study.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     run = command(study_commands, "run", run_run, "run all stages of a study that are not finished")
     run.add_argument("config", type=Path, help="YAML file, such as studies/color/small.yaml")

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from valm.cli import run_command
-from valm.cli.options import CommandParser, HelpFormatter, runs, seed
+from valm.cli.options import CommandParser, HelpFormatter, program, seed
 
 
 def build_parser() -> CommandParser:
     description = "train and evaluate a small VaLM and its text-only twin on real pictures"
-    demo = CommandParser(prog="python -m studies.demo", description=description, formatter_class=HelpFormatter)
-    runs(demo, _run)
+    demo = program("python -m studies.demo", description, formatter_class=HelpFormatter)
+    demo.set_defaults(run=_run)
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of results, report and models")
     demo.add_argument("--seed", type=seed, default=0, help="of everything that is drawn")
     demo.add_argument(

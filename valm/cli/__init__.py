@@ -28,7 +28,7 @@ from valm.cli import (
     train,
     verify,
 )
-from valm.cli.options import CommandParser
+from valm.cli.options import CommandParser, program
 from valm.errors import PANIC, ValmError, is_out_of_memory, is_panic, sentence
 from valm.text import printable, utf8
 from valm_kernels import __version__
@@ -102,8 +102,13 @@ def keep_freed_memory() -> None:
 
 
 def build_parser() -> CommandParser:
-    parser = CommandParser(prog="valm", description="A language model that attends to retrieved images.")
+    parser = program("valm", "A language model that attends to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
+    parser.add_argument(
+        "--allow-download",
+        action="store_true",
+        help="load a CLIP that a knowledge base names, and the evaluation sets that are there, from their hub",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     build = (clip, kb, retrieve, verify)
     use = (train, evaluate, lm_eval, generate, explain, app, serve)

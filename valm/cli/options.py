@@ -53,7 +53,8 @@ class CommandParser(argparse.ArgumentParser):
     """A parser that says what took the place of a command or option that went, or what was meant by a misspelt one.
     Without a command it prints its help.
 
-    A hook, `prepare`, may change the arguments first: it returns those to be parsed, and attributes of the result.
+    A flag of a parser with commands may stand behind the command too. A hook, `prepare`, may change the arguments
+    first: it returns those to be parsed, and attributes of the result.
     """
 
     prepare: Callable[[list[str]], tuple[list[str], dict[str, Any]]] | None = None
@@ -78,6 +79,7 @@ class CommandParser(argparse.ArgumentParser):
         given = list(sys.argv[1:] if args is None else args)
         attributes: dict[str, Any] = {}
         if self.commands is not None:
+            given = self._flags_first(given)
             self._check_command(given)
         if self.prepare is not None and not {"-h", "--help"} & {*given}:
             given, attributes = self.prepare(given)
@@ -98,6 +100,11 @@ class CommandParser(argparse.ArgumentParser):
                 self._fail(name)
         self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` has all\n")
 
+    def _flags_first(self, given: list[str]) -> list[str]:
+        end = given.index("--") if "--" in given else len(given)
+        flags = {name for action in self._actions if action.const is True for name in action.option_strings}
+        return sorted(given[:end], key=lambda text: text not in flags) + given[end:]
+
     def _check_command(self, given: list[str]) -> None:
         if not given:
             self.print_help()
@@ -115,16 +122,18 @@ class CommandParser(argparse.ArgumentParser):
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 
+def program(prog: str, description: str, **options: Any) -> CommandParser:
+    """A parser with the flag of every command line."""
+    parser = CommandParser(prog=prog, description=description, **options)
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
 def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> CommandParser:
     """Declares the command `name` of `group`, which calls `run`."""
     shown: Any = {"help": help, "description": help, "formatter_class": HelpFormatter}
-    return runs(group.add_parser(name, allow_abbrev=False, **shown), run)
-
-
-def runs(parser: CommandParser, run: Callable[[argparse.Namespace], None]) -> CommandParser:
-    """Makes `parser` one that calls `run`."""
+    parser = group.add_parser(name, allow_abbrev=False, **shown)
     parser.set_defaults(run=run)
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
 
@@ -214,13 +223,10 @@ def chosen_query_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
 
 
 def add_clip(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clip", help="the CLIP, where it is no longer where the knowledge base found it")
-    add_allow_download(parser)
-
-
-def add_allow_download(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--allow-download", action="store_true", help="load the CLIP from the hub that the knowledge base names"
+        "--clip",
+        help="the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from "
+        "the hub that the knowledge base names",
     )
 
 

@@ -38,6 +38,7 @@ class TrainingPlan:
         corpus: the texts to train on. With `kb` their images are retrieved, into a folder beside `out`. Without one,
             `retrieval` has them.
         fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.
+        allow_download: load the CLIP from the hub that the knowledge base names.
     """
 
     corpus: TextCorpus | None = None
@@ -49,7 +50,7 @@ class TrainingPlan:
     resume: bool = option("resume from the newest checkpoint in --out, if any", False)
     kb: str | os.PathLike | None = option("knowledge base; without it the model sees no images")
     clip: str | None = option("the CLIP whose tokenizer the model reads with (default: that of --kb)")
-    allow_download: bool = option("load the CLIP from the hub that the knowledge base names", False)
+    allow_download: bool = False
     tokenizer: str | None = option("another tokenizer for the model: folder or Hugging Face name")
     images: int | None = option("images a token sees (default: 4)", short="-k", least=1)
     query: str | None = option("kind of the retrieval query (default: eot)", choices=["eot", "state"])

@@ -144,7 +144,7 @@ def test_quiet_shows_no_progress(world, tmp_path, monkeypatch, capfd):
     build = ["kb", "build", world / "pictures", "--clip", world / "clip", "--out"]
     assert run(*build, tmp_path / "kb") == 0
     assert "encode" in capfd.readouterr().err
-    assert run(*build, tmp_path / "quiet", "--quiet") == 0
+    assert run("--quiet", *build, tmp_path / "quiet") == run(*build, tmp_path / "behind", "--quiet") == 0
     assert capfd.readouterr().err == ""
 
 
