@@ -6,7 +6,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, command, load_compared, load_model, port
+from valm.cli.options import Commands, add_opening, command, opening, port
 from valm.store.files import name_of
 
 
@@ -15,16 +15,17 @@ def add_to(commands: Commands) -> None:
     app.add_argument("model", type=Path, help="checkpoint folder")
     app.add_argument("--compare", type=Path, metavar="MODEL2", help="another checkpoint, to show beside it")
     app.add_argument("--port", type=port, help="by default the first free one from 7860 on")
-    add_retrieval(app)
+    add_opening(app)
 
 
 def run_app(arguments: argparse.Namespace) -> None:
     from valm.explain.app import App, launch
 
     name, other = name_of(arguments.model), None
-    model, tokenizer = load_model(arguments)
+    opened = opening(arguments)
+    model, tokenizer = opened.load(arguments.model)
     if arguments.compare:
-        other = (name_of(arguments.compare, unlike=[name]), *load_compared(arguments))
+        other = (name_of(arguments.compare, unlike=[name]), *opened.load_other(arguments.compare))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes the uploaded images, as Ctrl-C does
     served = launch(App(name, model, tokenizer, other), arguments.port)
     print(f"app: {served.local_url}  (Ctrl-C ends it)", flush=True)

@@ -6,15 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from valm.cli.options import (
-    Commands,
-    add_json,
-    add_retrieval,
-    chosen_device,
-    chosen_query_dtype,
-    command,
-    print_json,
-)
+from valm.cli.options import Commands, add_json, command, print_json
 from valm.errors import ValmError
 from valm.evaluation.settings import Settings
 from valm.options import add_fields, given_fields
@@ -36,7 +28,6 @@ def add_to(commands: Commands) -> None:
         "report is kept in a folder of its own",
     )
     add_json(evaluate)
-    add_retrieval(evaluate)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -48,8 +39,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         if arguments.out.is_file():
             raise ValmError(f"the output {arguments.out} is a file; choose a folder")
         writable_folder(arguments.out)
-    opened = {"device": chosen_device(arguments), "query_dtype": chosen_query_dtype(arguments)}
-    settings = Settings(**given_fields(Settings, arguments) | opened)
+    settings = Settings(**given_fields(Settings, arguments))
     results = evaluate(named(arguments.model), settings, arguments.out)
     report, earlier = (None, None) if arguments.out is None else write_report(results, arguments.out)
     if earlier is not None:

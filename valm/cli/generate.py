@@ -12,9 +12,9 @@ from valm.cli.options import (
     Commands,
     above_zero,
     add_json,
-    add_retrieval,
+    add_opening,
     command,
-    load_model,
+    opening,
     positive,
     print_json,
     seed,
@@ -42,12 +42,12 @@ def add_to(commands: Commands) -> None:
     generate.add_argument("--top-p", type=share, help="--sample from the likeliest tokens of this share of probability")
     generate.add_argument("--seed", type=seed, default=0, help="of --sample, for each prompt anew")
     add_json(generate)
-    add_retrieval(generate)
+    add_opening(generate)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
     prompts = chosen_prompts(arguments)
-    model, tokenizer = load_model(arguments)
+    model, tokenizer = opening(arguments).load(arguments.model)
     if arguments.k is not None:
         model.set_num_images(arguments.k)
     results = []

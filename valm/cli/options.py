@@ -1,4 +1,4 @@
-"""Shared by several commands: declaring a command, common options, opening a checkpoint."""
+"""Shared by several commands: declaring a command, and common options."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from valm.errors import ValmError
-from valm.options import MAX_SEED
+from valm.model.opening import QUERY_DTYPES, Opening
+from valm.options import MAX_SEED, add_fields, given_fields
 from valm.text import nearest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
 
     from valm.store.shards import Runner
 
@@ -188,37 +187,17 @@ def above_zero(text: str) -> float:
     return value
 
 
-def add_retrieval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kb", type=Path, help="another knowledge base than the checkpoint was trained with")
-    parser.add_argument(
-        "--min-score",
-        type=float,
-        metavar="SCORE",
-        help="a token whose best image has a lower retrieval score sees none; -1 cuts nothing (default: the model's "
-        "own)",
-    )
-    add_clip(parser)
-    add_query_dtype(parser, auto=True)
-    add_device(parser)
-
-
-def add_query_dtype(parser: argparse.ArgumentParser, auto: bool = False) -> None:
-    """--query-dtype; with `auto` for a command that keeps no queries, which another machine would continue."""
+def add_query_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--query-dtype",
-        choices=["float32", "bfloat16", "int8", *(["auto"] if auto else [])],
-        help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI"
-        + ("; auto is what this machine has fast instructions for" if auto else ""),
+        choices=QUERY_DTYPES,
+        help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI",
     )
 
 
 def chosen_query_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
     import torch
 
-    if arguments.query_dtype == "auto":
-        from valm.clip.text_tower import fastest_dtype
-
-        return fastest_dtype(chosen_device(arguments))
     return None if arguments.query_dtype is None else getattr(torch, arguments.query_dtype)
 
 
@@ -230,30 +209,14 @@ def add_clip(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerFast]:
-    return _load(arguments, arguments.model, arguments.kb)
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that opens models."""
+    add_fields(parser, Opening)
 
 
-def load_compared(arguments: argparse.Namespace) -> tuple[Any, PreTrainedTokenizerFast]:
-    """The model that --compare names, with its own knowledge base."""
-    return _load(arguments, arguments.compare, None)
-
-
-def _load(arguments: argparse.Namespace, folder: Path, kb: Path | None) -> tuple[Any, PreTrainedTokenizerFast]:
-    from valm.model.checkpoint import load
-    from valm.retrieval.min_score import set_min_score
-
-    model, tokenizer = load(
-        folder,
-        kb=kb,
-        clip=arguments.clip,
-        allow_download=arguments.allow_download,
-        device=chosen_device(arguments),
-        query_dtype=chosen_query_dtype(arguments),
-    )
-    if arguments.min_score is not None:
-        set_min_score(model, arguments.min_score, folder)
-    return model, tokenizer
+def opening(arguments: argparse.Namespace) -> Opening:
+    """The value of the options of `add_opening`."""
+    return Opening(**given_fields(Opening, arguments))
 
 
 def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_retrieval, command, load_model, not_negative, positive
+from valm.cli.options import Commands, add_opening, command, not_negative, opening, positive
 from valm.errors import ValmError
 from valm.store.files import name_of
 
@@ -23,7 +23,7 @@ def add_to(commands: Commands) -> None:
     serve.add_argument(
         "--max-waiting", type=not_negative, default=64, help="requests that may wait for the one being answered"
     )
-    add_retrieval(serve)
+    add_opening(serve)
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
@@ -32,7 +32,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValmError(f"valm serve needs the package {error.name}: pip install -e '.[serve]'") from error
 
-    model, tokenizer = load_model(arguments)
+    model, tokenizer = opening(arguments).load(arguments.model)
     retriever = model.retriever  # opened now: what it lacks is an error before anyone asks
     if model.fusion_options.num_images > 0 and retriever is None:
         raise ValmError(

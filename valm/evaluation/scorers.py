@@ -8,6 +8,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,12 @@ from valm.evaluation.scoring import (
     equal_lengths,
     last_tokens,
 )
-from valm.evaluation.settings import Settings
 from valm.model.adapter import ADAPTER_FILE, is_adapter
-from valm.model.checkpoint import ModelConfig, load
+from valm.model.checkpoint import ModelConfig
 from valm.model.config import MODEL_TYPE
 from valm.model.image_model import ImageModel
+from valm.model.opening import Opening
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.min_score import set_min_score
 from valm.retrieval.retriever import Retriever
 from valm.store.files import is_file, is_folder, read_json
 from valm.store.folders import current_files
@@ -303,7 +303,7 @@ class ClipScorer(Scorer):
         return (torch.cat(rows) * self.clip.model.logit_scale.exp()).log_softmax(-1).cpu()
 
 
-def open_scorer(source: str, settings: Settings) -> Scorer:
+def open_scorer(source: str, settings: Opening) -> Scorer:
     """The model in the folder `source`, or of that Hugging Face name where the settings allow its download.
 
     It may be what `valm.load` loads (kb, clip, query_dtype and min_score are of such models), a causal or masked
@@ -315,10 +315,10 @@ def open_scorer(source: str, settings: Settings) -> Scorer:
     check_source(source, settings.allow_download)
     folder = Path(source)
     if is_file(folder / CLIP_CONFIG_FILE):
-        return ClipScorer(Clip.load(source, device=settings.device))
+        return ClipScorer(Clip.load(source, device=settings.opened_device()))
     if is_adapter(folder) or (is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE):
         return _open_valm(source, settings)
-    return _open_transformers(source, settings.allow_download, settings.device)
+    return _open_transformers(source, settings.allow_download, settings.opened_device())
 
 
 def check_source(source: str, allow_download: bool) -> None:
@@ -335,7 +335,7 @@ def check_source(source: str, allow_download: bool) -> None:
         raise ValmError(f"the folder {source} holds no model: it has neither {CONFIG_FILE} nor {CLIP_CONFIG_FILE}")
 
 
-def _open_transformers(source: str, allow_download: bool, device: str | torch.device) -> Scorer:
+def _open_transformers(source: str, allow_download: bool, device: torch.device) -> Scorer:
     """A causal or masked language model of transformers."""
 
     what = f"the language model {source}"
@@ -372,22 +372,12 @@ def _model_type(folder: Path) -> Any:
         return None
 
 
-def _open_valm(source: str, settings: Settings) -> CausalScorer:
-    kb = settings.kb
-    if kb is not None and _sees_no_images(Path(source)):
+def _open_valm(source: str, settings: Opening) -> CausalScorer:
+    if settings.kb is not None and _sees_no_images(Path(source)):
         warnings.warn(f"{source} sees no images, so the knowledge base (--kb) is not for it", stacklevel=2)
-        kb = None
-    model, tokenizer = load(
-        source,
-        kb=kb,
-        clip=settings.clip,
-        allow_download=settings.allow_download,
-        device=settings.device,
-        query_dtype=settings.query_dtype,
-    )
+        settings = replace(settings, kb=None)
+    model, tokenizer = settings.load(source)
     model.float()  # as all others
-    if settings.min_score is not None:
-        set_min_score(model, settings.min_score, source)
     options = model.fusion_options
     if options.blind:
         kind = "blind: its own query is each token's image"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from valm.model.opening import Opening
 from valm.options import option
-
-if TYPE_CHECKING:
-    import torch
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -19,9 +16,8 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of an evaluation (`valm eval --help`). Those from `kb` on are how models are opened, as `valm.load`
-    does; min_score takes the place of a model's own."""
+class Settings(Opening):
+    """The options of an evaluation (`valm eval --help`), and how its models are opened."""
 
     tasks: Sequence[str] | None = option(
         "tasks or groups, with commas between them: color,shape,size,material,nlu,lm (default: color; with --ask none)",
@@ -46,12 +42,6 @@ class Settings:
         parse=listed,
         metavar="off,random,FOLDER",
     )
-    kb: str | os.PathLike | None = None
-    clip: str | None = None
-    allow_download: bool = False
-    device: str | torch.device = "cpu"
-    query_dtype: torch.dtype | None = None
-    min_score: float | None = None
 
     @property
     def protocols(self) -> tuple[str, ...]:

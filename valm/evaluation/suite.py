@@ -23,7 +23,6 @@ from valm.evaluation.sets import EvaluationSet, own_sets
 from valm.evaluation.settings import Settings
 from valm.evaluation.statistics import paired
 from valm.knowledge_base.sources.folder import find_images
-from valm.options import check_fields
 from valm.progress import progress_bar
 from valm.store.files import short_names
 from valm_kernels import __version__
@@ -96,7 +95,6 @@ def evaluate(
         ValmError: data, a model or its images are missing or do not belong together. What needs no model is checked
             before the first is opened, the rest of each before it is scored.
     """
-    check_fields(settings)
     tasks = ("color",) if settings.tasks is None and not settings.ask else settings.tasks
     sets = [*([] if tasks is None else chosen_sets(tasks)), *own_sets(settings.ask)]
     asked = asked_by(settings, sets)

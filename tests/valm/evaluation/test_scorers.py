@@ -165,7 +165,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
     other = open_scorer(str(tmp_path / "adapter"), Settings(kb=tmp_path / "other"))
     assert other.fingerprint != own
-    half = open_scorer(str(tmp_path / "adapter"), Settings(query_dtype=torch.bfloat16))
+    half = open_scorer(str(tmp_path / "adapter"), Settings(query_dtype="bfloat16"))
     assert half.fingerprint != own
     assert (scorer.query_dtype, half.query_dtype, original.query_dtype) == (torch.float32, torch.bfloat16, None)
     shorter = ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer, overlap=0, min_tokens=3)

@@ -1,0 +1,91 @@
+"""How a model is opened: options that are the same in every command that uses one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from valm.options import check_fields, option
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+QUERY_DTYPES = ("float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How models are opened. Its fields are options, whose help says what they are; `load` has the arguments of
+    `valm.load`.
+
+    Attributes:
+        allow_download: load the CLIP from the hub that the knowledge base names.
+    """
+
+    kb: str | os.PathLike | None = option("another knowledge base than the checkpoint was trained with")
+    min_score: float | None = option(
+        "a token whose best image has a lower retrieval score sees none; -1 cuts nothing (default: the model's own)",
+        metavar="SCORE",
+    )
+    clip: str | None = option(
+        "the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from the "
+        "hub that the knowledge base names"
+    )
+    query_dtype: str | None = option(
+        "precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI; auto is what this "
+        "machine has fast instructions for",
+        choices=[*QUERY_DTYPES, "auto"],
+    )
+    device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
+    allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def opened_device(self) -> torch.device:
+        """The device.
+
+        Raises:
+            ValmError: there is none of this name.
+        """
+        from valm.clip.device import open_device
+
+        return open_device(self.device)
+
+    def torch_query_dtype(self) -> torch.dtype | None:
+        """The precision of CLIP's text tower, None where none is given."""
+        import torch
+
+        from valm.clip.text_tower import fastest_dtype
+
+        if self.query_dtype == "auto":
+            return fastest_dtype(self.opened_device())
+        return None if self.query_dtype is None else getattr(torch, self.query_dtype)
+
+    def load(self, folder: str | os.PathLike) -> tuple[Any, PreTrainedTokenizerFast]:
+        """The model in `folder` and its tokenizer, as `valm.load` has them, with `min_score` as its own.
+
+        Raises:
+            ValmError: as `valm.load` does, or there is no such device.
+        """
+        from valm.model.checkpoint import load
+        from valm.retrieval.min_score import set_min_score
+
+        model, tokenizer = load(
+            folder,
+            kb=self.kb,
+            clip=self.clip,
+            allow_download=self.allow_download,
+            device=self.opened_device(),
+            query_dtype=self.torch_query_dtype(),
+        )
+        if self.min_score is not None:
+            set_min_score(model, self.min_score, folder)
+        return model, tokenizer
+
+    def load_other(self, folder: str | os.PathLike) -> tuple[Any, PreTrainedTokenizerFast]:
+        """A second model, with its own knowledge base."""
+        return dataclasses.replace(self, kb=None).load(folder)
