@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_opening, command, not_negative, opening, positive
+from valm.cli.options import Commands, add_opening, command, not_negative, opening, port, positive
 from valm.errors import ValmError
 from valm.store.files import name_of
 
@@ -18,7 +18,7 @@ def add_to(commands: Commands) -> None:
         default="127.0.0.1",
         help="address to listen on; another one than this machine's own lets everyone who reaches it use the model",
     )
-    serve.add_argument("--port", type=not_negative, default=8000, help="0 takes any free one")
+    serve.add_argument("--port", type=port, default=8000, help="0 takes any free one")
     serve.add_argument("--max-tokens", type=positive, default=512, help="the most that a request may ask for")
     serve.add_argument(
         "--max-waiting", type=not_negative, default=64, help="requests that may wait for the one being answered"
