@@ -406,7 +406,7 @@ def measure_corpus(
     tokens = json.loads((retrieval / "manifest.json").read_text())["tokens"]
     results.add("retrieve", seconds=found.seconds, peak_mb=found.peak_mb, kills=found.kills, tokens=tokens)
     command = valm("train", "--retrieval", retrieval, "--kb", kb, "--out", model, "--steps", str(STEPS), "--resume")
-    command += ["--layers", "4", "--width", "256", "--heads", "4", "--context", "256", "--save_steps", "50"]
+    command += ["--model", "4x256x4", "--context", "256", "--save_steps", "50"]
     trained = run(command, model, killed_at["train"])
     results.add("train", seconds=trained.seconds, peak_mb=trained.peak_mb, kills=trained.kills, steps=STEPS)
 

@@ -27,14 +27,12 @@ from valm.knowledge_base.build import build
 OUTPUTS = Path(__file__).with_suffix(".safetensors")
 STEPS = 200
 OF_ALL = ["--steps", str(STEPS), "--batch-size", "3", "--lr", "1e-2", "--context", "24", "--logging_steps", "1"]
-NEW = ["{corpus}", "--clip", "{clip}", "--layers", "2", "--width", "32", "--heads", "2"]
-IMAGES = [*NEW, "--kb", "{kb}", "-k", "2"]
-RETRIEVED = ["--retrieval", "{retrieval}", "--kb", "{kb}", "--layers", "2", "--width", "32", "--heads", "2"]
-BASE = ["{corpus}", "--base", "{base}", "--kb", "{kb}", "--clip", "{clip}", "-k", "2", "--layer", "1"]
+NEW = ["--model", "2x32x2"]
+IMAGES = ["--retrieval", "{retrieval}", "--kb", "{kb}", *NEW]
+BASE = ["--retrieval", "{of_base}", "--base", "{base}", "--kb", "{kb}", "--layer", "1"]
 COMMANDS = {
-    "text alone": NEW,
+    "text alone": ["{corpus}", "--tokenizer", "{clip}", *NEW],
     "images": IMAGES,
-    "retrieved": RETRIEVED,
     "cut": [*IMAGES, "--min-score", "0.2"],
     "scored": [*IMAGES, "--score-scale", "1"],
     "dropout": [*IMAGES, "--image-dropout", "0.3"],
@@ -43,7 +41,7 @@ COMMANDS = {
     "base": [*BASE, "--unfreeze", "block", "--fusion-lr", "1e-2", "--logit-bias", "-2"],
     "limited softmax": [*BASE, "--unfreeze", "block", "--limit-softmax"],
     "states below": [*BASE, "--cache-below", "{folder}/below"],
-    "two processes": RETRIEVED,
+    "two processes": IMAGES,
 }
 
 
@@ -59,10 +57,11 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     draw(base)
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    names = {name: folder / name for name in ("clip", "kb", "base", "retrieval")}
+    names = {name: folder / name for name in ("clip", "kb", "base", "retrieval", "of_base")}
     paths = {**names, "corpus": folder / "corpus.txt", "folder": folder}
-    of_kb = ["--kb", paths["kb"], "--clip", paths["clip"], "-k", "2", "--out", paths["retrieval"]]
-    run(["retrieve", paths["corpus"], *of_kb])
+    retrieve = ["retrieve", paths["corpus"], "--kb", paths["kb"], "--clip", paths["clip"], "-k", "2"]
+    run([*retrieve, "--out", paths["retrieval"]])
+    run([*retrieve, "--tokenizer", paths["base"], "--out", paths["of_base"]])
     return paths
 
 

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from valm.store.shards import Runner
 
 WHOLE_MODEL = "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only --full -k whole_model`"
-# Commands and options that went, and what took their place.
+RETRIEVED = "`valm retrieve` decides it, whose result is given as --retrieval"
+SIZE = "--model is the size: a name, or LAYERSxWIDTHxHEADS such as 4x256x4"
+# Commands and options that went, also those that other commands still have, and what took their place.
 GONE = {
+    **dict.fromkeys(("valm train -k", "valm train --images", "valm train --query", "valm train --device"), RETRIEVED),
+    "valm train --allow-download": RETRIEVED,
+    "valm train --clip": f"{RETRIEVED}; a model of text alone has --tokenizer",
+    **dict.fromkeys(("valm train --layers", "valm train --width", "valm train --heads"), SIZE),
     "--follow-links": "linked folders are always looked into, each once",
     "--beams": "generate() of a model that `valm.load` opens searches with num_beams",
     "--color-terms": "put the file into the folder --data",
@@ -42,10 +48,11 @@ GONE = {
 }
 
 
-def instead(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence: what took the place of the command or option `name`, or else the nearest of those `known`;
-    empty where there is neither."""
-    return f": {GONE[name]}" if name in GONE else nearest(name, known)
+def instead(name: str, known: Iterable[str], of: str = "") -> str:
+    """The end of a sentence: what took the place of the command or option `name` of the command `of`, or else the
+    nearest of those `known`; empty where there is neither."""
+    gone = GONE.get(f"{of} {name}", GONE.get(name))
+    return f": {gone}" if gone else nearest(name, known)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -95,7 +102,7 @@ class CommandParser(argparse.ArgumentParser):
         """Exits with one sentence; that an option is misspelt or gone comes first, as argparse names required ones that
         it lacks before."""
         for name in self.unknown_options(self._given):
-            if instead(name, self.option_names()):
+            if instead(name, self.option_names(), self.prog):
                 self._fail(name)
         self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` has all\n")
 
@@ -115,7 +122,7 @@ class CommandParser(argparse.ArgumentParser):
             raise ValmError(f"{self.prog} has no command {name}{remedy}")
 
     def _fail(self, option: str) -> NoReturn:
-        raise ValmError(f"{self.prog} has no option {option}{instead(option, self.option_names())}")
+        raise ValmError(f"{self.prog} has no option {option}{instead(option, self.option_names(), self.prog)}")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
@@ -231,18 +238,11 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     Raises:
         ValmError: there is no such device.
     """
-    from valm.clip.device import open_device
+    from valm.clip.device import device_of_tasks, open_device
 
-    name = arguments.device
     if getattr(arguments, "ray", None) is None:
-        return open_device(name)
-    has_gpu = arguments.gpus > 0  # a task sees only the GPUs that it reserves
-    if name == "auto":
-        name = "cuda" if has_gpu else "cpu"
-    device = open_device(name, "drop --gpus") if has_gpu else open_device(name)
-    if device.type != "cpu" and not has_gpu:
-        raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
-    return device
+        return open_device(arguments.device)
+    return device_of_tasks(arguments.device, arguments.gpus)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -66,9 +66,12 @@ def print_held_out(training: ImageTrainer) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     if "hub_token" in arguments.fields:
         raise ValmError("--hub_token would stand in the model card: give the token as HF_TOKEN in the environment")
+    plan = chosen_plan(arguments)
+    plan.check()
+    plan.check_paths()  # before what takes seconds to import
+
     from valm.training.run import run_plan
 
-    plan = chosen_plan(arguments)
     training = run_plan(plan, command=shlex.join(["valm", *arguments.command_line]))
     if training.is_world_process_zero():
         print_held_out(training)

@@ -25,3 +25,17 @@ def open_device(name: str, remedy: str = "drop --device, or give cpu") -> torch.
         reason = str(error).partition("\n")[0]
         raise ValmError(f"there is no device {name!r} here ({reason}); {remedy}") from error
     return device
+
+
+def device_of_tasks(name: str, gpus: int) -> torch.device:
+    """The device that `name` means in the tasks of a Ray cluster, each of which sees only the `gpus` that it reserves.
+
+    Raises:
+        ValmError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if gpus > 0 else "cpu"
+    device = open_device(name, "drop --gpus") if gpus > 0 else open_device(name)
+    if device.type != "cpu" and gpus == 0:
+        raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
+    return device

@@ -6,6 +6,7 @@
     image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
     image_scores-00000.npy (n, K) float32, unless they were not wanted: inner product of query and image, -inf = none
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
+    _clip.json             where its CLIP was, if the user said so or allowed its download
 
 A document's images depend on that document alone (to rounding, on its shard too): training can cut it to any length
 without retrieving again.
@@ -37,7 +38,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
-from valm.store.files import Count
+from valm.store.files import Count, read_json, write_json
 from valm.store.shards import (
     Manifest,
     Progress,
@@ -56,6 +57,7 @@ from valm_kernels import FlatIPIndex
 
 WHAT = "corpus retrieval"
 VERSION = 2
+CLIP_FILE = "_clip.json"
 # Size of a shard, of text or of token ids in 32 bits: about a million tokens either way. A retrieval that was killed
 # repeats at most one.
 PART_BYTES = 4 << 20
@@ -87,6 +89,13 @@ class CorpusPlan(TypedDict):
     min_tokens: Count
     eos: Count
     scores: bool
+
+
+class ClipNote(TypedDict):
+    """The content of CLIP_FILE. folder: where it was written, as a hub that a foreign note names is not reached."""
+
+    clip: str
+    folder: str
 
 
 class CorpusManifest(Manifest):
@@ -178,6 +187,19 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     def precision(self) -> str:
         """That of the queries."""
         return self.manifest["plan"]["precision"]
+
+    @property
+    def clip(self) -> str | None:
+        """The CLIP that made the queries, as for `ImageKnowledgeBase.load_clip`; None: that which it names itself.
+
+        Raises:
+            ValmError: its note is damaged.
+        """
+        if not (self.path / CLIP_FILE).is_file():
+            return None
+        note = read_json(self.path / CLIP_FILE, "the note on the CLIP", ClipNote, "delete it, and retrieve again")
+        here = note["folder"] == str(self.path.resolve())
+        return note["clip"] if here or os.path.isdir(note["clip"]) else None
 
     @property
     def fingerprint(self) -> str:
@@ -319,6 +341,12 @@ def retrieve_corpus(
                 raise ValmError(f"cannot write the tokenizer into {build.out}: {error}; run the same again") from error
             build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
     return CorpusRetrieval.open(build.out)
+
+
+def note_clip(folder: Path, source: str) -> None:
+    """Notes in the retrieval in `folder` that its CLIP was loaded from `source`, as the user asked for."""
+    place = os.path.abspath(source) if os.path.isdir(source) else source
+    write_json(folder / CLIP_FILE, {"clip": place, "folder": str(folder.resolve())})
 
 
 def _parts(documents: Iterable[Any], part_bytes: int) -> Iterator[list[Any]]:

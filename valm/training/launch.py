@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-
-from accelerate.utils import get_int_from_env, parse_flag_from_env
-from transformers import TrainingArguments
-from transformers.training_args import ParallelMode
+from typing import TYPE_CHECKING
 
 from valm.errors import ValmError
+
+if TYPE_CHECKING:  # whose import takes seconds
+    from transformers import TrainingArguments
+
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def launched_processes() -> int:
     """Number of processes that torchrun, accelerate or MPI has started for this command."""
-    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    return next((int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()), 1)
 
 
 def check_alone(command: str) -> None:
@@ -36,6 +38,9 @@ def check_processes(arguments: TrainingArguments) -> None:
     Raises:
         ValmError: the processes would train a model each, and all write it to one folder; or fsdp would do nothing.
     """
+    from accelerate.utils import parse_flag_from_env
+    from transformers.training_args import ParallelMode
+
     if arguments.fsdp and arguments.device.type == "cpu":  # accelerate leaves it out there without a word
         raise ValmError("fsdp divides a model among several GPUs, and would do nothing on CPUs: leave it out (--fsdp)")
     launched = launched_processes()

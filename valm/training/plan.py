@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from valm.errors import ValmError
 from valm.options import MAX_SEED, REQUIRED, check_fields, option
+from valm.text import nearest
 
 if TYPE_CHECKING:
     from valm.corpus.texts import TextCorpus
@@ -18,11 +20,45 @@ if TYPE_CHECKING:
 STEPS = 1000
 # Evaluations of a training, and how many without gain end it, unless the fields say otherwise.
 EVALUATIONS, PATIENCE = 20, 3
-# Fields of a new model, and their defaults; a pretrained decoder has its own.
-SIZES = {"layers": 12, "width": 768, "heads": 12}
 # Fields of a pretrained decoder only.
 BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 TWINS = ("text", "random", "blind", "shuffled")
+
+
+class Size(NamedTuple):
+    """Of a new model: its blocks, the numbers in a hidden state, and the heads that these are divided among."""
+
+    layers: int
+    width: int
+    heads: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+# The demo's models, those of nanoGPT's example on Shakespeare, and GPT-2.
+SIZES = {"tiny": Size(4, 128, 8), "small": Size(6, 384, 6), "base": Size(12, 768, 12)}
+
+
+def size_of(given: str) -> Size:
+    """The size with the name `given`, or that it says, such as 4x256x4.
+
+    Raises:
+        ValmError: it is no size, or none that a model can have.
+    """
+    if given in SIZES:
+        return SIZES[given]
+    if not re.fullmatch(r"\d+x\d+x\d+", given):
+        known = ", ".join(f"{name} ({size})" for name, size in SIZES.items())
+        raise ValmError(
+            f"--model is {given!r}{nearest(given, SIZES)}; sizes are {known}, and LAYERSxWIDTHxHEADS such as 4x256x4"
+        )
+    size = Size(*map(int, given.split("x")))
+    if size.layers < 2:
+        raise ValmError(f"--model is {given}: there must be 2 layers, as the last but one sees the images")
+    if size.heads < 1 or size.width < 1 or size.width % size.heads:
+        raise ValmError(f"--model is {given}: its {size.heads} heads do not divide the width {size.width} evenly")
+    return size
 
 
 def score(text: str) -> float | str:
@@ -35,8 +71,8 @@ class TrainingPlan:
     --help`), and whose names the error messages use.
 
     Attributes:
-        corpus: the texts to train on. With `kb` their images are retrieved, into a folder beside `out`. Without one,
-            `retrieval` has them.
+        corpus: the texts to train on. With `kb` their images are retrieved as `valm retrieve` does by default, into a
+            folder beside `out`. Without one, `retrieval` has them.
         fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.
         allow_download: load the CLIP from the hub that the knowledge base names.
     """
@@ -49,11 +85,10 @@ class TrainingPlan:
     out: str | os.PathLike = option("folder of the checkpoints and of the model", REQUIRED)
     resume: bool = option("resume from the newest checkpoint in --out, if any", False)
     kb: str | os.PathLike | None = option("knowledge base; without it the model sees no images")
-    clip: str | None = option("the CLIP whose tokenizer the model reads with (default: that of --kb)")
     allow_download: bool = False
-    tokenizer: str | None = option("another tokenizer for the model: folder or Hugging Face name")
-    images: int | None = option("images a token sees (default: 4)", short="-k", least=1)
-    query: str | None = option("kind of the retrieval query (default: eot)", choices=["eot", "state"])
+    tokenizer: str | None = option(
+        "that of a new model of a corpus without --kb: folder or Hugging Face name (default: CLIP's)"
+    )
     twin: str | None = option(
         "train a control of the model with --kb instead, on the same tokens in the same order with the same seed: "
         "without images, with random ones of the knowledge base, with its retrieval query as each token's one image "
@@ -78,7 +113,7 @@ class TrainingPlan:
     )
     min_score: float | str | None = option(
         "a token whose best image has a lower retrieval score sees none; auto chooses it from --questions or "
-        "--ordinary-text (default: each token but the first of a document sees -k images)",
+        "--ordinary-text (default: each token but the first of a document sees images)",
         metavar="SCORE",
         parse=score,
     )
@@ -109,9 +144,11 @@ class TrainingPlan:
         below=1,
         metavar="SHARE",
     )
-    layers: int | None = option("blocks; the last but one sees the images (default: 12)", least=2)
-    width: int | None = option("numbers in a hidden state (default: 768)", least=1)
-    heads: int | None = option("attention heads (default: 12)", least=1)
+    model: str | None = option(
+        f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; the last but "
+        "one of its layers sees the images (default: base)",
+        metavar="SIZE",
+    )
     context: int = option("most tokens of a document, longer ones are cut", 512, least=1)
     steps: int | None = option("updates (default: 1000, or what --num_train_epochs says)", least=1)
     batch_size: int = option("documents a step and process", 16, least=1)
@@ -131,11 +168,6 @@ class TrainingPlan:
         "share that predicts the validation documents best (`valm.training.mix`)",
         True,
     )
-    device: str = option(
-        "where images are retrieved: cpu, cuda, cuda:1, ... (training itself takes the GPUs that torch has); auto "
-        "takes a GPU where torch has one",
-        "auto",
-    )
 
     def check(self) -> None:
         """Checks the fields against each other; nothing is opened.
@@ -150,24 +182,22 @@ class TrainingPlan:
             raise ValmError("--patience looks at the evaluations: give --validation too")
         if not self.mix and (self.base is None or self.validation is None):
             raise ValmError("--no-mix is of a pretrained decoder that is evaluated: give --base and --validation too")
-        for name, is_for in {**dict.fromkeys(BASE_FIELDS, True), **dict.fromkeys(SIZES, False)}.items():
-            if getattr(self, name) is not None and is_for != (self.base is not None):
-                kind = "a pretrained decoder: give --base too" if is_for else "a new model: --base has its own"
-                raise ValmError(f"--{name.replace('_', '-')} is of {kind}")
-        sizes = self.sizes()
-        if self.base is None and sizes["width"] % sizes["heads"] != 0:
-            raise ValmError(f"--heads is {sizes['heads']}, which does not divide --width {sizes['width']} evenly")
-        # those of a `retrieval` were decided with it
+        for name in BASE_FIELDS if self.base is None else ():
+            if getattr(self, name) is not None:
+                raise ValmError(f"--{name.replace('_', '-')} is of a pretrained decoder: give --base too")
+        if self.base is not None and self.model is not None:
+            raise ValmError("--model is the size of a new model: --base has its own")
+        self.size()
+        if self.tokenizer is not None and (self.retrieval or self.kb or self.base):
+            raise ValmError(
+                "--tokenizer is of a new model of a corpus without --kb: `valm retrieve` has the same option for what "
+                "it writes, and --base has its own"
+            )
         of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
-        of_images = (*of_images, *(() if self.retrieval else ("images", "query")))
         given = {name: getattr(self, name) for name in of_images} | {"image_dropout": self.image_dropout or None}
         for name, value in given.items():
             if value is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
-        if self.clip is not None and self.kb is None and (self.tokenizer or self.base):
-            raise ValmError(
-                "without --kb, --clip has the model's tokenizer, and so have --tokenizer and --base: drop it"
-            )
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
                 f"--twin {self.twin} exchanges images, and their retrieval scores are not known: give it without "
@@ -183,9 +213,26 @@ class TrainingPlan:
         if "output_dir" in self.fields:
             raise ValmError("output_dir is the folder that --out names: leave it out")
 
-    def sizes(self) -> dict[str, int]:
-        """The sizes of a new model."""
-        return {name: default if (given := getattr(self, name)) is None else given for name, default in SIZES.items()}
+    def check_paths(self) -> None:
+        """Checks that what the fields name is there, before what takes long: the rest is read hours later.
+
+        Raises:
+            ValmError: something is not.
+        """
+        named = {"--kb": self.kb, "--retrieval": self.retrieval, "--validation": None}
+        named |= {"--questions": self.questions, "--ordinary-text": self.ordinary_text}
+        if self.validation is not None and isinstance(found := validation_of(self.validation), Path):
+            named["--validation"] = found
+        for name, path in named.items():
+            if path is not None and not os.path.exists(path):
+                raise ValmError(f"{name}: there is no {path}")
+        for file in () if self.corpus is None else self.corpus.files:
+            if not os.path.exists(file):
+                raise ValmError(f"there is no corpus file {file}")
+
+    def size(self) -> Size:
+        """That of a new model."""
+        return size_of("base" if self.model is None else self.model)
 
     def training_fields(self) -> dict[str, Any]:
         """The fields of TrainingArguments that are given, or follow from other fields of the plan."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from valm.clip.clip import Clip
-from valm.clip.device import open_device
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
 from valm.corpus.min_score import find_min_score
-from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.plan import RetrievalPlan
+from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.run import open_retriever, run_retrieval
 from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -24,8 +25,8 @@ from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
-from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.retrieval.source import ImageSource, open_encoder
+from valm.retrieval.retriever import BlindRetriever
+from valm.retrieval.source import ImageSource
 from valm.store.files import output_folder
 from valm.training.callbacks import Patience, ended_by_signals, show_progress
 from valm.training.data import hold_out, twin, with_min_score
@@ -36,8 +37,6 @@ from valm.training.plan import PATIENCE, TrainingPlan, validation_of
 from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
 
-# Images a token sees and kind of the retrieval query, where the corpus is retrieved here.
-IMAGES, QUERY = 4, "eot"
 # Tokens whose queries a blind model keeps from one epoch to the next.
 CACHED_QUERIES = 1 << 17
 
@@ -57,6 +56,7 @@ def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
         KeyboardInterrupt: Ctrl-C or SIGTERM has ended it, after a step, with a checkpoint.
     """
     plan.check()
+    plan.check_paths()
     settings = training_arguments(plan.out, **plan.training_fields())
     with output_folder(plan.out) as out:
         return _run(plan, out, settings, command)
@@ -64,15 +64,12 @@ def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
 
 def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
-    for name, source in (("questions", plan.questions), ("ordinary-text", plan.ordinary_text)):
-        if source is not None and not Path(source).exists():  # read only once the corpus is retrieved
-            raise ValmError(f"--{name}: there is no {source}")
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     dataset, tokenizer = _open_corpus(plan, kb, "retrieval")
     min_score = _min_score(plan, kb, dataset, tokenizer)
     documents, held_out = _split(plan, kb, dataset, min_score, settings.seed)
     torch.manual_seed(settings.seed)
-    model = _model(plan, kb, dataset, tokenizer, min_score)
+    model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
     sees = model.fusion_options
     base = None if plan.base is None or held_out is None else base_weights(model)
     patience = _patience(plan, settings)
@@ -98,7 +95,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         base = None
     own: dict[str, Any] = {"twin": plan.twin, "limit_softmax": plan.limit_softmax or None}
     own["image_dropout"] = plan.image_dropout or None
-    own["context"] = plan.context
+    own |= {"model": None if plan.base else str(plan.size()), "context": plan.context}
     validation = None if plan.validation is None else validation_of(plan.validation)
     own["validation"] = None if validation is None else str(validation)
     own["validation_data"] = content_of(held_out) if isinstance(validation, Path) else None
@@ -123,19 +120,17 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
 def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrainer) -> str:
     """One line that says what is trained, and whether it sees images."""
     images = model.fusion_options.num_images
-    of = "its queries" if plan.twin == "blind" else f"{plan.kb}"
-    sees = f"{images} images a token of {of}" if images else "text alone" + (": no --kb" if plan.kb is None else "")
+    of = "its own query as the image of a token" if plan.twin == "blind" else f"{images} images a token of {plan.kb}"
+    sees = of if images else "text alone" + (" (there is no --kb)" if plan.kb is None else "")
     config = model.config.get_text_config(decoder=True)
-    sizes = f"{config.num_hidden_layers} layers of {config.hidden_size}"
     count = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    share = "" if trained == count else f", {trained / 1e6:,.1f} M of them train"
+    share = "" if trained == count else f", of which {trained:,} train"
     rows = training.get_total_train_batch_size(training.args)
     steps = training.args.max_steps if training.args.max_steps > 0 else f"{training.args.num_train_epochs:g} epochs of"
-    return (
-        f"{plan.twin or 'a model'} with {sees}: {sizes}, {count / 1e6:,.1f} M parameters{share}; {len(documents):,} "
-        f"documents, {steps} steps of {rows}"
-    )
+    what = f"the {plan.twin} twin" if plan.twin else "a model"
+    sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {count:,} parameters{share}"
+    return f"training {what} with {sees}: {sizes}; {len(documents):,} documents, {steps} steps of {rows}"
 
 
 def _patience(plan: TrainingPlan, settings: TrainingArguments) -> int:
@@ -155,7 +150,7 @@ def _min_score(
         return None
     if not isinstance(plan.min_score, str):
         return plan.min_score
-    retriever = None if plan.corpus is None else _retriever(plan, kb)
+    retriever = None if plan.corpus is None else open_retriever(_retrieval(plan, "retrieval"), kb)
     found = find_min_score(
         kb, dataset.query, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
     )
@@ -169,8 +164,9 @@ def _model(
     dataset: Any,
     tokenizer: PreTrainedTokenizerFast,
     min_score: float | None,
+    device: torch.device,
 ) -> Any:
-    """The model or its twin, before the training."""
+    """The model or its twin, before the training on `device`."""
     images: dict[str, Any] = {}
     if kb is not None and plan.twin != "text":
         blind = plan.twin == "blind"
@@ -179,26 +175,26 @@ def _model(
     model = _new(plan, tokenizer, images) if plan.base is None else _augmented(plan, plan.base, images)
     if kb is not None and plan.twin == "blind":
         source = ImageSource.of_knowledge_base(kb, dataset.query, **dataset.segments)
-        of_clip: Any = {"clip": plan.clip, "allow_download": plan.allow_download}
-        retriever = model.finder.open(source, dataset.tokenizer, device=open_device(plan.device), **of_clip)
+        with _retrieving():
+            retriever = model.finder.open(source, dataset.tokenizer, clip=dataset.clip, device=device)
         model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
     return model
 
 
 def _new(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any]) -> Any:
     """A VaLM with random weights, or without images GPT-2*."""
-    sizes = plan.sizes()
+    size = plan.size()
     config = ValmConfig(
         vocab_size=len(tokenizer),
         n_positions=plan.context,
-        n_layer=sizes["layers"],
-        n_embd=sizes["width"],
-        n_head=sizes["heads"],
+        n_layer=size.layers,
+        n_embd=size.width,
+        n_head=size.heads,
         bos_token_id=begin_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         score_scale=plan.score_scale if images else None,
-        **(images or {"num_images": 0, "image_dim": sizes["width"]}),
+        **(images or {"num_images": 0, "image_dim": size.width}),
     )
     return VaLMForCausalLM(config)
 
@@ -270,50 +266,39 @@ def _open_validation(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset:
 def _open_corpus(plan: TrainingPlan, kb: ImageKnowledgeBase | None, name: str) -> tuple[Any, PreTrainedTokenizerFast]:
     """The documents and the tokenizer of the model; `name`: of the folder in which their images are retrieved."""
     if plan.corpus is None:
-        documents = _open_retrieval(plan)
+        assert plan.retrieval is not None  # as `check` found
+        documents = CorpusRetrieval.open(plan.retrieval)
     elif kb is not None:
-        documents = _retrieve(plan, plan.corpus, kb, name)
+        if launched_processes() > 1:
+            raise ValmError(
+                "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
+            )
+        with _retrieving():
+            documents = run_retrieval(_retrieval(plan, name))
     else:
-        named = plan.tokenizer or plan.base
-        if named:
-            tokenizer = load_tokenizer(named) if plan.base is None else own_tokenizer(named)
-        else:
-            tokenizer = Clip.load(plan.clip).tokenizer if plan.clip else clip_tokenizer()
+        new = clip_tokenizer() if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
+        tokenizer = new if plan.base is None else own_tokenizer(plan.base)
         found = tokenize_documents(list(plan.corpus.documents()), tokenizer)
         return [{"input_ids": document} for document in found], tokenizer
     if plan.base is not None:  # `trainer` compares the base's own with the corpus'
-        return documents, own_tokenizer(plan.tokenizer or plan.base)
+        return documents, own_tokenizer(plan.base)
     chats = documents.tokenizer.chat_template is not None  # which a model trained from nothing cannot
     return documents, load_tokenizer(documents.path) if chats else documents.tokenizer
 
 
-def _open_retrieval(plan: TrainingPlan) -> CorpusRetrieval:
-    decided = {"--tokenizer": plan.tokenizer, "-k": plan.images, "--query": plan.query}
-    if plan.twin != "blind":  # which retrieves as it trains
-        decided["--clip"] = plan.clip
-    given = next((name for name, value in decided.items() if value is not None), None)
-    if given is not None:
-        raise ValmError(f"{given} was decided when {plan.retrieval} was retrieved; leave it out")
-    assert plan.retrieval is not None  # as `check` found
-    return CorpusRetrieval.open(plan.retrieval)
-
-
-def _retrieve(plan: TrainingPlan, corpus: TextCorpus, kb: ImageKnowledgeBase, name: str) -> CorpusRetrieval:
-    """Retrieves the images of `corpus` into a folder beside `out`, which is not published with the model."""
-    if launched_processes() > 1:
-        raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
+def _retrieval(plan: TrainingPlan, name: str) -> RetrievalPlan:
+    """The retrieval of a corpus into a folder beside `out`, which is not published with the model."""
+    assert plan.corpus is not None and plan.kb is not None
     out = Path(plan.out).absolute()
-    return retrieve_corpus(corpus.documents(), _retriever(plan, kb), out.with_name(f"{out.name}-{name}"))
+    return RetrievalPlan(corpus=plan.corpus, kb=plan.kb, out=out.with_name(f"{out.name}-{name}"), tokenizer=plan.base)
 
 
-def _retriever(plan: TrainingPlan, kb: ImageKnowledgeBase) -> Retriever:
-    named = plan.tokenizer or plan.base
-    encoder = open_encoder(
-        kb,
-        QUERY if plan.query is None else plan.query,
-        load_tokenizer(named, chats=plan.base is not None) if named else None,
-        clip=plan.clip,
-        allow_download=plan.allow_download,
-        device=open_device(plan.device),
-    )
-    return Retriever(encoder, kb, IMAGES if plan.images is None else plan.images)
+@contextmanager
+def _retrieving() -> Iterator[None]:
+    """Says of an error about the CLIP, which names options, whose they are."""
+    try:
+        yield
+    except ValmError as error:
+        if "--clip" not in str(error):
+            raise
+        raise ValmError(f"{error}; these are options of `valm retrieve`, whose result --retrieval takes") from error

@@ -4,7 +4,7 @@ from valm.cli import main
 
 THINGS = {"apple": "red", "sea": "blue", "leaf": "green", "lemon": "yellow", "coal": "black", "snow": "white"}
 STEPS = ["--steps", "3", "--batch-size", "4"]
-SIZE = ["--layers", "3", "--width", "32", "--heads", "4", "--context", "32", *STEPS]
+SIZE = ["--model", "3x32x4", "--context", "32", *STEPS]
 
 
 def run(*arguments) -> int:

@@ -29,9 +29,9 @@ def world(tmp_path_factory):
     make_clip(prune_tokenizer(clip_tokenizer(), texts)).save(root / "clip")
     build = ["kb", "build", root / "pictures", "--clip", root / "clip", "--out", root / "kb"]
     assert run(*build) == 0
-    assert run("train", root / "corpus.txt", "--out", root / "valm", "--kb", root / "kb", "-k", "2", *SIZE) == 0
     assert run("retrieve", root / "corpus.txt", "--kb", root / "kb", "--out", root / "retrieval", "-k", "2") == 0
-    assert run("train", root / "corpus.txt", "--out", root / "gpt2", "--clip", root / "clip", *SIZE) == 0
+    assert run("train", "--retrieval", root / "retrieval", "--out", root / "valm", "--kb", root / "kb", *SIZE) == 0
+    assert run("train", root / "corpus.txt", "--out", root / "gpt2", "--tokenizer", root / "clip", *SIZE) == 0
     return root
 
 

@@ -20,13 +20,13 @@ from valm.training import training_arguments
         ("- steps", "is no list of options"),
         ("resume: off-by-one", "has resume: 'off-by-one', expected true or false"),
         ("step: 3", r"unknown field 'step', did you mean steps\?"),
-        ("layerz: 3", r"unknown field 'layerz', did you mean layer or layers\?"),
+        ("layerz: 3", r"unknown field 'layerz', did you mean layer\?"),
         ("1: 2", "unknown field 1"),
         ("lr: [1]", "has lr: a list of 1, expected one value"),
-        ("clip: [a, b]", "has clip: a list of 2, expected one value"),
+        ("model: [a, b]", "has model: a list of 2, expected one value"),
         ("kb: {a: 1}", "has kb: an object of 1, expected one value"),
         ("kb: !!set {a}", "has kb: {'a'}, expected one value"),
-        ("clip: !!binary aGVsbG8=", "has clip: b'hello', expected one value"),
+        ("model: !!binary aGVsbG8=", "has model: b'hello', expected one value"),
         ("corpus: [[a.txt]]", "has corpus: a list of 1, expected one value"),
         ("corpus: {a.txt: 1}", "has corpus: an object of 1, expected one value"),
         ("resume: []", "has resume: a list of 0, expected true or false"),
@@ -55,10 +55,10 @@ def test_what_is_no_config_is_one_sentence(tmp_path, content, message):
 
 def test_values_that_an_option_can_have(tmp_path):
     lines = ["logit_bias: -1.0e-5", "corpus: [a.txt, b.txt]", "run_name: -x", "report_to: [none]"]
-    lines += ["gradient_checkpointing_kwargs: {use_reentrant: false}", "clip: 2026-01-02", "resume: false", "kb: null"]
+    lines += ["gradient_checkpointing_kwargs: {use_reentrant: false}", "model: 2026-01-02", "resume: false", "kb: null"]
     (tmp_path / "train.yaml").write_text("\n".join(lines))
     found = build_parser().parse_args(["train", "--out", "out", "--config", str(tmp_path / "train.yaml")])
-    assert (found.logit_bias, found.clip, found.resume, found.kb) == (-1e-5, "2026-01-02", None, None)
+    assert (found.logit_bias, found.model, found.resume, found.kb) == (-1e-5, "2026-01-02", None, None)
     assert list(map(str, found.corpus)) == ["a.txt", "b.txt"]
     expected = {"report_to": ["none"], "gradient_checkpointing_kwargs": {"use_reentrant": False}, "run_name": "-x"}
     assert found.fields == expected

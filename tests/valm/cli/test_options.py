@@ -3,7 +3,6 @@ import argparse
 import pytest
 import torch
 
-from tests.valm.cli.commands import SIZE
 from valm.cli import main
 from valm.cli.options import add_device, add_ray, chosen_device
 from valm.errors import ValmError
@@ -26,7 +25,6 @@ def commands_with_device():
         "kb search": ["kb", "search", "{world}/kb", "x"],
         "clip check": ["clip", "check", "{world}/pictures", "--clip", "{world}/clip"],
         "retrieve": ["retrieve", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/out"],
-        "train": ["train", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/model", *SIZE],
         "eval": ["eval", "{world}/valm", "--tasks", "memory_color", "--data", "{world}/sets"],
         "generate": ["generate", "{world}/valm", "x"],
     }

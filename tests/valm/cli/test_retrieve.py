@@ -39,7 +39,7 @@ def wrong_inputs():
         "more images than there are, retrieved": ([*retrieve, "-k", "7"], "k must be from 1 to the 6"),
         "more images than a token sees": (
             [*retrieve, "-k", "65"],
-            "a token sees 64 images at most: give -k 64 or less",
+            "--images is 65, expected at least 1 and below 65",
         ),
         "search actors without ray": ([*retrieve, "--search-actors", "2"], "give --ray too"),
     }

@@ -50,22 +50,12 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
     questions.write_text("the color of the apple is\nthe color of the sea is")
     auto = ["--min-score", "auto", "--questions"]
     train = ["train", "--kb", world / "kb", "--base", base, *STEPS]
-    assert run(*train, world / "corpus.txt", "-k", "2", "--out", tmp_path / "live", *auto, questions) == 0
+    retrieve = ["retrieve", "--kb", world / "kb", "--tokenizer", base]
+    assert run(*train, world / "corpus.txt", "--out", tmp_path / "live", *auto, questions) == 0
     printed = float(re.search(r"min_score (\S+): below it", capsys.readouterr().err)[1])
-    retrieve = [
-        "retrieve",
-        questions,
-        "--kb",
-        world / "kb",
-        "--tokenizer",
-        base,
-        "-k",
-        "2",
-        "--out",
-        tmp_path / "asked",
-    ]
-    assert run(*retrieve) == 0
-    train += ["--retrieval", world / "base-retrieval"]
+    assert run(*retrieve, questions, "--out", tmp_path / "asked") == 0
+    assert run(*retrieve, world / "corpus.txt", "--out", tmp_path / "retrieval") == 0
+    train += ["--retrieval", tmp_path / "retrieval"]
     assert run(*train, "--out", tmp_path / "stored", *auto, tmp_path / "asked") == 0
     scores = [load(tmp_path / name)[0].fusion_options.min_score for name in ("live", "stored")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) and scores[0] == pytest.approx(printed, abs=1e-4)
@@ -73,8 +63,7 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
     for twin in ("random", "shuffled", "blind", "text"):
-        more = ["--clip", world / "clip"] if twin == "blind" else []
-        more += ["--unfreeze", "block"] if twin == "text" else []
+        more = ["--unfreeze", "block"] if twin == "text" else []
         assert run(*train, "--out", tmp_path / twin, "--twin", twin, "--min-score", scores[1], *more) == 0
     kept = {twin: load(tmp_path / twin)[0].fusion_options.min_score for twin in ("random", "shuffled", "blind", "text")}
     assert kept == {"random": scores[1], "shuffled": scores[1], "blind": None, "text": None}
@@ -87,9 +76,7 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
     assert run(*early, *auto, tmp_path / "none") == 1
     assert f"--questions: there is no {tmp_path / 'none'}" in capsys.readouterr().err
     assert not list(tmp_path.glob("early*retrieval"))
-    assert (
-        run("train", world / "corpus.txt", "--clip", world / "clip", "--min-score", "1", "--out", tmp_path / "o") == 1
-    )
+    assert run("train", world / "corpus.txt", "--min-score", "1", "--out", tmp_path / "o") == 1
     assert "--min-score is of a model with images: give its --kb too" in capsys.readouterr().err
 
 
@@ -209,7 +196,7 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
     of = {
         "corpus": [world / "corpus.txt", "--unfreeze", "block"],
         "retrieval": ["--retrieval", world / "base-retrieval", "--kb", world / "kb"],
-        "images": [world / "corpus.txt", "--kb", world / "kb", "-k", "2"],
+        "images": [world / "corpus.txt", "--kb", world / "kb"],
     }
     assert run("train", "--base", base, *of[source], *STEPS, "--save_steps", 3, "--out", tmp_path / "it") == 0
     own = AutoTokenizer.from_pretrained(base)
@@ -276,6 +263,21 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
+def test_a_blind_twin_has_the_clip_of_its_retrieval(world, tmp_path, capsys):
+    """Where the knowledge base does not find it, `valm retrieve` was told where it is."""
+    kb = ["--kb", shutil.copytree(world / "kb", tmp_path / "moved" / "kb")]
+    retrieved = ["retrieve", world / "corpus.txt", *kb, "--clip", world / "clip", "--out", tmp_path / "retrieval"]
+    assert run(*retrieved) == 0
+    train = ["train", "--retrieval", tmp_path / "retrieval", *kb, "--twin", "blind", *SIZE]
+    assert run(*train, "--out", tmp_path / "blind") == 0
+    (tmp_path / "retrieval" / "_clip.json").unlink()
+    for command in (train, ["train", world / "corpus.txt", *kb, *SIZE]):
+        assert run(*command, "--out", tmp_path / "never") == 1
+        error = capsys.readouterr().err
+        assert "which is no folder beside it: give its folder or name (--clip), or allow" in error
+        assert "these are options of `valm retrieve`, whose result --retrieval takes" in error
+
+
 def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, capsys):
     """The text-only twin trains as without it, as it sees none anyway."""
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
@@ -317,7 +319,7 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     assert "the documents have none: retrieve them again (`valm retrieve` writes scores)" in capsys.readouterr().err
     assert run(*unscored, "--min-score", 0.5) == 1
     assert "for a model with a min_score, has no retrieval scores: retrieve it again" in capsys.readouterr().err
-    at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", "2", "--score-scale", 0.5, *SIZE]
+    at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
     assert run(*at_once, "--out", tmp_path / "at-once") == 0
 
 
@@ -326,7 +328,9 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     corpus, kb = world / "corpus.txt", ["--kb", world / "kb"]
     size = [*SIZE, "--context", "64"]  # of this tokenizer prompts have more tokens
     other = ["--tokenizer", other_tokenizer]
-    assert run("train", corpus, *kb, *other, "--out", tmp_path / "valm", "-k", "2", *size) == 0
+    assert run("retrieve", corpus, *kb, *other, "--out", tmp_path / "retrieval", "-k", "2") == 0
+    retrieval = ["--retrieval", tmp_path / "retrieval"]
+    assert run("train", *retrieval, *kb, "--out", tmp_path / "valm", *size) == 0
     model, tokenizer = load(tmp_path / "valm")
     assert model.retriever.encoder.alignment is not None
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
@@ -339,27 +343,29 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     assert capsys.readouterr().out.startswith("the color of the apple")
     assert run("eval", tmp_path / "valm", "--tasks", "memory_color", "--data", world / "sets") == 0
     assert "accuracy" in capsys.readouterr().out
-    # the same through `valm retrieve`, and the baseline without pictures
-    assert run("retrieve", corpus, *kb, *other, "--out", tmp_path / "retrieval", "-k", "2") == 0
-    retrieval = ["--retrieval", tmp_path / "retrieval"]
-    assert run("train", *retrieval, *kb, "--out", tmp_path / "twice", *size) == 0
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("valm", "twice")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # and the baseline without pictures
     assert run("train", corpus, *other, "--out", tmp_path / "gpt2", *size) == 0
     capsys.readouterr()
-    assert run("train", *retrieval, *kb, *other, "--out", tmp_path / "never", *size) == 1
-    assert "--tokenizer was decided when" in capsys.readouterr().err
     assert run("train", corpus, "--tokenizer", world / "pictures", "--out", tmp_path / "never", *size) == 1
     assert "cannot be read" in capsys.readouterr().err
 
 
 def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, capsys):
-    retrieval = ["train", "--retrieval", world / "retrieval", "--out", tmp_path / "model", *SIZE]
-    assert run(*retrieval, "--kb", world / "kb") == 0
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--out", tmp_path / "four"]
+    assert run(*retrieve) == 0
+    train, out = ["train", "--kb", world / "kb", *SIZE], tmp_path / "model"
+    assert run(*train, "--retrieval", tmp_path / "four", "--out", tmp_path / "retrieved") == 0
+    assert run(*train, world / "corpus.txt", "--out", out) == 0
     for name in ("model.safetensors", "tokenizer.json"):
-        assert (tmp_path / "model" / name).read_bytes() == (world / "valm" / name).read_bytes()
-    shutil.rmtree(tmp_path / "model")
-    assert run(*retrieval) == 0
+        assert (out / name).read_bytes() == (tmp_path / "retrieved" / name).read_bytes()
+    # publishing the model does not publish the corpus, which is beside it
+    assert {path.name for path in out.iterdir()} == {
+        *("checkpoint-3", "config.json", "generation_config.json", "model.safetensors", "_retrieval.json", "_run.json"),
+        *("README.md", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert (tmp_path / "model-retrieval" / "manifest.json").is_file()
+    shutil.rmtree(out)
+    assert run("train", "--retrieval", world / "retrieval", "--out", out, *SIZE) == 0
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
         world / "gpt2" / "model.safetensors"
     ).read_bytes()
@@ -401,7 +407,7 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
 
 def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
     """With a field whose number YAML takes for text, and one that the command line overrides."""
-    lines = [f"corpus: {world}/corpus.txt", f"clip: {world}/clip", "layers: 3", "width: 32", "heads: 4", "context: 32"]
+    lines = [f"corpus: {world}/corpus.txt", f"tokenizer: {world}/clip", "model: 3x32x4", "context: 32"]
     lines += ["steps: 9", "batch-size: 4", "learning_rate: 5e-4", "save_strategy: 'no'", "report_to: [none]"]
     (tmp_path / "run.yaml").write_text("\n".join(lines))
     assert run("train", "--config", tmp_path / "run.yaml", "--steps", 3, "--out", tmp_path / "model") == 0
@@ -410,17 +416,8 @@ def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
     assert not list((tmp_path / "model").glob("checkpoint-*"))
 
 
-def test_nothing_of_the_corpus_is_in_the_folder_of_the_model(world):
-    """Which may be published."""
-    assert {path.name for path in (world / "valm").iterdir()} == {
-        *("checkpoint-3", "config.json", "generation_config.json", "model.safetensors", "_retrieval.json", "_run.json"),
-        *("README.md", "tokenizer.json", "tokenizer_config.json"),
-    }
-    assert (world / "valm-retrieval" / "manifest.json").is_file()
-
-
 def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
-    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--save_steps", 1]
+    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--save_steps", 1]
     out = ["--out", tmp_path / "model"]
     assert run(*train, "--out", tmp_path / "model", "--resume") == 0  # nothing to resume yet
     expected = load_file(tmp_path / "model" / "model.safetensors")
@@ -433,7 +430,7 @@ def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
     assert all(torch.equal(written[name], weight) for name, weight in expected.items())
     for other, name in (
         (["--lr", 1], "--lr is 0.0005, here it is 1"),
-        (["--layers", 2], "--layers is 3, here it is 2"),
+        (["--model", "2x32x4"], "--model is '3x32x4', here it is '2x32x4'"),
         (["--batch-size", 2], "--batch-size of all processes together is 4, here it is 2"),
         (["--weight_decay", 1], "--weight_decay is not given, here it is 1"),
     ):
@@ -447,7 +444,7 @@ def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, capsy
     """Whatever the name of its file."""
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("the sea is blue\nthe sun is red")
-    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     assert run(*train, "--validation", held_out) == 0
     renamed = held_out.rename(tmp_path / "renamed.txt")
     assert run(*train, "--validation", renamed, "--steps", 4, "--resume") == 0
@@ -460,7 +457,7 @@ def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, capsy
 
 def test_a_resumed_training_takes_more_steps(world, tmp_path, capsys, caplog):
     """At a constant learning rate they are those of a training that was begun with them."""
-    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--lr_scheduler_type", "constant"]
+    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--lr_scheduler_type", "constant"]
     assert run(*train, "--steps", 6, "--out", tmp_path / "begun") == 0
     assert run(*train, "--steps", 3, "--out", tmp_path / "more") == 0
     assert run(*train, "--steps", 6, "--out", tmp_path / "more", "--resume") == 0
@@ -492,7 +489,7 @@ def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
 
 def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path, capsys):
     """Not by a field that follows from it."""
-    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     assert run(*train) == 0
     assert run(*train, "--validation", 0.3, "--resume") == 1
     assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
@@ -501,7 +498,7 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
 @needs_fork
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
-    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     monkeypatch.setattr("valm.training.run_note.WAIT_SECONDS", 0)
     statuses = []
 
@@ -547,7 +544,7 @@ def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, c
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
-    train = ["train", "{world}/corpus.txt", "--clip", "{world}/clip", "--out", "{tmp}/model", *SIZE]
+    train = ["train", "{world}/corpus.txt", "--tokenizer", "{world}/clip", "--out", "{tmp}/model", *SIZE]
     sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
 
 
@@ -555,7 +552,7 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
 @pytest.mark.parametrize("wrong", [["--adam_beta1", "2"], ["--lr", "1e30"]], ids=["no step", "no checkpoint"])
 def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, wrong, again):
     """It has nothing that another one could go on from, or lose."""
-    train = ["train", world / "corpus.txt", "--clip", world / "clip", *SIZE, "--out", tmp_path / "model"]
+    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     (tmp_path / "model" / "runs").mkdir(parents=True)  # of TensorBoard
     assert run(*train[:-2], *wrong, "--lr_scheduler_type", "constant", "--out", tmp_path / "other") == 1
     (tmp_path / "other" / "_run.json").rename(tmp_path / "model" / "_run.json")
@@ -579,7 +576,7 @@ def evaluations(folder):
 
 
 def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path, capsys):
-    train = ["train", world / "corpus.txt", "--kb", world / "kb", "-k", 2, *SIZE, "--out", tmp_path / "model"]
+    train = ["train", world / "corpus.txt", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
     check = ["--validation", world / "corpus.txt", "--save_steps", 1]
     assert run(*train, *check) == 0
     found = evaluations(tmp_path / "model")
@@ -729,26 +726,29 @@ def wrong_inputs():
             "no documents",
         ),
         "options that do not go together": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
-        "option of images without any": ([*train, "-k", "2"], "--images is of a model with images"),
+        "option of images without any": ([*train, "--twin", "blind"], "--twin is of a model with images"),
         "option of a dataset beside a retrieval": (
             [*cached, "--dataset-split", "test"],
             "--dataset-split is of a Hugging Face dataset",
         ),
         "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
-        "impossible heads": (
-            [*train, "--clip", "{world}/clip", "--heads", "5"],
-            "--heads is 5, which does not divide --width 32 evenly",
+        "impossible heads": ([*train, "--model", "3x32x5"], "its 5 heads do not divide the width 32 evenly"),
+        "no such size": ([*train, "--model", "smal"], "--model is 'smal', did you mean small?"),
+        "short option that went": ([*train, "-k", "2"], "has no option -k: `valm retrieve` decides it"),
+        "option that went": ([*train, "--clip", "{world}/clip"], "no option --clip: `valm retrieve` decides it"),
+        "option that went in the config": (
+            [*train, "--config", "{tmp}/gone.yaml"],
+            "field 'layers': --model is the size: a name, or LAYERSxWIDTHxHEADS",
         ),
-        "more images than there are": ([*train, "--kb", "{world}/kb", "-k", "7"], "k must be from 1 to the 6"),
         "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
         "unknown option": ([*train, "--lerning_rate", "1"], "no option --lerning_rate, did you mean --learning_rate?"),
         "impossible field": ([*train, "--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
         "unknown field in the config": ([*train, "--config", "{tmp}/wrong.yaml"], "'learning_rat', did you mean learn"),
         "impossible value in the config": (
             [*train, "--config", "{tmp}/value.yaml"],
-            "argument --layers: invalid",
+            "argument --batch-size: invalid",
         ),
-        "validation missing": ([*train, "--validation", "{tmp}/none.txt"], "there is no corpus file {tmp}/none.txt"),
+        "validation missing": ([*train, "--validation", "{tmp}/none.txt"], "--validation: there is no {tmp}/none.txt"),
         "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
         "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
         "nothing held out": ([*train, "--validation", "1.5"], "above 0 and below 1, got 1.5"),
@@ -760,16 +760,17 @@ def wrong_inputs():
             "{tmp}/both is not a corpus retrieval: it has no manifest.json; name one of those in it: {tmp}/both/eot, "
             "{tmp}/both/state",
         ),
-        "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "no corpus retrieval at {tmp}/none"),
-        "setting of a retrieval": ([*cached, "--query", "eot"], "--query was decided when"),
-        "output is a file": ([*train[:3], "{world}/corpus.txt", "--clip", "{world}/clip"], "{world}/corpus.txt"),
+        "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "--retrieval: there is no {tmp}/none"),
+        "setting of a retrieval": ([*cached, "--tokenizer", "{world}/clip"], "`valm retrieve` has the same option"),
+        "output is a file": ([*train[:3], "{world}/corpus.txt"], "{world}/corpus.txt"),
     }
 
 
 @pytest.mark.parametrize("name", wrong_inputs())
 def test_wrong_input_is_one_sentence(sentence, name, base, world, tmp_path):
     (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
-    (tmp_path / "value.yaml").write_text("layers: many")
+    (tmp_path / "value.yaml").write_text("batch_size: many")
+    (tmp_path / "gone.yaml").write_text("layers: 3")
     for below in ("retrieval/eot", "retrieval/state", "kb/kb"):
         shutil.copytree(world / below.partition("/")[0], tmp_path / "both" / below.partition("/")[2])
     shutil.copytree(base, tmp_path / "hole")

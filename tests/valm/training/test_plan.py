@@ -25,11 +25,9 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         ({}, "give either a corpus or --retrieval"),
         (TEXT | RETRIEVED, "give either a corpus or --retrieval"),
         (TEXT | {"patience": 1}, "--patience looks at the evaluations: give --validation too"),
-        (TEXT | {"base": "base", "layers": 3}, "--layers is of a new model: --base has its own"),
+        (TEXT | {"base": "base", "model": "tiny"}, "--model is the size of a new model: --base has its own"),
         (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is of a pretrained decoder: give --base too"),
         (TEXT | {"twin": "random"}, "--twin is of a model with images: give its --kb too"),
-        (TEXT | {"images": 4}, "--images is of a model with images: give its --kb too"),
-        (TEXT | {"query": "eot"}, "--query is of a model with images: give its --kb too"),
         (TEXT | {"score_scale": 1.0}, "--score-scale is of a model with images: give its --kb too"),
         (TEXT | {"image_dropout": 0.5}, "--image-dropout is of a model with images: give its --kb too"),
         (WITH_KB | {"image_dropout": 1.0}, "--image-dropout is 1.0, expected at least 0 and below 1"),
@@ -43,15 +41,21 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
             "--no-mix is of a pretrained decoder that is evaluated: give --base",
         ),
         (TEXT | {"base": "base", "mix": False}, "--no-mix is of a pretrained decoder that is evaluated: give --base"),
-        (TEXT | {"layers": -1}, "--layers is -1, expected at least 2"),
+        (TEXT | {"model": "smal"}, "--model is 'smal', did you mean small.; sizes are tiny .4x128x8., small"),
+        (TEXT | {"model": "1x32x4"}, "--model is 1x32x4: there must be 2 layers"),
+        (TEXT | {"model": "3x32x5"}, "--model is 3x32x5: its 5 heads do not divide the width 32 evenly"),
+        (TEXT | {"model": "3x32x0"}, "--model is 3x32x0: its 0 heads do not divide"),
         (TEXT | {"lr": -1.0}, "--lr is -1.0, expected at least 0"),
         (TEXT | {"lr": float("nan")}, "--lr is nan, expected at least 0"),
         (WITH_KB | {"base": "base", "fusion_lr": -0.1}, "--fusion-lr is -0.1, expected at least 0"),
         (WITH_KB | {"twin": "tetx"}, "--twin must be one of text, random, blind, shuffled, got 'tetx'"),
-        (TEXT | {"kb": "kb", "query": "self"}, "--query must be one of eot, state, got 'self'"),
         (TEXT | {"base": "base", "fusion_lr": 1.0}, "--fusion-lr is of a model with images: give its --kb too"),
         (TEXT | {"base": "base", "logit_bias": 1.0}, "--logit-bias is of a model with images: give its --kb too"),
-        (TEXT | {"base": "base", "clip": "clip"}, "without --kb, --clip has the model's tokenizer, and so have"),
+        (TEXT | {"base": "base", "tokenizer": "t"}, "--tokenizer is of a new model of a corpus without --kb"),
+        (WITH_KB | {"tokenizer": "t"}, "--tokenizer is of a new model of a corpus without --kb: `valm retrieve` has"),
+        (TEXT, "there is no corpus file corpus.txt"),
+        (WITH_KB, "--kb: there is no kb"),
+        (RETRIEVED, "--retrieval: there is no retrieval"),
         (TEXT | {"fields": {"output_dir": "b"}}, "output_dir is the folder that --out names: leave it out"),
     ],
 )
@@ -71,13 +75,13 @@ def corpus(tmp_path):
 def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     """The same model, and the same note, so that either goes on where the other ended."""
     clip.save(tmp_path / "clip")
-    sizes = {"layers": 3, "width": 32, "heads": 4, "context": 32, "steps": 3, "batch_size": 4}
-    plan = {"corpus": TextCorpus([corpus]), "clip": str(tmp_path / "clip"), **sizes, "validation": 0.3}
+    sizes = {"model": "3x32x4", "context": 32, "steps": 3, "batch_size": 4}
+    plan = {"corpus": TextCorpus([corpus]), "tokenizer": str(tmp_path / "clip"), **sizes, "validation": 0.3}
     training = run_plan(TrainingPlan(out=tmp_path / "plan", **plan), command="from Python")
     assert training.state.global_step == 3 and "from Python" in (tmp_path / "plan" / "README.md").read_text()
     with pytest.raises(ValmError, match="plan"):  # which is there
         run_plan(TrainingPlan(out=tmp_path / "plan", **plan))
-    command = ["train", corpus, "--clip", tmp_path / "clip", *SIZE, "--validation", 0.3]
+    command = ["train", corpus, "--tokenizer", tmp_path / "clip", *SIZE, "--validation", 0.3]
     assert run(*command, "--out", tmp_path / "command") == 0
     written, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("plan", "command"))
     assert written.keys() == expected.keys()
@@ -116,8 +120,8 @@ def test_an_evaluation_takes_place_at_each_twentieth_of_the_steps(tmp_path, fiel
 
 def test_a_training_that_is_evaluated_stops_after_three_evaluations_without_gain(tmp_path, clip, corpus):
     clip.save(tmp_path / "clip")
-    sizes = {"layers": 2, "width": 32, "heads": 4, "context": 32, "steps": 6, "batch_size": 4, "lr": 0.0}
-    plan = {"corpus": TextCorpus([corpus]), "clip": str(tmp_path / "clip"), "validation": 0.3, **sizes}
+    sizes = {"model": "2x32x4", "context": 32, "steps": 6, "batch_size": 4, "lr": 0.0}
+    plan = {"corpus": TextCorpus([corpus]), "tokenizer": str(tmp_path / "clip"), "validation": 0.3, **sizes}
     for number, (more, steps) in enumerate(
         [
             ({}, 4),
@@ -139,15 +143,15 @@ def test_what_a_validation_means(given, means):
 
 
 def test_a_plan_retrieves_its_corpus(tmp_path, clip, make_kb, corpus):
-    kb = make_kb(5)
     clip.save(tmp_path / "clip")
-    sizes = {"layers": 2, "width": 32, "heads": 4, "context": 32, "steps": 1, "batch_size": 2}
-    plan = {"corpus": TextCorpus([corpus]), "kb": kb.path, "clip": str(tmp_path / "clip"), "images": 2, **sizes}
+    kb = make_kb(5)
+    sizes = {"model": "2x32x4", "context": 32, "steps": 1, "batch_size": 2}
+    plan = {"corpus": TextCorpus([corpus]), "kb": kb.path, **sizes}
     run_plan(TrainingPlan(out=tmp_path / "model", validation=corpus, **plan))
     assert {path.name for path in tmp_path.glob("model*")} == {
         *("model", "model-retrieval", "model-validation-retrieval"),
     }
     model, _ = load(tmp_path / "model", clip=tmp_path / "clip")
-    assert model.fusion_options.num_images == 2 and model.retriever.encoder.query == "eot"
+    assert model.fusion_options.num_images == 4 and model.retriever.encoder.query == "eot"
     with pytest.raises(ValmError, match="--twin must be one of text, random, blind, shuffled, got 'other'"):
         run_plan(TrainingPlan(out=tmp_path / "other", twin="other", **plan))

@@ -28,7 +28,9 @@ def test_a_training(tmp_path, monkeypatch, clip, strategy, base):
         tokenizer.save_pretrained(root / "base")
         options = ["--base", root / "base", "--unfreeze", "block", "--steps", "3", "--batch-size", "2"]
     uploads = Uploads(monkeypatch)
-    data = [root / "corpus.txt", "--kb", root / "kb", "-k", "2", "--validation", "0.3", "--out", tmp_path / "out"]
+    retrieved = ["--kb", root / "kb", "--out", root / "retrieval", "-k", "2"]
+    assert run("retrieve", root / "corpus.txt", *retrieved) == 0
+    data = ["--retrieval", root / "retrieval", *retrieved[:2], "--validation", "0.3", "--out", tmp_path / "out"]
     hub = ["--push_to_hub", "--hub_model_id", "me/it", "--hub_strategy", strategy, "--save_steps", "1"]
     assert run("train", *data, *options, *hub) == 0
     source = ImageSource.of_knowledge_base(retriever.kb, "eot")

@@ -1,0 +1,67 @@
+"""What a retrieval is: the options of `valm retrieve`, which are the fields of `RetrievalPlan`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from valm.errors import ValmError
+from valm.options import REQUIRED, check_fields, option
+
+if TYPE_CHECKING:
+    from valm.corpus.texts import TextCorpus
+
+MAX_IMAGES = 64  # that of valm_kernels, whose import takes seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalPlan:
+    """What a retrieval is. Its fields are the options of `valm retrieve`, which says of each what it is (`valm retrieve
+    --help`), and whose names the error messages use.
+
+    Attributes:
+        corpus: the texts whose images are retrieved.
+    """
+
+    corpus: TextCorpus
+    kb: str | os.PathLike = option("knowledge base", REQUIRED)
+    out: str | os.PathLike = option("folder of the result; a killed retrieval resumes", REQUIRED)
+    clip: str | None = option("the CLIP, where it is no longer where the knowledge base found it")
+    allow_download: bool = option("load the CLIP from the hub that the knowledge base names", False)
+    tokenizer: str | None = option(
+        "the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name"
+    )
+    images: int = option("images a token sees", 4, short="-k", least=1, below=MAX_IMAGES + 1)
+    query: str = option("kind of the retrieval query", "eot", choices=["eot", "state"])
+    scores: bool = option(
+        "do not write the score of each image, which `valm train --min-score` and --score-scale need", True
+    )
+    query_dtype: str = option(
+        "precision of CLIP's text tower; int8 needs a CPU with AVX-512 VNNI",
+        "float32",
+        choices=["float32", "bfloat16", "int8"],
+    )
+    device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
+    search_actors: int | None = option(
+        "with --ray, spread the search over so many actors, which share the vectors; without, each process that does "
+        "tasks opens the whole knowledge base or its index",
+        least=1,
+    )
+    ray: str | None = option(
+        "do it on a Ray cluster: auto, HOST:PORT, or local for one of this machine; all its machines must see the same "
+        "files under the same paths",
+        metavar="ADDRESS",
+    )
+    cpus: int = option("with --ray, cores of each task", 1, least=1)
+    gpus: int = option("with --ray, GPUs of each task; this machine needs one too", 0, least=0)
+
+    def check(self) -> None:
+        """Checks the fields against each other; nothing is opened.
+
+        Raises:
+            ValmError: some do not go together.
+        """
+        check_fields(self)
+        if self.search_actors is not None and self.ray is None:
+            raise ValmError("--search-actors are of a Ray cluster: give --ray too")

@@ -1,0 +1,61 @@
+"""Runs a `RetrievalPlan`: a retrieval from beginning to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from valm.corpus.plan import RetrievalPlan
+from valm.knowledge_base.store import ImageKnowledgeBase
+
+if TYPE_CHECKING:  # what takes seconds to import comes after the check of what is given
+    from valm.corpus.retrieved import CorpusRetrieval
+    from valm.retrieval.retriever import Retriever
+
+
+def run_retrieval(plan: RetrievalPlan) -> CorpusRetrieval:
+    """Retrieves the images of every token of `plan.corpus`, and writes them to `plan.out`.
+
+    Raises:
+        ValmError: fields do not go together; something cannot be read or does not belong together; or as in
+            `retrieve_corpus`.
+    """
+    plan.check()
+    kb, documents = ImageKnowledgeBase.open(plan.kb), plan.corpus.documents()
+
+    from valm.corpus.retrieved import note_clip, retrieve_corpus
+    from valm.store.ray import RayRun
+    from valm.store.shards import Runner, run_here
+
+    run: Runner = run_here if plan.ray is None else RayRun(plan.ray, cpus=plan.cpus, gpus=plan.gpus)
+    retriever = open_retriever(plan, kb)
+    found = retrieve_corpus(documents, retriever, plan.out, scores=plan.scores, run=run)
+    source = retriever.encoder.clip.source
+    if source is not None and (plan.clip is not None or not Path(source).is_dir()):
+        note_clip(found.path, source)
+    return found
+
+
+def open_retriever(plan: RetrievalPlan, kb: ImageKnowledgeBase) -> Retriever:
+    """What finds the images of `plan` in its knowledge base. Errors as in `run_retrieval`."""
+    import torch
+
+    from valm.clip.device import device_of_tasks, open_device
+    from valm.clip.tokenizer import load_tokenizer
+    from valm.retrieval.ray_index import ShardedIndex
+    from valm.retrieval.retriever import Retriever
+    from valm.retrieval.source import open_encoder
+
+    encoder = open_encoder(
+        kb,
+        plan.query,
+        load_tokenizer(plan.tokenizer, chats=True) if plan.tokenizer else None,
+        clip=plan.clip,
+        allow_download=plan.allow_download,
+        device=open_device(plan.device) if plan.ray is None else device_of_tasks(plan.device, plan.gpus),
+        dtype=getattr(torch, plan.query_dtype),
+    )
+    index: Any = None
+    if plan.search_actors is not None and plan.ray is not None:
+        index = ShardedIndex(kb, plan.search_actors, plan.ray, cpus=plan.cpus)
+    return Retriever(encoder, kb, plan.images, index)
