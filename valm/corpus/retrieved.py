@@ -3,6 +3,7 @@
     manifest.json          format, version, documents, tokens, plan, shards
     tokens-00000.npy       (n,) int32: the documents of the shard, concatenated
     offsets-00000.npy      (documents + 1,) int64: where each begins
+    groups-00000.npy       (documents,) int64: the same number for the texts of one image, 0 for that of none
     image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
     image_scores-00000.npy (n, K) float32, unless they were not wanted: inner product of query and image, -inf = none
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
@@ -31,8 +32,8 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
-from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
-from valm.corpus.texts import MAX_DOCUMENT, TOO_LONG, FileDocuments, fingerprint
+from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, token_lists
+from valm.corpus.texts import MAX_DOCUMENT, TOO_LONG, Caption, FileDocuments, fingerprint
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_index import FaissIndex
@@ -56,7 +57,7 @@ from valm.text import utf8
 from valm_kernels import FlatIPIndex
 
 WHAT = "corpus retrieval"
-VERSION = 2
+VERSION = 3
 CLIP_FILE = "_clip.json"
 # Size of a shard, of text or of token ids in 32 bits: about a million tokens either way. A retrieval that was killed
 # repeats at most one.
@@ -65,7 +66,7 @@ PART_BYTES = 4 << 20
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
-# Shards open at once, of three or four files each; 1,024 file descriptors are a common limit.
+# Shards open at once, of four or five files each; 1,024 file descriptors are a common limit.
 OPEN_SHARDS = 128
 
 
@@ -110,6 +111,7 @@ class CorpusManifest(Manifest):
 class _Shard(NamedTuple):
     tokens: np.ndarray  # (n,) int32
     offsets: np.ndarray  # (documents + 1,) int64
+    groups: np.ndarray  # (documents,) int64
     image_ids: np.ndarray  # (n, K) uint32
     image_scores: np.ndarray | None  # (n, K) float32
 
@@ -222,6 +224,10 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """Tokens of each document, (documents,) int64."""
         return np.concatenate([np.diff(self._shard(number).offsets) for number in range(len(self._ends))])
 
+    def groups(self) -> np.ndarray:
+        """(documents,) int64: those that are texts of one image have the same number, that of none has 0."""
+        return np.concatenate([self._shard(number).groups for number in range(len(self._ends))])
+
     def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
         """Checks that the image ids are those of `kb`.
 
@@ -274,6 +280,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return _Shard(
             tokens=array("tokens", (record["tokens"],), np.int32),
             offsets=array("offsets", (record["documents"] + 1,), np.int64),
+            groups=array("groups", (record["documents"],), np.int64),
             image_ids=array("image_ids", (record["tokens"], self.k), np.uint32),
             image_scores=array("image_scores", (record["tokens"], self.k), np.float32) if self.has_scores else None,
         )
@@ -362,7 +369,7 @@ def _parts(documents: Iterable[Any], part_bytes: int) -> Iterator[list[Any]]:
             try:
                 size += len(document.encode())
             except UnicodeEncodeError:
-                document = utf8(document)
+                document = Caption(utf8(document), document.image) if isinstance(document, Caption) else utf8(document)
                 size += len(document)
         else:
             size += 4 * len(document)
@@ -428,7 +435,7 @@ def _retrieve_part(
         )
     # the cache decides which segments are encoded together, which affects rounding
     retriever.cache.clear()
-    documents: Any = tokenize_documents(part, retriever.encoder.tokenizer) if isinstance(part[0], str) else part
+    documents, groups = tokenized(part, retriever.encoder.tokenizer)
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     count = int(offsets[-1])
     progress.begin(count)
@@ -446,10 +453,28 @@ def _retrieve_part(
     files = ShardFiles(out, number)
     files.write_array("tokens", np.concatenate(documents).astype(np.int32))
     files.write_array("offsets", offsets)
+    files.write_array("groups", groups)
     files.write_array("image_ids", image_ids)
     if scores:
         files.write_array("image_scores", image_scores)
     files.finish(documents=len(documents), tokens=count, content=fingerprint(part))
+
+
+def tokenized(texts: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Any], np.ndarray]:
+    """The documents of texts as token ids (`tokenize_documents`; those that are stay), and their `groups`, (documents,)
+    int64."""
+    if not texts or not isinstance(texts[0], str):
+        return list(texts), np.zeros(len(texts), np.int64)
+    documents = token_lists(texts, tokenizer)
+    groups = [_group(text) for text, document in zip(texts, documents, strict=True) if document]
+    return [document for document in documents if document], np.array(groups, np.int64)
+
+
+def _group(text: str) -> int:
+    """A number of 63 bits that tells the image of a caption; 0 of a text without one."""
+    if not isinstance(text, Caption):
+        return 0
+    return 1 + int.from_bytes(hashlib.sha256(text.image.encode()).digest()[:8], "big") // 4
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

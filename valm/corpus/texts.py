@@ -1,7 +1,8 @@
 """The texts of a corpus: of text, JSON, CSV, TSV and parquet files, of folders of them, and of rows of a dataset.
 
 The suffix decides the format: JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
-`.parquet` have a text in a column. OTHER_FORMATS are not read. Anything else is UTF-8 text with one document a line.
+`.parquet` have a text in a column. Without that column a table of captions (`valm.knowledge_base.captions`) has them.
+OTHER_FORMATS are not read. Anything else is UTF-8 text with one document a line. A text of an image is a `Caption`.
 All but parquet, which is compressed itself, may end in `.gz`. A file is read once, as a stream; a JSON array is in
 memory as a whole.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -29,7 +31,14 @@ import pyarrow.parquet as pq
 
 from valm.clip.read_image import IMAGE_SUFFIXES
 from valm.errors import ValmError
-from valm.knowledge_base.captions import has_caption_header
+from valm.knowledge_base.captions import (
+    CAPTION_SUFFIXES,
+    IMAGE_COLUMNS,
+    caption_header,
+    first_of,
+    read_json_table,
+    read_rows,
+)
 from valm.store.files import check_regular, exists, files_below, is_folder
 from valm.text import one_line, utf8, why_no_text
 from valm_kernels.json_files import short
@@ -51,6 +60,21 @@ OTHER_FORMATS = (
     *(".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"),
 )
 QUOTE = "quote fields as in RFC 4180, or save the texts as .jsonl"
+
+
+class Caption(str):
+    """A text of an image, of which others may be too, such as one caption of several.
+
+    Attributes:
+        image: what tells it from other images.
+    """
+
+    image: str
+
+    def __new__(cls, text: str, image: str = "") -> Caption:
+        made = super().__new__(cls, text)
+        made.image = image
+        return made
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,7 @@ def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> It
     Raises:
         ValmError: a row has no text there; the message names the row.
     """
-    return (text for number, row in enumerate(rows) if (text := _text_of(row, column, f"the dataset, row {number}")))
+    return _texts_of(((f"the dataset, row {number}", row) for number, row in enumerate(rows)), column)
 
 
 def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
@@ -179,9 +203,12 @@ class FileDocuments(Iterator[str]):
         return (self._before + (self._raw.tell() if self._raw is not None else 0)) / max(1, self._total)
 
     def _read(self, files: Sequence[Path], column: str) -> Iterator[str]:
+        images = functools.lru_cache(1)(_image_stems)
         for file in files:
+            of_image = file.suffix.lower() in CAPTION_SUFFIXES and file.stem in images(file.parent)
             with open(file, "rb") as self._raw:
-                yield from _documents(file, self._raw, column)
+                texts = _documents(file, self._raw, column)
+                yield from (Caption(text, str(file.with_suffix(""))) for text in texts) if of_image else texts
             self._raw = None
             self._before += file.stat().st_size
 
@@ -205,6 +232,23 @@ def _suffix(file: Path) -> str:
     return os.path.splitext(file.name.lower().removesuffix(".gz"))[1]
 
 
+def _image_stems(folder: Path) -> set[str]:
+    """The names of the images in `folder`, without suffix; none where it cannot be listed."""
+    try:
+        return {os.path.splitext(name)[0] for name in os.listdir(folder) if _is_image(name)}
+    except PermissionError:
+        return set()
+
+
+def _is_image(name: object) -> bool:
+    return isinstance(name, str) and name.lower().endswith(tuple(IMAGE_SUFFIXES))
+
+
+def _of_image(text: str, name: object) -> str:
+    """`text`, as a caption if it is that of an image, which its row names."""
+    return Caption(text, str(name)) if _is_image(name) else text
+
+
 def _documents(file: Path, raw: BinaryIO, column: str) -> Iterator[str]:
     """The documents in `raw`, the content of `file`."""
     suffix, packed = _suffix(file), file.suffix.lower() == ".gz"
@@ -223,7 +267,9 @@ def _documents(file: Path, raw: BinaryIO, column: str) -> Iterator[str]:
         head = content.peek(HEAD_BYTES)[:HEAD_BYTES]
         array = suffix == ".json" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         _check_head(file, head, array)
-        if array:
+        if not packed and (captions := _of_captions(file, head, column)) is not None:
+            yield from captions
+        elif array:
             yield from _of_json_array(file, content, column)
         elif suffix in JSON_LINES:
             yield from _of_json_lines(file, content, column)
@@ -239,11 +285,6 @@ def _check_head(file: Path, head: bytes, array: bool) -> None:
     """Raises ValmError if a file that begins with `head` is no text, or would be read as another one than it is."""
     if reason := why_no_text(head):
         raise ValmError(f"the corpus {file} {reason}")
-    if file.name == "captions.txt" and has_caption_header(head):
-        raise ValmError(
-            f"the corpus {file} is a table of captions: rename it to captions.csv (captions.tsv where tabs part "
-            "its columns) and name its column of texts (--column)"
-        )
     if b"\r" in head.rstrip(b"\r") and b"\n" not in head and not array:  # which may have blanks of any kind
         raise ValmError(
             f"the corpus {file} has {'rows' if _suffix(file) in DELIMITERS else 'lines'} that end in a carriage return "
@@ -273,6 +314,19 @@ def _lines(file: Path, content: BinaryIO, most: int = MAX_DOCUMENT) -> Iterator[
         begin += len(line)
 
 
+def _of_captions(file: Path, head: bytes, column: str) -> Iterator[Caption] | None:
+    """The captions in a table as `kb build` reads it, of which `head` is the beginning; None for another file, or one
+    that has the column `column`."""
+    if file.name == "captions.json":
+        found = read_json_table(file) if head.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"{") else {column: []}
+        return None if column in found else (Caption(line, name) for name, lines in found.items() for line in lines)
+    of_rows = _suffix(file) in DELIMITERS
+    header = caption_header(head) if of_rows or file.name == "captions.txt" else []
+    if not header or (of_rows and column in header):
+        return None
+    return (Caption(caption, image) for image, caption in read_rows(file) if caption)
+
+
 def _of_text(file: Path, content: BinaryIO) -> Iterator[str]:
     for _, line in _lines(file, content):
         if text := line.removeprefix("\ufeff").strip():
@@ -280,18 +334,19 @@ def _of_text(file: Path, content: BinaryIO) -> Iterator[str]:
 
 
 def _of_json_lines(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
-    for number, line in _lines(file, content):
-        if line := line.removeprefix("\ufeff").strip():
-            where = f"the corpus {file}, line {number}"
-            if text := _text_of(_parsed(line, where), column, where):
-                yield text
+    def rows() -> Iterator[tuple[str, Any]]:
+        for number, line in _lines(file, content):
+            if line := line.removeprefix("\ufeff").strip():
+                where = f"the corpus {file}, line {number}"
+                yield where, _parsed(line, where)
+
+    return _texts_of(rows(), column)
 
 
 def _of_json_array(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
     whole = "".join(line for _, line in _lines(file, content, 1 << 62))
-    for number, row in enumerate(_parsed(whole.removeprefix("\ufeff"), f"the corpus {file}"), 1):
-        if text := _text_of(row, column, f"the corpus {file}, element {number} of its array"):
-            yield text
+    rows = enumerate(_parsed(whole.removeprefix("\ufeff"), f"the corpus {file}"), 1)
+    return _texts_of(((f"the corpus {file}, element {number} of its array", row) for number, row in rows), column)
 
 
 def _of_csv(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
@@ -299,20 +354,20 @@ def _of_csv(file: Path, content: BinaryIO, column: str) -> Iterator[str]:
     lines = (line.removeprefix("\ufeff") if number == 1 else line for number, line in _lines(file, content))
     rows = csv.reader(lines, delimiter=DELIMITERS[_suffix(file)], strict=True)
     header: list[str] = []
-    place = 0
+    place, image = 0, None
     try:
         for row in rows:
             if not header:
                 if "".join(row).strip():  # a row before it may be blank
                     header = [name.strip() for name in row]
-                    place = _place_of(column, header, file)
+                    place, image = _place_of(column, header, file), first_of(IMAGE_COLUMNS, header)
             elif row and len(row) != len(header):
                 raise ValmError(
                     f"the corpus {file}, line {rows.line_num}: the row has {len(row)} fields, but the header "
                     f"{len(header)}: {QUOTE}"
                 )
             elif row and row[place].strip():
-                yield row[place]
+                yield row[place] if image is None else _of_image(row[place], row[header.index(image)])
     except csv.Error as error:
         reason = TOO_LONG if "field limit" in str(error) else f"{error}: {QUOTE}"
         raise ValmError(f"the corpus {file}, line {rows.line_num}: {reason}") from error
@@ -325,14 +380,18 @@ def _of_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[str]:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValmError(f"the column {column!r} of the corpus {file} holds {kind}, expected text")
         # of one group after the other: pyarrow reads ahead all that it is asked for
-        groups = (table.iter_batches(READ_ROWS, [group], [column]) for group in range(table.num_row_groups))
-        texts = (text for batches in groups for batch in batches for text in batch[0].to_pylist())
-        for number, text in enumerate(texts):
+        image = first_of(IMAGE_COLUMNS, table.schema_arrow.names)
+        if image is None or table.schema_arrow.field(image).type != pa.string():
+            image = column
+        groups = (table.iter_batches(READ_ROWS, [group], [column, image]) for group in range(table.num_row_groups))
+        rows = ((batch[column].to_pylist(), batch[image].to_pylist()) for batches in groups for batch in batches)
+        pairs = itertools.chain.from_iterable(zip(*columns, strict=True) for columns in rows)
+        for number, (text, name) in enumerate(pairs):
             if text is None or len(text) > MAX_DOCUMENT:
                 wrong = TOO_LONG if text else f"{column!r} is null, expected a text"
                 raise ValmError(f"the corpus {file}, row {number}: {wrong}")
             if text.strip():
-                yield text
+                yield _of_image(text, name if image != column else None)
 
 
 def _place_of(column: str, names: list[str], file: Path) -> int:
@@ -352,6 +411,14 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValmError(f"{where}: not JSON: {error}") from error
+
+
+def _texts_of(rows: Iterable[tuple[str, Any]], column: str) -> Iterator[str]:
+    """The texts in `column` of rows, each behind the place that errors name; blank ones are skipped."""
+    for where, row in rows:
+        if text := _text_of(row, column, where):
+            image = first_of(IMAGE_COLUMNS, row)
+            yield text if image is None else _of_image(text, row[image])
 
 
 def _text_of(row: Any, column: str, where: str) -> str | None:

@@ -64,7 +64,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
         tables.append(table)
     by_name: dict[str, list[str]] = {}
     if table is not None and table.suffix == ".json":
-        by_name = _read_json_table(table)
+        by_name = read_json_table(table)
     elif table is not None:
         for name, caption in read_rows(table):
             if name and caption:
@@ -157,7 +157,7 @@ def read_rows(
             image_names = IMAGE_COLUMNS if image_column is None else (image_column,)
             caption_names = CAPTION_COLUMNS if caption_column is None else (caption_column,)
             fields = reader.fieldnames or []
-            image, caption = (_first_of(names, fields) for names in (image_names, caption_names))
+            image, caption = (first_of(names, fields) for names in (image_names, caption_names))
             if image is None or caption is None:
                 raise ValmError(
                     f"the caption table {table} starts with {header.strip()[:60]!r}; expected a header with a column "
@@ -186,18 +186,19 @@ def _damaged(table: Path, reader: csv.DictReader[str], what: str) -> ValmError:
     return ValmError(f"the caption table {table}, line {reader.reader.line_num}: {what}: {QUOTE}")
 
 
-def has_caption_header(head: bytes) -> bool:
-    """Whether a file that begins with `head` is a table with an image and a caption in columns of common names."""
+def caption_header(head: bytes) -> list[str]:
+    """The columns of a file that begins with `head`, if those of an image and a caption with common names are among
+    them, else none."""
     header = split_lines(decoded(head))[0]
     fields = next(csv.reader([header], delimiter=_delimiter(header)), [])
-    return None not in (_first_of(IMAGE_COLUMNS, fields), _first_of(CAPTION_COLUMNS, fields))
+    return [] if None in (first_of(IMAGE_COLUMNS, fields), first_of(CAPTION_COLUMNS, fields)) else fields
 
 
 def _delimiter(header: str) -> str:
     return "\t" if "\t" in header else ","
 
 
-def _first_of(names: Iterable[str], fields: Iterable[str]) -> str | None:
+def first_of(names: Iterable[str], fields: Iterable[str]) -> str | None:
     """The field with the first of `names` that there is, ignoring case and blanks around."""
     found = {_plain(field): field for field in fields}
     return next((found[_plain(name)] for name in names if _plain(name) in found), None)
@@ -207,7 +208,12 @@ def _plain(field: str) -> str:
     return field.strip().lower()
 
 
-def _read_json_table(table: Path) -> dict[str, list[str]]:
+def read_json_table(table: Path) -> dict[str, list[str]]:
+    """The captions of each image in a table that is JSON, an object from file name to a caption or a list of them.
+
+    Raises:
+        ValmError: it is not.
+    """
     try:
         value = json.loads(decoded(table.read_bytes()))
     except (ValueError, RecursionError) as error:

@@ -32,6 +32,7 @@ class Documents(Dataset[dict[str, Any]]):
         passes: a number from the end on is one of a later pass over the documents, as a `TrainingOrder` with `passes`
             counts them.
         min_score: below which `change` hides a token's images.
+        of_images: (documents,) as `groups` has them; by default those of `documents`.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Documents(Dataset[dict[str, Any]]):
         *,
         passes: bool = False,
         min_score: float | None = None,
+        of_images: np.ndarray | None = None,
     ):
         self.documents, self.change, self.numbers = documents, change, numbers
-        self.passes, self.min_score = passes, min_score
+        self.passes, self.min_score, self.of_images = passes, min_score, of_images
 
     def __len__(self) -> int:
         return len(self.documents) if self.numbers is None else len(self.numbers)
@@ -58,7 +60,13 @@ class Documents(Dataset[dict[str, Any]]):
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (documents,) int64."""
-        found = document_lengths(self.documents)
+        return self._of(document_lengths(self.documents))
+
+    def groups(self) -> np.ndarray:
+        """(documents,) int64: those that are texts of one image have the same number, that of none has 0."""
+        return self._of(document_groups(self.documents) if self.of_images is None else self.of_images)
+
+    def _of(self, found: np.ndarray) -> np.ndarray:
         return found if self.numbers is None else found[self.numbers % len(found)]
 
 
@@ -67,6 +75,11 @@ def document_lengths(documents: Any) -> np.ndarray:
     if hasattr(documents, "lengths"):
         return documents.lengths()
     return np.array([len(document["input_ids"]) for document in documents], dtype=np.int64)
+
+
+def document_groups(documents: Any) -> np.ndarray:
+    """(documents,) int64, as `documents.groups()` says; 0 where it says nothing."""
+    return documents.groups() if hasattr(documents, "groups") else np.zeros(len(documents), np.int64)
 
 
 def views(documents: Any) -> Iterator[Any]:
@@ -79,8 +92,10 @@ def views(documents: Any) -> Iterator[Any]:
 def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Documents, Documents]:
     """Splits `documents` into those to train on and those held out, at random by `seed`, at least one of each.
 
+    The texts of one image stay together: its other captions would tell what the one that is held out says.
+
     Raises:
-        ValmError: the fraction is not between 0 and 1, or there are not two documents.
+        ValmError: the fraction is not between 0 and 1, or there are not two documents, or all are texts of one image.
         TypeError: `documents` are blocks, of which one document may have several.
     """
     if isinstance(documents, Blocks):
@@ -90,11 +105,17 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Documents, Doc
     if not 0 < fraction < 1:
         raise ValmError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
     count = len(documents)
-    if count < 2:
-        raise ValmError(f"to hold documents out there must be at least 2, got {count}: give a corpus of more documents")
-    held = min(count - 1, max(1, round(fraction * count)))
-    drawn = np.random.default_rng(seed).permutation(count)
-    return Documents(documents, numbers=np.sort(drawn[held:])), Documents(documents, numbers=np.sort(drawn[:held]))
+    groups = document_groups(documents)
+    groups = np.where(groups == 0, -1 - np.arange(count), groups)  # without an image each is by itself
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    if len(first) < 2:
+        of = " of more than one image" if count > 1 else ""
+        raise ValmError(f"to hold documents out there must be at least 2{of}, got {count}: give a corpus of more")
+    group = np.argsort(np.argsort(first))[group]  # numbered as they come
+    drawn = np.argsort(np.random.default_rng(seed).permutation(len(first)))[group]  # when each document's is drawn
+    enough = int(np.searchsorted(np.cumsum(np.bincount(drawn)), max(1, round(fraction * count))))
+    held = drawn <= min(enough, len(first) - 2)
+    return Documents(documents, numbers=np.flatnonzero(~held)), Documents(documents, numbers=np.flatnonzero(held))
 
 
 def with_min_score(documents: Any, min_score: float | None) -> Any:

@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer, tokenize_documents
+from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer
 from valm.corpus.min_score import find_min_score
 from valm.corpus.plan import RetrievalPlan
-from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.retrieved import CorpusRetrieval, tokenized
 from valm.corpus.run import open_retriever, run_retrieval
 from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
@@ -29,7 +29,7 @@ from valm.retrieval.retriever import BlindRetriever
 from valm.retrieval.source import ImageSource
 from valm.store.files import output_folder
 from valm.training.callbacks import Patience, ended_by_signals, show_progress
-from valm.training.data import hold_out, twin, with_min_score
+from valm.training.data import Documents, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.mix import SHARES, base_weights, mix
@@ -278,8 +278,8 @@ def _open_corpus(plan: TrainingPlan, kb: ImageKnowledgeBase | None, name: str) -
     else:
         new = clip_tokenizer() if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
         tokenizer = new if plan.base is None else own_tokenizer(plan.base)
-        found = tokenize_documents(list(plan.corpus.documents()), tokenizer)
-        return [{"input_ids": document} for document in found], tokenizer
+        found, groups = tokenized(list(plan.corpus.documents()), tokenizer)
+        return Documents([{"input_ids": document} for document in found], of_images=groups), tokenizer
     if plan.base is not None:  # `trainer` compares the base's own with the corpus'
         return documents, own_tokenizer(plan.base)
     chats = documents.tokenizer.chat_template is not None  # which a model trained from nothing cannot

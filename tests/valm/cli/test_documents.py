@@ -52,13 +52,18 @@ def commands(page: Path) -> list[str]:
     return [line for line in map(str.strip, lines) if line.startswith(tuple(PARSERS))]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
-def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def write_configs(page: Path, folder: Path) -> None:
+    """The YAML files of a page."""
     for config in blocks(page, "yaml"):
         named = re.match(r"# (\w+\.yaml)", config)
         assert named, f"{page.name}: a config begins with a comment that has its file's name"
-        Path(named[1]).write_text(config, encoding="utf-8")
+        (folder / named[1]).write_text(config, encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_configs(page, tmp_path)
     for command in commands(page):
         start, parser = next((start, parser) for start, parser in PARSERS.items() if command.startswith(start))
         words = shlex.split(command.removeprefix(start), comments=True)
@@ -117,6 +122,7 @@ def write_photographs(folder: Path) -> None:
 def test_own_pictures_in_ten_minutes(tmp_path):
     write_photographs(tmp_path / "pictures")
     seconds = {}
+    write_configs(ROOT / "docs" / "tutorials" / "own-pictures.md", tmp_path)
     for command in commands(ROOT / "docs" / "tutorials" / "own-pictures.md"):
         begin = time.monotonic()
         words = shlex.split(command, comments=True)

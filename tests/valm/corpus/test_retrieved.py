@@ -22,7 +22,7 @@ from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import tokenize_documents
 from valm.corpus import retrieved
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
-from valm.corpus.texts import MAX_DOCUMENT, read_documents
+from valm.corpus.texts import MAX_DOCUMENT, Caption, read_documents
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
@@ -162,7 +162,7 @@ def test_a_corpus_in_files(corpus, retriever, tmp_path, suffix):
 
 def test_the_files(corpus, documents, tokenizer):
     kinds = {name.partition("-")[0] for name in os.listdir(corpus.path) if name.endswith(".npy")}
-    assert kinds == {"tokens", "offsets", "image_ids", "image_scores"}
+    assert kinds == {"tokens", "offsets", "groups", "image_ids", "image_scores"}
     assert not list(corpus.path.glob("shard-*")) and not (corpus.path / "build.json").exists()
     opened = CorpusRetrieval.open(corpus.path)
     document = opened[3]
@@ -173,6 +173,16 @@ def test_the_files(corpus, documents, tokenizer):
     assert opened.tokenizer.get_vocab() == tokenizer.get_vocab()
     copied = pickle.loads(pickle.dumps(opened))
     assert np.array_equal(copied[3]["image_ids"], document["image_ids"])
+
+
+def test_documents_of_one_image_are_known(retriever, tmp_path):
+    """Whatever the shard, and where a text has no token."""
+    texts = [Caption("red", "a"), "blue", Caption("\u200b", "b"), Caption("green", "b"), Caption("a red", "a")]
+    tokens = tokenize_documents(texts, retriever.encoder.tokenizer)
+    found = retrieve_corpus(texts, retriever, tmp_path / "out", part_bytes=8)
+    first, none, *other, last = found.groups().tolist()
+    assert len(found) == len(tokens) and len(found.manifest["shards"]) > 1
+    assert first == last > 0 == none and {*other} == {other[0]} and other[0] not in (0, first)
 
 
 class FindsOne:
@@ -229,7 +239,7 @@ def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_
         return retrieve_corpus(read_documents([text_file]), retriever, out, part_bytes=150, progress=False)
 
     whole = retrieve(tmp_path / "whole")
-    for finished in (0, 1, 2, 5, 4, 12, 9):
+    for finished in (0, 1, 2, 6, 5, 14, 11):
         assert exit_code_if_killed(retrieve, finished) == -signal.SIGKILL
         with pytest.raises(ValmError, match=r"is unfinished; run `valm retrieve` again|has no manifest\.json"):
             CorpusRetrieval.open(tmp_path / "killed")
@@ -490,7 +500,7 @@ def test_damage_is_named(copied, tmp_path):
     with pytest.raises(ValmError, match=r"npy holds uint32 \(\d+, 4\), the manifest says uint32 \(\d+, 5\)"):
         CorpusRetrieval.open(copied)[0]
     edit_manifest(copied, version=9)
-    with pytest.raises(ValmError, match="has format version 9, this valm reads 2"):
+    with pytest.raises(ValmError, match="has format version 9, this valm reads 3"):
         CorpusRetrieval.open(copied)
     (copied / "manifest.json").write_text("[]")
     with pytest.raises(ValmError, match=r"manifest\.json is damaged: Input should be an object"):

@@ -2,6 +2,7 @@ import codecs
 import csv
 import gzip
 import json
+import pickle
 import re
 
 import datasets
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from valm.corpus import texts
-from valm.corpus.texts import HEAD_BYTES, fingerprint, read_documents, row_documents
+from valm.corpus.texts import HEAD_BYTES, Caption, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
 
 LINES = st.lists(
@@ -281,23 +282,50 @@ def test_linked_folders_are_read_and_folders_that_cannot_be_read_refused(tmp_pat
         list(read_documents([tmp_path / "corpus"]))
 
 
-def test_a_table_of_captions_is_no_text(tmp_path):
-    """As in Flickr8k: a model would learn the names of files."""
-    write(tmp_path / "captions.txt", "image,caption\n00.png,a red apple\n")
-    with pytest.raises(ValmError, match=r"captions\.txt is a table of captions: rename it to captions\.csv"):
-        list(read_documents([tmp_path]))
-    (tmp_path / "captions.txt").rename(tmp_path / "captions.csv")
-    assert list(read_documents([tmp_path], column="caption")) == ["a red apple"]
-    (tmp_path / "captions.csv").unlink()
-    for content in ("one,two\rthree\n second\n", "image,caption\r00.png,a red apple\r"):
-        (tmp_path / "captions.txt").write_bytes(content.encode())
-        if "image" in content:
-            with pytest.raises(ValmError, match="is a table of captions"):
-                list(read_documents([tmp_path]))
-        else:
-            assert len(list(read_documents([tmp_path]))) == 2
-    write(tmp_path / "captions.txt", "a red apple\na green one\n")
-    assert len(list(read_documents([tmp_path]))) == 2
+TABLE = 'image,caption\n00.png,a red apple\n00.png,"an apple, on a table"\n01.png,a leaf\n'
+CAPTIONS = [("a red apple", "00.png"), ("an apple, on a table", "00.png"), ("a leaf", "01.png")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("captions.txt", TABLE, "text"),
+        ("captions.csv", TABLE, "text"),
+        ("captions.csv", TABLE, "caption"),
+        ("captions.tsv", TABLE.replace('"', "").replace("png,", "png\t").replace("e,c", "e\tc"), "text"),
+        ("captions.txt", TABLE.replace("caption", "text"), "text"),
+        ("captions.json", json.dumps({"00.png": [text for text, _ in CAPTIONS[:2]], "01.png": "a leaf"}), "text"),
+        ("rows.jsonl", "\n".join(json.dumps({"text": text, "file_name": image}) for text, image in CAPTIONS), "text"),
+    ],
+)
+def test_a_table_of_captions_has_the_images_of_its_texts(tmp_path, name, content, column):
+    """As `kb build` and `clip train` read it; as lines a model would learn the names of files."""
+    write(tmp_path / name, content)
+    found = list(read_documents([tmp_path], column=column))
+    assert [(text, text.image) for text in found] == CAPTIONS
+
+
+def test_other_tables_and_texts_have_no_images(tmp_path):
+    for name, content, count in (
+        ("captions.txt", "a red apple\na green one\n", 2),
+        ("captions.txt", "one,two\rthree\n second\n", 2),
+        ("captions.json", json.dumps({"text": "a red apple"}), 1),
+        ("rows.csv", "path,text\nbooks/1,a red apple\n", 1),
+    ):
+        write(tmp_path / name, content)
+        found = list(read_documents([tmp_path / name]))
+        assert len(found) == count and not any(isinstance(text, Caption) for text in found)
+
+
+def test_the_lines_of_a_text_beside_an_image_are_its_captions(tmp_path):
+    (tmp_path / "a.JPG").write_bytes(b"no corpus")
+    write(tmp_path / "a.txt", "a red apple\nan apple")
+    write(tmp_path / "b.txt", "a leaf")
+    found = list(read_documents([tmp_path]))
+    assert found == ["a red apple", "an apple", "a leaf"]
+    assert [getattr(text, "image", None) for text in found] == [str(tmp_path / "a")] * 2 + [None]
+    again = pickle.loads(pickle.dumps(found[0]))
+    assert again == found[0] and again.image == found[0].image
 
 
 @pytest.mark.parametrize("column", ["text", "caption"])

@@ -7,7 +7,7 @@ import pytest
 from tests.valm.knowledge_base.inputs import touch
 from valm.errors import ValmError
 from valm.knowledge_base import captions
-from valm.knowledge_base.captions import has_caption_header, parse_caption, read_captions
+from valm.knowledge_base.captions import caption_header, parse_caption, read_captions
 from valm.knowledge_base.sources.folder import find_images
 
 
@@ -46,7 +46,7 @@ def test_a_caption_ends_at_a_line_break_alone():
     assert (
         parse_caption("a dog\u2028runs\x0cfast\r\na cat\rasleep".encode(), ".txt") == "a dog runs fast\na cat\nasleep"
     )
-    assert has_caption_header(b"image,\x0c,caption\ra.png,,a dog")
+    assert caption_header(b"image,\x0c,caption\ra.png,,a dog")
 
 
 def test_captions_in_a_json_file_beside_the_picture():

@@ -170,6 +170,23 @@ def test_every_document_is_trained_on_or_held_out(count, fraction, seed):
     assert np.array_equal(hold_out(DOCUMENTS[:count], fraction, seed)[1].numbers, held.numbers)
 
 
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0.001, 0.999), st.integers(0, 9))
+def test_the_texts_of_an_image_are_held_out_together(groups, fraction, seed):
+    groups = np.array(groups)
+    documents = Documents(DOCUMENTS[: len(groups)], of_images=groups)
+    if groups.all() and len({*groups.tolist()}) == 1:
+        with pytest.raises(ValmError, match=f"at least 2 of more than one image, got {len(groups)}"):
+            hold_out(documents, fraction, seed)
+        return
+    kept, held = hold_out(documents, fraction, seed)
+    assert sorted([*kept.numbers, *held.numbers]) == list(range(len(groups)))
+    assert not {*kept.groups().tolist()} & {*held.groups().tolist()} - {0}
+    largest = max(np.bincount(groups)[1:], default=1)
+    wanted = max(1, round(fraction * len(groups)))
+    assert 0 < len(held) < wanted + largest
+    assert len(held) >= wanted or len({*kept.groups().tolist()} - {0}) + (kept.groups() == 0).sum() == 1
+
+
 @pytest.mark.parametrize(
     "count, fraction, message",
     [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1: give a corpus of more")],
