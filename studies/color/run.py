@@ -281,6 +281,7 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
         *as_options(settings),
+        *(["--allow-download"] if study.config.allow_download else []),
     )
     # the model has the weights; the last checkpoint is as large, and only its losses are needed
     write_json(out / LOSSES_FILE, losses(out))

@@ -24,7 +24,6 @@ SIZE = "--model is the size: a name, or LAYERSxWIDTHxHEADS such as 4x256x4"
 # Commands and options that went, also those that other commands still have, and what took their place.
 GONE = {
     **dict.fromkeys(("valm train -k", "valm train --images", "valm train --query", "valm train --device"), RETRIEVED),
-    "valm train --allow-download": RETRIEVED,
     "valm train --clip": f"{RETRIEVED}; a model of text alone has --tokenizer",
     **dict.fromkeys(("valm train --layers", "valm train --width", "valm train --heads"), SIZE),
     "--follow-links": "linked folders are always looked into, each once",

@@ -22,13 +22,17 @@ class RetrievalPlan:
 
     Attributes:
         corpus: the texts whose images are retrieved.
+        allow_download: load the CLIP from the hub that the knowledge base names.
     """
 
     corpus: TextCorpus
+    allow_download: bool = False
     kb: str | os.PathLike = option("knowledge base", REQUIRED)
     out: str | os.PathLike = option("folder of the result; a killed retrieval resumes", REQUIRED)
-    clip: str | None = option("the CLIP, where it is no longer where the knowledge base found it")
-    allow_download: bool = option("load the CLIP from the hub that the knowledge base names", False)
+    clip: str | None = option(
+        "the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from the "
+        "hub that the knowledge base names"
+    )
     tokenizer: str | None = option(
         "the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name"
     )

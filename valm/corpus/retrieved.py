@@ -7,7 +7,7 @@
     image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
     image_scores-00000.npy (n, K) float32, unless they were not wanted: inner product of query and image, -inf = none
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
-    _clip.json             where its CLIP was, if the user said so or allowed its download
+    _clip.json             where its CLIP was, if the user said so
 
 A document's images depend on that document alone (to rounding, on its shard too): training can cut it to any length
 without retrieving again.
@@ -93,10 +93,9 @@ class CorpusPlan(TypedDict):
 
 
 class ClipNote(TypedDict):
-    """The content of CLIP_FILE. folder: where it was written, as a hub that a foreign note names is not reached."""
+    """The content of CLIP_FILE."""
 
     clip: str
-    folder: str
 
 
 class CorpusManifest(Manifest):
@@ -190,9 +189,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """That of the queries."""
         return self.manifest["plan"]["precision"]
 
-    @property
-    def clip(self) -> str | None:
+    def clip(self, allow_download: bool = False) -> str | None:
         """The CLIP that made the queries, as for `ImageKnowledgeBase.load_clip`; None: that which it names itself.
+
+        Args:
+            allow_download: also one on a hub.
 
         Raises:
             ValmError: its note is damaged.
@@ -200,8 +201,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         if not (self.path / CLIP_FILE).is_file():
             return None
         note = read_json(self.path / CLIP_FILE, "the note on the CLIP", ClipNote, "delete it, and retrieve again")
-        here = note["folder"] == str(self.path.resolve())
-        return note["clip"] if here or os.path.isdir(note["clip"]) else None
+        return note["clip"] if allow_download or os.path.isdir(note["clip"]) else None
 
     @property
     def fingerprint(self) -> str:
@@ -352,8 +352,7 @@ def retrieve_corpus(
 
 def note_clip(folder: Path, source: str) -> None:
     """Notes in the retrieval in `folder` that its CLIP was loaded from `source`, as the user asked for."""
-    place = os.path.abspath(source) if os.path.isdir(source) else source
-    write_json(folder / CLIP_FILE, {"clip": place, "folder": str(folder.resolve())})
+    write_json(folder / CLIP_FILE, {"clip": os.path.abspath(source) if os.path.isdir(source) else source})
 
 
 def _parts(documents: Iterable[Any], part_bytes: int) -> Iterator[list[Any]]:

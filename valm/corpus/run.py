@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valm.corpus.plan import RetrievalPlan
@@ -30,9 +29,8 @@ def run_retrieval(plan: RetrievalPlan) -> CorpusRetrieval:
     run: Runner = run_here if plan.ray is None else RayRun(plan.ray, cpus=plan.cpus, gpus=plan.gpus)
     retriever = open_retriever(plan, kb)
     found = retrieve_corpus(documents, retriever, plan.out, scores=plan.scores, run=run)
-    source = retriever.encoder.clip.source
-    if source is not None and (plan.clip is not None or not Path(source).is_dir()):
-        note_clip(found.path, source)
+    if plan.clip is not None:
+        note_clip(found.path, plan.clip)
     return found
 
 

@@ -78,6 +78,7 @@ class TrainingPlan:
     """
 
     corpus: TextCorpus | None = None
+    allow_download: bool = False
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     retrieval: str | os.PathLike | None = option(
         "train on what `valm retrieve` wrote, without CLIP, instead of on a corpus"
@@ -85,7 +86,6 @@ class TrainingPlan:
     out: str | os.PathLike = option("folder of the checkpoints and of the model", REQUIRED)
     resume: bool = option("resume from the newest checkpoint in --out, if any", False)
     kb: str | os.PathLike | None = option("knowledge base; without it the model sees no images")
-    allow_download: bool = False
     tokenizer: str | None = option(
         "that of a new model of a corpus without --kb: folder or Hugging Face name (default: CLIP's)"
     )

@@ -58,11 +58,14 @@ def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
     plan.check()
     plan.check_paths()
     settings = training_arguments(plan.out, **plan.training_fields())
+    patience = _patience(plan, settings)
     with output_folder(plan.out) as out:
-        return _run(plan, out, settings, command)
+        return _run(plan, out, settings, patience, command)
 
 
-def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
+def _run(
+    plan: TrainingPlan, out: Path, settings: TrainingArguments, patience: int, command: str | None
+) -> ImageTrainer:
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     dataset, tokenizer = _open_corpus(plan, kb, "retrieval")
@@ -72,7 +75,6 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
     sees = model.fusion_options
     base = None if plan.base is None or held_out is None else base_weights(model)
-    patience = _patience(plan, settings)
     training = trainer(
         model,
         documents,
@@ -176,7 +178,8 @@ def _model(
     if kb is not None and plan.twin == "blind":
         source = ImageSource.of_knowledge_base(kb, dataset.query, **dataset.segments)
         with _retrieving():
-            retriever = model.finder.open(source, dataset.tokenizer, clip=dataset.clip, device=device)
+            of_clip = {"clip": dataset.clip(plan.allow_download), "allow_download": plan.allow_download}
+            retriever = model.finder.open(source, dataset.tokenizer, device=device, **of_clip)
         model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
     return model
 
@@ -290,15 +293,16 @@ def _retrieval(plan: TrainingPlan, name: str) -> RetrievalPlan:
     """The retrieval of a corpus into a folder beside `out`, which is not published with the model."""
     assert plan.corpus is not None and plan.kb is not None
     out = Path(plan.out).absolute()
-    return RetrievalPlan(corpus=plan.corpus, kb=plan.kb, out=out.with_name(f"{out.name}-{name}"), tokenizer=plan.base)
+    given: Any = {"corpus": plan.corpus, "kb": plan.kb, "tokenizer": plan.base, "allow_download": plan.allow_download}
+    return RetrievalPlan(out=out.with_name(f"{out.name}-{name}"), **given)
 
 
 @contextmanager
 def _retrieving() -> Iterator[None]:
-    """Says of an error about the CLIP, which names options, whose they are."""
+    """Says of an error about the CLIP, which names an option, whose it is."""
     try:
         yield
     except ValmError as error:
-        if "--clip" not in str(error):
+        if "(--clip)" not in str(error):
             raise
-        raise ValmError(f"{error}; these are options of `valm retrieve`, whose result --retrieval takes") from error
+        raise ValmError(f"{error}; --clip is of `valm retrieve`, whose result --retrieval takes") from error
