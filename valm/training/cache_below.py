@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from valm.clip.tokenizer import batches_by_length, padded
 from valm.errors import ValmError
@@ -28,7 +28,7 @@ from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
 from valm.store.files import writable_folder
 from valm.store.shards import open_array
-from valm.training.data import document_lengths
+from valm.training.data import Documents, document_lengths
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_own
 
@@ -37,31 +37,6 @@ VERSION = 3
 BATCH_TOKENS = 4096
 # The name under which `Collator` and the model exchange the hidden states.
 FUSION_INPUT = "fusion_input"
-
-
-class CachedBelow(Dataset[dict[str, Any]]):
-    """`documents` with the fusion layer's input for each, `fusion_input` (T, C), from a memory-mapped file.
-
-    The file and the items hold bfloat16 as uint16.
-    """
-
-    def __init__(self, documents: Any, lengths: np.ndarray, states: np.ndarray):
-        self.documents = documents
-        self._lengths = lengths
-        self._ends = np.cumsum(lengths)
-        self._states = states  # (tokens, C)
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        document = self.documents[index]
-        end = self._ends[index]
-        return {**document, FUSION_INPUT: self._states[end - self._lengths[index] : end]}
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, (documents,) int64."""
-        return self._lengths
 
 
 class FusionInput:
@@ -105,11 +80,12 @@ class FusionInput:
 
 def cache_below(
     model: Any, documents: Any, folder: str | os.PathLike, *, layer: int | None = None, progress: bool = True
-) -> CachedBelow:
+) -> Documents:
     """Computes the input of the fusion layer of `model` once for each document, and makes the model start from it.
 
     The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that identifies weights,
-    tokens and dtype; an existing file is reused. The model is changed by `FusionInput`: train it on the result by a
+    tokens and dtype; an existing file is reused. A document of the result has its own as `fusion_input` (T, C), from
+    that file, bfloat16 as uint16. The model is changed by `FusionInput`: train it on the result by a
     `Collator`.
 
     Args:
@@ -138,9 +114,12 @@ def cache_below(
         _write(model, layer, documents, lengths, file, shape, dtype, progress)
     check_own(file)
     states = open_array(file, shape, dtype)
-    cached = CachedBelow(documents, lengths, states)
     _install(model, layer)
-    return cached
+    return Documents(documents, partial(_with_states, states, np.cumsum(lengths)))
+
+
+def _with_states(states: np.ndarray, ends: np.ndarray, number: int, document: dict[str, Any]) -> dict[str, Any]:
+    return document | {FUSION_INPUT: states[ends[number] - len(document["input_ids"]) : ends[number]]}
 
 
 def fusion_layer(model: Any) -> int:

@@ -156,7 +156,7 @@ def twin(kind: str, documents: Any, images: int, seed: int) -> Documents:
       memory, 8 bytes a token, and made by reading all documents once.
 
     Raises:
-        ValmError: `kind` is unknown, or a document has no image_ids.
+        ValmError: `kind` is unknown.
     """
     if kind not in TWINS:
         raise ValmError(f"twin must be one of {', '.join(TWINS)}, got {kind!r}")
@@ -232,22 +232,6 @@ class Blocks(Dataset[dict[str, Any]]):
         return {name: np.asarray(values)[rows] for name, values in document.items()}
 
 
-def image_ids(document: dict[str, Any], number: int) -> np.ndarray:
-    """The image ids (T, K) of document `number`.
-
-    Raises:
-        ValmError: it has none, or they cannot say -1, which is no image.
-    """
-    if "image_ids" not in document:
-        raise ValmError(f"document {number} has no image_ids to be replaced: retrieve them first")
-    found = np.asarray(document["image_ids"])
-    if found.dtype.kind == "u":
-        raise ValmError(
-            f"the image_ids of document {number} are {found.dtype}, which has no -1 for no image: give int64"
-        )
-    return found
-
-
 # The changes are of the module, so that a data loader can send them to its workers.
 
 
@@ -263,21 +247,21 @@ def _cut(min_score: float, number: int, document: dict[str, Any]) -> dict[str, A
     if "image_scores" not in document:
         raise ValmError(f"document {number}, for a model with a min_score, {NO_SCORES}")
     scores = torch.from_numpy(document["image_scores"])
-    ids, scores = cut(torch.from_numpy(image_ids(document, number)), scores, min_score)
+    ids, scores = cut(torch.from_numpy(document["image_ids"]), scores, min_score)
     return document | {"image_ids": ids.numpy(), "image_scores": scores.numpy()}
 
 
 def _drop(share: float, seed: int, size: int, number: int, document: dict[str, Any]) -> dict[str, Any]:
     if np.random.default_rng([seed, *divmod(number, size)]).random() >= share:
         return document
-    none: dict[str, Any] = {"image_ids": np.full_like(image_ids(document, number % size), -1)}
+    none: dict[str, Any] = {"image_ids": np.full_like(document["image_ids"], -1)}
     if "image_scores" in document:
         none["image_scores"] = np.full_like(document["image_scores"], -np.inf)
     return document | none
 
 
 def _random(images: int, seed: int, number: int, document: dict[str, Any]) -> dict[str, Any]:
-    found = image_ids(document, number)  # (T, K)
+    found = document["image_ids"]  # (T, K)
     drawn = np.empty(found.shape, found.dtype)
     random = np.random.default_rng([seed, number])
     for column in range(drawn.shape[1]):
@@ -296,7 +280,7 @@ class _Shuffled:
     def __init__(self, documents: Any, seed: int):
         self.documents = documents
         self._ends = np.cumsum(document_lengths(documents))
-        seeing = [(image_ids(documents[number], number) >= 0).any(-1) for number in range(len(documents))]
+        seeing = [(documents[number]["image_ids"] >= 0).any(-1) for number in range(len(documents))]
         cycle = np.random.default_rng(seed).permutation(np.flatnonzero(np.concatenate(seeing)))
         self._other = np.full(self._ends[-1], -1)  # by token; -1 has no images
         self._other[cycle] = np.roll(cycle, 1)  # a single cycle, so no token gets its own
@@ -305,11 +289,10 @@ class _Shuffled:
         end = self._ends[number]
         others = self._other[end - len(document["input_ids"]) : end]  # (T,) tokens of the corpus
         owners = np.searchsorted(self._ends, others, side="right")  # (T,) the document of each
-        images = np.full_like(image_ids(document, number), -1)
+        images = np.full_like(document["image_ids"], -1)
         for owner in np.unique(owners[others >= 0]):
             here = (owners == owner) & (others >= 0)
-            found = image_ids(self.documents[owner], owner)
-            images[here] = found[others[here] - self._ends[owner]]  # counted from its end
+            images[here] = self.documents[owner]["image_ids"][others[here] - self._ends[owner]]  # from its end
         return _with_images(document, images)
 
 

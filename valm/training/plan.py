@@ -180,6 +180,8 @@ class TrainingPlan:
         check_fields(self)
         if self.validation is None and self.patience is not None:
             raise ValmError("--patience looks at the evaluations: give --validation too")
+        if self.patience and not self.training_fields()["load_best_model_at_end"]:
+            raise ValmError("--patience keeps the best checkpoint: leave --load_best_model_at_end as it is, or give 0")
         if not self.mix and (self.base is None or self.validation is None):
             raise ValmError("--no-mix is of a pretrained decoder that is evaluated: give --base and --validation too")
         for name in BASE_FIELDS if self.base is None else ():
@@ -233,6 +235,23 @@ class TrainingPlan:
     def size(self) -> Size:
         """That of a new model."""
         return size_of("base" if self.model is None else self.model)
+
+    def noted(self) -> dict[str, Any]:
+        """What a resumed training must have too, and neither the Trainer nor the model's config says."""
+        return {
+            "twin": self.twin,
+            "limit_softmax": self.limit_softmax or None,
+            "image_dropout": self.image_dropout or None,
+            "model": str(self.size()) if self.base is None else None,
+            "context": self.context,
+            "validation": None if self.validation is None else str(validation_of(self.validation)),
+        }
+
+    def stops_after(self) -> int:
+        """How many evaluations without gain end the training; 0: none do."""
+        if self.validation is None or not self.training_fields()["load_best_model_at_end"]:
+            return 0
+        return PATIENCE if self.patience is None else self.patience
 
     def training_fields(self) -> dict[str, Any]:
         """The fields of TrainingArguments that are given, or follow from other fields of the plan."""

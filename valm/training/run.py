@@ -33,7 +33,7 @@ from valm.training.data import Documents, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.mix import SHARES, base_weights, mix
-from valm.training.plan import PATIENCE, TrainingPlan, validation_of
+from valm.training.plan import TrainingPlan, validation_of
 from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
 
@@ -58,14 +58,11 @@ def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
     plan.check()
     plan.check_paths()
     settings = training_arguments(plan.out, **plan.training_fields())
-    patience = _patience(plan, settings)
     with output_folder(plan.out) as out:
-        return _run(plan, out, settings, patience, command)
+        return _run(plan, out, settings, command)
 
 
-def _run(
-    plan: TrainingPlan, out: Path, settings: TrainingArguments, patience: int, command: str | None
-) -> ImageTrainer:
+def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     dataset, tokenizer = _open_corpus(plan, kb, "retrieval")
@@ -87,7 +84,7 @@ def _run(
         fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=plan.limit_softmax,
         image_dropout=plan.image_dropout if sees.num_images > 0 else 0.0,
-        callbacks=[Patience(patience)] if patience else None,
+        callbacks=[Patience(patience)] if (patience := plan.stops_after()) else None,
     )
     if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
         if plan.mix and base:
@@ -95,13 +92,9 @@ def _run(
                 "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
             )
         base = None
-    own: dict[str, Any] = {"twin": plan.twin, "limit_softmax": plan.limit_softmax or None}
-    own["image_dropout"] = plan.image_dropout or None
-    own |= {"model": None if plan.base else str(plan.size()), "context": plan.context}
-    validation = None if plan.validation is None else validation_of(plan.validation)
-    own["validation"] = None if validation is None else str(validation)
-    own["validation_data"] = content_of(held_out) if isinstance(validation, Path) else None
-    note_run(out, training, dataset, own | plan.training_fields())
+    in_file = plan.validation is not None and isinstance(validation_of(plan.validation), Path)
+    noted = plan.noted() | {"validation_data": content_of(held_out) if in_file else None}
+    note_run(out, training, dataset, noted | plan.training_fields())
     if settings.should_log:
         print(summary(plan, model, documents, training), file=sys.stderr)
     show_progress(training, "train")
@@ -133,15 +126,6 @@ def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrain
     what = f"the {plan.twin} twin" if plan.twin else "a model"
     sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {count:,} parameters{share}"
     return f"training {what} with {sees}: {sizes}; {len(documents):,} documents, {steps} steps of {rows}"
-
-
-def _patience(plan: TrainingPlan, settings: TrainingArguments) -> int:
-    """Evaluations without gain that end the training, 0 = none."""
-    if plan.patience and not settings.load_best_model_at_end:
-        raise ValmError("--patience keeps the best checkpoint: leave --load_best_model_at_end as it is, or give 0")
-    if plan.patience is not None:
-        return plan.patience
-    return PATIENCE if plan.validation is not None and settings.load_best_model_at_end else 0
 
 
 def _min_score(
