@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -65,9 +64,9 @@ def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
 def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
-    dataset, tokenizer = _open_corpus(plan, kb, "retrieval")
+    dataset, tokenizer = _open_corpus(plan)
     min_score = _min_score(plan, kb, dataset, tokenizer)
-    documents, held_out = _split(plan, kb, dataset, min_score, settings.seed)
+    documents, held_out = _split(plan, kb, dataset, tokenizer, min_score, settings.seed)
     torch.manual_seed(settings.seed)
     model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
     sees = model.fusion_options
@@ -136,7 +135,7 @@ def _min_score(
         return None
     if not isinstance(plan.min_score, str):
         return plan.min_score
-    retriever = None if plan.corpus is None else open_retriever(_retrieval(plan, "retrieval"), kb)
+    retriever = None if plan.corpus is None else open_retriever(_retrieval(plan, plan.corpus, "retrieval"), kb)
     found = find_min_score(
         kb, dataset.query, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
     )
@@ -198,7 +197,12 @@ def _augmented(plan: TrainingPlan, base: str, images: dict[str, Any]) -> Any:
 
 
 def _split(
-    plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, min_score: float | None, seed: int
+    plan: TrainingPlan,
+    kb: ImageKnowledgeBase | None,
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    min_score: float | None,
+    seed: int,
 ) -> tuple[Any, Any]:
     """The documents to train on and those of `validation`, or None, with the images of the twin.
 
@@ -215,31 +219,27 @@ def _split(
     found = validation_of(plan.validation)
     if isinstance(found, float):
         return hold_out(with_images(dataset), found, seed)
-    return with_images(dataset), with_images(_open_validation(plan, kb, dataset, found))
+    return with_images(dataset), with_images(_open_validation(plan, dataset, tokenizer, found))
 
 
-def _open_validation(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, path: Path) -> Any:
+def _open_validation(
+    plan: TrainingPlan, dataset: Any, tokenizer: PreTrainedTokenizerFast, path: Path
+) -> Documents | CorpusRetrieval:
     """The documents of `validation` that are in `path`.
 
     Raises:
         ValmError: they do not belong to `dataset`.
     """
-    retrieved = path.is_dir()
-    if plan.retrieval is not None and not retrieved:
-        raise ValmError(f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out")
-    if retrieved:
-        other = dataclasses.replace(plan, corpus=None, retrieval=path)
-    else:
-        assert plan.corpus is not None  # as `check` found
-        texts = TextCorpus([path], column=plan.corpus.column)
-        other = dataclasses.replace(plan, corpus=texts, retrieval=None)
-    found, _ = _open_corpus(other, kb, "validation-retrieval")
+    texts = TextCorpus([path], column=plan.corpus.column if plan.corpus is not None else "text")
     if not isinstance(dataset, CorpusRetrieval):
-        if retrieved:
+        if path.is_dir():
             raise ValmError(
                 f"--validation {path} is a result of `valm retrieve`, and the corpus is none: give a text file"
             )
-        return found
+        return _read(texts, tokenizer)
+    if plan.retrieval is not None and not path.is_dir():
+        raise ValmError(f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out")
+    found = CorpusRetrieval.open(path) if path.is_dir() else _retrieve(plan, texts, "validation-retrieval")
     for name in ("tokenizer", "eos", "knowledge_base", "k", "query", "overlap", "min_tokens", "precision"):
         here, there = (corpus.manifest["plan"].get(name) for corpus in (found, dataset))
         if here != there:
@@ -250,34 +250,41 @@ def _open_validation(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset:
     return found
 
 
-def _open_corpus(plan: TrainingPlan, kb: ImageKnowledgeBase | None, name: str) -> tuple[Any, PreTrainedTokenizerFast]:
-    """The documents and the tokenizer of the model; `name`: of the folder in which their images are retrieved."""
-    if plan.corpus is None:
-        assert plan.retrieval is not None  # as `check` found
-        documents = CorpusRetrieval.open(plan.retrieval)
-    elif kb is not None:
-        if launched_processes() > 1:
-            raise ValmError(
-                "several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval"
-            )
-        with _retrieving():
-            documents = run_retrieval(_retrieval(plan, name))
-    else:
+def _open_corpus(plan: TrainingPlan) -> tuple[Documents | CorpusRetrieval, PreTrainedTokenizerFast]:
+    """The documents and the tokenizer of the model."""
+    if plan.corpus is not None and plan.kb is None:
         new = clip_tokenizer() if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
         tokenizer = new if plan.base is None else own_tokenizer(plan.base)
-        found, groups = tokenized(list(plan.corpus.documents()), tokenizer)
-        return Documents([{"input_ids": document} for document in found], of_images=groups), tokenizer
+        return _read(plan.corpus, tokenizer), tokenizer
+    if plan.corpus is not None:
+        documents = _retrieve(plan, plan.corpus, "retrieval")
+    else:
+        assert plan.retrieval is not None  # as `check` found
+        documents = CorpusRetrieval.open(plan.retrieval)
     if plan.base is not None:  # `trainer` compares the base's own with the corpus'
         return documents, own_tokenizer(plan.base)
     chats = documents.tokenizer.chat_template is not None  # which a model trained from nothing cannot
     return documents, load_tokenizer(documents.path) if chats else documents.tokenizer
 
 
-def _retrieval(plan: TrainingPlan, name: str) -> RetrievalPlan:
+def _read(corpus: TextCorpus, tokenizer: PreTrainedTokenizerFast) -> Documents:
+    """The documents of a model of text alone."""
+    found, groups = tokenized(list(corpus.documents()), tokenizer)
+    return Documents([{"input_ids": document} for document in found], of_images=groups)
+
+
+def _retrieve(plan: TrainingPlan, corpus: TextCorpus, name: str) -> CorpusRetrieval:
+    if launched_processes() > 1:
+        raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
+    with _retrieving():
+        return run_retrieval(_retrieval(plan, corpus, name))
+
+
+def _retrieval(plan: TrainingPlan, corpus: TextCorpus, name: str) -> RetrievalPlan:
     """The retrieval of a corpus into a folder beside `out`, which is not published with the model."""
-    assert plan.corpus is not None and plan.kb is not None
+    assert plan.kb is not None
     out = Path(plan.out).absolute()
-    given: Any = {"corpus": plan.corpus, "kb": plan.kb, "tokenizer": plan.base, "allow_download": plan.allow_download}
+    given: Any = {"corpus": corpus, "kb": plan.kb, "tokenizer": plan.base, "allow_download": plan.allow_download}
     return RetrievalPlan(out=out.with_name(f"{out.name}-{name}"), **given)
 
 
