@@ -405,6 +405,23 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
     assert run(*again) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "training a model with text alone (there is no --kb): 3 layers of width 32, "),
+        (["--kb", "{world}/kb"], "training a model with 2 images a token of {world}/kb: 3 layers of width 32, "),
+        (["--kb", "{world}/kb", "--twin", "text"], "training the text twin with text alone: 3 layers of width 32, "),
+        (["--kb", "{world}/kb", "--twin", "blind"], "training the blind twin with its own query as the image of a tok"),
+    ],
+)
+def test_a_line_says_what_is_trained_before_it_is(world, tmp_path, capsys, options, said):
+    """So a --kb that was forgotten is seen."""
+    given = [option.format(world=world) for option in options]
+    assert run("train", "--retrieval", world / "retrieval", *given, *SIZE, "--out", tmp_path / "model") == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("training "))
+    assert line.startswith(said.format(world=world)) and line.endswith(" parameters; 6 documents, 3 steps of 4")
+
+
 def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
     """With a field whose number YAML takes for text, and one that the command line overrides."""
     lines = [f"corpus: {world}/corpus.txt", f"tokenizer: {world}/clip", "model: 3x32x4", "context: 32"]
