@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 from valm.errors import ValmError
 
-if TYPE_CHECKING:  # whose import takes seconds
+if TYPE_CHECKING:  # `check_alone` comes before all else
     from transformers import TrainingArguments
 
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# What torchrun, accelerate and MPI call the number of processes.
+NUMBERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def launched_processes() -> int:
     """Number of processes that torchrun, accelerate or MPI has started for this command."""
-    return next((int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()), 1)
+    return next((int(os.environ[name]) for name in NUMBERS if os.environ.get(name, "").isdigit()), 1)
 
 
 def check_alone(command: str) -> None:

@@ -55,7 +55,7 @@ def size_of(given: str) -> Size:
         )
     size = Size(*map(int, given.split("x")))
     if size.layers < 2:
-        raise ValmError(f"--model is {given}: there must be 2 layers, as the last but one sees the images")
+        raise ValmError(f"--model is {given}: there must be at least 2 layers, as the last but one sees the images")
     if size.heads < 1 or size.width < 1 or size.width % size.heads:
         raise ValmError(f"--model is {given}: its {size.heads} heads do not divide the width {size.width} evenly")
     return size
@@ -221,10 +221,9 @@ class TrainingPlan:
         Raises:
             ValmError: something is not.
         """
-        named = {"--kb": self.kb, "--retrieval": self.retrieval, "--validation": None}
-        named |= {"--questions": self.questions, "--ordinary-text": self.ordinary_text}
-        if self.validation is not None and isinstance(found := validation_of(self.validation), Path):
-            named["--validation"] = found
+        found = None if self.validation is None else validation_of(self.validation)
+        named = {"--kb": self.kb, "--retrieval": self.retrieval, "--questions": self.questions}
+        named |= {"--ordinary-text": self.ordinary_text, "--validation": found if isinstance(found, Path) else None}
         for name, path in named.items():
             if path is not None and not os.path.exists(path):
                 raise ValmError(f"{name}: there is no {path}")

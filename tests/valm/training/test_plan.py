@@ -42,7 +42,7 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         ),
         (TEXT | {"base": "base", "mix": False}, "--no-mix is of a pretrained decoder that is evaluated: give --base"),
         (TEXT | {"model": "smal"}, "--model is 'smal', did you mean small.; sizes are tiny .4x128x8., small"),
-        (TEXT | {"model": "1x32x4"}, "--model is 1x32x4: there must be 2 layers"),
+        (TEXT | {"model": "1x32x4"}, "--model is 1x32x4: there must be at least 2 layers"),
         (TEXT | {"model": "3x32x5"}, "--model is 3x32x5: its 5 heads do not divide the width 32 evenly"),
         (TEXT | {"model": "3x32x0"}, "--model is 3x32x0: its 0 heads do not divide"),
         (TEXT | {"lr": -1.0}, "--lr is -1.0, expected at least 0"),
