@@ -290,10 +290,10 @@ def _retrieval(plan: TrainingPlan, corpus: TextCorpus, name: str) -> RetrievalPl
 
 @contextmanager
 def _retrieving() -> Iterator[None]:
-    """Says of an error about the CLIP, which names an option, whose it is."""
+    """Says of an error that names an option of `valm retrieve` whose it is."""
     try:
         yield
     except ValmError as error:
-        if "(--clip)" not in str(error):
+        if not any(named in str(error) for named in ("(--clip)", "k must be")):
             raise
-        raise ValmError(f"{error}; --clip is of `valm retrieve`, whose result --retrieval takes") from error
+        raise ValmError(f"{error}; -k and --clip are of `valm retrieve`, whose result --retrieval takes") from error

@@ -222,10 +222,6 @@ def _tells_apart(model: Any) -> bool:
     return keeps_apart(model, model.base_model.forward)
 
 
-def _number_of_images(model: Any) -> int:
-    return model.fusion_options.num_images if isinstance(model, ImageModel) else 0
-
-
 def _check_dropout(
     share: float, model: Any, inner: Any, dataset: Any, kb: ImageKnowledgeBase | None, arguments: TrainingArguments
 ) -> None:
@@ -236,12 +232,10 @@ def _check_dropout(
     """
     if not 0 <= share < 1:
         raise ValmError(f"image_dropout (--image-dropout) is {share}, expected at least 0 and below 1")
-    if _number_of_images(inner) == 0:
-        raise ValmError(f"image_dropout is of a model with images, and this {type(inner).__name__} sees none: drop it")
     if kb is None:
         raise ValmError(
-            f"image_dropout takes images from retrieved documents, and this {type(inner).__name__} retrieves as it "
-            "trains: leave --image-dropout out"
+            f"image_dropout takes images from retrieved documents, and this {type(inner).__name__} sees none, or "
+            "retrieves as it trains: leave --image-dropout out"
         )
     if all(FUSION_NAME in name for name, parameter in model.named_parameters() if parameter.requires_grad):
         raise ValmError(
@@ -256,7 +250,7 @@ def _check_dropout(
 
 
 def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast) -> None:
-    num_images = _number_of_images(model)
+    num_images = model.fusion_options.num_images if isinstance(model, ImageModel) else 0
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
         raise ValmError("there are no documents to train on: the corpus has no text")

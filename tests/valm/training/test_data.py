@@ -427,7 +427,7 @@ def test_an_augmented_decoder_learns_from_documents_without_images(tmp_path):
         (
             lambda: new_model(num_images=0),
             {"kb": None},
-            "of a model with images, and this VaLMForCausalLM sees none: d",
+            "and this VaLMForCausalLM sees none, or retrieves as it trains",
         ),
         (augmented, {}, "all of these are frozen: let some train .--unfreeze block or all., or leave"),
         (
