@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from valm.errors import ValmError
-from valm.model.opening import QUERY_DTYPES, Opening
+from valm.model.opening import Opening
 from valm.options import MAX_SEED, add_fields, given_fields
 from valm.text import nearest
 
@@ -191,20 +191,6 @@ def above_zero(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
-
-
-def add_query_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--query-dtype",
-        choices=QUERY_DTYPES,
-        help="precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI",
-    )
-
-
-def chosen_query_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
-    import torch
-
-    return None if arguments.query_dtype is None else getattr(torch, arguments.query_dtype)
 
 
 def add_clip(parser: argparse.ArgumentParser) -> None:
