@@ -39,7 +39,7 @@ from valm.evaluation.language import token_log_probs
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.evaluation.statistics import Estimate, ratio
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.store.files import read_text
 from valm.training import trainer, training_arguments

@@ -30,7 +30,7 @@ from studies.demo.things import (
 )
 from valm.clip.read_image import IMAGE_FORMATS
 from valm.errors import ValmError
-from valm.knowledge_base.sources.folder import find_images, folder_records
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json, write_json
 
@@ -223,8 +223,7 @@ def _folder_pictures(
 ) -> list[Picture]:
     """Writes the images of a folder, made smaller and on a plain ground, with their captions or the names that their
     files have. With `draw`, each `views` times in other colours."""
-    records = folder_records(folder, find_images(folder).images)
-    records = [record for record in records if record.source is not None][:limit]
+    records = [record for record in FolderSource(folder).records if record.source is not None][:limit]
     pictures = []
     for number, record in enumerate(progress_bar(records, desc=source, unit="picture", shown=progress, leave=False)):
         assert isinstance(record.source, Path)

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from studies.demo.corpus import caption
 from studies.demo.things import Thing, drawing_tensor, random_views
 from valm.clip.clip import Clip
-from valm.training.clip import SMALL, SMALL_CONFIG, SMALL_MAX_LOGIT_SCALE, new_clip, train_clip
+from valm.training.clip import SMALL_CONFIG, new_clip, train_clip
+from valm.training.clip_plan import SMALL, SMALL_MAX_LOGIT_SCALE
 
 IMAGE_SIZE = SMALL_CONFIG["model_cfg"]["vision_cfg"]["image_size"]
 DRAWING_SIZE = 96  # the resolution that views are taken from

@@ -40,7 +40,7 @@ from valm.evaluation.controls import RandomImages, Replaced
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.evaluation.sets import Item
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.config import ValmConfig

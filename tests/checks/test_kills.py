@@ -42,7 +42,7 @@ from valm.evaluation.settings import Settings
 from valm.evaluation.suite import CACHE, evaluate
 from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import dedupe, merge
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.adapter import load_adapter, save_adapter

@@ -20,7 +20,7 @@ from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
 from valm.corpus.texts import read_documents
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import save_checkpoint

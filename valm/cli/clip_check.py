@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_device, chosen_device, command, positive, seed
+from valm.cli.options import Commands, add_device, chosen_device, command, seed
 
 
 def add_to(commands: Commands) -> None:
@@ -13,24 +13,21 @@ def add_to(commands: Commands) -> None:
     check.add_argument("folder", type=Path, help="images in class folders, or with captions, or both")
     check.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
-    check.add_argument("--batch-size", type=positive, default=64, help="images that CLIP encodes at once")
     check.add_argument("--seed", type=seed, default=0, help="of the split of the linear probe")
     add_device(check)
     check.add_argument("--out", type=Path, help="write all numbers to this JSON file")
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from valm.clip.clip import Clip
-    from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip
+    from valm.knowledge_base.sources.folder import FolderSource
     from valm.store.files import output_file, write_json
 
-    result = check_clip(
-        arguments.folder,
-        Clip.load(arguments.clip, device=chosen_device(arguments)),
-        captions=arguments.captions,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
+    source = FolderSource(arguments.folder, captions=arguments.captions)
+
+    from valm.clip.clip import Clip
+    from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip
+
+    result = check_clip(source, Clip.load(arguments.clip, device=chosen_device(arguments)), seed=arguments.seed)
     print(f"the CLIP {result.clip}; 95 % intervals over images")
     found = result.classification
     if found is not None:

@@ -19,10 +19,13 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
         help="text files, one document a line; .jsonl, .json, .csv, .tsv or .parquet files, one document a row; all "
         "but .parquet may end in .gz; folders of them",
     )
-    parser.add_argument("--dataset", help="Hugging Face dataset (name or folder), instead of files")
-    parser.add_argument("--dataset-config", help="of a dataset that has several")
-    parser.add_argument("--dataset-split", help="of the dataset (default: train)")
-    parser.add_argument("--streaming", action="store_true", default=None, help="read the dataset as it is downloaded")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG[:SPLIT]]",
+        help="Hugging Face dataset, by its name or folder, instead of files; the split may be a slice, such as "
+        "NAME::train[:10%%] (default: train)",
+    )
+    parser.add_argument("--streaming", action="store_true", help="read the dataset as it is downloaded")
     parser.add_argument("--column", default="text", help="where the text is in all but text files")
 
 
@@ -37,8 +40,6 @@ def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
     found = TextCorpus(
         files=arguments.corpus,
         dataset=arguments.dataset,
-        dataset_config=arguments.dataset_config,
-        dataset_split=arguments.dataset_split,
         streaming=arguments.streaming,
         column=arguments.column,
     )

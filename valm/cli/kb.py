@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from valm.cli.options import (
     Commands,
@@ -21,13 +20,19 @@ from valm.cli.options import (
     chosen_device,
     chosen_run,
     command,
-    not_negative,
     positive,
     print_json,
     share,
 )
 from valm.errors import ValmError
+from valm.knowledge_base.images import ImageSource
+from valm.knowledge_base.records import Encoding
+from valm.options import add_fields, given_fields
+from valm.store.files import exists, is_folder
+from valm.store.folders import remove_folder
 from valm.text import printable, split_lines
+from valm.training.launch import check_alone
+from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,76 +45,21 @@ FOUND_SHOWN = 8  # images that a search lists
 CAPTION_SHOWN = 100  # characters
 MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
 MAX_COMPARED_AGAIN = 50_000  # and `kb add`, which is to cost what the new images cost
-COLUMNS = ("image_column", "caption_column")
-
-
-class Format(NamedTuple):
-    """A kind of source that `kb build` reads.
-
-    open: makes the source from the path or name, and from the arguments named in `options` that are not None.
-    """
-
-    open: Callable[..., Source]
-    options: tuple[str, ...] = ()
-
-
-def open_folder(source: Path, **options: Any) -> Source:
-    from valm.knowledge_base.sources.folder import FolderSource
-
-    opened = FolderSource(source, **options)
-    for remark in opened.remarks:
-        print(printable(remark), file=sys.stderr)
-    return opened
-
-
-def open_webdataset(source: Path) -> Source:
-    from valm.knowledge_base.sources.webdataset import WebdatasetSource
-
-    return WebdatasetSource(source)
-
-
-def open_huggingface(source: Path, **options: Any) -> Source:
-    from valm.knowledge_base.sources.dataset import DatasetSource, open_dataset
-
-    columns = {name: options.pop(name) for name in COLUMNS if name in options}
-    return DatasetSource(open_dataset(source, **options), **columns)
-
-
-def open_embeddings(source: Path) -> Source:
-    from valm.knowledge_base.sources.embeddings import EmbeddingSource
-
-    return EmbeddingSource(source)
-
-
-def open_table(source: Path, **options: Any) -> Source:
-    from valm.knowledge_base.sources.folder import TableSource
-
-    return TableSource(source, **options)
-
-
-FORMATS = {
-    "pictures": Format(open_folder, ("captions",)),
-    "webdataset": Format(open_webdataset),
-    "huggingface": Format(open_huggingface, ("config", "split", "streaming", *COLUMNS)),
-    "embeddings": Format(open_embeddings),
-    "csv": Format(open_table, COLUMNS),
-}
 
 
 def add_to(commands: Commands) -> None:
     kb = commands.add_parser("kb", help="build, inspect and search an image knowledge base")
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
     build = command(kb_commands, "build", run_build, "encode images into a knowledge base")
-    add_source(build)
-    add_encoding(build)
+    add_images(build)
+    add_fields(build, Encoding)
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build resumes")
     add_device(build)
     add_ray(build)
     more = command(kb_commands, "add", run_add, "encode more images, and join them to a knowledge base in a new one")
     add_kb(more)
-    add_source(more)
-    add_encoding(more)
+    add_images(more)
     add_clip(more)
     more.add_argument(
         "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run resumes"
@@ -154,67 +104,47 @@ def add_kb(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kb", type=Path, help="folder of the knowledge base")
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of the source of images."""
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Declares the options that `open_images` reads."""
     parser.add_argument(
         "source",
         type=Path,
         help="folder of the images, tar file or folder of them, table, or name of a Hugging Face dataset",
     )
-    parser.add_argument(
-        "--format",
-        choices=list(FORMATS),
-        default="pictures",
-        help="images with captions beside them or in a captions table; tar files as img2dataset writes them; a "
-        "Hugging Face dataset; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or TSV) of "
-        "image paths, relative to it, and captions",
-    )
-    parser.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
-    parser.add_argument("--config", help="of a Hugging Face dataset that has several")
-    parser.add_argument("--split", help="of a Hugging Face dataset (default: train)")
-    parser.add_argument("--image-column", help="of a Hugging Face dataset (default: image) or a table")
-    parser.add_argument("--caption-column", help="of a dataset or table (default: the first of the usual names)")
-    parser.add_argument(
-        "--streaming", action="store_true", default=None, help="read a Hugging Face dataset as it is downloaded"
-    )
+    add_fields(parser, ImageSource)
 
 
-def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """Declares how images are encoded."""
-    parser.add_argument("--batch-size", type=positive, default=64, help="images that CLIP encodes at once")
-    parser.add_argument(
-        "--thumbnails",
-        type=not_negative,
-        default=64,
-        help="longer side, in pixels, of the small images stored; 0 for none",
-    )
+def open_images(arguments: argparse.Namespace) -> Source:
+    """The source of the options of `add_images`; says what of it is ignored."""
+    source = ImageSource(**given_fields(ImageSource, arguments)).open()
+    for remark in getattr(source, "remarks", ()):
+        print(printable(remark), file=sys.stderr)
+    return source
 
 
 def run_build(arguments: argparse.Namespace) -> None:
+    check_alone("valm kb build")
+    source = open_images(arguments)
+    encoding = Encoding(**given_fields(Encoding, arguments))
+
     from valm.clip.clip import Clip
     from valm.knowledge_base.build import build
-    from valm.knowledge_base.encode import Encoding
-    from valm.training.launch import check_alone
+    from valm.store.shards import MANIFEST_FILE
 
-    check_alone("valm kb build")
-    source = open_source(arguments)
+    run = chosen_run(arguments)
     clip = Clip.load(arguments.clip, device=chosen_device(arguments))
-    encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    kb = build(source, arguments.out, clip, encoding, run=chosen_run(arguments))
+    finished = exists(arguments.out / MANIFEST_FILE)
+    kb = build(source, arguments.out, clip, encoding, run=run)
+    if finished:
+        print(f"{kb.path} is complete: {len(kb):,} images; nothing to do")
+        return
     print_kb(kb)
     if len(kb) <= MAX_COMPARED:
         print_duplicates(kb)
 
 
 def run_add(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.build import build
-    from valm.knowledge_base.copy import merge
-    from valm.knowledge_base.encode import Encoding
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.store.files import is_folder
-    from valm.store.folders import remove_folder
-    from valm.training.launch import check_alone
-    from valm_kernels.atomic_files import remove_leftovers
 
     check_alone("valm kb add")
     kb = ImageKnowledgeBase.open(arguments.kb)
@@ -222,10 +152,14 @@ def run_add(arguments: argparse.Namespace) -> None:
     if is_folder(added.parent):
         remove_leftovers(added.parent, re.compile(re.escape(added.name) + ".*"))
     check_new(arguments.out)
-    source = open_source(arguments)
+    source = open_images(arguments)
+
+    from valm.knowledge_base.build import build
+    from valm.knowledge_base.copy import merge
+
+    run = chosen_run(arguments)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
-    encoding = Encoding(batch_size=arguments.batch_size, thumbnails=arguments.thumbnails)
-    new = build(source, added, clip, encoding, run=chosen_run(arguments))
+    new = build(source, added, clip, Encoding(**kb.encoding), run=run)
     joined = merge([kb.path, added], arguments.out)
     print(f"{joined.path}: {len(joined):,} images, {len(new):,} of them new")
     print_skipped(new, joined.path)
@@ -246,9 +180,7 @@ def check_new(out: Path) -> None:
         ValmError: `out` holds something, and all images are not encoded yet, so it is not a killed `kb add` that is to
             go on.
     """
-    from valm.store.files import exists, is_folder
     from valm.store.shards import MANIFEST_FILE
-    from valm_kernels.atomic_files import is_temporary
 
     if not exists(out) or exists(added_folder(out) / MANIFEST_FILE):
         return
@@ -259,21 +191,6 @@ def check_new(out: Path) -> None:
     found = sorted(file.name for file in out.iterdir() if not is_temporary(file.name))
     if found:
         raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose a new one")
-
-
-def open_source(arguments: argparse.Namespace) -> Source:
-    """The source that `--format` and its options describe.
-
-    Raises:
-        ValmError: an option belongs to another format.
-    """
-    given = vars(arguments)
-    format = FORMATS[arguments.format]
-    for name in dict.fromkeys(name for other in FORMATS.values() for name in other.options):
-        if given[name] is not None and name not in format.options:
-            whose = " or ".join(other for other, itself in FORMATS.items() if name in itself.options)
-            raise ValmError(f"--{name.replace('_', '-')} is for --format {whose}, not for {arguments.format}")
-    return format.open(arguments.source, **{name: given[name] for name in format.options if given[name] is not None})
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -288,6 +205,9 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_index(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.store import ImageKnowledgeBase
+
+    kb = ImageKnowledgeBase.open(arguments.kb)
+
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.faiss_gpu import faiss_device
     from valm.retrieval.faiss_index import remove_index
@@ -297,7 +217,6 @@ def run_index(arguments: argparse.Namespace) -> None:
     from valm.retrieval.retriever import check_k
     from valm.store.files import read_text
 
-    kb = ImageKnowledgeBase.open(arguments.kb)
     check_k(arguments.k, kb)
     factory = arguments.factory or choose_factory(len(kb), kb.dim)
     if factory is None:
@@ -406,8 +325,6 @@ def run_search(arguments: argparse.Namespace) -> None:
 
     from valm.knowledge_base.contact_sheet import contact_sheet
     from valm.knowledge_base.store import ImageKnowledgeBase
-    from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.retriever import Retriever
     from valm.store.files import output_file
 
     if (arguments.text is None) == (arguments.image is None):
@@ -420,6 +337,10 @@ def run_search(arguments: argparse.Namespace) -> None:
             )
     kb = ImageKnowledgeBase.open(arguments.kb)
     query = arguments.text if arguments.image is None else open_image(arguments.image)
+
+    from valm.retrieval.context import ContextEncoder
+    from valm.retrieval.retriever import Retriever
+
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
     retriever = Retriever(ContextEncoder(clip), kb, k=1)
     results = retriever.search(query, FOUND_SHOWN if arguments.k is None else arguments.k)

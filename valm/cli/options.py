@@ -31,15 +31,26 @@ GONE = {
     "--color-terms": "put the file into the folder --data",
     "--cost": f"{WHOLE_MODEL} times models with images",
     "--cost-sizes": f"{WHOLE_MODEL} has sizes of its own",
+    "--batch-size": "`valm kb add` encodes as its knowledge base was, `valm clip check` 64 images at once",
+    "--caption-column": "--columns IMAGE,CAPTION names both",
+    "--config": "a dataset is named with its configuration, NAME:CONFIG:SPLIT (options are read by `valm train` alone)",
+    "--dataset-config": "--dataset NAME:CONFIG:SPLIT has it",
+    "--dataset-split": "--dataset NAME:CONFIG:SPLIT has it, or NAME::SPLIT",
     "--fresh": "remove the folder cache in --out to score everything again",
     "--no-images": "`valm eval --controls off` adds the rows without images",
     "--random-images": "`valm eval --controls random` adds the rows with random images",
     "--replace": "`valm eval --controls FOLDER` adds the rows with the images of a folder",
+    "--gpus": "with --ray, a task has one GPU if --device is one",
+    "--image-column": "--columns IMAGE,CAPTION names both",
     "--memory-color": "put the file into the folder --data",
     "--ordinary-text": "`valm train` chooses a min_score by it, which the model keeps",
     "--questions": "`valm train` chooses a min_score by them, which the model keeps",
+    "--prefixes": "`valm.training.clip.CaptionedImages` takes prefixes",
     "--png": "the page prints",
+    "--split": "a dataset is named with its split, NAME:CONFIG:SPLIT or NAME::SPLIT",
     "--templates": "`valm.evaluation.clip_check.check_clip` takes templates",
+    "--thumbnails": "`valm kb add` makes them as large as its knowledge base has them",
+    "--workers": "images are decoded by as many processes as there are cores, where this saves time",
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
     "encoder": "`valm clip check` looks at what a CLIP sees",
     "verify": "`valm verify FOLDER` reads every kind of store",
@@ -221,13 +232,12 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """The value of the options of `add_device`.
 
     Raises:
-        ValmError: there is no such device.
+        ValmError: there is no such device, or it is one that no task of `add_ray` has.
     """
     from valm.clip.device import device_of_tasks, open_device
 
-    if getattr(arguments, "ray", None) is None:
-        return open_device(arguments.device)
-    return device_of_tasks(arguments.device, arguments.gpus)
+    several = getattr(arguments, "ray", None) is not None
+    return device_of_tasks(arguments.device) if several else open_device(arguments.device)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -246,9 +256,8 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         help="do it on a Ray cluster: auto, HOST:PORT, or local for one of this machine; all its machines must see the "
         "same files under the same paths",
     )
-    parser.add_argument("--cpus", type=positive, default=1, help="with --ray, cores of each task")
     parser.add_argument(
-        "--gpus", type=not_negative, default=0, help="with --ray, GPUs of each task; this machine needs one too"
+        "--cpus", type=positive, default=1, help="with --ray, cores of each task; it has a GPU too if --device is one"
     )
 
 
@@ -260,4 +269,4 @@ def chosen_run(arguments: argparse.Namespace) -> Runner:
         return run_here
     from valm.store.ray import RayRun
 
-    return RayRun(arguments.ray, cpus=arguments.cpus, gpus=arguments.gpus)
+    return RayRun(arguments.ray, cpus=arguments.cpus, gpus=int(chosen_device(arguments).type != "cpu"))

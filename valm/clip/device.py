@@ -7,11 +7,8 @@ import torch
 from valm.errors import ValmError
 
 
-def open_device(name: str, remedy: str = "drop --device, or give cpu") -> torch.device:
+def open_device(name: str) -> torch.device:
     """The device that torch calls `name`; "auto" is a GPU where torch has one, and else the CPU.
-
-    Args:
-        remedy: what the error message says to do.
 
     Raises:
         ValmError: there is no such device.
@@ -23,19 +20,17 @@ def open_device(name: str, remedy: str = "drop --device, or give cpu") -> torch.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError from a torch without CUDA
         reason = str(error).partition("\n")[0]
-        raise ValmError(f"there is no device {name!r} here ({reason}); {remedy}") from error
+        raise ValmError(f"there is no device {name!r} here ({reason}); drop --device, or give cpu") from error
     return device
 
 
-def device_of_tasks(name: str, gpus: int) -> torch.device:
-    """The device that `name` means in the tasks of a Ray cluster, each of which sees only the `gpus` that it reserves.
+def device_of_tasks(name: str) -> torch.device:
+    """The device that `name` means in the tasks of a Ray cluster, each of which has one GPU if it is one.
 
     Raises:
-        ValmError: there is no such device.
+        ValmError: there is no such device, or no task has it.
     """
-    if name == "auto":
-        name = "cuda" if gpus > 0 else "cpu"
-    device = open_device(name, "drop --gpus") if gpus > 0 else open_device(name)
-    if device.type != "cpu" and gpus == 0:
-        raise ValmError(f"--device {name} with --ray: a task has no GPU; give --gpus 1")
+    device = open_device(name)
+    if device.index:
+        raise ValmError(f"--device {device} with --ray: a task has one GPU, which is its first: give --device cuda")
     return device

@@ -57,8 +57,7 @@ class RetrievalPlan:
         "files under the same paths",
         metavar="ADDRESS",
     )
-    cpus: int = option("with --ray, cores of each task", 1, least=1)
-    gpus: int = option("with --ray, GPUs of each task; this machine needs one too", 0, least=0)
+    cpus: int = option("with --ray, cores of each task; it has a GPU too if --device is one", 1, least=1)
 
     def check(self) -> None:
         """Checks the fields against each other; nothing is opened.

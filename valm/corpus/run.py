@@ -26,8 +26,9 @@ def run_retrieval(plan: RetrievalPlan) -> CorpusRetrieval:
     from valm.store.ray import RayRun
     from valm.store.shards import Runner, run_here
 
-    run: Runner = run_here if plan.ray is None else RayRun(plan.ray, cpus=plan.cpus, gpus=plan.gpus)
     retriever = open_retriever(plan, kb)
+    gpus = int(retriever.device.type != "cpu")
+    run: Runner = run_here if plan.ray is None else RayRun(plan.ray, cpus=plan.cpus, gpus=gpus)
     found = retrieve_corpus(documents, retriever, plan.out, scores=plan.scores, run=run)
     if plan.clip is not None:
         note_clip(found.path, plan.clip)
@@ -50,7 +51,7 @@ def open_retriever(plan: RetrievalPlan, kb: ImageKnowledgeBase) -> Retriever:
         load_tokenizer(plan.tokenizer, chats=True) if plan.tokenizer else None,
         clip=plan.clip,
         allow_download=plan.allow_download,
-        device=open_device(plan.device) if plan.ray is None else device_of_tasks(plan.device, plan.gpus),
+        device=open_device(plan.device) if plan.ray is None else device_of_tasks(plan.device),
         dtype=getattr(torch, plan.query_dtype),
     )
     index: Any = None

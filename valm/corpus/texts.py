@@ -83,27 +83,24 @@ class TextCorpus:
 
     Attributes:
         files: of texts, and folders of them, as for `read_documents`.
-        dataset: a Hugging Face dataset, by its name or folder, instead of files.
-        dataset_config, dataset_split, streaming: of the dataset; None = as `open_dataset` does by itself.
+        dataset: a Hugging Face dataset instead of files, NAME[:CONFIG[:SPLIT]] (`open_dataset`).
+        streaming: read the dataset as it is downloaded.
         column: where the text is in all but text files.
 
     Raises:
-        ValmError: both files and a dataset are given, or fields of a dataset without one.
+        ValmError: both files and a dataset are given, or streaming without a dataset.
     """
 
     files: Sequence[str | os.PathLike] = ()
     dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    streaming: bool | None = None
+    streaming: bool = False
     column: str = "text"
 
     def __post_init__(self) -> None:
         if self.dataset is not None and self.files:
             raise ValmError("give either corpus files or --dataset")
-        for name in ("dataset_config", "dataset_split", "streaming"):
-            if self.dataset is None and getattr(self, name) is not None:
-                raise ValmError(f"--{name.replace('_', '-')} is of a Hugging Face dataset: give --dataset too")
+        if self.dataset is None and self.streaming:
+            raise ValmError("--streaming is of a Hugging Face dataset: give --dataset too")
 
     def documents(self) -> Iterator[str]:
         """Every document, in order.
@@ -114,11 +111,9 @@ class TextCorpus:
         """
         if self.dataset is None:
             return read_documents(self.files, column=self.column)
-        from valm.knowledge_base.sources.dataset import open_dataset  # with the encoding of images
+        from valm.knowledge_base.sources.dataset import open_dataset
 
-        given = {"config": self.dataset_config, "split": self.dataset_split, "streaming": self.streaming}
-        options: Any = {name: value for name, value in given.items() if value is not None}
-        return row_documents(open_dataset(self.dataset, **options), self.column)
+        return row_documents(open_dataset(self.dataset, streaming=self.streaming), self.column)
 
 
 def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") -> FileDocuments:

@@ -7,11 +7,10 @@ retrieval of captions by image and of images by caption (appendix E.1), recall@1
 from __future__ import annotations
 
 import math
-import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from torch import Tensor
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.statistics import Estimate, accuracy, ratio
-from valm.knowledge_base.encode import Encoding, encode_records
+from valm.knowledge_base.encode import encode_records
 from valm.knowledge_base.format import Skipped
-from valm.knowledge_base.sources.folder import find_images, folder_records
+from valm.knowledge_base.records import Encoding
+from valm.knowledge_base.sources import Source
 from valm.store.shards import ProgressBar
 
 # The mean of many texts of a class is a better classifier than any of them (section 3.1.4).
@@ -103,7 +103,8 @@ class Retrieval:
 class ClipCheck:
     """The measurements on a folder; None without labels or without captions. Intervals are 95 % over images.
 
-    skipped: uri and reason of damaged images and caption files.
+    Attributes:
+        skipped: uri and reason of damaged images and caption files.
     """
 
     clip: str
@@ -117,52 +118,66 @@ class ClipCheck:
 
 
 def check_clip(
-    folder: str | os.PathLike,
+    source: Source,
     clip: Clip,
     *,
-    captions: str | os.PathLike | None = None,
     templates: Sequence[str] = TEMPLATES,
     seed: int = 0,
-    batch_size: int = 64,
     workers: int | None = None,
     progress: bool = True,
 ) -> ClipCheck:
-    """Evaluates `clip` on the images in `folder`: by class if they are all in class folders, at least two, by captions
-    if there are any (see `read_captions`), or both.
+    """Evaluates `clip` on images: by class if they are all in class folders, at least two, by captions if there are
+    any, or both.
 
     Args:
+        source: such as `FolderSource(folder)`.
         templates: texts with {} for the name of a class, which is that of its folder with blanks for `_` and `-`.
         seed: of the split of the linear probe.
 
     Raises:
-        ValmError: the folder has no images, neither classes nor captions, or too few readable images; or a template
-            lacks {}.
+        ValmError: there are neither classes nor captions, or too few readable images; or a template lacks {}.
         ImportError: scikit-learn is not installed, which a linear probe needs.
     """
-    for template in templates:
-        if "{}" not in template:
-            raise ValmError(f"the prompt template {template!r} has no {{}} for the name of the class")
-    folder = Path(folder)
-    records = folder_records(folder, find_images(folder).images, Path(captions) if captions is not None else None)
-    uris = [record.uri for record in records if record.source is not None]
+    check_templates(templates)
+    records = list(source.images())
+    classes = [_class_of(record.uri) for record in records if record.source is not None]
     captioned = any(record.caption for record in records)
-    classes = {uri.partition("/")[0] if "/" in uri else None for uri in uris}
-    labelled = None not in classes and len(classes) > 1
+    labelled = None not in classes and len(set(classes)) > 1
     if not labelled and not captioned:
         raise ValmError(
-            f"there is nothing to check an encoder by in {folder}: its images are in no class folders (two at least, "
-            f"and none beside them) and have no captions"
+            f"there is nothing to check a CLIP by: the {len(records):,} images, such as {records[0].uri}, are in no "
+            "class folders (two at least, and none beside them) and have no captions"
         )
+    if labelled and min(Counter(classes).values()) >= MIN_PER_CLASS:
+        _import_logistic_regression()  # before the images are encoded
     with ProgressBar("encode", " images", 1, progress) as bar:
-        shard = encode_records(records, clip, Encoding(batch_size, thumbnails=0, workers=workers), bar)
-    uris, texts = shard.items["uri"].to_pylist(), shard.items["caption"].to_pylist()
+        shard = encode_records(records, clip, Encoding(thumbnails=0, workers=workers), bar)
     features = torch.from_numpy(shard.vectors)  # (N, E)
     classification = retrieval = None
     if labelled:
-        classification = classify(features, [uri.partition("/")[0] for uri in uris], clip, templates, seed=seed)
+        labels = [str(_class_of(uri)) for uri in shard.items["uri"].to_pylist()]
+        classification = classify(features, labels, clip, templates, seed=seed)
     if captioned:
-        retrieval = retrieve(features, [text.splitlines() for text in texts], clip)
+        retrieval = retrieve(features, [text.splitlines() for text in shard.items["caption"].to_pylist()], clip)
     return ClipCheck(clip.name, classification, retrieval, shard.skipped)
+
+
+def _class_of(uri: str) -> str | None:
+    """The folder that an image is in, if any."""
+    return uri.partition("/")[0] if "/" in uri else None
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Checks the templates.
+
+    Raises:
+        ValmError: there are none, or one lacks {}.
+    """
+    if not templates:
+        raise ValmError("there are no prompt templates")
+    for template in templates:
+        if "{}" not in template:
+            raise ValmError(f"the prompt template {template!r} has no {{}} for the name of the class")
 
 
 def classify(
@@ -203,14 +218,10 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     A fifth of each class is for testing and a fifth for choosing the regularisation; then it is fitted again on all but
     the test part.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError("a linear probe needs scikit-learn: pip install -e '.[eval]'") from error
+    LogisticRegression, ConvergenceWarning = _import_logistic_regression()
     train, validation, test = _split(labels, seed)
 
-    def fitted(rows: np.ndarray, c: float) -> LogisticRegression:
+    def fitted(rows: np.ndarray, c: float) -> Any:
         with warnings.catch_warnings():
             # little regularisation converges slowly; the result is measured anyway
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -222,6 +233,15 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     right = fitted(rest, c).predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
     return Probe(accuracy(right[None]), majority, len(rest), len(test), c)
+
+
+def _import_logistic_regression() -> tuple[Any, Any]:
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError("a linear probe needs scikit-learn: pip install -e '.[eval]'") from error
+    return LogisticRegression, ConvergenceWarning
 
 
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

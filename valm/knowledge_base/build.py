@@ -11,9 +11,9 @@ from typing import Any
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import begin_knowledge_base, clip_entry, finish_knowledge_base, write_shard
-from valm.knowledge_base.sources import Source, SourceShard, written_since
+from valm.knowledge_base.records import Encoding, written_since
+from valm.knowledge_base.sources import Source, SourceShard
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.store.shards import Progress, ProgressBar, Runner, ShardedBuild, run_here

@@ -45,7 +45,8 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
                 f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
                 f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
             )
-    build = begin_knowledge_base(out, {"source": "merge", "parts": [kb.fingerprint for kb in opened]})
+    parts_of = {"source": "merge", "parts": [kb.fingerprint for kb in opened]}
+    build = begin_knowledge_base(out, {**parts_of, **opened[0].encoding})
     with build.writing():
         if not build.finished:
             shards = [(kb.path, shard) for kb in opened for shard in kb.manifest["shards"]]
@@ -84,7 +85,7 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
         ValmError: a file of `kb` is damaged, or `out` holds something else.
         OSError: `out` cannot be written.
     """
-    build = begin_knowledge_base(out, {"source": "dedupe", "parts": [kb.fingerprint]})
+    build = begin_knowledge_base(out, {"source": "dedupe", "parts": [kb.fingerprint], **kb.encoding})
     with build.writing():
         if not build.finished:
             dropped = duplicates(kb)

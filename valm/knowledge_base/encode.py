@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,74 +19,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from valm.clip.clip import Clip
-from valm.clip.read_image import read_image
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
+from valm.knowledge_base.records import Encoding, Record
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Progress
-from valm.text import one_line, utf8
+from valm.text import one_line
 
 # Fewer images than this are decoded in this process: starting workers would take longer.
 WORKERS_FROM_IMAGES = 512
 MAX_WORKERS = 8
 # prctl(2), of Linux
 PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How images of any source are decoded and encoded.
-
-    Attributes:
-        batch_size: images that CLIP encodes at once.
-        thumbnails: longer side, in pixels, of the thumbnails stored beside the vectors; 0 stores none.
-        workers: processes that decode images; None chooses by the number of images and cores, 0 uses this process.
-    """
-
-    batch_size: int = 64
-    thumbnails: int = 64
-    workers: int | None = None
-
-    def plan(self) -> dict[str, int]:
-        """The settings that change the result."""
-        return {"batch_size": self.batch_size, "thumbnails": self.thumbnails}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image of a source.
-
-    Attributes:
-        source: a file, whose image is the whole or `size` bytes from `offset` (a member of a tar file); the content of
-            a file; a PIL image; or None for an entry to be listed as skipped.
-        reason: why it is skipped, if there is no image.
-    """
-
-    uri: str
-    caption: str
-    source: Path | bytes | Image.Image | None
-    offset: int = 0
-    size: int | None = None
-    reason: str = "there is no picture"
-
-    def __post_init__(self) -> None:
-        for name in ("uri", "caption"):  # they are written as UTF-8
-            object.__setattr__(self, name, utf8(getattr(self, name)))
-
-    def read(self) -> Image.Image:
-        """The image as `read_image` returns it.
-
-        Raises:
-            Exception: of any type, if it cannot be read.
-        """
-        if isinstance(self.source, Path):
-            if not self.source.is_file():  # opening a pipe would block
-                raise ValueError("it is no file, or a link to none")
-            with open(self.source, "rb") as file:
-                file.seek(self.offset)
-                return read_image(io.BytesIO(file.read(self.size)))
-        if self.source is None:
-            raise ValueError(self.reason)
-        return read_image(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
 
 
 @dataclass

@@ -105,6 +105,12 @@ class ImageKnowledgeBase:
         """E, the width of the vectors."""
         return self.manifest["dim"]
 
+    @property
+    def encoding(self) -> dict[str, int]:
+        """How its images were encoded, as the arguments of an `Encoding`; of embeddings nothing is known."""
+        plan = self.manifest["plan"]
+        return {name: plan[name] for name in ("batch_size", "thumbnails") if isinstance(plan.get(name), int)}
+
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of the images `ids` (n,) int64: (n, E) float16.
 

@@ -45,7 +45,8 @@ class RayRun:
         self.gpus = gpus
         if free_tasks(cpus, gpus) == 0:  # Ray would wait for a machine to join
             raise ValmError(
-                f"no machine of the Ray cluster has the {cpus} cores and {gpus} GPUs that a task asks for; ask for less"
+                f"no machine of the Ray cluster has the {cpus} cores and {gpus} GPUs that a task asks for: give "
+                "less --cpus, or --device cpu"
             )
 
     def __call__(self, work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:

@@ -29,19 +29,20 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Record, decoding_workers, end_with_parent
+from valm.knowledge_base.encode import decoding_workers, end_with_parent
+from valm.knowledge_base.records import Record
 from valm.knowledge_base.sources import Source
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
 from valm.text import nearest, one_line, printable
+from valm.training.clip_plan import MAX_LOGIT_SCALE, SMALL
 from valm.training.steps import Draws, take_steps
 from valm.training.steps_checkpoint import StepsCheckpoint
 
 log = logging.getLogger(__name__)
 
-# The model "small", for hundreds or thousands of images: trained from scratch in minutes on two cores, as in the demo.
-SMALL = "small"
+# The model `SMALL`.
 SMALL_CONFIG: dict[str, dict[str, Any]] = {
     "model_cfg": {
         "embed_dim": 128,
@@ -50,10 +51,6 @@ SMALL_CONFIG: dict[str, dict[str, Any]] = {
     },
     "preprocess_cfg": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
-# The limit of open_clip. A CLIP of few images and texts overfits with it: its scale keeps growing when there is nothing
-# left to learn.
-MAX_LOGIT_SCALE = 100.0
-SMALL_MAX_LOGIT_SCALE = 50.0
 # Views are drawn from images whose shorter side is so many times theirs ...
 SHRUNK = 1.5
 # ... which stay in memory up to so many bytes. More of them are decoded for every view.
@@ -142,8 +139,9 @@ def new_clip(
     elif Path(model).suffix == ".json":
         found = read_json(Path(model), "the CLIP configuration", dict[str, Any], "give a model_cfg as open_clip has it")
         config, preprocess = found.get("model_cfg", found), found.get("preprocess_cfg", {})
-    else:
-        config = str(model)
+    elif (config := str(model)) not in list_models():
+        known = f"give {SMALL}, one of open_clip.list_models(), or a JSON file"
+        raise ValmError(f"there is no CLIP architecture {model}: {known}{nearest(config, [SMALL, *list_models()])}")
     if image_tower is not None:
         preprocess = dict(image_tower.model.visual.preprocess_cfg)
         preprocess.pop("size", None)
@@ -152,9 +150,7 @@ def new_clip(
     except ValmError:
         raise
     except Exception as error:  # open_clip raises any for odd values
-        meant = nearest(str(model), [SMALL, *list_models()])
-        reason = f"open_clip cannot make the CLIP {model}: {str(error) or type(error).__name__}"
-        raise ValmError(f"{reason}{meant}") from error
+        raise ValmError(f"open_clip cannot make the CLIP {model}: {str(error) or type(error).__name__}") from error
     clip.model.requires_grad_(True)
     if image_tower is not None:
         try:

@@ -34,7 +34,7 @@ from valm.evaluation.sets import SETS, read_set
 from valm.evaluation.settings import Settings
 from valm.evaluation.suite import CACHE, asked_by, scores_of
 from valm.knowledge_base.captions import read_captions
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.folder import TableSource
 from valm.knowledge_base.sources.webdataset import tar_records

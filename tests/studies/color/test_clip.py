@@ -14,7 +14,7 @@ from valm.errors import ValmError
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.evaluation.sets import Item
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.training.clip import new_clip, train_clip
 

@@ -39,6 +39,32 @@ def test_kb_info_does_not_wait_for_torch(world):
     assert "6 images" in done.stdout and done.stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["kb", "build", "no", "--clip", "x", "--out", "kb"],
+        ["kb", "index", "no"],
+        ["kb", "search", "no", "x"],
+        ["clip", "train", "no", "--model", "small", "--out", "x"],
+        ["clip", "check", "no", "--clip", "x"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(command, tmp_path):
+    code = "import sys; from valm.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    where = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True, cwd=tmp_path, env=where
+    )
+    assert "no" in done.stderr and done.stdout == "False\n"
+
+
+def test_a_build_of_what_is_there_says_so(world, capsys):
+    build = ["kb", "build", world / "pictures", "--clip", world / "clip", "--out", world / "kb"]
+    assert run(*build) == 0
+    assert capsys.readouterr().out == f"{world / 'kb'} is complete: 6 images; nothing to do\n"
+
+
 def test_kb_search_lists_the_nearest_pictures(world, capsys):
     assert run("kb", "search", world / "kb", "the apple", "-k", "3") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -143,17 +169,19 @@ def test_kb_build_from_a_dataset(world, tmp_path, capsys):
     dataset = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "dataset")
     build = ["kb", "build", tmp_path / "dataset", "--clip", world / "clip", "--out", tmp_path / "kb"]
-    named = ["--split", "test", "--image-column", "picture", "--caption-column", "words"]
-    assert run(*build, "--format", "huggingface", *named) == 0
+    build[2] = f"{tmp_path / 'dataset'}::test"
+    assert run(*build, "--format", "dataset", "--columns", ",words") == 0  # the other one has images
     assert "6 images" in capsys.readouterr().out
     assert ImageKnowledgeBase.open(tmp_path / "kb").item(0).caption == "apple"
     for options, message in (
-        ([], "--split is for --format huggingface, not for pictures"),
-        (["--format", "huggingface", "--captions", "x.csv"], "--captions is for --format pictures"),
+        (["--streaming"], "--streaming is for --format dataset, not for pictures"),
+        (["--format", "dataset", "--captions", "x.csv"], "--captions is for --format pictures"),
+        (["--format", "dataset", "--split", "x"], "has no option --split: a dataset is named with its split"),
     ):
-        assert run(*build, *named, *options) == 1
+        assert run(*build, *options) == 1
         assert message in capsys.readouterr().err
-    assert run(*build, "--format", "huggingface") == 1
+    build[2] = tmp_path / "dataset"
+    assert run(*build, "--format", "dataset") == 1
     assert "has no split 'train', only test" in capsys.readouterr().err
 
 
@@ -161,7 +189,7 @@ def test_kb_build_from_a_table(world, tmp_path, capsys):
     rows = [f"{world / 'pictures' / name}.png\ta {name}" for name in THINGS]
     (tmp_path / "table.tsv").write_text("\n".join(["photo\tcaption", *rows, "none.png\tx"]))
     build = ["kb", "build", tmp_path / "table.tsv", "--clip", world / "clip", "--out", tmp_path / "kb"]
-    assert run(*build, "--format", "csv", "--image-column", "photo") == 0
+    assert run(*build, "--format", "csv", "--columns", "photo") == 0
     out = capsys.readouterr().out
     assert "6 images" in out and "none.png: it is no file" in out
     assert ImageKnowledgeBase.open(tmp_path / "kb").item(5).caption == "a snow"
@@ -227,6 +255,19 @@ def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
 
 
+def test_kb_add_encodes_as_the_knowledge_base_was(world, tmp_path):
+    """Also one that was made of others."""
+    build = ["kb", "build", world / "pictures", "--clip", world / "clip", "--thumbnails", 8, "--batch-size", 3]
+    assert (
+        run(*build, "--out", tmp_path / "kb") == run("kb", "dedupe", tmp_path / "kb", "--out", tmp_path / "once") == 0
+    )
+    assert run("kb", "merge", tmp_path / "once", world / "kb", "--out", tmp_path / "both") == 0
+    assert run("kb", "add", tmp_path / "both", world / "pictures", "--out", tmp_path / "more") == 0
+    kb = ImageKnowledgeBase.open(tmp_path / "more")
+    assert kb.encoding == {"batch_size": 3, "thumbnails": 8}
+    assert [kb.thumbnail(id).size for id in (0, 6, 12)] == [(8, 8), (40, 40), (8, 8)]
+
+
 def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, monkeypatch):
     root = copy_of("kb", "clip")
     (root / "file").touch()
@@ -244,7 +285,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, mo
 def test_a_killed_kb_add_goes_on(world, tmp_path, monkeypatch):
     """While it joins, and while it removes what it has joined."""
     add = ["kb", "add", world / "kb", world / "pictures", "--out", tmp_path / "kb"]
-    for killed in ("valm.knowledge_base.copy._link_shard", "valm.store.folders.remove_folder"):
+    for killed in ("valm.knowledge_base.copy._link_shard", "valm.cli.kb.remove_folder"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
             patch.setattr(killed, lambda *arguments, **options: (_ for _ in ()).throw(RuntimeError("killed")))
             run(*add)
@@ -279,8 +320,8 @@ def wrong_inputs():
             "starts with 'Index,Descriptor,Item,Color'; expected a header with a column image or file or",
         ),
         "column of pictures": (
-            [*kb_build, "--image-column", "x"],
-            "--image-column is for --format huggingface or csv, not for pictures",
+            [*kb_build, "--columns", "x"],
+            "--columns is for --format dataset or csv, not for pictures",
         ),
         "captions of archives": ([*kb_build, "--format", "webdataset", "--captions", "x.csv"], "--captions is for"),
         "sheet of no known kind": (

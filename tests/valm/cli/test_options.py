@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from valm.cli import main
-from valm.cli.options import add_device, add_ray, chosen_device
+from valm.cli.options import add_device, add_ray, chosen_device, chosen_run
 from valm.errors import ValmError
 
 
 @pytest.mark.parametrize(
-    "option", [["--thumbnails", "-5"], ["--batch-size", "0"], ["--gpus", "-1"], ["--cpus", "0"]], ids=lambda o: o[0]
+    "option",
+    [["--thumbnails", "-5"], ["--batch-size", "0"], ["--columns", "x"]],
+    ids=lambda o: o[0],
 )
-def test_numbers_that_cannot_be(option, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["kb", "build", "x", "--clip", "x", "--out", "x", *option])
-    assert stop.value.code == 2 and f"argument {option[0]}" in capsys.readouterr().err
+def test_fields_that_cannot_be(world, sentence, option):
+    """They are found before the CLIP that is not there."""
+    sentence(["kb", "build", "{world}/pictures", "--clip", "x", "--out", "{tmp}/x", *option], f"{option[0]} ")
 
 
 def commands_with_device():
@@ -41,23 +42,23 @@ def test_a_device_that_is_not_there_is_one_sentence(world, tmp_path, capsys, nam
 
 
 def test_the_device_is_chosen(monkeypatch):
-    """By itself the GPU that torch has, on a Ray cluster only where its tasks have one."""
+    """By itself the GPU that torch has; on a Ray cluster a task has one GPU then."""
 
     def chosen(*options):
         parser = argparse.ArgumentParser()
         add_device(parser)
         add_ray(parser)
-        return chosen_device(parser.parse_args(options)).type
+        arguments = parser.parse_args(options)
+        return chosen_device(arguments).type, chosen_run(arguments)
 
-    if not torch.cuda.is_available():
-        with pytest.raises(ValmError, match=r"there is no device 'cuda' here \(.*\); drop --gpus"):
-            chosen("--ray", "auto", "--gpus", "1")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))  # as if there were a GPU
-    for there, ray, expected in ((False, [], "cpu"), (True, [], "cuda"), (True, ["--ray", "auto"], "cpu")):
+    monkeypatch.setattr("valm.store.ray.RayRun", lambda address, cpus, gpus: (cpus, gpus))
+    for there, expected in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert chosen(*ray) == expected
-        assert chosen(*ray, "--device", "cpu") == "cpu"
-    assert chosen("--ray", "auto", "--gpus", "1") == "cuda"
-    with pytest.raises(ValmError, match="--device cuda with --ray: a task has no GPU; give --gpus 1"):
-        chosen("--ray", "auto", "--device", "cuda")
+        for ray in ([], ["--ray", "auto", "--cpus", "2"]):
+            assert chosen(*ray)[0] == expected
+            assert chosen(*ray, "--device", "cpu")[0] == "cpu"
+        assert chosen(*ray)[1] == (2, int(there))
+    with pytest.raises(ValmError, match="--device cuda:1 with --ray: a task has one GPU"):
+        chosen("--ray", "auto", "--device", "cuda:1")

@@ -21,7 +21,7 @@ def wrong_inputs():
             [*retrieve, "--dataset", "Salesforce/wikitext"],
             "give either corpus files or --dataset",
         ),
-        "option of a dataset": ([*retrieve, "--dataset-split", "test"], "--dataset-split is of a Hugging Face dataset"),
+        "option of a dataset": ([*retrieve, "--streaming"], "--streaming is of a Hugging Face dataset"),
         "dataset missing": (
             ["retrieve", "--dataset", "{tmp}/none", *retrieve[2:]],
             "cannot read the dataset {tmp}/none",
@@ -66,7 +66,7 @@ def test_a_dataset_is_retrieved_as_its_texts_in_a_file(world, tmp_path, streamin
     datasets.DatasetDict({"all": datasets.Dataset.from_dict({"line": lines})}).save_to_disk(tmp_path / "data")
     (tmp_path / "rows").mkdir()
     datasets.Dataset.from_dict({"line": lines}).to_json(tmp_path / "rows" / "train.jsonl")
-    corpus = ["--dataset", tmp_path / "data", "--dataset-split", "all", "--column", "line"]
+    corpus = ["--dataset", f"{tmp_path / 'data'}::all", "--column", "line"]
     if streaming:
         corpus = ["--dataset", tmp_path / "rows", "--column", "line", *streaming]
     out = ["--kb", world / "kb", "-k", 2, "--out", tmp_path / "retrieval"]

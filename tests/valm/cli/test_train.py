@@ -745,8 +745,8 @@ def wrong_inputs():
         "options that do not go together": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
         "option of images without any": ([*train, "--twin", "blind"], "--twin is of a model with images"),
         "option of a dataset beside a retrieval": (
-            [*cached, "--dataset-split", "test"],
-            "--dataset-split is of a Hugging Face dataset",
+            [*cached, "--streaming"],
+            "--streaming is of a Hugging Face dataset",
         ),
         "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
         "impossible heads": ([*train, "--model", "3x32x5"], "its 5 heads do not divide the width 32 evenly"),

@@ -25,6 +25,7 @@ from valm.evaluation.clip_check import (
     retrieve,
     zero_shot_weights,
 )
+from valm.knowledge_base.sources.folder import FolderSource
 
 COLORS = {"red": (230, 20, 20), "dark_green": (10, 110, 20), "blue": (20, 20, 230), "yellow": (240, 230, 20)}
 NAMES = [name.replace("_", " ") for name in COLORS]
@@ -72,7 +73,7 @@ def folder(tmp_path_factory):
 
 
 def test_an_encoder_that_has_learned_the_classes(folder, trained):
-    result = check_clip(folder, trained, progress=False)
+    result = check_clip(FolderSource(folder), trained, progress=False)
     found = result.classification
     assert found.classes == ("blue", "dark_green", "red", "yellow")
     assert (found.pictures, found.chance, found.majority) == (39, 0.25, 10 / 39)
@@ -91,7 +92,7 @@ def test_an_encoder_that_has_learned_the_classes(folder, trained):
 def test_an_encoder_that_has_learned_nothing(folder, tokenizer):
     """Zero-shot no better than chance; a probe can still read colours off random features."""
     torch.manual_seed(1)
-    found = check_clip(folder, Clip.create(TINY, tokenizer), progress=False).classification
+    found = check_clip(FolderSource(folder), Clip.create(TINY, tokenizer), progress=False).classification
     assert found.zero_shot.low <= found.chance <= found.zero_shot.high
     assert found.linear_probe.accuracy.low > found.chance
 
@@ -163,11 +164,11 @@ class SameText:
 def test_what_cannot_be_checked(tmp_path, trained):
     def fails(message, **options):
         with pytest.raises(ValmError, match=message):
-            check_clip(tmp_path, trained, progress=False, **options)
+            check_clip(FolderSource(tmp_path), trained, progress=False, **options)
 
     fails("no images in")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    fails("there is nothing to check an encoder by in .*class folders")
+    fails("there is nothing to check a CLIP by: the 1 images, such as x.png, are in no class folders")
     (tmp_path / "x.txt").write_text("a square")
     fails("there are 1 readable images with captions; it takes two")
     fails("the prompt template 'a photo' has no {}", templates=["a photo"])
@@ -176,7 +177,8 @@ def test_what_cannot_be_checked(tmp_path, trained):
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
 def test_flickr8k(clip):
     """With random weights, near chance."""
-    result = check_clip(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", clip, progress=False)
+    source = FolderSource(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000")
+    result = check_clip(source, clip, progress=False)
     assert result.classification is None and result.skipped == []
     assert (result.retrieval.pictures, result.retrieval.captions) == (1000, 5000)
     assert math.isclose(result.retrieval.image_to_text[2].chance, 1 - math.comb(4995, 10) / math.comb(5000, 10))

@@ -7,7 +7,7 @@ from valm.evaluation.controls import GivenImages, RandomImages
 from valm.explain.explanation import explain
 from valm.explain.images import ShownImage, show_images
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 
 

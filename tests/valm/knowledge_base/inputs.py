@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 
 # Readable images in the fixture `folder`.

@@ -18,8 +18,8 @@ from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build, plan_of
-from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, begin_knowledge_base
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource

@@ -10,8 +10,8 @@ from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import dedupe, merge
-from valm.knowledge_base.encode import Encoding
 from valm.knowledge_base.format import write_shard
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase

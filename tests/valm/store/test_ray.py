@@ -157,7 +157,7 @@ def test_what_ray_gives_up_is_one_sentence(cluster, add_node, make_kb, monkeypat
     add_node(), add_node(num_cpus=2)
     with pytest.raises(ValmError, match="no machine of the Ray cluster has the 3 cores and 0 GPUs"):
         RayRun("auto", cpus=3)
-    with pytest.raises(ValmError, match=r"the 2 cores and 1 GPUs that a task asks for; ask for less"):
+    with pytest.raises(ValmError, match=r"the 2 cores and 1 GPUs that a task asks for: give less --cpus"):
         RayRun("auto", cpus=2, gpus=1)
     with (
         pytest.raises(ValmError, match=r"^a shard was given up on the Ray cluster: .*\(WorkerCrashedError\); once"),

@@ -12,13 +12,14 @@ from tests.valm.tiny_clip import TINY
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Record
+from valm.knowledge_base.records import Record
 from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.training import clip as clip_training
 from valm.training import steps_checkpoint
-from valm.training.clip import SMALL, CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
+from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
+from valm.training.clip_plan import SMALL
 from valm.training.steps_checkpoint import StepsCheckpoint
 
 COLORS = ["red", "lime", "blue", "yellow", "black", "white", "cyan", "magenta"]
@@ -204,7 +205,7 @@ def test_a_batch_that_never_fills_ends(config):
 
 
 def test_wrong_models_and_sources_are_named(config, clip, tmp_path):
-    with pytest.raises(ValmError, match="open_clip has no architecture named 'ViT-Z'"):
+    with pytest.raises(ValmError, match="there is no CLIP architecture ViT-Z: give small"):
         new_clip("ViT-Z")
     (tmp_path / "odd.json").write_text(json.dumps({"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"colour": 1}}))
     with pytest.raises(ValmError, match=r"open_clip cannot make the CLIP .*odd\.json: "):

@@ -1,29 +1,27 @@
 """Sources of images for a knowledge base, one file for each kind.
 
 A new source is one class that implements `Source`, in one file. `valm.knowledge_base.build.build` accepts it directly;
-a line in `FORMATS` of `valm/cli/kb.py` makes it a `--format` of `valm kb build`.
+`FORMATS` of `valm/knowledge_base/images.py` makes it a `--format` of `valm kb build`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from PIL import Image
-
-from valm.clip.clip import Clip
-from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.format import EncodedShard
-from valm.store.files import cannot_read, is_transient
+from valm.knowledge_base.records import Encoding, Record
 from valm.store.shards import Progress
+
+if TYPE_CHECKING:  # a source that is not there is found before torch is imported
+    from valm.clip.clip import Clip
 
 # The part of a source that becomes one shard. Calling it reads and encodes that part, possibly in another process, so
 # it must be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.
-SourceShard = Callable[[Clip, Encoding, Progress], EncodedShard]
+SourceShard: TypeAlias = "Callable[[Clip, Encoding, Progress], EncodedShard]"
 
 
 class Source(Protocol):
@@ -76,44 +74,3 @@ def fingerprint_files(files: Iterable[Path]) -> str:
     for file in files:
         digest.update(json.dumps([file.name, file.stat().st_size]).encode())
     return digest.hexdigest()
-
-
-def fingerprint_records(records: Iterable[Record]) -> str:
-    """SHA-256 over the names, captions and sizes of the images in `records`.
-
-    Raises:
-        ValmError: a transient error (`is_transient`) while a file is looked up.
-    """
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps([record.uri, record.caption, _size(record.source)]).encode())
-    return digest.hexdigest()
-
-
-def written_since(files: Iterable[Path], since: float) -> Path | None:
-    """The first of `files` that was written after `since`, in seconds since 1970, if there is one."""
-    now = time.time()
-    for file in files:
-        try:
-            written = file.stat().st_mtime
-        except OSError:  # a damaged record, as for `_size`
-            continue
-        if since < written <= now:  # a time in the future, as of an archive, says nothing
-            return file
-    return None
-
-
-def _size(source: Path | bytes | Image.Image | None) -> int | tuple[int, int] | None:
-    """Bytes of a file (None if it does not exist) or of its content; width and height of a PIL image."""
-    if source is None:
-        return None
-    if isinstance(source, bytes):
-        return len(source)
-    if isinstance(source, Image.Image):
-        return source.size
-    try:
-        return source.stat().st_size if source.is_file() else None
-    except OSError as error:  # an impossible path, such as one that is too long, is a damaged record
-        if is_transient(error):
-            raise cannot_read(source, error.strerror) from error
-        return None

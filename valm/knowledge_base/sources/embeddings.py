@@ -7,19 +7,21 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Encoding, Record
 from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
+from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import SourceShard, fingerprint_files
 from valm.store.shards import Progress
 from valm.text import one_line
+
+if TYPE_CHECKING:
+    from valm.clip.clip import Clip
 
 # Rows normalised at once.
 BLOCK_ROWS = 1 << 16

@@ -13,8 +13,8 @@ from typing import Any
 from valm.clip.read_image import IMAGE_SUFFIXES, unread_formats
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, FolderCaptions, join_captions, read_captions, read_rows
-from valm.knowledge_base.encode import Record, encode_records
-from valm.knowledge_base.sources import SourceShard, fingerprint_records
+from valm.knowledge_base.records import Record, fingerprint_records
+from valm.knowledge_base.sources import SourceShard
 from valm.store.files import exists, files_below, is_folder
 
 # Suffixes of tables that are no captions.csv and may hold captions, such as the metadata.jsonl of Hugging Face.
@@ -49,6 +49,8 @@ class _RecordSource:
         return self.records
 
     def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
+        from valm.knowledge_base.encode import encode_records  # with torch, which a wrong path need not wait for
+
         for start in range(0, len(self.records), self.shard_size):
             yield partial(encode_records, self.records[start : start + self.shard_size])
 
@@ -167,16 +169,6 @@ def find_images(folder: Path) -> FolderContent:
             f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
         )
     return found
-
-
-def folder_records(folder: Path, images: list[str], captions: Path | None = None) -> list[Record]:
-    """`images` of `folder`, each with its caption (see `read_captions`), then records without an image for the damaged
-    caption files.
-
-    Raises:
-        ValmError: as `read_captions`.
-    """
-    return _records(folder, images, read_captions(folder, images, captions))
 
 
 def _records(folder: Path, images: list[str], captions: FolderCaptions) -> list[Record]:

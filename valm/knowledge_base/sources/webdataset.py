@@ -9,18 +9,20 @@ import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from valm.clip.clip import Clip
 from valm.clip.read_image import IMAGE_SUFFIXES, UNREAD_SUFFIXES, unread_formats
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
-from valm.knowledge_base.encode import Encoding, Record, encode_records
 from valm.knowledge_base.format import EncodedShard
+from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import SourceShard, fingerprint_files
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Progress
 from valm.text import one_line
+
+if TYPE_CHECKING:
+    from valm.clip.clip import Clip
 
 # Bytes after the last member of an archive that are checked to be zero: tar itself pads with a few thousand.
 END_BYTES = 1 << 20
@@ -76,6 +78,8 @@ class WebdatasetSource:
 
 
 def encode_tar(tar: Path, clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
+    from valm.knowledge_base.encode import encode_records
+
     return encode_records(tar_records(tar), clip, encoding, progress)
 
 

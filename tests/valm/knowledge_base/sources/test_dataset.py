@@ -13,7 +13,7 @@ from valm.clip.read_image import IMAGE_FORMATS
 from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.dataset import DatasetSource, open_dataset
 
 PICTURES = [png(seed) for seed in range(7)]
@@ -198,14 +198,32 @@ def test_wrong_datasets(dataset, clip, tmp_path):
     fails(r"none of the 2 images could be read; the first, 0/broken\.png", unreadable)
 
 
+def test_the_column_of_images_is_known(dataset):
+    """From what the dataset says of it, if it is one."""
+    renamed = dataset.rename_column("image", "photo")
+    assert DatasetSource(renamed).image_column == "photo"
+    both = renamed.add_column("more", dataset["label"])
+    both = both.cast_column("more", datasets.Value("string")).cast_column("more", datasets.Image())
+    with pytest.raises(ValmError, match=r"has no column 'image', only .*: name one \(--columns\)"):
+        DatasetSource(both)
+    assert DatasetSource(both, image_column="photo").plan()["columns"][0] == "photo"
+    assert DatasetSource(both.rename_column("more", "image")).image_column == "image"
+
+
 def test_datasets_are_opened(dataset, clip, tmp_path):
     dataset.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "several")
-    assert len(open_dataset(tmp_path / "one")) == len(open_dataset(tmp_path / "several", split="test")) == 7
+    assert len(open_dataset(tmp_path / "one")) == len(open_dataset(f"{tmp_path}/several::test")) == 7
     with pytest.raises(ValmError, match="has no split 'train', only test"):
         open_dataset(tmp_path / "several")
+    with pytest.raises(ValmError, match=r"has no config 'test': give a split as .*several::SPLIT"):
+        open_dataset(f"{tmp_path}/several:test")
+    with pytest.raises(ValmError, match="was saved as one split, got 'train"):
+        open_dataset(f"{tmp_path}/one::train[:2]")
     (tmp_path / "parquet").mkdir()
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
+    assert open_dataset(f"{tmp_path}/parquet::train[3:5]")["label"] == dataset[3:5]["label"]
+    assert len(open_dataset(f"{tmp_path}/parquet:default:train[:2]")) == 2
     streamed = open_dataset(tmp_path / "parquet", streaming=True)
     assert same_pictures(build(DatasetSource(streamed), tmp_path / "kb", clip, progress=False), clip, [0, 3, 4, 5, 6])
     with pytest.raises(ValmError, match="cannot read the dataset"):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.valm.knowledge_base.inputs import png, touch
 from valm.errors import ValmError
-from valm.knowledge_base.encode import Encoding, Record
-from valm.knowledge_base.sources import fingerprint_files, fingerprint_records
+from valm.knowledge_base.records import Encoding, Record, fingerprint_records
+from valm.knowledge_base.sources import fingerprint_files
 from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource

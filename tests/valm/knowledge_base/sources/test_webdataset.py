@@ -10,7 +10,7 @@ from PIL import Image
 from tests.valm.knowledge_base.inputs import png, write_tar
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
-from valm.knowledge_base.encode import Encoding
+from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources import webdataset
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 

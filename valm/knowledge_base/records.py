@@ -1,0 +1,126 @@
+"""The images of a source, undecoded, and how they are encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from valm.options import check_fields, option
+from valm.store.files import cannot_read, is_transient
+from valm.text import utf8
+
+if TYPE_CHECKING:  # the command line reads the options of `Encoding` before it knows what it needs
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images of any source are decoded and encoded; its fields are options of `valm kb build`.
+
+    Attributes:
+        workers: processes that decode images; None chooses by the number of images and cores, 0 uses this process.
+
+    Raises:
+        ValmError: a number is too small.
+    """
+
+    batch_size: int = option("images that CLIP encodes at once", 64, least=1)
+    thumbnails: int = option("longer side, in pixels, of the small images stored; 0 for none", 64, least=0)
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def plan(self) -> dict[str, int]:
+        """The settings that change the result."""
+        return {"batch_size": self.batch_size, "thumbnails": self.thumbnails}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a source.
+
+    Attributes:
+        source: a file, whose image is the whole or `size` bytes from `offset` (a member of a tar file); the content of
+            a file; a PIL image; or None for an entry to be listed as skipped.
+        reason: why it is skipped, if there is no image.
+    """
+
+    uri: str
+    caption: str
+    source: Path | bytes | Image.Image | None
+    offset: int = 0
+    size: int | None = None
+    reason: str = "there is no picture"
+
+    def __post_init__(self) -> None:
+        for name in ("uri", "caption"):  # they are written as UTF-8
+            object.__setattr__(self, name, utf8(getattr(self, name)))
+
+    def read(self) -> Image.Image:
+        """The image as `read_image` returns it.
+
+        Raises:
+            Exception: of any type, if it cannot be read.
+        """
+        from valm.clip.read_image import read_image
+
+        if isinstance(self.source, Path):
+            if not self.source.is_file():  # opening a pipe would block
+                raise ValueError("it is no file, or a link to none")
+            with open(self.source, "rb") as file:
+                file.seek(self.offset)
+                return read_image(io.BytesIO(file.read(self.size)))
+        if self.source is None:
+            raise ValueError(self.reason)
+        return read_image(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+
+    def extent(self) -> int | tuple[int, int] | None:
+        """Bytes of a file (None if there is none), of a part of one, or of a content; width and height of a PIL image.
+
+        Raises:
+            ValmError: a transient error (`is_transient`) while a file is looked up.
+        """
+        if self.source is None or self.size is not None:
+            return self.size
+        if isinstance(self.source, bytes):
+            return len(self.source)
+        if not isinstance(self.source, Path):
+            return self.source.size
+        try:
+            return self.source.stat().st_size if self.source.is_file() else None
+        except OSError as error:  # an impossible path, such as one that is too long, is a damaged record
+            if is_transient(error):
+                raise cannot_read(self.source, error.strerror) from error
+            return None
+
+
+def fingerprint_records(records: Iterable[Record]) -> str:
+    """SHA-256 over the names, captions and sizes of the images in `records`.
+
+    Raises:
+        ValmError: as `Record.extent`.
+    """
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.uri, record.caption, record.extent()]).encode())
+    return digest.hexdigest()
+
+
+def written_since(files: Iterable[Path], since: float) -> Path | None:
+    """The first of `files` that was written after `since`, in seconds since 1970, if there is one."""
+    now = time.time()
+    for file in files:
+        try:
+            written = file.stat().st_mtime
+        except OSError:  # a damaged record, as for `Record.extent`
+            continue
+        if since < written <= now:  # a time in the future, as of an archive, says nothing
+            return file
+    return None
