@@ -35,6 +35,7 @@ $(VENV)/bin/python:
 
 # One stamp file for each extra of pyproject.toml.
 $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
+	@echo "installing valm[$*] into $(VENV)/: PyTorch and other packages, which takes minutes the first time"
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

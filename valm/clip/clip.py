@@ -334,11 +334,17 @@ def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokeni
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
     """`library_errors`, without logging, as open_clip logs through the root logger, which would install a handler in
-    the process."""
+    the process, and its errors say the same again."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with library_errors(f"the CLIP {name}"):
             yield
+    except ValmError as error:
+        if "Failed to download" not in str(error):
+            raise
+        raise ValmError(
+            f"the CLIP {name} is in no cache and cannot be downloaded: check its name and the network, or give a folder"
+        ) from error
     finally:
         logging.disable(previous)

@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -209,3 +210,14 @@ def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValmError, match=r"the CLIP .* cannot be read"):
         Clip.load(tmp_path)
+
+
+def test_a_clip_that_cannot_be_downloaded_is_said_once(monkeypatch, caplog):
+    def create_model(*arguments, **options):
+        logging.error("Failed to download weights, because of this and that")
+        raise RuntimeError("Failed to download weights, because of this and that")
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(ValmError, match=r"^the CLIP ViT-B-32:laion2b_e16 is in no cache and cannot be downloaded: "):
+        Clip.load("ViT-B-32:laion2b_e16")
+    assert caplog.text == ""
