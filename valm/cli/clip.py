@@ -34,4 +34,5 @@ def run_train(arguments: argparse.Namespace) -> None:
         if found is not None:
             recall = ", ".join(f"@{r.at} {r.recall.value:.2f} (chance {r.chance:.2f})" for r in found.text_to_image)
             print(f"text to image among {found.pictures:,} images {which}: recall {recall}")
-    print(f"written to {plan.out}; `valm clip check PICTURES --clip {plan.out}` says what it sees")
+    held_out = "" if trained.held_out is None else ", by the images that were held out where PICTURES has them"
+    print(f"written to {plan.out}; `valm clip check PICTURES --clip {plan.out}` says what it sees{held_out}")

@@ -29,6 +29,8 @@ def run_check(arguments: argparse.Namespace) -> None:
 
     result = check_clip(source, Clip.load(arguments.clip, device=chosen_device(arguments)), seed=arguments.seed)
     print(f"the CLIP {result.clip}; 95 % intervals over images")
+    if result.held_out:
+        print(f"on the {result.held_out:,} pictures that its training held out, of {result.images:,}")
     found = result.classification
     if found is not None:
         print(f"{found.pictures:,} images of {len(found.classes)} classes, chance {found.chance:.3f}")

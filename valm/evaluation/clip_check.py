@@ -7,24 +7,28 @@ retrieval of captions by image and of images by caption (appendix E.1), recall@1
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.statistics import Estimate, accuracy, ratio
 from valm.knowledge_base.encode import encode_records
 from valm.knowledge_base.format import Skipped
-from valm.knowledge_base.records import Encoding
+from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import Source
+from valm.store.files import Sha256, is_file, read_json, write_json
 from valm.store.shards import ProgressBar
 
 # The mean of many texts of a class is a better classifier than any of them (section 3.1.4).
@@ -47,6 +51,16 @@ MIN_PER_CLASS = 3  # training, validation, test
 
 # Scores of a retrieval held at once.
 BLOCK_SCORES = 1 << 24
+
+# In the folder of a CLIP.
+HELD_OUT_FILE = "held-out.json"
+
+
+class HeldOut(TypedDict):
+    """The images that the training of a CLIP held out, and the hash of its weights."""
+
+    clip: Sha256
+    images: list[str]
 
 
 @dataclass(frozen=True)
@@ -105,12 +119,16 @@ class ClipCheck:
 
     Attributes:
         skipped: uri and reason of damaged images and caption files.
+        images: how many there are.
+        held_out: how many of them were looked at because the CLIP's training held them out; 0: all were.
     """
 
     clip: str
     classification: Classification | None
     retrieval: Retrieval | None
     skipped: list[Skipped]
+    images: int
+    held_out: int
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain dicts, lists, strings and numbers."""
@@ -127,7 +145,8 @@ def check_clip(
     progress: bool = True,
 ) -> ClipCheck:
     """Evaluates `clip` on images: by class if they are all in class folders, at least two, by captions if there are
-    any, or both.
+    any, or both. On images that it was trained on it would look better than it is: where `source` has those that its
+    training held out (`note_held_out`), these alone are looked at.
 
     Args:
         source: such as `FolderSource(folder)`.
@@ -150,8 +169,9 @@ def check_clip(
         )
     if labelled and min(Counter(classes).values()) >= MIN_PER_CLASS:
         _import_logistic_regression()  # before the images are encoded
+    held_out = held_out_of(clip, records)
     with ProgressBar("encode", " images", 1, progress) as bar:
-        shard = encode_records(records, clip, Encoding(thumbnails=0, workers=workers), bar)
+        shard = encode_records(held_out or records, clip, Encoding(thumbnails=0, workers=workers), bar)
     features = torch.from_numpy(shard.vectors)  # (N, E)
     classification = retrieval = None
     if labelled:
@@ -159,12 +179,41 @@ def check_clip(
         classification = classify(features, labels, clip, templates, seed=seed)
     if captioned:
         retrieval = retrieve(features, [text.splitlines() for text in shard.items["caption"].to_pylist()], clip)
-    return ClipCheck(clip.name, classification, retrieval, shard.skipped)
+    return ClipCheck(clip.name, classification, retrieval, shard.skipped, len(classes), len(held_out))
 
 
 def _class_of(uri: str) -> str | None:
     """The folder that an image is in, if any."""
     return uri.partition("/")[0] if "/" in uri else None
+
+
+def note_held_out(folder: str | os.PathLike, clip: Clip, records: Iterable[Record]) -> None:
+    """Leaves the list of `records`, which the training of `clip` held out, in its folder."""
+    noted: HeldOut = {"clip": clip.weights_hash, "images": [_mark(record) for record in records]}
+    write_json(Path(folder) / HELD_OUT_FILE, noted)
+
+
+def held_out_of(clip: Clip, records: Sequence[Record]) -> list[Record]:
+    """Those of `records` that the training of `clip` held out; none without a list of them, or with the smaller part of
+    it only: then these are other images.
+
+    Raises:
+        ValmError: the list is damaged.
+    """
+    file = Path(clip.source or "") / HELD_OUT_FILE
+    if clip.source is None or not is_file(file):
+        return []
+    noted: HeldOut = read_json(file, "the list of held-out images", HeldOut, "delete it")
+    marks = set(noted["images"])
+    if noted["clip"] != clip.weights_hash:  # of a CLIP that was in the folder before
+        return []
+    found = [record for record in records if _mark(record) in marks]
+    return found if 2 * len(found) > len(marks) else []
+
+
+def _mark(record: Record) -> str:
+    """By what an image is found again, wherever its folder is: its path in it, and its size."""
+    return f"{record.uri} {record.extent()}"
 
 
 def check_templates(templates: Sequence[str]) -> None:

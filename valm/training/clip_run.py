@@ -17,7 +17,7 @@ from valm.clip.device import open_device
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.corpus.texts import TextCorpus, fingerprint
 from valm.errors import ValmError
-from valm.evaluation.clip_check import Retrieval, retrieve
+from valm.evaluation.clip_check import Retrieval, note_held_out, retrieve
 from valm.knowledge_base.encode import decoding_workers, encode_records
 from valm.knowledge_base.records import Encoding, Record, fingerprint_records, written_since
 from valm.store.files import output_folder
@@ -57,7 +57,7 @@ class ClipTraining(NamedTuple):
 
 
 def run_clip_plan(plan: ClipPlan) -> ClipTraining:
-    """Trains the CLIP of `plan`, and writes it to its folder.
+    """Trains the CLIP of `plan`, and writes it to its folder with the list of the images that were held out.
 
     Raises:
         OSError: the folder cannot be written.
@@ -115,6 +115,7 @@ def _train(plan: ClipPlan, out: Path) -> ClipTraining:
         )
     clip.name = out.resolve().name
     clip.save(out)
+    note_held_out(out, clip, held_out)
     file.unlink(missing_ok=True)
     recalls = (_recall("trained on", records, clip), _recall("held out", held_out, clip))
     return ClipTraining(clip, losses, len(records), *recalls)

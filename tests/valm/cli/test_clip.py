@@ -5,8 +5,9 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.valm.cli.commands import run
+from tests.valm.cli.commands import THINGS, run
 from tests.valm.tiny_clip import TINY
 from valm.clip.clip import Clip
 from valm.training import steps_checkpoint
@@ -118,6 +119,16 @@ def test_images_are_held_out(world, tmp_path, capsys):
     assert run(*train, "--held-out", 0.34, "--out", tmp_path / "clip") == 0
     out = capsys.readouterr().out
     assert "4 images; loss" in out and "among 4 images trained on" in out and "among 2 images held out" in out
+    assert "by the images that were held out where PICTURES has them" in out
+    for folder, seen in (("pictures", "on the 2 pictures that its training held out, of 6"), ("others", None)):
+        if seen is None:  # other images of the same names
+            shutil.copytree(world / "pictures", tmp_path / folder)
+            for name in THINGS:
+                Image.new("RGB", (9, 9)).save(tmp_path / folder / f"{name}.png")
+        where = world if seen else tmp_path
+        assert run("clip", "check", where / folder, "--clip", tmp_path / "clip") == 0
+        out = capsys.readouterr().out
+        assert seen in out if seen else "held out" not in out
 
 
 def wrong_inputs():

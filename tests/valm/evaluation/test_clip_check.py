@@ -1,7 +1,9 @@
+import copy
 import json
 import math
 import os
 import random
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from valm.evaluation.clip_check import (
     TEMPLATES,
     check_clip,
     classify,
+    held_out_of,
     linear_probe,
+    note_held_out,
     ranks,
     retrieve,
     zero_shot_weights,
@@ -172,6 +176,25 @@ def test_what_cannot_be_checked(tmp_path, trained):
     (tmp_path / "x.txt").write_text("a square")
     fails("there are 1 readable images with captions; it takes two")
     fails("the prompt template 'a photo' has no {}", templates=["a photo"])
+
+
+def test_where_the_training_held_images_out_these_are_looked_at(folder, trained, tmp_path):
+    source = FolderSource(folder)
+    copy.copy(trained).save(tmp_path)  # whose folder is noted in it
+    clip = Clip.load(tmp_path)
+    held_out = [record for record in source.records if "/0" in record.uri or "/1" in record.uri]
+    note_held_out(tmp_path, clip, held_out)
+    result = check_clip(source, clip, progress=False)
+    assert (result.held_out, result.images, result.classification.pictures) == (8, 40, 8)
+    assert held_out_of(clip, source.records[:20]) == []  # half of them are not there
+    assert len(held_out_of(clip, source.records[:21])) == 5
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert len(held_out_of(clip, FolderSource(tmp_path / "elsewhere").records)) == 8
+    (tmp_path / "elsewhere" / "blue" / "0.png").write_bytes(b"another")
+    assert len(held_out_of(clip, FolderSource(tmp_path / "elsewhere").records)) == 7
+    clip.model.logit_scale.data += 1
+    clip.save(tmp_path)  # and one that came into the folder afterwards
+    assert held_out_of(Clip.load(tmp_path), source.records) == []
 
 
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
