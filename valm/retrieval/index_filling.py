@@ -25,6 +25,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.index_factory import import_faiss, new_index, stages
+from valm.retrieval.index_parameters import INDEX_FILE
 from valm.store.files import WAIT_SECONDS, Count, Sha256, read_json, write_json
 from valm.store.folders import remove_folder
 from valm_kernels import FlatIPIndex
@@ -88,12 +89,14 @@ def remove_partial(folder: Path) -> None:
 
 
 def filled_index(
-    kb: ImageKnowledgeBase, factory: str, folder: Path, seed: int, device: torch.device, progress: bool
-) -> tuple[Any, int]:
-    """The faiss index of a factory string, trained and with all vectors of `kb`; and on how many it was trained.
+    kb: ImageKnowledgeBase, factory: str, folder: Path, packed: Path, seed: int, device: torch.device, progress: bool
+) -> tuple[Path, int]:
+    """The file of the faiss index of a factory string, trained and with all vectors of `kb`; and on how many it was
+    trained.
 
     Args:
         folder: of what is done (`partial_folder`).
+        packed: where an index is written whose codes are packed once all are there; any other is in `folder`.
         device: where cells are trained and the nearest ones searched: the CPU, or GPUs that faiss has.
 
     Raises:
@@ -114,11 +117,14 @@ def filled_index(
             bar.update(count)
         _write_done(index, folder)
     _add(kb, index, folder, device, progress)
-    if block is not None:
-        del index, done  # before its codes are in memory a second time, packed
-        mapped = faiss.read_index(str(_added_file(folder, len(kb))), faiss.IO_FLAG_MMAP)
-        index = _with_searched(mapped, faiss.IndexIVFPQFastScan(stages(mapped)[1], block))
-    return index, count
+    whole = _added_file(folder, len(kb))
+    if block is None:
+        return whole, count
+    del index, done  # before its codes are in memory a second time, packed
+    mapped = faiss.read_index(str(whole), faiss.IO_FLAG_MMAP)
+    whole_packed = _with_searched(mapped, faiss.IndexIVFPQFastScan(stages(mapped)[1], block))
+    _write_index(whole_packed, packed, kb.path / INDEX_FILE)
+    return packed, count
 
 
 class NearestCell:
@@ -258,7 +264,7 @@ def _read_done(folder: Path) -> Any:
 def _write_done(index: Any, folder: Path) -> None:
     file = _added_file(folder, index.ntotal)
     with atomic_path(file) as temporary:
-        write_index(index, temporary, file)
+        _write_index(index, temporary, file)
     write_json(folder / DONE_FILE, {"added": index.ntotal, "sha256": file_sha256(file)})
     for other in folder.glob("added-*"):
         if other != file:
@@ -269,7 +275,7 @@ def _added_file(folder: Path, count: int) -> Path:
     return folder / f"added-{count}.faiss"
 
 
-def write_index(index: Any, temporary: Path, file: Path) -> None:
+def _write_index(index: Any, temporary: Path, file: Path) -> None:
     """Writes a faiss index to `temporary`, which is to become `file`.
 
     Raises:

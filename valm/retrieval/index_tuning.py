@@ -22,14 +22,15 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
 from valm.retrieval.faiss_index import FaissIndex, read_index
 from valm.retrieval.index_factory import import_faiss, new_index, stages
-from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, write_index
+from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.retrieval.retriever import check_k
 from valm.store.files import write_json
+from valm.store.folders import link
 from valm.store.shards import file_entry, sealed
 from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
-from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, move, remove_leftovers, temporary_file
+from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, remove_leftovers, temporary_file
 
 # Queries for tuning, and as many again for measuring recall.
 QUERIES = 1024
@@ -67,9 +68,9 @@ def build_index(
     """Indexes `kb` and writes the index beside it; an old index stays until the new one is complete.
 
     Memory holds the index (up to twice while vectors are added), its training vectors (at most
-    `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds the index twice until
-    it is written. A build that was killed, or missed the target, goes on where it was, given the same factory and seed
-    (`index_filling`).
+    `index_filling.MAX_TRAIN`, in float32, up to 2.5 times) and the largest shard; the disk holds an index of codes that
+    are packed ("PQ64x4fs") twice until it is written. A build that was killed, or missed the target, goes on where it
+    was, given the same factory and seed (`index_filling`).
 
     Args:
         queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:
@@ -95,42 +96,38 @@ def build_index(
     device = torch.device(device)
     if device.type == "cuda":  # before the training
         check_for_gpus(kb, index, search="", candidates=k)
-    with partial_folder(kb, factory, seed) as folder:
+    remove_leftovers(kb.path)
+    file = kb.path / INDEX_FILE
+    with partial_folder(kb, factory, seed) as folder, temporary_file(file) as packed:
         try:
-            index, trained_on = filled_index(kb, factory, folder, seed, device, progress)
+            whole, trained_on = filled_index(kb, factory, folder, packed, seed, device, progress)
         except RuntimeError as error:  # such as of IDMap, which takes no vectors without ids
             reason = one_line(str(error))
             raise ValmError(f"faiss cannot fill an index of the factory string {factory!r}: {reason}") from error
         truth = _exact(kb, queries, k, progress)
         half = len(queries) // 2
-        remove_leftovers(kb.path)
-        file = kb.path / INDEX_FILE
-        with temporary_file(file) as temporary:
-            write_index(index, temporary, file)
-            del index  # before another one is in memory
-            # tune it as it will be used: read back, memory-mapped
-            index = read_index(temporary)
-            untuned = IndexParameters(
-                knowledge_base=kb.fingerprint,
-                factory=factory,
-                trained_on=trained_on,
-                search="",
-                candidates=1,
-                k=k,
-                recall=0.0,
-                target=target_recall,
-                queries=len(queries) - half,
-                asked=asked,
-                file={**file_entry(temporary), "name": INDEX_FILE},
-            )
-            parameters = _tune(kb, index, untuned, queries, truth, device)
-            del index
-            with folder_lock(kb.path, SAVE_WAIT_SECONDS):
-                # from here until the new parameters are written, the knowledge base has no index
-                (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
-                move(temporary, file)
-                write_json(kb.path / PARAMETERS_FILE, sealed(asdict(parameters)))
-                opened = FaissIndex.open(kb, device)
+        index = read_index(whole)  # tuned as it will be used, memory-mapped
+        untuned = IndexParameters(
+            knowledge_base=kb.fingerprint,
+            factory=factory,
+            trained_on=trained_on,
+            search="",
+            candidates=1,
+            k=k,
+            recall=0.0,
+            target=target_recall,
+            queries=len(queries) - half,
+            asked=asked,
+            file={**file_entry(whole), "name": INDEX_FILE},
+        )
+        parameters = _tune(kb, index, untuned, queries, truth, device)
+        del index
+        with folder_lock(kb.path, SAVE_WAIT_SECONDS):
+            # from here until the new parameters are written, the knowledge base has no index
+            (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
+            link(whole, file)  # and not moved: if this is killed, the next build has all of it
+            write_json(kb.path / PARAMETERS_FILE, sealed(asdict(parameters)))
+            opened = FaissIndex.open(kb, device)
         remove_partial(folder)
         return opened
 

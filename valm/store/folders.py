@@ -123,7 +123,7 @@ def _switch(folder: Path) -> None:
     names = {file.relative_to(new).as_posix() for file in new.rglob("*") if file.is_file()}
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(new / name, folder / name)
+        link(new / name, folder / name)
     whole, adapter = any(new.glob(WEIGHTS)), any(new.glob(ADAPTER))
     stale = [WEIGHTS, ADAPTER, PLACES_FILE] if whole else [PLACES_FILE] if adapter else []
     for file in [file for pattern in stale for file in folder.glob(pattern)]:
@@ -133,8 +133,8 @@ def _switch(folder: Path) -> None:
     remove_folder(new)
 
 
-def _link(file: Path, target: Path) -> None:
-    """Makes `target` a link to `file`, atomically."""
+def link(file: Path, target: Path) -> None:
+    """Makes `target` the same file as `file` (a hard link, or a copy where the file system makes none), atomically."""
     temporary = temporary_name(target)
     try:
         os.link(file, temporary)

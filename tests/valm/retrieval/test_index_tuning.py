@@ -15,7 +15,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval import index_filling, index_tuning
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index
+from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index, verify_index
 from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.index_tuning import build_index, captions, context_queries, recall
@@ -206,11 +206,25 @@ def test_the_nearest_cells_are_those_that_faiss_finds():
 @pytest.mark.parametrize("factory", ["IVF16,SQ8", "PCA8,IVF16,PQ8", "IVF16,PQ8x4fs", "PCA8,IVF32,PQ4x4fsr_64"])
 def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, factory):
     faiss = pytest.importorskip("faiss")
-    filled, _ = index_filling.filled_index(kb, factory, tmp_path, 0, torch.device("cpu"), progress=False)
+    packed = tmp_path / "packed"
+    file, _ = index_filling.filled_index(kb, factory, tmp_path, packed, 0, torch.device("cpu"), progress=False)
+    assert (file == packed) == ("x4fs" in factory)
+    filled = faiss.read_index(str(file))
     added = faiss.clone_index(filled)
     added.reset()
     added.add(kb.vectors().astype(np.float32))
     assert np.array_equal(faiss.serialize_index(filled), faiss.serialize_index(added))
+
+
+@pytest.mark.parametrize("factory, parts", [("IVF16,Flat", [0, 1]), ("Flat", [1]), ("IVF16,PQ8x4fs", [0, 1, 1])])
+def test_an_index_is_written_once_if_it_is_not_packed(kb, monkeypatch, factory, parts):
+    """Beside once when it is trained."""
+    pytest.importorskip("faiss")
+    written, write = [], index_filling._write_index
+    monkeypatch.setattr(index_filling, "_write_index", lambda *what: (written.append(what[0].ntotal), write(*what)))
+    build_index(kb, queries(kb), k=K, target_recall=0.1, factory=factory, progress=False)
+    assert written == [part * len(kb) for part in parts]
+    assert verify_index(kb) == [] and (kb.path / "index.faiss").stat().st_nlink == 1
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW8"])
@@ -470,18 +484,19 @@ def test_an_index_made_again_is_the_same_one(clip, tmp_path):
 @needs_fork
 @pytest.mark.parametrize("full_at", ["index-", "index.faiss"])
 def test_a_full_disk_leaves_the_old_index(clip, tmp_path, monkeypatch, full_at):
-    """At the first file of what is done, or at the index itself."""
+    """At the first file of what is done, or at the index itself, whose codes are packed."""
     resource = pytest.importorskip("resource")
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
     before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
     if full_at == "index.faiss":
-        interrupted(kb, monkeypatch, "IVF8,Flat")
+        interrupted(kb, monkeypatch, "IVF8,PQ8x4fs")
 
     def build():
+        factory = "IVF8,PQ8x4fs" if full_at == "index.faiss" else "IVF8,Flat"
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
-            build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF8,Flat", progress=False)
+            build_index(kb, queries(kb), k=K, target_recall=0.1, factory=factory, progress=False)
         except (ValmError, OSError) as error:
             os._exit(3 if str(kb.path / full_at) in str(error) else 4)
 

@@ -105,7 +105,7 @@ def test_a_file_system_without_modes_is_written(tmp_path, monkeypatch):
 def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
     write(tmp_path, a="1")
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_link", Mock(side_effect=OSError(28, "No space left")))
+        patch.setattr(folders, "link", Mock(side_effect=OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path, a="2")
     assert (tmp_path / "a").read_text() == "1"
