@@ -22,15 +22,15 @@ from valm.cli.options import (
     command,
     positive,
     print_json,
-    share,
 )
 from valm.errors import ValmError
 from valm.knowledge_base.images import ImageSource
 from valm.knowledge_base.records import Encoding
 from valm.options import add_fields, given_fields
+from valm.retrieval.index_plan import IndexPlan
 from valm.store.files import exists, is_folder
 from valm.store.folders import remove_folder
-from valm.text import printable, split_lines
+from valm.text import printable
 from valm.training.launch import check_alone
 from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
@@ -71,16 +71,7 @@ def add_to(commands: Commands) -> None:
     add_json(info)
     index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
     add_kb(index)
-    index.add_argument(
-        "--target-recall",
-        type=share,
-        default=0.95,
-        help="share of the -k images nearest to a query that the index is tuned to find, above 0 and at most 1",
-    )
-    index.add_argument("-k", type=positive, default=4, help="images a token sees")
-    index.add_argument("--factory", help="faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
-    index.add_argument("--queries", type=Path, help="text file to be tuned on (default: captions of the images)")
-    index.add_argument("--query", choices=["eot", "state"], default="eot", help="kind of the retrieval query")
+    add_fields(index, IndexPlan)
     add_clip(index)
     add_device(index, "queries are encoded, and faiss searches if it has GPUs (cuda: all of them)")
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
@@ -206,43 +197,18 @@ def run_info(arguments: argparse.Namespace) -> None:
 def run_index(arguments: argparse.Namespace) -> None:
     from valm.knowledge_base.store import ImageKnowledgeBase
 
+    plan = IndexPlan(**given_fields(IndexPlan, arguments))
     kb = ImageKnowledgeBase.open(arguments.kb)
 
-    from valm.retrieval.context import ContextEncoder
-    from valm.retrieval.faiss_gpu import faiss_device
-    from valm.retrieval.faiss_index import remove_index
-    from valm.retrieval.index_factory import EXACT_BELOW, choose_factory
-    from valm.retrieval.index_filling import remove_partials
-    from valm.retrieval.index_tuning import build_index, captions, context_queries
-    from valm.retrieval.retriever import check_k
-    from valm.store.files import read_text
+    from valm.retrieval.index_factory import EXACT_BELOW
+    from valm.retrieval.index_tuning import index_knowledge_base
 
-    check_k(arguments.k, kb)
-    factory = arguments.factory or choose_factory(len(kb), kb.dim)
-    if factory is None:
-        remove_index(kb)
-        remove_partials(kb)
+    device = chosen_device(arguments)
+    of_clip = {"clip": arguments.clip, "allow_download": arguments.allow_download}
+    if index_knowledge_base(kb, plan, **of_clip, device=device) is None:
         print(
             f"no index was built: it would save no time with {len(kb):,} images (from {EXACT_BELOW:,} on it does, and "
             "--factory builds one of any number)"
-        )
-    else:
-        texts = captions(kb) if arguments.queries is None else split_lines(read_text(arguments.queries))
-        source = "captions of the images" if arguments.queries is None else arguments.queries.name
-        device = chosen_device(arguments)
-        searched_on = faiss_device(device)
-        factory = arguments.factory or choose_factory(len(kb), kb.dim, searched_on.type)
-        assert factory is not None  # there is one for the CPU
-        clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(device)
-        encoder = ContextEncoder(clip, query=arguments.query)
-        build_index(
-            kb,
-            context_queries(encoder, texts),
-            k=arguments.k,
-            target_recall=arguments.target_recall,
-            factory=factory,
-            asked=f"{arguments.query} queries at the tokens of {source}",
-            device=searched_on,
         )
     print_kb(kb)
 

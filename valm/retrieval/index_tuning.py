@@ -6,8 +6,10 @@ reach the target recall, it takes the one that reads the fewest bytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,14 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus
-from valm.retrieval.faiss_index import FaissIndex, read_index
-from valm.retrieval.index_factory import import_faiss, new_index, stages
-from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial
+from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus, faiss_device
+from valm.retrieval.faiss_index import FaissIndex, read_index, remove_index
+from valm.retrieval.index_factory import choose_factory, import_faiss, new_index, stages
+from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, remove_partials
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
+from valm.retrieval.index_plan import IndexPlan
 from valm.retrieval.retriever import check_k
-from valm.store.files import write_json
+from valm.store.files import read_text, write_json
 from valm.store.folders import link
 from valm.store.shards import file_entry, sealed
 from valm.text import one_line, split_lines
@@ -51,6 +54,46 @@ TEXTS_AT_ONCE = 64
 TOKENS_PER_TEXT = 8
 # Number of images whose captions serve as queries if no other text is given.
 CAPTIONED = 1024
+
+
+def index_knowledge_base(
+    kb: ImageKnowledgeBase,
+    plan: IndexPlan,
+    *,
+    clip: str | os.PathLike | None = None,
+    allow_download: bool = False,
+    device: torch.device | str = "cpu",
+) -> FaissIndex | None:
+    """Indexes `kb` as `plan` says; None, and no index, if exact search is as good and the plan names no factory.
+
+    Args:
+        clip, allow_download: as for `ImageKnowledgeBase.load_clip`.
+        device: where queries are encoded; faiss searches there too if it has GPUs.
+
+    Raises:
+        ValmError: as `build_index`, or there is no text to be tuned on.
+        ImportError: faiss is not installed.
+    """
+    check_k(plan.images, kb)
+    if plan.factory is None and choose_factory(len(kb), kb.dim) is None:
+        remove_index(kb)
+        remove_partials(kb)
+        return None
+    searched_on = faiss_device(device)
+    factory = plan.factory or choose_factory(len(kb), kb.dim, searched_on.type)
+    assert factory is not None  # there is one for the CPU
+    texts = captions(kb) if plan.queries is None else split_lines(read_text(plan.queries))
+    source = "captions of the images" if plan.queries is None else Path(plan.queries).name
+    encoder = ContextEncoder(kb.load_clip(clip, allow_download=allow_download).to(device), query=plan.query)
+    return build_index(
+        kb,
+        context_queries(encoder, texts),
+        factory,
+        k=plan.images,
+        target_recall=plan.target_recall,
+        asked=f"{plan.query} queries at the tokens of {source}",
+        device=searched_on,
+    )
 
 
 def build_index(
