@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -28,11 +27,9 @@ from valm.knowledge_base.images import ImageSource
 from valm.knowledge_base.records import Encoding
 from valm.options import add_fields, given_fields
 from valm.retrieval.index_plan import IndexPlan
-from valm.store.files import exists, is_folder
-from valm.store.folders import remove_folder
+from valm.store.files import exists
 from valm.text import printable
 from valm.training.launch import check_alone
-from valm_kernels.atomic_files import is_temporary, remove_leftovers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,19 +116,14 @@ def run_build(arguments: argparse.Namespace) -> None:
     encoding = Encoding(**given_fields(Encoding, arguments))
 
     from valm.clip.clip import Clip
-    from valm.knowledge_base.build import build
-    from valm.store.shards import MANIFEST_FILE
 
     run = chosen_run(arguments)
     clip = Clip.load(arguments.clip, device=chosen_device(arguments))
-    finished = exists(arguments.out / MANIFEST_FILE)
-    kb = build(source, arguments.out, clip, encoding, run=run)
-    if finished:
-        print(f"{kb.path} is complete: {len(kb):,} images; nothing to do")
-        return
-    print_kb(kb)
-    if len(kb) <= MAX_COMPARED:
-        print_duplicates(kb)
+    kb = built(arguments.out, source=source, clip=clip, encoding=encoding, run=run)
+    if kb is not None:
+        print_kb(kb)
+        if len(kb) <= MAX_COMPARED:
+            print_duplicates(kb)
 
 
 def run_add(arguments: argparse.Namespace) -> None:
@@ -139,49 +131,28 @@ def run_add(arguments: argparse.Namespace) -> None:
 
     check_alone("valm kb add")
     kb = ImageKnowledgeBase.open(arguments.kb)
-    added = added_folder(arguments.out)
-    if is_folder(added.parent):
-        remove_leftovers(added.parent, re.compile(re.escape(added.name) + ".*"))
-    check_new(arguments.out)
     source = open_images(arguments)
-
-    from valm.knowledge_base.build import build
-    from valm.knowledge_base.copy import merge
-
     run = chosen_run(arguments)
     clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
-    new = build(source, added, clip, Encoding(**kb.encoding), run=run)
-    joined = merge([kb.path, added], arguments.out)
-    print(f"{joined.path}: {len(joined):,} images, {len(new):,} of them new")
-    print_skipped(new, joined.path)
-    if len(joined) <= MAX_COMPARED_AGAIN:
-        print_duplicates(joined)
-    remove_folder(added)
+    joined = built(arguments.out, source=source, clip=clip, encoding=Encoding(**kb.encoding), after=kb, run=run)
+    if joined is not None:
+        print(f"{joined.path}: {len(joined):,} images, {len(joined) - len(kb):,} of them new")
+        print_skipped(joined, kb.manifest["skipped"])
+        if len(joined) <= MAX_COMPARED_AGAIN:
+            print_duplicates(joined)
 
 
-def added_folder(out: Path) -> Path:
-    """Where `kb add --out OUT` encodes the images, before it joins them."""
-    return out.with_name(out.name + ".added")
-
-
-def check_new(out: Path) -> None:
-    """Checks before `kb add` encodes anything that it can write `out`.
-
-    Raises:
-        ValmError: `out` holds something, and all images are not encoded yet, so it is not a killed `kb add` that is to
-            go on.
-    """
+def built(out: Path, **options: Any) -> ImageKnowledgeBase | None:
+    """The knowledge base that `build` makes in `out`; None where it was finished before, which is said."""
+    from valm.knowledge_base.build import build
     from valm.store.shards import MANIFEST_FILE
 
-    if not exists(out) or exists(added_folder(out) / MANIFEST_FILE):
-        return
-    if not is_folder(out):
-        raise ValmError(f"the output {out} is a file; choose a folder")
-    if exists(out / MANIFEST_FILE):
-        raise ValmError(f"the output {out} is finished already; choose a new folder for other images")
-    found = sorted(file.name for file in out.iterdir() if not is_temporary(file.name))
-    if found:
-        raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose a new one")
+    finished = exists(out / MANIFEST_FILE)
+    kb = build(out=out, **options)
+    if not finished:
+        return kb
+    print(f"{kb.path} is complete: {len(kb):,} images; nothing to do")
+    return None
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -272,18 +243,18 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
     print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
     index = facts["index"]
     print("searched exactly" if index is None else f"searched through the index {printable(index)}")
-    print_skipped(kb, kb.path)
+    print_skipped(kb)
 
 
-def print_skipped(kb: ImageKnowledgeBase, listed: Path) -> None:
-    """The first skipped images of `kb`; all are listed in the folder `listed`."""
-    skipped = kb.manifest["skipped"]
+def print_skipped(kb: ImageKnowledgeBase, before: int = 0) -> None:
+    """The first skipped images of `kb` after so many; its folder lists all."""
+    skipped = kb.manifest["skipped"] - before
     if skipped:
         print(f"{skipped:,} images or captions could not be read:")
-        for image in islice(kb.skipped(), SKIPPED_SHOWN):
+        for image in islice(kb.skipped(), before, before + SKIPPED_SHOWN):
             print(f"  {printable(image['uri'])}: {printable(image['reason'])}")
         if skipped > SKIPPED_SHOWN:
-            print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {listed / 'skipped-*.json'}")
+            print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
 
 
 def run_search(arguments: argparse.Namespace) -> None:

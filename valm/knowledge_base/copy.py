@@ -16,10 +16,16 @@ from typing import Any
 import numpy as np
 
 from valm.errors import ValmError
-from valm.knowledge_base.format import EncodedShard, begin_knowledge_base, finish_knowledge_base, write_shard
+from valm.knowledge_base.format import (
+    EncodedShard,
+    begin_knowledge_base,
+    finish_knowledge_base,
+    link_shard,
+    write_shard,
+)
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import relative_path
-from valm.store.shards import Progress, ProgressBar, ShardFiles, check_content, run_here
+from valm.store.shards import Progress, ProgressBar, check_content, run_here
 
 
 def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
@@ -51,20 +57,11 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
         if not build.finished:
             shards = [(kb.path, shard) for kb in opened for shard in kb.manifest["shards"]]
             with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
-                build.write(partial(_link_shard, out=build.out), shards, run_here, bar)
+                build.write(partial(link_shard, out=build.out), shards, run_here, bar)
             for kb in opened:  # or files would have gone with the checksums of others
                 kb.check_same()
             finish_knowledge_base(build, _moved_clip(opened, out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
-
-
-def _link_shard(number: int, shard: tuple[Path, dict[str, Any]], progress: Progress, *, out: Path) -> None:
-    folder, record = shard
-    progress.begin(record["count"])
-    files = ShardFiles(out, number)
-    files.link(folder, record["files"])
-    files.finish(count=record["count"], skipped=record["skipped"])
-    progress.advance(record["count"])
 
 
 def duplicates(kb: ImageKnowledgeBase) -> np.ndarray:

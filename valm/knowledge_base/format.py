@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.store.files import Count, PathText, Sha256, read_json, relative_path, write_json
-from valm.store.shards import Manifest, ShardedBuild, ShardFiles, ShardRecord, kinds_of
+from valm.store.shards import Manifest, Progress, ShardedBuild, ShardFiles, ShardRecord
 
 if TYPE_CHECKING:
     from valm.clip.clip import Clip
@@ -101,19 +101,6 @@ class EncodedShard:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def check_kinds(folder: Path, number: int, record: KnowledgeBaseShard) -> None:
-    """Checks the kinds of files that a shard's record lists.
-
-    Raises:
-        ValmError: a required kind is missing, or a kind is unknown.
-    """
-    wanted = ({"vectors", "items"} if record["count"] else set()) | ({"skipped"} if record["skipped"] else set())
-    kinds = kinds_of(record)
-    if not wanted <= kinds <= wanted | {"thumbnails"}:
-        listed = ", ".join(sorted(kinds)) or "no files"
-        raise ValmError(f"the knowledge base {folder} is damaged: its shard {number} lists {listed}; make it again")
-
-
 def read_skipped(file: Path) -> list[Skipped]:
     """The skipped images that `write_shard` wrote.
 
@@ -153,6 +140,16 @@ def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
     files.finish(count=count, skipped=len(shard.skipped), **shard.facts)
 
 
+def link_shard(number: int, shard: tuple[Path, dict[str, Any]], progress: Progress, *, out: Path) -> None:
+    """Writes shard `number` of `out` by linking the files of a shard, (folder, record), of another knowledge base."""
+    folder, record = shard
+    progress.begin(record["count"])
+    files = ShardFiles(out, number)
+    files.link(folder, record["files"])
+    files.finish(count=record["count"], skipped=record["skipped"])
+    progress.advance(record["count"])
+
+
 def begin_knowledge_base(out: str | os.PathLike, plan: dict[str, Any]) -> ShardedBuild:
     """The build of a knowledge base in `out`; arguments and errors as in `ShardedBuild`."""
     return ShardedBuild(out, WHAT, plan, KnowledgeBaseShard)
@@ -165,8 +162,6 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -
         ValmError: they have no images; the build is removed.
     """
     shards = build.done()
-    for number, shard in shards.items():
-        check_kinds(build.out, number, cast(KnowledgeBaseShard, shard))
     count = sum(shard["count"] for shard in shards.values())
     if count == 0:
         names = [entry["name"] for shard in shards.values() for entry in shard["files"]]

@@ -24,7 +24,6 @@ from valm.knowledge_base.format import (
     Item,
     KnowledgeBaseManifest,
     Skipped,
-    check_kinds,
     read_skipped,
 )
 from valm.store.files import is_transient, read_json, status
@@ -73,7 +72,7 @@ class ImageKnowledgeBase:
     def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
         """Opens the knowledge base in folder `path`.
 
-        Checks format, version, counts and the size of every file. A file's header is checked when it is first read, and
+        Checks format, version and the size of every file. A file's header is checked when it is first read, and
         contents by `verify`.
 
         Raises:
@@ -82,14 +81,6 @@ class ImageKnowledgeBase:
         path = Path(path)
         before = _identity(path)
         manifest = open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest)
-        for number, shard in enumerate(manifest["shards"]):
-            check_kinds(path, number, shard)
-        total = sum(shard["count"] for shard in manifest["shards"])
-        if total != manifest["count"]:
-            raise ValmError(
-                f"the manifest {path / MANIFEST_FILE} is damaged: it says {manifest['count']} images, but its shards "
-                f"have {total}; make it again"
-            )
         kb = cls(path, manifest)
         kb._of_manifest = before  # if it has been replaced since, the first read says so
         return kb

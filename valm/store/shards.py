@@ -340,11 +340,6 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> 
     return [entry["name"] for entry in bar if file_entry(folder / entry["name"]) != entry]
 
 
-def kinds_of(record: ShardRecord) -> set[str]:
-    """The kinds of files that a shard has."""
-    return {entry["name"].partition("-")[0] for entry in record["files"]}
-
-
 def check_files(folder: Path, shards: Iterable[tuple[int, Any]], what: str, remedy: str) -> None:
     """Checks the files that the records of `shards` (number, record) list.
 

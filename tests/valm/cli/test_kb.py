@@ -247,9 +247,11 @@ def test_a_query_ends_at_a_line_break_alone(world, tmp_path, monkeypatch, capsys
 def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
     (tmp_path / "more").mkdir()
     Image.new("RGB", (40, 40), "orange").save(tmp_path / "more" / "orange.png")
+    (tmp_path / "more" / "bad.png").touch()
     add = ["kb", "add", world / "kb", tmp_path / "more", "--out", tmp_path / "kb"]
     assert run(*add) == 0
-    assert "7 images, 1 of them new" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "7 images, 1 of them new" in out and "1 images or captions could not be read:\n  bad.png: " in out
     kb = ImageKnowledgeBase.open(tmp_path / "kb")
     assert kb.item(6).uri == "orange.png" and kb.verify(progress=False) == []
     assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
@@ -271,26 +273,28 @@ def test_kb_add_encodes_as_the_knowledge_base_was(world, tmp_path):
 def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, monkeypatch):
     root = copy_of("kb", "clip")
     (root / "file").touch()
-    monkeypatch.setattr("valm.knowledge_base.build.build", lambda *arguments, **options: pytest.fail("it encodes"))
+    monkeypatch.setattr("valm.knowledge_base.encode.encode_records", lambda *_, **__: pytest.fail("it encodes"))
     for out, error in (
-        ("kb", "is finished already; choose a new folder"),
+        ("kb", "already holds a knowledge base of another source or other settings (after differ)"),
         ("clip", "is not empty (it has "),
-        ("file", "is a file; choose"),
+        ("file", "file: File exists"),
     ):
         assert run("kb", "add", world / "kb", world / "pictures", "--out", root / out) == 1
         assert error in capsys.readouterr().err
     assert sorted(os.listdir(root)) == ["clip", "file", "kb"]
 
 
-def test_a_killed_kb_add_goes_on(world, tmp_path, monkeypatch):
-    """While it joins, and while it removes what it has joined."""
+def test_a_killed_kb_add_goes_on(world, tmp_path, monkeypatch, capsys):
+    """While it links what is there, and while it encodes."""
     add = ["kb", "add", world / "kb", world / "pictures", "--out", tmp_path / "kb"]
-    for killed in ("valm.knowledge_base.copy._link_shard", "valm.cli.kb.remove_folder"):
+    for killed in ("valm.knowledge_base.build.link_shard", "valm.knowledge_base.build.write_shard"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
             patch.setattr(killed, lambda *arguments, **options: (_ for _ in ()).throw(RuntimeError("killed")))
             run(*add)
     assert run(*add) == 0
     assert len(ImageKnowledgeBase.open(tmp_path / "kb")) == 12 and os.listdir(tmp_path) == ["kb"]
+    assert run(*add) == 0
+    assert "kb is complete: 12 images; nothing to do" in capsys.readouterr().out
 
 
 def test_pictures_that_are_there_twice(world, tmp_path, capsys):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
 from tests.valm.knowledge_base.inputs import png
+from tests.valm.tiny_clip import make_clip
 from valm.clip.read_image import IMAGE_FORMATS
 from valm.errors import ValmError
 from valm.knowledge_base import encode
@@ -196,6 +197,23 @@ def test_wrong_datasets(dataset, clip, tmp_path):
     assert not (tmp_path / "kb").exists()
     unreadable = dataset.select([1, 2])
     fails(r"none of the 2 images could be read; the first, 0/broken\.png", unreadable)
+
+
+def test_rows_that_come_after_a_knowledge_base_are_compared_too(clip, tmp_path):
+    rows = [{"image": PICTURES[0], "caption": str(number)} for number in range(5)]
+    first = build(DatasetSource(rows[:3], shard_size=2), tmp_path / "first", clip, progress=False)
+
+    def add(rows):
+        return build(DatasetSource(rows, shard_size=2), tmp_path / "kb", clip, after=first, progress=False)
+
+    kb = add(rows)
+    assert [kb.item(id).caption for id in range(8)] == list("01201234") and kb.verify(progress=False) == []
+    assert add(rows).fingerprint == kb.fingerprint
+    rows[4] = {"image": PICTURES[0], "caption": "9"}
+    with pytest.raises(ValmError, match=r"has changed since the build was begun \(rows 4 to 4\)"):
+        add(rows)
+    with pytest.raises(ValmError, match="was built with the CLIP"):
+        build(DatasetSource(rows), tmp_path / "other", make_clip(clip.tokenizer, seed=5), after=first, progress=False)
 
 
 def test_the_column_of_images_is_known(dataset):
