@@ -108,7 +108,8 @@ class Clip:
             preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
 
         Raises:
-            ValmError: open_clip does not know the architecture, or preprocess_cfg has another key.
+            TypeError: preprocess_cfg has another key.
+            ValmError: open_clip does not know the architecture.
         """
         if isinstance(model_cfg, str):
             name, config = model_cfg, open_clip.get_model_config(model_cfg)
@@ -122,13 +123,9 @@ class Clip:
             text_cfg |= {"pool_type": "eos", "eos_id": tokenizer.eos_token_id}
         config = {**config, "text_cfg": text_cfg}
         arguments = {key: value for key, value in config.items() if key != "custom_text"}
-        wrong = sorted(set(preprocess_cfg or {}) - {field.name for field in fields(PreprocessCfg)})
-        if wrong:
-            known = ", ".join(field.name for field in fields(PreprocessCfg))
-            raise ValmError(f"preprocess_cfg has {', '.join(wrong)}, expected {known}")
         model = (open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP)(**arguments)
-        size = {"size": model.visual.image_size}
-        set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), **(preprocess_cfg or {}), **size})
+        preprocess = PreprocessCfg(**{**(preprocess_cfg or {}), "size": model.visual.image_size})
+        set_model_preprocess_cfg(model, asdict(preprocess))
         return cls(model, tokenizer, config, name)
 
     @classmethod

@@ -35,6 +35,9 @@ REMEDIES = {
     "SVG": "draw it as PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
 }
 
+# By which the content of a file says that it is HEIC.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
 # An image of more pixels is rejected before it is decoded: a file of a few kilobytes can claim gigabytes.
 MAX_PIXELS = 1 << 26
 # So is one with a larger aspect ratio: CLIP enlarges the shorter side to its own size, and the longer side with it.
@@ -89,16 +92,7 @@ def _unread_format(source: Any) -> list[str]:
             return _unread_format(file)
     source.seek(0)
     begin = source.read(1024)
-    if begin[4:8] == b"ftyp" and begin[8:12] in (
-        b"heic",
-        b"heix",
-        b"heim",
-        b"heis",
-        b"hevc",
-        b"hevx",
-        b"mif1",
-        b"msf1",
-    ):
+    if begin[4:8] == b"ftyp" and begin[8:12] in HEIC_BRANDS:
         return ["HEIC"]
     return ["SVG"] if b"<svg" in begin else []
 

@@ -172,11 +172,7 @@ def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:
 
 
 def _check(tower: Any, name: str) -> None:
-    """Checks that a text tower can compute queries.
-
-    Raises:
-        ValmError: it cannot; the message has the reason.
-    """
+    """Checks that a text tower can compute queries."""
 
     def refuse(reason: str) -> ValmError:
         return ValmError(f"the CLIP {name} cannot be used for context queries: {reason}")

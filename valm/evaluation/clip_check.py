@@ -157,7 +157,8 @@ def check_clip(
         ValmError: there are neither classes nor captions, or too few readable images; or a template lacks {}.
         ImportError: scikit-learn is not installed, which a linear probe needs.
     """
-    check_templates(templates)
+    if not templates or not all("{}" in template for template in templates):
+        raise ValmError(f"each prompt template needs {{}} for the name of the class, got {list(templates)}")
     records = list(source.images())
     classes = [_class_of(record.uri) for record in records if record.source is not None]
     captioned = any(record.caption for record in records)
@@ -214,19 +215,6 @@ def held_out_of(clip: Clip, records: Sequence[Record]) -> list[Record]:
 def _mark(record: Record) -> str:
     """By what an image is found again, wherever its folder is: its path in it, and its size."""
     return f"{record.uri} {record.extent()}"
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Checks the templates.
-
-    Raises:
-        ValmError: there are none, or one lacks {}.
-    """
-    if not templates:
-        raise ValmError("there are no prompt templates")
-    for template in templates:
-        if "{}" not in template:
-            raise ValmError(f"the prompt template {template!r} has no {{}} for the name of the class")
 
 
 def classify(

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass
-class _Decoded:
+class Decoded:
     """A worker's result for record `index`. The record is not sent back, as it may hold the bytes of its image.
 
     Attributes:
@@ -62,23 +63,16 @@ def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progre
     Raises:
         ValmError: a transient error (`is_transient`) while an image is read.
     """
-    workers = decoding_workers(len(records)) if encoding.workers is None else encoding.workers
     progress.begin(len(records))
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
     items: list[dict[str, Any]] = []
     thumbnails: list[bytes] = []
     skipped: list[Skipped] = []
-    decoder = _Decoder(records, clip, encoding.thumbnails)
-    loader = DataLoader(
-        decoder, encoding.batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=end_with_parent
-    )
-    for batch, pixels in loader:
+    for batch, pixels in decoded_batches(records, clip, encoding):
         if len(pixels):
             vectors.append(clip.encode_images(pixels).cpu().numpy())
         for decoded in batch:
             record = records[decoded.index]
-            if decoded.transient:
-                raise cannot_read(record.uri, decoded.reason)
             if decoded.reason:
                 skipped.append({"uri": record.uri, "reason": decoded.reason})
                 continue
@@ -89,6 +83,26 @@ def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progre
         progress.advance(len(batch), skipped=sum(bool(decoded.reason) for decoded in batch))
     table = pa.Table.from_pylist(items, schema=ITEM_SCHEMA)
     return EncodedShard(np.concatenate(vectors), table, thumbnails if encoding.thumbnails else None, skipped)
+
+
+def decoded_batches(
+    records: list[Record], clip: Clip, encoding: Encoding
+) -> Iterator[tuple[list[Decoded], torch.Tensor]]:
+    """The images of `records` by batches: each record's result, and the pixels (n, 3, H, W) of those that can be read.
+
+    Raises:
+        ValmError: a transient error (`is_transient`) while an image is read.
+    """
+    workers = decoding_workers(len(records)) if encoding.workers is None else encoding.workers
+    decoder = _Decoder(records, clip, encoding.thumbnails)
+    loader = DataLoader(
+        decoder, encoding.batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=end_with_parent
+    )
+    for batch, pixels in loader:
+        for decoded in batch:
+            if decoded.transient:
+                raise cannot_read(records[decoded.index].uri, decoded.reason)
+        yield batch, pixels
 
 
 class _Decoder(Dataset):
@@ -102,19 +116,19 @@ class _Decoder(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> _Decoded:
+    def __getitem__(self, index: int) -> Decoded:
         record = self.records[index]
         try:
             image = record.read()
-            decoded = _Decoded(index, pixels=self.transform(image), width=image.width, height=image.height)
+            decoded = Decoded(index, pixels=self.transform(image), width=image.width, height=image.height)
             if self.thumbnails:
                 decoded.thumbnail = thumbnail_bytes(image, self.thumbnails)
             return decoded
         except Exception as error:  # decoders raise many types for damaged bytes
-            return _Decoded(index, one_line(str(error)) or type(error).__name__, is_transient(error))
+            return Decoded(index, one_line(str(error)) or type(error).__name__, is_transient(error))
 
 
-def _collate(batch: list[_Decoded]) -> tuple[list[_Decoded], torch.Tensor]:
+def _collate(batch: list[Decoded]) -> tuple[list[Decoded], torch.Tensor]:
     """Stacks the decoded images, (n, 3, H, W): one tensor per image would cost one file descriptor each."""
     pixels = [decoded.pixels for decoded in batch if decoded.pixels is not None]
     for decoded in batch:

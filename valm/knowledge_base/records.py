@@ -102,11 +102,7 @@ class Record:
 
 
 def fingerprint_records(records: Iterable[Record]) -> str:
-    """SHA-256 over the names, captions and sizes of the images in `records`.
-
-    Raises:
-        ValmError: as `Record.extent`.
-    """
+    """SHA-256 over the names, captions and sizes of the images in `records`."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps([record.uri, record.caption, record.extent()]).encode())

@@ -258,11 +258,7 @@ class ImageKnowledgeBase:
         return EncodedShard(self._open_vectors(number), items, thumbnails, skipped)
 
     def _check_weight_files(self, found: dict[str, str], folder: Path) -> None:
-        """Compares the weight files of the CLIP in `folder` with the manifest.
-
-        Raises:
-            ValmError: they differ.
-        """
+        """Compares the weight files of the CLIP in `folder` with the manifest."""
         noted = self.manifest["clip"]["weight_files"]
         changed = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
         if changed:
@@ -275,9 +271,6 @@ class ImageKnowledgeBase:
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard that holds some of `ids` (n,): their positions in `ids`, sorted by row; the shard's vectors;
         and their rows in it. The next shards are opened before, and what is to be read of them is on its way.
-
-        Raises:
-            IndexError: an id is out of range.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):

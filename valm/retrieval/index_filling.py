@@ -276,11 +276,7 @@ def _added_file(folder: Path, count: int) -> Path:
 
 
 def _write_index(index: Any, temporary: Path, file: Path) -> None:
-    """Writes a faiss index to `temporary`, which is to become `file`.
-
-    Raises:
-        ValmError: it cannot be written.
-    """
+    """Writes a faiss index to `temporary`, which is to become `file`."""
     faiss = import_faiss()
     try:
         # faiss's own file says nothing where its last bytes do not fit

@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.knowledge_base.encode import decoding_workers, end_with_parent
-from valm.knowledge_base.records import Record
+from valm.knowledge_base.encode import decoded_batches, decoding_workers, end_with_parent
+from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import Source
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.progress import progress_bar
@@ -166,11 +166,7 @@ def new_clip(
 
 
 def _check_same_tower(clip: Clip, image_tower: Clip, model: str | Path | None) -> None:
-    """Checks that equal weights make the same function: numbers of heads, pooling and activation have no weights.
-
-    Raises:
-        ValmError: they do not.
-    """
+    """Checks that equal weights make the same function: numbers of heads, pooling and activation have no weights."""
     size = clip.model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -274,7 +270,6 @@ class CachedImages(CaptionedImages):
 
     def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5, *, progress: bool = True):
         super().__init__(records, clip, seed, prefixes)
-        self.transform = clip.transform
         self.clip = clip
         self.features = self._computed(progress)  # F of each image, None where it is damaged
 
@@ -284,16 +279,14 @@ class CachedImages(CaptionedImages):
         frozen = (visual.trunk if _has_projection(visual) else visual).eval()
         features: list[Tensor | None] = []
         with progress_bar(total=len(self.records), desc="image tower", unit="image", shown=progress) as bar:
-            for indices in torch.arange(len(self.records)).split(CACHE_BATCH):
-                pixels = [CaptionedImages._pixels(self, index, 0) for index in indices.tolist()]
-                whole = [image for image in pixels if image is not None]
+            for batch, pixels in decoded_batches(self.records, self.clip, Encoding(CACHE_BATCH, thumbnails=0)):
                 computed: Iterator[Tensor] = iter(())
-                if whole:
+                if len(pixels):
                     # Depthwise convolutions take half as long in this format on a CPU.
-                    batch = torch.stack(whole).to(self.clip.device, memory_format=torch.channels_last)
-                    computed = iter(frozen(batch).cpu())
-                features += [None if image is None else next(computed) for image in pixels]
-                bar.update(len(pixels))
+                    inputs = pixels.to(self.clip.device, memory_format=torch.channels_last)
+                    computed = iter(frozen(inputs).cpu())
+                features += [None if decoded.reason else next(computed) for decoded in batch]
+                bar.update(len(batch))
         damaged = [record.uri for record, found in zip(self.records, features, strict=True) if found is None]
         if damaged:
             log.warning(

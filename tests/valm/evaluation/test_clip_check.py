@@ -175,7 +175,8 @@ def test_what_cannot_be_checked(tmp_path, trained):
     fails("there is nothing to check a CLIP by: the 1 images, such as x.png, are in no class folders")
     (tmp_path / "x.txt").write_text("a square")
     fails("there are 1 readable images with captions; it takes two")
-    fails("the prompt template 'a photo' has no {}", templates=["a photo"])
+    for templates in (["a {}", "a photo"], []):
+        fails("each prompt template needs {} for the name of the class, got", templates=templates)
 
 
 def test_where_the_training_held_images_out_these_are_looked_at(folder, trained, tmp_path):

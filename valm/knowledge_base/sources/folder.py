@@ -117,11 +117,7 @@ class TableSource(_RecordSource):
 
 
 def table_records(table: Path, image_column: str | None = None, caption_column: str | None = None) -> list[Record]:
-    """The images of a table with their captions, then records without an image for the rows that name none.
-
-    Raises:
-        ValmError: as `read_rows`.
-    """
+    """The images of a table with their captions, then records without an image for the rows that name none."""
     captions: dict[str, list[str]] = {}
     unnamed = []
     for number, (image, caption) in enumerate(read_rows(table, image_column, caption_column), start=1):
