@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from valm.cli.options import Commands, add_device, chosen_device, command, seed
+from valm.cli.options import Commands, add_device, chosen_device, command
 
 
 def add_to(commands: Commands) -> None:
@@ -13,7 +13,6 @@ def add_to(commands: Commands) -> None:
     check.add_argument("folder", type=Path, help="images in class folders, or with captions, or both")
     check.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
-    check.add_argument("--seed", type=seed, default=0, help="of the split of the linear probe")
     add_device(check)
     check.add_argument("--out", type=Path, help="write all numbers to this JSON file")
 
@@ -27,7 +26,7 @@ def run_check(arguments: argparse.Namespace) -> None:
     from valm.clip.clip import Clip
     from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip
 
-    result = check_clip(source, Clip.load(arguments.clip, device=chosen_device(arguments)), seed=arguments.seed)
+    result = check_clip(source, Clip.load(arguments.clip, device=chosen_device(arguments)))
     print(f"the CLIP {result.clip}; 95 % intervals over images")
     if result.held_out:
         print(f"on the {result.held_out:,} pictures that its training held out, of {result.images:,}")

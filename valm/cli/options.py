@@ -47,6 +47,8 @@ GONE = {
     "--questions": "`valm train` chooses a min_score by them, which the model keeps",
     "--prefixes": "`valm.training.clip.CaptionedImages` takes prefixes",
     "--png": "the page prints",
+    "--resume": "the same command goes on where a killed one was",
+    "--seed": "what is drawn is drawn alike each time (`valm.evaluation.clip_check.check_clip` takes a seed)",
     "--split": "a dataset is named with its split, NAME:CONFIG:SPLIT or NAME::SPLIT",
     "--templates": "`valm.evaluation.clip_check.check_clip` takes templates",
     "--thumbnails": "`valm kb add` makes them as large as its knowledge base has them",

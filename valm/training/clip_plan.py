@@ -45,8 +45,7 @@ class ClipPlan:
     cache_images: bool = option(
         "run the frozen --image-tower once over every image, without random views, and train on what it returns", False
     )
-    out: str | os.PathLike = option("folder of the CLIP, in open_clip's format", REQUIRED)
-    resume: bool = option("continue the unfinished training in --out, if there is one", False)
+    out: str | os.PathLike = option("folder of the CLIP, in open_clip's format; a killed training resumes", REQUIRED)
     steps: int | None = option(f"updates (default: {STEPS}; small: {SMALL_STEPS})", least=1)
     batch_size: int = option("images a step, each with one caption", 128, least=1)
     lr: float = option("learning rate at its highest", 1e-3, least=0)

@@ -57,7 +57,8 @@ class ClipTraining(NamedTuple):
 
 
 def run_clip_plan(plan: ClipPlan) -> ClipTraining:
-    """Trains the CLIP of `plan`, and writes it to its folder with the list of the images that were held out.
+    """Trains the CLIP of `plan`, from where a killed training of it was, and writes it to its folder with the list of
+    the images that were held out.
 
     Raises:
         OSError: the folder cannot be written.
@@ -72,7 +73,7 @@ def run_clip_plan(plan: ClipPlan) -> ClipTraining:
 def _train(plan: ClipPlan, out: Path) -> ClipTraining:
     assert plan.steps is not None and plan.max_logit_scale is not None  # as `checked` has it
     file = out / TRAINING_FILE
-    check_output(out, plan.resume)
+    check_output(out)
     records = captioned(plan.images)
     data = fingerprint_records(records)
     device = open_device(plan.device)
@@ -121,20 +122,16 @@ def _train(plan: ClipPlan, out: Path) -> ClipTraining:
     return ClipTraining(clip, losses, len(records), *recalls)
 
 
-def check_output(out: Path, resume: bool) -> None:
+def check_output(out: Path) -> None:
     """Checks that a training may write to the folder `out`, and removes what a killed writer left there.
 
     Raises:
-        ValmError: it holds something else than a training that is to be resumed.
+        ValmError: it holds something else than an unfinished training.
     """
     remove_leftovers(out)
     found = [file.name for file in out.iterdir()]
-    if not found or (resume and TRAINING_FILE in found):
-        return
-    if TRAINING_FILE in found:
-        raise ValmError(f"{out} holds an unfinished training: give --resume to continue it, or choose another folder")
-    remedy = "it holds no unfinished training; " if resume else ""
-    raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); {remedy}choose another")
+    if found and TRAINING_FILE not in found:
+        raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose another")
 
 
 def _small_tokenizer(plan: ClipPlan, records: list[Record]) -> PreTrainedTokenizerFast:

@@ -67,12 +67,12 @@ def killed_training(world, tmp_path, monkeypatch):
 
 def test_a_killed_training_resumes(killed_training, tmp_path, capsys, caplog):
     capsys.readouterr()
-    assert run(*killed_training, "--out", tmp_path / "small", "--resume") == 0
+    assert run(*killed_training, "--out", tmp_path / "small") == 0
     out = capsys.readouterr().out
     assert "has the first 2 of 5 steps: resuming there" in caplog.text
     assert "6 images; loss" in out and "text to image among 6 images trained on: recall @1 " in out
     assert not (tmp_path / "small" / TRAINING_FILE).exists()
-    assert run(*killed_training, "--out", tmp_path / "whole", "--resume") == 0  # there is nothing to resume
+    assert run(*killed_training, "--out", tmp_path / "whole") == 0  # there is nothing to resume
     small, whole = (Clip.load(tmp_path / name) for name in ("small", "whole"))
     assert small.weights_hash == whole.weights_hash
     assert len(small.tokenizer) < 1000
@@ -93,15 +93,14 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
     picture = sorted((world / "pictures").glob("*.png"))[0]
     os.utime(picture, (later - 7, later - 7))
     with pytest.warns(UserWarning, match=rf"{picture.name} has been written since then: .* begin the training anew"):
-        assert run(*killed_training, "--out", tmp_path / "small", "--resume") == 0
+        assert run(*killed_training, "--out", tmp_path / "small") == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "holds an unfinished training: give --resume to continue it"),
-        (["--resume", "--lr", "1e-2"], "holds another training: its --lr is 0.001, here it is 0.01"),
-        (["--resume", "--vocabulary", "{world}/corpus.txt"], "holds another training: its --vocabulary is "),
+        (["--lr", "1e-2"], "holds another training: its --lr is 0.001, here it is 0.01"),
+        (["--vocabulary", "{world}/corpus.txt"], "holds another training: its --vocabulary is "),
     ],
 )
 def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, options, message):
@@ -150,10 +149,7 @@ def wrong_inputs():
             [*train, "--model", "small", "--held-out", "1"],
             "--held-out is 1.0, expected at least 0 and below 1",
         ),
-        "nothing to resume": (
-            [*train[:-1], "{world}/clip", "--model", "small", "--resume"],
-            "it holds no unfinished training",
-        ),
+        "no option": ([*train, "--resume"], "has no option --resume: the same command goes on"),
         "no such architecture": ([*train, "--model", "ViT-Z"], "there is no CLIP architecture ViT-Z"),
         "a misspelt one": ([*train, "--model", "smal"], "or a JSON file, did you mean small?"),
         "no such tower": ([*train, "--image-tower", "{tmp}/none"], "no CLIP at"),
