@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from valm.cli.options import Commands, add_device, chosen_device, command
@@ -55,4 +56,4 @@ def run_check(arguments: argparse.Namespace) -> None:
         print(f"{len(result.skipped):,} images or captions could not be read; the first: {result.skipped[0]['uri']}")
     if arguments.out:
         with output_file(arguments.out) as temporary:
-            write_json(temporary, result.to_json())
+            write_json(temporary, asdict(result))

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,6 @@ class ClipCheck:
     skipped: list[Skipped]
     images: int
     held_out: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain dicts, lists, strings and numbers."""
-        return asdict(self)
 
 
 def check_clip(

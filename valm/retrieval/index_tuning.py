@@ -82,6 +82,7 @@ def index_knowledge_base(
     searched_on = faiss_device(device)
     factory = plan.factory or choose_factory(len(kb), kb.dim, searched_on.type)
     assert factory is not None  # there is one for the CPU
+    new_index(kb.dim, factory)  # a misspelt one is found before queries are encoded
     texts = captions(kb) if plan.queries is None else split_lines(read_text(plan.queries))
     source = "captions of the images" if plan.queries is None else Path(plan.queries).name
     encoder = ContextEncoder(kb.load_clip(clip, allow_download=allow_download).to(device), query=plan.query)

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import shutil
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_an_encoder_that_has_learned_the_classes(folder, trained):
     for recalls in (retrieval.image_to_text, retrieval.text_to_image):
         assert [recall.at for recall in recalls] == list(RECALL_AT)
         assert recalls[0].recall.value >= 0.75 > 2 * recalls[0].chance
-    assert json.loads(json.dumps(result.to_json()))["classification"]["zero_shot"]["value"] == found.zero_shot.value
+    assert json.loads(json.dumps(asdict(result)))["classification"]["zero_shot"]["value"] == found.zero_shot.value
 
 
 def test_an_encoder_that_has_learned_nothing(folder, tokenizer):
