@@ -53,6 +53,8 @@ BUILD_FILE = "build.json"
 SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
 # The names that `ShardFiles` writes: kind, number of the shard, suffix.
 FILE_NAME = r"^[a-z_]+-[0-9]{5,9}\.(npy|parquet|json)$"
+# Stores in a folder that an error names, if the folder itself is none.
+BELOW_SHOWN = 8
 DELETE = "delete it or choose another folder"
 
 
@@ -398,7 +400,17 @@ def _why_none(path: Path, what: str, command: str) -> str:
         return f"no {what} at {path}: there is no such folder"
     if exists(path / BUILD_FILE):
         return f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"
-    return f"{path} is not a {what}: it has no {MANIFEST_FILE}; make one with `{command}`"
+    below = [str(file.parent) for file in sorted(path.glob(f"*/{MANIFEST_FILE}")) if _is_of(file, what)][:BELOW_SHOWN]
+    remedy = f"name one of those in it: {', '.join(below)}" if below else f"make one with `{command}`"
+    return f"{path} is not a {what}: it has no {MANIFEST_FILE}; {remedy}"
+
+
+def _is_of(manifest: Path, what: str) -> bool:
+    """Whether it is the manifest of a `what`."""
+    try:
+        return read_json(manifest, "the manifest", dict[str, Any]).get("format") == f"valm {what}"
+    except (OSError, ValmError):
+        return False
 
 
 def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:

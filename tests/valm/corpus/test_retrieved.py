@@ -477,7 +477,7 @@ def copied(corpus, tmp_path):
 
 
 def test_damage_is_named(copied, tmp_path):
-    with pytest.raises(ValmError, match=r"it has no manifest\.json; make one with `valm retrieve`"):
+    with pytest.raises(ValmError, match=rf"it has no manifest\.json; name one of those in it: .*{copied.name}"):
         CorpusRetrieval.open(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValmError, match=r"it has no manifest\.json; make one with `valm retrieve`"):
