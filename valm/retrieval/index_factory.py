@@ -33,16 +33,12 @@ def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
     """
     if count < EXACT_BELOW:
         return None
-    cells = _power_of_two(4 * count**0.5)
+    cells = 1 << round(np.log2(4 * count**0.5))
     if count >= PRODUCT_CODES_FROM[device] and dim % 64 == 0:
         return f"OPQ64,IVF{cells},PQ64"
     reduced = f"PCA{PRINCIPAL}," if dim > PRINCIPAL else ""
     codes = "SQ8" if device == "cuda" else f"PQ{min(dim, PRINCIPAL)}x4fs"
     return f"{reduced}IVF{cells},{codes}"
-
-
-def _power_of_two(number: float) -> int:
-    return 1 << round(np.log2(number))
 
 
 def new_index(dim: int, factory: str) -> Any:

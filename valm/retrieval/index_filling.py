@@ -27,7 +27,6 @@ from valm.progress import progress_bar
 from valm.retrieval.index_factory import import_faiss, new_index, stages
 from valm.retrieval.index_parameters import INDEX_FILE
 from valm.store.files import WAIT_SECONDS, Count, Sha256, read_json, write_json
-from valm.store.folders import remove_folder
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import atomic_path, folder_lock, remove_if_abandoned, remove_leftovers
 from valm_kernels.checksums import file_sha256
@@ -80,12 +79,6 @@ def remove_partials(kb: ImageKnowledgeBase, keep: Path | None = None) -> None:
         if folder != keep:
             with suppress(OSError):
                 remove_if_abandoned(folder)
-
-
-def remove_partial(folder: Path) -> None:
-    """Removes the folder of an index that is written; if that is killed, nothing of it is taken for whole."""
-    with suppress(OSError):  # the index is there
-        remove_folder(folder)
 
 
 def filled_index(
@@ -192,7 +185,9 @@ def _add(kb: ImageKnowledgeBase, index: Any, folder: Path, device: torch.device,
     ) as bar:
         part = max(MIN_PART, -(-len(kb) // PARTS))
         for start in range(index.ntotal, len(kb), part):
-            for rows in _blocks(start, min(start + part, len(kb))):
+            end = min(start + part, len(kb))
+            for first in range(start, end, ROWS):
+                rows = np.arange(first, min(first + ROWS, end))
                 vectors = _vectors(kb, rows)
                 if nearest is None:  # faiss alone adds to graphs, and to an index within another
                     index.add(vectors)
@@ -235,11 +230,6 @@ def _vectors(kb: ImageKnowledgeBase, rows: np.ndarray) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise ValmError(f"the knowledge base {kb.path} is damaged: a vector is not finite; build it again")
     return vectors
-
-
-def _blocks(start: int, end: int) -> Iterator[np.ndarray]:
-    for first in range(start, end, ROWS):
-        yield np.arange(first, min(first + ROWS, end))
 
 
 class Done(TypedDict):

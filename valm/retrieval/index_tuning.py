@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus, faiss_device
 from valm.retrieval.faiss_index import FaissIndex, read_index, remove_index
 from valm.retrieval.index_factory import choose_factory, import_faiss, new_index, stages
-from valm.retrieval.index_filling import filled_index, partial_folder, remove_partial, remove_partials
+from valm.retrieval.index_filling import filled_index, partial_folder, remove_partials
 from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
 from valm.retrieval.index_plan import IndexPlan
 from valm.retrieval.retriever import check_k
 from valm.store.files import read_text, write_json
-from valm.store.folders import link
+from valm.store.folders import link, remove_folder
 from valm.store.shards import file_entry, sealed
 from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
@@ -172,7 +173,8 @@ def build_index(
             link(whole, file)  # and not moved: if this is killed, the next build has all of it
             write_json(kb.path / PARAMETERS_FILE, sealed(asdict(parameters)))
             opened = FaissIndex.open(kb, device)
-        remove_partial(folder)
+        with suppress(OSError):  # the index is there
+            remove_folder(folder)
         return opened
 
 

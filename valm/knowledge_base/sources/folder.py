@@ -81,7 +81,10 @@ class FolderSource(_RecordSource):
     ):
         content = find_images(Path(folder))
         found = read_captions(Path(folder), content.images, None if captions is None else Path(captions))
-        super().__init__(_records(Path(folder), content.images, found), shard_size)
+        where = Path(folder).absolute()  # another machine may have another working directory
+        records = [Record(image, found.of_image.get(image, ""), where / image) for image in content.images]
+        damaged = [Record(file, "", None, reason=reason) for file, reason in found.damaged.items()]
+        super().__init__(records + damaged, shard_size)
         self.remarks = _remarks(Path(folder), content, found)
 
 
@@ -165,12 +168,6 @@ def find_images(folder: Path) -> FolderContent:
             f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
         )
     return found
-
-
-def _records(folder: Path, images: list[str], captions: FolderCaptions) -> list[Record]:
-    where = folder.absolute()  # another machine may have another working directory
-    records = [Record(image, captions.of_image.get(image, ""), where / image) for image in images]
-    return records + [Record(file, "", None, reason=reason) for file, reason in captions.damaged.items()]
 
 
 def _remarks(folder: Path, content: FolderContent, captions: FolderCaptions) -> list[str]:
