@@ -29,12 +29,13 @@ from examples.augment_smollm2 import convert_smollm2
 from studies.color.clip import image_tower
 from studies.color.questions import FLICKR_CAPTIONS
 from studies.color.text import color_glosses, python_prose
-from studies.smollm2 import nats, perplexity
 from valm.cli import main as command
-from valm.clip.tokenizer import own_tokenizer
+from valm.clip.tokenizer import own_tokenizer, tokenize_documents
 from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
 from valm.evaluation.files import read_csv
+from valm.evaluation.language import token_log_probs
+from valm.evaluation.statistics import Estimate, ratio
 from valm.store.files import read_json, writable_folder, write_json
 
 PICTURES, VALIDATED = 300, 30  # in the knowledge base, and others whose captions are half of the validation documents
@@ -120,6 +121,17 @@ def train_all(base: Path, out: Path, seed: int) -> None:
     for name, twin in (("model", []), ("twin", ["--twin", "text"])):
         if not (out / name / "config.json").exists():
             run(*train, *twin, "--out", out / name, "--resume")
+
+
+def nats(model: Any, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """How improbable each text is, (texts,), and its number of tokens, (texts,)."""
+    log_probs, _ = token_log_probs(model, tokenize_documents(texts, tokenizer), batch_size=16)
+    return -np.array([float(of_text.sum()) for of_text in log_probs]), np.array([len(of_text) for of_text in log_probs])
+
+
+def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Estimate:
+    """With nats less those of another model, the ratio of both perplexities."""
+    return ratio(nats[None], tokens[None], transform=np.exp)
 
 
 def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str:
