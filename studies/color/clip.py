@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import studies.color.multilevel_tower  # noqa: F401 - registers the architecture
 from studies.color.pictures import Picture
 from valm.clip.clip import Clip
 from valm.errors import ValmError
@@ -24,7 +25,7 @@ IMAGE_SIZE = 112
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 512,  # as of ViT-B/32; with 128 the vectors say less of colours
     "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite0_levels",  # of valm.clip.multilevel_tower
+        "timm_model_name": "tf_efficientnet_lite0_levels",  # of studies.color.multilevel_tower
         "timm_model_pretrained": False,
         "timm_pool": "",
         "timm_proj": "linear",

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
-import valm.clip.multilevel_tower  # noqa: F401 - registers the architecture
 from valm.clip.read_image import read_image
 from valm.clip.tokenizer import clip_tokenizer, open_tokenizer
 from valm.errors import ValmError

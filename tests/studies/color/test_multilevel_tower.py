@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from studies.color.multilevel_tower import MultilevelTower, tf_efficientnet_lite0_levels
 from valm.clip.clip import Clip
-from valm.clip.multilevel_tower import MultilevelTower, tf_efficientnet_lite0_levels
 
 MODEL_CFG = {
     "embed_dim": 16,
@@ -61,7 +61,7 @@ def test_a_clip_with_this_tower_loads_in_another_process(tmp_path):
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(image, tmp_path / "image.pt")
     code = (
-        "import sys, torch; from valm.clip.clip import Clip; "
+        "import studies.color.multilevel_tower, sys, torch; from valm.clip.clip import Clip; "
         f"image = torch.load({str(tmp_path / 'image.pt')!r}, weights_only=True); "
         f"print(Clip.load({str(tmp_path / 'clip')!r}).encode_images(image).tolist())"
     )

@@ -2,7 +2,7 @@
 
 The last stage of a network trained on ImageNet says what a picture shows and little of its colours; the first stages
 say the colours. Importing this module registers the tower with timm, and so with open_clip, as
-`tf_efficientnet_lite0_levels`.
+`tf_efficientnet_lite0_levels`: whoever opens such a CLIP imports it first.
 """
 
 from __future__ import annotations
