@@ -43,13 +43,8 @@ def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> F
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
     for (name, values), color in zip(curves.items(), SERIES, strict=False):
-        losses = np.asarray(values)
-        axes.plot(np.arange(1, len(losses) + 1), losses, color=color, alpha=0.2, linewidth=0.8)
-        if len(losses) >= window:
-            smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-            axes.plot(np.arange(window, len(losses) + 1), smooth, color=color, label=name, linewidth=1.8)
-        else:
-            axes.plot(np.arange(1, len(losses) + 1), losses, color=color, label=name, linewidth=1.8)
+        axes.plot(np.arange(1, len(values) + 1), values, color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(*smoothed(values, window), color=color, label=name, linewidth=1.8)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
@@ -58,6 +53,12 @@ def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> F
     axes.legend(frameon=False)
     quiet(axes)
     return figure
+
+
+def smoothed(losses: Sequence[float], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean loss of so many steps up to each; of fewer where the training was shorter."""
+    window = min(window, len(losses))
+    return np.arange(window, len(losses) + 1), np.convolve(losses, np.ones(window) / window, mode="valid")
 
 
 def transparent_to(color: str) -> Colormap:

@@ -1,4 +1,4 @@
-"""python -m studies.color run, pictures, report: do pictures help a language model (docs/results/study-plan.md)?"""
+"""python -m studies.color run, report: do pictures help a language model (docs/results/study-plan.md)?"""
 
 from __future__ import annotations
 
@@ -24,12 +24,6 @@ def build_parser() -> CommandParser:
     )
     run.add_argument("--seed", type=int, action="append", help="run this one of its seeds only; may be repeated")
     run.add_argument("--results", type=Path, help="folder into which the results of each seed are copied")
-    pictures = command(study_commands, "pictures", run_pictures, "draw what VaLM of a finished seed sees and answers")
-    pictures.add_argument("config", type=Path, help="YAML file of the study")
-    pictures.add_argument("--out", type=Path, required=True, help="its folder")
-    pictures.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
-    pictures.add_argument("--seed", type=int, help="which of its seeds (default: the first)")
-    pictures.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
     report = command(study_commands, "report", run_report, "write the tables and figures of a page from results")
     report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
     report.add_argument(
@@ -43,7 +37,7 @@ def run_run(arguments: argparse.Namespace) -> None:
     import shutil
 
     from studies.color.config import read_config
-    from studies.color.report import accuracies, differences, perplexities
+    from studies.color.report import accuracies, differences, harm, state
     from studies.color.results import read_results
     from studies.color.run import run_study
     from studies.color.study import Study
@@ -70,20 +64,7 @@ def run_run(arguments: argparse.Namespace) -> None:
             with output_file(writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json") as copy:
                 shutil.copyfile(file, copy)
     results = read_results(list(files.values()))
-    print("\n\n".join((accuracies(results), differences(results), perplexities(results))))
-
-
-def run_pictures(arguments: argparse.Namespace) -> None:
-    from studies.color.config import read_config
-    from studies.color.exhibits import write_exhibits
-    from studies.color.study import Study
-    from valm.evaluation.sets import DATA_VARIABLE
-
-    config = read_config(arguments.config)
-    data = arguments.data or os.environ.get(DATA_VARIABLE)
-    study = Study(config, arguments.out, valm, None if data is None else Path(data))
-    write_exhibits(study, config.seeds[0] if arguments.seed is None else arguments.seed, arguments.figures)
-    print(f"written to {arguments.figures}")
+    print("\n\n".join(table(results) for table in (state, accuracies, differences, harm)))
 
 
 def run_report(arguments: argparse.Namespace) -> None:

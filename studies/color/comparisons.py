@@ -1,29 +1,22 @@
-"""What the study's page compares: arms, pairs of them and measures, and how their numbers are written."""
+"""What the study's page compares: pairs of arms and measures, and how their numbers are written."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from studies.color.config import ARMS, EXCHANGES, VALIDATION
-from studies.color.results import CALIBRATED, RAW, Results
+from studies.color.results import CALIBRATED, NATS, RAW, ArmTest, Found, Results, pictured
 from valm.evaluation.sets import SETS
-from valm.evaluation.statistics import Difference, Estimate
 
 VALM, TWIN, BLIND = ("valm", "retrieved"), ("twin", "none"), ("blind", "retrieved")
 BASE, CUT, CUT_RANDOM = ("base", "none"), ("valm", "cut"), ("valm", "cut-random")
-CONTEXT, LATE = ("context", "captions"), ("late", "retrieved")
 COLORLESS, COLORLESS_BLIND = ("colorless-valm", "retrieved"), ("colorless-blind", "retrieved")
-NATURAL_VALM, NATURAL_TWIN = ("natural-valm", "retrieved"), ("natural-twin", "none")
 PRIMARY, SECONDARY = "memory_color", ("color_terms", "vicomte_color")
-# (set, kind) in the order of the plan: the primary measure, then the secondary ones.
+# (set, measure) in the order of the plan: the primary measure, then the secondary ones.
 MEASURES = (
-    (PRIMARY, RAW),
-    (PRIMARY, CALIBRATED),
-    ("color_terms", RAW),
-    ("color_terms", CALIBRATED),
-    ("vicomte_color", RAW),
-    ("vicomte_color", CALIBRATED),
+    *((of, measure) for of in (PRIMARY, *SECONDARY) for measure in (RAW, CALIBRATED)),
     ("object_shape", RAW),
     ("relative_size", RAW),
     (VALIDATION, RAW),
@@ -39,42 +32,21 @@ PAIRS = {
     "VaLM, items' pictures taken out − twin": (("valm", "taken-out"), TWIN),
     "trained on random images − twin": (("random", "random"), TWIN),
     "trained on random images, images off − twin": (("random", "off"), TWIN),
-    "trained on noise − twin": (("noise", "noise"), TWIN),
-    "trained on noise, images off − twin": (("noise", "off"), TWIN),
-    NATURAL: (NATURAL_VALM, NATURAL_TWIN),
+    NATURAL: (("natural-valm", "retrieved"), ("natural-twin", "none")),
     "VaLM − base": (VALM, BASE),
     "VaLM with the cut − twin": (CUT, TWIN),
     "VaLM with the cut, random images − twin": (CUT_RANDOM, TWIN),
     "trained with the cut − twin": (("cut", "retrieved"), TWIN),
-    "VaLM − captions in context": (VALM, CONTEXT),
+    "VaLM − captions in context": (VALM, ("context", "captions")),
     "VaLM − colours in context": (VALM, ("colored-context", "colored-captions")),
-    "VaLM − late fusion": (VALM, LATE),
+    "VaLM − late fusion": (VALM, ("late", "retrieved")),
     "colourless VaLM − colourless Blind": (COLORLESS, COLORLESS_BLIND),
     "colourless Blind − twin": (COLORLESS_BLIND, TWIN),
 }
-NAMES = {
-    "base": "base",
-    "cut": "trained with the cut",
-    "context": "captions in context",
-    "colored-context": "colours in context",
-    "late": "late fusion",
-    "colorless-valm": "colourless VaLM",
-    "colorless-blind": "colourless Blind",
-    "twin": "twin",
-    "valm": "VaLM",
-    "blind": "Blind",
-    "random": "trained on random images",
-    "noise": "trained on noise",
-    "natural-twin": "natural twin",
-    "natural-valm": "natural VaLM",
-}
 SEEN = {
-    "none": "",
-    "retrieved": "",
     "random": "random images",
     "off": "images off",
     "taken-out": "items' pictures taken out",
-    "noise": "",
     "exchanged": "red and blue exchanged",
     "other-colors": "images of another colour",
     "cut": "with the cut",
@@ -85,92 +57,79 @@ SEEN = {
 
 
 class RetrievalTest(NamedTuple):
-    """A test that only a model with a knowledge base can pass: its arm, set and difference, of how many things and
-    which seeds."""
+    """A test that only a model with a knowledge base can pass."""
 
     title: str
     arm: str
     of: str
-    difference: Difference
-    things: int
-    results: Results
+    found: Found
 
 
 def retrieval_tests(results: Results) -> list[RetrievalTest]:
-    found = []
+    """How much more often the exchanged colour is answered with the exchanged images than with the original ones, and
+    the gain in accuracy from having the items' pictures in the knowledge base, of the items that have one."""
+    tests = []
     for arm in (name for name, one in ARMS.items() if one.twin is None):
         retrieved = (arm, "retrieved")
         for of in (PRIMARY, "color_terms", VALIDATION):
             for exchange in EXCHANGES:
-                some = results.having(of, retrieved, (arm, exchange))
-                if some.changes(exchange, of):
-                    title = f"{NAMES[arm]}, {SEEN[exchange]}, {set_title(of)}"
-                    found.append(RetrievalTest(title, arm, of, *some.follows(arm, exchange, of), some))
-            some = results.having(of, retrieved, (arm, "taken-out"))
-            if of != VALIDATION and some.seeds and any(some.seeds[0]["sets"][of]["pictured"]):
-                title = f"{NAMES[arm]}, pictures added, {set_title(of)}"
-                found.append(RetrievalTest(title, arm, of, *some.added(arm, of), some))
-    return found
+                found = results.difference((arm, exchange), retrieved, of, exchange)
+                tests.append((f"{ARMS[arm].title}, {SEEN[exchange]}, {set_title(of)}", arm, of, found))
+            if of != VALIDATION:
+                found = results.difference(retrieved, (arm, "taken-out"), of, keep=pictured)
+                tests.append((f"{ARMS[arm].title}, pictures added, {set_title(of)}", arm, of, found))
+    return [RetrievalTest(title, arm, of, found) for title, arm, of, found in tests if found is not None]
 
 
-class Ratio(NamedTuple):
-    """A perplexity over that of `over` (arm, images) on a text, with its interval, of which seeds."""
-
-    text: str
-    over: tuple[str, str]
-    value: float
-    low: float
-    high: float
-    results: Results
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -> Found | None:
+    """The perplexity of `arm` on a text over that of `over`; None if they are the same, or no seed has both."""
+    nats = None if arm == over else results.difference(arm, over, text, NATS)
+    return nats and nats._replace(value=math.exp(nats.value), low=math.exp(nats.low), high=math.exp(nats.high))
 
 
-def harm_ratios(results: Results, asked: tuple[str, str]) -> list[Ratio]:
-    """The perplexities of `asked` over those of the base and of the twin."""
-    found = []
-    for text in results.texts():
-        for over in (BASE, TWIN):
-            some = results.having(text, asked, over)
-            if over != asked and some.seeds:
-                value, low, high = map(math.exp, with_bounds(some.nats_difference(asked, over, text)))
-                found.append(Ratio(text, over, value, low, high, some))
-    return found
-
-
-def points(difference: Difference) -> str:
-    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in with_bounds(difference))
+def points(found: Found) -> str:
+    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in found[:3])
     return f"{value} [{low}, {high}]"
 
 
-def p_note(difference: Difference) -> str:
-    return "" if difference.p is None else f", p {difference.p:.3f}"
+def points_and_p(found: Found) -> str:
+    return points(found) + ("" if found.p is None else f", p {found.p:.3f}")
 
 
-def tested(difference: Difference) -> str:
-    return points(difference) + (", not significant" if difference.low <= 0 <= difference.high else "")
+def tested(found: Found) -> str:
+    return points(found) + (", not significant" if found.low <= 0 <= found.high else "")
 
 
-def percent(estimate: Estimate) -> str:
-    value, low, high = (f"{100 * number:.1f}" for number in with_bounds(estimate))
+def percent(found: Found) -> str:
+    value, low, high = (f"{100 * number:.1f}" for number in found[:3])
     return f"{value} [{low}, {high}]"
 
 
-def with_bounds(found: Estimate | Difference) -> tuple[float, float, float]:
-    return found.value, found.low, found.high
+def times(found: Found) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def cell(found: Found | None, form: Callable[[Found], str], results: Results) -> str:
+    """A number in a table of `results`, with its seeds where they are not all."""
+    return "–" if found is None else form(found) + fewer_seeds(found, results)
+
+
+def fewer_seeds(found: Found, results: Results) -> str:
+    fewer = len(found.seeds) < len(results.numbers)
+    return f" (seeds {', '.join(map(str, found.seeds))})" if fewer else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(f" {text} " if text else " " for text in line) + "|" for line in lines)
 
 
 def set_title(of: str) -> str:
     return SETS[of].title if of in SETS else "validation things"
 
 
-def arm_title(arm: str, images: str) -> str:
-    return NAMES[arm] + (f", {SEEN[images]}" if SEEN[images] else "")
-
-
-def fewer_seeds(some: Results, results: Results) -> str:
-    """Which seeds a number is of, where they are not all seeds of the page."""
-    if not some.seeds or len(some.seeds) == len(results.seeds):
-        return ""
-    return f" (seeds {', '.join(str(seed['seed']) for seed in some.seeds)})"
+def arm_title(arm: ArmTest) -> str:
+    """Without what it saw, where that is what the arm is for."""
+    name, images = arm
+    return ARMS[name].title + (f", {SEEN[images]}" if images in SEEN else "")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studies.color.config import KB, KB_NOISE, KB_OTHERS
+from studies.color.config import KB, KB_OTHERS
 from studies.color.pictures import Picture, shows
 from studies.demo.questions import swapped_red_and_blue
 from valm.clip.clip import Clip
@@ -52,9 +52,8 @@ class Conditions:
         self._colors = other_colors(seed)
         self._makers: dict[str, Callable[[], Any]] = {
             "retrieved": lambda: Retriever(self.encoder, self.kb, images),
-            "taken-out": lambda: self._of_kb(KB_OTHERS),
+            "taken-out": lambda: Retriever(self.encoder, ImageKnowledgeBase.open(folder / KB_OTHERS), images),
             "random": lambda: RandomImages(self["retrieved"], seed),
-            "noise": lambda: RandomImages(self._of_kb(KB_NOISE), seed),
             "exchanged": lambda: Replaced(self["retrieved"], swapped_red_and_blue(self.kb, folder_of_pictures, clip)),
             "other-colors": lambda: Replaced(self["retrieved"], self._other_vectors()),
             "off": lambda: NoImages(images, self.kb.dim),
@@ -114,9 +113,6 @@ class Conditions:
             if picture.color is not None:
                 found.setdefault(picture.color, []).append(id)
         return found
-
-    def _of_kb(self, name: str) -> Retriever:
-        return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / name), self.images)
 
     def _other_vectors(self) -> Tensor:
         """(N, E): for an image with a colour, the vector of a random image of another colour; otherwise its own."""

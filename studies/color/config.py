@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import Count, check, read_yaml
+from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
@@ -29,19 +30,20 @@ BASE, TRAINED, CONTEXT, LATE = "base", "trained", "context", "late"
 class Arm(NamedTuple):
     """A model of the comparison.
 
+    title: in tables.
     tests: what its tokens see in each evaluation, first what they saw in training (see `studies.color.conditions`, and
         CAPTIONS below).
     twin: its `--twin` of `valm train`, "text" for every model without images.
-    corpus, kb: the text and the knowledge base in training.
+    corpus: the text in training.
     made: one of BASE, TRAINED, CONTEXT and LATE.
     cut: trained with a `min_score`, which all its tests have too.
     colorless: with the CLIP that cannot know colours.
     """
 
+    title: str
     tests: tuple[str, ...]
     twin: str | None = None
     corpus: str = "train"
-    kb: str = "kb-others"
     made: str = TRAINED
     cut: bool = False
     colorless: bool = False
@@ -53,82 +55,91 @@ EXCHANGES = ("exchanged", "other-colors")
 CAPTIONS, COLORED_CAPTIONS = "captions", "colored-captions"
 # Tests of a model that was trained without a cut, with one; the same images and random ones.
 CUTS = {"cut": "retrieved", "cut-random": "random"}
-TEXT, NATURAL = "train", "natural"
-KB, KB_OTHERS, KB_NOISE = "kb", "kb-others", "kb-noise"
+NATURAL = "natural"
+KB, KB_OTHERS = "kb", "kb-others"
 SEEING = ("retrieved", "random", "off")
 ARMS = {
-    "base": Arm(("none", CAPTIONS, COLORED_CAPTIONS), "text", made=BASE),
-    "twin": Arm(("none",), "text"),
-    "valm": Arm((*SEEING, "taken-out", *EXCHANGES, *CUTS)),
-    "cut": Arm((*SEEING, *EXCHANGES), cut=True),
-    "blind": Arm(("retrieved", "off"), "blind"),
-    "context": Arm((CAPTIONS, COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
-    "colored-context": Arm((COLORED_CAPTIONS, CAPTIONS, "none"), "text", made=CONTEXT),
-    "late": Arm((*SEEING, *EXCHANGES), made=LATE),
-    "colorless-valm": Arm((*SEEING, *EXCHANGES), colorless=True),
-    "colorless-blind": Arm(("retrieved", "off"), "blind", colorless=True),
-    "random": Arm(("random", "off"), "random"),
-    "noise": Arm(("noise", "off"), "random", kb=KB_NOISE),
-    "natural-twin": Arm(("none",), "text", NATURAL),
-    "natural-valm": Arm((*SEEING, *EXCHANGES), corpus=NATURAL, cut=True),
+    "base": Arm("base", ("none", CAPTIONS, COLORED_CAPTIONS), "text", made=BASE),
+    "twin": Arm("twin", ("none",), "text"),
+    "valm": Arm("VaLM", (*SEEING, "taken-out", *EXCHANGES, *CUTS)),
+    "cut": Arm("trained with the cut", (*SEEING, *EXCHANGES), cut=True),
+    "blind": Arm("Blind", ("retrieved", "off"), "blind"),
+    "context": Arm("captions in context", (CAPTIONS, COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
+    "colored-context": Arm("colours in context", (COLORED_CAPTIONS, CAPTIONS, "none"), "text", made=CONTEXT),
+    "late": Arm("late fusion", (*SEEING, *EXCHANGES), made=LATE),
+    "colorless-valm": Arm("colourless VaLM", (*SEEING, *EXCHANGES), colorless=True),
+    "colorless-blind": Arm("colourless Blind", ("retrieved", "off"), "blind", colorless=True),
+    "random": Arm("trained on random images", ("random", "off"), "random"),
+    "natural-twin": Arm("natural twin", ("none",), "text", NATURAL),
+    "natural-valm": Arm("natural VaLM", (*SEEING, *EXCHANGES), corpus=NATURAL, cut=True),
 }
 # What is asked: the study's own things, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
 SETS = ("memory_color", "color_terms", "vicomte_color", "object_shape", "relative_size")
 TESTS = (VALIDATION, *SETS, HELDOUT)
 
-# By the type of a field in StudyConfig.
-SCHEMAS: dict[str, Any] = {
-    "str": str,
-    "int": Count,
-    "bool": bool,
-    "dict[str, Any]": dict[str, Any],
-    "tuple[str, ...]": list[str],
-    "tuple[int, ...]": list[Count],
-}
+
+def _one_of(known: Iterable[str], what: str) -> AfterValidator:
+    """The check that a text is a name of `known`."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"no known {what}: {name!r}{nearest(name, known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+_Arm = Annotated[str, _one_of(ARMS, "arm")]
+_Test = Annotated[str, _one_of(TESTS, "test")]
 _Some = Annotated[int, Field(ge=1)]
 
 
-class _PictureSource(TypedDict, total=False):
+class PictureSource(TypedDict, total=False):
+    """Options of `studies.color.pictures.collect_pictures`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     folder: str
     limit: _Some | None
     views: _Some
 
 
-class _Definitions(TypedDict, total=False):
+class _Glosses(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+
+class _Definitions(_Glosses, total=False):
     folder: str
 
 
-class _Templates(TypedDict, total=False):
+class _Templates(_Glosses, total=False):
     count: Count
-    balanced: bool
 
 
-class _Prose(TypedDict, total=False):
+class _Prose(_Glosses, total=False):
     count: Count | None
     file: str | None
 
 
-class _Text(TypedDict, total=False):
-    glosses: dict[str, Any]
+class TextSources(_Glosses, total=False):
+    """Options of `studies.color.text.study_text`."""
+
+    glosses: _Glosses
     definitions: _Definitions
     templates: _Templates
     prose: _Prose
 
 
 class _DrawnPictures(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     drawn: _Some
 
 
-# What the values of options must be, whose names `collect_pictures` and `study_text` check.
-OPTIONS: dict[str, Any] = {
-    "pictures": dict[str, _PictureSource],
-    "text": _Text,
-    "colorless_clip": _DrawnPictures,
-}
+# A source without options is an empty line of YAML.
+_Source = Annotated[PictureSource, BeforeValidator(lambda value: {} if value is None else value)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class StudyConfig:
     """A study.
 
@@ -152,17 +163,17 @@ class StudyConfig:
 
     name: str
     language_model: str
-    pictures: dict[str, Any]
+    pictures: dict[str, _Source]
     clip: dict[str, Any]
-    text: dict[str, Any]
+    text: TextSources
     training: dict[str, Any]
-    training_of: dict[str, Any] = dataclasses.field(default_factory=dict)
-    colorless_clip: dict[str, Any] = dataclasses.field(default_factory=dict)
-    arms: tuple[str, ...] = tuple(ARMS)
-    some_seeds: dict[str, Any] = dataclasses.field(default_factory=dict)
-    tests: tuple[str, ...] = TESTS
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    images: int = 4
+    training_of: dict[_Arm, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    colorless_clip: _DrawnPictures = dataclasses.field(default_factory=_DrawnPictures)
+    arms: tuple[_Arm, ...] = tuple(ARMS)
+    some_seeds: dict[_Arm, list[Count]] = dataclasses.field(default_factory=dict)
+    tests: tuple[_Test, ...] = TESTS
+    seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
+    images: Count = 4
     allow_download: bool = False
 
     @property
@@ -188,53 +199,12 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
     """The study in a YAML file.
 
     Raises:
-        ValmError: it cannot be read, lacks a field, or has an unknown field, arm or test, or a source of pictures or
-            text with options that are no mapping or of another type.
+        ValmError: it cannot be read, lacks a field, or has an unknown field, arm, test or option, or one of another
+            type.
     """
     path = Path(file)
     content = read_yaml(path, "the study")
-    if not isinstance(content, dict):
-        raise ValmError(f"the study {path} is no mapping, each line NAME: VALUE")
-    fields = {one.name: one for one in dataclasses.fields(StudyConfig)}
-    for name in content:
-        if name not in fields:
-            raise ValmError(f"the study {path} has an unknown field {name!r}{nearest(str(name), fields)}")
-    for name, one in fields.items():
-        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING and name not in content:
-            raise ValmError(f"the study {path} has no {name}: see studies/ for examples")
-    given = {name: _typed(path, fields[name], value) for name, value in content.items()}
-    for name, what, known in (
-        ("arms", "arm", ARMS),
-        ("tests", "test", TESTS),
-        ("training_of", "arm", ARMS),
-        ("some_seeds", "arm", ARMS),
-    ):
-        for one in given.get(name, ()):
-            if one not in known:
-                raise ValmError(f"the study {path} names no known {what}: {one!r}{nearest(one, known)}")
-    for name, schema in OPTIONS.items():
-        _check(path, name, given.get(name, {}), schema)
-    for name, schema in (("training_of", dict[str, Any]), ("some_seeds", list[Count])):
-        for one, value in given.get(name, {}).items():
-            _check(path, f"{name}: {one}", value, schema)
-    config = StudyConfig(**given)
     try:
-        config.to_json()
-    except (TypeError, ValueError) as error:  # a date, or a number of thousands of digits
-        raise ValmError(f"the study {path} has a value that is no text, number, list or mapping") from error
-    return config
-
-
-def _check(path: Path, where: str, value: Any, schema: Any) -> None:
-    try:
-        check(value, schema)
-    except ValueError as error:
-        raise ValmError(f"the study {path}: {where}: {error}") from error
-
-
-def _typed(path: Path, of: dataclasses.Field, value: Any) -> Any:
-    """The value of a field, sequences as tuples, and each source without options as an empty mapping."""
-    _check(path, of.name, value, SCHEMAS[str(of.type)])
-    if isinstance(value, dict):
-        return {name: {} if one is None else one for name, one in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+        return StudyConfig(**parse_json(json.dumps(content), StudyConfig))
+    except (TypeError, ValueError) as error:  # a date is no JSON, nor is a number of thousands of digits
+        raise ValmError(f"the study {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""The figures of docs/results/study.md and of the README."""
+"""The figures of docs/results/study.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from studies.color.comparisons import (
     MEASURES,
-    NAMES,
     NATURAL,
     PAIRS,
     PRIMARY,
@@ -19,10 +18,9 @@ from studies.color.comparisons import (
     retrieval_tests,
     set_title,
 )
-from studies.color.config import VALIDATION
-from studies.color.results import Results
-from studies.plots import FAINT, INK, SERIES, new_figure, quiet
-from valm.evaluation.statistics import Difference
+from studies.color.config import ARMS, VALIDATION
+from studies.color.results import RAW, Found, Results
+from studies.plots import FAINT, INK, SERIES, new_figure, quiet, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,41 +31,38 @@ WINDOW = 20
 
 def forest(results: Results) -> Figure:
     """The differences of the plan with their intervals, in points."""
-    rows = []
-    for name, (first, second) in PAIRS.items():
-        for of, kind in MEASURES[:6]:
-            some = results.having(of, first, second)
-            if some.seeds:
-                title = f"{name}: {set_title(of)}, {kind}{fewer_seeds(some, results)}"
-                rows.append((title, some.difference(first, second, of, kind)))
-    rows += [(test.title + fewer_seeds(test.results, results), test.difference) for test in retrieval_tests(results)]
-    return _intervals(rows, 9)
+    asked = [
+        (f"{pair}: {set_title(of)}, {measure}", pair, of, measure) for pair in PAIRS for of, measure in MEASURES[:6]
+    ]
+    tests = [(test.title, test.found) for test in retrieval_tests(results)]
+    return _intervals(results, [*_differences(results, asked), *tests], 9)
 
 
 def overview(results: Results) -> Figure:
-    """A few of the differences of `forest`, for the README."""
-    asked = [("colours that no text says, VaLM − twin", "VaLM − twin", VALIDATION)]
-    asked += [(f"{set_title(of)}, VaLM − twin", "VaLM − twin", of) for of in (PRIMARY, *SECONDARY)]
-    asked += [(f"{set_title(PRIMARY)}, {name}", name, PRIMARY) for name in (RANDOM_IMAGES, "VaLM − Blind", NATURAL)]
-    rows = []
-    for title, name, of in asked:
-        some = results.having(of, *PAIRS[name])
-        if some.seeds:
-            rows.append((title + fewer_seeds(some, results), some.difference(*PAIRS[name], of)))
-    tests = [test for test in retrieval_tests(results) if (test.arm, test.of) == ("valm", PRIMARY)]
-    return _intervals(rows + [(test.title + fewer_seeds(test.results, results), test.difference) for test in tests], 6)
+    """A few of the differences of `forest`."""
+    asked = [("colours that no text says, VaLM − twin", "VaLM − twin", VALIDATION, RAW)]
+    asked += [(f"{set_title(of)}, VaLM − twin", "VaLM − twin", of, RAW) for of in (PRIMARY, *SECONDARY)]
+    pairs = (RANDOM_IMAGES, "VaLM − Blind", NATURAL)
+    asked += [(f"{set_title(PRIMARY)}, {pair}", pair, PRIMARY, RAW) for pair in pairs]
+    tests = [(test.title, test.found) for test in retrieval_tests(results) if (test.arm, test.of) == ("valm", PRIMARY)]
+    return _intervals(results, [*_differences(results, asked), *tests], 6)
 
 
-def _intervals(rows: Sequence[tuple[str, Difference]], width: float) -> Figure:
+def _differences(results: Results, asked: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, Found]]:
+    found = ((title, results.difference(*PAIRS[pair], of, measure)) for title, pair, of, measure in asked)
+    return [(title, one) for title, one in found if one is not None]
+
+
+def _intervals(results: Results, rows: Sequence[tuple[str, Found]], width: float) -> Figure:
     """A line for each difference: a dot and its interval, coloured where that excludes 0."""
     figure = new_figure(width, 0.6 + 0.22 * len(rows))
     axes = figure.subplots()
-    for place, (_, difference) in enumerate(rows):
-        color = SERIES[0] if difference.low > 0 else SERIES[1] if difference.high < 0 else INK
-        axes.plot([100 * difference.low, 100 * difference.high], [place, place], color=color, linewidth=1.4)
-        axes.plot(100 * difference.value, place, "o", color=color, markersize=4)
+    for place, (_, found) in enumerate(rows):
+        color = SERIES[0] if found.low > 0 else SERIES[1] if found.high < 0 else INK
+        axes.plot([100 * found.low, 100 * found.high], [place, place], color=color, linewidth=1.4)
+        axes.plot(100 * found.value, place, "o", color=color, markersize=4)
     axes.axvline(0, color=FAINT, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [title + fewer_seeds(found, results) for title, found in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("points, with the 95 % interval over items and seeds")
     quiet(axes)
@@ -83,11 +78,9 @@ def curves(results: Results) -> Figure:
         if not runs:
             continue
         mean = np.mean([run[: min(map(len, runs))] for run in runs], axis=0)
-        width = min(WINDOW, len(mean))
-        smooth = np.convolve(mean, np.ones(width) / width, mode="valid")
         line = "-" if number < len(SERIES) else "--"
         color = SERIES[number % len(SERIES)]
-        axes.plot(np.arange(width, len(mean) + 1), smooth, line, color=color, label=NAMES[arm], linewidth=1.5)
+        axes.plot(*smoothed(mean, WINDOW), line, color=color, label=ARMS[arm].title, linewidth=1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.legend(frameon=False, fontsize=8)

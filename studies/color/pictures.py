@@ -84,16 +84,11 @@ def collect_pictures(
             (`studies.color.recoloring`); those without transparent ground are skipped.
 
     Raises:
-        ValmError: a package is missing, an option is unknown, or a folder has no images.
+        ValmError: a package is missing, a source is unknown, or a folder has no images.
     """
     pictures: list[Picture] = []
     views, draw = (None, None) if drawn is None else (drawn[0], random.Random(drawn[1]))
     for name, options in sources.items():
-        unknown = set(options) - {"folder", "limit", "views"}
-        if unknown:
-            raise ValmError(
-                f"the picture source {name} has the option {sorted(unknown)[0]!r}; there are folder, limit, views"
-            )
         if "folder" in options:
             found = _folder_pictures(
                 name, Path(options["folder"]), out, options.get("limit"), progress, views or 1, draw

@@ -1,392 +1,255 @@
-"""Reads the results of seeds: which answers were right, and differences between arms with their intervals."""
+"""The results of seeds as one long table, hits and tries of each item, and numbers that are selections from it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from studies.color.config import ARMS, SETS, VALIDATION
-from studies.color.scoring import DIGITS, expanded
+from studies.color.config import ARMS
 from valm.errors import ValmError
-from valm.evaluation.questions import objects_of
-from valm.evaluation.statistics import Counts, Difference, Estimate, paired, ratio
+from valm.evaluation.questions import YES_NO, objects_of
+from valm.evaluation.statistics import paired, ratio
 from valm.store.files import Count, read_json
 from valm_kernels.json_files import short
 
-RAW, CALIBRATED = "raw", "calibrated"
-# A CLIP trained again on another machine may answer one or two questions otherwise.
-CLIP_TOLERANCE = 0.02
+# What is counted of an item: right answers, also with each candidate's probability divided by its mean over the items;
+# of a text its nats. The tests of EXCHANGES count answers with the colour that the images then have.
+RAW, CALIBRATED, NATS = "raw", "calibrated", "nats"
 # What the tokens of a row saw.
 SEEN = {images for arm in ARMS.values() for images in arm.tests}
-_Answers = list[Annotated[str, Field(pattern=f"^[{DIGITS}]+$")]]  # see `scoring.compact`
 _Number = Annotated[float, Field(ge=0)]
+ArmTest = tuple[str, str]  # an arm, and what its tokens see
 
 
-# Of the pictures of an item, by what is done to the images.
-_Colors = TypedDict("_Colors", {"retrieved": str | None, "exchanged": str | None, "other-colors": str | None})
+class AskedJson(TypedDict):
+    """What `measure` counts in the set or kind of text `of`; tries: how often an item was asked, or a text's tokens.
 
+    answers: the right ones, empty where they differ by prompt. pictured: whether the knowledge base has a picture of
+    the item; no values where that was not looked up.
+    """
 
-class _ColorsAbout(TypedDict, total=False):
-    """Per item of a set about colours: whether it has a picture, and, for all but the large set, of what colour."""
-
+    of: str
+    measure: str
+    items: Annotated[list[str], Field(min_length=1)]
+    tries: list[Annotated[int, Field(ge=1)]]
+    answers: list[str]
     pictured: list[bool]
-    colors: list[_Colors]
 
 
-class _About(_ColorsAbout):
-    """What was asked about the items of a set."""
+class RowJson(TypedDict):
+    """hits: of each of the items."""
 
-    items: list[str]
-    candidates: list[str]
-    right: _Answers
-
-
-class _Answered(TypedDict, total=False):
-    """Of a set, its name and the answers; of a text, its name and one number per document."""
-
-    set: str
-    raw: _Answers
-    calibrated: _Answers
-    text: str
-    nats: list[_Number]
-    tokens: list[Annotated[int, Field(ge=1)]]
-
-
-class _Row(_Answered):
     arm: str
     images: str
+    of: str
+    measure: str
+    hits: list[_Number]
 
 
-class _SecondStudy(TypedDict, total=False):
-    """What results of the first study do not have: what could not be asked, and of each trained model its numbers."""
+class SeedJson(TypedDict):
+    """A results file: one seed."""
 
-    missing: list[str]
-    training: dict[str, dict[str, float]]
-
-
-class _SeedResults(_SecondStudy):
     study: str
     recipe: str
     seed: Count
-    sets: dict[str, _About]
-    rows: list[_Row]
+    missing: list[str]
+    asked: list[AskedJson]
+    rows: list[RowJson]
     losses: dict[str, list[_Number]]
-    clip: dict[str, Any]
-    counts: dict[str, Count]
+    training: dict[str, dict[str, float]]
     versions: dict[str, str]
     hardware: str
     threads: Count
-    seconds: dict[str, _Number]
+
+
+class Asked(NamedTuple):
+    """As `AskedJson`, in arrays."""
+
+    items: np.ndarray
+    tries: np.ndarray
+    answers: np.ndarray
+    pictured: np.ndarray
+
+    def is_of(self, count: int) -> bool:
+        """Whether it is of so many items."""
+        return len(self.items) == len(self.tries) == count and {len(self.answers), len(self.pictured)} <= {0, count}
+
+
+class Row(NamedTuple):
+    """Rows of the long table: of one seed, arm, test, set and measure."""
+
+    seed: int
+    arm: ArmTest
+    of: str
+    measure: str
+    asked: Asked
+    hits: np.ndarray  # (items,)
+
+
+class Found(NamedTuple):
+    """A number with its 95 % interval, of which seeds and how many items. p: of a difference in one seed."""
+
+    value: float
+    low: float
+    high: float
+    seeds: tuple[int, ...]
+    items: int
+    p: float | None = None
+
+
+Keep = Callable[[Asked], np.ndarray]
+
+
+def every(asked: Asked) -> np.ndarray:
+    """All items."""
+    return np.ones(len(asked.items), bool)
+
+
+def pictured(asked: Asked) -> np.ndarray:
+    """The items that have a picture in the knowledge base."""
+    return asked.pictured
+
+
+def unpictured(asked: Asked) -> np.ndarray:
+    return ~asked.pictured
 
 
 @dataclass(frozen=True)
 class Results:
     """The results of several seeds of one recipe.
 
-    Some seeds may have fewer arms or tests than others. A number is asked of seeds that all have it: see `having`.
+    Some seeds may have fewer arms or tests than others: a number is of those that have it, and says which (`Found`).
 
     Args:
-        seeds: the contents of the results files, those of a seed together.
+        seeds: the results files without their table.
+        rows: the table.
     """
 
-    seeds: tuple[dict[str, Any], ...]
+    seeds: tuple[Any, ...]
+    rows: tuple[Row, ...]
 
-    def arms(self) -> list[tuple[str, str]]:
-        """(arm, images) of every row, in their order."""
-        return list(dict.fromkeys((row["arm"], row["images"]) for seed in self.seeds for row in seed["rows"]))
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(seed["seed"] for seed in self.seeds)
 
-    def sets(self) -> list[str]:
-        return list(dict.fromkeys(name for seed in self.seeds for name in seed["sets"]))
+    @cached_property
+    def arms(self) -> list[ArmTest]:
+        """Those of every row, in their order."""
+        return list(dict.fromkeys(row.arm for row in self.rows))
+
+    @cached_property
+    def measures(self) -> list[tuple[str, str]]:
+        """(set or text, measure) of every row, in their order."""
+        return list(dict.fromkeys((row.of, row.measure) for row in self.rows))
 
     def texts(self) -> list[str]:
-        return list(dict.fromkeys(row["text"] for seed in self.seeds for row in seed["rows"] if "text" in row))
+        return [of for of, measure in self.measures if measure == NATS]
 
-    def having(self, of: str, *asked: tuple[str, str]) -> Results:
-        """The seeds in which each of `asked` (arm, images) was asked about the set or text `of`."""
-        return Results(tuple(seed for seed in self.seeds if all(_row(seed, *one, of) for one in asked)))
+    def having(self, *asked: tuple[str, ArmTest]) -> Results:
+        """The seeds in which each (set or text, arm) was asked."""
+        found = {(row.seed, row.of, row.arm) for row in self.rows}
+        return self.of_seeds([seed for seed in self.numbers if all((seed, *one) in found for one in asked)])
 
-    def without(self, answer: str) -> Results:
-        """The same without the items to which `answer` is right."""
-        return Results(tuple(_without(seed, answer) for seed in self.seeds))
+    def of_seeds(self, numbers: Sequence[int]) -> Results:
+        seeds = tuple(seed for seed in self.seeds if seed["seed"] in numbers)
+        return Results(seeds, tuple(row for row in self.rows if row.seed in numbers))
 
-    def hits(self, arm: str, images: str, of: str, kind: str = RAW) -> Counts:
-        """The number of right answers per item.
+    @cached_property
+    def _table(self) -> dict[tuple[int, ArmTest, str, str], Row]:
+        return {(row.seed, row.arm, row.of, row.measure): row for row in self.rows}
 
-        Raises:
-            ValmError: a seed has no such row.
-        """
-        rows = []
-        for seed in self.seeds:
-            answers = expanded(_needed(seed, arm, images, of)[kind])
-            rows.append((answers == expanded(seed["sets"][of]["right"])).sum(-1).astype(float))
-        return _stacked(rows, self._same_items(of))
-
-    def accuracy(self, arm: str, images: str, of: str, kind: str = RAW) -> Estimate:
-        found = self.hits(arm, images, of, kind)
-        return ratio(found, self._tries(found, of), objects=self._objects(of))
+    def accuracy(self, arm: ArmTest, of: str, measure: str = RAW) -> Found | None:
+        """The share of right answers, in the seeds that have it; None if none has."""
+        found = self._counts([arm], of, measure, every)
+        if found is None:
+            return None
+        estimate = ratio(found.hits[0], found.tries, objects=found.objects)
+        return Found(estimate.value, estimate.low, estimate.high, found.seeds, found.items)
 
     def difference(
-        self,
-        first: tuple[str, str],
-        second: tuple[str, str],
-        of: str,
-        kind: str = RAW,
-        pictured: bool | None = None,
-    ) -> Difference:
-        """The accuracy of `first` (arm, images) minus that of `second`, on all items, or on those with (`pictured`) or
-        without a picture in the knowledge base."""
-        hits, others = self.hits(*first, of, kind), self.hits(*second, of, kind)
-        if pictured is not None:
-            items = [np.array(seed["sets"][of]["pictured"]) == pictured for seed in self.seeds]
-            hits, others = _of(items, hits), _of(items, others)
-        return self._paired(hits, others, of)
+        self, first: ArmTest, second: ArmTest, of: str, measure: str = RAW, keep: Keep = every
+    ) -> Found | None:
+        """Hits per try of `first` minus those of `second` on the items that `keep` chooses, in the seeds that have
+        both; None if none has."""
+        found = self._counts([first, second], of, measure, keep)
+        if found is None:
+            return None
+        tries = found.tries[0] if found.same else found.tries
+        between = paired(found.hits[0], found.hits[1], tries, objects=found.objects)
+        return Found(between.value, between.low, between.high, found.seeds, found.items, between.p)
 
-    def pictured(self, of: str) -> np.ndarray:
-        """Whether each item has a picture in the knowledge base; seed after seed where their items differ."""
-        rows = [np.array(seed["sets"][of]["pictured"]) for seed in self.seeds]
-        return rows[0] if self._same_items(of) else np.concatenate(rows)
+    def _counts(self, arms: Sequence[ArmTest], of: str, measure: str, keep: Keep) -> _Counts | None:
+        parts: list[tuple[Any, ...]] = []
+        for seed in self.numbers:
+            rows = [row for arm in arms if (row := self._table.get((seed, arm, of, measure)))]
+            if len(rows) == len(arms) and (kept := keep(rows[0].asked)).any():
+                asked = rows[0].asked
+                parts.append((seed, asked.items[kept], asked.tries[kept], *(row.hits[kept] for row in rows)))
+        if not parts:
+            return None
+        seeds, items, *counts = zip(*parts, strict=True)
+        same = len({(*each, *tries) for each, tries in zip(items, counts[0], strict=True)}) == 1
+        tries, *hits = (np.stack(each) if same else list(each) for each in counts)
+        objects = objects_of(items[0], YES_NO) if same and of == "relative_size" else None
+        return _Counts(seeds, len(items[0]) if same else sum(map(len, items)), same, tries, hits, objects)
 
-    def missing(self) -> dict[str, list[int]]:
-        """What could not be asked, with the seeds."""
-        found: dict[str, list[int]] = {}
-        for seed in self.seeds:
-            for name in seed.get("missing", ()):
-                found.setdefault(name, []).append(seed["seed"])
-        return found
 
-    def prompts(self, of: str) -> int:
-        return len(self.seeds[0]["sets"][of]["right"][0])
+class _Counts(NamedTuple):
+    """tries and each of hits: (seeds, items) where all seeds have the `same` items, else an array for each seed."""
 
-    def changes(self, exchange: str, of: str) -> bool:
-        """Whether a picture of an item has another colour in `exchange`."""
-        return any(_changed(seed["sets"][of], exchange) for seed in self.seeds)
-
-    def follows(self, arm: str, exchange: str, of: str) -> tuple[Difference, int]:
-        """How much more often the exchanged colour is answered with the exchanged images than with the original ones.
-
-        Returns:
-            The difference, and the number of items whose colour is exchanged.
-
-        Raises:
-            ValmError: there are none.
-        """
-        chosen = [_changed(seed["sets"][of], exchange) for seed in self.seeds]
-        if not any(chosen):
-            raise ValmError(f"no item of {of} has a picture whose colour is another in {exchange!r}")
-
-        def now(images: str) -> Counts:
-            rows = []
-            for seed, items in zip(self.seeds, chosen, strict=True):
-                about = seed["sets"][of]
-                answers = expanded(_needed(seed, arm, images, of)[RAW])
-                wanted = [about["candidates"].index(about["colors"][item][exchange]) for item in items]
-                rows.append((answers[items] == np.array(wanted)[:, None]).sum(-1).astype(float))
-            return _stacked(rows, self._same_items(of) and len({tuple(items) for items in chosen}) == 1)
-
-        after, before = now(exchange), now("retrieved")
-        count = after.shape[1] if isinstance(after, np.ndarray) else sum(map(len, after))
-        return self._paired(after, before, of), count
-
-    def added(self, arm: str, of: str) -> tuple[Difference, int]:
-        """The gain in accuracy from having the items' pictures in the knowledge base.
-
-        Returns:
-            The difference on the items that have a picture, and their number.
-        """
-        items = [np.flatnonzero(seed["sets"][of]["pictured"]) for seed in self.seeds]
-        with_them, without = (_of(items, self.hits(arm, images, of)) for images in ("retrieved", "taken-out"))
-        count = with_them.shape[1] if isinstance(with_them, np.ndarray) else sum(map(len, with_them))
-        return self._paired(with_them, without, of), count
-
-    def perplexity(self, arm: str, images: str, text: str) -> Estimate:
-        nats, tokens = self._text(arm, images, text)
-        return ratio(nats, tokens, transform=np.exp)
-
-    def nats_difference(self, first: tuple[str, str], second: tuple[str, str], text: str) -> Difference:
-        """The difference in nats per token; above 0, `first` predicts the text worse."""
-        nats, tokens = self._text(*first, text)
-        return paired(nats, self._text(*second, text)[0], tokens[0] if isinstance(tokens, np.ndarray) else tokens)
-
-    def _text(self, arm: str, images: str, text: str) -> tuple[Counts, Counts]:
-        rows = [_needed(seed, arm, images, text) for seed in self.seeds]
-        same = len({tuple(row["tokens"]) for row in rows}) == 1
-        nats, tokens = ([np.array(row[name], float) for row in rows] for name in ("nats", "tokens"))
-        return _stacked(nats, same), _stacked(tokens, same)
-
-    def _tries(self, hits: Counts, of: str) -> Counts:
-        prompts = float(self.prompts(of))
-        if isinstance(hits, np.ndarray):
-            return np.full(hits.shape, prompts)
-        return [np.full(len(one), prompts) for one in hits]
-
-    def _paired(self, first: Counts, second: Counts, of: str) -> Difference:
-        tries = self._tries(first, of)
-        same = isinstance(tries, np.ndarray)
-        return paired(first, second, tries[0] if same else tries, objects=self._objects(of) if same else None)
-
-    def _objects(self, of: str) -> np.ndarray | None:
-        about = self.seeds[0]["sets"][of]
-        return objects_of(about["items"], about["candidates"])
-
-    def _same_items(self, of: str) -> bool:
-        return len({tuple(seed["sets"][of]["items"]) for seed in self.seeds}) == 1
+    seeds: tuple[int, ...]
+    items: int
+    same: bool
+    tries: Any
+    hits: list[Any]
+    objects: np.ndarray | None
 
 
 def read_results(files: Sequence[str | os.PathLike]) -> Results:
-    """The results in `files`, by their seeds. Two files may hold different arms or tests of one seed.
+    """The results in `files`, one for each seed.
 
     Raises:
-        ValmError: there are none, one is damaged, their recipes differ, or two files of a seed have the same row or
-            differ in what was asked or in their CLIP.
+        ValmError: there are none, one is damaged, their recipes differ, or two are of one seed.
     """
     if not files:
         raise ValmError("there are no results of a study: run `python -m studies.color run`")
-    read = [_read(Path(file)) for file in files]
-    if len({result["recipe"] for result in read}) > 1:
+    seeds, rows = [], []
+    for file in files:
+        found = read_json(Path(file), "the results", SeedJson, "run the study again")
+        rows += _rows(found.pop("asked"), found.pop("rows"), found["seed"], file)
+        seeds.append(found)
+    if len({seed["recipe"] for seed in seeds}) > 1:
         raise ValmError("the results are of different settings, and cannot be pooled")
-    seeds: dict[int, dict[str, Any]] = {}
-    # the twin's first: what two files of a seed tell of its CLIP and machine is taken from there
-    for result in sorted(read, key=lambda result: (result["seed"], "twin" not in result["losses"])):
-        seed = result["seed"]
-        seeds[seed] = _together(seeds[seed], result) if seed in seeds else result
-    return Results(tuple(seeds.values()))
+    if len({seed["seed"] for seed in seeds}) < len(seeds):
+        raise ValmError("two of the results are of one seed: give one file for each seed")
+    seeds.sort(key=lambda seed: seed["seed"])
+    return Results(tuple(seeds), tuple(sorted(rows, key=lambda row: row.seed)))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    found = read_json(file, "the results", _SeedResults, "run the study again")
-    damaged = ValmError(f"the results {file} are damaged: they lack answers; run the study again")
-    prompts = {}
-    for name, about in found["sets"].items():
-        count = len(about["items"])
-        prompts[name] = len(about["right"][0]) if about["right"] else 0
-        parts = ("pictured", "colors") if name in (VALIDATION, *SETS[:2]) else ()
-        if not all(count == len(about.get(part, ())) > 0 for part in ("items", *parts)):
-            raise damaged
-        if not _fit(about["right"], about, prompts[name]):
-            raise damaged
-    for row in found["rows"]:
-        if row["arm"] not in ARMS or row["images"] not in SEEN:
-            unknown = f"{short(row['arm'])}, {short(row['images'])}"
-            raise ValmError(f"the results {file} have a row that no study has: {unknown}")
-        if "text" in row:
-            whole = len(row.get("nats", ())) == len(row.get("tokens", ())) > 0
-        else:
-            about = found["sets"].get(row.get("set"))
-            # as `answers_of` calibrates
-            one_right = about is not None and all(len(set(right)) == 1 for right in about["right"])
-            kinds = {RAW, CALIBRATED} if one_right else {RAW}
-            answers = [row[kind] for kind in (RAW, CALIBRATED) if kind in row]
-            whole = about is not None and kinds <= row.keys()
-            whole = whole and all(_fit(one, about, prompts[row["set"]]) for one in answers)
-        if not whole:
-            raise damaged
-    return found
-
-
-def _fit(answers: Sequence[str], about: _About, prompts: int) -> bool:
-    """Whether there is a candidate for every item and prompt."""
-    known = DIGITS[: len(about["candidates"])]
-    return len(answers) == len(about["items"]) and all(
-        len(row) == prompts and set(row) <= set(known) for row in answers
-    )
-
-
-def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two results of one seed as one. What both tell of the text and the machine is the first's."""
-    seed = first["seed"]
-    rows = {(row["arm"], row["images"], row.get("set", row.get("text"))) for row in first["rows"]}
-    for row in second["rows"]:
-        arm, images, of = row["arm"], row["images"], row.get("set", row.get("text"))
-        if (arm, images, of) in rows:
-            raise ValmError(f"two of the results of seed {seed} have a row of {arm}, {images}, {of}")
-    for name in first["sets"].keys() & second["sets"].keys():
-        parts = ("items", "candidates", "right", "pictured", "colors")
-        if any(first["sets"][name].get(part) != second["sets"][name].get(part) for part in parts):
-            raise ValmError(f"two of the results of seed {seed} asked different questions of {name}")
-    tokens = {row["text"]: row["tokens"] for row in first["rows"] if "text" in row}
-    for row in second["rows"]:
-        if "text" in row and row["tokens"] != tokens.get(row["text"], row["tokens"]):
-            raise ValmError(f"two of the results of seed {seed} read different texts as {row['text']}")
-    for title in first["clip"].keys() & second["clip"].keys():
-        if not _alike(first["clip"][title], second["clip"][title]):
-            raise ValmError(f"two of the results of seed {seed} are of different CLIPs: see {short(title)}")
-    missing = [name for part in (first, second) for name in part.get("missing", ())]
-    return first | {
-        "rows": first["rows"] + second["rows"],
-        **{part: second[part] | first[part] for part in ("sets", "losses", "clip", "seconds")},
-        "missing": list(dict.fromkeys(missing)),
-        "training": second.get("training", {}) | first.get("training", {}),
-    }
-
-
-def _alike(first: Any, second: Any) -> bool:
-    """Whether two measurements can be of one CLIP, trained once on each of two machines."""
-    if isinstance(first, int | float) and isinstance(second, int | float):
-        return abs(first - second) <= CLIP_TOLERANCE
-    return first == second
-
-
-def _row(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any] | None:
-    return next(
-        (
-            row
-            for row in seed["rows"]
-            if row["arm"] == arm and row["images"] == images and of in (row.get("set"), row.get("text"))
-        ),
-        None,
-    )
-
-
-def _without(seed: dict[str, Any], answer: str) -> dict[str, Any]:
-    """A seed without the items to which `answer` is right."""
-    kept: dict[str, list[int]] = {}
-    for name, about in seed["sets"].items():
-        right = expanded(about["right"])
-        place = about["candidates"].index(answer) if answer in about["candidates"] else -1
-        kept[name] = [number for number, one in enumerate(right) if place not in one]
-
-    def chosen(found: dict[str, Any], name: str) -> dict[str, Any]:
-        parts = {"items", "right", "pictured", "colors", RAW, CALIBRATED} & found.keys()
-        return found | {part: [found[part][number] for number in kept[name]] for part in parts}
-
-    return seed | {
-        "sets": {name: chosen(about, name) for name, about in seed["sets"].items()},
-        "rows": [chosen(row, row["set"]) if "set" in row else row for row in seed["rows"]],
-    }
-
-
-def _needed(seed: dict[str, Any], arm: str, images: str, of: str) -> dict[str, Any]:
-    found = _row(seed, arm, images, of)
-    if found is None:
-        raise ValmError(f"the results of seed {seed['seed']} have no row of {arm}, {images}, {of}")
-    return found
-
-
-def _changed(about: dict[str, Any], exchange: str) -> list[int]:
-    """The items whose pictures get another colour by `exchange` that is among the candidates."""
-    return [
-        number
-        for number, colors in enumerate(about["colors"])
-        if None not in (colors["retrieved"], colors[exchange])
-        and colors["retrieved"] != colors[exchange]
-        and colors[exchange] in about["candidates"]
-    ]
-
-
-def _stacked(rows: Sequence[np.ndarray], same: bool) -> Counts:
-    """Of the seeds that have any item."""
-    return np.stack(rows) if same else [row for row in rows if len(row)]
-
-
-def _of(items: Sequence[np.ndarray], counts: Counts) -> Counts:
-    """The counts of the items that are chosen in each seed, the same in all that have the same items."""
-    if isinstance(counts, np.ndarray):
-        return counts[:, items[0]]
-    return _stacked([one[chosen] for one, chosen in zip(counts, items, strict=True)], same=False)
+def _rows(asked: Sequence[AskedJson], rows: Sequence[RowJson], seed: int, file: str | os.PathLike) -> list[Row]:
+    known: dict[tuple[str, str], Asked] = {}
+    found = {}
+    for one in asked:
+        known[one["of"], one["measure"]] = Asked(
+            items=np.array(one["items"], str),
+            tries=np.array(one["tries"], float),
+            answers=np.array(one["answers"], str),
+            pictured=np.array(one["pictured"], bool),
+        )
+    for row in rows:
+        arm, of, measure = (row["arm"], row["images"]), row["of"], row["measure"]
+        about, hits = known.get((of, measure)), np.array(row["hits"], float)
+        if arm[0] not in ARMS or arm[1] not in SEEN:
+            raise ValmError(f"the results {file} have a row that no study has: {short(arm)}")
+        if about is None or not about.is_of(len(hits)) or (arm, of, measure) in found:
+            raise ValmError(f"the results {file} are damaged: they lack answers; run the study again")
+        found[arm, of, measure] = Row(seed, arm, of, measure, about, hits)
+    return list(found.values())

@@ -11,6 +11,7 @@ The CLIP that cannot know colours has its own clip/, kb-others/, kb/ and retriev
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import shutil
 import warnings
@@ -19,9 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from transformers import TrainingArguments
 
 import valm
 import valm_kernels
@@ -33,7 +32,6 @@ from studies.color.config import (
     COLORED_CAPTIONS,
     CUTS,
     KB,
-    KB_NOISE,
     KB_OTHERS,
     LATE,
     NATURAL,
@@ -44,9 +42,9 @@ from studies.color.config import (
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names, validation_questions
 from studies.color.seed_scores import Scoring
-from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study, retrieval_name
+from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study
 from studies.color.text import drawn_captions, read_texts, study_text, write_texts
-from studies.color.training import train_late_fusion, train_with_captions
+from studies.color.training import study_plan, train_late_fusion, train_with_captions
 from studies.color.words import Names
 from studies.stages import Stages
 from valm.corpus.retrieved import CorpusRetrieval
@@ -63,37 +61,6 @@ RESULTS_FILE = "results.json"
 DRAWN = 4
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
-# For `estimated_hours`, in processor seconds of a thread of an EPYC (Zen 4) that others used too, seed 7 of full.yaml:
-# the CLIP, its knowledge bases and all hidden states below the fusion layer; a step; small sets and texts in a test;
-# large sets.
-PREPARATION_SECONDS, STEP_SECONDS, TEST_SECONDS, LARGE_SECONDS = 1200, 0.5, 30, 60
-# Steps of four epochs of the natural text.
-NATURAL_STEPS = 420
-# Options of `valm train` and `valm clip train`; any other name is a field of TrainingArguments.
-OWN_OPTIONS = {
-    "batch_size",
-    "cache_images",
-    "context",
-    "fusion_lr",
-    "image_dropout",
-    "image_tower",
-    "limit_softmax",
-    "logit_bias",
-    "max_logit_scale",
-    "patience",
-    "validation",
-}
-
-
-def estimated_hours(study: Study, seed: int) -> float:
-    """Hours of one free core that a seed takes, by what its stages took elsewhere."""
-    config, arms = study.config, study.config.arms_of(seed)
-    steps = sum(config.training_settings(name).get("steps", NATURAL_STEPS) for name in arms if name != "base")
-    asked = TEST_SECONDS * sum(len(arm.tests) for arm in arms.values())
-    if set(study.tests) & {"vicomte_color", "relative_size"}:
-        asked += LARGE_SECONDS * len(arms)
-    clips = len({arm.colorless for arm in arms.values()})
-    return (PREPARATION_SECONDS * clips + STEP_SECONDS * steps + asked) / 3600
 
 
 def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Path]:
@@ -113,8 +80,6 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
     base = _language_model(config.language_model, study.out / "language-model")
     files = {}
     for seed in seeds or config.seeds:
-        if study.progress:
-            print(f"seed {seed}: about {estimated_hours(study, seed):.1f} hours of one core from its start (estimate)")
         files[seed] = _run_seed(study, seed, base)
     return files
 
@@ -215,14 +180,12 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Ar
     stage(f"{name}kb-others", lambda: study.valm(*build))
     add = ["kb", "add", folder / KB_OTHERS, items, *table, "--out", folder / KB, *hub]
     stage(f"{name}kb", lambda: study.valm(*add))
-    if any(arm.kb == KB_NOISE for arm in arms):
-        stage(f"{name}kb-noise", lambda: _noise(study, folder, clip, seed))
-    read = [(arm.corpus, arm.kb) for arm in arms if arm.made != BASE]
+    read = [arm.corpus for arm in arms if arm.made != BASE]
     if any(arm.cut or CUTS.keys() & set(arm.tests) for arm in arms):
-        read.append((QUESTIONS, KB_OTHERS))
-    for corpus, kb in dict.fromkeys(read):
-        retrieval = folder / retrieval_name(corpus, kb)
-        options = ("--kb", folder / kb, "--tokenizer", base, "-k", config.images, "--out", retrieval, *hub)
+        read.append(QUESTIONS)
+    for corpus in dict.fromkeys(read):
+        retrieval = folder / f"retrieval-{corpus}"
+        options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", retrieval, *hub)
         text = study.seed_folder(seed) / "text" / f"{corpus}.jsonl"
         stage(f"{name}{retrieval.name}", partial(study.valm, "retrieve", text, *options))
 
@@ -253,70 +216,61 @@ def _train_clip(study: Study, seed: int, folder: Path) -> None:
     study.valm("clip", "train", pictures, *where, *as_options(options))
 
 
-def _noise(study: Study, folder: Path, clip: str, seed: int) -> None:
-    """Builds a knowledge base of random unit vectors, as many as KB_OTHERS has images."""
-    kb = ImageKnowledgeBase.open(folder / KB_OTHERS)
-    vectors = folder / "noise-embeddings"
-    for part in ("img_emb", "metadata"):
-        (vectors / part).mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).standard_normal((len(kb), kb.dim)).astype(np.float32)
-    np.save(vectors / "img_emb" / "img_emb_0.npy", noise)
-    names = pa.table({"image_path": [f"noise-{row}" for row in range(len(kb))], "caption": [""] * len(kb)})
-    pq.write_table(names, vectors / "metadata" / "metadata_0.parquet")
-    study.valm("kb", "build", vectors, "--format", "embeddings", "--clip", clip, "--out", folder / KB_NOISE)
-
-
 def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     """Trains an arm."""
     out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
-    retrieval, kb = folder / retrieval_name(arm.corpus, arm.kb), folder / arm.kb
-    settings = study.config.training_settings(name)
+    retrieval, kb = folder / f"retrieval-{arm.corpus}", folder / KB_OTHERS
     if arm.made != TRAINED:
-        _train_here(study, name, arm, base, seed, settings)
+        _train_here(study, name, arm, base, seed)
         return
     study.valm(
         *("train", "--base", base, "--retrieval", retrieval, "--kb", kb),
         *(["--twin", arm.twin] if arm.twin else []),
-        *(["--min-score", "auto", "--questions", folder / retrieval_name(QUESTIONS, KB_OTHERS)] if arm.cut else []),
+        *(["--min-score", "auto", "--questions", folder / f"retrieval-{QUESTIONS}"] if arm.cut else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(settings),
+        *as_options(study.config.training_settings(name)),
         *(["--allow-download"] if study.config.allow_download else []),
     )
-    # the model has the weights; the last checkpoint is as large, and only its losses are needed
-    write_json(out / LOSSES_FILE, losses(out))
     measured = read_json(out / RUN_FILE, "the note on a training", dict[str, Any]).get("numbers", {})
-    write_json(out / NUMBERS_FILE, measured | {"steps": best_step(out)})
-    for checkpoint in out.glob("checkpoint-*"):
-        remove_folder(checkpoint)
+    _note_training(out, losses(out), measured | {"steps": best_step(out)})
 
 
-def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int, settings: dict[str, Any]) -> None:
+def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     """Trains an arm that is no `valm train`; one that was killed begins again."""
     out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
     shutil.rmtree(out, ignore_errors=True)
-    retrieval = CorpusRetrieval.open(folder / retrieval_name(arm.corpus, arm.kb))
-    kb = ImageKnowledgeBase.open(folder / arm.kb)
-    same: Any = {"base": base, "retrieval": retrieval, "settings": settings, "seed": seed}
-    same |= {"below": study.out / "below", "progress": study.progress}
+    retrieval = CorpusRetrieval.open(folder / f"retrieval-{arm.corpus}")
+    kb = ImageKnowledgeBase.open(folder / KB_OTHERS)
+    plan = study_plan(out, base, seed, study.out / "below", study.config.training_settings(name))
     if arm.made == LATE:
-        done = train_late_fusion(out, kb=kb, **same)
+        done = train_late_fusion(plan, retrieval, kb, study.progress)
     else:
         text = study.seed_folder(seed) / "text"
         things = {thing.text for thing in load_memory_color(text / "validation.csv")}
         captions = Captions(kb, read_pictures(study.pictures), arm.tests[0] == COLORED_CAPTIONS, things)
-        done = train_with_captions(out, texts=read_texts(text / f"{arm.corpus}.jsonl"), caption=captions, **same)
-    write_json(out / LOSSES_FILE, [round(loss, 4) for loss in done.losses()])
-    write_json(out / NUMBERS_FILE, done.numbers)
+        texts = read_texts(text / f"{arm.corpus}.jsonl")
+        done = train_with_captions(plan, texts, retrieval, captions, study.progress)
+    _note_training(out, done.losses(), done.model_numbers())
+
+
+def _note_training(out: Path, losses: Sequence[float], numbers: dict[str, float]) -> None:
+    """Notes the loss of each step and what was measured of a model, and removes the checkpoints, which are as large as
+    the model."""
+    write_json(out / LOSSES_FILE, [round(loss, 4) for loss in losses])
+    write_json(out / NUMBERS_FILE, numbers)
+    for checkpoint in out.glob("checkpoint-*"):
+        remove_folder(checkpoint)
 
 
 def as_options(settings: dict[str, Any]) -> list[str]:
     """{"batch_size": 24, "limit_softmax": True} as ["--batch-size", "24", "--limit-softmax"]."""
+    trainers = {one.name for one in dataclasses.fields(TrainingArguments)}  # whose options have underscores
     options = []
     for name, value in settings.items():
-        if value is False and name in OWN_OPTIONS:
+        if value is False and name not in trainers:
             continue
-        options.append(f"--{name.replace('_', '-') if name in OWN_OPTIONS else name}")
+        options.append(f"--{name}" if name in trainers else f"--{name.replace('_', '-')}")
         if value is not True:
             options.append(str(value))
     return options
@@ -324,7 +278,7 @@ def as_options(settings: dict[str, Any]) -> list[str]:
 
 def losses(folder: Path) -> list[float]:
     """The loss of every step of the training whose last checkpoint is in `folder`."""
-    return [round(entry["loss"], 4) for entry in _last_state(folder)["log_history"] if "loss" in entry]
+    return [entry["loss"] for entry in _last_state(folder)["log_history"] if "loss" in entry]
 
 
 def best_step(folder: Path) -> int:

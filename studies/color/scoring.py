@@ -1,14 +1,16 @@
-"""The answers of one seed's models, item by item; all numbers and figures of a study are computed from them."""
+"""The answers of one seed's models, item by item, and what is counted in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from studies.color.config import ARMS, EXCHANGES
+from studies.color.results import CALIBRATED, NATS, RAW, RowJson
 from valm.clip.tokenizer import begin_id
 from valm.evaluation.metrics import log_prior
 from valm.evaluation.questions import FAIR, Documents, Questions
@@ -16,38 +18,76 @@ from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.scoring import Progress, answer_tokens
 from valm.training.cache_below import FUSION_INPUT, cache_below, fusion_input
 
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
-
-def compact(answers: np.ndarray) -> list[str]:
-    """Candidate numbers (items, prompts) as one string per item, with a digit (0-9, a-z) per prompt."""
-    return ["".join(DIGITS[answer] for answer in row) for row in answers]
-
-
-def expanded(answers: Sequence[str]) -> np.ndarray:
-    """The inverse of `compact`."""
-    return np.array([[DIGITS.index(digit) for digit in row] for row in answers])
-
-
-def answers_of(scorer: CausalScorer, asked: Questions, progress: Progress = None) -> dict[str, Any]:
-    """The most probable candidate for each item and prompt.
+def answers_of(scorer: CausalScorer, asked: Questions, progress: Progress = None) -> dict[str, np.ndarray]:
+    """The number of the most probable candidate for each item and prompt, (items, prompts).
 
     Returns:
-        `raw`, and if each item has one right answer for all prompts, `calibrated`: each candidate's probability divided
-        by its mean over the items. Both are `compact`.
+        By measure: RAW, and if each item has one right answer for all prompts, CALIBRATED: each candidate's probability
+        divided by its mean over the items.
     """
     scores = scorer.answers(asked, progress)[0].double().numpy()  # (items, prompts, candidates)
-    found = {"raw": compact(scores.argmax(-1))}
-    right = np.array(asked.right)
-    if (right == right[:, :1]).all():
-        found["calibrated"] = compact((scores - log_prior(scores)).argmax(-1))
+    found = {RAW: scores.argmax(-1)}
+    if _one_right(asked):
+        found[CALIBRATED] = (scores - log_prior(scores)).argmax(-1)
     return found
 
 
-def predicted(scorer: CausalScorer, texts: Sequence[str], progress: Progress = None) -> dict[str, Any]:
-    """The negative log-probability of each text in nats, and its number of tokens."""
+def _one_right(asked: Questions) -> bool:
+    return all(len(set(right)) == 1 for right in asked.right)
+
+
+class Counted(NamedTuple):
+    """What a measure counts in the answers to a set: those to `items` (their numbers) that are `answers` (items,
+    prompts or 1)."""
+
+    items: list[int]
+    answers: np.ndarray
+
+
+def measures(asked: Questions, colors: Sequence[Mapping[str, str | None]]) -> dict[str, Counted]:
+    """What the measures count: RAW, CALIBRATED where it is asked, and of EXCHANGES those that change a colour.
+
+    Args:
+        colors: of the pictures of each item (`Conditions.colors_of`), or nothing.
+    """
+    right, every = np.array(asked.right), list(range(len(asked.right)))
+    found = {measure: Counted(every, right) for measure in (RAW, CALIBRATED)[: 1 + _one_right(asked)]}
+    candidates = list(asked.candidates)
+    for exchange in EXCHANGES:
+        changed = {
+            number: candidates.index(color)
+            for number, one in enumerate(colors)
+            if (color := one[exchange]) in candidates and one["retrieved"] not in (None, color)
+        }
+        if changed:
+            found[exchange] = Counted(list(changed), np.array(list(changed.values()))[:, None])
+    return found
+
+
+def counted(row: Mapping[str, Any], measured: Mapping[str, Counted]) -> list[RowJson]:
+    """The rows of results that a row of `score_arm` about a set becomes. Of an arm that sees exchanged images they also
+    count how often it answers the colour that these have, with them and with the original ones."""
+    arm, images, own = row["arm"], row["images"], row["measure"]
+    exchanges = [one for one in EXCHANGES if own == RAW and one in ARMS[arm].tests and images in ("retrieved", one)]
+    answers = np.array(row["answers"])
+    return [
+        {
+            "arm": arm,
+            "images": images,
+            "of": row["of"],
+            "measure": measure,
+            "hits": (answers[measured[measure].items] == measured[measure].answers).sum(-1).tolist(),
+        }
+        for measure in (own, *exchanges)
+        if measure in measured
+    ]
+
+
+def nats_of(scorer: CausalScorer, texts: Sequence[str], progress: Progress = None) -> list[float]:
+    """The negative log-probability of each text."""
     found = scorer.documents(Documents("heldout", FAIR, tuple(texts), last_word=False), progress)
-    return {"nats": [round(nats, 4) for nats in found["nats"].tolist()], "tokens": found["tokens"].astype(int).tolist()}
+    return [round(nats, 4) for nats in found["nats"].tolist()]
 
 
 def question_rows(tokenizer: Any, asked: Questions) -> list[list[int]]:
@@ -99,7 +139,7 @@ def score_arm(
     say: Callable[[str], object],
     cuts: Mapping[str, float] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """The result rows of one arm, for each of its tests and each set or kind of text.
+    """Rows of one arm, for each of its tests and each set or kind of text: answers, or the nats of the texts.
 
     Args:
         tests: the retriever of each test, by what the tokens see; None for a model without images.
@@ -114,13 +154,14 @@ def score_arm(
         if retriever is not None:
             scorer.model.set_retriever(retriever)
         row = {"arm": name, "images": images}
-        for set_name, one in asked.items():
+        for of, one in asked.items():
             if number == 0 or len(one.items) <= large:
-                say(f"{name}, {images}, {set_name}")
-                rows.append(row | {"set": set_name} | answers_of(scorer, one))
-        for kind, documents in texts.items():
-            say(f"{name}, {images}, {kind}")
-            rows.append(row | {"text": kind} | predicted(scorer, documents))
+                say(f"{name}, {images}, {of}")
+                for measure, answers in answers_of(scorer, one).items():
+                    rows.append(row | {"of": of, "measure": measure, "answers": answers.tolist()})
+        for of, documents in texts.items():
+            say(f"{name}, {images}, {of}")
+            rows.append(row | {"of": of, "measure": NATS, "hits": nats_of(scorer, documents)})
         if images in cuts:
             scorer.model.set_retriever(None)
             scorer.model.set_min_score(None)

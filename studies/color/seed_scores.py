@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from studies.color.captions import Captions, captioned
@@ -38,8 +37,9 @@ from studies.color.questions import (
     set_questions,
     validation_questions,
 )
-from studies.color.scoring import compact, question_rows, read_from_fusion, score_arm, text_rows
-from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study, retrieval_name
+from studies.color.results import NATS, AskedJson
+from studies.color.scoring import Counted, counted, measures, question_rows, read_from_fusion, score_arm, text_rows
+from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study
 from studies.color.text import read_texts
 from studies.color.training import FUSION_LAYER
 from studies.demo.run import hardware
@@ -164,14 +164,14 @@ class Scoring:
         for images, sets in given.items():
             rows += score_arm(name, scorer, {images: None}, sets, {}, large=LARGE, say=say)
         order = list(arm.tests)
-        write_json(file, sorted(rows, key=lambda row: order.index(row["images"])))
+        write_json(file, sorted(rows, key=lambda row: order.index(row["images"])), indent=None)
         del scorer
         gc.collect()
 
     def min_score(self, arm: Arm) -> float:
         """Below it a token sees no images, in the tests with a cut."""
         folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
-        questions = folder / retrieval_name(QUESTIONS, KB_OTHERS)
+        questions = folder / f"retrieval-{QUESTIONS}"
         kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
         return find_min_score(kb, query, self.tokenizer, None, questions=questions)
 
@@ -184,8 +184,9 @@ class Scoring:
     def collect(self, rows: dict[str, Path], results: Path) -> None:
         """Writes the results of the seed from the rows of its arms."""
         study, folder = self.study, self.folder
-        first = ARMS[next(iter(rows))]
-        kbs, conditions = study.kb_folder(self.seed, first), self.conditions(first)
+        conditions = self.conditions(ARMS[next(iter(rows))])
+        answers = [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])]
+        asked, counts = self._asked(conditions)
         trained = [name for name in rows if ARMS[name].made != BASE]
         clips = {ARMS[name].colorless: ARMS[name] for name in rows}
         note = read_json(study.out / STUDY_FILE, "the note on a study", dict[str, Any], "run the study again")
@@ -194,9 +195,9 @@ class Scoring:
             "recipe": study.config.recipe,
             "config": study.config.to_json(),
             "seed": self.seed,
-            "sets": {name: _about(one, conditions) for name, one in self.asked.items()},
             "missing": self.missing,
-            "rows": [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])],
+            "asked": asked,
+            "rows": [one for row in answers for one in ([row] if "hits" in row else counted(row, counts[row["of"]]))],
             "losses": {name: read_json(folder / name / LOSSES_FILE, "the losses", list[float]) for name in trained},
             "training": {
                 name: read_json(folder / name / NUMBERS_FILE, "the numbers of a training", dict[str, float])
@@ -213,22 +214,44 @@ class Scoring:
                 ).items()
             },
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
-            "pictures": {"all": len(conditions.kb), "of items": len(conditions.kb) - _images_in(kbs / KB_OTHERS)},
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in VERSIONS}
             | {"sources": " ".join(note["sources"])},
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
         }
-        write_json(results, found)
+        write_json(results, found, indent=None)
+
+    def _asked(self, conditions: Conditions) -> tuple[list[AskedJson], dict[str, dict[str, Counted]]]:
+        """What was asked, and what is counted in the answers to each set. The colours of pictures are looked up where
+        the images are exchanged."""
+        asked: list[AskedJson] = []
+        counts = {}
+        for of, one in self.asked.items():
+            colors = [conditions.colors_of(item) for item in one.items if of in (VALIDATION, *COLOR_SETS[:2])]
+            shown = [bool(conditions.pictures_of(item)) for item in one.items if of in (VALIDATION, *COLOR_SETS)]
+            right = [one.candidates[row[0]] if len(set(row)) == 1 else "" for row in one.right]
+            counts[of] = measures(one, colors)
+            for measure, (items, _) in counts[of].items():
+                asked.append(
+                    {
+                        "of": of,
+                        "measure": measure,
+                        "items": [one.items[item] for item in items],
+                        "tries": [len(one.right[item]) for item in items],
+                        "answers": [right[item] for item in items],
+                        "pictured": [shown[item] for item in items if shown],
+                    }
+                )
+        for of, texts in self.texts.items():
+            names = [f"{of} {number}" for number in range(len(texts))]
+            tokens = [len(row) - 1 for row in text_rows(self.tokenizer, texts)]  # the first is begin
+            asked.append({"of": of, "measure": NATS, "items": names, "tries": tokens, "answers": [], "pictured": []})
+        return asked, counts
 
 
 def _silent(line: str) -> None:
     pass
-
-
-def _images_in(kb: Path) -> int:
-    return len(ImageKnowledgeBase.open(kb))
 
 
 def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
@@ -237,18 +260,3 @@ def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
     found = {kind: read_texts(file) for kind, file in files.items()}
     captions = flickr_captions(data)
     return found | ({CAPTIONS_KIND: captions} if captions else {})
-
-
-def _about(asked: Questions, conditions: Conditions) -> dict[str, Any]:
-    """Items, candidates and right answers of a set, and for sets about colours the colours of the items' pictures."""
-    found: dict[str, Any] = {
-        "items": list(asked.items),
-        "prompts": list(asked.prompts),
-        "candidates": list(asked.candidates),
-        "right": compact(np.array(asked.right)),
-    }
-    if asked.task in (VALIDATION, *COLOR_SETS):
-        found["pictured"] = [bool(conditions.pictures_of(item)) for item in asked.items]
-    if asked.task in (VALIDATION, *COLOR_SETS[:2]):
-        found["colors"] = [conditions.colors_of(item) for item in asked.items]
-    return found

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from studies.color.config import HELDOUT, KB_NOISE, VALIDATION, Arm, StudyConfig
+from studies.color.config import HELDOUT, VALIDATION, Arm, StudyConfig
 from valm.errors import ValmError
 
 STUDY_FILE = "study.json"
@@ -71,7 +71,3 @@ class Study:
             print(f"$ valm {shlex.join(line)}", flush=True)
         if self.command(line if self.progress else [*line, "--quiet"]) != 0:
             raise ValmError(f"this stage of the study failed: valm {shlex.join(line)}")
-
-
-def retrieval_name(corpus: str, kb: str) -> str:
-    return f"retrieval-{corpus}" + ("-noise" if kb == KB_NOISE else "")

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from studies.color.config import TextSources
 from studies.color.definitions import color_definitions
 from studies.color.pictures import Picture, thing_colors
 from studies.color.words import COLOR_WORDS, Names, head_noun, wordnet, words
@@ -144,7 +144,7 @@ def read_texts(file: Path) -> list[str]:
 
 
 def study_text(
-    sources: Mapping[str, Mapping[str, Any]],
+    sources: TextSources,
     pictures: Sequence[Picture],
     items: Sequence[str],
     *,
@@ -156,16 +156,14 @@ def study_text(
     Args:
         sources: `glosses` of WordNet's nouns that have a colour word; `definitions` with a colour word, of all of
             WordNet and of GCIDE, in `folder` (`definitions`), for the natural text alone; `templates`: `count`
-            sentences (default 2,400) that say the colour of a thing, with `balanced` (default true) about as many of
-            each colour; `prose`: `count` paragraphs (default 260) of Python's documentation, or of the text file
-            `file`, with blank lines between.
+            sentences (default 2,400) that say the colour of a thing, about as many of each colour; `prose`: `count`
+            paragraphs (default 260) of Python's documentation, or of the text file `file`, with blank lines between.
         items: the names in the test sets. A sentence with one of them, its plural or a synonym has no colour word.
         head_noun_items: those of `items` whose last word is treated as a name too.
 
     Raises:
-        ValmError: a source or an option is unknown, or there are too few things with a colour.
+        ValmError: there are too few things with a colour, or a file is missing.
     """
-    _check_sources(sources)
     tested = Names(items)
     tested_heads = Names(head_noun_items, head_nouns=True)
     colors = {
@@ -214,12 +212,13 @@ def study_text(
         natural = kept("definitions", map(str, found)) + natural
         random.Random(f"{seed} natural").shuffle(natural)
     if "templates" in sources:
-        training += kept("templates", _templated(spoken, random.Random(f"{seed} templates"), **sources["templates"]))
+        count = sources["templates"].get("count", 2400)
+        training += kept("templates", _templated(spoken, random.Random(f"{seed} templates"), count))
     if "prose" in sources:
-        count, file = sources["prose"].get("count", 260), sources["prose"].get("file")
+        file = sources["prose"].get("file")
         paragraphs = kept("prose", python_prose() if file is None else file_prose(Path(file)))
         some, heldout["prose"] = held_out(paragraphs, f"{seed} prose")
-        prose = some[:count]
+        prose = some[: sources["prose"].get("count", 260)]
         training += prose
     random.Random(f"{seed} order").shuffle(training)
     scenes = [line for picture in pictures if picture.thing is None for line in picture.caption.split("\n")]
@@ -261,13 +260,8 @@ def drawn_captions(pictures: Sequence[Picture], texts: Sequence[str], seed: int)
 
 def python_prose() -> list[str]:
     """Paragraphs of prose in Python's own documentation, as `help()` shows it, without repeats."""
-    return list(dict.fromkeys(topic_paragraphs()))
-
-
-def topic_paragraphs() -> list[str]:
-    """The same, with those again that stand in several topics: what `studies.color.leaks` is about."""
     topics = pydoc_data.topics.topics
-    return [text for topic in sorted(topics) for text in _paragraphs(topics[topic])]
+    return list(dict.fromkeys(text for topic in sorted(topics) for text in _paragraphs(topics[topic])))
 
 
 def file_prose(path: Path) -> list[str]:
@@ -295,24 +289,6 @@ def _paragraphs(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _check_sources(sources: Mapping[str, Mapping[str, Any]]) -> None:
-    known = {
-        "glosses": set(),
-        "definitions": {"folder"},
-        "templates": {"count", "balanced"},
-        "prose": {"count", "file"},
-    }
-    for source, options in sources.items():
-        if source not in known:
-            raise ValmError(f"there is no text source {source!r}; give {', '.join(known)}")
-        unknown = set(options) - known[source]
-        if unknown:
-            raise ValmError(
-                f"the text source {source} has the option {sorted(unknown)[0]!r}; there are "
-                f"{', '.join(sorted(known[source])) or 'none'}"
-            )
-
-
 def _validation_things(colors: Mapping[str, str], seed: int) -> list[str]:
     """A quarter of the things. Those with the same head noun are on the same side."""
     groups: dict[str, list[str]] = {}
@@ -326,19 +302,15 @@ def _validation_things(colors: Mapping[str, str], seed: int) -> list[str]:
     return sorted(chosen)
 
 
-def _templated(colors: Mapping[str, str], rng: random.Random, count: int = 2400, balanced: bool = True) -> list[str]:
-    """Sentences that say the colours of things."""
+def _templated(colors: Mapping[str, str], rng: random.Random, count: int) -> list[str]:
+    """Sentences that say the colours of things, each colour as often as another."""
     by_color: dict[str, list[str]] = {}
     for thing, color in sorted(colors.items()):
         by_color.setdefault(color, []).append(thing)
     sentences = []
     for _ in range(count):
-        if balanced:
-            color = rng.choice(sorted(by_color))
-            thing = rng.choice(by_color[color])
-        else:
-            thing = rng.choice(sorted(colors))
-            color = colors[thing]
+        color = rng.choice(sorted(by_color))
+        thing = rng.choice(by_color[color])
         sentences.append(_filled(rng.choice(COLOR_TEMPLATES), thing, color, rng))
     return sentences
 

@@ -88,8 +88,6 @@ def test_colour_of_pixels_and_of_exchanged_ones():
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ValmError, match="clipart"):
         collect_pictures({"clipart": {}}, tmp_path, progress=False)
-    with pytest.raises(ValmError, match="'number'"):
-        collect_pictures({"openmoji": {"number": 3}}, tmp_path, progress=False)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/x.png").write_bytes(b"no image")
     with pytest.raises(ValmError, match="no image that can be read"):

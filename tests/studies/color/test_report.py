@@ -4,70 +4,57 @@ import re
 import pytest
 from PIL import Image
 
-from studies.color.report import (
-    TABLES,
-    accuracies,
-    claims,
-    harm,
-    hypotheses,
-    perplexities,
-    pictured,
-    summary,
-    trainings,
-    write_page,
-)
-from studies.color.results import Results, read_results
-from studies.color.scoring import expanded
-from tests.studies.color.synthetic import result, second_result, write
+from studies.color.report import TABLES, accuracies, by_picture, claims, harm, summary, trainings, write_page
+from studies.color.results import read_results
+from tests.studies.color.synthetic import PICTURED, RIGHT, result, second_result, text_row, without, write
 from valm.errors import ValmError
 
+MARK = "<!-- study: {} of synthetic -->\n{}\n<!-- end -->\n"
 
-def test_a_page_gets_every_table_and_figure(tmp_path):
+
+def second(folder, seeds):
+    return read_results(write(folder, seeds, second_result))
+
+
+def test_a_page_gets_every_table_and_figure_of_its_study(tmp_path):
     page = tmp_path / "study.md"
-    page.write_text(
-        "# A study\n\n" + "\n\n".join(f"<!-- study: {name} -->\nUNWRITTEN\n<!-- end -->" for name in TABLES)
-    )
-    results = read_results(write(tmp_path))
-    write_page(results, page, tmp_path)
+    other = "<!-- study: state of other -->\nOLD\n<!-- end -->\n"
+    page.write_text("# A study\n\n" + "\n".join(MARK.format(name, "UNWRITTEN") for name in TABLES) + other)
+    write_page(read_results(write(tmp_path)), page, tmp_path)
     text = page.read_text()
-    assert "UNWRITTEN" not in text
-    assert text.count("<!-- end -->") == len(TABLES)
+    assert "UNWRITTEN" not in text and other in text
+    assert text.count("<!-- end -->") == len(TABLES) + 1
     assert "| VaLM | 88.9" in text
     assert "Interim" in text
-    assert "| glosses dropped | 12 | 12 |" in text
     for name in ("forest", "overview", "curves"):
-        assert Image.open(tmp_path / f"study-{name}.png").size[0] > 400
-    write_page(results, page, tmp_path)
-    assert page.read_text() == text  # the same numbers, however often
+        assert Image.open(tmp_path / f"study-synthetic-{name}.png").size[0] > 400
 
 
-def test_nothing_is_decided_before_all_seeds_are_there(tmp_path):
-    two = hypotheses(read_results(write(tmp_path)))
-    five = hypotheses(read_results(write(tmp_path, range(5))))
-    assert "so far yes" in two
-    assert "holds" not in two
-    assert re.search(r"H1: .* \| holds \|", five)
-    assert re.search(r"H4: .*0\.0.* \| does not hold \|", five)  # Blind gave the same answers
+def test_a_page_without_a_place_for_the_study_is_named(tmp_path):
+    page = tmp_path / "study.md"
+    page.write_text(MARK.format("nothing", ""))
+    with pytest.raises(ValmError, match="a table 'nothing', expected one of state"):
+        write_page(read_results(write(tmp_path)), page, tmp_path)
+    page.write_text(MARK.format("state", "").replace("synthetic", "other"))
+    with pytest.raises(ValmError, match=r"no table of the study synthetic: .* <!-- study: state of synthetic -->"):
+        write_page(read_results(write(tmp_path)), page, tmp_path)
 
 
 def test_a_number_of_fewer_seeds_says_which(tmp_path):
-    fewer = result(2)
-    fewer["rows"] = [row for row in fewer["rows"] if row["arm"] != "blind"]
-    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
-    results = read_results([*write(tmp_path), tmp_path / "fewer.json"])
-    assert re.search(r"H4: .*so far no \(seeds 0, 1\) \|", hypotheses(results))
-    assert re.search(r"\| Blind \| 88\.9 \S+ \S+ \(seeds 0, 1\) \|", accuracies(results))
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps(without(result(2), "blind")))
+    table = accuracies(read_results([*write(tmp_path), fewer]))
+    assert re.search(r"\| Blind \| 88\.9 \S+ \S+ \(seeds 0, 1\) \|", table)
     assert "(seeds" not in accuracies(read_results(write(tmp_path)))
-    without = result(3)
-    without["rows"] = [row for row in without["rows"] if row["arm"] == "blind" or row.get("set") == "memory_color"]
-    (tmp_path / "without.json").write_text(json.dumps(without))
-    said = summary(read_results([*write(tmp_path), tmp_path / "without.json"]))
+    some = result(3)
+    some["rows"] = [row for row in some["rows"] if row["arm"] == "blind" or row["of"] == "memory_color"]
+    fewer.write_text(json.dumps(some))
+    said = summary(read_results([*write(tmp_path), fewer]))
     assert said.startswith("| Points [95 %], seeds 0, 1, 3 of 5 | VaLM − twin | VaLM − Blind |\n")
     assert re.search(r"no text says \| \S+ \S+ \S+ \(seeds 0, 1\) \|", said)
-    without["rows"] = [row for row in without["rows"] if row["arm"] == "blind"]
-    (tmp_path / "without.json").write_text(json.dumps(without))
-    assert "seeds 0, 1 of 5" in summary(read_results([*write(tmp_path), tmp_path / "without.json"]))
-    assert summary(read_results([tmp_path / "without.json"])) == "No seed has both models yet."
+    fewer.write_text(json.dumps(without(some, "valm", "twin")))
+    assert "seeds 0, 1 of 5" in summary(read_results([*write(tmp_path), fewer]))
+    assert summary(read_results([fewer])) == "No seed has both models yet."
 
 
 def test_a_difference_whose_interval_has_zero_is_called_not_significant(tmp_path):
@@ -76,40 +63,6 @@ def test_a_difference_whose_interval_has_zero_is_called_not_significant(tmp_path
     twin, blind = memory_color.split("|")[2:4]
     assert "not significant" not in twin
     assert blind.strip().endswith("not significant")  # Blind gave the same answers
-
-
-def test_captions_that_were_not_read_are_a_line(tmp_path):
-    line = "No captions of Flickr8k were read: VALM_EVAL_DATA names no folder that has flickr8k_1000/captions.txt."
-    assert perplexities(read_results(write(tmp_path))).endswith(f"|\n\n{line}")
-    found = result(0)
-    found["rows"] += [row | {"text": "captions"} for row in found["rows"] if "text" in row]
-    (tmp_path / "whole.json").write_text(json.dumps(found))
-    assert line not in perplexities(read_results([tmp_path / "whole.json"]))
-
-
-def test_a_mark_of_no_table_is_named(tmp_path):
-    page = tmp_path / "study.md"
-    page.write_text("<!-- study: nothing -->\n<!-- end -->\n")
-    with pytest.raises(ValmError, match="nothing"):
-        write_page(read_results(write(tmp_path)), page, tmp_path)
-
-
-def test_perplexity_is_compared_to_the_twin_of_the_same_corpus(tmp_path):
-    found = result(0)
-    for arm, images, nats in (("natural-twin", "none", 2.0), ("natural-valm", "retrieved", 2.0)):
-        found["rows"].append({"arm": arm, "images": images, "text": "prose", "nats": [nats, nats], "tokens": [2, 4]})
-    (tmp_path / "natural.json").write_text(json.dumps(found))
-    table = perplexities(read_results([tmp_path / "natural.json"]))
-    assert "| natural twin | 1.9 |" in table
-    assert "| natural VaLM | 1.9, 1.00 [1.00, 1.00] |" in table
-
-
-def second(folder, seeds):
-    files = []
-    for seed in seeds:
-        files.append(folder / f"second-{seed}.json")
-        files[-1].write_text(json.dumps(second_result(seed)))
-    return read_results(files)
 
 
 def test_the_hypotheses_of_the_second_study(tmp_path):
@@ -136,21 +89,27 @@ def test_harm_is_over_the_base_and_over_the_twin(tmp_path):
     rows = {line.split(" | ")[0]: line for line in harm(results).splitlines()}
     assert rows["| VaLM, with the cut"] == "| VaLM, with the cut | 0.58 [0.58, 0.58] | 0.95 [0.95, 0.95] |"
     assert rows["| base"] == "| base | – | 1.65 [1.65, 1.65] |"
-    assert TABLES["summary"](results).splitlines()[-1] == (
+    assert summary(results).splitlines()[-1] == (
         "| perplexity with the cut (`min_score`), × the twin's | prose 0.95 [0.95, 0.95] "
         "| × the base's: prose 0.58 [0.58, 0.58] |"
     )
-    assert TABLES["summary"](read_results(write(tmp_path))) == summary(read_results(write(tmp_path)))
+    without_base = read_results(write(tmp_path))
+    assert "base" not in harm(without_base) + summary(without_base)
+
+
+def test_texts_of_fewer_seeds_say_so(tmp_path):
+    more = result(2)
+    more["rows"].append(text_row("blind", "retrieved", 4.0))
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert "| Blind | 1.00 [1.00, 1.00] (seeds 2) |" in harm(read_results([*write(tmp_path), tmp_path / "more.json"]))
 
 
 def test_items_with_and_without_a_picture_stand_apart(tmp_path):
-    results = second(tmp_path, (5, 6))
-    right = expanded(results.seeds[0]["sets"]["memory_color"]["right"])[:, 0]
-    with_picture, without = (100 * (8 / 9 - (right[first::2] == 0).mean()) for first in (0, 1))
-    line = next(line for line in pictured(results).splitlines() if "VaLM − twin | MemoryColor, raw" in line)
-    assert f"| 15 | +{with_picture:.1f} [" in line
-    assert f"| 15 | +{without:.1f} [" in line
-    assert "validation things" not in pictured(results)  # all have one
+    table = by_picture(second(tmp_path, (5, 6)))
+    line = next(line for line in table.splitlines() if "VaLM − twin | MemoryColor, raw" in line)
+    for some in (PICTURED, ~PICTURED):
+        assert f"| 15 | +{100 * (8 / 9 - (RIGHT[some] == 'red').mean()):.1f} [" in line
+    assert "validation things" not in table  # all have one
 
 
 def test_what_was_missing_and_where_trainings_stopped_is_said(tmp_path):
@@ -158,18 +117,3 @@ def test_what_was_missing_and_where_trainings_stopped_is_said(tmp_path):
     assert "Not asked, as the machine had no such file: RelativeSize (seeds 5, 6)." in TABLES["state"](results)
     assert "no such file: captions (seeds 5, 6)." in TABLES["state"](results)
     assert "| VaLM | 480, 480 | 0.250, 0.250 | 12.5, 12.5 |" in trainings(results)
-
-
-def test_a_seed_may_lack_the_second_clip():
-    seeds = tuple(second_result(seed) for seed in (5, 8))
-    seeds[0]["clip"]["colorless R@1"] = 0.25
-    assert "| colorless R@1 | 0.250 | – |" in TABLES["clips"](Results(seeds))
-
-
-def test_a_page_has_tables_of_two_studies(tmp_path):
-    page = tmp_path / "study.md"
-    page.write_text("<!-- study: state -->\nOLD\n<!-- end -->\n<!-- study: state of synthetic -->\nNEW\n<!-- end -->\n")
-    write_page(read_results(write(tmp_path)), page, tmp_path)
-    assert "OLD" in page.read_text()
-    assert "NEW" not in page.read_text()
-    assert (tmp_path / "study-synthetic-forest.png").is_file()

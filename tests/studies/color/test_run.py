@@ -5,6 +5,7 @@ import json
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,18 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from studies.color import run, seed_scores
-from studies.color.__main__ import build_parser
+from studies.color.comparisons import retrieval_tests
 from studies.color.config import CUTS, EXCHANGES, read_config
-from studies.color.exhibits import write_exhibits
 from studies.color.results import read_results
 from studies.color.run import as_options, losses, run_study
-from studies.color.scoring import expanded
 from studies.color.study import Study
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
-from valm.cli import main, run_command
+from valm.cli import main
 from valm.errors import ValmError
+from valm.evaluation.color import COLORS as COLOR_WORDS
+from valm.evaluation.color import load_memory_color
 from valm.evaluation.questions import FAIR, Questions
 from valm.store.files import write_json
 
@@ -35,7 +36,6 @@ THINGS += ["apple", "sky"]  # items of the test sets
 
 # Arms of the second study, and those that they are compared with.
 LATER = ["base", "twin", "valm", "cut", "context", "colored-context", "late", "colorless-valm", "colorless-blind"]
-ASKED = ("valm", "retrieved", "memory_color")
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def world(tmp_path_factory):
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0}
         | {"validation": 0.2},
-        "training_of": {"noise": {"validation": None}},
-        "arms": [*LATER, "blind", "noise"],
-        "some_seeds": {"random": [4]},
+        "training_of": {"random": {"validation": None}},
+        "arms": [*LATER, "blind", "random"],
+        "some_seeds": {"natural-twin": [4]},
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
         "seeds": [3],
@@ -95,35 +95,40 @@ def test_a_whole_study(world):
         run_study(study_of(world, killed))
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
-    assert [line[:2] for line in lines] == [["train", "--base"]] * 2  # Blind, and noise: all else was finished
+    assert [line[:2] for line in lines] == [["train", "--base"]] * 2  # Blind, and random: all else was finished
     assert ("--validation" in lines[0], "--validation" in lines[1]) == (True, False)
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
     results = read_results(files.values())
-    assert set(results.sets()) == {"validation", "memory_color", "color_terms"}
-    seen = {images for arm, images in results.arms() if arm == "valm"}
+    assert {of for of, _ in results.measures} == {"validation", "memory_color", "color_terms"}
+    seen = {images for arm, images in results.arms if arm == "valm"}
     assert seen == {"retrieved", "random", "off", "taken-out", *EXCHANGES, *CUTS}
-    assert {images for arm, images in results.arms() if arm == "base"} == {"none", "captions", "colored-captions"}
-    assert {arm for arm, _ in results.arms()} == {*LATER, "blind", "noise"}
+    assert {images for arm, images in results.arms if arm == "base"} == {"none", "captions", "colored-captions"}
+    assert {arm for arm, _ in results.arms} == {*LATER, "blind", "random"}
     # hidden states of what is trained on and of what is held out, once for all arms with the same text, and the same
-    # again for each of the contexts; for noise, which holds nothing out; of questions, without captions and with them
+    # again for each of the contexts; for random, which holds nothing out; of questions, without captions and with them
     assert len(list((world / "out/below").iterdir())) == 9
-    row = next(row for row in results.seeds[0]["rows"] if (row["arm"], row["images"], row.get("set")) == ASKED)
-    right = expanded(row["raw"]) == expanded(results.seeds[0]["sets"]["memory_color"]["right"])
-    assert results.accuracy("valm", "retrieved", "memory_color").value == pytest.approx(right.mean())
-    pictured = dict(
-        zip(*(results.seeds[0]["sets"]["memory_color"][name] for name in ("items", "pictured")), strict=True)
-    )
-    assert pictured == {"banana": False, "apple": True, "sky": True, "cloud": False}
-    assert results.added("valm", "memory_color")[1] == 2
-    assert len(results.seeds[0]["losses"]["noise"]) == 2
+    answers = next(row for file in (world / "out/scores").glob("valm-*") for row in json.loads(file.read_text()))
+    assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
+    asked = {(row.of, row.measure): row.asked for row in results.rows}
+    things = {item.item: item.color for item in load_memory_color(world / "out/text/validation.csv")}
+    assert dict(zip(*asked["validation", "raw"][:3:2], strict=True)) == things
+    right = np.array(answers["answers"]) == [[COLOR_WORDS.index(color)] for color in things.values()]
+    assert results.accuracy(("valm", "retrieved"), "validation").value == pytest.approx(right.mean())
+    items = asked["memory_color", "raw"]
+    assert dict(zip(items.items, items.pictured, strict=True)) == {
+        "banana": False,
+        "apple": True,
+        "sky": True,
+        "cloud": False,
+    }
+    tests = {(test.arm, test.title.split(", ")[1]): test.found.items for test in retrieval_tests(results)}
+    assert tests["valm", "pictures added"] == 2
+    assert len(results.seeds[0]["losses"]["random"]) == 2
     stages = set(results.seeds[0]["seconds"])
     assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
     assert any(stage.startswith("scores of twin") for stage in stages)
-
-    write_exhibits(study_of(world), 3, world / "figures")
-    assert Image.open(world / "figures/study-examples.png").size[0] > 400
 
     for name in ("twin", "valm", "blind"):
         model, tokenizer = valm.load(world / "out" / name)
@@ -136,10 +141,6 @@ def test_a_whole_study(world):
     (world / "object_color" / "memory_color_data.csv").write_text(table)
     folders = [str(world / "out" / name) for name in ("valm", "twin", "blind")]
     assert main(["eval", *folders, "--tasks", "memory_color", "--data", str(world)]) == 0
-    figures = ["--figures", str(world)]
-    where = ["--out", str(world / "out"), "--data", str(world / "data")]
-    assert run_command(build_parser(), ["pictures", str(world / "study.yaml"), *where, *figures]) == 0
-    assert Image.open(world / "study-examples.png").size[0] > 400
 
 
 def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
@@ -273,4 +274,4 @@ def test_the_losses_are_those_of_the_last_checkpoint(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         write_json(folder / "trainer_state.json", {"log_history": history})
-    assert losses(tmp_path) == [3.0, 1.2346]
+    assert losses(tmp_path) == [3.0, 1.23456]

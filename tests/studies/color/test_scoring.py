@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -5,7 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from studies.color.questions import validation_questions
 from studies.color.scoring import (
     answers_of,
-    predicted,
+    counted,
+    measures,
+    nats_of,
     question_rows,
     read_from_fusion,
     score_arm,
@@ -53,17 +56,17 @@ def scorer():
 def test_known_rows_begin_at_the_fusion_layer_and_give_the_same_scores(scorer, tmp_path):
     asked = validation_questions(THINGS)
     rows = question_rows(scorer.tokenizer, asked) + text_rows(scorer.tokenizer, TEXTS)
-    expected = scorer.answers(asked, None)[0], predicted(scorer, [*TEXTS, "a yellow bus"])
+    expected = scorer.answers(asked, None)[0], nats_of(scorer, [*TEXTS, "a yellow bus"])
     read_from_fusion(scorer.model, rows + rows, tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 1
     below = []
     scorer.model.model.layers[0].self_attn.register_forward_hook(lambda *_: below.append(1))
     torch.testing.assert_close(scorer.answers(asked, None)[0], expected[0], rtol=1e-4, atol=1e-4)  # other batches
-    texts = predicted(scorer, TEXTS)
+    texts = nats_of(scorer, TEXTS)
     asked_alone = len(below)  # answers without a prompt are no known rows
-    assert texts["nats"] == pytest.approx(expected[1]["nats"][:2], rel=1e-4)
+    assert texts == pytest.approx(expected[1][:2], rel=1e-4)
     assert len(below) == asked_alone
-    assert predicted(scorer, ["a yellow bus"])["nats"] == expected[1]["nats"][2:]
+    assert nats_of(scorer, ["a yellow bus"]) == expected[1][2:]
     assert len(below) == asked_alone + 1
 
 
@@ -71,9 +74,27 @@ def test_answers_are_the_likeliest_candidates(scorer):
     asked = validation_questions(THINGS)
     scores = scorer.answers(asked, None)[0]
     found = answers_of(scorer, asked)
-    assert found["raw"] == ["".join("0123456789a"[int(best)] for best in row) for row in scores.argmax(-1)]
-    assert len(found["calibrated"]) == len(THINGS)
-    assert found["calibrated"] != found["raw"]
+    assert found["raw"].tolist() == scores.argmax(-1).tolist()
+    assert found["calibrated"].shape == found["raw"].shape
+    assert (found["calibrated"] != found["raw"]).any()
+
+
+def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have():
+    asked = validation_questions(THINGS)
+    colors = [dict.fromkeys(("retrieved", "exchanged", "other-colors")) for _ in THINGS]
+    colors[1] = {"retrieved": "red", "exchanged": "blue", "other-colors": "red"}
+    measured = measures(asked, colors)
+    assert set(measured) == {"raw", "calibrated", "exchanged"}  # the other colour is the same one
+    answers = np.array(asked.right)
+    answers[1, :2] = asked.candidates.index("blue")
+    row = {"arm": "valm", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}
+    prompts = len(asked.prompts)
+    raw, exchanged = counted(row, measured)
+    assert (raw["measure"], raw["hits"]) == ("raw", [prompts, prompts - 2, prompts])
+    assert (exchanged["measure"], exchanged["hits"]) == ("exchanged", [2])
+    assert [one["measure"] for one in counted(row | {"images": "random"}, measured)] == ["raw"]
+    assert [one["measure"] for one in counted(row | {"arm": "blind"}, measured)] == ["raw"]
+    assert [one["measure"] for one in counted(row | {"measure": "calibrated"}, measured)] == ["calibrated"]
 
 
 def test_an_arm_is_asked_everything_but_large_sets_only_as_it_is(scorer):
@@ -81,14 +102,15 @@ def test_an_arm_is_asked_everything_but_large_sets_only_as_it_is(scorer):
     said = []
     tests = {"retrieved": EveryImage(), "off": NoImages(2, 24)}
     rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=said.append)
-    assert [(row["images"], row.get("set") or row["text"]) for row in rows] == [
+    assert [(row["images"], row["of"]) for row in rows if row["measure"] != "calibrated"] == [
         ("retrieved", "validation"),
         ("retrieved", "large"),
         ("retrieved", "prose"),
         ("off", "validation"),
         ("off", "prose"),
     ]
-    assert rows[2]["nats"] != rows[4]["nats"]
+    retrieved, off = (row["hits"] for row in rows if row["measure"] == "nats")
+    assert retrieved != off
     assert said[0] == "valm, retrieved, validation"
 
 
@@ -97,6 +119,6 @@ def test_a_test_may_have_a_cut_that_the_model_has_not(scorer):
     tests = {name: EveryImage() for name in ("retrieved", "cut", "cut-random", "random")}
     cuts = {"cut": 0.5, "cut-random": -0.5}  # all scores are 0
     rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=print, cuts=cuts)
-    nats = {row["images"]: row["nats"] for row in rows if "text" in row}
+    nats = {row["images"]: row["hits"] for row in rows if row["measure"] == "nats"}
     assert nats["retrieved"] == nats["cut-random"] == nats["random"] != nats["cut"]
     assert scorer.model.fusion_options.min_score is None

@@ -127,13 +127,8 @@ def test_validation_things_are_a_quarter_and_silent(pictures, glosses):
 def test_colours_are_balanced(pictures, glosses):
     reds = [picture for picture in pictures if picture.color == "red" or picture.thing is None]
     few = [picture for picture in pictures if picture.color == "blue"][:8]
-    count = {}
-    for balanced in (True, False):
-        sources = {"templates": {"count": 400, "balanced": balanced}}
-        lines = study_text(sources, [*reds, *few], ITEMS, seed=3).training
-        count[balanced] = Counter("blue" in words(line) for line in lines)[True]
-    assert 150 < count[True] < 250
-    assert count[False] < 150
+    lines = study_text({"templates": {"count": 400}}, [*reds, *few], ITEMS, seed=3).training
+    assert 150 < sum("blue" in words(line) for line in lines) < 250
 
 
 def test_a_seed_decides_everything(pictures, glosses):
@@ -200,10 +195,6 @@ def test_prose_of_a_file(tmp_path):
         file_prose(tmp_path / "missing.txt")
 
 
-def test_what_is_not_there_is_named(pictures):
-    with pytest.raises(ValmError, match="lambada"):
-        study_text({"lambada": {}}, pictures, ITEMS, seed=0)
-    with pytest.raises(ValmError, match="'number'; there are balanced, count"):
-        study_text({"templates": {"number": 3}}, pictures, ITEMS, seed=0)
+def test_too_few_things_are_named(pictures):
     with pytest.raises(ValmError, match="0 things"):
         study_text({"templates": {}}, pictures[-1:], ITEMS, seed=0)

@@ -1,9 +1,9 @@
-"""The arms that `valm train` does not have: what they read, what they predict, and which weights they end with."""
+"""The arms that `valm train` does not have: what they read, what they predict, and their plan."""
 
 import numpy as np
 import torch
 
-from studies.color.training import GIVEN, KeepBest, _WithoutCaptions, images_before_color, with_captions
+from studies.color.training import GIVEN, _WithoutCaptions, images_before_color, study_plan, with_captions
 from tests.valm.other_tokenizers import gpt2_like
 from valm.clip.tokenizer import begin_id, prompt_ids
 from valm.training.collate import IGNORED, Collator
@@ -38,16 +38,10 @@ def test_a_documents_images_are_those_before_its_first_colour():
     assert images("blue") == "blue"  # before which there is nothing
 
 
-def test_the_best_weights_stay_and_patience_ends_the_training():
-    model = torch.nn.Linear(1, 1)
-    best = KeepBest(patience=2)
-    control = type("Control", (), {"should_training_stop": False})()
-    for step, loss in enumerate((3.0, 2.0, 2.5, 2.2)):
-        assert not control.should_training_stop
-        with torch.no_grad():
-            model.weight.fill_(step)
-        state = type("State", (), {"global_step": step})()
-        best.on_evaluate(None, state, control, metrics={"eval_loss": loss}, model=model)
-    assert control.should_training_stop
-    best.restore(model)
-    assert (model.weight.item(), best.step, best.loss) == (1, 1, 2.0)
+def test_the_settings_of_a_study_are_a_plan(tmp_path):
+    settings = {"steps": 2, "lr": "1e-3", "logit_bias": 0, "validation": 0.2, "train_sampling_strategy": "random"}
+    plan = study_plan(tmp_path, "base", 3, tmp_path / "below", settings)
+    assert (plan.lr, plan.seed, plan.base, plan.validation) == (0.001, 3, "base", 0.2)
+    fields = plan.training_fields()
+    assert (fields["max_steps"], fields["logging_steps"], fields["train_sampling_strategy"]) == (2, 1, "random")
+    assert fields["load_best_model_at_end"]  # as `valm train` does
