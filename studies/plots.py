@@ -11,7 +11,6 @@ from valm.errors import ValmError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 INK = "#23272e"
@@ -40,7 +39,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def loss_curves(curves: Mapping[str, Sequence[float]], *, window: int = 10) -> Figure:
     """Loss against step: each curve is the mean of `window` steps, drawn over the raw losses in a paler tone."""
-    figure = new_figure(6.4, 3.2)
+    figure = new_figure(4.4, 2.9)
     axes = figure.subplots()
     for (name, values), color in zip(curves.items(), SERIES, strict=False):
         axes.plot(np.arange(1, len(values) + 1), values, color=color, alpha=0.2, linewidth=0.8)
@@ -59,13 +58,6 @@ def smoothed(losses: Sequence[float], window: int) -> tuple[np.ndarray, np.ndarr
     """Steps, and the mean loss of so many steps up to each; of fewer where the training was shorter."""
     window = min(window, len(losses))
     return np.arange(window, len(losses) + 1), np.convolve(losses, np.ones(window) / window, mode="valid")
-
-
-def transparent_to(color: str) -> Colormap:
-    """A color map for light and dark paper."""
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
-
-    return LinearSegmentedColormap.from_list(color, [to_rgba(color, 0.0), to_rgba(color, 1.0)])
 
 
 def quiet(axes: Axes) -> None:

@@ -12,11 +12,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from studies import explanation_figures, plots
+from studies import plots
 from studies.demo.corpus import begins_a_sentence
 from studies.demo.exhibits import Exhibits
 from studies.demo.things import CREDIT
-from valm.evaluation.questions import COLOR_PROMPTS, COLORS
+from valm.evaluation.questions import COLOR_PROMPTS
+from valm.explain.explanation import Explanation
+from valm.text import printable
 from valm_kernels.atomic_files import atomic_path
 
 if TYPE_CHECKING:
@@ -24,6 +26,19 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 
+SWATCHES = {
+    "white": "#fbfbfb",
+    "yellow": "#f5d327",
+    "green": "#5c9e31",
+    "red": "#d22f27",
+    "grey": "#9b9b9a",
+    "brown": "#7a5230",
+    "black": "#222222",
+    "blue": "#3f8fd0",
+    "purple": "#8967aa",
+    "pink": "#f59ab4",
+    "orange": "#e27022",
+}
 ROW_NAMES = {
     "valm": "VaLM, 4 retrieved pictures a token",
     "gpt2": "GPT-2*, the same model without pictures",
@@ -54,19 +69,36 @@ def write_report(
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         results=results,
         row_names=ROW_NAMES,
-        colors=COLORS,
+        swatches=SWATCHES,
         credit=CREDIT,
         prompts={prompt: begins_a_sentence(prompt) for prompt in COLOR_PROMPTS},
         exhibits=exhibits,
-        attention=svg(explanation_figures.attention(exhibits.attention)),
-        swaps=[
-            {**vars(swap), "bars": svg(explanation_figures.answer_bars(swap.probabilities))} for swap in exhibits.swaps
-        ],
+        attention=attention(exhibits.attention),
         language_losses=svg(plots.loss_curves({name: of for name, of in losses.items() if name != "CLIP"})),
         clip_losses=svg(plots.loss_curves({"CLIP": losses["CLIP"]})),
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page.lstrip(), encoding="utf-8")
+
+
+def attention(seen: Explanation) -> list[dict[str, Any]]:
+    """A row for each token, the mean over the heads: its shares of the attention over the text up to it and over its
+    images, which are the clearer, up to 1, the nearer they are to the largest share of an image."""
+    text, images = seen.weights()
+    largest = float(images.max(initial=0)) or 1.0
+    return [
+        {
+            "token": printable(token),
+            "text": text[row, : row + 1].tolist(),
+            "images": [
+                {"picture": seen.images[number].thumbnail, "title": seen.images[number].caption, "share": share}
+                | {"opacity": 0.15 + 0.85 * share / largest}
+                for number, share in zip(seen.image_index[row].tolist(), images[row].tolist(), strict=True)
+                if number >= 0
+            ],
+        }
+        for row, token in enumerate(seen.tokens)
+    ]
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -1,16 +1,18 @@
 """The report of given results: numbers, verdicts, swaps, and what is said when MemoryColor is skipped."""
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
 pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 from studies.demo.exhibits import Example, Exhibits, Swap
-from studies.demo.report import ROW_NAMES, write_report
+from studies.demo.report import ROW_NAMES, attention, write_report
 from studies.demo.things import CREDIT
 from tests.valm.explain.explanations import explanation
-from valm.evaluation.questions import COLOR_PROMPTS
+from valm.evaluation.questions import COLOR_PROMPTS, COLORS
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 SHARES = {"valm": 0.871, "gpt2": 0.194, "random_images": 0.106, "valm_state_queries": 0.851, "majority": 0.266}
@@ -38,7 +40,9 @@ def results(memory: bool) -> dict:
 
 @pytest.fixture
 def exhibits() -> Exhibits:
+    rest = dict.fromkeys(COLORS, 0.0)
     bars = {"as they are": {"red": 0.9, "blue": 0.1}, "red and blue swapped": {"red": 0.2, "blue": 0.8}}
+    bars = {name: rest | given for name, given in bars.items()}
     return Exhibits(
         [
             Example("The color of the rose is", [PICTURE], ["rose"], "red", "red"),
@@ -52,8 +56,8 @@ def exhibits() -> Exhibits:
 def test_everything_given_is_shown(tmp_path, exhibits):
     write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
     text = (tmp_path / "report.html").read_text()
-    assert text.count("<svg") == 4  # attention, bars, two of losses
-    assert text.count("<img") == 4
+    assert text.count("<svg") == 2  # of losses
+    assert text.count("<img") == 6  # of two examples, of two tokens, and of a swap twice
     assert text.count(CREDIT) == 3
     assert "87.1%" in text and "19.4%" in text and "26.6%" in text
     assert '<span class="answer right">red</span>' in text
@@ -69,9 +73,39 @@ def test_everything_given_is_shown(tmp_path, exhibits):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_attention_is_the_mean_of_the_heads():
+    first, second, third = attention(explanation())
+    assert [row["token"] for row in (first, second, third)] == ["(start)", "the", "bat"]
+    assert third["text"] == pytest.approx([0.2, 0.2, 0.6]) and len(second["text"]) == 2  # what comes later is not shown
+    assert [image["share"] for image in first["images"]] == pytest.approx([0.2, 0.05])
+    assert [image["opacity"] for image in first["images"]] == pytest.approx([1, 0.15 + 0.85 / 4])
+    assert [image["title"] for image in second["images"]] == ["no thumbnail", "a red ball"]
+    assert third["images"] == []
+    (token,) = attention(explanation(tokens=("\u202ex",), text_weights=np.ones((1, 1, 1))))[:1]
+    assert token["token"] != "\u202ex"  # it would turn the page around
+
+
+def test_bars_are_as_long_as_the_answers_are_likely(tmp_path, exhibits):
+    write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0], "VaLM": [3.0]}, exhibits)
+    text = (tmp_path / "report.html").read_text()
+    assert re.findall(r'class="bar" style="width: ([\d.]+)%', text) == [
+        "67.5",
+        "15.0",
+        "7.5",
+        "60.0",
+    ]
+    assert text.count('<th scope="row">red</th>') == 2  # of the bars and of the table of all
+    assert '<th scope="row">pink</th>' not in text  # next to never said
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, scheme):
+    weights = np.tril(np.ones((1, 8, 8))), np.zeros((1, 8, 1))
+    seen = explanation(
+        tokens=("word",) * 8, text_weights=weights[0], image_weights=weights[1], image_index=np.zeros((8, 1), int)
+    )
+    exhibits = dataclasses.replace(exhibits, attention=seen)
     write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
@@ -82,7 +116,11 @@ def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, s
     ink = page.locator("svg text").evaluate_all("texts => [...new Set(texts.map(text => getComputedStyle(text).fill))]")
     assert ink == ["rgb(228, 231, 235)" if scheme == "dark" else "rgb(35, 39, 46)"]
     says = "element => parseFloat(getComputedStyle(element, '::before').height) > 10"
-    assert page.locator(".paper.wide").evaluate(says) == (width == 390)
+    assert page.locator(".scroll:has(.attention)").evaluate(says) == (width == 390)
+    sizes = page.locator("svg text").evaluate_all("texts => texts.map(text => text.getBoundingClientRect().height)")
+    assert min(sizes) > 9
+    bars = page.locator(".swap .bar").evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().left)")
+    assert len(set(bars)) == 2  # before and after
     context.close()
 
 
