@@ -1,25 +1,19 @@
-"""The CLIP of the study: an image tower with ImageNet's weights, and measurements of the trained CLIP.
+"""The image tower of the study's CLIP, with ImageNet's weights.
 
 `image_tower` writes the folder for `valm clip train --image-tower`, which trains a projection of the tower's features
-and a text tower (LiT, Zhai et al. 2022). `check` measures on validation things only.
+and a text tower (LiT, Zhai et al. 2022).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import studies.color.multilevel_tower  # noqa: F401 - registers the architecture
-from studies.color.pictures import Picture
 from valm.clip.clip import Clip
 from valm.errors import ValmError
-from valm.evaluation.questions import COLOR_PROMPTS, fill
-from valm.evaluation.sets import Item
-from valm.knowledge_base.store import ImageKnowledgeBase
 
 IMAGE_SIZE = 112
 MODEL_CFG: dict[str, Any] = {
@@ -35,11 +29,6 @@ MODEL_CFG: dict[str, Any] = {
 }
 # The preprocessing that the ImageNet weights were trained with.
 PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bilinear"}
-
-RECALL_AT = (1, 4)
-# The inverse of the regularisation. The vectors have length 1, so the default of 1 would regularise strongly.
-PROBE_C = 10.0
-PROBE_ITERATIONS = 300
 
 
 def image_tower(out: Path) -> Path:
@@ -73,57 +62,3 @@ def _renamed(weights: dict[str, torch.Tensor], trunk: torch.nn.Module) -> dict[s
     own = trunk.state_dict()
     names = [name for name in own if "num_batches_tracked" not in name]
     return own | dict(zip(names, theirs, strict=True))
-
-
-def check(
-    folder: Path, kb: ImageKnowledgeBase, pictures: Sequence[Picture], validation: Sequence[Item]
-) -> dict[str, float]:
-    """How well the CLIP in `folder` retrieves pictures of the validation things and represents their colours.
-
-    Args:
-        kb: built with this CLIP from `pictures`.
-
-    Returns:
-        By name:
-
-        - `recall@1 PROMPT` and `recall@4 PROMPT` for each prompt of the evaluation: the share of things whose pictures
-          the whole prompt finds; `recall@1` and `recall@4` are their means.
-        - `color probe`: the accuracy of a linear classifier from vectors to the colours of the pixels, trained on all
-          other things; `color majority`: that of always choosing the commonest colour.
-
-    Raises:
-        ValmError: scikit-learn is missing, or validation things have no pictures with a colour.
-    """
-    clip = Clip.load(folder)
-    kb.check_encoder(clip)
-    shown = {picture.file: picture for picture in pictures}
-    in_kb = [shown[kb.item(number).uri] for number in range(len(kb))]
-    vectors = torch.from_numpy(np.asarray(kb.vectors())).float()  # (N, E)
-    results = {}
-    for prompt in COLOR_PROMPTS:
-        queries = clip.encode_texts([fill(prompt, item.text, item.descriptor, True) for item in validation])
-        nearest = (queries.cpu() @ vectors.T).topk(max(RECALL_AT)).indices.tolist()  # (items, 4)
-        hits = [[in_kb[id].thing == item.text for id in ids] for ids, item in zip(nearest, validation, strict=True)]
-        for k in RECALL_AT:
-            results[f"recall@{k} {prompt}"] = float(np.mean([any(found[:k]) for found in hits]))
-    for k in RECALL_AT:
-        results[f"recall@{k}"] = float(np.mean([results[f"recall@{k} {prompt}"] for prompt in COLOR_PROMPTS]))
-    return results | _color_probe(vectors.numpy(), in_kb, {item.text for item in validation})
-
-
-def _color_probe(vectors: np.ndarray, pictures: Sequence[Picture], held_out: set[str]) -> dict[str, float]:
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ValmError(f"the colour probe needs scikit-learn ({error}): pip install -e '.[study]'") from error
-    colors = np.array([picture.color or "" for picture in pictures])
-    held = np.array([picture.thing in held_out for picture in pictures])
-    train, test = (colors != "") & ~held, (colors != "") & held
-    if len(set(colors[train])) < 2 or not test.any():
-        raise ValmError("the colour probe needs pictures of two colours or more, and of validation things")
-    probe = LogisticRegression(C=PROBE_C, max_iter=PROBE_ITERATIONS).fit(vectors[train], colors[train])
-    commonest = max(set(colors[test]), key=list(colors[test]).count)
-    return {
-        "color probe": float(probe.score(vectors[test], colors[test])),
-        "color majority": float(np.mean(colors[test] == commonest)),
-    }

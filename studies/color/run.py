@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,24 +147,14 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
             stage(name, partial(_train, study, name, arm, base, seed))
     scoring, rows = Scoring(study, seed, base, pictures), {}
     for name in arms:
-        rows[name] = scoring.file(name, name)
-        work = partial(scoring.write, name, rows[name])
-        _make(stage, f"scores of {name} on {', '.join(scoring.names)}", rows[name], work)
-    collected = scoring.file("results", *arms)
-    work = partial(scoring.collect, rows, collected)
-    _make(stage, f"results of {', '.join(arms)} on {', '.join(scoring.names)}", collected, work)
+        rows[name] = scoring.file(name)
+        title = f"scores of {name} on {', '.join(scoring.names)}"
+        if not rows[name].is_file():  # also if they were made of other contents
+            stage.seconds.pop(title, None)
+        stage(title, partial(scoring.write, name, rows[name]))
     results = folder / (f"{VALIDATION}-{RESULTS_FILE}" if study.validation else RESULTS_FILE)
-    found = read_json(collected, "the results", dict[str, Any], f"delete {collected} and run the study again")
-    found |= {"study": config.name, "config": config.to_json(), "seconds": stage.seconds}
-    write_json(results, found, indent=None)
+    write_json(results, scoring.results(rows) | {"seconds": stage.seconds}, indent=None)
     return results
-
-
-def _make(stage: Stages, name: str, file: Path, work: Callable[[], object]) -> None:
-    """Runs a stage that writes `file`, also if it is finished and the file is not there."""
-    if not file.is_file():
-        stage.seconds.pop(name, None)
-    stage(name, work)
 
 
 def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Arm], stage: Stages) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,41 +127,43 @@ def read_from_fusion(
     model.register_forward_pre_hook(begin_above, with_kwargs=True, prepend=True)
 
 
+class Evaluation(NamedTuple):
+    """What an arm is asked while its tokens see `images`.
+
+    asked: the sets. texts: of which nats are wanted, by their kind. retriever: None for a model without images. cut:
+    a `min_score` that is not the model's own.
+    """
+
+    images: str
+    asked: Mapping[str, Questions]
+    texts: Mapping[str, Sequence[str]]
+    retriever: Any = None
+    cut: float | None = None
+
+
 def score_arm(
-    name: str,
-    scorer: CausalScorer,
-    tests: Mapping[str, Any],
-    asked: Mapping[str, Questions],
-    texts: Mapping[str, Sequence[str]],
-    *,
-    large: int,
-    say: Callable[[str], object],
-    cuts: Mapping[str, float] = MappingProxyType({}),
+    name: str, scorer: CausalScorer, tests: Sequence[Evaluation], say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
-    """Rows of one arm, for each of its tests and each set or kind of text: answers, or the nats of the texts.
+    """Rows of one arm: the answers to each set, or the nats of each kind of text, in each of its tests.
 
     Args:
-        tests: the retriever of each test, by what the tokens see; None for a model without images.
-        large: sets with more items than this are asked in the first test only.
         say: called with a line about what is being scored.
-        cuts: of tests with a `min_score` that is not the model's own, that.
     """
     rows = []
-    for number, (images, retriever) in enumerate(tests.items()):
-        if images in cuts:
-            scorer.model.set_min_score(cuts[images])
-        if retriever is not None:
-            scorer.model.set_retriever(retriever)
-        row = {"arm": name, "images": images}
-        for of, one in asked.items():
-            if number == 0 or len(one.items) <= large:
-                say(f"{name}, {images}, {of}")
-                for measure, answers in answers_of(scorer, one).items():
-                    rows.append(row | {"of": of, "measure": measure, "answers": answers.tolist()})
-        for of, documents in texts.items():
-            say(f"{name}, {images}, {of}")
+    for test in tests:
+        if test.cut is not None:
+            scorer.model.set_min_score(test.cut)
+        if test.retriever is not None:
+            scorer.model.set_retriever(test.retriever)
+        row = {"arm": name, "images": test.images}
+        for of, one in test.asked.items():
+            say(f"{name}, {test.images}, {of}")
+            for measure, answers in answers_of(scorer, one).items():
+                rows.append(row | {"of": of, "measure": measure, "answers": answers.tolist()})
+        for of, documents in test.texts.items():
+            say(f"{name}, {test.images}, {of}")
             rows.append(row | {"of": of, "measure": NATS, "hits": nats_of(scorer, documents)})
-        if images in cuts:
+        if test.cut is not None:
             scorer.model.set_retriever(None)
             scorer.model.set_min_score(None)
     return rows

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from studies.color.captions import Captions, captioned
-from studies.color.clip import check
 from studies.color.conditions import Conditions
 from studies.color.config import (
     ARMS,
@@ -38,8 +37,17 @@ from studies.color.questions import (
     validation_questions,
 )
 from studies.color.results import NATS, AskedJson
-from studies.color.scoring import Counted, counted, measures, question_rows, read_from_fusion, score_arm, text_rows
-from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study
+from studies.color.scoring import (
+    Counted,
+    Evaluation,
+    counted,
+    measures,
+    question_rows,
+    read_from_fusion,
+    score_arm,
+    text_rows,
+)
+from studies.color.study import LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study
 from studies.color.text import read_texts
 from studies.color.training import FUSION_LAYER
 from studies.demo.run import hardware
@@ -56,6 +64,7 @@ from valm.store.files import read_json, writable_folder, write_json
 
 # Sets with more items than this are asked only in the first test of each arm.
 LARGE = 300
+WITH_CAPTIONS = (CAPTIONS, COLORED_CAPTIONS)
 VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 
 
@@ -88,10 +97,10 @@ class Scoring:
         wanted = [*self.study.tests, *([CAPTIONS_KIND] if HELDOUT in self.study.tests else [])]
         return [name for name in wanted if name not in self.missing]
 
-    def file(self, title: str, *arms: str) -> Path:
-        """The file in scores/ of what is asked of `arms`: of other questions, and of others' contents, another one."""
-        key = digest([arms, self.names, self._contents])[:8]
-        return writable_folder(self.folder / "scores") / f"{title}-{key}.json"
+    def file(self, arm: str) -> Path:
+        """The file in scores/ of what is asked of an arm: of other questions, and of others' contents, another one."""
+        key = digest([self.names, self._contents])[:8]
+        return writable_folder(self.folder / "scores") / f"{arm}-{key}.json"
 
     @cached_property
     def _contents(self) -> str:
@@ -124,14 +133,13 @@ class Scoring:
             )
         return self._conditions[folder]
 
-    def with_captions(self, images: str) -> dict[str, Questions]:
-        """The questions, before each the captions of the images that its last token retrieves."""
+    def with_captions(self, images: str, asked: dict[str, Questions]) -> dict[str, Questions]:
+        """Questions, before each the captions of the images that its last token retrieves."""
         if images not in self._with_captions:
             conditions = self.conditions(ARMS["base"])
             caption = Captions(conditions.kb, self.pictures, images == COLORED_CAPTIONS)
-            small = {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
             self._with_captions[images] = {
-                name: captioned(one, conditions["retrieved"], caption) for name, one in small.items()
+                name: captioned(one, conditions["retrieved"], caption) for name, one in asked.items()
             }
         return self._with_captions[images]
 
@@ -146,27 +154,39 @@ class Scoring:
         return load(self.folder / name, device=self.device)[0]
 
     def write(self, name: str, file: Path) -> None:
-        """Writes the result rows of an arm."""
+        """Writes the rows of an arm."""
         arm, study = ARMS[name], self.study
         scorer = CausalScorer(self.open(name), self.tokenizer, name)
-        given = {images: self.with_captions(images) for images in (CAPTIONS, COLORED_CAPTIONS) if images in arm.tests}
-        read = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
-        read += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
-        captions = [one for sets in given.values() for one in sets.values()]
-        behind = [row for one in captions for row in question_rows(self.tokenizer, one)]
-        for known in filter(None, (read, behind)):  # of which most arms need the first alone
+        tests = self._tests(arm)
+        plain = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
+        plain += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
+        captioned = [one for test in tests if test.images in WITH_CAPTIONS for one in test.asked.values()]
+        behind = [row for one in captioned for row in question_rows(self.tokenizer, one)]
+        for known in filter(None, (plain, behind)):  # of which most arms need the first alone
             layer = FUSION_LAYER if arm.made == LATE else None
             read_from_fusion(scorer.model, known, study.out / "below", layer=layer, progress=study.progress)
-        tests = {images: self._retriever(arm, images) for images in arm.tests if images not in given}
-        cuts = {images: self.min_score(arm) for images in CUTS if images in tests}
         say = partial(print, flush=True) if study.progress else _silent
-        rows = score_arm(name, scorer, tests, self.asked, self.texts, large=LARGE, say=say, cuts=cuts)
-        for images, sets in given.items():
-            rows += score_arm(name, scorer, {images: None}, sets, {}, large=LARGE, say=say)
-        order = list(arm.tests)
-        write_json(file, sorted(rows, key=lambda row: order.index(row["images"])), indent=None)
+        write_json(file, score_arm(name, scorer, tests, say), indent=None)
         del scorer
         gc.collect()
+
+    def _tests(self, arm: Arm) -> list[Evaluation]:
+        """All sets are asked in the first test without captions, and those that are not LARGE in the others."""
+        tests = []
+        small = {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
+        whole = next(images for images in arm.tests if images not in WITH_CAPTIONS)
+        for images in arm.tests:
+            if images in WITH_CAPTIONS:
+                tests.append(Evaluation(images, self.with_captions(images, small), {}))
+                continue
+            retriever = None
+            if images != "none":
+                conditions = self.conditions(arm)
+                blind = arm.twin == "blind"
+                retriever = conditions.of_blind(images) if blind else conditions[CUTS.get(images, images)]
+            cut = self.min_score(arm) if images in CUTS else None
+            tests.append(Evaluation(images, self.asked if images == whole else small, self.texts, retriever, cut))
+        return tests
 
     def min_score(self, arm: Arm) -> float:
         """Below it a token sees no images, in the tests with a cut."""
@@ -175,22 +195,15 @@ class Scoring:
         kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
         return find_min_score(kb, query, self.tokenizer, None, questions=questions)
 
-    def _retriever(self, arm: Arm, images: str) -> Any:
-        if images == "none":
-            return None
-        conditions = self.conditions(arm)
-        return conditions.of_blind(images) if arm.twin == "blind" else conditions[CUTS.get(images, images)]
-
-    def collect(self, rows: dict[str, Path], results: Path) -> None:
-        """Writes the results of the seed from the rows of its arms."""
+    def results(self, rows: dict[str, Path]) -> dict[str, Any]:
+        """The results of the seed, from the rows of its arms: a `SeedJson`, and what else is worth keeping."""
         study, folder = self.study, self.folder
         conditions = self.conditions(ARMS[next(iter(rows))])
         answers = [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])]
         asked, counts = self._asked(conditions)
         trained = [name for name in rows if ARMS[name].made != BASE]
-        clips = {ARMS[name].colorless: ARMS[name] for name in rows}
         note = read_json(study.out / STUDY_FILE, "the note on a study", dict[str, Any], "run the study again")
-        found = {
+        return {
             "study": study.config.name,
             "recipe": study.config.recipe,
             "config": study.config.to_json(),
@@ -203,16 +216,6 @@ class Scoring:
                 name: read_json(folder / name / NUMBERS_FILE, "the numbers of a training", dict[str, float])
                 for name in trained
             },
-            "clip": {
-                f"{COLORLESS} " * colorless + title: value
-                for colorless, arm in clips.items()
-                for title, value in check(
-                    Path(study.clip(study.kb_folder(self.seed, arm))),
-                    self.conditions(arm).kb,
-                    self.pictures,
-                    self.things,
-                ).items()
-            },
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in VERSIONS}
@@ -220,7 +223,6 @@ class Scoring:
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
         }
-        write_json(results, found, indent=None)
 
     def _asked(self, conditions: Conditions) -> tuple[list[AskedJson], dict[str, dict[str, Counted]]]:
         """What was asked, and what is counted in the answers to each set. The colours of pictures are looked up where

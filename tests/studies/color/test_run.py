@@ -174,11 +174,11 @@ def asked(world, tmp_path, monkeypatch):
         sets = [name for name in scoring.study.tests if name not in scoring.missing]
         write_json(file, [{"arm": arm, "set": name} for name in sets])
 
-    def collect(scoring, rows, file):
-        write_json(file, {"rows": [row for one in rows.values() for row in json.loads(one.read_text())]})
+    def results(scoring, rows):
+        return {"rows": [row for one in rows.values() for row in json.loads(one.read_text())]}
 
     monkeypatch.setattr(seed_scores.Scoring, "write", write)
-    monkeypatch.setattr(seed_scores.Scoring, "collect", collect)
+    monkeypatch.setattr(seed_scores.Scoring, "results", results)
 
     def ask(*tests, arms=("twin", "valm")):
         config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms)

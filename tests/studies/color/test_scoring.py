@@ -5,6 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from studies.color.questions import validation_questions
 from studies.color.scoring import (
+    Evaluation,
     answers_of,
     counted,
     measures,
@@ -97,11 +98,14 @@ def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have
     assert [one["measure"] for one in counted(row | {"measure": "calibrated"}, measured)] == ["calibrated"]
 
 
-def test_an_arm_is_asked_everything_but_large_sets_only_as_it_is(scorer):
-    asked = {"validation": validation_questions(THINGS), "large": validation_questions(THINGS * 2)}
+def test_an_arm_is_asked_what_each_test_asks(scorer):
+    asked = {"validation": validation_questions(THINGS)}
     said = []
-    tests = {"retrieved": EveryImage(), "off": NoImages(2, 24)}
-    rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=said.append)
+    tests = [
+        Evaluation("retrieved", asked | {"large": validation_questions(THINGS * 2)}, {"prose": TEXTS}, EveryImage()),
+        Evaluation("off", asked, {"prose": TEXTS}, NoImages(2, 24)),
+    ]
+    rows = score_arm("valm", scorer, tests, said.append)
     assert [(row["images"], row["of"]) for row in rows if row["measure"] != "calibrated"] == [
         ("retrieved", "validation"),
         ("retrieved", "large"),
@@ -116,9 +120,9 @@ def test_an_arm_is_asked_everything_but_large_sets_only_as_it_is(scorer):
 
 def test_a_test_may_have_a_cut_that_the_model_has_not(scorer):
     asked = {"validation": validation_questions(THINGS)}
-    tests = {name: EveryImage() for name in ("retrieved", "cut", "cut-random", "random")}
-    cuts = {"cut": 0.5, "cut-random": -0.5}  # all scores are 0
-    rows = score_arm("valm", scorer, tests, asked, {"prose": TEXTS}, large=3, say=print, cuts=cuts)
+    cuts = {"retrieved": None, "cut": 0.5, "cut-random": -0.5, "random": None}  # all scores are 0
+    tests = [Evaluation(images, asked, {"prose": TEXTS}, EveryImage(), cut) for images, cut in cuts.items()]
+    rows = score_arm("valm", scorer, tests, print)
     nats = {row["images"]: row["hits"] for row in rows if row["measure"] == "nats"}
     assert nats["retrieved"] == nats["cut-random"] == nats["random"] != nats["cut"]
     assert scorer.model.fusion_options.min_score is None
