@@ -17,6 +17,7 @@ from PIL import Image
 
 from studies.color.recoloring import recolored
 from studies.color.words import Names, words
+from studies.demo.questions import swap_red_and_blue
 from studies.demo.things import (
     NOT_A_THING,
     RENDER_SIZE,
@@ -141,12 +142,6 @@ def _rendered(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE), Image.Resampling.LANCZOS)
 
 
-def exchanged(image: Image.Image) -> Image.Image:
-    """An image with its red and blue channels exchanged."""
-    red, green, blue, alpha = image.convert("RGBA").split()
-    return Image.merge("RGBA", (blue, green, red, alpha))
-
-
 @cache
 def _names(item: str) -> Names:
     return Names([item])
@@ -195,7 +190,7 @@ def _views(
                     drawn = [(one.name, recolored(one.drawing, draw)) for one in things[start : start + BATCH]]
                     batch = [Thing(name, label_color(drawing), drawing) for name, drawing in drawn]
                 if view == 0 or draw is not None:
-                    colors = [(thing.color, label_color(exchanged(thing.drawing))) for thing in batch]
+                    colors = [(thing.color, label_color(swap_red_and_blue(thing.drawing))) for thing in batch]
                     drawings = drawing_tensor(batch, RENDER_SIZE)
                 images = random_views(drawings, VIEW_SIZE, generator)  # (n, 3, H, W)
                 pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -240,7 +235,7 @@ def _folder_pictures(
         for view in range(views):
             shown = image if draw is None else recolored(image, draw)
             color = pixel_color(shown) if transparent else None
-            other = pixel_color(exchanged(shown)) if transparent else None
+            other = pixel_color(swap_red_and_blue(shown)) if transparent else None
             small = shown.copy()
             small.thumbnail((2 * VIEW_SIZE, 2 * VIEW_SIZE))
             ground = Image.new("RGBA", small.size, GROUND)

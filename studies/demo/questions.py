@@ -33,14 +33,15 @@ def swapped_red_and_blue(kb: ImageKnowledgeBase, pictures: Path, clip: Clip, bat
     """(N, E): for each picture the vector of the same picture with its red and blue channels exchanged."""
     vectors = []
     for start in range(0, len(kb), batch_size):
-        batch = range(start, min(start + batch_size, len(kb)))
-        vectors.append(clip.encode_images([swap_red_and_blue(Image.open(pictures / kb.item(i).uri)) for i in batch]))
+        files = [pictures / kb.item(i).uri for i in range(start, min(start + batch_size, len(kb)))]
+        vectors.append(clip.encode_images([swap_red_and_blue(Image.open(file).convert("RGB")) for file in files]))
     return torch.cat(vectors)
 
 
 def swap_red_and_blue(picture: Image.Image) -> Image.Image:
-    red, green, blue = picture.convert("RGB").split()
-    return Image.merge("RGB", (blue, green, red))
+    """Of a picture with or without transparency (RGBA or RGB)."""
+    red, green, blue, *alpha = picture.split()
+    return Image.merge(picture.mode, (blue, green, red, *alpha))
 
 
 def plain_question(item: Item) -> str:

@@ -48,15 +48,6 @@ ROW_NAMES = {
 }
 
 
-def check_can_report() -> None:
-    """Checks that the packages that draw figures are installed.
-
-    Raises:
-        ValmError: one is missing.
-    """
-    plots.new_figure(1, 1)
-
-
 def write_report(
     path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]], exhibits: Exhibits
 ) -> None:

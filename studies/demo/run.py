@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import random
-import shutil
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from studies import plots
 from studies.demo.clip_training import DRAWING_SIZE, IMAGE_SIZE, train_demo_clip
 from studies.demo.corpus import all_texts, training_sentences
 from studies.demo.exhibits import collect_exhibits
@@ -29,7 +29,7 @@ from studies.demo.questions import (
     hit_rates,
     swapped_red_and_blue,
 )
-from studies.demo.report import ROW_NAMES, check_can_report, write_report
+from studies.demo.report import ROW_NAMES, write_report
 from studies.demo.split import Split, find_memory_color, split_things
 from studies.demo.things import COLORS, Thing, drawing_tensor, load_things, random_views
 from valm.clip.clip import Clip
@@ -48,6 +48,7 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import ImageRetriever, Retriever
 from valm.store.files import writable_folder, write_json
+from valm.store.folders import atomic_folder
 from valm.training.callbacks import show_progress
 from valm.training.train import trainer, training_arguments
 
@@ -73,18 +74,6 @@ class Settings:
     max_things: int | None = None  # limit on the number of things, for a miniature run
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """The paths of the results, and the content of results.json."""
-
-    output: Path
-    results: dict[str, Any]
-
-    @property
-    def report(self) -> Path:
-        return self.output / REPORT_FILE
-
-
 def run_demo(
     out: str | os.PathLike,
     *,
@@ -93,7 +82,7 @@ def run_demo(
     split: str = "test",
     settings: Settings | None = None,
     progress: bool = True,
-) -> DemoResult:
+) -> dict[str, Any]:
     """Runs the demo and writes `out`: results.json, report.html, and what was made (pictures, clip, kb, gpt2, valm).
 
     Everything is written beside `out` first and moved there when complete. An earlier demo in `out` is replaced.
@@ -104,18 +93,22 @@ def run_demo(
             that part is skipped, which the report says.
         split: "test", or "validation" to choose settings on (see `split_things`).
 
+    Returns:
+        The content of results.json.
+
     Raises:
         ValmError: a package of the extra [demo] is missing, or `out` cannot be written or holds something else.
     """
-    settings = settings or Settings()
-    check_can_report()
     out = Path(out)
-    with _whole_folder(out) as folder:
-        results = _run(folder, seed, eval_data, split, settings, progress)
+    plots.new_figure(1, 1)  # raises where matplotlib is missing
+    _check_output(out)
+    writable_folder(out.parent)
+    with atomic_folder(out) as folder:
+        results = _run(folder, seed, eval_data, split, settings or Settings(), progress)
     if progress:
         print(summary(results))
         print(f"report: {out / REPORT_FILE}")
-    return DemoResult(out, results)
+    return results
 
 
 def _run(
@@ -331,22 +324,13 @@ class Stopwatch:
             print(f"{name:<24} {self.seconds[name]:6.1f} s", flush=True)
 
 
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that replaces it when the block succeeds, and is removed when it raises."""
+def _check_output(out: Path) -> None:
+    """Checks that a demo may replace what is in `out`.
+
+    Raises:
+        ValmError: it is a file, or has something else than a demo.
+    """
     if out.exists() and not out.is_dir():
         raise ValmError(f"the output {out} is a file; choose a folder")
     if out.exists() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
         raise ValmError(f"the output folder {out} is not empty and holds no earlier demo; choose another")
-    writable_folder(out.parent)
-    folder = out.with_name(out.name + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    writable_folder(folder)
-    try:
-        yield folder
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image, ImageDraw
 
-from studies.color.pictures import Picture, collect_pictures, exchanged, pixel_color, read_pictures, shows, thing_colors
+from studies.color.pictures import Picture, collect_pictures, pixel_color, read_pictures, shows, thing_colors
+from studies.demo.questions import swap_red_and_blue
 from valm.errors import ValmError
 from valm.knowledge_base.sources.folder import FolderSource
 
@@ -81,7 +82,7 @@ def test_colour_of_a_thing_is_that_of_most_of_its_pictures():
 
 def test_colour_of_pixels_and_of_exchanged_ones():
     assert pixel_color(disc((200, 30, 30))) == "red"
-    assert pixel_color(exchanged(disc((200, 30, 30)))) == "blue"
+    assert pixel_color(swap_red_and_blue(disc((200, 30, 30)))) == "blue"
     assert pixel_color(Image.new("RGBA", (50, 50))) is None
 
 

@@ -28,12 +28,13 @@ def miniature(all_things, tmp_path_factory):
     table.write_text("Index,Descriptor,Item,Color\n1,a,tomato,red\n2,the,banana,yellow\n3,,unicorn horn,white\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "load_things", lambda *, progress: all_things)
-        return run_demo(out, eval_data=table, settings=MINIATURE, progress=False)
+        results = run_demo(out, eval_data=table, settings=MINIATURE, progress=False)
+    assert json.loads((out / RESULTS_FILE).read_text()) == json.loads(json.dumps(results))
+    return out
 
 
 def test_results_have_their_structure(miniature):
-    results = json.loads((miniature.output / RESULTS_FILE).read_text())
-    assert results == json.loads(json.dumps(miniature.results))
+    results = json.loads((miniature / RESULTS_FILE).read_text())
     for part in ("heldout_color_accuracy", "memory_color_accuracy"):
         assert set(results[part]) == ROWS
         assert all(0 <= share <= 1 for share in results[part].values())
@@ -49,9 +50,9 @@ def test_results_have_their_structure(miniature):
 
 
 def test_no_sentence_of_the_corpus_gives_a_color_away(miniature):
-    kb = ImageKnowledgeBase.open(miniature.output / "kb")
+    kb = ImageKnowledgeBase.open(miniature / "kb")
     names = {kb.item(i).caption for i in range(len(kb))}
-    sentences = (miniature.output / "corpus.txt").read_text().splitlines()
+    sentences = (miniature / "corpus.txt").read_text().splitlines()
     spoken = {name for name in names for text in sentences if name in text and set(text.split()) & set(COLORS)}
     assert len(sentences) == MINIATURE.sentences
     assert len(names - spoken) >= 5  # three held out, two of MemoryColor's
@@ -80,7 +81,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_has_all_its_parts_in_one_file(miniature):
-    text = miniature.report.read_text()
+    text = (miniature / REPORT_FILE).read_text()
     page = Page()
     page.feed(text)
     assert page.titles == [
@@ -102,17 +103,17 @@ def test_the_report_has_all_its_parts_in_one_file(miniature):
 
 def test_the_checkpoints_are_ready_for_use(miniature):
     for name, sees in (("gpt2", False), ("valm", True), ("valm-state", True)):
-        model, tokenizer = load(miniature.output / name)
+        model, tokenizer = load(miniature / name)
         assert (model.retriever is not None) == sees
         ids = tokenizer("the color of the tomato is", return_tensors="pt").input_ids
         assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
-    clip = Clip.load(miniature.output / "clip")
-    ImageKnowledgeBase.open(miniature.output / "kb").check_encoder(clip)
+    clip = Clip.load(miniature / "clip")
+    ImageKnowledgeBase.open(miniature / "kb").check_encoder(clip)
 
 
 def test_nothing_temporary_is_left(miniature):
-    assert [path.name for path in miniature.output.parent.iterdir()] == [miniature.output.name]
-    assert not [path for path in miniature.output.rglob("*") if "tmp" in path.name]
+    assert [path.name for path in miniature.parent.iterdir()] == [miniature.name]
+    assert not [path for path in miniature.rglob("*") if "tmp" in path.name]
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
@@ -163,12 +164,12 @@ def test_an_interrupted_run_leaves_the_earlier_demo(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_demo_shows_its_claim(all_things, tmp_path):
-    result = run_demo(tmp_path / "out", eval_data=os.environ.get("VALM_EVAL_DATA"), progress=False)
-    accuracy = result.results["heldout_color_accuracy"]
+    results = run_demo(tmp_path / "out", eval_data=os.environ.get("VALM_EVAL_DATA"), progress=False)
+    accuracy = results["heldout_color_accuracy"]
     assert accuracy["valm"] >= accuracy["gpt2"] + 0.20
     assert accuracy["random_images"] <= accuracy["gpt2"] + 0.08
     assert accuracy["valm"] >= accuracy["majority"] + 0.20
-    memory = result.results["memory_color_accuracy"]
+    memory = results["memory_color_accuracy"]
     if memory is not None:
         assert memory["valm"] >= memory["gpt2"] + 0.20
-    assert (result.output / REPORT_FILE).stat().st_size > 100_000
+    assert (tmp_path / "out" / REPORT_FILE).stat().st_size > 100_000
