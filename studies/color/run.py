@@ -1,6 +1,6 @@
 """Runs a study from pictures to results. Each stage is a command of this package, or a few lines of `studies.color`.
 
-All seeds share OUT/pictures. The files of a seed are in OUT/seed-N, or in OUT itself if the study has one seed:
+All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
     text/  clip/  kb-others/  kb/  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
@@ -42,7 +42,7 @@ from studies.color.config import (
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names, validation_questions
 from studies.color.seed_scores import Scoring
-from studies.color.study import COLORLESS, LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study
+from studies.color.study import COLORLESS, QUESTIONS, STUDY_FILE, TRAINING_FILE, Study
 from studies.color.text import drawn_captions, read_texts, study_text, write_texts
 from studies.color.training import study_plan, train_late_fusion, train_with_captions
 from studies.color.words import Names
@@ -106,9 +106,7 @@ def _note_study(study: Study) -> None:
     file, sources = study.out / STUDY_FILE, []
     if file.is_file():
         before = read_json(file, "the note on a study", dict[str, Any], "choose another folder")
-        one_seed = [study.config.to_json()["seeds"], before.get("config", {}).get("seeds")]
-        # with one seed, the folder's name does not say which
-        if before.get("recipe") != study.config.recipe or (1 in map(len, one_seed) and one_seed[0] != one_seed[1]):
+        if before.get("recipe") != study.config.recipe:
             raise ValmError(f"{study.out} holds a study of other settings: choose another folder")
         sources = before.get("sources", [])
     now = sources_hash()
@@ -247,8 +245,7 @@ def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int) -> None
 def _note_training(out: Path, losses: Sequence[float], numbers: dict[str, float]) -> None:
     """Notes the loss of each step and what was measured of a model, and removes the checkpoints, which are as large as
     the model."""
-    write_json(out / LOSSES_FILE, [round(loss, 4) for loss in losses])
-    write_json(out / NUMBERS_FILE, numbers)
+    write_json(out / TRAINING_FILE, {"losses": [round(loss, 4) for loss in losses], "numbers": numbers}, indent=None)
     for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +45,10 @@ from studies.color.scoring import (
     score_arm,
     text_rows,
 )
-from studies.color.study import LOSSES_FILE, NUMBERS_FILE, QUESTIONS, STUDY_FILE, Study
+from studies.color.study import QUESTIONS, STUDY_FILE, TRAINING_FILE, Study, Training
 from studies.color.text import read_texts
 from studies.color.training import FUSION_LAYER
-from studies.demo.run import hardware
+from studies.demo.run import hardware, versions
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import own_tokenizer
 from valm.corpus.min_score import find_min_score
@@ -201,7 +199,11 @@ class Scoring:
         conditions = self.conditions(ARMS[next(iter(rows))])
         answers = [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])]
         asked, counts = self._asked(conditions)
-        trained = [name for name in rows if ARMS[name].made != BASE]
+        trained = {
+            name: read_json(folder / name / TRAINING_FILE, "the numbers of a training", Training)
+            for name in rows
+            if ARMS[name].made != BASE
+        }
         note = read_json(study.out / STUDY_FILE, "the note on a study", dict[str, Any], "run the study again")
         return {
             "study": study.config.name,
@@ -211,15 +213,10 @@ class Scoring:
             "missing": self.missing,
             "asked": asked,
             "rows": [one for row in answers for one in ([row] if "hits" in row else counted(row, counts[row["of"]]))],
-            "losses": {name: read_json(folder / name / LOSSES_FILE, "the losses", list[float]) for name in trained},
-            "training": {
-                name: read_json(folder / name / NUMBERS_FILE, "the numbers of a training", dict[str, float])
-                for name in trained
-            },
+            "losses": {name: one["losses"] for name, one in trained.items()},
+            "training": {name: one["numbers"] for name, one in trained.items()},
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in VERSIONS}
-            | {"sources": " ".join(note["sources"])},
+            "versions": versions(VERSIONS) | {"sources": " ".join(note["sources"])},
             "hardware": hardware(),
             "threads": torch.get_num_threads(),
         }

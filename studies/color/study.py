@@ -7,14 +7,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from studies.color.config import HELDOUT, VALIDATION, Arm, StudyConfig
 from valm.errors import ValmError
 
 STUDY_FILE = "study.json"
-# In the folder of a model: the loss of each step, and what was measured of it (`ImageTrainer.numbers`).
-LOSSES_FILE, NUMBERS_FILE = "losses.json", "numbers.json"
+# In the folder of a model: a `Training`.
+TRAINING_FILE = "training.json"
 # The folder of the CLIP that cannot know colours; the text with all questions about validation things.
 COLORLESS, QUESTIONS = "colorless", "questions"
+
+
+class Training(TypedDict):
+    """The loss of each step, and what was measured of the model (`ImageTrainer.model_numbers`)."""
+
+    losses: list[float]
+    numbers: dict[str, float]
+
+
 # Runs a command line of `valm` and returns its exit status.
 Command = Callable[[list[str]], int]
 
@@ -49,7 +60,7 @@ class Study:
         return [name for name in self.config.tests if not self.validation or name in (VALIDATION, HELDOUT)]
 
     def seed_folder(self, seed: int) -> Path:
-        return self.out if len(self.config.seeds) == 1 else self.out / f"seed-{seed}"
+        return self.out / f"seed-{seed}"
 
     def kb_folder(self, seed: int, arm: Arm) -> Path:
         """The folder with the CLIP, the knowledge bases and the retrieved corpora of an arm."""

@@ -7,7 +7,7 @@ import platform
 import random
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -234,7 +234,7 @@ def _run(
         "split": split,
         "settings": vars(settings),
         "seconds": stage.seconds,
-        "versions": versions(),
+        "versions": versions(PACKAGES) | {"threads": str(torch.get_num_threads())},
         "hardware": hardware(),
         "command": f"python -m studies.demo --seed {seed}" + ("" if eval_data is None else " --eval-data DATA"),
     }
@@ -283,10 +283,10 @@ def pixel_labelled(parts: Split) -> list[Item]:
     return [Item(item.text, colors[item.text], item.descriptor) for item in parts.asked if item.text in colors]
 
 
-def versions() -> dict[str, str | int]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions that the numbers may depend on; the names of the things come from Python's Unicode tables."""
-    python: dict[str, str | int] = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
-    return python | {package: version(package) for package in PACKAGES} | {"threads": torch.get_num_threads()}
+    python = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
+    return python | {package: version(package) for package in packages}
 
 
 def hardware() -> str:

@@ -109,10 +109,10 @@ def test_a_whole_study(world):
     # hidden states of what is trained on and of what is held out, once for all arms with the same text, and the same
     # again for each of the contexts; for random, which holds nothing out; of questions, without captions and with them
     assert len(list((world / "out/below").iterdir())) == 9
-    answers = next(row for file in (world / "out/scores").glob("valm-*") for row in json.loads(file.read_text()))
+    answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
     asked = {(row.of, row.measure): row.asked for row in results.rows}
-    things = {item.item: item.color for item in load_memory_color(world / "out/text/validation.csv")}
+    things = {item.item: item.color for item in load_memory_color(world / "out/seed-3/text/validation.csv")}
     assert dict(zip(*asked["validation", "raw"][:3:2], strict=True)) == things
     right = np.array(answers["answers"]) == [[COLOR_WORDS.index(color)] for color in things.values()]
     assert results.accuracy(("valm", "retrieved"), "validation").value == pytest.approx(right.mean())
@@ -131,7 +131,7 @@ def test_a_whole_study(world):
     assert any(stage.startswith("scores of twin") for stage in stages)
 
     for name in ("twin", "valm", "blind"):
-        model, tokenizer = valm.load(world / "out" / name)
+        model, tokenizer = valm.load(world / "out/seed-3" / name)
         if name == "valm":
             assert model.finder.source.knowledge_base.name == "kb-others"  # that it was trained with
         ids = tokenizer("The color of the sky is", return_tensors="pt").input_ids
@@ -139,7 +139,7 @@ def test_a_whole_study(world):
     (world / "object_color").mkdir()
     table = "Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n"
     (world / "object_color" / "memory_color_data.csv").write_text(table)
-    folders = [str(world / "out" / name) for name in ("valm", "twin", "blind")]
+    folders = [str(world / "out/seed-3" / name) for name in ("valm", "twin", "blind")]
     assert main(["eval", *folders, "--tasks", "memory_color", "--data", str(world)]) == 0
 
 
@@ -247,14 +247,6 @@ def test_a_stage_that_fails_is_named(world, tmp_path):
     study = study_of(world, lambda line: 1)
     with pytest.raises(ValmError, match="this stage of the study failed: valm kb build"):
         study.valm("kb", "build", tmp_path)
-
-
-def test_the_folder_of_one_seed_is_of_no_other(world, tmp_path):
-    study = study_of(world)
-    note = {"recipe": study.config.recipe, "config": study.config.to_json() | {"seeds": [4]}}
-    (tmp_path / "study.json").write_text(json.dumps(note))
-    with pytest.raises(ValmError, match="other settings"):
-        run_study(Study(study.config, tmp_path, main, study.data))
 
 
 def test_validation_asks_no_test_set(world):
