@@ -17,7 +17,6 @@ import json
 import os
 import random
 import shutil
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import valm
 from examples.augment_smollm2 import convert_smollm2
 from studies.color.clip import image_tower
-from studies.color.questions import FLICKR_CAPTIONS
+from studies.color.questions import FLICKR_CAPTIONS, photographs
 from studies.color.text import color_glosses, python_prose
 from valm.cli import main as command
 from valm.clip.tokenizer import own_tokenizer, tokenize_documents
 from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
-from valm.evaluation.files import read_csv
 from valm.evaluation.language import token_log_probs
 from valm.evaluation.statistics import Estimate, ratio
 from valm.store.files import read_json, writable_folder, write_json
@@ -78,14 +76,12 @@ def run(*arguments: Any) -> None:
         raise SystemExit(status)
 
 
-def write_texts(photographs: Path, out: Path, seed: int) -> dict[str, list[str]]:
+def write_texts(data: Path, out: Path, seed: int) -> dict[str, list[str]]:
     """Writes what a user has into `out`: pictures with their captions, texts to train on and to validate with. Returns
     the texts to be asked for, by their kind."""
-    captions = defaultdict(list)
-    for row in read_csv(photographs / FLICKR_CAPTIONS, ["image", "caption"]):
-        captions[row["image"]].append(row["caption"])
+    captions = photographs(data)
     rng = random.Random(seed)
-    images = rng.sample(sorted(captions), len(captions))
+    images = rng.sample(list(captions), len(captions))
     glosses = [gloss for gloss in color_glosses() if len(gloss) <= 200]
     prose = python_prose()
     for texts in (glosses, prose):
@@ -95,7 +91,7 @@ def write_texts(photographs: Path, out: Path, seed: int) -> dict[str, list[str]]
         folder = out / "pictures.part"
         folder.mkdir(exist_ok=True)
         for image in images[:PICTURES]:
-            shutil.copy(photographs / FLICKR_CAPTIONS.parent / "images" / image, folder)
+            shutil.copy(data / FLICKR_CAPTIONS.parent / "images" / image, folder)
             (folder / image).with_suffix(".txt").write_text("\n".join(captions[image]))
         folder.rename(out / "pictures")
     validated, others = images[PICTURES:][:VALIDATED], images[PICTURES + VALIDATED :]

@@ -104,27 +104,27 @@ class PictureSource(TypedDict, total=False):
     views: _Some
 
 
-class _Glosses(TypedDict):
+class _Options(TypedDict):
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
 
-class _Definitions(_Glosses, total=False):
+class _Definitions(_Options, total=False):
     folder: str
 
 
-class _Templates(_Glosses, total=False):
+class _Templates(_Options, total=False):
     count: Count
 
 
-class _Prose(_Glosses, total=False):
+class _Prose(_Options, total=False):
     count: Count | None
     file: str | None
 
 
-class TextSources(_Glosses, total=False):
+class TextSources(_Options, total=False):
     """Options of `studies.color.text.study_text`."""
 
-    glosses: _Glosses
+    glosses: _Options
     definitions: _Definitions
     templates: _Templates
     prose: _Prose

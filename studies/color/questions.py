@@ -45,13 +45,20 @@ def item_names(sets: Sequence[str], data: str | os.PathLike | None) -> list[str]
     return list(dict.fromkeys(item.text for name in sets for item in set_items(name, data)))
 
 
-def flickr_captions(data: str | os.PathLike | None) -> list[str]:
-    """The first captions of some pictures of Flickr8k; empty if `data` has no Flickr8k."""
+def photographs(data: str | os.PathLike | None) -> dict[str, list[str]]:
+    """The captions of each picture of Flickr8k, in the order of their names; empty if `data` has no Flickr8k."""
     table = None if data is None else Path(data) / FLICKR_CAPTIONS
     if table is None or not table.is_file():
-        return []
-    first = dict(reversed([(row["image"], row["caption"]) for row in read_csv(table, ["image", "caption"])]))
-    return [first[image] for image in sorted(first)[:CAPTIONS]]
+        return {}
+    captions: dict[str, list[str]] = {}
+    for row in read_csv(table, ["image", "caption"]):
+        captions.setdefault(row["image"], []).append(row["caption"])
+    return dict(sorted(captions.items()))
+
+
+def flickr_captions(data: str | os.PathLike | None) -> list[str]:
+    """The first captions of some pictures of Flickr8k."""
+    return [captions[0] for captions in list(photographs(data).values())[:CAPTIONS]]
 
 
 def set_questions(name: str, data: str | os.PathLike | None) -> Questions:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from studies.color.__main__ import build_parser as color_parser
-from studies.color.questions import FLICKR_CAPTIONS
+from studies.color.questions import FLICKR_CAPTIONS, photographs
 from studies.demo.__main__ import build_parser as demo_parser
 from tests.valm.cli.commands import SIZE
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
-from valm.evaluation.files import read_csv
 from valm.model.augment import fusion_module
 from valm.training import training_arguments
 
@@ -97,13 +95,10 @@ def test_tutorials_run(name, workshop, capsys):
 def write_photographs(folder: Path) -> None:
     """300 captioned photographs of Flickr8k where VALM_EVAL_DATA has them, else drawings of shapes."""
     folder.mkdir()
-    data = Path(os.environ.get("VALM_EVAL_DATA", "none")) / FLICKR_CAPTIONS
-    if data.is_file():
-        captions = defaultdict(list)
-        for row in read_csv(data, ["image", "caption"]):
-            captions[row["image"]].append(row["caption"])
-        for name in sorted(captions)[:300]:
-            shutil.copy(data.parent / "images" / name, folder)
+    data = os.environ.get("VALM_EVAL_DATA", "none")
+    if captions := photographs(data):
+        for name in list(captions)[:300]:
+            shutil.copy(Path(data) / FLICKR_CAPTIONS.parent / "images" / name, folder)
             (folder / name).with_suffix(".txt").write_text("\n".join(captions[name]))
         return
     colors = ("red", "green", "blue", "yellow", "black", "white")
