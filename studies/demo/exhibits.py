@@ -4,54 +4,45 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from studies.demo.questions import (
-    PLAIN_PROMPT,
-    answer_probabilities,
-    evaluate_color,
-    plain_question,
-    swap_red_and_blue,
-)
+from studies.demo.questions import PLAIN_PROMPT, evaluate_color, plain_question, swap_red_and_blue
 from valm.evaluation.controls import Replaced
 from valm.evaluation.questions import COLORS
 from valm.evaluation.sets import Item
 from valm.explain.explanation import Explanation, explain
+from valm.explain.images import ShownImage
 from valm.model.gpt2 import VaLMForCausalLM
-from valm.retrieval.retriever import ImageRetriever, Retriever
+from valm.retrieval.retriever import Retriever
 
 NUM_EXAMPLES = 10
 # One thing of each of these colours is shown with its channels swapped: two that should change and one that should not.
 SWAPPED_COLORS = ("red", "blue", "grey")
 
 
-@dataclass(frozen=True)
-class Example:
-    """A question, the pictures that its last token found, what is on them, and the answer."""
+class Example(NamedTuple):
+    """A question, explained, and its right answer."""
 
-    question: str
-    pictures: list[Image.Image]
-    captions: list[str]
-    answer: str
+    seen: Explanation
     truth: str
 
-
-@dataclass(frozen=True)
-class Swap:
-    """The pictures of one question before and after the swap, and the probabilities of the answers."""
-
-    question: str
-    pictures: dict[str, list[Image.Image]]
-    probabilities: dict[str, dict[str, float]]
+    @property
+    def answer(self) -> str:
+        return self.seen.answers[int(self.seen.probabilities.argmax())]
 
 
-@dataclass(frozen=True)
-class Exhibits:
+class Swap(NamedTuple):
+    """A question, explained with the pictures as they are and with red and blue swapped in them."""
+
+    before: Explanation
+    after: Explanation
+
+
+class Exhibits(NamedTuple):
     examples: list[Example]
-    attention: Explanation
     swaps: list[Swap]
 
 
@@ -74,37 +65,20 @@ def collect_exhibits(
     for item, (answer,) in zip(drawn, answers, strict=True):
         if answer == item.answer in SWAPPED_COLORS:
             first_right.setdefault(answer, item)
+
+    def seen(item: Item, retriever: Retriever | Replaced) -> Explanation:
+        return explain(model, tokenizer, plain_question(item), retriever=retriever, answers=COLORS)
+
+    def swap(item: Item) -> Swap:
+        before = seen(item, found)
+        images = tuple(map(_swapped, before.images))
+        return Swap(before, replace(seen(item, swapped), images=images, image_index=before.image_index))
+
     return Exhibits(
-        examples=[_example(model, tokenizer, found, item) for item in drawn[:NUM_EXAMPLES]],
-        attention=explain(model, tokenizer, plain_question(drawn[0]), retriever=found),
-        swaps=[_swap(model, tokenizer, found, swapped, plain_question(item)) for item in first_right.values()],
+        [Example(seen(item, found), item.answer) for item in drawn[:NUM_EXAMPLES]],
+        [swap(item) for item in first_right.values()],
     )
 
 
-def _example(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, item: Item) -> Example:
-    seen = explain(model, tokenizer, plain_question(item), retriever=found, answers=COLORS)
-    return Example(
-        seen.text,
-        _last_pictures(seen),
-        [image.caption for image in seen.images_of(-1)],
-        seen.answers[seen.probabilities.argmax()],
-        item.answer,
-    )
-
-
-def _swap(
-    model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, found: Retriever, swapped: Replaced, question: str
-) -> Swap:
-    before = _last_pictures(explain(model, tokenizer, question, retriever=found))
-    after = [swap_red_and_blue(picture) for picture in before]
-    probabilities = {}
-    retrievers: dict[str, ImageRetriever] = {"as they are": found, "red and blue swapped": swapped}
-    for name, retriever in retrievers.items():
-        model.set_retriever(retriever)
-        probabilities[name] = answer_probabilities(model, tokenizer, question)
-    return Swap(question, dict(zip(probabilities, (before, after), strict=True)), probabilities)
-
-
-def _last_pictures(seen: Explanation) -> list[Image.Image]:
-    """The pictures of the question's last token, best first; the demo's knowledge base has thumbnails of all."""
-    return [image.thumbnail for image in seen.images_of(-1) if image.thumbnail is not None]
+def _swapped(image: ShownImage) -> ShownImage:
+    return replace(image, thumbnail=None if image.thumbnail is None else swap_red_and_blue(image.thumbnail))

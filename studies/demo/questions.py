@@ -17,7 +17,6 @@ from valm.clip.clip import Clip
 from valm.evaluation.metrics import choice_metrics
 from valm.evaluation.questions import COLOR_PROMPTS, COLORS, FAIR, Questions, build, fill
 from valm.evaluation.scorers import CausalScorer
-from valm.evaluation.scoring import answer_log_probs
 from valm.evaluation.sets import SETS, Item
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.gpt2 import VaLMForCausalLM
@@ -48,11 +47,6 @@ def plain_question(item: Item) -> str:
     return fill(PLAIN_PROMPT, item.text, item.descriptor, fair=True)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
-    """SOT and the tokens of one text, (1, T) int64."""
-    return tokenizer(text, return_tensors="pt")["input_ids"]
-
-
 def hit_rates(
     encoder: ContextEncoder, kb: ImageKnowledgeBase, items: Sequence[Item], names: Sequence[str]
 ) -> dict[str, float]:
@@ -64,11 +58,10 @@ def hit_rates(
     retriever = Retriever(encoder, kb, min(max(HITS_AT), len(kb)))
     own = []
     for item in items:
-        query = encoder(token_ids(encoder.clip.tokenizer, plain_question(item)))[:, -1]  # (1, E)
-        ids, _ = retriever.nearest(query)
-        own.append([names[id] == item.text for id in ids[0].tolist()])
-    found = np.array(own)  # (items, pictures)
-    return {f"top{k}": round(float(found[:, :k].any(1).mean()), 4) for k in HITS_AT}
+        tokens = encoder.clip.tokenizer(plain_question(item), return_tensors="pt")["input_ids"]  # (1, T), with SOT
+        found, _ = retriever.nearest(encoder(tokens)[:, -1])
+        own.append([names[id] == item.text for id in found[0].tolist()])
+    return {f"top{k}": round(float(np.array(own)[:, :k].any(1).mean()), 4) for k in HITS_AT}
 
 
 @dataclass(frozen=True)
@@ -116,9 +109,3 @@ def answers_by_color(
     for item, (answer,) in zip(items, result.predictions, strict=True):
         counts.setdefault(item.answer, Counter())[answer] += 1
     return {color: dict(counts[color].most_common()) for color in COLORS if color in counts}
-
-
-def answer_probabilities(model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str) -> dict[str, float]:
-    """The probability of each colour word among the colour words."""
-    log_probs = answer_log_probs(model, tokenizer, [question], COLORS)[0]
-    return dict(zip(COLORS, log_probs.softmax(-1).tolist(), strict=True))

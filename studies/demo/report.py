@@ -61,10 +61,11 @@ def write_report(
         results=results,
         row_names=ROW_NAMES,
         swatches=SWATCHES,
+        among_answers=among_answers,
         credit=CREDIT,
         prompts={prompt: begins_a_sentence(prompt) for prompt in COLOR_PROMPTS},
         exhibits=exhibits,
-        attention=attention(exhibits.attention),
+        attention=attention(exhibits.examples[0].seen),
         language_losses=svg(plots.loss_curves({name: of for name, of in losses.items() if name != "CLIP"})),
         clip_losses=svg(plots.loss_curves({"CLIP": losses["CLIP"]})),
     )
@@ -90,6 +91,11 @@ def attention(seen: Explanation) -> list[dict[str, Any]]:
         }
         for row, token in enumerate(seen.tokens)
     ]
+
+
+def among_answers(seen: Explanation, answer: str) -> float:
+    """The probability of an answer among the answers."""
+    return float(seen.probabilities[seen.answers.index(answer)] / seen.probabilities.sum())
 
 
 def _counts(counts: Mapping[str, int]) -> str:

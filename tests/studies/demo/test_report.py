@@ -1,6 +1,5 @@
 """The report of given results: numbers, verdicts, swaps, and what is said when MemoryColor is skipped."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -12,7 +11,8 @@ from studies.demo.exhibits import Example, Exhibits, Swap
 from studies.demo.report import ROW_NAMES, attention, write_report
 from studies.demo.things import CREDIT
 from tests.valm.explain.explanations import explanation
-from valm.evaluation.questions import COLOR_PROMPTS, COLORS
+from valm.evaluation.questions import COLOR_PROMPTS
+from valm.explain.images import ShownImage
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 SHARES = {"valm": 0.871, "gpt2": 0.194, "random_images": 0.106, "valm_state_queries": 0.851, "majority": 0.266}
@@ -38,26 +38,28 @@ def results(memory: bool) -> dict:
     }
 
 
+def seen(text, answers, **changes):
+    """A question that one picture was found for."""
+    probabilities = np.array(list(answers.values()), np.float32)
+    shown = (ShownImage("a rose", PICTURE),)
+    given = {"text": text, "answers": tuple(answers), "probabilities": probabilities, "images": shown}
+    index = {"image_index": np.array([[-1, -1], [-1, -1], [0, -1]])}
+    return explanation(**given | index | changes)
+
+
 @pytest.fixture
 def exhibits() -> Exhibits:
-    rest = dict.fromkeys(COLORS, 0.0)
-    bars = {"as they are": {"red": 0.9, "blue": 0.1}, "red and blue swapped": {"red": 0.2, "blue": 0.8}}
-    bars = {name: rest | given for name, given in bars.items()}
-    return Exhibits(
-        [
-            Example("The color of the rose is", [PICTURE], ["rose"], "red", "red"),
-            Example("The color of the whale is", [PICTURE], ["whale"], "grey", "blue"),
-        ],
-        explanation(),
-        [Swap("The color of the rose is", {name: [PICTURE] for name in bars}, bars)],
-    )
+    rose, whale = "The color of the rose is", "The color of the whale is"
+    before, after = {"red": 0.45, "blue": 0.05, "pink": 0.0}, {"red": 0.1, "blue": 0.4, "pink": 0.0001}
+    examples = [Example(seen(rose, before), "red"), Example(seen(whale, {"grey": 0.6, "blue": 0.4}), "blue")]
+    return Exhibits(examples, [Swap(seen(rose, before), seen(rose, after))])
 
 
 def test_everything_given_is_shown(tmp_path, exhibits):
     write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 2  # of losses
-    assert text.count("<img") == 6  # of two examples, of two tokens, and of a swap twice
+    assert text.count("<img") == 5  # of two examples, of a token, and of a swap twice
     assert text.count(CREDIT) == 3
     assert "87.1%" in text and "19.4%" in text and "26.6%" in text
     assert '<span class="answer right">red</span>' in text
@@ -101,11 +103,9 @@ def test_bars_are_as_long_as_the_answers_are_likely(tmp_path, exhibits):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, scheme):
-    weights = np.tril(np.ones((1, 8, 8))), np.zeros((1, 8, 1))
-    seen = explanation(
-        tokens=("word",) * 8, text_weights=weights[0], image_weights=weights[1], image_index=np.zeros((8, 1), int)
-    )
-    exhibits = dataclasses.replace(exhibits, attention=seen)
+    weights = {"text_weights": np.tril(np.ones((1, 8, 8))), "image_weights": np.zeros((1, 8, 1))}
+    changes = {"tokens": ("word",) * 8, "image_index": np.zeros((8, 1), int)} | weights
+    exhibits.examples.insert(0, Example(seen("a long one", {"red": 1.0}, **changes), "red"))
     write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
@@ -132,7 +132,8 @@ def test_without_memory_color_it_says_why(tmp_path, exhibits):
 
 
 def test_hostile_words_are_escaped(tmp_path, exhibits):
-    exhibits.examples.append(Example("<script>1</script>", [PICTURE], ['" onerror="1'], "<b>", "red"))
+    hostile = seen("<script>1</script>", {"<b>": 1.0}, images=(ShownImage('" onerror="1', PICTURE),))
+    exhibits.examples.append(Example(hostile, "red"))
     write_report(tmp_path / "report.html", results(memory=False), {"CLIP": [1.0], "VaLM": [1.0]}, exhibits)
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text and ' onerror="' not in text and "&lt;b&gt;" in text
