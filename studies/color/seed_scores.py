@@ -158,7 +158,8 @@ class Scoring:
         tests = self._tests(arm)
         plain = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
         plain += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
-        captioned = [one for test in tests if test.images in WITH_CAPTIONS for one in test.asked.values()]
+        ordered = sorted(tests, key=lambda test: test.images)  # one file for all arms, whichever they ask first
+        captioned = [one for test in ordered if test.images in WITH_CAPTIONS for one in test.asked.values()]
         behind = [row for one in captioned for row in question_rows(self.tokenizer, one)]
         for known in filter(None, (plain, behind)):  # of which most arms need the first alone
             layer = FUSION_LAYER if arm.made == LATE else None
