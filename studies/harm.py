@@ -13,7 +13,6 @@ trained on. docs/results/ordinary-text.md has the table.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -35,6 +34,7 @@ from valm.evaluation.controls import switch_images
 from valm.evaluation.language import token_log_probs
 from valm.evaluation.statistics import Estimate, ratio
 from valm.store.files import read_json, writable_folder, write_json
+from valm.store.settings import check_same
 
 PICTURES, VALIDATED = 300, 30  # in the knowledge base, and others whose captions are half of the validation documents
 ORDINARY = 60  # paragraphs that the user has: to choose min_score by; some are the other half of those documents
@@ -55,12 +55,11 @@ def note_settings(base: Path, out: Path, seed: int) -> None:
     """
     numbers = {"pictures": PICTURES, "validated": VALIDATED, "ordinary": ORDINARY}
     settings = {"clip": CLIP_OPTIONS, "train": TRAIN_OPTIONS, "base": str(base.resolve())}
-    note = json.loads(json.dumps({"seed": seed} | numbers | settings))
+    note = {"seed": seed} | numbers | settings
     file = writable_folder(out) / NOTE_FILE
     if file.exists() or (out / "pictures").exists():
-        before = file.exists() and read_json(file, "the note on the settings", dict[str, Any], "choose another folder")
-        if before != note:
-            raise ValmError(f"{out} was made with another seed or other settings: choose another folder")
+        before = read_json(file, "the note on the settings", dict[str, Any], "choose another folder")
+        check_same(f"{out} holds another study", before, note, "choose another folder")
     write_json(file, note)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from typing_extensions import TypedDict
 
 import valm
 import valm_kernels
@@ -35,6 +36,7 @@ from studies.color.config import (
     KB_OTHERS,
     LATE,
     NATURAL,
+    RECIPE,
     TRAINED,
     VALIDATION,
     Arm,
@@ -53,6 +55,7 @@ from valm.evaluation.sets import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
+from valm.store.settings import check_same
 from valm.training.image_trainer import STATE_FILE
 from valm.training.run_note import RUN_FILE
 
@@ -102,17 +105,27 @@ def sources_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+class _Note(TypedDict):
+    """STUDY_FILE. sources: `sources_hash` of the code that ran stages."""
+
+    recipe: str
+    config: dict[str, Any]
+    sources: list[str]
+
+
 def _note_study(study: Study) -> None:
     file, sources = study.out / STUDY_FILE, []
+    note: _Note = {"recipe": study.config.recipe, "config": study.config.to_json(), "sources": []}
     if file.is_file():
-        before = read_json(file, "the note on a study", dict[str, Any], "choose another folder")
-        if before.get("recipe") != study.config.recipe:
-            raise ValmError(f"{study.out} holds a study of other settings: choose another folder")
-        sources = before.get("sources", [])
+        before: _Note = read_json(file, "the note on a study", _Note, "choose another folder")
+        there, here = (
+            {**{name: of["config"].get(name) for name in RECIPE}, "recipe": of["recipe"]} for of in (before, note)
+        )
+        check_same(f"{study.out} holds another study", there, here, "choose another folder")
+        sources = before["sources"]
     now = sources_hash()
     if set(sources) - {now}:
         warnings.warn(f"earlier stages in {study.out} ran with other code than today's: see {STUDY_FILE}", stacklevel=3)
-    note = {"recipe": study.config.recipe, "config": study.config.to_json()}
     write_json(file, note | {"sources": list(dict.fromkeys([*sources, now]))})
 
 

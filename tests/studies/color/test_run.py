@@ -24,9 +24,9 @@ from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
 from valm.cli import main
 from valm.errors import ValmError
-from valm.evaluation.color import COLORS as COLOR_WORDS
-from valm.evaluation.color import load_memory_color
+from valm.evaluation.questions import COLORS as COLOR_WORDS
 from valm.evaluation.questions import FAIR, Questions
+from valm.evaluation.sets import load_memory_color
 from valm.store.files import write_json
 
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
@@ -112,7 +112,7 @@ def test_a_whole_study(world):
     answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
     asked = {(row.of, row.measure): row.asked for row in results.rows}
-    things = {item.item: item.color for item in load_memory_color(world / "out/seed-3/text/validation.csv")}
+    things = {item.text: item.answer for item in load_memory_color(world / "out/seed-3/text/validation.csv")}
     assert dict(zip(*asked["validation", "raw"][:3:2], strict=True)) == things
     right = np.array(answers["answers"]) == [[COLOR_WORDS.index(color)] for color in things.values()]
     assert results.accuracy(("valm", "retrieved"), "validation").value == pytest.approx(right.mean())
@@ -144,9 +144,9 @@ def test_a_whole_study(world):
 
 
 def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"recipe": "other"}))
+    (tmp_path / "study.json").write_text(json.dumps({"recipe": "other", "config": {"images": 3}, "sources": []}))
     study = study_of(world)
-    with pytest.raises(ValmError, match="other settings"):
+    with pytest.raises(ValmError, match="holds another study: its "):
         run_study(Study(study.config, tmp_path, main, study.data))
     with pytest.raises(ValmError, match="no seed 7, only 3"):
         run_study(study, [7])
