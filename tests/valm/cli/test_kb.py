@@ -275,7 +275,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, capsys, mo
     (root / "file").touch()
     monkeypatch.setattr("valm.knowledge_base.encode.encode_records", lambda *_, **__: pytest.fail("it encodes"))
     for out, error in (
-        ("kb", "already holds a knowledge base of another source or other settings (after differ)"),
+        ("kb", "holds another knowledge base: its after is not given"),
         ("clip", "is not empty (it has "),
         ("file", "file: File exists"),
     ):
