@@ -369,7 +369,7 @@ class AugmentedCausalLM(ImageModel):
         static = isinstance(cache, StaticCache)
         if static:
             inputs["text_limits"] = self._text_limits(inputs.get("attention_mask"))
-        if cache is not None and self.retriever is not None:
+        if cache is not None and kwargs.get("image_index") is None and self.retriever is not None:
             mask = kwargs.get("attention_mask")
             found = self.finder.find_images(inputs.get("input_ids"), mask, cache, None)
             inputs |= {name: tensor for name, tensor in zip(IMAGE_ARGUMENTS, found, strict=False) if tensor is not None}

@@ -50,6 +50,16 @@ class ContextCache:
         self.past = [(keys[index], values[index]) for keys, values in self.past]
         self.last_query = self.last_query[index]
 
+    def join(self, other: ContextCache) -> None:
+        """Adds the rows of another cache of the same encoder behind its own."""
+        self.states += other.states
+        self.texts += other.texts
+        self.past = [
+            (torch.cat([keys, more_keys]), torch.cat([values, more_values]))
+            for (keys, values), (more_keys, more_values) in zip(self.past, other.past, strict=True)
+        ]
+        self.last_query = torch.cat([self.last_query, other.last_query])
+
 
 class ContextEncoder:
     """Queries for retrieval: CLIP's encoding of the text up to each token.

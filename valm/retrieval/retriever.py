@@ -346,6 +346,9 @@ class _NoState:
     def reorder(self, beam_idx: Tensor) -> None:
         pass
 
+    def join(self, other: Any) -> None:
+        pass
+
 
 def _check_index(index: Any, kb: ImageKnowledgeBase) -> None:
     """Checks what an index says of itself."""

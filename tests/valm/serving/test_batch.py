@@ -1,0 +1,114 @@
+"""`Batch`: texts that are read together, against each by itself."""
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama, tiny_minimax
+from valm.model.augment import augment
+from valm.retrieval.retriever import NoImages
+from valm.serving.batch import Batch, can_join
+
+
+def texts_of(tokenizer, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(0, len(tokenizer) - 2, (1, length), generator=generator)
+        ids[0, 0] = tokenizer.bos_token_id
+        found.append(ids)
+    return found
+
+
+def alone(model, text, more):
+    """Logits (T, V) and images of a text's tokens, one by one behind its first ones."""
+    batch = Batch(model)
+    seen = [batch.read(text)]
+    seen += [batch.read(id[None, None]) for id in more]
+    return torch.cat([one.logits[0] for one in seen]), torch.cat([one.image_ids[0, -1:] for one in seen])
+
+
+def test_rows_that_join_and_leave_are_read_as_alone(served):
+    model, tokenizer = served
+    lengths, joins, leaves = (5, 31, 12, 3), (0, 2, 3, 7), (20, 9, 20, 15)
+    texts = texts_of(tokenizer, lengths)
+    more = [
+        torch.cat(texts_of(tokenizer, [leave - join], seed=9 + row), 1)[0]
+        for row, (join, leave) in enumerate(zip(joins, leaves, strict=True))
+    ]
+    batch, rows = Batch(model), []
+    logits, images = {row: [] for row in range(4)}, {row: [] for row in range(4)}
+    for step in range(20):
+        if rows:
+            kept = [place for place, row in enumerate(rows) if leaves[row] > step]
+            if len(kept) < len(rows):
+                batch.keep(kept)
+                rows = [rows[place] for place in kept]
+            seen = batch.read(torch.stack([more[row][step - joins[row] - 1] for row in rows])[:, None])
+            for place, row in enumerate(rows):
+                logits[row].append(seen.logits[place])
+                images[row].append(seen.image_ids[place])
+        for row in [row for row in range(4) if joins[row] == step]:
+            one = Batch(model)
+            seen = one.read(texts[row])
+            logits[row].append(seen.logits[0])
+            images[row].append(seen.image_ids[0, -1:])
+            batch.join(one)
+            assert len(one) == 0
+            rows.append(row)
+    for row in range(4):
+        n = len(logits[row]) - 1
+        expected, expected_images = alone(model, texts[row], more[row][:n])
+        torch.testing.assert_close(torch.cat(logits[row]), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(torch.cat(images[row]), expected_images)
+    assert n > 5
+
+
+def tiny_mistral():
+    """With a window that the texts below are longer than."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return MistralForCausalLM(MistralConfig(sliding_window=6, **sizes, **heads)).eval()
+
+
+@pytest.mark.parametrize("base, joins", [(tiny_llama, True), (tiny_mistral, True), (tiny_minimax, False)])
+def test_whether_rows_can_be_padded_is_tried(base, joins):
+    """A recurrent state has no positions that could be padding."""
+    model = augment(base(), num_images=IMAGES, image_dim=IMAGE_DIM).eval()
+    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
+    assert can_join(model) == joins
+
+
+def test_a_model_that_ignores_padding_is_found(monkeypatch):
+    model = augment(tiny_llama(), num_images=IMAGES, image_dim=IMAGE_DIM).eval()
+    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
+    prepare = model.prepare_inputs_for_generation
+    monkeypatch.setattr(
+        model,
+        "prepare_inputs_for_generation",
+        lambda ids, attention_mask, **inputs: prepare(ids, attention_mask=torch.ones_like(attention_mask), **inputs),
+    )
+    assert not can_join(model)
+
+
+def test_rows_in_a_sliding_window_are_read_as_alone():
+    model = augment(tiny_mistral(), num_images=IMAGES, image_dim=IMAGE_DIM).eval()
+    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 64, (1, length), generator=generator) for length in (3, 15, 8)]
+    more = torch.randint(0, 64, (3, 12), generator=generator)
+    batch, alone = Batch(model), [Batch(model) for _ in texts]
+    for row, text in enumerate(texts):
+        alone[row].read(text)
+        one = Batch(model)
+        one.read(text)
+        batch.join(one)
+    rows = [0, 1, 2]
+    for step in range(12):
+        if step == 5:
+            rows = [0, 2]
+            batch.keep(rows)
+        found = batch.read(more[rows, step : step + 1]).logits
+        expected = torch.cat([alone[row].read(more[row : row + 1, step : step + 1]).logits for row in rows])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
