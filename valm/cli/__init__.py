@@ -16,7 +16,6 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from valm.cli import (
-    app,
     clip,
     evaluate,
     explain,
@@ -111,7 +110,7 @@ def build_parser() -> CommandParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     build = (clip, kb, retrieve, verify)
-    use = (train, evaluate, lm_eval, generate, explain, app, serve)
+    use = (train, evaluate, lm_eval, generate, explain, serve)
     for module in (*build, *use):
         module.add_to(commands)
     return parser

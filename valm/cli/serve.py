@@ -11,7 +11,7 @@ from valm.store.files import name_of
 
 
 def add_to(commands: Commands) -> None:
-    serve = command(commands, "serve", run_serve, "serve a model over HTTP, by OpenAI's API")
+    serve = command(commands, "serve", run_serve, "serve a model: a page in the browser, and OpenAI's API over HTTP")
     serve.add_argument("model", type=Path, help="checkpoint folder")
     serve.add_argument(
         "--host",
@@ -21,7 +21,16 @@ def add_to(commands: Commands) -> None:
     serve.add_argument("--port", type=port, default=8000, help="0 takes any free one")
     serve.add_argument("--max-tokens", type=positive, default=512, help="the most that a request may ask for")
     serve.add_argument(
-        "--max-waiting", type=not_negative, default=64, help="requests that may wait for the one being answered"
+        "--max-waiting", type=not_negative, default=64, help="requests that may wait for those being answered"
+    )
+    serve.add_argument("--max-batch", type=positive, default=8, help="requests that are answered together")
+    serve.add_argument(
+        "--compare", type=Path, metavar="MODEL2", help="another checkpoint, to show beside it on the page"
+    )
+    serve.add_argument(
+        "--page",
+        action="store_true",
+        help="with another --host too: the page, which takes images, and the search of the knowledge base",
     )
     add_opening(serve)
 
@@ -32,19 +41,26 @@ def run_serve(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValmError(f"valm serve needs the package {error.name}: pip install -e '.[serve]'") from error
 
-    model, tokenizer = opening(arguments).load(arguments.model)
+    opened, name = opening(arguments), name_of(arguments.model)
+    model, tokenizer = opened.load(arguments.model)
     retriever = model.retriever  # opened now: what it lacks is an error before anyone asks
     if model.fusion_options.num_images > 0 and retriever is None:
         raise ValmError(
             f"the model {arguments.model} takes {model.fusion_options.num_images} images a token, but has no "
             "retriever: give it a knowledge base (--kb)"
         )
+    other = None
+    if arguments.compare:
+        other = (name_of(arguments.compare, unlike=[name]), *opened.load_other(arguments.compare))
     serve(
-        name_of(arguments.model),
+        name,
         model,
         tokenizer,
         host=arguments.host,
         port=arguments.port,
         max_tokens=arguments.max_tokens,
         max_waiting=arguments.max_waiting,
+        max_batch=arguments.max_batch,
+        page=True if arguments.page else None,
+        other=other,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from valm.model.image_model import ImageModel
 from valm.retrieval.context import ContextCache
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved, Retriever
 
+NamedImage: TypeAlias = tuple[str, Image.Image]
 RETRIEVAL = ON, OFF, RANDOM = ("on", "off", "random")
 
 
@@ -75,19 +76,13 @@ class RandomImages(OtherImages):
 
 
 class GivenImages(OtherImages):
-    """Every token that has images sees the same K: the first of `files`, repeated if there are fewer. `images` has
-    their names and contents, and `image_ids` are numbers of it.
+    """Every token that has images sees the same K: the first of `images`, which have names, repeated if there are
+    fewer. `image_ids` are numbers of `images`."""
 
-    Raises:
-        ValmError: a file cannot be read as an image.
-    """
-
-    def __init__(self, retriever: Retriever, files: Sequence[Path]):
+    def __init__(self, retriever: Retriever, images: Sequence[NamedImage]):
         super().__init__(retriever)
-        files = files[: self.k]
-        contents = read_images(files)
-        self.images = [(file.name, content) for file, content in zip(files, contents, strict=True)]
-        self.vectors = retriever.encoder.clip.encode_images(contents)  # (n, E)
+        self.images = images[: self.k]
+        self.vectors = retriever.encoder.clip.encode_images([image for _, image in self.images])  # (n, E)
 
     def _replaced(self, found: Retrieved) -> Retrieved:
         index, device = found.image_index, found.image_index.device
@@ -102,18 +97,18 @@ class GivenImages(OtherImages):
         )
 
 
-def read_images(files: Sequence[Path]) -> list[Image.Image]:
-    """The images in `files`.
+def named_images(sources: Iterable[tuple[str, Path | BinaryIO]]) -> list[NamedImage]:
+    """The images in files, with the names that they are given.
 
     Raises:
         ValmError: one cannot be read.
     """
     images = []
-    for file in files:
+    for name, source in sources:
         try:
-            images.append(read_image(file))
+            images.append((name, read_image(source)))
         except Exception as error:  # decoders raise many types for damaged bytes
-            raise ValmError(f"cannot read the image {file.name}: {error}") from error
+            raise ValmError(f"cannot read the image {name}: {error}") from error
     return images
 
 
@@ -175,7 +170,10 @@ def images_for(
         return retriever
     if isinstance(retriever, BlindRetriever):
         raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
-    return RandomImages(retriever, seed) if replace is None else GivenImages(retriever, images_in(replace))
+    if replace is None:
+        return RandomImages(retriever, seed)
+    files = images_in(replace)[: retriever.k]
+    return GivenImages(retriever, named_images((file.name, file) for file in files))
 
 
 def switch_images(

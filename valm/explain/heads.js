@@ -1,15 +1,16 @@
 "use strict";
-// Shows the weights of the chosen head. Without this script the page shows their mean.
-const settings = JSON.parse(document.getElementById("heads").textContent);
-for (const section of document.querySelectorAll("[data-setting]")) {
-  const { tokens, largest, weights } = settings[Number(section.dataset.setting)];
-  const choice = section.querySelector("[data-heads]");
-  choice.parentElement.hidden = false;
-  choice.addEventListener("change", () => show(section, weights[Number(choice.value)], tokens, largest));
-  choice.value = "0"; // a reloaded page would keep the choice, but not what it showed
+// Shows the weights of the chosen head in an explanation inside `root`. Without this the explanation shows their mean.
+function chooseHeads(root, settings) {
+  for (const section of root.querySelectorAll("[data-setting]")) {
+    const { tokens, largest, weights } = settings[Number(section.dataset.setting)];
+    const choice = section.querySelector("[data-heads]");
+    choice.parentElement.hidden = false;
+    choice.addEventListener("change", () => showHead(section, weights[Number(choice.value)], tokens, largest));
+    choice.value = "0"; // a reloaded page would keep the choice, but not what it showed
+  }
 }
 
-function show(section, weights, tokens, largest) {
+function showHead(section, weights, tokens, largest) {
   const width = weights.length / tokens;
   const share = (token) =>
     weights.slice(token * width + tokens, (token + 1) * width).reduce((sum, weight) => sum + weight, 0);

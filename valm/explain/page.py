@@ -40,30 +40,46 @@ def render_page(explanations: Mapping[str, Explanation]) -> str:
     Args:
         explanations: of one text, by title, such as the name of the model.
     """
-    script = (HERE / "heads.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    script = heads_script() + 'chooseHeads(document, JSON.parse(document.getElementById("heads").textContent));\n'
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
-            **_content(explanations, None),
+            **_content(explanations),
             style=Markup(style()),
             script=Markup(script),
-            script_hash=digest,
-            heads=[_heads(explanation, explanations) for explanation in explanations.values()],
+            script_hash=script_hash(script),
+            heads=heads(explanations),
         )
     )
 
 
-def render_body(explanations: Mapping[str, Explanation], head: int | None = None) -> str:
-    """The body of the page, for one head or the mean of all; it needs `style()`."""
-    return _environment().get_template("body.html.j2").render(**_content(explanations, head), choose_head=False)
+def render_body(explanations: Mapping[str, Explanation]) -> str:
+    """The body of the page; it needs `style()`, and for the choice of a head `heads_script()` and `heads`."""
+    return _environment().get_template("body.html.j2").render(**_content(explanations))
+
+
+def heads(explanations: Mapping[str, Explanation]) -> list[dict[str, Any]]:
+    """What the function chooseHeads of `heads_script` shows: for each explanation the weights of the mean and of every
+    head, each as T rows of T + K integers in WEIGHT_UNIT, and that of a whole bar."""
+    largest = max(1, round(_largest_image(explanations) / WEIGHT_UNIT))
+    return [_heads(explanation) | {"largest": largest} for explanation in explanations.values()]
 
 
 @cache
 def style() -> str:
     """The CSS of pages and bodies; all of it is below the class `valm-explain`."""
     return (HERE / "style.css").read_text(encoding="utf-8")
+
+
+@cache
+def heads_script() -> str:
+    return (HERE / "heads.js").read_text(encoding="utf-8")
+
+
+def script_hash(script: str) -> str:
+    """What a page's policy calls this script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def thumbnail_uri(image: Image.Image) -> str:
@@ -81,11 +97,11 @@ def _environment() -> Environment:
     return environment
 
 
-def _content(explanations: Mapping[str, Explanation], head: int | None) -> dict[str, Any]:
+def _content(explanations: Mapping[str, Explanation]) -> dict[str, Any]:
     first = next(iter(explanations.values()))
     largest = _largest_image(explanations)
     settings = [
-        _setting(number, title, explanation, head, largest)
+        _setting(number, title, explanation, largest)
         for number, (title, explanation) in enumerate(explanations.items())
     ]
     return {"text": first.text, "settings": settings, "largest_image": largest}
@@ -96,13 +112,9 @@ def _largest_image(explanations: Mapping[str, Explanation]) -> float:
     return max(float(explanation.image_weights.max(initial=0.0)) for explanation in explanations.values()) or 1.0
 
 
-def _setting(
-    number: int, title: str, explanation: Explanation, head: int | None, largest_image: float
-) -> dict[str, Any]:
-    """One explanation as the template shows it; the mean where it has no such head."""
-    if head is not None and head >= len(explanation.text_weights):
-        head = None
-    text, image = explanation.weights(head)
+def _setting(number: int, title: str, explanation: Explanation, largest_image: float) -> dict[str, Any]:
+    """One explanation as the template shows it, with the mean over the heads."""
+    text, image = explanation.weights()
     sources = [None if shown.thumbnail is None else thumbnail_uri(shown.thumbnail) for shown in explanation.images]
     width = len(explanation.tokens) + image.shape[1]
 
@@ -136,7 +148,6 @@ def _setting(
         "title": title,
         "note": explanation.note,
         "num_heads": len(explanation.text_weights),
-        "head": head,
         "has_images": bool(explanation.images),
         "tokens": tokens,
         "answers": [
@@ -147,13 +158,10 @@ def _setting(
     }
 
 
-def _heads(explanation: Explanation, explanations: Mapping[str, Explanation]) -> dict[str, Any]:
-    """The weights of the mean and of every head, each as T rows of T + K integers in WEIGHT_UNIT, and that of a whole
-    bar."""
+def _heads(explanation: Explanation) -> dict[str, Any]:
     joint = np.concatenate([explanation.text_weights, explanation.image_weights], -1)  # (H, T, T + K)
     every = np.concatenate([joint.mean(0, keepdims=True), joint])
     return {
         "tokens": len(explanation.tokens),
-        "largest": max(1, round(_largest_image(explanations) / WEIGHT_UNIT)),
         "weights": np.rint(every / WEIGHT_UNIT).astype(int).reshape(len(every), -1).tolist(),
     }

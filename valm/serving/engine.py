@@ -1,27 +1,23 @@
-"""Generates for one request at a time, in the order in which they came.
-
-So each has a cache and a retriever's state of its own, and the random numbers of one do not depend on others. What is
-shared is the retriever's cache of whole segments, whose images depend on their text alone (`Retriever.step`).
-"""
+"""Generates for many requests at once: each joins the batch when its turn comes, and leaves it at its own end."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
 from valm.errors import PANIC
-from valm.model.sampling import keep_ends_alone, sampling_options
-
-# A token of byte fallback. What a run of them decodes to depends on all of it.
-BYTE = re.compile("<0x[0-9A-F]{2}>")
+from valm.serving.batch import Batch, Seen, can_join
+from valm.serving.metrics import Metrics
+from valm.serving.text import StreamedText
 
 
 class BusyError(Exception):
@@ -34,7 +30,17 @@ class StoppingError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue, and how. ids: the tokens; temperature 0 is greedy; stop: texts before which to end."""
+    """What to continue, and how.
+
+    Attributes:
+        ids: the tokens.
+        max_new_tokens: 0 reads the prompt alone.
+        temperature: 0 is greedy.
+        seed: of the request's own random numbers.
+        stop: texts before which to end.
+        logprobs: of each new token its log probability and so many likeliest others; None for neither.
+        echo: those of the prompt's tokens too.
+    """
 
     ids: list[int]
     max_new_tokens: int
@@ -42,6 +48,16 @@ class Prompt:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+
+
+class TokenScore(NamedTuple):
+    """A token, its log probability (None of the first of a text), and the likeliest tokens there with theirs."""
+
+    id: int
+    logprob: float | None
+    likeliest: list[tuple[int, float]]
 
 
 class Answer:
@@ -50,6 +66,8 @@ class Answer:
     Attributes:
         num_tokens: how many were generated, with eos.
         finish_reason: "stop" after eos or a stop text, "length" after max_new_tokens; known after the last part.
+        scores: of the tokens so far, where the prompt asks for `logprobs`.
+        images: the ids of the images that its tokens saw, with the best score of each.
     """
 
     def __init__(self, prompt: Prompt, loop: asyncio.AbstractEventLoop):
@@ -57,7 +75,10 @@ class Answer:
         self.num_tokens = 0
         self.finish_reason = "length"
         self.cancelled = False
+        self.scores: list[TokenScore] = []
+        self.images: dict[int, float] = {}
         self.loop = loop
+        self.begun = time.monotonic()
         self._parts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
     def put(self, part: str | Exception | None) -> None:
@@ -71,21 +92,36 @@ class Answer:
             yield part
 
 
+class Call(NamedTuple):
+    """Work on the model other than an answer, and its result."""
+
+    function: Callable[[], Any]
+    result: asyncio.Future[Any]
+
+
 class Engine:
-    """Owns the thread that generates. All methods are called on the event loop.
+    """Owns the thread that uses the model. All methods are called on the event loop.
 
     Args:
         model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile.
-        max_waiting: requests that may wait for the one that is being answered.
+        max_waiting: requests that may wait for those that are being answered.
+        max_batch: requests that are answered together; 1 for a model whose cache cannot be padded (`can_join`).
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, max_waiting: int):
-        keep_ends_alone(model)
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, max_waiting: int, max_batch: int = 8):
         self.model, self.tokenizer = model, tokenizer
         self.max_waiting = max_waiting
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
-        self._open: set[Answer] = set()
+        self.max_batch = max_batch if max_batch == 1 or can_join(model) else 1
+        self.metrics = Metrics()
+        self.metrics.waiting.set_function(lambda: len(self._waiting))
+        self._rows: list[_Row] = []
+        self._batch = Batch(model)
+        self._waiting: deque[Answer | Call] = deque()
+        self._open: set[Answer | Call] = set()
         self._ended = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        self._thread.start()
 
     def submit(self, prompt: Prompt) -> Answer:
         """The answer to `prompt`, which waits its turn.
@@ -94,14 +130,19 @@ class Engine:
             BusyError: too many wait.
             StoppingError: after `end`.
         """
-        if self._ended:
-            raise StoppingError
-        if len(self._open) > self.max_waiting:
-            raise BusyError
         answer = Answer(prompt, asyncio.get_running_loop())
-        self._open.add(answer)
-        self._thread.submit(self._run, answer)
+        self._add(answer)
         return answer
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """The result of `function`, which may use the model: called between two tokens of the answers, in its turn.
+
+        Raises:
+            BusyError, StoppingError: as `submit`; and what `function` raises.
+        """
+        call = Call(function, asyncio.get_running_loop().create_future())
+        self._add(call)
+        return await call.result
 
     def cancel(self, answer: Answer) -> None:
         """Ends an answer that nobody reads, before its next token."""
@@ -110,98 +151,202 @@ class Engine:
 
     def end(self) -> None:
         """Ends all answers: their readers get a `StoppingError`, as those of later requests do."""
-        self._ended = True
-        for answer in list(self._open):
-            answer.put(StoppingError())
-            self.cancel(answer)
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        for one in list(self._open):
+            if isinstance(one, Answer):
+                one.put(StoppingError())
+                self.cancel(one)
+            elif not one.result.done():
+                one.result.set_exception(StoppingError())
 
     async def join(self) -> None:
         """Waits until nothing is generated."""
-        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._thread.join)
 
-    def _run(self, answer: Answer) -> None:
-        last: Exception | None = None
+    def _add(self, one: Answer | Call) -> None:
+        with self._changed:
+            if self._ended:
+                raise StoppingError
+            if len(self._open) >= self.max_batch + self.max_waiting:
+                raise BusyError
+            self._open.add(one)
+            self._waiting.append(one)
+            self._changed.notify()
+
+    # ---- on the thread ----
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._rows or self._ended)
+                if self._ended:
+                    return
+                full = len(self._rows) >= self.max_batch
+                first = self._waiting[0] if self._waiting else None
+                new = None if first is None or (full and isinstance(first, Answer)) else self._waiting.popleft()
+            if isinstance(new, Call):
+                self._call(new)
+            elif new is not None and not new.cancelled:
+                self._begin(new)
+            if self._rows:
+                self._step()
+
+    def _call(self, call: Call) -> None:
+        loop = call.result.get_loop()
         try:
-            if not answer.cancelled:
-                self._generate(answer)
+            set_result, value = call.result.set_result, call.function()
         except Exception as error:
-            last = error
+            set_result, value = call.result.set_exception, error
         except BaseException as error:
-            last = RuntimeError(f"{PANIC}: {error}")
-        # before the end is read, as its reader may ask again at once
-        answer.loop.call_soon_threadsafe(self._open.discard, answer)
-        answer.put(last)
+            set_result, value = call.result.set_exception, RuntimeError(f"{PANIC}: {error}")
+        loop.call_soon_threadsafe(self._open.discard, call)
+        loop.call_soon_threadsafe(lambda: None if call.result.done() else set_result(value))
 
-    def _generate(self, answer: Answer) -> None:
+    def _begin(self, answer: Answer) -> None:
+        """Reads the prompt, and puts the answer into the batch if it is longer than a token."""
+        row, read = _Row(answer, self), Batch(self.model)
+        with row:
+            seen = read.read(torch.tensor([answer.prompt.ids], device=self.model.device), answer.prompt.echo)
+            self.metrics.prompt_tokens.inc(len(answer.prompt.ids))
+            self._count(seen, len(answer.prompt.ids))
+            if answer.prompt.echo:
+                row.score_prompt(seen.logits[0])
+            goes_on = row.take(seen, 0)
+            self.metrics.first_token.observe(time.monotonic() - answer.begun)
+            if goes_on:
+                self._batch.join(read)
+                self._rows.append(row)
+
+    def _step(self) -> None:
+        """Adds a token to each row."""
+        self._keep([not row.answer.cancelled for row in self._rows])
+        if not self._rows:
+            return
+        begin = time.monotonic()
+        try:
+            seen = self._batch.read(torch.tensor([[row.last] for row in self._rows], device=self.model.device))
+        except BaseException as error:
+            for row in self._rows:
+                row.end(error)
+            self._keep([False] * len(self._rows))
+            return
+        self._count(seen, len(self._rows))
+        going_on = []
+        for place, row in enumerate(self._rows):
+            with row:
+                row.goes_on = row.take(seen, place)
+            going_on.append(row.goes_on)
+        for _ in self._rows:
+            self.metrics.token.observe(time.monotonic() - begin)
+        self.metrics.batch.observe(len(self._rows))
+        self._keep(going_on)
+
+    def _count(self, seen: Seen, tokens: int) -> None:
+        if seen.image_ids is not None:
+            self.metrics.searches.inc(tokens)
+
+    def _keep(self, kept: list[bool]) -> None:
+        if not all(kept):
+            places = [place for place, keep in enumerate(kept) if keep]
+            self._rows = [self._rows[place] for place in places]
+            self._batch.keep(places)
+
+
+class _Row:
+    """An answer that is being generated. An error in its block ends it alone."""
+
+    def __init__(self, answer: Answer, engine: Engine):
+        self.answer, self.engine = answer, engine
         prompt = answer.prompt
-        sampling = sampling_options(False)
+        self.goes_on = True
+        self.last = -1
+        self._text: StreamedText | None = None
+        self._generator: torch.Generator | None = None
+        self._processors = LogitsProcessorList()
         if prompt.temperature > 0:
-            sampling = sampling_options(True, prompt.temperature, prompt.top_p)
+            self._generator = torch.Generator(engine.model.device)
             if prompt.seed is None:
-                torch.seed()
+                self._generator.seed()
             else:
-                torch.manual_seed(prompt.seed)
-        ids = torch.tensor([prompt.ids], device=self.model.device)
-        writer = _Writer(answer, self.tokenizer)
-        tokens = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=prompt.max_new_tokens,
-            num_beams=1,
-            stopping_criteria=StoppingCriteriaList([writer]),
-            **sampling,
-        )
-        answer.num_tokens = tokens.shape[1] - len(prompt.ids)
-        # generate also ends at a token of the model's generation_config
-        if writer.stopped or answer.num_tokens < prompt.max_new_tokens or tokens[0, -1] in self._end_ids():
+                self._generator.manual_seed(prompt.seed)
+            self._processors.append(TemperatureLogitsWarper(prompt.temperature))
+            if prompt.top_p < 1:
+                self._processors.append(TopPLogitsWarper(prompt.top_p))
+
+    def __enter__(self) -> _Row:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> bool:
+        if error is not None:
+            self.end(error)
+        return True
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Tells the answer's reader that it ends."""
+        self.goes_on = False
+        last = error if error is None or isinstance(error, Exception) else RuntimeError(f"{PANIC}: {error}")
+        # before the end is read, as its reader may ask again at once
+        self.answer.loop.call_soon_threadsafe(self.engine._open.discard, self.answer)
+        self.answer.put(last)
+
+    def take(self, seen: Seen, row: int) -> bool:
+        """Chooses the next token after the last one that `row` of the batch has read. Returns whether more follow."""
+        answer, prompt = self.answer, self.answer.prompt
+        if seen.image_ids is not None and seen.scores is not None:
+            _note_images(answer.images, seen.image_ids[row], seen.scores[row])
+        if answer.num_tokens == prompt.max_new_tokens:  # 0
+            self.end()
+            return False
+        logits = seen.logits[row, -1]
+        self.last = self._chosen(logits)
+        answer.num_tokens += 1
+        self.engine.metrics.generated_tokens.inc()
+        if prompt.logprobs is not None:
+            answer.scores.append(_score(self.last, logits, prompt.logprobs))
+        if self._text is None:
+            self._text = StreamedText(self.engine.tokenizer, prompt.ids, prompt.stop)
+        if part := self._text.add(self.last):
+            answer.put(part)
+        ended = self._text.stopped or self.last in _end_ids(self.engine.model)
+        if ended:
             answer.finish_reason = "stop"
-        writer.write_rest()
+        if ended or answer.num_tokens == prompt.max_new_tokens:
+            if part := self._text.rest():
+                answer.put(part)
+            self.end()
+            return False
+        return True
 
-    def _end_ids(self) -> list[int]:
-        ids = self.model.generation_config.eos_token_id
-        return ids if isinstance(ids, list) else [ids]
+    def score_prompt(self, logits: Tensor) -> None:
+        """Notes the log probabilities of the prompt's tokens; logits (T, V)."""
+        ids, count = self.answer.prompt.ids, self.answer.prompt.logprobs
+        if count is not None:
+            self.answer.scores.append(TokenScore(ids[0], None, []))
+            self.answer.scores += [_score(id, of, count) for id, of in zip(ids[1:], logits, strict=False)]
+
+    def _chosen(self, logits: Tensor) -> int:
+        if self._generator is None:
+            return int(logits.argmax())
+        ids: Any = torch.empty(1, 0, dtype=torch.int64, device=logits.device)  # which these processors do not read
+        probabilities = self._processors(ids, logits[None]).softmax(-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
-class _Writer(StoppingCriteria):
-    """Writes the text of an answer after each token, and ends it at a stop text or when it was cancelled.
+def _score(id: int, logits: Tensor, count: int) -> TokenScore:
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(count)
+    return TokenScore(id, float(logprobs[id]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
-    The last characters wait for the next token while they may belong to an incomplete character or a stop text.
-    """
 
-    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerFast):
-        self.answer, self.tokenizer = answer, tokenizer
-        self.stopped = False
-        self._text = ""  # of the continuation so far
-        self._written = 0
-        # special tokens, which the text does not have
-        added = tokenizer.added_tokens_decoder.items()
-        self._stop_ids = {id for id, token in added if token.special and token.content in answer.prompt.stop}
-        self._begin = 0
-        self._begin = len(self._decoded(answer.prompt.ids))
+def _note_images(images: dict[int, float], ids: Tensor, scores: Tensor) -> None:
+    """Adds the images of tokens, ids and scores (T, K)."""
+    for id, score in zip(ids.flatten().tolist(), scores.flatten().tolist(), strict=True):
+        if id >= 0 and score > images.get(id, float("-inf")):
+            images[id] = score
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        if self.answer.cancelled:
-            return torch.ones(1, dtype=torch.bool, device=input_ids.device)
-        stop = self.answer.prompt.stop
-        self._text = self._decoded(input_ids[0].tolist())
-        if int(input_ids[0, -1]) in self._stop_ids:
-            self.stopped = True
-        ends = [place for text in stop if (place := self._text.find(text)) >= 0]
-        if ends:
-            self._text, self.stopped = self._text[: min(ends)], True
-        elif not BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(int(input_ids[0, -1])))):
-            waiting = max((n for text in stop for n in range(len(text)) if self._text.endswith(text[:n])), default=0)
-            self._write(self._text[: len(self._text) - waiting].rstrip("\ufffd"))
-        return torch.full((1,), self.stopped, device=input_ids.device)
 
-    def write_rest(self) -> None:
-        self._write(self._text)
-
-    def _write(self, text: str) -> None:
-        if len(text) > self._written:
-            self.answer.put(text[self._written :])
-            self._written = len(text)
-
-    def _decoded(self, ids: list[int]) -> str:
-        # with the prompt, as the blank before a word depends on the token before it
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))[self._begin :]
+def _end_ids(model: Any) -> list[int]:
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [ids]

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from valm.errors import ValmError
+from valm.text import nearest
+from valm_kernels.json_files import short
 
 MAX_STOP = 256  # characters of a stop text
+MAX_PROMPTS = 128
+# What OpenAI's clients send for fields that have no effect here, beside null, false, 0, "" and empty containers.
+DEFAULTS: dict[str, list[Any]] = {
+    "best_of": [1],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "tool_choice": ["none", "auto"],
+}
+
+AnyRequest = TypeVar("AnyRequest", bound="Sampling")
 
 
 class _Checked(BaseModel):
-    """Fields that OpenAI's API has and this server does not may be empty: null, false, 0, "" or a container."""
-
+    # with others, which `read` looks at
     model_config = ConfigDict(strict=True, extra="allow")
-
-    @model_validator(mode="after")
-    def _has_no_others(self) -> Any:
-        for name, value in (self.model_extra or {}).items():
-            if value:
-                raise ValueError(f"this server has no {name!r}: leave it out")
-        return self
 
 
 def _texts(stop: Any) -> Any:
@@ -31,15 +39,38 @@ def _parts(content: Any) -> Any:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+TokenId = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class StreamOptions(_Checked):
+    include_usage: bool | None = None
 
 
 class Sampling(_Checked):
-    """What both kinds of request have. Temperature 0 is greedy."""
+    """What both kinds of request have. Temperature 0 is greedy.
+
+    Attributes:
+        EXPECTED: what each field may be, for errors.
+    """
+
+    EXPECTED: ClassVar[dict[str, str]] = {
+        "model": "a text",
+        "stream": "true or false",
+        "stream_options": "an object with include_usage",
+        "max_tokens": "a whole number",
+        "temperature": "a number from 0 to 2",
+        "top_p": "a number above 0 and at most 1",
+        "seed": f"a whole number from 0 to {(1 << 32) - 1}",
+        "stop": f"a text, or a list of 4 texts at most, of 1 to {MAX_STOP} characters",
+        "n": "1",
+        "user": "a text",
+    }
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
@@ -52,15 +83,34 @@ class Sampling(_Checked):
         """The most tokens to generate, if the request says so."""
         return self.max_tokens
 
-
-class StreamOptions(_Checked):
-    include_usage: bool | None = None
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside each one; None for no log probabilities at all."""
+        raise NotImplementedError
 
 
 class CompletionRequest(Sampling):
     """Of /v1/completions."""
 
-    prompt: str
+    EXPECTED: ClassVar[dict[str, str]] = Sampling.EXPECTED | {
+        "prompt": f"a text, a list of token ids, or a list of up to {MAX_PROMPTS} of either",
+        "echo": "true or false",
+        "logprobs": "a whole number from 0 to 5",
+    }
+
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(_Checked):
@@ -81,9 +131,68 @@ class Message(_Checked):
 class ChatRequest(Sampling):
     """Of /v1/chat/completions."""
 
+    EXPECTED: ClassVar[dict[str, str]] = Sampling.EXPECTED | {
+        "messages": "a list of messages, each with a role (system, developer, user or assistant) and a text as content",
+        "max_completion_tokens": "a whole number",
+        "logprobs": "true or false",
+        "top_logprobs": "a whole number from 0 to 20",
+    }
+
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+
+class FieldError(ValmError):
+    """A field of a request does not fit; `field` is None where it is no JSON at all."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+def read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
+    """The request in `body`.
+
+    Raises:
+        FieldError: it is no JSON object, or has a field that does not fit or that is not known.
+    """
+    try:
+        asked = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            reason = first["msg"].removeprefix("Invalid JSON: ")
+            raise FieldError(f"the request is no JSON: {reason}") from None
+        if not first["loc"]:
+            raise FieldError(f"the request is {short(first['input'])}, expected a JSON object") from None
+        field = str(first["loc"][0])
+        expected = f"expected {kind.EXPECTED[field]}"
+        if first["type"] == "missing" and len(first["loc"]) == 1:
+            raise FieldError(f"{field} is missing: {expected}", field) from None
+        raise FieldError(f"{field}: {expected}, got {short(first['input'])}", field) from None
+    _check_others(asked, "")
+    return asked
+
+
+def _check_others(asked: _Checked, place: str) -> None:
+    """Checks the fields that are not known here: they may be empty, or what OpenAI's clients send by default."""
+    known = sorted(type(asked).model_fields)
+    for name, value in (asked.model_extra or {}).items():
+        if value and value not in DEFAULTS.get(name, []):
+            remedy = nearest(name, known) or ": leave it out"
+            raise FieldError(f"this server has no {name!r}{place}{remedy}", name)
+    for name in known:
+        value = getattr(asked, name)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, _Checked):
+                _check_others(one, f" in {name}")

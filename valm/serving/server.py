@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import sys
 from types import FrameType
@@ -10,14 +12,54 @@ from typing import Any
 
 import uvicorn
 from transformers import PreTrainedTokenizerFast
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from valm.errors import ValmError
-from valm.serving.app import Api, build_app
+from valm.serving.api import BODY_SECONDS, Api
+from valm.serving.app import build_app
 from valm.serving.engine import Engine
+from valm.serving.page import Page
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
 # Seconds after the first signal in which requests are still answered. Docker kills ten seconds after it.
 GRACE = 8
+# Connections at once, and file descriptors that are left for all else.
+MAX_CONNECTIONS, SPARE_FILES = 1000, 24
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection whose request line and headers do not come in within BODY_SECONDS, and the ones beyond
+    `most`, which would take all file descriptors."""
+
+    most = MAX_CONNECTIONS
+    _waits: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
+        else:
+            self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _wait(self) -> None:
+        """Waits for a head that is not complete yet, from its first bytes on."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._waits is None and self.timeout_keep_alive_task is None:
+            self._waits = self.loop.call_later(BODY_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._waits is not None:
+            self._waits.cancel()
+            self._waits = None
 
 
 class _Server(uvicorn.Server):
@@ -28,15 +70,39 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.engine = engine
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._has_told = False
 
     async def startup(self, sockets: Any = None) -> None:
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self._failed)
         await super().startup(sockets)
+
+    def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Says once that no connection can be accepted, which asyncio would for each one and each second."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif not self._has_told:
+            self._has_told = True
+            print(f"connections wait: {error.strerror}; allow more open files (ulimit -n)", file=sys.stderr)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.loop is not None:
             self.loop.call_soon_threadsafe(self.loop.call_later, 0 if self.should_exit else GRACE, self.engine.end)
         self.should_exit = True
+
+
+def most_connections() -> int:
+    """How many connections the process has file descriptors for."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return MAX_CONNECTIONS
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    used = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 64
+    return max(1, min(MAX_CONNECTIONS, limit - used - SPARE_FILES))
 
 
 def serve(
@@ -48,6 +114,9 @@ def serve(
     port: int = 8000,
     max_tokens: int = 512,
     max_waiting: int = 64,
+    max_batch: int = 8,
+    page: bool | None = None,
+    other: tuple[str, Any, Any] | None = None,
 ) -> None:
     """Serves a model until SIGTERM or Ctrl-C.
 
@@ -57,10 +126,14 @@ def serve(
         host: the address to listen on. At 127.0.0.1 and localhost only requests to these two are answered.
         port: 0 for any free one.
         max_tokens: the most that a request may ask for.
-        max_waiting: requests that may wait for the one that is being answered.
+        max_waiting: requests that may wait for those that are being answered.
+        max_batch: requests that are answered together.
+        page: whether there are a page, which takes uploaded images, and a search of the knowledge base; by default at
+            127.0.0.1 and localhost only.
+        other: a second model that the page can show beside it, as (name, model, tokenizer).
 
     Raises:
-        ValmError: it cannot listen there.
+        ValmError: it cannot listen there, or takes images and has no retriever.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -68,13 +141,29 @@ def serve(
     except (OSError, OverflowError) as error:  # the latter of a port above 65535
         raise ValmError(f"the model cannot be served at {host}, port {port}: {error}; give another --port") from error
     with listening:
-        engine = Engine(model, tokenizer, max_waiting)
-        hosts = LOCAL_HOSTS if host in LOCAL_HOSTS else ["*"]
-        app = build_app(Api(name, engine, max_tokens), hosts)
+        engine = Engine(model, tokenizer, max_waiting, max_batch)
+        if engine.max_batch < max_batch:
+            print(
+                f"one request at a time: the cache of {type(model).__name__} cannot hold texts of several lengths",
+                file=sys.stderr,
+            )
+        local = host in LOCAL_HOSTS
+        api = Api(name, engine, max_tokens)
+        shows_page = local if page is None else page
+        app = build_app(api, LOCAL_HOSTS if local else ["*"], Page(api, other) if shows_page else None)
+        protocol = type("Protocol", (_Protocol,), {"most": most_connections()})
         config = uvicorn.Config(
-            app, http="h11", ws="none", log_level="warning", timeout_graceful_shutdown=GRACE + 2, server_header=False
+            app,
+            http=protocol,
+            ws="none",
+            log_level="warning",
+            timeout_graceful_shutdown=GRACE + 2,
+            server_header=False,
         )
         shown = f"[{host}]" if ":" in host else host
-        print(f"serving {name} at http://{shown}:{listening.getsockname()[1]}/v1  (Ctrl-C ends it)", flush=True)
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+        print(f"serving {name} at {address}/v1  (Ctrl-C ends it)", flush=True)
+        if shows_page:
+            print(f"page: {address}/", flush=True)
         _Server(config, engine).run(sockets=[listening])
     print("stopped", file=sys.stderr)

@@ -27,7 +27,7 @@ from tests.valm.training.documents import documents, new_trainer
 from valm.cli import build_parser
 from valm.cli.train import chosen_plan
 from valm.corpus.texts import read_documents
-from valm.evaluation.controls import read_images
+from valm.evaluation.controls import named_images
 from valm.evaluation.questions import Documents, Questions, chosen_sets
 from valm.evaluation.scorers import Scorer
 from valm.evaluation.sets import SETS, read_set
@@ -93,7 +93,7 @@ def test_images(tmp_path_factory, linked, data):
     file = tmp_path_factory.mktemp("image") / "a.png"
     pixels = np.random.default_rng(0).integers(0, 255, (16, 20, 3), np.uint8)
     Image.fromarray(pixels).save(file, format)
-    check_mutants(data, [file], linked, lambda: read_images([file]), ...)
+    check_mutants(data, [file], linked, lambda: named_images([(file.name, file)]), ...)
 
 
 @fuzzed(300)

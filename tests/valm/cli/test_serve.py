@@ -1,5 +1,6 @@
 """valm serve: another process, asked by curl and by many at once, and ended by signals."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -116,6 +117,37 @@ def test_a_signal_loses_no_request(world, generated, number):
     assert said.splitlines()[-1] == "stopped" and "Traceback" not in said
     assert first.result()[0] == 200
     assert all(got in ((200, text), (503, "server_stopping"), "nobody") for got, text in found)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of open files")
+def test_half_requests_take_neither_all_files_nor_the_log(world):
+    """Clients that send half a line are closed after a while, and others are answered meanwhile."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))  # which the server inherits
+    try:
+        served = serving(world / "valm")
+        process, address = served.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        port = int(address.split(":")[2].partition("/")[0])
+        halves = []
+        for _ in range(140):
+            half = socket.create_connection(("127.0.0.1", port), timeout=30)
+            half.sendall(b"GET /hea")
+            halves.append(half)
+        for half in halves:
+            with contextlib.suppress(ConnectionResetError):
+                assert half.recv(1) == b""
+            half.close()
+        assert ask(address, "the")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert len(process.stderr.read().splitlines()) < 12
+    finally:
+        served.__exit__(None, None, None)
 
 
 def answer_or_nobody(address, prompt):

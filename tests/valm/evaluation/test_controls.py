@@ -14,7 +14,7 @@ from valm.evaluation.controls import (
     RandomImages,
     Replaced,
     images_fingerprint,
-    read_images,
+    named_images,
     switch_images,
 )
 from valm.retrieval.context import ContextEncoder
@@ -88,16 +88,20 @@ def test_given_images_are_the_same_for_every_token_that_has_some(tmp_path):
     files = [tmp_path / f"{name}.png" for name in "abcde"]
     for file in files:
         Image.new("RGB", (8, 8)).save(file)
-    given = GivenImages(FindsSome(), files[:2])
+    given = GivenImages(FindsSome(), named(files[:2]))
     found = given(torch.zeros(1, 3))
     assert [name for name, _ in given.images] == ["a.png", "b.png"] and found.image_ids.tolist() == [0, 1]
     assert found.image_pool.shape == (2, 4)
     assert found.image_index.tolist() == [[[-1, -1, -1], [0, 1, 0], [0, 1, 0]]]
     assert torch.equal(found.scores == -torch.inf, found.image_index < 0)
-    files[4].write_bytes(b"no image")  # which none of three sees
-    assert len(GivenImages(FindsSome(), files)(torch.zeros(1, 3)).image_pool) == 3
+    assert len(GivenImages(FindsSome(), named(files))(torch.zeros(1, 3)).image_pool) == 3
+    files[4].write_bytes(b"no image")
     with pytest.raises(ValmError, match=r"cannot read the image e\.png"):
-        GivenImages(FindsSome(), files[2:])
+        named(files[2:])
+
+
+def named(files):
+    return named_images((file.name, file) for file in files)
 
 
 @pytest.fixture
@@ -128,7 +132,7 @@ def test_random_and_replaced_images_change_what_a_model_says(seeing, tmp_path):
     model.set_retriever(own)
     Image.new("RGB", (32, 32), "green").save(tmp_path / "green.png")
     switch_images(model, replace=tmp_path)
-    pool = own.encoder.clip.encode_images(read_images([tmp_path / "green.png"]))
+    pool = own.encoder.clip.encode_images([Image.open(tmp_path / "green.png")])
     index = torch.zeros(2, 6, 3, dtype=torch.int64).index_fill(1, torch.tensor([0]), -1)
     expected = model(ids, image_pool=pool, image_index=index).logits
     torch.testing.assert_close(model(ids).logits, expected)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from valm.evaluation.controls import GivenImages, RandomImages
+from valm.evaluation.controls import GivenImages, RandomImages, named_images
 from valm.explain.explanation import explain
 from valm.explain.images import ShownImage, show_images
 from valm.knowledge_base.build import build
@@ -39,7 +39,7 @@ def test_random_images_are_those_of_the_seed(model, ids, kb):
 def test_given_images_take_the_place_of_the_knowledge_base(model, ids, tmp_path, clip):
     folder = paint(tmp_path / "greens", light="lightgreen", dark="darkgreen")
     files = [folder / "dark.png", folder / "light.png"]
-    images = GivenImages(model.retriever, files)
+    images = GivenImages(model.retriever, named_images((file.name, file) for file in files))
     found = images(ids)
     # the model takes 3, there are 2; the first token has none
     assert found.image_index[0].tolist() == [[-1] * 3, *[[0, 1, 0]] * 3]
@@ -56,7 +56,8 @@ def test_images_in_place_of_others_are_seen_by_the_same_tokens(make_model, token
     model = make_model()
     own = explain(model, tokenizer, "a red apple").scores.max(-1)[1:]
     model.set_min_score(float(np.median(own)))
-    given = GivenImages(model.retriever, [*paint(tmp_path / "greens", light="lightgreen").iterdir()])
+    files = paint(tmp_path / "greens", light="lightgreen").iterdir()
+    given = GivenImages(model.retriever, named_images((file.name, file) for file in files))
     for retriever in (None, RandomImages(model.retriever, 0), given):
         page = explain(model, tokenizer, "a red apple", retriever=retriever)
         assert ((page.image_index >= 0).any(-1)[1:] == (own >= np.median(own))).all()

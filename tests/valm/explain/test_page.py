@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.valm.explain.explanations import IMAGES, TEXT, explanation
 from valm.explain.images import ShownImage
-from valm.explain.page import render_body, render_page, write_page
+from valm.explain.page import heads, render_body, render_page, write_page
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)></bdi></style>&amp;{{ 7 * 7 }}"
 
@@ -64,13 +64,6 @@ def test_every_number_is_on_the_page():
     assert "No image was found here." in page.texts("p")
 
 
-def test_one_head_is_shown_alone():
-    body = Elements(render_body({"valm": explanation()}, head=0))
-    rows = [text.split() for text in body.texts("tr")]
-    assert ["(start)", "50", "50"] in rows and ["bat", "40", "40", "20", "0"] in rows
-    assert body.of("select") == [] and "Shown is head 1 of 2" in " ".join(body.texts("p"))
-
-
 def test_the_script_gets_all_heads():
     page = Elements(render_page({"valm": explanation()}))
     (heads,) = json.loads(page.texts("script", type="application/json")[0])
@@ -81,23 +74,21 @@ def test_the_script_gets_all_heads():
     np.testing.assert_allclose(weights[0], (weights[1] + weights[2]) / 2, atol=1e-4)
 
 
-def test_models_and_heads_have_one_scale():
-    """Equal weights look the same, whatever else a model or a head looks at."""
+def test_models_have_one_scale():
+    """Equal weights look the same, whatever else a model looks at."""
     whole = explanation()
     half = explanation(text_weights=whole.text_weights / 2, image_weights=whole.image_weights / 2)
 
-    def bars(shown, head, name):
-        elements = [element for _, element, _ in Elements(render_body(shown, head)).all if name in element]
+    def bars(shown, name):
+        elements = [element for _, element, _ in Elements(render_body(shown)).all if name in element]
         return [float(element["style"].removeprefix("--bar: ")) for element in elements]
 
-    for head in (None, 0):
-        cells = bars({"whole": whole, "half": half}, head, "data-cell")
-        np.testing.assert_allclose(cells[: len(cells) // 2], 2 * np.array(cells[len(cells) // 2 :]), atol=1e-4)
-    assert max(cells) == 0.5  # of 100 %
-    alone, both = (bars(shown, 0, "data-bar") for shown in ({"half": half}, {"whole": whole, "half": half}))
-    assert max(alone) == 1 and max(both) == 1 and max(both[len(alone) :]) == 0.5
-    mean = bars({"whole": whole}, None, "data-bar")
-    np.testing.assert_allclose(mean, np.array(both[: len(alone)]) / 2, atol=1e-4)
+    cells = bars({"whole": whole, "half": half}, "data-cell")
+    np.testing.assert_allclose(cells[: len(cells) // 2], 2 * np.array(cells[len(cells) // 2 :]), atol=1e-4)
+    alone, both = (bars(shown, "data-bar") for shown in ({"half": half}, {"whole": whole, "half": half}))
+    np.testing.assert_allclose(np.array(both[len(alone) :]) * 2, both[: len(alone)], atol=1e-4)
+    np.testing.assert_allclose(alone, both[: len(alone)], atol=1e-4)
+    assert heads({"whole": whole, "half": half})[1]["largest"] == heads({"whole": whole})[0]["largest"]
     assert "A whole bar below an image is 40% of the attention, here" in render_body({"whole": whole, "half": half})
 
 

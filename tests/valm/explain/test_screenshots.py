@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from valm.evaluation.controls import GivenImages
+from tests.valm.serving.test_api import running
+from valm.evaluation.controls import images_for
 from valm.explain.explanation import Reader, explain_together
 from valm.explain.page import write_page
 from valm.model.checkpoint import load
@@ -45,8 +46,7 @@ def save(tmp_path):
 
 def test_screenshot_of_the_page(demo, browser, save, tmp_path):
     model, tokenizer = load(demo / "valm")
-    frogs = sorted((demo / "pictures" / "frog").iterdir())
-    replaced = Reader(model, tokenizer, GivenImages(model.retriever, frogs))
+    replaced = Reader(model, tokenizer, images_for(model, replace=demo / "pictures" / "frog"))
     readers = {"valm": Reader(model, tokenizer), "valm, with images of frog": replaced}
     write_page(tmp_path / "page.html", explain_together(readers, PROMPT))
     page = browser.new_page(viewport={"width": 1080, "height": 700}, color_scheme="light")
@@ -56,17 +56,13 @@ def test_screenshot_of_the_page(demo, browser, save, tmp_path):
     page.close()
 
 
-def test_screenshots_of_the_app(demo, browser, save):
-    pytest.importorskip("gradio", reason="needs the extra [app]")
+def test_screenshots_of_the_served_page(demo, browser, save):
     from playwright.sync_api import expect
 
-    from valm.explain.app import App, launch
-
-    served = launch(App("valm", *load(demo / "valm"), other=("gpt2", *load(demo / "gpt2"))))
-    try:
-        for width, height, scheme, name in ((1280, 800, "light", "app.png"), (390, 1400, "dark", "app-phone.png")):
+    with running(*load(demo / "valm"), name="valm", other=("gpt2", *load(demo / "gpt2"))) as server:
+        for width, height, scheme, name in ((1280, 800, "light", "page.png"), (390, 1400, "dark", "page-phone.png")):
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-            page.goto(served.local_url)
+            page.goto(f"http://127.0.0.1:{server.port}/")
             page.get_by_role("button", name="2. Other images").click()
             titles = page.locator("#explanation .setting h2")
             expect(titles).to_have_text(["valm, 4 retrieved images", "valm, 4 random images", "gpt2"], timeout=60_000)
@@ -74,5 +70,3 @@ def test_screenshots_of_the_app(demo, browser, save):
             page.wait_for_timeout(500)  # the button's and the progress bar's transitions
             save(page, name, width, height)
             page.close()
-    finally:
-        served.close()

@@ -12,6 +12,9 @@ from tests.valm.other_tokenizers import gpt2_like, llama_like
 from valm.clip.tokenizer import load_tokenizer
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
+from valm.serving import engine
+from valm.serving.batch import Seen
+from valm.serving.text import StreamedText
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +41,15 @@ def served(request, make_served):
 
 
 class Letters:
-    """Generates "a", "b", ...: as a tokenizer, a letter is its code. `go` lets so many more tokens be generated."""
+    """A model that continues with "a", "b", ..., and its tokenizer, for which a letter is its code. `go` lets so many
+    more tokens be generated."""
 
     eos_token_id = bos_token_id = 0
-    chat_template = None
+    chat_template = retriever = None
     added_tokens_decoder: ClassVar = {}
     device = torch.device("cpu")
+    dtype = torch.float32
+    fusion_options = SimpleNamespace(num_images=0)
     config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(max_position_embeddings=1000))
     generation_config = SimpleNamespace(eos_token_id=0)
 
@@ -51,28 +57,55 @@ class Letters:
         self.begun = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
         self.error = None
+        self.batches = []  # the rows of every step
 
     def __call__(self, text, **options):
         return {"input_ids": list(map(ord, text))}
 
-    def decode(self, ids, skip_special_tokens):
-        return "".join(chr(id) for id in ids if id)
 
-    def convert_ids_to_tokens(self, id):
-        return chr(id)
+class LettersBatch:
+    """The `Batch` of `Letters`."""
 
-    def generate(self, ids, max_new_tokens, stopping_criteria, **options):
-        self.begun.release()
-        for number in range(max_new_tokens):
-            assert self.go.acquire(timeout=60)
-            if self.error is not None:
-                raise self.error
-            ids = torch.cat([ids, torch.tensor([[97 + number % 26]])], 1)
-            if stopping_criteria(ids, None).all():
-                break
-        return ids
+    def __init__(self, model):
+        self.model, self.counts = model, []
+
+    def read(self, ids, all_logits=False):
+        if not self.counts:
+            self.counts = [0]
+            self.model.begun.release()
+        else:
+            self.model.batches.append(len(self.counts))
+        for _ in self.counts:
+            assert self.model.go.acquire(timeout=60)
+        if self.model.error is not None:
+            raise self.model.error
+        logits = torch.zeros(len(self.counts), 1, 200)
+        for row, count in enumerate(self.counts):
+            logits[row, 0, 97 + count % 26] = 1
+        self.counts = [count + 1 for count in self.counts]
+        return Seen(logits, None, None)
+
+    def join(self, other):
+        self.counts += other.counts
+
+    def keep(self, rows):
+        self.counts = [self.counts[row] for row in rows]
+
+
+class LettersText(StreamedText):
+    def __init__(self, tokenizer, prompt, stop=()):
+        self.stop, self.stopped, self._waiting = stop, False, ""
+
+    def add(self, id):
+        return self._until_stop(chr(id))
+
+    def rest(self):
+        return self._waiting
 
 
 @pytest.fixture
-def letters():
+def letters(monkeypatch):
+    monkeypatch.setattr(engine, "Batch", LettersBatch)
+    monkeypatch.setattr(engine, "StreamedText", LettersText)
+    monkeypatch.setattr(engine, "can_join", lambda model: True)
     return Letters()

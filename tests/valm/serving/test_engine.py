@@ -3,174 +3,190 @@ import asyncio
 import pytest
 import torch
 
-from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import prompt_ids
-from valm.serving.engine import BusyError, Engine, Prompt, StoppingError, _Writer
+from valm.serving import engine as engine_module
+from valm.serving.batch import Batch
+from valm.serving.engine import BusyError, Engine, Prompt, StoppingError
 
 
 async def text_of(answer) -> str:
     return "".join([part async for part in answer])
 
 
-def served_together(engine, prompts):
-    """Text, number of tokens and reason of each."""
+def served_together(model, tokenizer, prompts, **options):
+    """Tokens, reason and images of each."""
 
     async def ask():
+        engine = Engine(model, tokenizer, len(prompts), **options)
         answers = [engine.submit(prompt) for prompt in prompts]
-        texts = await asyncio.gather(*map(text_of, answers))
-        return [(text, answer.num_tokens, answer.finish_reason) for text, answer in zip(texts, answers, strict=True)]
+        await asyncio.gather(*map(text_of, answers))
+        engine.end()
+        await engine.join()
+        return [([score.id for score in answer.scores], answer.finish_reason, answer.images) for answer in answers]
 
     return asyncio.run(ask())
 
 
 def unserved(model, tokenizer, prompt):
-    """The same by `generate`."""
-    if prompt.seed is not None:
-        torch.manual_seed(prompt.seed)
-    options = {"do_sample": prompt.temperature > 0}
-    if options["do_sample"]:
-        options |= {"temperature": prompt.temperature, "top_p": prompt.top_p, "top_k": 0}
+    """Tokens and reason by `generate`, of a greedy one."""
     ids = torch.tensor([prompt.ids])
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=prompt.max_new_tokens, **options)
-    texts = [tokenizer.decode(each, skip_special_tokens=True) for each in (prompt.ids, found[0])]
-    ended = found[0, -1] == tokenizer.eos_token_id
-    return texts[1].removeprefix(texts[0]), found.shape[1] - len(prompt.ids), "stop" if ended else "length"
+    options = {"max_new_tokens": prompt.max_new_tokens, "do_sample": False}
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    new = found[0, len(prompt.ids) :].tolist()
+    return new, "stop" if new[-1] == tokenizer.eos_token_id else "length"
 
 
-@pytest.fixture
-def seen(served, monkeypatch):
-    """The images of every forward pass, in order."""
-    finder, found = served[0].finder, []
-    find = finder.find_images
-
-    def recorded(*arguments):
-        pool, index, scores = find(*arguments)
-        found.append((pool[index], index < 0))
-        return pool, index, scores
-
-    monkeypatch.setattr(finder, "find_images", recorded)
-    return found
-
-
-def test_requests_at_once_are_answered_as_each_alone(served, seen, monkeypatch):
-    """With their own images, bit by bit, though segments of others are cached; and their own random numbers."""
-    model, tokenizer = served
+def prompts_of(tokenizer):
     words = TEXTS[1].split()
     texts = [" ".join(words[:n]) for n in (3, 20, 9, 20)] + [TEXTS[0], " ".join(TEXTS)]
     prompts = []
     for number, text in enumerate(texts):
         sampled = {"temperature": 1.5, "top_p": 0.9, "seed": number} if number % 2 else {}
-        prompts.append(Prompt(prompt_ids(tokenizer, text), 6 + number, **sampled))
-    expected = []
-    for prompt in prompts:
-        model.retriever.cache.clear()
-        expected.append(unserved(model, tokenizer, prompt))
-    alone = list(seen)
-    seen.clear()
-    assert served_together(Engine(model, tokenizer, len(prompts)), prompts) == expected
-    assert len(seen) == len(alone) > 30
-    assert all(
-        torch.equal(*parts) for one, other in zip(seen, alone, strict=True) for parts in zip(one, other, strict=True)
-    )
-    assert any(torch.unique(images.flatten(0, 2), dim=0).shape[0] > 3 for images, _ in seen)
-    assert model.retriever.cache.hits > 0
+        prompts.append(Prompt(prompt_ids(tokenizer, text), 6 + number, logprobs=0, **sampled))
+    return prompts
+
+
+def test_requests_at_once_are_answered_as_each_alone(served):
+    """With their own images and random numbers; a greedy one as `generate` does."""
+    model, tokenizer = served
+    prompts = prompts_of(tokenizer)
+    alone = [served_together(model, tokenizer, [prompt])[0] for prompt in prompts]
+    for found in (served_together(model, tokenizer, prompts, max_batch=size) for size in (2, 8)):
+        for (*one, images), (*other, same_images) in zip(found, alone, strict=True):
+            assert one == other and list(images) == list(same_images) and len(images) > 3
+            assert list(images.values()) == pytest.approx(list(same_images.values()), abs=1e-5)
+    for (*found, _), prompt in zip(alone, prompts, strict=True):
+        assert prompt.temperature > 0 or tuple(found) == unserved(model, tokenizer, prompt)
+
+
+def test_one_at_a_time_where_a_cache_cannot_be_padded(served, monkeypatch):
+    model, tokenizer = served
+    prompts = prompts_of(tokenizer)[:3]
+    expected = served_together(model, tokenizer, prompts, max_batch=1)
+    monkeypatch.setattr(engine_module, "can_join", lambda model: False)
+    monkeypatch.setattr(Batch, "join", joins_nothing(Batch.join))
+    assert served_together(model, tokenizer, prompts) == expected
+
+
+def joins_nothing(join):
+    def checked(self, other):
+        assert len(self) == 0
+        join(self, other)
+
+    return checked
+
+
+def test_log_probabilities_are_those_of_the_text(served):
+    model, tokenizer = served
+    prompt = Prompt(prompt_ids(tokenizer, TEXTS[0]), 4, logprobs=3, echo=True)
+
+    async def ask():
+        engine = Engine(model, tokenizer, 1)
+        answer = engine.submit(prompt)
+        await text_of(answer)
+        engine.end()
+        return answer
+
+    answer = asyncio.run(ask())
+    ids = [score.id for score in answer.scores]
+    assert ids[: len(prompt.ids)] == prompt.ids and len(ids) == len(prompt.ids) + 4
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    assert answer.scores[0].logprob is None
+    for place, score in enumerate(answer.scores[1:]):
+        assert score.logprob == pytest.approx(float(expected[place, score.id]), abs=1e-4)
+        values, likeliest = expected[place].topk(3)
+        assert [id for id, _ in score.likeliest] == likeliest.tolist()
+        assert [value for _, value in score.likeliest] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 def test_a_conversation_is_answered_as_without_a_cache(served):
     model, tokenizer = served
-    engine = Engine(model, tokenizer, 0)
     text = TEXTS[0]
     for turn in range(3):
-        prompt = Prompt(prompt_ids(tokenizer, text), 8)
-        (answer,) = served_together(engine, [prompt])
+        prompt = Prompt(prompt_ids(tokenizer, text), 8, logprobs=0)
+        ((*answer, _),) = served_together(model, tokenizer, [prompt])
         hits = model.retriever.cache.hits
         model.retriever.cache.clear()
-        assert answer == unserved(model, tokenizer, prompt)
+        assert tuple(answer) == unserved(model, tokenizer, prompt)
         assert turn == 0 or hits > 0
-        text += answer[0] + " a small boat. and then: a lemon."
-
-
-class Collected:
-    """An answer whose parts are here at once."""
-
-    def __init__(self, prompt):
-        self.prompt, self.parts, self.cancelled = prompt, [], False
-
-    def put(self, part):
-        self.parts.append(part)
-
-
-def written(tokenizer, prompt, text, stop=()):
-    """The parts of `text`, as if a model said it after `prompt`, and whether it is ended."""
-    begin = prompt_ids(tokenizer, prompt)
-    whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
-    ids = begin[:1] + whole
-    assert ids[: len(begin)] == begin
-    answer = Collected(Prompt(begin, 100, stop=stop))
-    writer = _Writer(answer, tokenizer)
-    for end in range(len(begin) + 1, len(ids) + 1):
-        if writer(torch.tensor([ids[:end]]), None).all():
-            break
-    writer.write_rest()
-    return answer.parts, writer.stopped
-
-
-@pytest.mark.parametrize("make_tokenizer", [gpt2_like, llama_like])
-def test_parts_are_whole_characters(make_tokenizer):
-    parts, stopped = written(make_tokenizer(), "the sky", " is na\u00efve \u4f60\u597d \U0001f600 blue\ufffd")
-    assert "".join(parts) == " is na\u00efve \u4f60\u597d \U0001f600 blue\ufffd" and not stopped
-    assert "\ufffd" not in "".join(parts[:-1]) and len(parts) > 5
-
-
-def test_a_special_token_is_a_stop_text_too():
-    """Which is not in the text that is written."""
-    tokenizer = chat_like()
-    parts, stopped = written(tokenizer, "the sky", " is blue<|endoftext|> and green", ("<|endoftext|>",))
-    assert stopped and "".join(parts) == " is blue"
-    parts, stopped = written(tokenizer, "the sky", " is blue<|endoftext|> and green", ("<unk>",))
-    assert not stopped and "".join(parts) == " is blue and green"
-
-
-@pytest.mark.parametrize(
-    "stop, expected", [(("grass",), " is blue! the "), (("zebra", "e! t"), " is blu"), ((" is",), "")]
-)
-def test_nothing_of_a_stop_text_is_written(stop, expected):
-    parts, stopped = written(gpt2_like(), "the sky", " is blue! the grass is green", stop)
-    assert stopped and "".join(parts) == expected
-
-
-def test_what_only_begins_as_a_stop_text_is_written():
-    parts, stopped = written(gpt2_like(), "the sky", " is blue! the gras", ("grass",))
-    assert not stopped and "".join(parts) == " is blue! the gras"
+        text += tokenizer.decode(answer[0]) + " a small boat. and then: a lemon."
 
 
 def test_cancelled_answers_end_before_their_next_token(letters):
     async def ask():
-        engine = Engine(letters, letters, 5)
+        engine = Engine(letters, letters, 5, max_batch=1)
         running, waiting, last = (engine.submit(Prompt([1], 4)) for _ in range(3))
         engine.cancel(waiting)
         letters.go.release(1)
         async for part in running:
             assert part == "a"
             engine.cancel(running)
-            letters.go.release(5)  # one for the token that ends it, four for the last request
+            letters.go.release(5)  # one for a token that may be on its way, four for the last request
+            break
         assert running.num_tokens <= 2 and waiting.num_tokens == 0
         assert await text_of(last) == "abcd"
+        engine.end()
         await engine.join()
 
     asyncio.run(ask())
 
 
+def test_a_short_answer_does_not_wait_for_a_long_one(letters):
+    """It joins at the next token; its row is free again at its end."""
+
+    async def ask():
+        engine = Engine(letters, letters, 5)
+        letters.go.release(10_000)
+        long = engine.submit(Prompt([1], 800))
+        assert [part async for part, _ in zip_async(long, range(3))] == ["a", "b", "c"]
+        short = engine.submit(Prompt([1], 3))
+        assert await text_of(short) == "abc" and long.num_tokens < 800
+        assert len(await text_of(long)) == 797
+        engine.end()
+        await engine.join()
+        return letters.batches
+
+    batches = asyncio.run(ask())
+    assert batches.count(2) == 2 and len(batches) == 799
+
+
+async def zip_async(parts, others):
+    others = iter(others)
+    for other in others:
+        async for part in parts:
+            yield part, other
+            break
+
+
 def test_more_requests_than_may_wait_are_refused(letters):
     async def ask():
-        engine = Engine(letters, letters, 2)
+        engine = Engine(letters, letters, 2, max_batch=1)
         answers = [engine.submit(Prompt([1], 1)) for _ in range(3)]
         with pytest.raises(BusyError):
             engine.submit(Prompt([1], 1))
         letters.go.release(4)
         assert await asyncio.gather(*map(text_of, answers)) == ["a"] * 3
         assert await text_of(engine.submit(Prompt([1], 1))) == "a"
+        engine.end()
+
+    asyncio.run(ask())
+
+
+def test_other_work_has_its_turn_between_two_tokens(letters):
+    async def ask():
+        engine = Engine(letters, letters, 5)
+        answer = engine.submit(Prompt([1], 3))
+        call, fails = (asyncio.ensure_future(engine.call(work)) for work in (lambda: "explained", lambda: 1 / 0))
+        await asyncio.sleep(0)
+        letters.go.release(2)
+        assert await call == "explained" and answer.num_tokens == 2
+        letters.go.release(1)
+        assert await text_of(answer) == "abc"
+        with pytest.raises(ZeroDivisionError):
+            await fails
+        engine.end()
 
     asyncio.run(ask())
 
@@ -179,13 +195,17 @@ def test_the_end_is_told_to_all_at_once(letters):
     async def ask():
         engine = Engine(letters, letters, 5)
         answers = [engine.submit(Prompt([1], 4)) for _ in range(3)]
+        waiting = asyncio.ensure_future(engine.call(lambda: 1))
+        await asyncio.sleep(0)
         engine.end()
         for answer in answers:
             with pytest.raises(StoppingError):
                 await text_of(answer)
         with pytest.raises(StoppingError):
+            await waiting
+        with pytest.raises(StoppingError):
             engine.submit(Prompt([1], 4))
-        letters.go.release(1)
+        letters.go.release(3)
         await asyncio.wait_for(engine.join(), 30)
 
     asyncio.run(ask())
@@ -196,7 +216,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), Panic("no")])
-def test_an_error_is_that_of_its_request_alone(letters, error):
+def test_after_an_error_others_are_answered(letters, error):
     async def ask():
         engine = Engine(letters, letters, 5)
         letters.error = error
@@ -207,5 +227,6 @@ def test_an_error_is_that_of_its_request_alone(letters, error):
         letters.error = None
         letters.go.release(2)
         assert await text_of(engine.submit(Prompt([1], 2))) == "ab"
+        engine.end()
 
     asyncio.run(ask())

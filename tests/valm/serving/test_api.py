@@ -13,8 +13,10 @@ import uvicorn
 
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import prompt_ids
-from valm.serving.app import MAX_BODY, Api, build_app
+from valm.serving.api import MAX_BODY, Api
+from valm.serving.app import build_app
 from valm.serving.engine import Engine
+from valm.serving.page import Page
 
 MAX_TOKENS = 20
 JSON = {"Content-Type": "application/json"}
@@ -23,8 +25,8 @@ JSON = {"Content-Type": "application/json"}
 class Running:
     """A server, and requests to it."""
 
-    def __init__(self, engine, port):
-        self.engine, self.port = engine, port
+    def __init__(self, page, port):
+        self.page, self.engine, self.port = page, page.api.engine, port
 
     def open(self, path, body=None, headers=JSON, method=None):
         """The connection, and the response whose head has come."""
@@ -50,15 +52,15 @@ class Running:
 
 
 @contextmanager
-def running(model, tokenizer, max_waiting=8):
-    engine = Engine(model, tokenizer, max_waiting)
-    app = build_app(Api("tiny", engine, MAX_TOKENS), ["127.0.0.1"])
+def running(model, tokenizer, max_waiting=8, max_batch=8, name="tiny", other=None):
+    page = Page(Api(name, Engine(model, tokenizer, max_waiting, max_batch), MAX_TOKENS), other)
+    app = build_app(page.api, ["127.0.0.1"], page)
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="critical"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            yield Running(engine, listening.getsockname()[1])
+            yield Running(page, listening.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(60)
@@ -79,7 +81,7 @@ def server(tiny):
 @pytest.fixture
 def of_letters(letters):
     """A server whose tokens the test lets go."""
-    with running(letters, letters, max_waiting=1) as server:
+    with running(letters, letters, max_waiting=1, max_batch=1) as server:
         yield server
         letters.go.release(1000)
 
@@ -152,6 +154,72 @@ def test_random_numbers_follow_the_seed(server):
     assert text(temperature=1e-300) == text(temperature=0)
 
 
+def test_several_prompts_are_answered_in_order(server, tiny):
+    model, tokenizer = tiny
+    texts = ["the sky", TEXTS[0], "a red apple."]
+    prompts = [prompt_ids(tokenizer, text) for text in texts]
+    expectations = [expected(model, tokenizer, text, 9) for text in texts]
+    for asked in (texts, prompts):
+        _, answer = server.ask("/v1/completions", {"prompt": asked, "max_tokens": 9})
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        assert [choice["text"] for choice in answer["choices"]] == [text for text, *_ in expectations]
+        assert answer["usage"]["prompt_tokens"] == sum(before for _, before, _ in expectations)
+    *events, _ = server.stream("/v1/completions", {"prompt": prompts, "max_tokens": 9})
+    choices = [json.loads(event)["choices"][0] for event in events]
+    for index, (text, *_) in enumerate(expectations):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == text
+        assert [choice["finish_reason"] for choice in own][-2:] == [None, "length"]
+
+
+def test_log_probabilities(server, tiny):
+    """Of the prompt's tokens too where it is echoed; they are the model's."""
+    model, tokenizer = tiny
+    ids = prompt_ids(tokenizer, TEXTS[0])
+    body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 2}
+    (choice,) = server.ask("/v1/completions", body)[1]["choices"]
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = choice["logprobs"]
+    assert choice["text"] == tokenizer.decode(ids, skip_special_tokens=True) and len(found["tokens"]) == len(ids)
+    assert found["token_logprobs"][0] is None is found["top_logprobs"][0]
+    assert found["token_logprobs"][1:] == pytest.approx(
+        [float(wanted[n, id]) for n, id in enumerate(ids[1:])], abs=1e-4
+    )
+    assert max(found["top_logprobs"][1].values()) == pytest.approx(float(wanted[0].max()), abs=1e-4)
+    body = {"prompt": ids, "max_tokens": 4, "logprobs": 0}
+    whole = server.ask("/v1/completions", body)[1]["choices"][0]["logprobs"]
+    *events, _ = server.stream("/v1/completions", body)
+    parts = [json.loads(event)["choices"][0]["logprobs"] for event in events]
+    for name in ("tokens", "token_logprobs"):
+        assert [value for part in parts for value in part[name]] == whole[name] and len(whole[name]) == 4
+    body = {"messages": [{"role": "user", "content": "the sky"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    content = server.ask("/v1/chat/completions", body)[1]["choices"][0]["logprobs"]["content"]
+    assert len(content) == 3 and all(len(token["top_logprobs"]) == 2 for token in content)
+    assert all(token["top_logprobs"][0]["logprob"] == token["logprob"] for token in content)  # the likeliest each time
+
+
+def test_an_answer_says_which_images_were_seen(server, tiny):
+    retriever = tiny[0].retriever
+    _, answer = server.ask("/v1/completions", {"prompt": TEXTS[0], "max_tokens": 2})
+    images = answer["choices"][0]["images"]
+    ids, scores = retriever.find([TEXTS[0]])
+    best = int(ids.flatten()[scores.flatten().argmax()])
+    assert images[0]["score"] == pytest.approx(float(scores.max()), abs=1e-3) and images[0]["id"] == best
+    assert images[0]["uri"] == retriever.kb.item(best).uri
+    assert [image["score"] for image in images] == sorted((image["score"] for image in images), reverse=True)
+    *events, _ = server.stream("/v1/completions", {"prompt": TEXTS[0], "max_tokens": 2})
+    assert json.loads(events[-1])["choices"][0]["images"] == images
+
+
+def test_the_knowledge_base_is_searched(server, tiny):
+    retriever = tiny[0].retriever
+    status, answer = server.ask("/v1/images/search?q=a+red+boat&k=3")
+    hits = retriever.search("a red boat", 3)
+    assert status == 200 and [image["id"] for image in answer["data"]] == [item.id for _, item in hits]
+    assert server.ask("/v1/images/search?q=a&k=0")[0] == server.ask("/v1/images/search?q=+")[0] == 400
+
+
 def test_a_stop_text(server, tiny):
     text, _, _ = expected(*tiny, TEXTS[0], 9)
     body = {"prompt": TEXTS[0], "max_tokens": 9, "stop": text[4:7]}
@@ -172,13 +240,17 @@ def test_models_and_health(server):
 @pytest.mark.parametrize(
     "body, status, message",
     [
-        (b"{", 400, "Invalid JSON: EOF while parsing"),
-        (b"", 400, "Invalid JSON"),
-        (b'{"prompt": "\xff"}', 400, "Invalid JSON: invalid unicode"),
-        (b'{"prompt": "\\ud800"}', 400, "Invalid JSON"),
-        (b"[" * 100_000, 400, "Invalid JSON: recursion limit"),
-        (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: Input should be a finite number"),
-        (b'{"prompt": "x", "max_tokens": -1}', 400, "max_tokens: Input should be greater than or equal to 1"),
+        (b"{", 400, "the request is no JSON: EOF while parsing"),
+        (b"", 400, "the request is no JSON"),
+        (b"[]", 400, "the request is a list of 0, expected a JSON object"),
+        (b'{"prompt": "\xff"}', 400, "the request is no JSON: invalid unicode"),
+        (b'{"prompt": "\\ud800"}', 400, "the request is no JSON"),
+        (b"[" * 100_000, 400, "the request is no JSON: recursion limit"),
+        (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: expected a number from 0 to 2, got nan"),
+        (b'{"prompt": "x", "max_tokens": -1}', 400, "max_tokens: expected a whole number, got -1"),
+        (b'{"prompt": "x", "temprature": 1}', 400, "this server has no 'temprature', did you mean temperature?"),
+        (b'{"prompt": [1, 9999]}', 400, "tokens, and no token 9999"),
+        (b"{}", 400, "prompt is missing: expected a text, a list of token ids"),
         (b'{"prompt": "x", "tools": [{}]}', 400, "this server has no 'tools': leave it out"),
         (b'{"prompt": "x", "model": "gpt-4"}', 404, "the model 'gpt-4' is not served here: ask for 'tiny'"),
         (b'{"prompt": "x", "max_tokens": 21}', 400, "max_tokens is 21, and this server generates 20 at most"),
@@ -197,6 +269,24 @@ def test_wrong_requests_are_told_why(server, body, status, message):
         "code",
     }
     assert server.ask("/health")[0] == 200
+
+
+def test_metrics(server, tiny):
+    def value(name):
+        connection, response = server.open("/metrics")
+        with closing(connection):
+            assert response.headers["Content-Type"].startswith("text/plain")
+            lines = response.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    names = ("valm_generated_tokens_total", "valm_prompt_tokens_total", "valm_searches_total")
+    asked = 'valm_requests_total{endpoint="completions",status="200"}'
+    before = [value(name) for name in (*names, asked)]
+    length = len(prompt_ids(tiny[1], TEXTS[0]))
+    assert server.ask("/v1/completions", {"prompt": TEXTS[0], "max_tokens": 5})[0] == 200
+    after = [value(name) for name in (*names, asked)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [5, length, length + 4, 1]
+    assert value("valm_waiting") == 0
 
 
 def test_other_doors_are_shut(server):
@@ -219,6 +309,9 @@ def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
     wait_for(lambda: len(of_letters.engine._open) == 2)
     status, answer = of_letters.ask("/v1/completions", body)
     assert status == 429 and answer["error"]["message"] == "1 requests wait already: try again later"
+    connection, response = of_letters.open("/v1/completions", body)
+    with closing(connection):
+        assert response.headers["Retry-After"] == "1"
     letters.go.release(4)
     for thread in threads:
         thread.join(60)
@@ -243,7 +336,7 @@ def test_a_client_that_has_gone_holds_nobody_up(of_letters, letters, stream):
 
 
 def test_a_request_that_does_not_come_in(server, monkeypatch):
-    monkeypatch.setattr("valm.serving.app.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("valm.serving.api.BODY_SECONDS", 0.2)
     lines = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", "Content-Length: 9"]
     head = "\r\n".join([*lines, "", "{"]).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as slow:

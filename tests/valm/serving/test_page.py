@@ -1,0 +1,194 @@
+"""The page of a server: what it computes, and all of it in a real browser."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from tests.valm.explain.conftest import kb, make_model, model
+from tests.valm.serving.test_api import JSON, running
+from valm.errors import ValmError
+from valm.explain.explanation import explain
+from valm.serving import page as page_module
+from valm.serving.page import Asked, Page, Upload
+
+__all__ = ["kb", "make_model", "model"]
+
+TEXT = "a red apple lies on the"
+HOSTILE = "<b>${1}</b>{{x}}`"
+
+
+def picture(color="green"):
+    content = io.BytesIO()
+    Image.new("RGB", (40, 40), color).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+@pytest.fixture
+def server(model, tokenizer, make_model):
+    with running(model, tokenizer, name="valm", other=("gpt2", make_model(0), tokenizer)) as server:
+        yield server
+
+
+@pytest.fixture
+def page(server):
+    return server.page
+
+
+def ask(page, images="retrieved", k=3, uploads=(), answers="", beside=(), prompt=TEXT):
+    fields = {"prompt": prompt, "images": images, "k": k, "answers": answers, "beside": list(beside)}
+    return page.explanations(Asked(**fields, uploads=list(uploads)))
+
+
+def test_the_switches_change_what_is_explained(page, model, tokenizer):
+    own = explain(model, tokenizer, TEXT)
+    (retrieved,) = ask(page).values()
+    np.testing.assert_array_equal(retrieved.image_weights, own.image_weights)
+    (five,) = ask(page, k=5).values()
+    assert five.image_weights.shape[-1] == 5 and five.images_of(-1)[:3] == own.images_of(-1)
+    (random,) = ask(page, images="random").values()
+    assert [image.caption for image in random.images] != [image.caption for image in own.images]
+    (none,) = ask(page, images="none").values()
+    assert "switched off" in none.note and not np.allclose(none.probabilities, own.probabilities)
+    (uploaded,) = ask(page, images="uploaded", uploads=[Upload(name="my leaf.png", data=picture())]).values()
+    assert {image.caption for image in uploaded.images} == {"my leaf.png"}
+
+
+def test_what_stands_beside_it(page):
+    shown = ask(page, images="random", beside=["retrieved", "gpt2"], answers="red, blue")
+    assert list(shown) == ["valm, 3 retrieved images", "valm, 3 random images", "gpt2"]
+    assert {explanation.answers for explanation in shown.values()} == {("red", "blue")}
+    assert list(ask(page, beside=["retrieved"])) == ["valm, 3 retrieved images"]
+
+
+def test_models_have_the_switches_that_they_can_have(page, make_model, tokenizer):
+    assert page.choices == ["retrieved", "random", "uploaded", "none"]
+    with running(make_model(1, blind=True), tokenizer) as server:
+        assert server.page.choices == ["its own query (blind)", "none"]
+        (shown,) = ask(server.page, images=server.page.choices[0]).values()
+        assert "blind" in shown.note
+    with running(make_model(0), tokenizer) as server:
+        assert server.page.choices == ["none"]
+    lost = make_model()
+    lost.set_retriever(None)
+    page.api.engine.model, own = lost, page.api.engine.model
+    with pytest.raises(ValmError, match=r"has no retriever: give it a knowledge base \(--kb\)"):
+        Page(page.api)
+    page.api.engine.model = own
+
+
+def test_what_the_page_asks_is_answered(server):
+    body = {"prompt": TEXT, "images": "retrieved", "k": 3, "beside": ["gpt2"]}
+    status, answer = server.ask("/explain", body)
+    assert status == 200 and len(answer["heads"]) == 2 and "What comes next" in answer["body"]
+    _, response = server.open("/")
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    text = response.read().decode()
+    assert "<h1>valm</h1>" in text and "http://" not in text and "https://" not in text and " src=" not in text
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "red " * 30}, "this model reads 24 at most"),
+        ({"images": "uploaded"}, "no uploaded images yet"),
+        ({"images": "other"}, "images is 'other', expected one of retrieved, random, uploaded, none"),
+        ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "bm8="}]}, "cannot read the image a.png"),
+        ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "{}"}]}, "are not in base64"),
+        ({"prompt": "red " * 10_000}, "prompt does not fit"),
+        ({"k": 10**9}, "K is 1000000000, expected 1 to"),
+        ({"k": 0}, "K is 0, expected 1 to"),
+        ({"k": "3"}, "k does not fit: got '3'"),
+        ({"answers": "red,,blue"}, "the answer '' has no tokens"),
+    ],
+)
+def test_wrong_input_is_one_sentence(server, fields, sentence):
+    status, answer = server.ask("/explain", {"prompt": TEXT, "images": "retrieved", "k": 3} | fields)
+    assert status == 400 and sentence in answer["error"]["message"]
+
+
+def test_a_panic_of_the_tokenizer_is_one_sentence(server, page, monkeypatch):
+    endless = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    endless.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
+    monkeypatch.setattr(page, "explanations", lambda asked: endless.encode(asked.prompt))
+    status, answer = server.ask("/explain", {"prompt": "a" * 200 + "b", "images": "none"})
+    assert status == 400 and "a tokenizer stopped; its tokenizer.json is damaged" in answer["error"]["message"]
+
+
+def test_pages_elsewhere_ask_nothing(server):
+    body = json.dumps({"prompt": TEXT, "images": "none"})
+    own = f"http://127.0.0.1:{server.port}"
+    statuses = {
+        origin: server.ask("/explain", body, headers=JSON | ({"Origin": origin} if origin else {}))[0]
+        for origin in (None, own, "http://127.0.0.1:1", "http://evil.example", "null")
+    }
+    assert list(statuses.values()) == [200, 200, 403, 403, 403]
+    assert server.ask("/explain", body, headers={"Content-Type": "text/plain"})[0] == 415
+
+
+def test_too_many_bytes_are_refused(server, monkeypatch):
+    monkeypatch.setattr(page_module, "MAX_BODY", 1000)
+    assert server.ask("/explain", {"prompt": "a" * 2000, "images": "none"})[0] == 413
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser, server, tmp_path):
+    """Every switch changes the page, on a desk and on a phone, and the browser asks this machine for everything."""
+    from playwright.sync_api import expect
+
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "leaf.png")
+    address = f"http://127.0.0.1:{server.port}/"
+    requests, errors = [], []
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        explanation = page.locator("#explanation")
+
+        def shows(*titles, explanation=explanation):
+            expect(explanation.locator(".setting h2")).to_have_text(list(titles), timeout=60_000)
+
+        page.locator("#prompt").fill(TEXT)
+        page.locator("#prompt").press("Enter")
+        expect(explanation.locator(".label").first).to_contain_text("Images of “the”", timeout=60_000)
+        shows("valm, 3 retrieved images", "gpt2")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        expect(page.locator("#k")).to_be_visible(visible=width > 640)  # a phone begins with it folded
+        if width < 640:
+            page.get_by_text("More controls").click()
+            expect(page.locator("#k")).to_be_visible()
+        weights = explanation.locator("[data-cell]").all_inner_texts()
+        explanation.locator("[data-heads]").first.select_option("1")
+        assert explanation.locator("[data-cell]").all_inner_texts() != weights
+        page.locator("#images").get_by_label("random").check()
+        shows("valm, 3 retrieved images", "valm, 3 random images", "gpt2")
+        page.locator("#images").get_by_label("none").check()
+        shows("valm, 3 retrieved images", "valm, no images", "gpt2")
+        page.locator("#uploads").set_input_files([tmp_path / "leaf.png"])
+        shows("valm, 3 retrieved images", "valm, uploaded images", "gpt2")
+        assert explanation.locator(".setting >> nth=1 >> .caption").all_inner_texts() == ["leaf.png"] * 3
+        page.locator("#answers").fill(HOSTILE)
+        page.locator("#run").click()
+        expect(explanation.locator(".answers tbody th").first).to_have_text(HOSTILE, timeout=60_000)
+        page.locator("#answers").fill("")
+        page.locator("#prompt").fill(" ")
+        page.locator("#run").click()
+        error = page.locator("#error")
+        expect(error).to_contain_text("the prompt is empty", timeout=60_000)
+        assert 0 < error.bounding_box()["y"] - page.locator("#run").bounding_box()["y"] < 100  # below the button
+        page.get_by_role("button", name="3. No images").click()
+        shows("valm, 3 retrieved images", "valm, no images", "gpt2")
+        expect(error).to_be_hidden()
+        assert "without looking" in page.locator("#hint").inner_text()
+        context.close()
+    assert [message for message in errors if "400" not in message] == []
+    outside = [url for url in requests if not url.startswith((address, "data:"))]
+    assert outside == [] and len(requests) > 10

@@ -1,0 +1,429 @@
+"""OpenAI's API for one model: completions, chat completions and the list of models; and a search of its images."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from valm.clip.tokenizer import prompt_ids
+from valm.errors import ValmError
+from valm.model.positions import positions
+from valm.retrieval.retriever import Retriever
+from valm.serving.engine import Answer, BusyError, Engine, Prompt, StoppingError, TokenScore
+from valm.serving.requests import AnyRequest, ChatRequest, CompletionRequest, FieldError, Message, Sampling, read
+
+# Bytes of a request. A context of 131,072 tokens is about half of it in English.
+MAX_BODY = 1 << 20
+# Seconds for a request to come in, less than those for it to be answered when the server stops.
+BODY_SECONDS = 5
+# Tokens of a completion whose request does not say how many, as OpenAI's API has it. A chat's end at `max_tokens`.
+COMPLETION_TOKENS = 16
+# A lower temperature is greedy, as scores divided by it overflow.
+MIN_TEMPERATURE = 1e-4
+# Images that a search finds, unless it says how many, and at most; and those that an answer lists, best first.
+SEARCHED, MAX_SEARCHED, MAX_SEEN = 8, 64, 16
+# Seconds after which a client that was refused may ask again.
+RETRY_AFTER = 1
+
+
+class ApiError(Exception):
+    """An answer with an error, in OpenAI's format."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.headers = {"Retry-After": str(RETRY_AFTER)} if status == 429 else None
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.content, self.status, self.headers)
+
+
+class Kind(NamedTuple):
+    """How answers to completions and chats differ. id: its beginning; whole, part: what the object is called."""
+
+    id: str
+    whole: str
+    part: str
+
+
+COMPLETION = Kind("cmpl", "text_completion", "text_completion")
+CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
+
+
+class Api:
+    """The API's handlers.
+
+    Args:
+        name: the model's name in requests.
+        engine: what generates.
+        max_tokens: the most that a request may ask for.
+    """
+
+    def __init__(self, name: str, engine: Engine, max_tokens: int):
+        self.name, self.engine, self.max_tokens = name, engine, max_tokens
+        self.context = positions(engine.model)
+
+    async def completions(self, request: Request) -> Response:
+        asked = await self._asked(request, CompletionRequest)
+        prompts = [await self._prompt(asked, prompt, COMPLETION_TOKENS, bool(asked.echo)) for prompt in asked.prompts]
+        return await self._answered(request, COMPLETION, asked, prompts)
+
+    async def chat(self, request: Request) -> Response:
+        asked = await self._asked(request, ChatRequest)
+        prompt = await self._prompt(asked, self._conversation(asked.messages), self.max_tokens)
+        return await self._answered(request, CHAT, asked, [prompt])
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def search(self, request: Request) -> Response:
+        """The images of the knowledge base that are nearest to the text `q`, `k` of them."""
+        retriever, query = self.engine.model.retriever, request.query_params.get("q", "").strip()
+        if not isinstance(retriever, Retriever):
+            raise ApiError(404, f"the model {self.name!r} has no knowledge base to search")
+        if not query:
+            raise ApiError(
+                400, "q is missing: expected a text to search for, as in /v1/images/search?q=a+red+boat", param="q"
+            )
+        count = request.query_params.get("k", str(SEARCHED))
+        if not count.isdecimal() or not 1 <= int(count) <= MAX_SEARCHED:
+            raise ApiError(400, f"k: expected a whole number from 1 to {MAX_SEARCHED}, got {count!r}", param="k")
+        k = min(int(count), len(retriever.kb))
+        hits = await self.in_turn(lambda: retriever.search(query, k))
+        found = [
+            {"id": item.id, "score": round(score, 4), "uri": item.uri, "caption": item.caption} for score, item in hits
+        ]
+        return JSONResponse({"object": "list", "data": found})
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise ApiError(
+                404, f"the model {name!r} is not served here: ask for {self.name!r}", "model_not_found", "model"
+            )
+
+    async def _asked(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
+        """The request's body.
+
+        Raises:
+            ApiError: it is no JSON, too large or too slow, or has a field that does not fit.
+        """
+        body = await json_body(request, MAX_BODY)
+        try:
+            asked = read(body, kind)
+        except FieldError as error:
+            raise ApiError(400, str(error), param=error.field) from None
+        self._check_name(asked.model)
+        return asked
+
+    def _conversation(self, messages: list[Message]) -> str:
+        """The text of a chat's prompt: by the tokenizer's chat template, or else each message's text on a line."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer.chat_template is None:
+            return "\n".join(message.text for message in messages)
+        role = {"developer": "system"}  # its newer name
+        turns = [{"role": role.get(message.role, message.role), "content": message.text} for message in messages]
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ApiError(
+                400, f"the model's chat template has no such conversation: {error}", None, "messages"
+            ) from None
+
+    async def _prompt(self, asked: Sampling, given: str | list[int], default_tokens: int, echo: bool = False) -> Prompt:
+        """The prompt of a request, a text or token ids.
+
+        Raises:
+            ApiError: the prompt and the tokens that are asked for are more than the model or the server takes.
+        """
+        if isinstance(given, str):
+            try:
+                ids = await asyncio.to_thread(prompt_ids, self.engine.tokenizer, given)
+            except ValmError as error:
+                raise ApiError(400, str(error)) from None
+        else:
+            ids, tokens = given, len(self.engine.tokenizer)
+            if max(ids) >= tokens:
+                raise ApiError(400, f"prompt: the model has {tokens:,} tokens, and no token {max(ids)}", param="prompt")
+        limit = self._limit(asked.limit, len(ids), default_tokens)
+        temperature = asked.temperature or 0.0
+        if temperature < MIN_TEMPERATURE:
+            temperature = 0.0
+        top_p = 1.0 if asked.top_p is None else asked.top_p
+        stop = tuple(asked.stop or ())
+        return Prompt(ids, limit, temperature, top_p, asked.seed, stop, logprobs=asked.likeliest, echo=echo)
+
+    def _limit(self, limit: int | None, length: int, default: int) -> int:
+        """The most tokens to generate behind a prompt of `length`."""
+        code = "context_length_exceeded"
+        room = self.max_tokens if self.context is None else self.context - length
+        sizes = (
+            "" if self.context is None else f"the model reads {self.context:,} tokens, and the prompt has {length:,}"
+        )
+        if room < (limit != 0):
+            raise ApiError(400, f"{sizes}: shorten it", code)
+        if limit is None:
+            return min(default, self.max_tokens, room)
+        if limit > self.max_tokens:
+            raise ApiError(400, f"max_tokens is {limit:,}, and this server generates {self.max_tokens:,} at most", code)
+        if limit > room:
+            raise ApiError(400, f"{sizes}: max_tokens must be {room:,} at most, got {limit:,}", code)
+        return limit
+
+    async def in_turn(self, function: Any) -> Any:
+        """What `function` returns, which uses the model in its turn."""
+        try:
+            return await self.engine.call(function)
+        except BusyError:
+            raise self._busy() from None
+        except StoppingError:
+            raise stopping() from None
+
+    def _busy(self) -> ApiError:
+        waiting = f"{self.engine.max_waiting:,} requests wait already: try again later"
+        return ApiError(429, waiting, "rate_limit_exceeded")
+
+    def _submitted(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                answers.append(self.engine.submit(prompt))
+        except (BusyError, StoppingError) as error:
+            for answer in answers:
+                self.engine.cancel(answer)
+            raise (self._busy() if isinstance(error, BusyError) else stopping()) from None
+        return answers
+
+    async def _answered(self, request: Request, kind: Kind, asked: Sampling, prompts: Sequence[Prompt]) -> Response:
+        answers = self._submitted(prompts)
+        head = {"id": f"{kind.id}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
+        if asked.stream:
+            usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+            events = self._events(answers, kind, head, usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        try:
+            texts = await _unless_gone(request, asyncio.gather(*map(_joined, answers)))
+        except StoppingError:
+            raise stopping() from None
+        finally:
+            for answer in answers:
+                self.engine.cancel(answer)
+        choices = [
+            {
+                "index": index,
+                **self._content(kind, answer, self._echoed(answer) + text),
+                "logprobs": self._logprobs(kind, answer.prompt, answer.scores, 0),
+                "finish_reason": answer.finish_reason,
+                "images": self._images(answer),
+            }
+            for index, (answer, text) in enumerate(zip(answers, texts, strict=True))
+        ]
+        return JSONResponse({**head, "object": kind.whole, "choices": choices, "usage": _usage(answers)})
+
+    def _content(self, kind: Kind, answer: Answer, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}} if kind is CHAT else {"text": text}
+
+    def _echoed(self, answer: Answer) -> str:
+        prompt = answer.prompt
+        return str(self.engine.tokenizer.decode(prompt.ids, skip_special_tokens=True)) if prompt.echo else ""
+
+    def _images(self, answer: Answer) -> list[dict[str, Any]]:
+        """The images that the answer's tokens saw, best first."""
+        retriever = self.engine.model.retriever
+        if not isinstance(retriever, Retriever):
+            return []
+        best = sorted(answer.images.items(), key=lambda image: -image[1])[:MAX_SEEN]
+        items = ((retriever.kb.item(id), score) for id, score in best)
+        return [
+            {"id": item.id, "score": round(score, 4), "uri": item.uri, "caption": item.caption} for item, score in items
+        ]
+
+    def _logprobs(self, kind: Kind, prompt: Prompt, scores: Sequence[TokenScore], offset: int) -> dict[str, Any] | None:
+        """The log probabilities of tokens in the format of `kind`; `offset`: characters of the text before them."""
+        if prompt.logprobs is None:
+            return None
+        shown = [self._shown(score.id) for score in scores]
+        if kind is CHAT:
+            return {
+                "content": [
+                    _chat_logprob(text, score.logprob)
+                    | {"top_logprobs": [_chat_logprob(self._shown(id), value) for id, value in score.likeliest]}
+                    for text, score in zip(shown, scores, strict=True)
+                ]
+            }
+        offsets = [offset + sum(map(len, shown[:number])) for number in range(len(shown))]
+        return {
+            "tokens": shown,
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [
+                None if score.logprob is None else {self._shown(id): value for id, value in score.likeliest}
+                for score in scores
+            ],
+            "text_offset": offsets,
+        }
+
+    def _shown(self, id: int) -> str:
+        return str(self.engine.tokenizer.decode([id]))
+
+    async def _events(
+        self, answers: Sequence[Answer], kind: Kind, head: dict[str, Any], usage: bool
+    ) -> AsyncIterator[str]:
+        """The server-sent events of streamed answers."""
+        chat = kind is CHAT
+        told = [0] * len(answers)  # scores of tokens
+        lengths = [0] * len(answers)  # characters
+
+        def event(index: int, text: str | None, more: dict[str, Any]) -> str:
+            answer = answers[index]
+            what: dict[str, Any] = {"text": text or ""}
+            if chat:
+                what = {"delta": {} if text is None else {"content": text}}
+            scores = answer.scores[told[index] :]
+            logprobs = self._logprobs(kind, answer.prompt, scores, lengths[index])
+            told[index] += len(scores)
+            lengths[index] += len(text or "")
+            choice = {"index": index, **what, "logprobs": logprobs, "finish_reason": None, **more}
+            return _event({**head, "object": kind.part, "choices": [choice]})
+
+        try:
+            if chat:
+                yield event(0, "", {"delta": {"role": "assistant", "content": ""}})
+            for index, answer in enumerate(answers):
+                if answer.prompt.echo:
+                    yield event(index, self._echoed(answer), {})
+            async for index, text in _merged(answers):
+                if text is None:
+                    answer = answers[index]
+                    yield event(index, None, {"finish_reason": answer.finish_reason, "images": self._images(answer)})
+                else:
+                    yield event(index, text, {})
+            if usage:
+                yield _event({**head, "object": kind.part, "choices": [], "usage": _usage(answers)})
+            yield "data: [DONE]\n\n"
+        except StoppingError:
+            yield _event(stopping().content)
+        except Exception:
+            logging.getLogger("uvicorn.error").exception("a streamed answer failed")
+            yield _event(failed().content)
+        finally:
+            for answer in answers:
+                self.engine.cancel(answer)
+
+
+async def json_body(request: Request, most: int) -> bytes:
+    """The body of a request for JSON.
+
+    Raises:
+        ApiError: it has another type, more than `most` bytes, or is too slow.
+    """
+    # a form of another page, which a browser sends without asking, cannot have this type
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the request must have the header Content-Type: application/json")
+    try:
+        return await asyncio.wait_for(_body(request, most), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the request was not complete after {BODY_SECONDS} seconds") from None
+
+
+async def _body(request: Request, most: int) -> bytes:
+    body = bytearray()
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise ApiError(413, f"the request has more than {most:,} bytes", "request_too_large")
+    except ClientDisconnect:
+        raise ApiError(499, "the client has gone") from None
+    return bytes(body)
+
+
+async def _joined(answer: Answer) -> str:
+    return "".join([text async for text in answer])
+
+
+async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | None]]:
+    """The parts of all answers as they come, each with the number of its answer; None at the end of one."""
+    parts: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
+
+    async def pass_on(index: int, answer: Answer) -> None:
+        try:
+            async for text in answer:
+                parts.put_nowait((index, text))
+            parts.put_nowait((index, None))
+        except Exception as error:
+            parts.put_nowait((index, error))
+
+    tasks = [asyncio.ensure_future(pass_on(index, answer)) for index, answer in enumerate(answers)]
+    try:
+        ended = 0
+        while ended < len(answers):
+            index, part = await parts.get()
+            if isinstance(part, Exception):
+                raise part
+            ended += part is None
+            yield index, part
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _unless_gone(request: Request, answering: Any) -> Any:
+    """What `answering` returns. Ends it when the client has gone.
+
+    Raises:
+        ApiError: the client has gone, and will not read this.
+    """
+    answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ApiError(499, "the client has gone")
+        return answer.result()
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def _usage(answers: Iterable[Answer]) -> dict[str, int]:
+    sizes = [(len(answer.prompt.ids), answer.num_tokens) for answer in answers]
+    prompt, new = (sum(column) for column in zip(*sizes, strict=True))
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def _chat_logprob(text: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping: ask again when it is back", "server_stopping")
+
+
+def failed() -> ApiError:
+    return ApiError(500, "the server failed to answer this request; its log says why", "internal_error")
