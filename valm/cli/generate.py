@@ -37,10 +37,13 @@ def add_to(commands: Commands) -> None:
     generate.add_argument("--prompts", type=Path, metavar="FILE", help="texts to continue, one a line; - reads stdin")
     generate.add_argument("--max-new-tokens", type=positive, default=20, help="how many tokens are added at most")
     generate.add_argument("-k", type=positive, help="images a token sees (default: as the model was trained)")
-    generate.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    generate.add_argument("--temperature", type=above_zero, help="--sample, more boldly above 1 and less so below")
-    generate.add_argument("--top-p", type=share, help="--sample from the likeliest tokens of this share of probability")
-    generate.add_argument("--seed", type=seed, default=0, help="of --sample, for each prompt anew")
+    generate.add_argument(
+        "--temperature",
+        type=above_zero,
+        help="draw tokens instead of taking the likeliest: at 1 by the model's own probabilities, more boldly above",
+    )
+    generate.add_argument("--top-p", type=share, help="draw from the likeliest tokens of this share of probability")
+    generate.add_argument("--seed", type=seed, default=0, help="of what is drawn, for each prompt anew")
     add_json(generate)
     add_opening(generate)
 
@@ -111,7 +114,7 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(arguments.max_new_tokens, context - prompt.shape[1]),
         num_beams=1,
-        **sampling_options(bool(arguments.sample or drawn), **drawn),
+        **sampling_options(bool(drawn), **drawn),
     )
     images = images_of(model, tokens)[prompt.shape[1] - 1 : -1]
     new = tokens[0, prompt.shape[1] :].tolist()

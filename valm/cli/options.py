@@ -20,20 +20,23 @@ if TYPE_CHECKING:
 
 WHOLE_MODEL = "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only --full -k whole_model`"
 RETRIEVED = "`valm retrieve` decides it, whose result is given as --retrieval"
+DATASET = "a dataset is named with its configuration, NAME:CONFIG:SPLIT"
 SIZE = "--model is the size: a name, or LAYERSxWIDTHxHEADS such as 4x256x4"
 # Commands and options that went, also those that other commands still have, and what took their place.
 GONE = {
     **dict.fromkeys(("valm train -k", "valm train --images", "valm train --query", "valm train --device"), RETRIEVED),
     "valm train --clip": f"{RETRIEVED}; a model of text alone has --tokenizer",
     **dict.fromkeys(("valm train --layers", "valm train --width", "valm train --heads"), SIZE),
+    "app": "`valm serve MODEL` has the page, and prints its address",
     "--follow-links": "linked folders are always looked into, each once",
     "--beams": "generate() of a model that `valm.load` opens searches with num_beams",
     "--color-terms": "put the file into the folder --data",
     "--cost": f"{WHOLE_MODEL} times models with images",
     "--cost-sizes": f"{WHOLE_MODEL} has sizes of its own",
-    "--batch-size": "`valm kb add` encodes as its knowledge base was, `valm clip check` 64 images at once",
+    "valm kb add --batch-size": "it encodes as its knowledge base was",
+    "valm clip check --batch-size": "it encodes 64 images at once",
     "--caption-column": "--columns IMAGE,CAPTION names both",
-    "--config": "a dataset is named with its configuration, NAME:CONFIG:SPLIT (options are read by `valm train` alone)",
+    **dict.fromkeys(("valm kb build --config", "valm kb add --config", "valm clip train --config"), DATASET),
     "--dataset-config": "--dataset NAME:CONFIG:SPLIT has it",
     "--dataset-split": "--dataset NAME:CONFIG:SPLIT has it, or NAME::SPLIT",
     "--fresh": "remove the folder cache in --out to score everything again",
@@ -47,11 +50,12 @@ GONE = {
     "--questions": "`valm train` chooses a min_score by them, which the model keeps",
     "--prefixes": "`valm.training.clip.CaptionedImages` takes prefixes",
     "--png": "the page prints",
-    "--resume": "the same command goes on where a killed one was",
-    "--seed": "what is drawn is drawn alike each time (`valm.evaluation.clip_check.check_clip` takes a seed)",
+    "valm clip train --resume": "the same command goes on where a killed one was",
+    "valm clip check --seed": "it is 0 (`valm.evaluation.clip_check.check_clip` takes another)",
+    "--sample": "--temperature 1 draws tokens by the model's own probabilities",
     "--split": "a dataset is named with its split, NAME:CONFIG:SPLIT or NAME::SPLIT",
     "--templates": "`valm.evaluation.clip_check.check_clip` takes templates",
-    "--thumbnails": "`valm kb add` makes them as large as its knowledge base has them",
+    "valm kb add --thumbnails": "they are as large as those that its knowledge base has",
     "--workers": "images are decoded by as many processes as there are cores, where this saves time",
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
     "encoder": "`valm clip check` looks at what a CLIP sees",

@@ -11,7 +11,7 @@ from valm.cli.generate import chosen_prompts
 from valm.model.checkpoint import load
 
 
-@pytest.mark.parametrize("options", [[], ["--sample", "--seed", "3"]])
+@pytest.mark.parametrize("options", [[], ["--temperature", "1", "--seed", "3"]])
 def test_generate_continues_the_prompt(world, capsys, options):
     assert run("generate", world / "valm", "the color of the apple", "--max-new-tokens", 4, *options) == 0
     assert capsys.readouterr().out.startswith("the color of the apple")
@@ -22,7 +22,7 @@ def test_the_likeliest_token_is_the_models_own(copy_of, capsys):
     root = copy_of("valm", "kb", "clip")
     ask = ["generate", root / "valm", "the color of the apple", "--max-new-tokens", 8]
     texts = []
-    for options in ([], ["--sample", "--seed", "3"], ["--temperature", "1.0", "--seed", "3"]):
+    for options in ([], ["--top-p", "1", "--seed", "3"], ["--temperature", "1.0", "--seed", "3"]):
         file = root / "valm" / "generation_config.json"
         config = json.loads(file.read_text())
         texts.append([])
@@ -150,7 +150,7 @@ def test_sampling_draws_from_all_tokens(world, capsys, monkeypatch):
         return generate(model, *arguments, **options)
 
     monkeypatch.setattr(GenerationMixin, "generate", recorded)
-    for options in (("--sample",), ("--temperature", 2), ("--top-p", 1), ()):
+    for options in (("--temperature", 1), ("--temperature", 2), ("--top-p", 1), ()):
         generate_json(world, capsys, "the sea", "--max-new-tokens", 1, *options)
     assert seen == [0, 0, 0, None]
 
@@ -192,7 +192,7 @@ def wrong_inputs():
 
 def test_a_seed_below_0_is_no_traceback(world, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("generate", world / "valm", "x", "--sample", "--seed", "-1")
+        run("generate", world / "valm", "x", "--seed", "-1")
     assert stop.value.code == 2 and "-1 is not from 0 to 4294967295" in capsys.readouterr().err
 
 
