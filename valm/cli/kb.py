@@ -15,13 +15,12 @@ from valm.cli.options import (
     add_clip,
     add_device,
     add_json,
-    add_ray,
     chosen_device,
-    chosen_run,
     command,
     positive,
     print_json,
 )
+from valm.clip.execution import Execution
 from valm.errors import ValmError
 from valm.knowledge_base.images import ImageSource
 from valm.knowledge_base.records import Encoding
@@ -52,8 +51,7 @@ def add_to(commands: Commands) -> None:
     add_fields(build, Encoding)
     build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
     build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build resumes")
-    add_device(build)
-    add_ray(build)
+    add_fields(build, Execution)
     more = command(kb_commands, "add", run_add, "encode more images, and join them to a knowledge base in a new one")
     add_kb(more)
     add_images(more)
@@ -61,8 +59,7 @@ def add_to(commands: Commands) -> None:
     more.add_argument(
         "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run resumes"
     )
-    add_device(more)
-    add_ray(more)
+    add_fields(more, Execution)
     info = command(kb_commands, "info", run_info, "what a knowledge base holds")
     add_kb(info)
     add_json(info)
@@ -117,8 +114,9 @@ def run_build(arguments: argparse.Namespace) -> None:
 
     from valm.clip.clip import Clip
 
-    run = chosen_run(arguments)
-    clip = Clip.load(arguments.clip, device=chosen_device(arguments))
+    execution = Execution(**given_fields(Execution, arguments))
+    run = execution.runner()
+    clip = Clip.load(arguments.clip, device=execution.opened_device())
     kb = built(arguments.out, source=source, clip=clip, encoding=encoding, run=run)
     if kb is not None:
         print_kb(kb)
@@ -132,8 +130,9 @@ def run_add(arguments: argparse.Namespace) -> None:
     check_alone("valm kb add")
     kb = ImageKnowledgeBase.open(arguments.kb)
     source = open_images(arguments)
-    run = chosen_run(arguments)
-    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(chosen_device(arguments))
+    execution = Execution(**given_fields(Execution, arguments))
+    run = execution.runner()
+    clip = kb.load_clip(arguments.clip, allow_download=arguments.allow_download).to(execution.opened_device())
     joined = built(arguments.out, source=source, clip=clip, encoding=Encoding(**kb.encoding), after=kb, run=run)
     if joined is not None:
         print(f"{joined.path}: {len(joined):,} images, {len(joined) - len(kb):,} of them new")

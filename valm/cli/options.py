@@ -16,7 +16,6 @@ from valm.text import nearest
 if TYPE_CHECKING:
     import torch
 
-    from valm.store.shards import Runner
 
 WHOLE_MODEL = "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only --full -k whole_model`"
 RETRIEVED = "`valm retrieve` decides it, whose result is given as --retrieval"
@@ -235,15 +234,14 @@ def add_device(parser: argparse.ArgumentParser, what: str = "the models run") ->
 
 
 def chosen_device(arguments: argparse.Namespace) -> torch.device:
-    """The value of the options of `add_device`.
+    """The value of the option of `add_device`.
 
     Raises:
-        ValmError: there is no such device, or it is one that no task of `add_ray` has.
+        ValmError: there is no such device.
     """
-    from valm.clip.device import device_of_tasks, open_device
+    from valm.clip.device import open_device
 
-    several = getattr(arguments, "ray", None) is not None
-    return device_of_tasks(arguments.device) if several else open_device(arguments.device)
+    return open_device(arguments.device)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -253,26 +251,3 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def print_json(value: Any) -> None:
     """Prints what --json asks for; with escapes of JSON where standard output is not UTF-8."""
     print(json.dumps(value, ensure_ascii="utf" not in str(sys.stdout.encoding).lower(), indent=2))
-
-
-def add_ray(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="do it on a Ray cluster: auto, HOST:PORT, or local for one of this machine; all its machines must see the "
-        "same files under the same paths",
-    )
-    parser.add_argument(
-        "--cpus", type=positive, default=1, help="with --ray, cores of each task; it has a GPU too if --device is one"
-    )
-
-
-def chosen_run(arguments: argparse.Namespace) -> Runner:
-    """The value of the options of `add_ray`: where shards are written."""
-    if arguments.ray is None:
-        from valm.store.shards import run_here
-
-        return run_here
-    from valm.store.ray import RayRun
-
-    return RayRun(arguments.ray, cpus=arguments.cpus, gpus=int(chosen_device(arguments).type != "cpu"))

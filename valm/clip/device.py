@@ -22,15 +22,3 @@ def open_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ValmError(f"there is no device {name!r} here ({reason}); drop --device, or give cpu") from error
     return device
-
-
-def device_of_tasks(name: str) -> torch.device:
-    """The device that `name` means in the tasks of a Ray cluster, each of which has one GPU if it is one.
-
-    Raises:
-        ValmError: there is no such device, or no task has it.
-    """
-    device = open_device(name)
-    if device.index:
-        raise ValmError(f"--device {device} with --ray: a task has one GPU, which is its first: give --device cuda")
-    return device

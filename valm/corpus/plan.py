@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from valm.clip.execution import Execution
 from valm.errors import ValmError
-from valm.options import REQUIRED, check_fields, option
+from valm.options import REQUIRED, option
 
 if TYPE_CHECKING:
     from valm.corpus.texts import TextCorpus
@@ -16,7 +17,7 @@ MAX_IMAGES = 64  # that of valm_kernels, whose import takes seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalPlan:
+class RetrievalPlan(Execution):
     """What a retrieval is. Its fields are the options of `valm retrieve`, which says of each what it is (`valm retrieve
     --help`), and whose names the error messages use.
 
@@ -46,18 +47,11 @@ class RetrievalPlan:
         "float32",
         choices=["float32", "bfloat16", "int8"],
     )
-    device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
     search_actors: int | None = option(
         "with --ray, spread the search over so many actors, which share the vectors; without, each process that does "
         "tasks opens the whole knowledge base or its index",
         least=1,
     )
-    ray: str | None = option(
-        "do it on a Ray cluster: auto, HOST:PORT, or local for one of this machine; all its machines must see the same "
-        "files under the same paths",
-        metavar="ADDRESS",
-    )
-    cpus: int = option("with --ray, cores of each task; it has a GPU too if --device is one", 1, least=1)
 
     def check(self) -> None:
         """Checks the fields against each other; nothing is opened.
@@ -65,6 +59,5 @@ class RetrievalPlan:
         Raises:
             ValmError: some do not go together.
         """
-        check_fields(self)
         if self.search_actors is not None and self.ray is None:
             raise ValmError("--search-actors are of a Ray cluster: give --ray too")

@@ -23,13 +23,9 @@ def run_retrieval(plan: RetrievalPlan) -> CorpusRetrieval:
     kb, documents = ImageKnowledgeBase.open(plan.kb), plan.corpus.documents()
 
     from valm.corpus.retrieved import note_clip, retrieve_corpus
-    from valm.store.ray import RayRun
-    from valm.store.shards import Runner, run_here
 
-    retriever = open_retriever(plan, kb)
-    gpus = int(retriever.device.type != "cpu")
-    run: Runner = run_here if plan.ray is None else RayRun(plan.ray, cpus=plan.cpus, gpus=gpus)
-    found = retrieve_corpus(documents, retriever, plan.out, scores=plan.scores, run=run)
+    run = plan.runner()
+    found = retrieve_corpus(documents, open_retriever(plan, kb), plan.out, scores=plan.scores, run=run)
     if plan.clip is not None:
         note_clip(found.path, plan.clip)
     return found
@@ -39,7 +35,6 @@ def open_retriever(plan: RetrievalPlan, kb: ImageKnowledgeBase) -> Retriever:
     """What finds the images of `plan` in its knowledge base. Errors as in `run_retrieval`."""
     import torch
 
-    from valm.clip.device import device_of_tasks, open_device
     from valm.clip.tokenizer import load_tokenizer
     from valm.retrieval.ray_index import ShardedIndex
     from valm.retrieval.retriever import Retriever
@@ -51,7 +46,7 @@ def open_retriever(plan: RetrievalPlan, kb: ImageKnowledgeBase) -> Retriever:
         load_tokenizer(plan.tokenizer, chats=True) if plan.tokenizer else None,
         clip=plan.clip,
         allow_download=plan.allow_download,
-        device=open_device(plan.device) if plan.ray is None else device_of_tasks(plan.device),
+        device=plan.opened_device(),
         dtype=getattr(torch, plan.query_dtype),
     )
     index: Any = None

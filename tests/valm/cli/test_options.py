@@ -1,11 +1,6 @@
-import argparse
-
 import pytest
-import torch
 
 from valm.cli import main
-from valm.cli.options import add_device, add_ray, chosen_device, chosen_run
-from valm.errors import ValmError
 
 
 @pytest.mark.parametrize(
@@ -39,26 +34,3 @@ def test_a_device_that_is_not_there_is_one_sentence(world, tmp_path, capsys, nam
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith(f"valm: error: there is no device '{device}' here (")
         assert error.endswith("); drop --device, or give cpu")
-
-
-def test_the_device_is_chosen(monkeypatch):
-    """By itself the GPU that torch has; on a Ray cluster a task has one GPU then."""
-
-    def chosen(*options):
-        parser = argparse.ArgumentParser()
-        add_device(parser)
-        add_ray(parser)
-        arguments = parser.parse_args(options)
-        return chosen_device(arguments).type, chosen_run(arguments)
-
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))  # as if there were a GPU
-    monkeypatch.setattr("valm.store.ray.RayRun", lambda address, cpus, gpus: (cpus, gpus))
-    for there, expected in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        for ray in ([], ["--ray", "auto", "--cpus", "2"]):
-            assert chosen(*ray)[0] == expected
-            assert chosen(*ray, "--device", "cpu")[0] == "cpu"
-        assert chosen(*ray)[1] == (2, int(there))
-    with pytest.raises(ValmError, match="--device cuda:1 with --ray: a task has one GPU"):
-        chosen("--ray", "auto", "--device", "cuda:1")
