@@ -136,7 +136,7 @@ def test_the_commands_of_the_readme_run(workshop, world, capsys):
     write_sets(workshop / "DATA")
     for command in commands(ROOT / "README.md"):
         words = shlex.split(command, comments=True)[1:]
-        if words[0] == "app":  # serves until it is stopped; tests/valm/cli/test_app.py runs it
+        if words[0] == "serve":  # until it is stopped; test_serve.py runs it
             continue
         words += SIZE if words[0] == "train" else []
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
