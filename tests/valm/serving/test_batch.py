@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama, tiny_minimax
+from tests.checks.families import tiny
+from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama, tiny_minimax, tiny_phi3_longrope
 from valm.model.augment import augment
 from valm.retrieval.retriever import NoImages
-from valm.serving.batch import Batch, can_join
+from valm.serving.batch import Batch, can_join, needs_positions, rotates_anew_after
 
 
 def texts_of(tokenizer, lengths, seed=0):
@@ -112,3 +113,44 @@ def test_rows_in_a_sliding_window_are_read_as_alone():
         found = batch.read(more[rows, step : step + 1]).logits
         expected = torch.cat([alone[row].read(more[row : row + 1, step : step + 1]).logits for row in rows])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def seeing_nothing(base):
+    model = augment(base, num_images=IMAGES, image_dim=IMAGE_DIM).eval()
+    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
+    return model
+
+
+@pytest.mark.parametrize("family, needed", [("llama", False), ("bamba", True), ("roberta", False)])
+def test_whether_positions_are_needed_is_tried(family, needed):
+    """Bamba counts from 0 without them, and RoBERTa otherwise than they say."""
+    model = seeing_nothing(tiny(family))
+    assert needs_positions(model) == needed
+    ids = torch.arange(3, 23)[None]
+    batch = Batch(model, needed)
+    batch.read(ids[:, :12])
+    found = torch.cat([batch.read(ids[:, place : place + 1]).logits[0] for place in range(12, 20)])
+    whole = Batch(model, needed).read(ids, all_logits=True).logits[0, 12:]
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_keys_are_rotated_anew_as_generate_does():
+    """And no rows are joined: the longest would decide for all."""
+    model = seeing_nothing(tiny_phi3_longrope())
+    assert not can_join(model) and not needs_positions(model)
+    most = int(rotates_anew_after(model))
+    ids = torch.arange(3, 3 + most - 3)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+    batch, found = Batch(model), []
+    last = batch.read(ids).logits[:, -1].argmax(-1)
+    for _ in range(8):
+        found.append(int(last))
+        last = batch.read(last[None]).logits[:, -1].argmax(-1)
+    assert found == expected.tolist()
+
+
+def test_a_scale_by_the_longest_row_is_known_by_the_config():
+    model = seeing_nothing(tiny_llama())
+    model.config.get_text_config(decoder=True).attn_temperature_tuning = True
+    assert not can_join(model)

@@ -19,7 +19,7 @@ def served_together(model, tokenizer, prompts, **options):
 
     async def ask():
         engine = Engine(model, tokenizer, len(prompts), **options)
-        answers = [engine.submit(prompt) for prompt in prompts]
+        answers = engine.submit(*prompts)
         await asyncio.gather(*map(text_of, answers))
         engine.end()
         await engine.join()
@@ -64,7 +64,7 @@ def test_one_at_a_time_where_a_cache_cannot_be_padded(served, monkeypatch):
     model, tokenizer = served
     prompts = prompts_of(tokenizer)[:3]
     expected = served_together(model, tokenizer, prompts, max_batch=1)
-    monkeypatch.setattr(engine_module, "can_join", lambda model: False)
+    monkeypatch.setattr(engine_module, "can_join", lambda model, positions: False)
     monkeypatch.setattr(Batch, "join", joins_nothing(Batch.join))
     assert served_together(model, tokenizer, prompts) == expected
 
@@ -83,7 +83,7 @@ def test_log_probabilities_are_those_of_the_text(served):
 
     async def ask():
         engine = Engine(model, tokenizer, 1)
-        answer = engine.submit(prompt)
+        (answer,) = engine.submit(prompt)
         await text_of(answer)
         engine.end()
         return answer
@@ -117,7 +117,7 @@ def test_a_conversation_is_answered_as_without_a_cache(served):
 def test_cancelled_answers_end_before_their_next_token(letters):
     async def ask():
         engine = Engine(letters, letters, 5, max_batch=1)
-        running, waiting, last = (engine.submit(Prompt([1], 4)) for _ in range(3))
+        running, waiting, last = engine.submit(*[Prompt([1], 4)] * 3)
         engine.cancel(waiting)
         letters.go.release(1)
         async for part in running:
@@ -139,9 +139,9 @@ def test_a_short_answer_does_not_wait_for_a_long_one(letters):
     async def ask():
         engine = Engine(letters, letters, 5)
         letters.go.release(10_000)
-        long = engine.submit(Prompt([1], 800))
+        (long,) = engine.submit(Prompt([1], 800))
         assert [part async for part, _ in zip_async(long, range(3))] == ["a", "b", "c"]
-        short = engine.submit(Prompt([1], 3))
+        (short,) = engine.submit(Prompt([1], 3))
         assert await text_of(short) == "abc" and long.num_tokens < 800
         assert len(await text_of(long)) == 797
         engine.end()
@@ -163,12 +163,12 @@ async def zip_async(parts, others):
 def test_more_requests_than_may_wait_are_refused(letters):
     async def ask():
         engine = Engine(letters, letters, 2, max_batch=1)
-        answers = [engine.submit(Prompt([1], 1)) for _ in range(3)]
+        answers = engine.submit(*[Prompt([1], 1)] * 3)
         with pytest.raises(BusyError):
             engine.submit(Prompt([1], 1))
         letters.go.release(4)
         assert await asyncio.gather(*map(text_of, answers)) == ["a"] * 3
-        assert await text_of(engine.submit(Prompt([1], 1))) == "a"
+        assert await text_of(engine.submit(Prompt([1], 1))[0]) == "a"
         engine.end()
 
     asyncio.run(ask())
@@ -177,7 +177,7 @@ def test_more_requests_than_may_wait_are_refused(letters):
 def test_other_work_has_its_turn_between_two_tokens(letters):
     async def ask():
         engine = Engine(letters, letters, 5)
-        answer = engine.submit(Prompt([1], 3))
+        (answer,) = engine.submit(Prompt([1], 3))
         call, fails = (asyncio.ensure_future(engine.call(work)) for work in (lambda: "explained", lambda: 1 / 0))
         await asyncio.sleep(0)
         letters.go.release(2)
@@ -194,7 +194,7 @@ def test_other_work_has_its_turn_between_two_tokens(letters):
 def test_the_end_is_told_to_all_at_once(letters):
     async def ask():
         engine = Engine(letters, letters, 5)
-        answers = [engine.submit(Prompt([1], 4)) for _ in range(3)]
+        answers = engine.submit(*[Prompt([1], 4)] * 3)
         waiting = asyncio.ensure_future(engine.call(lambda: 1))
         await asyncio.sleep(0)
         engine.end()
@@ -220,13 +220,60 @@ def test_after_an_error_others_are_answered(letters, error):
     async def ask():
         engine = Engine(letters, letters, 5)
         letters.error = error
-        first = engine.submit(Prompt([1], 2))
+        (first,) = engine.submit(Prompt([1], 2))
         letters.go.release(1)
         with pytest.raises(RuntimeError, match="no"):
             await text_of(first)
         letters.error = None
         letters.go.release(2)
-        assert await text_of(engine.submit(Prompt([1], 2))) == "ab"
+        assert await text_of(engine.submit(Prompt([1], 2))[0]) == "ab"
+        engine.end()
+
+    asyncio.run(ask())
+
+
+def test_an_error_between_the_batches_does_not_end_the_thread(letters, monkeypatch):
+    async def ask():
+        engine = Engine(letters, letters, 5)
+        first, second = engine.submit(Prompt([1], 4), Prompt([1], 9))
+        with monkeypatch.context() as patched:
+            patched.setattr(type(engine._batch), "keep", lambda *_: 1 / 0)
+            letters.go.release(30)
+            assert await text_of(first) == "abcd"
+            with pytest.raises(ZeroDivisionError):
+                await text_of(second)
+        letters.go.release(20)
+        assert await text_of(engine.submit(Prompt([1], 2))[0]) == "ab"
+        engine.end()
+
+    asyncio.run(ask())
+
+
+def test_what_is_cancelled_leaves_the_queue(letters):
+    async def ask():
+        engine = Engine(letters, letters, 3, max_batch=1)
+        running, *waiting = engine.submit(*[Prompt([1], 4)] * 4)
+        assert letters.begun.acquire(timeout=60)
+        for answer in waiting:
+            engine.cancel(answer)
+            assert await text_of(answer) == ""
+        assert not engine._waiting
+        letters.go.release(4)
+        assert await text_of(running) == "abcd"
+        engine.end()
+
+    asyncio.run(ask())
+
+
+def test_a_token_that_the_tokenizer_has_not_ends_its_row_alone(letters):
+    async def ask():
+        engine = Engine(letters, letters, 5)
+        engine.num_ids = 99  # so that "c" is none
+        long, short = engine.submit(Prompt([1], 5), Prompt([1], 2))
+        letters.go.release(10)
+        with pytest.raises(ValueError, match="token 99, of which its tokenizer knows nothing"):
+            await text_of(long)
+        assert await text_of(short) == "ab"
         engine.end()
 
     asyncio.run(ask())

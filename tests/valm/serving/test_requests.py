@@ -52,7 +52,7 @@ def test_an_answer_may_be_sent_back():
         {"seed": 1 << 32},
         {"n": 2},
         {"stop": ""},
-        {"stop": ["a"] * 5},
+        {"stop": ["a"] * 17},
         {"tools": [{}]},
         {"best_of": 2},
         {"prompt": []},
