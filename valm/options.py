@@ -37,7 +37,8 @@ def option(
         default: REQUIRED for none.
         least, below: bounds of a number.
         short: another name, such as -k.
-        parse: makes the value of a text; by default as PARSED says for the annotation.
+        parse: makes the value of a text; by default as PARSED says for the annotation. For a Sequence it makes some
+            items, and those of an option that is given several times add up.
     """
     said = {"help": help, "least": least, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=said | {"short": short, "metavar": metavar, "parse": parse})
@@ -60,9 +61,9 @@ def add_fields(parser: argparse.ArgumentParser, kind: Any) -> None:
             shown["help"] += f" (default: {field.default})"
         parse = said["parse"] or PARSED[str(field.type).removesuffix(" | None")]
         names = [f"--{name}"] if said["short"] is None else [said["short"], f"--{name}"]
-        parser.add_argument(
-            *names, type=parse, choices=said["choices"], metavar=said["metavar"], required=required, **shown
-        )
+        shown |= {"choices": said["choices"], "metavar": said["metavar"], "required": required}
+        action = "extend" if str(field.type).startswith("Sequence") else "store"
+        parser.add_argument(*names, type=parse, action=action, **shown)
 
 
 def given_fields(kind: Any, arguments: argparse.Namespace) -> dict[str, Any]:

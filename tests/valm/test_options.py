@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,14 @@ def test_paths_are_paths():
     parser = argparse.ArgumentParser()
     add_fields(parser, Places)
     assert given_fields(Places, parser.parse_args(["--folder", "a"])) == {"folder": Path("a")}
+
+
+def test_the_items_of_a_repeated_option_add_up():
+    @dataclasses.dataclass
+    class Lists:
+        words: Sequence[str] = option("which", ("none",), parse=lambda text: tuple(text.split(",")))
+
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Lists)
+    assert given_fields(Lists, parser.parse_args([])) == {}
+    assert given_fields(Lists, parser.parse_args(["--words", "a,b", "--words", "c"])) == {"words": ["a", "b", "c"]}
