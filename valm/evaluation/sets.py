@@ -201,12 +201,19 @@ GROUPS = tuple(dict.fromkeys(entry.group for entry in SETS.values()))
 
 def own_sets(files: Sequence[str | os.PathLike]) -> list[EvaluationSet]:
     """Sets of one's own questions, called by the names of their files: tables with the columns question, answer, and
-    choices with | between them."""
-    files = list(dict.fromkeys(files))
-    names = short_names([Path(file).with_suffix("") for file in files])
-    return [
-        EvaluationSet(
-            name=f"ask-{name.replace('/', '-')}",
+    choices with | between them.
+
+    Raises:
+        ValmError: two files would have the same name.
+    """
+    files = list({os.path.abspath(file): file for file in files}.values())
+    found: dict[str, EvaluationSet] = {}
+    for name, file in zip(short_names([Path(file).with_suffix("") for file in files]), files, strict=True):
+        own = f"ask-{name.replace('/', '-')}"
+        if own in found:
+            raise ValmError(f"--ask: {found[own].file} and {file} would both be {own}: rename one of the two")
+        found[own] = EvaluationSet(
+            name=own,
             title=f"Your questions: {name}",
             group=OWN,
             protocols=("fair",),
@@ -214,8 +221,7 @@ def own_sets(files: Sequence[str | os.PathLike]) -> list[EvaluationSet]:
             read="questions",
             ask="own",
         )
-        for name, file in zip(names, files, strict=True)
-    ]
+    return list(found.values())
 
 
 def find_file(name: str, data: str | os.PathLike | None = None) -> Path | None:

@@ -208,6 +208,13 @@ def test_ones_own_questions(tmp_path):
     (tmp_path / "b").mkdir()
     titles = [one.title for one in own_sets([file, tmp_path / "b" / "mine.csv"])]
     assert titles == [f"Your questions: {tmp_path.name}/mine", "Your questions: b/mine"]
+    assert [one.file for one in own_sets([file, f"{tmp_path}/b/../mine.csv"])] == [f"{tmp_path}/b/../mine.csv"]
+
+
+@pytest.mark.parametrize("files", [("q.csv", "q.txt"), ("a/b.csv", "c/b.csv", "a-b.csv")])
+def test_questions_that_would_have_one_name_are_refused(files):
+    with pytest.raises(ValmError, match=rf"--ask: {files[0]} and {files[-1]} would both be ask-.*: rename one of the"):
+        own_sets(files)
 
 
 @pytest.mark.parametrize(
