@@ -31,7 +31,9 @@ class Settings(Opening):
         metavar="FILE",
     )
     protocol: str = option(
-        "prompts and scoring of the paper, fair ones, or both", "both", choices=["fair", "published", "both"]
+        "prompts and scoring of the paper, fair ones, or both; one's own questions have the fair ones alone",
+        "both",
+        choices=["fair", "published", "both"],
     )
     data: str | os.PathLike | None = option("folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     limit: int | None = option("so many items of each set only, for a quick look", least=1)

@@ -19,7 +19,7 @@ from valm.evaluation.controls import OFF, ON, RANDOM, images_fingerprint
 from valm.evaluation.metrics import choice_metrics, document_metrics
 from valm.evaluation.questions import Documents, Questions, chosen_sets, what_is_asked
 from valm.evaluation.scorers import NotApplicable, Scorer, check_source, digest, open_scorer
-from valm.evaluation.sets import EvaluationSet, own_sets
+from valm.evaluation.sets import OWN, EvaluationSet, own_sets
 from valm.evaluation.settings import Settings
 from valm.evaluation.statistics import paired
 from valm.knowledge_base.sources.folder import find_images
@@ -146,7 +146,7 @@ def evaluate(
 
 
 def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
-    """The questions of each set in each of its protocols.
+    """The questions of each set in each of its protocols that is asked for; one's own in the only one that they have.
 
     Raises:
         ValmError: there are none, or data are missing or do not parse.
@@ -156,7 +156,7 @@ def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
             one, protocol, settings.data, allow_download=settings.allow_download, limit=settings.limit
         )
         for one in sets
-        for protocol in settings.protocols
+        for protocol in (one.protocols if one.group == OWN else settings.protocols)
         if protocol in one.protocols
     }
     if not asked:

@@ -1,6 +1,7 @@
 """Several models side by side: what is cached, what is scored anew, what is said of wrong input."""
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation import scorers, suite
 from valm.evaluation.questions import FAIR, what_is_asked
+from valm.evaluation.report import markdown
 from valm.evaluation.sets import SETS
 from valm.evaluation.settings import Settings, listed
 from valm.evaluation.suite import CACHE, controls_for, controls_of, evaluate, named, scores_of
@@ -60,6 +62,15 @@ def test_every_model_has_a_row_for_every_task_and_protocol(world):
     assert rows == [(model, *task) for model in ("seed0", "seed1") for task in tasks]
     assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [("seed0", "seed1")] * 6
     assert {pair["metric"] for pair in results["pairs"]} == {"accuracy", "nats per byte"}
+
+
+def test_ones_own_questions_are_asked_in_the_fair_protocol_whatever_that_of_the_sets(world, tmp_path):
+    (tmp_path / "mine.csv").write_text("question,answer,choices\nthe banana is,yellow,yellow|red\n")
+    for tasks, expected in ((None, []), (("memory_color",), [("memory_color", "published")])):
+        chosen = settings(world, protocol="published", ask=[tmp_path / "mine.csv"])
+        results = evaluate({"model": [str(world / "seed0")]}, replace(chosen, tasks=tasks), progress=False)
+        assert [(row["task"], row["protocol"]) for row in results["rows"]] == [*expected, ("ask-mine", FAIR)]
+        assert "Your questions: mine, 1 item" in markdown(results)
 
 
 def test_a_killed_run_goes_on_and_a_retrained_model_is_scored_anew(world, tmp_path, calls):
@@ -207,7 +218,7 @@ def test_ones_own_questions_are_asked_alone(world, tmp_path):
     assert (row["task"], row["protocol"], row["items"]) == ("ask-mine", FAIR, 2)
     assert 0 <= row["metrics"]["accuracy"]["value"] <= 1
     with pytest.raises(ValmError, match="none of the tasks has the protocol published"):
-        evaluate({}, Settings(ask=[tmp_path / "mine.csv"], protocol="published"), progress=False)
+        evaluate({}, settings(world, "vicomte_color", protocol="published"), progress=False)
 
 
 def test_names_of_models(tmp_path):
