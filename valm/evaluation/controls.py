@@ -163,8 +163,8 @@ def images_for(
     retriever: Any = model.retriever
     if retriever is None:
         raise ValmError(
-            f"this model sees {options.num_images} images a token, but nothing says where they are: give a knowledge "
-            "base (kb), or switch its images off"
+            f"this model sees {options.num_images} images a token, but nothing says where they are: give their "
+            "knowledge base as kb (--kb)"
         )
     if retrieval == ON and replace is None:
         return retriever

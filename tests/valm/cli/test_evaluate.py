@@ -149,9 +149,11 @@ def test_wrong_input_is_one_sentence(sentence, name):
 def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, capsys):
     root = copy_of("valm")  # without the knowledge base that it notes
     (root / "valm" / "_retrieval.json").unlink()
-    assert run("eval", root / "valm", "--tasks", "memory_color", "--data", world / "sets", "--out", root / "out") == 1
-    assert "nothing says where they are: give a knowledge base" in capsys.readouterr().err
+    asked = ["eval", root / "valm", "--tasks", "memory_color", "--data", world / "sets", "--controls", "off"]
+    assert run(*asked, "--out", root / "out") == 1
+    assert "nothing says where they are: give their knowledge base as kb (--kb)\n" in capsys.readouterr().err
     assert list((root / "out").iterdir()) == []
+    assert run(*asked, "--limit", 1, "--kb", world / "kb") == 0
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_wrong_switches_are_named(tmp_path):
         (seeing, "none", None, "must be one of on, off, random, got 'none'"),
         (seeing, "off", tmp_path, "exclude each other"),
         (text_only, "random", None, "sees no images"),
-        (seeing, "on", None, "nothing says where they are"),
+        (seeing, "on", None, r"nothing says where they are: give their knowledge base as kb \(--kb\)$"),
     ]:
         with pytest.raises(ValmError, match=message):
             switch_images(model, retrieval, replace=replace)
