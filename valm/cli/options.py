@@ -19,47 +19,57 @@ if TYPE_CHECKING:
 
 WHOLE_MODEL = "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only --full -k whole_model`"
 RETRIEVED = "`valm retrieve` decides it, whose result is given as --retrieval"
-DATASET = "a dataset is named with its configuration, NAME:CONFIG:SPLIT"
 SIZE = "--model is the size: a name, or LAYERSxWIDTHxHEADS such as 4x256x4"
-# Commands and options that went, also those that other commands still have, and what took their place.
+IMAGES = ("valm kb build", "valm kb add", "valm clip train")
+MODELS = ("valm eval", "valm explain", "valm generate", "valm serve")
+TEXTS = ("valm retrieve", "valm train")
+
+
+def _of(commands: Iterable[str], option: str, remedy: str) -> dict[str, str]:
+    return {f"{name} {option}": remedy for name in commands}
+
+
+# Commands that went, and options with the command that had them; what took their place.
 GONE = {
     **dict.fromkeys(("valm train -k", "valm train --images", "valm train --query", "valm train --device"), RETRIEVED),
     "valm train --clip": f"{RETRIEVED}; a model of text alone has --tokenizer",
     **dict.fromkeys(("valm train --layers", "valm train --width", "valm train --heads"), SIZE),
     "app": "`valm serve MODEL` has the page, and prints its address",
-    "--follow-links": "linked folders are always looked into, each once",
-    "--beams": "generate() of a model that `valm.load` opens searches with num_beams",
-    "--color-terms": "put the file into the folder --data",
-    "--cost": f"{WHOLE_MODEL} times models with images",
-    "--cost-sizes": f"{WHOLE_MODEL} has sizes of its own",
-    "valm kb add --batch-size": "it encodes as its knowledge base was",
-    "valm clip check --batch-size": "it encodes 64 images at once",
-    "--caption-column": "--columns IMAGE,CAPTION names both",
-    **dict.fromkeys(("valm kb build --config", "valm kb add --config", "valm clip train --config"), DATASET),
-    "--dataset-config": "--dataset NAME:CONFIG:SPLIT has it",
-    "--dataset-split": "--dataset NAME:CONFIG:SPLIT has it, or NAME::SPLIT",
-    "--fresh": "remove the folder cache in --out to score everything again",
-    "--no-images": "`valm eval --controls off` adds the rows without images",
-    "--random-images": "`valm eval --controls random` adds the rows with random images",
-    "--replace": "`valm eval --controls FOLDER` adds the rows with the images of a folder",
-    "--gpus": "with --ray, a task has one GPU if --device is one",
-    "--image-column": "--columns IMAGE,CAPTION names both",
-    "--memory-color": "put the file into the folder --data",
-    "--ordinary-text": "`valm train` chooses a min_score by it, which the model keeps",
-    "--questions": "`valm train` chooses a min_score by them, which the model keeps",
-    "--prefixes": "`valm.training.clip.CaptionedImages` takes prefixes",
-    "--png": "the page prints",
-    "valm clip train --resume": "the same command goes on where a killed one was",
-    "valm clip check --seed": "it is 0 (`valm.evaluation.clip_check.check_clip` takes another)",
-    "--sample": "--temperature 1 draws tokens by the model's own probabilities",
-    "--split": "a dataset is named with its split, NAME:CONFIG:SPLIT or NAME::SPLIT",
-    "--templates": "`valm.evaluation.clip_check.check_clip` takes templates",
-    "valm kb add --thumbnails": "they are as large as those that its knowledge base has",
-    "--workers": "images are decoded by as many processes as there are cores, where this saves time",
     "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
     "encoder": "`valm clip check` looks at what a CLIP sees",
     "verify": "`valm verify FOLDER` reads every kind of store",
-    "--verify": "`valm verify FOLDER` reads every kind of store",
+    **_of(TEXTS, "--dataset-config", "--dataset NAME:CONFIG:SPLIT has it"),
+    **_of(TEXTS, "--dataset-split", "--dataset NAME:CONFIG:SPLIT has it, or NAME::SPLIT"),
+    **_of(IMAGES, "--caption-column", "--columns IMAGE,CAPTION names both"),
+    **_of(IMAGES, "--config", "a dataset is named with its configuration, NAME:CONFIG:SPLIT"),
+    **_of(IMAGES, "--follow-links", "linked folders are always looked into, each once"),
+    **_of(IMAGES, "--image-column", "--columns IMAGE,CAPTION names both"),
+    **_of(IMAGES, "--split", "a dataset is named with its split, NAME:CONFIG:SPLIT or NAME::SPLIT"),
+    **_of(MODELS, "--ordinary-text", "`valm train` chooses a min_score by it, which the model keeps"),
+    **_of(MODELS, "--questions", "`valm train` chooses a min_score by them, which the model keeps"),
+    **_of(
+        ("valm kb build", "valm kb add", "valm retrieve"), "--gpus", "with --ray, a task has one GPU if --device is one"
+    ),
+    "valm clip check --batch-size": "it encodes 64 images at once",
+    "valm clip check --seed": "it is 0 (`valm.evaluation.clip_check.check_clip` takes another)",
+    "valm clip check --templates": "`valm.evaluation.clip_check.check_clip` takes templates",
+    "valm clip train --prefixes": "`valm.training.clip.CaptionedImages` takes prefixes",
+    "valm clip train --resume": "the same command goes on where a killed one was",
+    "valm clip train --workers": "images are decoded by as many processes as there are cores, where this saves time",
+    "valm eval --color-terms": "put the file into the folder --data",
+    "valm eval --cost": f"{WHOLE_MODEL} times models with images",
+    "valm eval --cost-sizes": f"{WHOLE_MODEL} has sizes of its own",
+    "valm eval --fresh": "remove the folder cache in --out to score everything again",
+    "valm eval --memory-color": "put the file into the folder --data",
+    "valm eval --no-images": "--controls off adds the rows without images",
+    "valm eval --random-images": "--controls random adds the rows with random images",
+    "valm eval --replace": "--controls FOLDER adds the rows with the images of a folder",
+    "valm explain --png": "the page prints",
+    "valm generate --beams": "generate() of a model that `valm.load` opens searches with num_beams",
+    "valm generate --sample": "--temperature 1 draws tokens by the model's own probabilities",
+    "valm kb add --batch-size": "it encodes as its knowledge base was",
+    "valm kb add --thumbnails": "they are as large as those that its knowledge base has",
+    "valm retrieve --verify": "`valm verify FOLDER` reads every kind of store",
 }
 
 

@@ -132,7 +132,7 @@ def wrong_inputs():
             ["eval", "{world}/valm", *color, "--controls", "of"],
             "of is no folder of images; give off, random",
         ),
-        "an option that went": (["eval", "{world}/valm", *color, "--no-images"], "`valm eval --controls off` adds"),
+        "an option that went": (["eval", "{world}/valm", *color, "--no-images"], "--no-images: --controls off adds"),
         "no such questions": (["eval", "{world}/gpt2", "--ask", "{tmp}/none.csv"], "{tmp}/none.csv"),
         "no questions": (["eval", "{world}/gpt2", "--ask", "{tmp}/empty.txt"], "empty.txt has the columns"),
         "output is a file": (["eval", "{world}/gpt2", *color, "--out", "{tmp}/empty.txt"], "is a file"),

@@ -232,6 +232,7 @@ def test_a_misspelt_command_or_option_is_one_sentence(capsys, words, message):
         ("encoder check pictures", "valm has no command encoder: `valm clip check` looks at what a CLIP sees"),
         ("explain model x --png x.png", "valm explain has no option --png: the page prints"),
         ("kb verify kb", "valm kb has no command verify: `valm verify FOLDER` reads every kind of store"),
+        ("eval model --no-images", "valm eval has no option --no-images: --controls off adds the rows without images"),
         ("retrieve --verify retrieval", "valm retrieve has no option --verify: `valm verify FOLDER` reads every"),
     ],
 )
@@ -239,6 +240,15 @@ def test_a_command_or_option_that_went_says_what_took_its_place(capsys, words, m
     assert run(*words.split()) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"valm: error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["explain model x --no-images", "generate model --replace x", "kb search kb --split x"]
+)
+def test_a_command_that_never_had_an_option_does_not_say_what_took_its_place(capsys, words):
+    assert run(*words.split()) == 1
+    (option,) = (word for word in words.split() if word.startswith("--"))
+    assert re.search(rf" has no option {option}(, did you mean --\S+\?)?\n$", capsys.readouterr().err)
 
 
 def test_what_looks_like_an_option_may_be_a_text(capsys, tmp_path):
