@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from valm.clip.execution import CLIP_HELP
 from valm.errors import ValmError
 from valm.model.opening import Opening
 from valm.options import MAX_SEED, add_fields, given_fields
@@ -220,11 +221,7 @@ def above_zero(text: str) -> float:
 
 
 def add_clip(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--clip",
-        help="the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from "
-        "the hub that the knowledge base names",
-    )
+    parser.add_argument("--clip", help=CLIP_HELP)
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:

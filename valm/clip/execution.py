@@ -1,4 +1,4 @@
-"""Where texts or images are encoded: options that are the same in every command that writes shards."""
+"""Where texts or images are encoded, and by which CLIP: options that are the same in every command that has them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     import torch
 
     from valm.store.shards import Runner
+
+
+CLIP_HELP = (
+    "the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from the hub "
+    "that the knowledge base names"
+)
+QUERY_DTYPES = ("float32", "bfloat16", "int8")  # precisions of CLIP's text tower
 
 
 @dataclass(frozen=True, kw_only=True)

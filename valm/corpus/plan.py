@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from valm.clip.execution import Execution
+from valm.clip.execution import CLIP_HELP, QUERY_DTYPES, Execution
 from valm.errors import ValmError
 from valm.options import REQUIRED, option
 
@@ -30,10 +30,7 @@ class RetrievalPlan(Execution):
     allow_download: bool = False
     kb: str | os.PathLike = option("knowledge base", REQUIRED)
     out: str | os.PathLike = option("folder of the result; a killed retrieval resumes", REQUIRED)
-    clip: str | None = option(
-        "the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from the "
-        "hub that the knowledge base names"
-    )
+    clip: str | None = option(CLIP_HELP)
     tokenizer: str | None = option(
         "the tokenizer of the model to be trained, where it is not CLIP's: folder or Hugging Face name"
     )
@@ -45,7 +42,7 @@ class RetrievalPlan(Execution):
     query_dtype: str = option(
         "precision of CLIP's text tower; int8 needs a CPU with AVX-512 VNNI",
         "float32",
-        choices=["float32", "bfloat16", "int8"],
+        choices=QUERY_DTYPES,
     )
     search_actors: int | None = option(
         "with --ray, spread the search over so many actors, which share the vectors; without, each process that does "

@@ -7,13 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from valm.clip.execution import CLIP_HELP, QUERY_DTYPES
 from valm.options import check_fields, option
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
-
-QUERY_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +29,7 @@ class Opening:
         "a token whose best image has a lower retrieval score sees none; -1 cuts nothing (default: the model's own)",
         metavar="SCORE",
     )
-    clip: str | None = option(
-        "the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from the "
-        "hub that the knowledge base names"
-    )
+    clip: str | None = option(CLIP_HELP)
     query_dtype: str | None = option(
         "precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI; auto is what this "
         "machine has fast instructions for",
