@@ -1,4 +1,4 @@
-"""Figures: their common style, and loss curves. They need the extra `demo` or `eval`."""
+"""Figures: their common style, and loss curves. They need the extra `demo`."""
 
 from __future__ import annotations
 

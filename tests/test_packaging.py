@@ -1,5 +1,6 @@
 """The source distribution has what a build and a packager need, and one version is everywhere."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -39,8 +40,18 @@ def test_sdist_has_every_file_that_the_native_module_is_built_from(sdist):
     assert {"setup.py", "pyproject.toml", "csrc/bindings.cpp"} | sources <= sdist_files(sdist)
 
 
-def test_one_version_in_packages_and_metadata(sdist):
+@pytest.fixture
+def metadata(sdist):
     with tarfile.open(sdist) as archive:
         (name,) = (name for name in archive.getnames() if name.count("/") == 1 and name.endswith("/PKG-INFO"))
-        metadata = Parser().parsestr(archive.extractfile(name).read().decode())
+        return Parser().parsestr(archive.extractfile(name).read().decode())
+
+
+def test_one_version_in_packages_and_metadata(metadata):
     assert metadata["Version"] == valm.__version__ == valm_kernels.__version__
+
+
+def test_the_documentation_names_every_extra_that_users_have(metadata):
+    (named,) = re.findall(r"^Further extras:.*?\n\n", (ROOT / "docs/index.md").read_text(), re.MULTILINE | re.DOTALL)
+    of_developers = {"test", "docs", "dev"}
+    assert {"faiss", *re.findall(r"`(\w+)`", named)} == {*metadata.get_all("Provides-Extra")} - of_developers

@@ -7,7 +7,7 @@ import pytest
 
 from valm.errors import ValmError
 
-pytest.importorskip("matplotlib", reason="needs the extra [demo] or [eval]")
+pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 from studies import plots
 
 
