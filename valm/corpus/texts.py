@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from valm.clip.read_image import IMAGE_SUFFIXES
 from valm.errors import ValmError
 from valm.knowledge_base.captions import (
+    CAPTION_COLUMNS,
     CAPTION_SUFFIXES,
     IMAGE_COLUMNS,
     caption_header,
@@ -43,6 +44,7 @@ from valm.store.files import check_regular, exists, files_below, is_folder
 from valm.text import one_line, utf8, why_no_text
 from valm_kernels.json_files import short
 
+COLUMN = "text"  # where the text is, unless another column is named
 READ_ROWS = 4096
 HEAD_BYTES = 1 << 12
 BUFFER = 1 << 16
@@ -94,7 +96,7 @@ class TextCorpus:
     files: Sequence[str | os.PathLike] = ()
     dataset: str | None = None
     streaming: bool = False
-    column: str = "text"
+    column: str = COLUMN
 
     def __post_init__(self) -> None:
         if self.dataset is not None and self.files:
@@ -116,7 +118,7 @@ class TextCorpus:
         return row_documents(open_dataset(self.dataset, streaming=self.streaming), self.column)
 
 
-def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") -> FileDocuments:
+def read_documents(paths: Iterable[str | os.PathLike], *, column: str = COLUMN) -> FileDocuments:
     """The documents of files and folders (see `corpus_files`), in order. Blank ones are skipped.
 
     Args:
@@ -129,7 +131,7 @@ def read_documents(paths: Iterable[str | os.PathLike], *, column: str = "text") 
     return FileDocuments(corpus_files(paths), column)
 
 
-def row_documents(rows: Iterable[Mapping[str, Any]], column: str = "text") -> Iterator[str]:
+def row_documents(rows: Iterable[Mapping[str, Any]], column: str = COLUMN) -> Iterator[str]:
     """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); blank ones are skipped.
 
     Raises:
@@ -310,16 +312,27 @@ def _lines(file: Path, content: BinaryIO, most: int = MAX_DOCUMENT) -> Iterator[
 
 
 def _of_captions(file: Path, head: bytes, column: str) -> Iterator[Caption] | None:
-    """The captions in a table as `kb build` reads it, of which `head` is the beginning; None for another file, or one
-    that has the column `column`."""
+    """The captions in a table as `kb build` reads it, of which `head` is the beginning; None for another file, and for
+    rows that have their text in `column`, or should. Without COLUMN the captions are the text, but never in the place
+    of another column: its name may be mistyped."""
     if file.name == "captions.json":
-        found = read_json_table(file) if head.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"{") else {column: []}
-        return None if column in found else (Caption(line, name) for name, lines in found.items() for line in lines)
-    of_rows = _suffix(file) in DELIMITERS
-    header = caption_header(head) if of_rows or file.name == "captions.txt" else []
+        return _of_json_captions(file, column) if head.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"{") else None
+    named = None if column == COLUMN else column
+    of_rows = _suffix(file) in DELIMITERS  # which have the text of another column themselves
+    header = caption_header(head) if (of_rows and not named) or file.name == "captions.txt" else []
     if not header or (of_rows and column in header):
         return None
-    return (Caption(caption, image) for image, caption in read_rows(file) if caption)
+    return (Caption(caption, image) for image, caption in read_rows(file, caption_column=named) if caption)
+
+
+def _of_json_captions(file: Path, column: str) -> Iterator[Caption] | None:
+    """The captions in an object of all images; None if the file is of another kind."""
+    found = read_json_table(file)
+    if column in found:
+        return None
+    if column not in CAPTION_COLUMNS:
+        raise ValmError(f"the corpus {file} has captions of images, and no column {column!r}: name none by --column")
+    return (Caption(line, name) for name, lines in found.items() for line in lines)
 
 
 def _of_text(file: Path, content: BinaryIO) -> Iterator[str]:

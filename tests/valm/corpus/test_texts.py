@@ -305,6 +305,24 @@ def test_a_table_of_captions_has_the_images_of_its_texts(tmp_path, name, content
     assert [(text, text.image) for text in found] == CAPTIONS
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.csv", "image,caption,story\na.png,short,long\n"),
+        ("captions.txt", "image,caption,story\na.png,short,long\n"),
+        ("captions.json", json.dumps({"caption": "short", "story": "long"})),
+        ("captions.json", json.dumps({"caption": "short", "story": "long"}, indent=1)),
+    ],
+)
+def test_a_mistyped_column_of_captions_is_named(tmp_path, name, content):
+    """Never the captions instead."""
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValmError, match=rf"{re.escape(name)}.*stroy"):
+        list(read_documents([file], column="stroy"))
+    if not content.startswith("{\n"):
+        assert list(read_documents([file], column="story")) == ["long"]
+
+
 def test_other_tables_and_texts_have_no_images(tmp_path):
     for name, content, count in (
         ("captions.txt", "a red apple\na green one\n", 2),
