@@ -41,7 +41,7 @@ from valm.knowledge_base.captions import (
     read_rows,
 )
 from valm.store.files import check_regular, exists, files_below, is_folder
-from valm.text import one_line, utf8, why_no_text
+from valm.text import decoded, one_line, utf8, why_no_text
 from valm_kernels.json_files import short
 
 COLUMN = "text"  # where the text is, unless another column is named
@@ -326,8 +326,14 @@ def _of_captions(file: Path, head: bytes, column: str) -> Iterator[Caption] | No
 
 
 def _of_json_captions(file: Path, column: str) -> Iterator[Caption] | None:
-    """The captions in an object of all images; None if the file is of another kind."""
-    found = read_json_table(file)
+    """The captions in an object of all images; None if the file has an object a line, as other JSON lines."""
+    try:
+        found = read_json_table(file)
+    except ValmError:
+        with open(file, "rb") as lines:
+            if _is_json(next(filter(bytes.strip, lines), b"")):
+                return None
+        raise
     if column in found:
         return None
     if column not in CAPTION_COLUMNS:
@@ -412,6 +418,14 @@ def _place_of(column: str, names: list[str], file: Path) -> int:
     if names.count(column) > 1:
         raise ValmError(f"the corpus {file} has {names.count(column)} columns {column!r}; give each its own name")
     return names.index(column)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(decoded(line))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parsed(text: str, where: str) -> Any:

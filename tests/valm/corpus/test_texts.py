@@ -323,6 +323,16 @@ def test_a_mistyped_column_of_captions_is_named(tmp_path, name, content):
         assert list(read_documents([file], column="story")) == ["long"]
 
 
+def test_rows_in_a_file_named_as_a_table_of_captions(tmp_path):
+    """JSON lines and arrays, whatever the name of the file; but a damaged table is named as one."""
+    rows = [{"text": "a red apple", "n": 1}, {"text": "a leaf"}]
+    for content in ("\n" + "\n\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps(rows, indent=1)):
+        assert list(read_documents([write(tmp_path / "captions.json", content)])) == ["a red apple", "a leaf"]
+    assert list(read_documents([write(tmp_path / "captions.json", json.dumps(rows[0]))])) == ["a red apple"]
+    with pytest.raises(ValmError, match=r"cannot read the caption table .*captions\.json"):
+        read_documents([write(tmp_path / "captions.json", '{"a.png": "one",\n"b.png": }')])
+
+
 def test_other_tables_and_texts_have_no_images(tmp_path):
     for name, content, count in (
         ("captions.txt", "a red apple\na green one\n", 2),
