@@ -68,7 +68,7 @@ class Caption(str):
     """A text of an image, of which others may be too, such as one caption of several.
 
     Attributes:
-        image: what tells it from other images.
+        image: what tells it from other images of the corpus.
     """
 
     image: str
@@ -140,15 +140,17 @@ def row_documents(rows: Iterable[Mapping[str, Any]], column: str = COLUMN) -> It
     return _texts_of(((f"the dataset, row {number}", row) for number, row in enumerate(rows)), column)
 
 
-def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
+def corpus_files(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, str]]:
     """The files among `paths`; a folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path
     and without metadata of images (`_without_metadata`). Warns of files there in OTHER_FORMATS.
+
+    With each comes its name in the corpus, however its path is typed: the number of the path, and the file below it.
 
     Raises:
         ValmError: a path is missing or is not a regular file, or a folder has no such file.
     """
     files = []
-    for path in map(Path, paths):
+    for number, path in enumerate(map(Path, paths)):
         if is_folder(path):
             below = [file for name in files_below(path) if (file := path / name).is_file()]
             found = [file for file in _without_metadata(below) if _suffix(file) in SUFFIXES]
@@ -160,10 +162,10 @@ def corpus_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
                     f"({', '.join(sorted(set(skipped)))}): they are skipped",
                     stacklevel=2,
                 )
-            files += found
+            files += [(file, f"{number}/{file.relative_to(path).as_posix()}") for file in found]
         elif exists(path):
             check_regular(path)
-            files.append(path)
+            files.append((path, f"{number}/{path.name}"))
         else:
             raise ValmError(f"there is no corpus file {path}")
     return files
@@ -180,13 +182,13 @@ def fingerprint(documents: Iterable[str | Sequence[int]]) -> str:
 
 
 class FileDocuments(Iterator[str]):
-    """The documents of `files`, in order; arguments and errors as in `read_documents`."""
+    """The documents of `files` (`corpus_files`), in order; arguments and errors as in `read_documents`."""
 
-    def __init__(self, files: Sequence[Path], column: str) -> None:
-        for file in files:  # which would else be refused only after the hours that those before it take
+    def __init__(self, files: Sequence[tuple[Path, str]], column: str) -> None:
+        for file, _ in files:  # which would else be refused only after the hours that those before it take
             with open(file, "rb") as raw:
                 next(_documents(file, raw, column), None)
-        self._total = sum(file.stat().st_size for file in files)
+        self._total = sum(file.stat().st_size for file, _ in files)
         self._before = 0
         self._raw: BinaryIO | None = None
         self._iterator = self._read(files, column)
@@ -199,13 +201,13 @@ class FileDocuments(Iterator[str]):
         """How much of the files' bytes has been read, from 0 to 1."""
         return (self._before + (self._raw.tell() if self._raw is not None else 0)) / max(1, self._total)
 
-    def _read(self, files: Sequence[Path], column: str) -> Iterator[str]:
+    def _read(self, files: Sequence[tuple[Path, str]], column: str) -> Iterator[str]:
         images = functools.lru_cache(1)(_image_stems)
-        for file in files:
+        for file, name in files:
             of_image = file.suffix.lower() in CAPTION_SUFFIXES and file.stem in images(file.parent)
             with open(file, "rb") as self._raw:
                 texts = _documents(file, self._raw, column)
-                yield from (Caption(text, str(file.with_suffix(""))) for text in texts) if of_image else texts
+                yield from (Caption(text, os.path.splitext(name)[0]) for text in texts) if of_image else texts
             self._raw = None
             self._before += file.stat().st_size
 

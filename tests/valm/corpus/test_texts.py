@@ -351,9 +351,24 @@ def test_the_lines_of_a_text_beside_an_image_are_its_captions(tmp_path):
     write(tmp_path / "b.txt", "a leaf")
     found = list(read_documents([tmp_path]))
     assert found == ["a red apple", "an apple", "a leaf"]
-    assert [getattr(text, "image", None) for text in found] == [str(tmp_path / "a")] * 2 + [None]
+    assert [getattr(text, "image", None) for text in found] == ["0/a"] * 2 + [None]
     again = pickle.loads(pickle.dumps(found[0]))
     assert again == found[0] and again.image == found[0].image
+
+
+def test_the_image_of_a_text_does_not_depend_on_how_its_path_is_typed(tmp_path, monkeypatch):
+    """Or a resumed retrieval would divide the captions of one image; but those of two folders are of two images."""
+    for name in ("p/deep", "q/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.b.jpg").write_bytes(b"no corpus")
+        write(tmp_path / name / "a.b.txt", "a red apple")
+    monkeypatch.chdir(tmp_path / "p")
+
+    def images(*paths):
+        return [text.image for text in read_documents(paths)]
+
+    assert images(".", "../q") == images(tmp_path / "p", tmp_path / "q") == ["0/deep/a.b", "1/deep/a.b"]
+    assert images("deep/a.b.txt") == images(tmp_path / "p" / "deep" / "a.b.txt") == ["0/a.b"]
 
 
 @pytest.mark.parametrize("column", ["text", "caption"])
