@@ -56,7 +56,7 @@ def build(
     plan, first = plan_of(source, clip, encoding), list[tuple[Path, Any]]()
     if after is not None:
         after.check_encoder(clip)
-        plan["after"] = after.fingerprint
+        plan = {**after.encoding, **plan, "after": after.fingerprint}  # embeddings have no encoding of their own
         first = [(after.path, shard) for shard in after.manifest["shards"]]
     build = begin_knowledge_base(out, plan)
     # no error: a copy of the images has new times too

@@ -52,7 +52,8 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
                 f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
             )
     parts_of = {"source": "merge", "parts": [kb.fingerprint for kb in opened]}
-    build = begin_knowledge_base(out, {**parts_of, **opened[0].encoding})
+    encoding = next((kb.encoding for kb in opened if kb.encoding), {})  # that of embeddings is not known
+    build = begin_knowledge_base(out, {**parts_of, **encoding})
     with build.writing():
         if not build.finished:
             shards = [(kb.path, shard) for kb in opened for shard in kb.manifest["shards"]]

@@ -5,6 +5,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from valm.knowledge_base.build import build
@@ -37,6 +39,13 @@ def contents(folder):
 def build_folder(folder, out, clip, shard_size=6, batch_size=4, thumbnails=64, workers=None):
     source = FolderSource(folder, shard_size=shard_size)
     return build(source, out, clip, Encoding(batch_size, thumbnails, workers), progress=False)
+
+
+def write_embeddings(folder, number, vectors, **columns):
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    np.save(folder / "img_emb" / f"img_emb_{number}.npy", vectors)
+    pq.write_table(pa.table(columns), folder / "metadata" / f"metadata_{number}.parquet")
 
 
 def touch(folder, *names):

@@ -5,13 +5,14 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.valm.knowledge_base.inputs import build_folder, contents, png
+from tests.valm.knowledge_base.inputs import build_folder, contents, png, write_embeddings
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import dedupe, merge
 from valm.knowledge_base.format import write_shard
 from valm.knowledge_base.records import Encoding
+from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.folder import TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -75,6 +76,18 @@ def test_a_merge_has_the_files_of_its_parts(tars, table, clip, tmp_path, how):
     assert [kb.thumbnail(id) is None for id in range(len(kb))] == [False] * 4 + [True] * 3
     assert np.array_equal(kb.gather(np.arange(7)), np.concatenate([part.vectors() for part in parts]))
     assert kb.item(6).caption == "four" and kb.captioned() == 5 and kb.verify(progress=False) == []
+
+
+@pytest.mark.parametrize("given_first", [True, False])
+def test_embeddings_do_not_hide_how_images_were_encoded(folder, clip, tmp_path, given_first):
+    """In a merge, and added to a knowledge base: what is added next is encoded as that was."""
+    write_embeddings(tmp_path, 0, np.ones((2, clip.embed_dim), np.float16), url=["a", "b"])
+    given = build(EmbeddingSource(tmp_path), tmp_path / "given", clip, progress=False)
+    encoded = build_folder(folder, tmp_path / "encoded", clip, batch_size=3, thumbnails=0)
+    parts = [given.path, encoded.path] if given_first else [encoded.path, given.path]
+    assert merge(parts, tmp_path / "kb", progress=False).encoding == encoded.encoding
+    added = build(EmbeddingSource(tmp_path), tmp_path / "added", clip, after=encoded, progress=False)
+    assert added.encoding == encoded.encoding == {"batch_size": 3, "thumbnails": 0} and given.encoding == {}
 
 
 def test_what_becomes_of_a_part_does_not_change_the_merge(tars, folder, clip, tmp_path):

@@ -3,16 +3,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.valm.knowledge_base.inputs import write_embeddings
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
-
-
-def write_embeddings(folder, number, vectors, **columns):
-    for name in ("img_emb", "metadata"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    np.save(folder / "img_emb" / f"img_emb_{number}.npy", vectors)
-    pq.write_table(pa.table(columns), folder / "metadata" / f"metadata_{number}.parquet")
 
 
 def test_embeddings(clip, tmp_path):
