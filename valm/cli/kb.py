@@ -226,6 +226,7 @@ def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
         "dtype": kb.manifest["dtype"],
         "bytes": sum(file["bytes"] for file in files) + (0 if index is None else index.file["bytes"]),
         "source": kb.manifest["plan"].get("source"),
+        "after": kb.manifest["plan"].get("after"),
         "written": datetime.fromtimestamp((kb.path / MANIFEST_FILE).stat().st_mtime).isoformat(" ", "minutes"),
         "clip": kb.manifest["clip"],
         "index": None if index is None else index.summary(),
@@ -238,7 +239,8 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
     thumbnails = "thumbnails" if facts["thumbnails"] else "no thumbnails"
     print(f"{kb.path}: {len(kb):,} images, {facts['captions']:,} with captions, {thumbnails}")
     print(f"{kb.dim} dimensions, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB")
-    print(f"made of: {printable(str(facts['source']))}, written {facts['written']}")
+    after = f", added to the knowledge base {printable(str(facts['after'])[:12])}" if facts["after"] else ""
+    print(f"made of: {printable(str(facts['source']))}{after}, written {facts['written']}")
     print(f"encoded by the CLIP {printable(clip['name'])}, weights {printable(clip['weights_hash'][:12])}")
     index = facts["index"]
     print("searched exactly" if index is None else f"searched through the index {printable(index)}")

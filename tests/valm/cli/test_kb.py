@@ -255,6 +255,9 @@ def test_kb_add_joins_more_pictures(world, tmp_path, capsys):
     kb = ImageKnowledgeBase.open(tmp_path / "kb")
     assert kb.item(6).uri == "orange.png" and kb.verify(progress=False) == []
     assert sorted(os.listdir(tmp_path)) == ["kb", "more"]
+    assert run("kb", "info", tmp_path / "kb") == 0
+    before = ImageKnowledgeBase.open(world / "kb").fingerprint
+    assert f"made of: folder, added to the knowledge base {before[:12]}, written 20" in capsys.readouterr().out
 
 
 def test_kb_add_encodes_as_the_knowledge_base_was(world, tmp_path):
