@@ -81,7 +81,7 @@ class Classification:
     Attributes:
         chance: accuracy of a random guess.
         majority: accuracy of always answering the largest class (in `Probe`: on the held-out images).
-        balanced: mean over classes of the zero-shot accuracy in each.
+        balanced: mean over classes with images of the zero-shot accuracy in each.
         linear_probe: None if a class has fewer than MIN_PER_CLASS images.
     """
 
@@ -115,7 +115,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class ClipCheck:
-    """The measurements on a folder; None without labels or without captions. Intervals are 95 % over images.
+    """The measurements on a folder; None without labels or without two captions. Intervals are 95 % over images.
 
     Attributes:
         skipped: uri and reason of damaged images and caption files.
@@ -173,9 +173,12 @@ def check_clip(
     classification = retrieval = None
     if labelled:
         labels = [str(_class_of(uri)) for uri in shard.items["uri"].to_pylist()]
-        classification = classify(features, labels, clip, templates, seed=seed)
+        # held-out images are told from the classes of all, or the task would be easier
+        classification = classify(features, labels, clip, templates, classes=map(str, classes), seed=seed)
     if captioned:
-        retrieval = retrieve(features, [text.splitlines() for text in shard.items["caption"].to_pylist()], clip)
+        captions = [text.splitlines() for text in shard.items["caption"].to_pylist()]
+        if classification is None or sum(map(bool, captions)) > 1:
+            retrieval = retrieve(features, captions, clip)
     return ClipCheck(clip.name, classification, retrieval, shard.skipped, len(classes), len(held_out))
 
 
@@ -214,25 +217,34 @@ def _mark(record: Record) -> str:
 
 
 def classify(
-    features: Tensor, labels: Sequence[str], clip: Clip, templates: Sequence[str] = TEMPLATES, *, seed: int = 0
+    features: Tensor,
+    labels: Sequence[str],
+    clip: Clip,
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    classes: Iterable[str] = (),
+    seed: int = 0,
 ) -> Classification:
     """Zero-shot accuracy and linear probe of image features (N, E), L2-normalised, with the class of each image.
 
+    Args:
+        classes: names of others to choose from, of which there may be no image.
+
     Raises:
-        ValmError: there are fewer than two classes.
+        ValmError: there are no images, or fewer than two classes.
     """
-    classes = sorted(set(labels))
-    if len(classes) < 2:
-        raise ValmError(f"there are readable images of {len(classes)} classes only; it takes two")
+    classes = sorted({*labels, *classes})
+    if not labels or len(classes) < 2:
+        raise ValmError(f"there are {len(labels)} readable images of {len(classes)} classes; it takes one of two")
     gold = np.array([classes.index(label) for label in labels])  # (N,)
     weights = zero_shot_weights(clip, [name.replace("_", " ").replace("-", " ") for name in classes], templates)
     right = (features @ weights.cpu()).argmax(-1).numpy() == gold
-    counts = np.bincount(gold)
+    counts = np.bincount(gold, minlength=len(classes))
     return Classification(
         classes=tuple(classes),
         pictures=len(gold),
         zero_shot=accuracy(right[None]),
-        balanced=float(np.mean([right[gold == label].mean() for label in range(len(classes))])),
+        balanced=float(np.mean([right[gold == label].mean() for label in np.unique(gold)])),
         linear_probe=linear_probe(features.numpy(), gold, seed) if counts.min() >= MIN_PER_CLASS else None,
         chance=1 / len(classes),
         majority=float(counts.max() / len(gold)),

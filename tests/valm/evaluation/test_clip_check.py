@@ -125,7 +125,7 @@ def test_the_probe_tests_on_pictures_it_has_not_seen():
 def test_a_class_too_small_for_a_probe(trained):
     features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     assert classify(features, ["a", "a", "a", "b", "b"], trained).linear_probe is None
-    with pytest.raises(ValmError, match="readable images of 1 classes only; it takes two"):
+    with pytest.raises(ValmError, match="5 readable images of 1 classes; it takes one of two"):
         classify(features, ["a"] * 5, trained)
 
 
@@ -197,6 +197,19 @@ def test_where_the_training_held_images_out_these_are_looked_at(folder, trained,
     clip.model.logit_scale.data += 1
     clip.save(tmp_path)  # and one that came into the folder afterwards
     assert held_out_of(Clip.load(tmp_path), source.records) == []
+
+
+@pytest.mark.parametrize("held_out", [("blue", "red"), ("red",)])
+def test_images_that_were_held_out_are_told_from_all_classes(folder, trained, tmp_path, held_out):
+    """Fewer classes would be an easier task."""
+    copy.copy(trained).save(tmp_path)
+    clip, source = Clip.load(tmp_path), FolderSource(folder)
+    note_held_out(tmp_path, clip, [record for record in source.records if record.uri.startswith(held_out)][:20])
+    result = check_clip(source, clip, progress=False)
+    found = result.classification
+    assert (result.retrieval is None) == (held_out == ("red",))  # one image with captions is not enough
+    assert (found.classes, found.chance) == (("blue", "dark_green", "red", "yellow"), 0.25)
+    assert found.linear_probe is None and 0 <= found.balanced <= 1
 
 
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
