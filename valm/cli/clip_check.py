@@ -31,6 +31,11 @@ def run_check(arguments: argparse.Namespace) -> None:
     print(f"the CLIP {result.clip}; 95 % intervals over images")
     if result.held_out:
         print(f"on the {result.held_out:,} pictures that its training held out, of {result.images:,}")
+    elif result.listed:
+        print(
+            f"not more than half of the {result.listed:,} images that its training held out are here: all "
+            f"{result.images:,} are looked at, those of its training too where they are here"
+        )
     found = result.classification
     if found is not None:
         print(f"{found.pictures:,} images of {len(found.classes)} classes, chance {found.chance:.3f}")

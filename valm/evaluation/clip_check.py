@@ -121,6 +121,7 @@ class ClipCheck:
         skipped: uri and reason of damaged images and caption files.
         images: how many there are.
         held_out: how many of them were looked at because the CLIP's training held them out; 0: all were.
+        listed: how many its training held out, as the CLIP's folder lists them; 0 without a list.
     """
 
     clip: str
@@ -129,6 +130,7 @@ class ClipCheck:
     skipped: list[Skipped]
     images: int
     held_out: int
+    listed: int
 
 
 def check_clip(
@@ -166,7 +168,7 @@ def check_clip(
         )
     if labelled and min(Counter(classes).values()) >= MIN_PER_CLASS:
         _import_logistic_regression()  # before the images are encoded
-    held_out = held_out_of(clip, records)
+    held_out, listed = held_out_of(clip, records)
     with ProgressBar("encode", " images", 1, progress) as bar:
         shard = encode_records(held_out or records, clip, Encoding(thumbnails=0, workers=workers), bar)
     features = torch.from_numpy(shard.vectors)  # (N, E)
@@ -179,7 +181,7 @@ def check_clip(
         captions = [text.splitlines() for text in shard.items["caption"].to_pylist()]
         if classification is None or sum(map(bool, captions)) > 1:
             retrieval = retrieve(features, captions, clip)
-    return ClipCheck(clip.name, classification, retrieval, shard.skipped, len(classes), len(held_out))
+    return ClipCheck(clip.name, classification, retrieval, shard.skipped, len(classes), len(held_out), listed)
 
 
 def _class_of(uri: str) -> str | None:
@@ -193,22 +195,22 @@ def note_held_out(folder: str | os.PathLike, clip: Clip, records: Iterable[Recor
     write_json(Path(folder) / HELD_OUT_FILE, noted)
 
 
-def held_out_of(clip: Clip, records: Sequence[Record]) -> list[Record]:
-    """Those of `records` that the training of `clip` held out; none without a list of them, or with the smaller part of
-    it only: then these are other images.
+def held_out_of(clip: Clip, records: Sequence[Record]) -> tuple[list[Record], int]:
+    """Those of `records` that the training of `clip` held out, and how many are listed; none without a list of them, or
+    with not more than half of it: then these are other images.
 
     Raises:
         ValmError: the list is damaged.
     """
     file = Path(clip.source or "") / HELD_OUT_FILE
     if clip.source is None or not is_file(file):
-        return []
+        return [], 0
     noted: HeldOut = read_json(file, "the list of held-out images", HeldOut, "delete it")
     marks = set(noted["images"])
     if noted["clip"] != clip.weights_hash:  # of a CLIP that was in the folder before
-        return []
+        return [], 0
     found = [record for record in records if _mark(record) in marks]
-    return found if 2 * len(found) > len(marks) else []
+    return found if 2 * len(found) > len(marks) else [], len(marks)
 
 
 def _mark(record: Record) -> str:
