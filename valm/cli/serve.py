@@ -43,12 +43,6 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     opened, name = opening(arguments), name_of(arguments.model)
     model, tokenizer = opened.load(arguments.model)
-    retriever = model.retriever  # opened now: what it lacks is an error before anyone asks
-    if model.fusion_options.num_images > 0 and retriever is None:
-        raise ValmError(
-            f"the model {arguments.model} takes {model.fusion_options.num_images} images a token, but has no "
-            "retriever: give it a knowledge base (--kb)"
-        )
     other = None
     if arguments.compare:
         other = (name_of(arguments.compare, unlike=[name]), *opened.load_other(arguments.compare))

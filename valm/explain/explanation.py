@@ -17,7 +17,6 @@ from valm.evaluation.controls import OtherImages
 from valm.evaluation.scoring import answer_tokens, check_writable, context_length
 from valm.explain.images import FindsImages, ShownImage, show_images
 from valm.model.probe import in_mode
-from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import BlindRetriever, Retrieved
 
 # Limits the page: each token is a row of images and a row of the attention matrix.
@@ -52,11 +51,9 @@ class Explanation:
     probabilities: np.ndarray
     note: str = ""
 
-    def weights(self, head: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The attention over text (T, T) and over images (T, K): of one head, or the mean over all."""
-        if head is None:
-            return self.text_weights.mean(0), self.image_weights.mean(0)
-        return self.text_weights[head], self.image_weights[head]
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """The attention over text (T, T) and over images (T, K), the mean over all heads."""
+        return self.text_weights.mean(0), self.image_weights.mean(0)
 
     def images_of(self, token: int) -> list[ShownImage]:
         """The images of a token, best first."""
@@ -101,7 +98,7 @@ def explain(
     elif isinstance(finder, BlindRetriever):
         note = "This model is blind: the one image of each token is its own retrieval query, which is not an image."
     found = _find(model, finder, ids)
-    text_weights, image_weights = model.fusion_attention(ids, **_images(model, found))
+    text_weights, image_weights = model.fusion_attention(ids, **model.finder.arguments(found))
     scores = found.scores
     if isinstance(finder, OtherImages) and not model.fusion_options.scored:  # which would use those of the replaced
         scores = finder.own_scores(ids, found)
@@ -187,27 +184,16 @@ def _why_no_images(model: Any, with_images: bool) -> str:
 def _find(model: Any, retriever: FindsImages | None, ids: Tensor) -> Retrieved:
     """The images of each token; none at all without a retriever."""
     if retriever is not None:
-        found = Retrieved(*(tensor.to(ids.device) for tensor in retriever(ids)))
-        index, scores = cut(found.image_index, found.scores, model.fusion_options.min_score)  # as the model does
-        return found._replace(image_index=index, scores=scores)
+        return model.finder.seen(retriever(ids), ids.device)
     none = torch.empty(*ids.shape, 0, device=ids.device)
     pool = torch.empty(0, model.fusion_options.image_dim, device=ids.device)
     return Retrieved(pool, none.long(), torch.empty(0, dtype=torch.int64), none)
 
 
-def _images(model: Any, found: Retrieved) -> dict[str, Tensor]:
-    """The arguments of the model; a model with K = 0 takes none, not even an empty pool."""
-    options = model.fusion_options
-    if options.num_images == 0:
-        return {}
-    images = {"image_pool": found.image_pool, "image_index": found.image_index}
-    return images | {"image_scores": found.scores} if options.scored else images
-
-
 @torch.no_grad()
 def _log_probs(model: Any, ids: Tensor, found: Retrieved) -> Tensor:
     """log p of what follows each token of `ids` (1, T): (T, V) float32."""
-    return model(ids, **_images(model, found)).logits[0].float().log_softmax(-1)
+    return model(ids, **model.finder.arguments(found)).logits[0].float().log_softmax(-1)
 
 
 def _likeliest(tokenizer: PreTrainedTokenizerFast, log_probs: Tensor) -> tuple[list[str], list[float]]:

@@ -51,7 +51,8 @@ class ImageSource:
                 raise ValmError(f"--{name} is for --format {' or '.join(formats)}, not for {self.format}")
 
     def open(self) -> Source:
-        """
+        """The source.
+
         Raises:
             OSError, ValmError: as the class of the source.
             ImportError: a dataset is given, and the package `datasets` is not installed.

@@ -288,9 +288,20 @@ class ImageFinder:
         else:
             found = retriever.step(ids, retrieval_state(cache, retriever, len(ids)), own)
             cache.num_retrieved += ids.shape[1]
-        options, device = self.options, ids.device
-        index, scores = cut(found.image_index, found.scores, options.min_score)
-        return found.image_pool.to(device), index.to(device), scores.to(device) if options.scored else None
+        seen = self.seen(found, ids.device)
+        return seen.image_pool, seen.image_index, seen.scores if self.options.scored else None
+
+    def seen(self, found: Retrieved, device: torch.device) -> Retrieved:
+        """Those of the images `found` that the model sees, without what its min_score cuts, on its device."""
+        index, scores = cut(found.image_index, found.scores, self.options.min_score)
+        return Retrieved(found.image_pool.to(device), index.to(device), found.image_ids.to(device), scores.to(device))
+
+    def arguments(self, seen: Retrieved) -> dict[str, Tensor]:
+        """The arguments of the model's forward that have these images; one with K = 0 takes none."""
+        if self.options.num_images == 0:
+            return {}
+        images = {"image_pool": seen.image_pool, "image_index": seen.image_index}
+        return images | {"image_scores": seen.scores} if self.options.scored else images
 
     def after(self, decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Puts the text of a pass that began without a cache into the cache that it returns, if it does. The retriever

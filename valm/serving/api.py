@@ -7,8 +7,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
+from valm.knowledge_base.format import Item
 from valm.model.positions import positions
 from valm.retrieval.retriever import Retriever
 from valm.serving.engine import Answer, BusyError, Engine, Prompt, StoppingError, TokenScore
@@ -109,10 +110,7 @@ class Api:
             raise ApiError(400, f"k: expected a whole number from 1 to {MAX_SEARCHED}, got {count!r}", param="k")
         k = min(int(count), len(retriever.kb))
         hits = await self.in_turn(lambda: retriever.search(query, k))
-        found = [
-            {"id": item.id, "score": round(score, 4), "uri": item.uri, "caption": item.caption} for score, item in hits
-        ]
-        return JSONResponse({"object": "list", "data": found})
+        return JSONResponse({"object": "list", "data": [_image(item, score) for score, item in hits]})
 
     def _card(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
@@ -176,11 +174,9 @@ class Api:
 
     def _limit(self, limit: int | None, length: int, default: int) -> int:
         """The most tokens to generate behind a prompt of `length`."""
-        code = "context_length_exceeded"
-        room = self.max_tokens if self.context is None else self.context - length
-        sizes = (
-            "" if self.context is None else f"the model reads {self.context:,} tokens, and the prompt has {length:,}"
-        )
+        code, context = "context_length_exceeded", self.context or length + self.max_tokens
+        room = context - length
+        sizes = f"the model reads {context:,} tokens, and the prompt has {length:,}"
         if room < (limit != 0):
             raise ApiError(400, f"{sizes}: shorten it", code)
         if limit is None:
@@ -193,36 +189,35 @@ class Api:
 
     async def in_turn(self, function: Any) -> Any:
         """What `function` returns, which uses the model in its turn."""
-        try:
+        with self._refusals():
             return await self.engine.call(function)
-        except BusyError:
-            raise self._busy() from None
-        except StoppingError:
-            raise stopping() from None
 
-    def _busy(self) -> ApiError:
-        waiting = f"{self.engine.max_waiting:,} requests wait already: try again later"
-        return ApiError(429, waiting, "rate_limit_exceeded")
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Answers with an error where the engine takes no work in the block.
 
-    def _submitted(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        Raises:
+            ApiError: too many wait, or the server ends.
+        """
         try:
-            return self.engine.submit(*prompts)
+            yield
         except BusyError:
-            raise self._busy() from None
+            waiting = f"{self.engine.max_waiting:,} requests wait already: try again later"
+            raise ApiError(429, waiting, "rate_limit_exceeded") from None
         except StoppingError:
             raise stopping() from None
 
     async def _answered(self, request: Request, kind: Kind, asked: Sampling, prompts: Sequence[Prompt]) -> Response:
-        answers = self._submitted(prompts)
+        with self._refusals():
+            answers = self.engine.submit(*prompts)
         head = {"id": f"{kind.id}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if asked.stream:
             usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             events = self._events(answers, kind, head, usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         try:
-            texts = await _unless_gone(request, asyncio.gather(*map(_joined, answers)))
-        except StoppingError:
-            raise stopping() from None
+            with self._refusals():
+                texts = await _unless_gone(request, asyncio.gather(*map(_joined, answers)))
         finally:
             for answer in answers:
                 self.engine.cancel(answer)
@@ -251,10 +246,7 @@ class Api:
         if not isinstance(retriever, Retriever):
             return []
         best = sorted(answer.images.items(), key=lambda image: -image[1])[:MAX_SEEN]
-        items = ((retriever.kb.item(id), score) for id, score in best)
-        return [
-            {"id": item.id, "score": round(score, 4), "uri": item.uri, "caption": item.caption} for item, score in items
-        ]
+        return [_image(retriever.kb.item(id), score) for id, score in best]
 
     def _logprobs(self, kind: Kind, prompt: Prompt, scores: Sequence[TokenScore], offset: int) -> dict[str, Any] | None:
         """The log probabilities of tokens in the format of `kind`; `offset`: characters of the text before them."""
@@ -412,6 +404,10 @@ def _usage(answers: Iterable[Answer]) -> dict[str, int]:
     sizes = [(len(answer.prompt.ids), answer.num_tokens) for answer in answers]
     prompt, new = (sum(column) for column in zip(*sizes, strict=True))
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def _image(item: Item, score: float) -> dict[str, Any]:
+    return {"id": item.id, "score": round(score, 4), "uri": item.uri, "caption": item.caption}
 
 
 def _chat_logprob(text: str, logprob: float | None) -> dict[str, Any]:

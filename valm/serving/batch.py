@@ -10,7 +10,6 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 from valm.errors import ValmError
 from valm.model.positions import CACHE_ARGUMENTS
-from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import Retrieved
 
 # Layers of a cache whose rows can be padded on the left; the last kind has no keys, as those of another layer are read.
@@ -57,40 +56,36 @@ class Batch:
             torch.cat([ids[:, :0] if first else before, new], 1)
             for before, new in ((self.mask, torch.ones_like(ids)), (self.ids, ids))
         )
-        images, image_ids, scores = self._images(ids, first)
+        if first and self.retriever is not None:
+            self.state = self.retriever.start(len(ids))
+        seen = images = self._seen(ids, self.state)
         if not first and self.mask.shape[1] == rotates_anew_after(self.model) + 1:  # all keys, of a row that is alone
             ids, self.cache, first = self.ids, None, True
-            images = {} if self.retriever is None else self._shown(self.retriever(ids))[0]
+            images = self._seen(ids)
         inputs: dict[str, Any] = {"attention_mask": self.mask, "use_cache": True, "is_first_iteration": first}
         if self.positions or not bool(self.mask.all()):  # without padding most models know the positions themselves
             inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if self.cache is not None:
             inputs["cache"] = self.cache
-        prepared = self.model.prepare_inputs_for_generation(ids, **inputs, **images)
+        if images is not None:
+            inputs |= self.model.finder.arguments(images)
+        prepared = self.model.prepare_inputs_for_generation(ids, **inputs)
         if self.model._supports_logits_to_keep():  # in the place of a family's own
             prepared["logits_to_keep"] = 0 if all_logits else 1  # 0: all
         output = self.model(**prepared, return_dict=True)
         self.cache = next((output[name] for name in CACHE_ARGUMENTS if output.get(name) is not None), None)
-        logits = output.logits if all_logits else output.logits[:, -1:]
-        return Seen(logits.float(), image_ids, scores)
+        logits = (output.logits if all_logits else output.logits[:, -1:]).float()
+        if seen is None:
+            return Seen(logits, None, None)
+        none = seen.image_index.new_full((1,), -1)  # at index -1
+        return Seen(logits, torch.cat([seen.image_ids, none])[seen.image_index], seen.scores)
 
-    def _images(self, ids: Tensor, first: bool) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """The arguments of the model that have the images of `ids`, and their ids and scores."""
+    def _seen(self, ids: Tensor, state: Any = None) -> Retrieved | None:
+        """The images of `ids`, the next tokens after those of `state` or a whole text; None for a model without."""
         if self.retriever is None:
-            return {}, None, None
-        if first:
-            self.state = self.retriever.start(len(ids))
-        return self._shown(self.retriever.step(ids, self.state))
-
-    def _shown(self, found: Retrieved) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        options, device = self.model.fusion_options, self.model.device
-        index, scores = cut(found.image_index, found.scores, options.min_score)
-        images = {"image_pool": found.image_pool.to(device), "image_index": index.to(device)}
-        if options.scored:
-            images["image_scores"] = scores.to(device)
-        # a pool may be empty
-        image_ids = torch.cat([found.image_ids.to(index), index.new_full((1,), -1)])[index]
-        return images, image_ids, scores
+            return None
+        found = self.retriever(ids) if state is None else self.retriever.step(ids, state)
+        return self.model.finder.seen(found, ids.device)
 
     def join(self, other: Batch) -> None:
         """Adds the rows of another batch of the same model, which is empty then."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
-from valm.errors import PANIC
+from valm.errors import PANIC, ValmError
 from valm.serving.batch import Batch, Seen, can_join, needs_positions
 from valm.serving.metrics import Metrics
 from valm.serving.text import StreamedText
@@ -107,11 +107,18 @@ class Engine:
         model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile.
         max_waiting: requests that may wait for those that are being answered.
         max_batch: requests that are answered together; 1 for a model whose cache cannot be padded (`can_join`).
+
+    Raises:
+        ValmError: the model takes images and has no retriever, or cannot be read token by token (`needs_positions`).
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, max_waiting: int, max_batch: int = 8):
         self.model, self.tokenizer = model, tokenizer
         self.max_waiting = max_waiting
+        if (images := model.fusion_options.num_images) and model.retriever is None:
+            raise ValmError(
+                f"the model takes {images} images a token, but has no retriever: give it a knowledge base (--kb)"
+            )
         self.positions = needs_positions(model)
         self.max_batch = max_batch if max_batch == 1 or can_join(model, self.positions) else 1
         # what the retriever's encoder can read; a vocabulary may have rows to spare
@@ -209,10 +216,8 @@ class Engine:
         loop = call.result.get_loop()
         try:
             set_result, value = call.result.set_result, call.function()
-        except Exception as error:
-            set_result, value = call.result.set_exception, error
         except BaseException as error:
-            set_result, value = call.result.set_exception, RuntimeError(f"{PANIC}: {error}")
+            set_result, value = call.result.set_exception, _raised(error)
         loop.call_soon_threadsafe(self._open.discard, call)
         loop.call_soon_threadsafe(lambda: None if call.result.done() else set_result(value))
 
@@ -293,10 +298,9 @@ class _Row:
     def end(self, error: BaseException | None = None) -> None:
         """Tells the answer's reader that it ends."""
         self.goes_on = False
-        last = error if error is None or isinstance(error, Exception) else RuntimeError(f"{PANIC}: {error}")
         # before the end is read, as its reader may ask again at once
         self.answer.loop.call_soon_threadsafe(self.engine._open.discard, self.answer)
-        self.answer.put(last)
+        self.answer.put(None if error is None else _raised(error))
 
     def take(self, seen: Seen, row: int) -> bool:
         """Chooses the next token after the last one that `row` of the batch has read. Returns whether more follow."""
@@ -340,6 +344,11 @@ class _Row:
         ids: Any = torch.empty(1, 0, dtype=torch.int64, device=logits.device)  # which these processors do not read
         probabilities = self._processors(ids, logits[None]).softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def _raised(error: BaseException) -> Exception:
+    """What the reader of a result is told."""
+    return error if isinstance(error, Exception) else ValmError(f"{PANIC}: {error}")
 
 
 def _score(id: int, logits: Tensor, count: int) -> TokenScore:

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from valm.errors import PANIC, ValmError, is_panic
+from valm.errors import ValmError
 from valm.evaluation.controls import GivenImages, RandomImages, named_images
 from valm.explain.explanation import Explanation, Reader, explain_together
 from valm.explain.page import heads, heads_script, render_body, script_hash, style
-from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.retriever import Retriever
 from valm.serving.api import Api, ApiError, json_body
 from valm_kernels.json_files import short
 
@@ -98,9 +98,6 @@ class Page:
     Args:
         api: whose engine has the model.
         other: a second model, to compare, as (name, model, tokenizer).
-
-    Raises:
-        ValmError: a model takes images and has no retriever.
     """
 
     def __init__(self, api: Api, other: tuple[str, Any, Any] | None = None):
@@ -112,13 +109,8 @@ class Page:
             self.choices = [NONE]
         elif isinstance(retriever, Retriever):
             self.choices = [RETRIEVED, RANDOM, UPLOADED, NONE]
-        elif isinstance(retriever, BlindRetriever):
-            self.choices = [QUERY, NONE]
         else:
-            raise ValmError(
-                f"the model {self.name} takes {self.model.fusion_options.num_images} images a token, but has no "
-                "retriever: give it a knowledge base (--kb)"
-            )
+            self.choices = [QUERY, NONE]
         self.beside = [self.choices[0], *([self.other[0]] if self.other else [])]
 
     async def show(self, request: Request) -> Response:
@@ -156,20 +148,11 @@ class Page:
                 first = error.errors(include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "the request"
                 raise ApiError(400, f"{field} does not fit: got {short(first['input'])}") from None
-            explanations = await self.api.in_turn(lambda: self._explained(asked))
-        if isinstance(explanations, ValmError):
-            raise ApiError(400, str(explanations))
+            try:
+                explanations = await self.api.in_turn(lambda: self.explanations(asked))
+            except ValmError as error:
+                raise ApiError(400, str(error)) from None
         return JSONResponse({"body": render_body(explanations), "heads": heads(explanations)})
-
-    def _explained(self, asked: Asked) -> dict[str, Explanation] | ValmError:
-        try:
-            return self.explanations(asked)
-        except BaseException as error:
-            if isinstance(error, ValmError):
-                return error
-            if not is_panic(error):
-                raise
-            return ValmError(f"{PANIC}: {error}")
 
     def explanations(self, asked: Asked) -> dict[str, Explanation]:
         """The explanations that are shown, by their titles.

@@ -133,7 +133,7 @@ def serve(
         other: a second model that the page can show beside it, as (name, model, tokenizer).
 
     Raises:
-        ValmError: it cannot listen there, or takes images and has no retriever.
+        ValmError: it cannot listen there; or as `Engine`.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

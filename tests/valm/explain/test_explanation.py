@@ -25,7 +25,7 @@ def test_an_explanation_holds_what_the_model_computes(model, tokenizer, kb):
     np.testing.assert_array_equal(explanation.text_weights, text[0])
     np.testing.assert_array_equal(explanation.image_weights, images[0])
     np.testing.assert_array_equal(explanation.scores, found.scores[0])
-    np.testing.assert_allclose(explanation.weights(2)[0].sum(-1) + explanation.weights(2)[1].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(explanation.text_weights[2].sum(-1) + explanation.image_weights[2].sum(-1), 1, rtol=1e-5)
     ids_of_last = found.image_ids[found.image_index[0, -1]].tolist()
     assert [image.caption for image in explanation.images_of(-1)] == [kb.item(id).uri for id in ids_of_last]
     assert explanation.images_of(-1)[0].thumbnail is not None and explanation.note == ""

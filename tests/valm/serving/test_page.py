@@ -14,7 +14,8 @@ from tests.valm.serving.test_api import JSON, running
 from valm.errors import ValmError
 from valm.explain.explanation import explain
 from valm.serving import page as page_module
-from valm.serving.page import Asked, Page, Upload
+from valm.serving.engine import Engine
+from valm.serving.page import Asked, Upload
 
 __all__ = ["kb", "make_model", "model"]
 
@@ -75,10 +76,8 @@ def test_models_have_the_switches_that_they_can_have(page, make_model, tokenizer
         assert server.page.choices == ["none"]
     lost = make_model()
     lost.set_retriever(None)
-    page.api.engine.model, own = lost, page.api.engine.model
     with pytest.raises(ValmError, match=r"has no retriever: give it a knowledge base \(--kb\)"):
-        Page(page.api)
-    page.api.engine.model = own
+        Engine(lost, tokenizer, 1)
 
 
 def test_what_the_page_asks_is_answered(server):
