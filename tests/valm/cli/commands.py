@@ -1,5 +1,7 @@
 """The valm command called from tests, and the sizes of the models it trains there."""
 
+import json
+
 from valm.cli import main
 
 THINGS = {"apple": "red", "sea": "blue", "leaf": "green", "lemon": "yellow", "coal": "black", "snow": "white"}
@@ -9,3 +11,13 @@ SIZE = ["--model", "3x32x4", "--context", "32", *STEPS]
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def evaluations(folder):
+    """What each evaluation of the training in `folder` found, from its last checkpoint."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return [
+        entry
+        for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]
+        if "eval_loss" in entry
+    ]

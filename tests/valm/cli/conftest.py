@@ -4,9 +4,12 @@ import os
 import shutil
 
 import pytest
+import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.valm.cli.commands import SIZE, THINGS, run
+from tests.valm.other_tokenizers import chat_like
 from tests.valm.tiny_clip import make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.evaluation.sets import SETS
@@ -33,6 +36,20 @@ def world(tmp_path_factory):
     assert run("train", "--retrieval", root / "retrieval", "--out", root / "valm", "--kb", root / "kb", *SIZE) == 0
     assert run("train", root / "corpus.txt", "--out", root / "gpt2", "--tokenizer", root / "clip", *SIZE) == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def base(world):
+    """A pretrained chat model with a tokenizer of its own, and the corpus retrieved with that."""
+    tokenizer = chat_like(["the color of the coal is black"], vocab_size=300)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(world / "base")
+    tokenizer.save_pretrained(world / "base")
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", world / "base", "-k", "2"]
+    assert run(*retrieve, "--out", world / "base-retrieval") == 0
+    return world / "base"
 
 
 @pytest.fixture

@@ -1,47 +1,27 @@
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
-from tests.valm.cli.commands import SIZE, STEPS, run
-from tests.valm.killed import exit_code, forked, needs_fork
-from tests.valm.other_tokenizers import chat_like, gpt2_like
+from tests.valm.cli.commands import SIZE, STEPS, evaluations, run
+from tests.valm.other_tokenizers import gpt2_like
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load
 from valm.retrieval.retriever import BlindRetriever
 from valm.training import trainer, training_arguments
 from valm.training.collate import Collator
-from valm.training.image_trainer import ImageTrainer
 
 
 @pytest.fixture(scope="module")
 def other_tokenizer(world):
     gpt2_like(["the color of the coal is black"], vocab_size=300).save_pretrained(world / "gpt2-tokenizer")
     return world / "gpt2-tokenizer"
-
-
-@pytest.fixture(scope="module")
-def base(world):
-    """A pretrained chat model with a tokenizer of its own, and the corpus retrieved with that."""
-    tokenizer = chat_like(["the color of the coal is black"], vocab_size=300)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_attention_heads=4, num_key_value_heads=2)
-    LlamaForCausalLM(config).save_pretrained(world / "base")
-    tokenizer.save_pretrained(world / "base")
-    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", world / "base", "-k", "2"]
-    assert run(*retrieve, "--out", world / "base-retrieval") == 0
-    return world / "base"
 
 
 def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
@@ -433,163 +413,9 @@ def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
     assert not list((tmp_path / "model").glob("checkpoint-*"))
 
 
-def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
-    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--save_steps", 1]
-    out = ["--out", tmp_path / "model"]
-    assert run(*train, "--out", tmp_path / "model", "--resume") == 0  # nothing to resume yet
-    expected = load_file(tmp_path / "model" / "model.safetensors")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    shutil.rmtree(tmp_path / "model" / "checkpoint-3")
-    assert run(*train, *out) == 1
-    assert "is not empty: choose another, or give --resume" in capsys.readouterr().err
-    assert run(*train, *out, "--resume", "--logging_steps", 1) == 0
-    written = load_file(tmp_path / "model" / "model.safetensors")
-    assert all(torch.equal(written[name], weight) for name, weight in expected.items())
-    for other, name in (
-        (["--lr", 1], "--lr is 0.0005, here it is 1"),
-        (["--model", "2x32x4"], "--model is '3x32x4', here it is '2x32x4'"),
-        (["--batch-size", 2], "--batch-size of all processes together is 4, here it is 2"),
-        (["--weight_decay", 1], "--weight_decay is not given, here it is 1"),
-    ):
-        assert run(*train, *other, *out, "--resume") == 1
-        assert f"holds another training: its {name}" in capsys.readouterr().err
-    assert run(*train, "--out", world / "kb", "--resume") == 1
-    assert "holds no training that could be resumed" in capsys.readouterr().err
-
-
-def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, capsys):
-    """Whatever the name of its file."""
-    held_out = tmp_path / "held-out.txt"
-    held_out.write_text("the sea is blue\nthe sun is red")
-    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    assert run(*train, "--validation", held_out) == 0
-    renamed = held_out.rename(tmp_path / "renamed.txt")
-    assert run(*train, "--validation", renamed, "--steps", 4, "--resume") == 0
-    renamed.write_text("the sea is green\nthe sun is red")
-    for other in (renamed, 0.5):
-        capsys.readouterr()
-        assert run(*train, "--validation", other, "--steps", 5, "--resume") == 1
-        assert "holds another training: its --validation is " in capsys.readouterr().err
-
-
-def test_a_resumed_training_takes_more_steps(world, tmp_path, capsys, caplog):
-    """At a constant learning rate they are those of a training that was begun with them."""
-    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--lr_scheduler_type", "constant"]
-    assert run(*train, "--steps", 6, "--out", tmp_path / "begun") == 0
-    assert run(*train, "--steps", 3, "--out", tmp_path / "more") == 0
-    assert run(*train, "--steps", 6, "--out", tmp_path / "more", "--resume") == 0
-    assert "goes on to step 6, not to step 3 as before" in caplog.text and "constant schedule over 6" in caplog.text
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("begun", "more")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert run(*train, "--steps", 4, "--out", tmp_path / "more", "--resume") == 1
-    assert (
-        "is at step 6, but the training is to end at step 4: give at least 6 steps (--steps" in capsys.readouterr().err
-    )
-    steps = train.index("--steps")
-    epochs = [*train[:steps], *train[steps + 2 :], "--num_train_epochs", 8]
-    assert run(*epochs, "--out", tmp_path / "more", "--resume") == 0
-    state = json.loads((tmp_path / "more" / "checkpoint-8" / "trainer_state.json").read_text())
-    assert state["global_step"] == state["max_steps"] == 8
-
-
-def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
-    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
-    train += ["--validation", 0.3, "--save_total_limit", 9]
-    assert run(*train, "--save_steps", 2, "--patience", 9) == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [2, 3]
-    assert run(*train, "--save_steps", 1, "--steps", 5, "--patience", 8, "--use_cpu", "--resume") == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [2, 3, 4, 5]
-    assert sorted(path.name for path in (tmp_path / "model").glob("checkpoint-*")) == [
-        f"checkpoint-{step}" for step in (2, 3, 4, 5)
-    ]
-
-
-def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path, capsys):
-    """Not by a field that follows from it."""
-    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    assert run(*train) == 0
-    assert run(*train, "--validation", 0.3, "--resume") == 1
-    assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
-
-
-@needs_fork
-def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkeypatch):
-    """However they were started, such as by srun, which sets no WORLD_SIZE."""
-    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    monkeypatch.setattr("valm.training.run_note.WAIT_SECONDS", 0)
-    statuses = []
-
-    def start_another(self, *arguments, real=ImageTrainer.train, **options):
-        monkeypatch.setattr(ImageTrainer, "train", real)
-        for more in ([], ["--resume"]):
-            statuses.append(exit_code(forked(lambda more=more: sys.exit(run(*train, "--lr", 1, *more)))))
-        return real(self, *arguments, **options)
-
-    monkeypatch.setattr(ImageTrainer, "train", start_another)
-    assert run(*train) == 0 and statuses == [1, 1]
-    assert capfd.readouterr().err.count(f"{tmp_path / 'model' / '_run.json'}: another process is writing there") == 2
-    assert run(*train, "--resume") == 0  # it has ended
-
-
-def test_evaluations_without_gain_are_counted_on(world, tmp_path):
-    """When a training resumes, the patience is that of now, and of evaluations those before count too."""
-    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
-    check = ["--validation", 0.3, "--save_steps", 1, "--lr", 0]
-    assert run(*train, *check, "--patience", 9) == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3]  # two without gain
-    assert run(*train, *check, "--patience", 4, "--steps", 9, "--resume") == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3, 4, 5]
-
-
-def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, caplog):
-    folder = tmp_path / "model"
-    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", folder, "--steps", 20]
-    train += ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 1, "--lr_scheduler_type", "constant"]
-    assert run(*train) == 0
-    ended = evaluations(folder)
-    best, last = (entry["step"] for entry in ended[-2:])
-    assert last < 20 and ended[-1]["eval_loss"] > ended[-2]["eval_loss"]
-    (folder / "model.safetensors").unlink()
-    assert run(*train, "--resume") == 0
-    assert f"no better than that of step {best}: no step is added to the {last} of before" in caplog.text
-    assert evaluations(folder) == ended and not (folder / f"checkpoint-{last + 1}").exists()
-    written, expected, other = (
-        (path / "model.safetensors").read_bytes()
-        for path in (folder, folder / f"checkpoint-{best}", folder / f"checkpoint-{last}")
-    )
-    assert written == expected != other
-
-
 def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
     train = ["train", "{world}/corpus.txt", "--tokenizer", "{world}/clip", "--out", "{tmp}/model", *SIZE]
     sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
-
-
-@pytest.mark.parametrize("again", [[], ["--resume"]], ids=["anew", "resumed"])
-@pytest.mark.parametrize("wrong", [["--adam_beta1", "2"], ["--lr", "1e30"]], ids=["no step", "no checkpoint"])
-def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, wrong, again):
-    """It has nothing that another one could go on from, or lose."""
-    train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
-    (tmp_path / "model" / "runs").mkdir(parents=True)  # of TensorBoard
-    assert run(*train[:-2], *wrong, "--lr_scheduler_type", "constant", "--out", tmp_path / "other") == 1
-    (tmp_path / "other" / "_run.json").rename(tmp_path / "model" / "_run.json")
-    assert run(*train, *again) == 0
-    expected = load_file(world / "gpt2" / "model.safetensors")
-    written = load_file(tmp_path / "model" / "model.safetensors")
-    assert all(torch.equal(written[name], weight) for name, weight in expected.items())
-    capsys.readouterr()
-    assert run(*train, "--lr", 1, *again) == 1
-    assert ("its --lr is 0.0005, here it is 1" if again else "is not empty") in capsys.readouterr().err
-
-
-def evaluations(folder):
-    """What each evaluation of the training in `folder` found, from its last checkpoint."""
-    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return [
-        entry
-        for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]
-        if "eval_loss" in entry
-    ]
 
 
 def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path, capsys):
@@ -616,105 +442,6 @@ def test_a_fraction_is_held_out_and_training_stops_when_nothing_gets_better(worl
     check = ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 0]
     assert run(*train, *check) == 0
     assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2]
-
-
-def launch(folder, command, *more):
-    """Runs a command line in `folder`, with the programs beside this Python."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = f"{command} {' '.join(map(str, more))}"
-    return subprocess.run(
-        script, shell=True, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True
-    )
-
-
-def losses(folder):
-    """Of every step of the training in `folder`."""
-    history = json.loads((folder / f"checkpoint-{STEPS[1]}" / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-@pytest.fixture(scope="module")
-def documented(world, base, tmp_path_factory):
-    """The folder in which the commands of docs/how-to/training.md run, and the losses of one process."""
-    folder = tmp_path_factory.mktemp("documented")
-    (folder / "kb").symlink_to(world / "kb")
-    (folder / "retrieval").symlink_to(world / "base-retrieval")
-    lines = [f"base: {base}", "unfreeze: block", "logit_bias: -1", "steps: 3", "batch_size: 2", "logging_steps: 1"]
-    (folder / "run.yaml").write_text("\n".join(lines))
-    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
-    assert run("train", *options, "--batch-size", 4, "--out", folder / "one") == 0
-    return folder, losses(folder / "one")
-
-
-PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "training.md"
-COMMANDS = re.findall(r"^(?:torchrun|accelerate launch) .*$", PAGE.read_text(), re.M)
-
-
-# The first one is launched by `make test` too.
-LAUNCHES = [(command, more) for more in ("", "--ddp_backend gloo") for command in COMMANDS]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
-@pytest.mark.parametrize(
-    ("command", "more"), [LAUNCHES[0], *(pytest.param(*launch, marks=pytest.mark.slow) for launch in LAUNCHES[1:])]
-)
-def test_the_documented_launches_train_one_model(documented, command, more, tmp_path):
-    """Without CUDA too, and with the losses of one process."""
-    folder, expected = documented
-    done = launch(folder, command, more, "--out", tmp_path / "model")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to") == 1
-    assert json.loads((tmp_path / "model" / "_run.json").read_text())["step_rows"] == 4
-    assert losses(tmp_path / "model") == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_all_processes_mix_as_one_does(documented, world, tmp_path):
-    folder, _ = documented
-    fields = ["--validation", 0.3, "--steps", 8, "--lr", 0.03, "--lr_scheduler_type", "constant"]
-    fields += ["--patience", 0, "--logit-bias", 0, "--limit-softmax"]
-    done = launch(folder, COMMANDS[0], *fields, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mixed with the base") == 1
-    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
-    assert run("train", *options, "--batch-size", 4, *fields, "--out", tmp_path / "one") == 0
-    one, two = (json.loads((tmp_path / name / "_run.json").read_text())["numbers"] for name in ("one", "two"))
-    assert one["base_share"] > 0 and two == pytest.approx(one, rel=1e-4)
-
-
-def test_divided_weights_are_not_mixed(world, base, tmp_path, capsys, monkeypatch):
-    def sharded(*arguments, **options):
-        made = trainer(*arguments, **options)
-        made.is_fsdp_enabled = True
-        return made
-
-    monkeypatch.setattr("valm.training.run.trainer", sharded)
-    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    assert run(*train, "--unfreeze", "block", "--validation", 0.3, "--out", tmp_path / "model") == 1
-    assert (
-        "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
-        in capsys.readouterr().err
-    )
-    assert not list(tmp_path.glob("model/*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "sentence"),
-    [
-        (f"{COMMANDS[0]} --use_cpu False --ddp_backend gloo", "2 processes were launched, but each would train by its"),
-        (
-            "accelerate launch --cpu --num_processes 2 -m valm train --retrieval retrieval --kb kb --config run.yaml",
-            "accelerate launch has started one process of several",
-        ),
-    ],
-)
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without CUDA")
-def test_a_launch_that_would_train_several_models_writes_nothing(documented, command, sentence, tmp_path):
-    folder, _ = documented
-    done = launch(folder, command, "--out", tmp_path / "model")
-    assert done.returncode != 0 and f"valm: error: {sentence}" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def wrong_inputs():
