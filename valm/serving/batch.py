@@ -44,20 +44,27 @@ class Batch:
     def __len__(self) -> int:
         return len(self.mask)
 
-    @torch.no_grad()
+    def begin(self, texts: list[Tensor], all_logits: bool = False) -> Seen:
+        """Reads the first tokens (T,) of new rows of an empty batch; otherwise as `read`."""
+        length = max(map(len, texts))
+        self.ids = torch.stack([_padded(text, length, 0) for text in texts])
+        self.mask = torch.stack([_padded(torch.ones_like(text), length, 0) for text in texts])
+        if self.retriever is not None:
+            self.state = self.retriever.start(len(texts))
+        return self._read(self.ids, all_logits)
+
     def read(self, ids: Tensor, all_logits: bool = False) -> Seen:
-        """Reads the next tokens (B, T) of each row; of an empty batch, the first ones of new rows, without padding.
+        """Reads the next tokens (B, T) of each row.
 
         Args:
             all_logits: of every token; otherwise the last one's alone, T = 1 of the result.
         """
-        first = len(self) == 0
-        self.mask, self.ids = (
-            torch.cat([ids[:, :0] if first else before, new], 1)
-            for before, new in ((self.mask, torch.ones_like(ids)), (self.ids, ids))
-        )
-        if first and self.retriever is not None:
-            self.state = self.retriever.start(len(ids))
+        self.mask, self.ids = torch.cat([self.mask, torch.ones_like(ids)], 1), torch.cat([self.ids, ids], 1)
+        return self._read(ids, all_logits)
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, all_logits: bool) -> Seen:
+        first = self.cache is None
         seen = images = self._seen(ids, self.state)
         if not first and self.mask.shape[1] == rotates_anew_after(self.model) + 1:  # all keys, of a row that is alone
             ids, self.cache, first = self.ids, None, True
@@ -84,7 +91,9 @@ class Batch:
         """The images of `ids`, the next tokens after those of `state` or a whole text; None for a model without."""
         if self.retriever is None:
             return None
-        found = self.retriever(ids) if state is None else self.retriever.step(ids, state)
+        mask = self.mask[:, -ids.shape[1] :]
+        of = None if bool(mask.all()) else mask
+        found = self.retriever(ids, of) if state is None else self.retriever.step(ids, state, of)
         return self.model.finder.seen(found, ids.device)
 
     def join(self, other: Batch) -> None:
@@ -127,12 +136,11 @@ def needs_positions(model: Any) -> bool:
         ValmError: it is read rightly neither way.
     """
     ids = _ids(model, 12)
-    with torch.no_grad():
-        whole = Batch(model).read(ids).logits
+    whole = Batch(model).begin([ids[0]]).logits
     for positions in (False, True):
         batch = Batch(model, positions)
         try:
-            batch.read(ids[:, :8])
+            batch.begin([ids[0, :8]])
             found = torch.cat([batch.read(ids[:, place : place + 1]).logits for place in range(8, 12)])[-1:]
         except TypeError:  # it takes no positions
             continue
@@ -144,25 +152,26 @@ def needs_positions(model: Any) -> bool:
 
 
 def can_join(model: Any, positions: bool = False, tokens: tuple[int, int] = (4, 32)) -> bool:
-    """Whether rows of the model can be padded on the left: tried on two texts of so many tokens, which must be read
-    together as each by itself. Families whose rotation or scale depends on the longest row are known by their config:
-    few tokens do not show it."""
+    """Whether rows of the model can be padded on the left: tried on two texts of so many tokens, which begin together
+    or join, and must be read as each by itself. Families whose rotation or scale depends on the longest row are known
+    by their config: few tokens do not show it."""
     config = model.config.get_text_config(decoder=True)
     if _rope_types(config) & {"longrope", "dynamic"} or getattr(config, "attn_temperature_tuning", False):
         return False
-    ids = _ids(model, sum(tokens) + 2)
-    texts, following = torch.split(ids[:, : sum(tokens)], list(tokens), 1), ids[:, sum(tokens) :].T  # (2, 1)
-    alone, together = [], Batch(model, positions)
+    ids = _ids(model, sum(tokens) + 2)[0]
+    *texts, following = torch.split(ids, [*tokens, 2])
+    alone, joined, together = [], Batch(model, positions), Batch(model, positions)
     try:
         for text, next_id in zip(texts, following, strict=True):
             one, joining = Batch(model, positions), Batch(model, positions)
-            one.read(text)
-            alone.append(one.read(next_id[None]).logits)
-            joining.read(text)
+            one.begin([text])
+            alone.append(one.read(next_id[None, None]).logits)
+            joining.begin([text])
             if joining.cache is None or any(type(layer) not in PADDED for layer in joining.cache.layers):
                 return False
-            together.join(joining)
-        found = together.read(following).logits
+            joined.join(joining)
+        together.begin(texts)
+        found = torch.stack([batch.read(following[:, None]).logits for batch in (joined, together)])
     except (AttributeError, TypeError, ValueError, RuntimeError):  # of a cache of another kind
         return False
     return _is_same(model, found, torch.cat(alone))

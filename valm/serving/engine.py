@@ -20,6 +20,10 @@ from valm.serving.batch import Batch, Seen, can_join, needs_positions
 from valm.serving.metrics import Metrics
 from valm.serving.text import StreamedText
 
+# Tokens of the prompts that are read together, with their padding: about where larger products are no faster. A longer
+# prompt is read by itself, so that what a conversation repeats is found in the retriever's cache.
+PROMPT_TOKENS = 512
+
 
 class BusyError(Exception):
     """As many requests wait as may."""
@@ -51,6 +55,11 @@ class Prompt:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     echo: bool = False
+
+    @property
+    def scores_itself(self) -> bool:
+        """Whether the log probabilities of its own tokens are asked for."""
+        return self.echo and self.logprobs is not None
 
 
 class TokenScore(NamedTuple):
@@ -197,13 +206,15 @@ class Engine:
                 self._changed.wait_for(lambda: self._waiting or self._rows or self._ended)
                 if self._ended:
                     return
-                full = len(self._rows) >= self.max_batch
                 first = self._waiting[0] if self._waiting else None
-                new = None if first is None or (full and isinstance(first, Answer)) else self._waiting.popleft()
+                call = first if isinstance(first, Call) else None
+                if call is not None:
+                    self._waiting.popleft()
+                new = self._next_answers()
             try:
-                if isinstance(new, Call):
-                    self._call(new)
-                elif new is not None and not new.cancelled:
+                if call is not None:
+                    self._call(call)
+                if new:
                     self._begin(new)
                 if self._rows:
                     self._step()
@@ -211,6 +222,22 @@ class Engine:
                 rows, self._rows, self._batch = self._rows, [], Batch(self.model, self.positions)
                 for row in rows:
                     row.end(error)
+
+    def _next_answers(self) -> list[Answer]:
+        """Takes the answers that have waited longest and whose prompts are read together now."""
+        new: list[Answer] = []
+        longest = 0
+        while self._waiting and len(self._rows) + len(new) < self.max_batch:
+            answer = self._waiting[0]
+            if isinstance(answer, Call):
+                break
+            longest = max(longest, len(answer.prompt.ids))
+            alone = longest * (len(new) + 1) > PROMPT_TOKENS or answer.prompt.scores_itself
+            if new and (alone or new[0].prompt.scores_itself):
+                break
+            self._waiting.popleft()
+            new.append(answer)
+        return new
 
     def _call(self, call: Call) -> None:
         loop = call.result.get_loop()
@@ -221,21 +248,28 @@ class Engine:
         loop.call_soon_threadsafe(self._open.discard, call)
         loop.call_soon_threadsafe(lambda: None if call.result.done() else set_result(value))
 
-    def _begin(self, answer: Answer) -> None:
-        """Reads the prompt, and puts the answer into the batch if it is longer than a token."""
-        row, read = _Row(answer, self), Batch(self.model, self.positions)
-        with row:
-            scores_prompt = answer.prompt.echo and answer.prompt.logprobs is not None
-            seen = read.read(torch.tensor([answer.prompt.ids], device=self.model.device), scores_prompt)
-            self.metrics.prompt_tokens.inc(len(answer.prompt.ids))
-            self._count(seen, len(answer.prompt.ids))
-            if scores_prompt:
-                row.score_prompt(seen.logits[0])
-            goes_on = row.take(seen, 0)
-            self.metrics.first_token.observe(time.monotonic() - answer.begun)
-            if goes_on:
+    def _begin(self, answers: list[Answer]) -> None:
+        """Reads the prompts, and puts the answers into the batch that are longer than a token."""
+        rows, read = [_Row(answer, self) for answer in answers], Batch(self.model, self.positions)
+        try:
+            prompts = [torch.tensor(answer.prompt.ids, device=self.model.device) for answer in answers]
+            seen = read.begin(prompts, answers[0].prompt.scores_itself)
+            tokens = sum(map(len, prompts))
+            self.metrics.prompt_tokens.inc(tokens)
+            self._count(seen, tokens)
+            for place, row in enumerate(rows):
+                row.take(seen, place)
+                self.metrics.first_token.observe(time.monotonic() - row.answer.begun)
+            going_on = [place for place, row in enumerate(rows) if row.goes_on]
+            if len(going_on) < len(rows):
+                read.keep(going_on)
+            if going_on:
                 self._batch.join(read)
-                self._rows.append(row)
+        except BaseException as error:
+            for row in rows:
+                if row.goes_on:
+                    row.end(error)
+        self._rows += [row for row in rows if row.goes_on]
 
     def _step(self) -> None:
         """Adds a token to each row."""
@@ -245,15 +279,11 @@ class Engine:
         begin = time.monotonic()
         seen = self._batch.read(torch.tensor([[row.last] for row in self._rows], device=self.model.device))
         self._count(seen, len(self._rows))
-        going_on = []
         for place, row in enumerate(self._rows):
-            with row:
-                row.goes_on = row.take(seen, place)
-            going_on.append(row.goes_on)
-        for _ in self._rows:
+            row.take(seen, place)
             self.metrics.token.observe(time.monotonic() - begin)
         self.metrics.batch.observe(len(self._rows))
-        self._keep(going_on)
+        self._keep([row.goes_on for row in self._rows])
 
     def _count(self, seen: Seen, tokens: int) -> None:
         if seen.image_ids is not None:
@@ -267,12 +297,12 @@ class Engine:
 
 
 class _Row:
-    """An answer that is being generated. An error in its block ends it alone."""
+    """An answer that is being generated."""
 
     def __init__(self, answer: Answer, engine: Engine):
         self.answer, self.engine = answer, engine
         prompt = answer.prompt
-        self.goes_on = True
+        self.goes_on = True  # until its last token
         self.last = -1
         self._text: StreamedText | None = None
         self._generator: torch.Generator | None = None
@@ -287,14 +317,6 @@ class _Row:
             if prompt.top_p < 1:
                 self._processors.append(TopPLogitsWarper(prompt.top_p))
 
-    def __enter__(self) -> _Row:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> bool:
-        if error is not None:
-            self.end(error)
-        return True
-
     def end(self, error: BaseException | None = None) -> None:
         """Tells the answer's reader that it ends."""
         self.goes_on = False
@@ -302,14 +324,22 @@ class _Row:
         self.answer.loop.call_soon_threadsafe(self.engine._open.discard, self.answer)
         self.answer.put(None if error is None else _raised(error))
 
-    def take(self, seen: Seen, row: int) -> bool:
-        """Chooses the next token after the last one that `row` of the batch has read. Returns whether more follow."""
+    def take(self, seen: Seen, row: int) -> None:
+        """Chooses the next token after the last one that `row` of the batch has read. An error ends this row alone."""
+        try:
+            self._take(seen, row)
+        except BaseException as error:
+            self.end(error)
+
+    def _take(self, seen: Seen, row: int) -> None:
         answer, prompt = self.answer, self.answer.prompt
         if seen.image_ids is not None and seen.scores is not None:
             _note_images(answer.images, seen.image_ids[row], seen.scores[row])
+        if self._text is None and prompt.scores_itself:
+            self._score_prompt(seen.logits[row])
         if answer.num_tokens == prompt.max_new_tokens:  # 0
             self.end()
-            return False
+            return
         logits = seen.logits[row, -1]
         self.last = self._chosen(logits)
         answer.num_tokens += 1
@@ -329,10 +359,8 @@ class _Row:
             if part := self._text.rest():
                 answer.put(part)
             self.end()
-            return False
-        return True
 
-    def score_prompt(self, logits: Tensor) -> None:
+    def _score_prompt(self, logits: Tensor) -> None:
         """Notes the log probabilities of the prompt's tokens; logits (T, V)."""
         ids, count = self.answer.prompt.ids, self.answer.prompt.logprobs or 0
         self.answer.scores.append(TokenScore(ids[0], None, []))

@@ -58,6 +58,7 @@ class Letters:
         self.go = threading.Semaphore(0)
         self.error = None
         self.batches = []  # the rows of every step
+        self.prompts = []  # the tokens of the prompts that were read together
 
     def __call__(self, text, **options):
         return {"input_ids": list(map(ord, text))}
@@ -69,12 +70,17 @@ class LettersBatch:
     def __init__(self, model, positions=False):
         self.model, self.counts = model, []
 
+    def begin(self, texts, all_logits=False):
+        self.counts = [0] * len(texts)
+        self.model.prompts.append(list(map(len, texts)))
+        self.model.begun.release()
+        return self._next()
+
     def read(self, ids, all_logits=False):
-        if not self.counts:
-            self.counts = [0]
-            self.model.begun.release()
-        else:
-            self.model.batches.append(len(self.counts))
+        self.model.batches.append(len(self.counts))
+        return self._next()
+
+    def _next(self):
         for _ in self.counts:
             assert self.model.go.acquire(timeout=60)
         if self.model.error is not None:

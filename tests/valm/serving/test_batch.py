@@ -24,14 +24,14 @@ def texts_of(tokenizer, lengths, seed=0):
 def alone(model, text, more):
     """Logits (T, V) and images of a text's tokens, one by one behind its first ones."""
     batch = Batch(model)
-    seen = [batch.read(text)]
+    seen = [batch.begin(list(text))]
     seen += [batch.read(id[None, None]) for id in more]
     return torch.cat([one.logits[0] for one in seen]), torch.cat([one.image_ids[0, -1:] for one in seen])
 
 
 def test_rows_that_join_and_leave_are_read_as_alone(served):
     model, tokenizer = served
-    lengths, joins, leaves = (5, 31, 12, 3), (0, 2, 3, 7), (20, 9, 20, 15)
+    lengths, joins, leaves = (5, 31, 12, 3), (0, 2, 2, 7), (20, 9, 20, 15)
     texts = texts_of(tokenizer, lengths)
     more = [
         torch.cat(texts_of(tokenizer, [leave - join], seed=9 + row), 1)[0]
@@ -49,14 +49,15 @@ def test_rows_that_join_and_leave_are_read_as_alone(served):
             for place, row in enumerate(rows):
                 logits[row].append(seen.logits[place])
                 images[row].append(seen.image_ids[place])
-        for row in [row for row in range(4) if joins[row] == step]:
-            one = Batch(model)
-            seen = one.read(texts[row])
-            logits[row].append(seen.logits[0])
-            images[row].append(seen.image_ids[0, -1:])
-            batch.join(one)
-            assert len(one) == 0
-            rows.append(row)
+        if new := [row for row in range(4) if joins[row] == step]:  # two of them begin together
+            joining = Batch(model)
+            seen = joining.begin([texts[row][0] for row in new])
+            for place, row in enumerate(new):
+                logits[row].append(seen.logits[place])
+                images[row].append(seen.image_ids[place, -1:])
+            batch.join(joining)
+            assert len(joining) == 0
+            rows += new
     for row in range(4):
         n = len(logits[row]) - 1
         expected, expected_images = alone(model, texts[row], more[row][:n])
@@ -101,9 +102,9 @@ def test_rows_in_a_sliding_window_are_read_as_alone():
     more = torch.randint(0, 64, (3, 12), generator=generator)
     batch, alone = Batch(model), [Batch(model) for _ in texts]
     for row, text in enumerate(texts):
-        alone[row].read(text)
+        alone[row].begin(list(text))
         one = Batch(model)
-        one.read(text)
+        one.begin(list(text))
         batch.join(one)
     rows = [0, 1, 2]
     for step in range(12):
@@ -128,9 +129,9 @@ def test_whether_positions_are_needed_is_tried(family, needed):
     assert needs_positions(model) == needed
     ids = torch.arange(3, 23)[None]
     batch = Batch(model, needed)
-    batch.read(ids[:, :12])
+    batch.begin([ids[0, :12]])
     found = torch.cat([batch.read(ids[:, place : place + 1]).logits[0] for place in range(12, 20)])
-    whole = Batch(model, needed).read(ids, all_logits=True).logits[0, 12:]
+    whole = Batch(model, needed).begin([ids[0]], all_logits=True).logits[0, 12:]
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
 
 
@@ -143,7 +144,7 @@ def test_keys_are_rotated_anew_as_generate_does():
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
     batch, found = Batch(model), []
-    last = batch.read(ids).logits[:, -1].argmax(-1)
+    last = batch.begin([ids[0]]).logits[:, -1].argmax(-1)
     for _ in range(8):
         found.append(int(last))
         last = batch.read(last[None]).logits[:, -1].argmax(-1)

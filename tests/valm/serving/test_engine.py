@@ -175,6 +175,22 @@ def test_more_requests_than_may_wait_are_refused(letters):
     asyncio.run(ask())
 
 
+def test_prompts_are_read_together_up_to_a_number_of_tokens(letters, monkeypatch):
+    """In their order; one whose own tokens are scored is read by itself."""
+    monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 12)
+
+    async def ask():
+        engine = Engine(letters, letters, 20)
+        prompts = [Prompt([1] * tokens, 1) for tokens in (3, 4, 2, 4, 13, 1)]
+        prompts += [Prompt([1], 0, logprobs=0, echo=True), Prompt([1], 1), Prompt([1], 1)]
+        letters.go.release(len(prompts))
+        await asyncio.gather(*map(text_of, engine.submit(*prompts)))
+        engine.end()
+
+    asyncio.run(ask())
+    assert letters.prompts == [[3, 4, 2], [4], [13], [1], [1], [1, 1]]
+
+
 def test_other_work_has_its_turn_between_two_tokens(letters):
     async def ask():
         engine = Engine(letters, letters, 5)
