@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +13,10 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor
 
 from valm.clip.clip import Clip
-from valm.clip.int8_linear import Int8Linear, check_int8
+from valm.clip.linear import Int8Linear, Linear, check_int8, linear
 from valm.errors import ValmError
 from valm_kernels import visual_fusion_attn
 
-Linear = Callable[[Tensor], Tensor]
 KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)
 
 
@@ -50,10 +48,10 @@ class TextTower:
         modules: Any = torch.nn.ModuleDict(
             {"embedding": tower.token_embedding, "blocks": tower.transformer.resblocks, "norm": tower.ln_final}
         )
-        linear: Callable[[Tensor, Tensor], Linear] = _linear
+        make: Callable[[Tensor, Tensor], Linear] = linear
         if dtype == torch.int8:
             check_int8(clip.device)
-            linear, dtype = Int8Linear, torch.float32
+            make, dtype = Int8Linear, torch.float32
         if next(modules.parameters()).dtype != dtype:
             modules = copy.deepcopy(modules).to(dtype)
         self.embedding: torch.nn.Embedding = modules["embedding"]
@@ -61,8 +59,8 @@ class TextTower:
         # of each block: queries, keys and values; output of the attention; first and second of the MLP
         self.linear = [
             BlockLinear(
-                linear(block.attn.in_proj_weight, block.attn.in_proj_bias),
-                *(linear(one.weight, one.bias) for one in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)),
+                make(block.attn.in_proj_weight, block.attn.in_proj_bias),
+                *(make(one.weight, one.bias) for one in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)),
             )
             for block in self.blocks
         ]
@@ -117,8 +115,8 @@ class TextTower:
 
         present = []
         for layer, block in enumerate(self.blocks):
-            linear = self.linear[layer]
-            projected = linear.attention_in(block.ln_1(hidden))
+            layers = self.linear[layer]
+            projected = layers.attention_in(block.ln_1(hidden))
             # (3, N or 2N, H, T, D)
             q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
             keys, values = k[:rows], v[:rows]
@@ -136,9 +134,9 @@ class TextTower:
             if not text_is_needed:
                 hidden = hidden[rows:]
             mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
-            hidden += block.ls_1(linear.attention_out(mixed.transpose(1, 2).flatten(2)))
-            wide = _activate(block.mlp.gelu, linear.mlp_in(block.ln_2(hidden)))  # (N or 2N, T, 4W)
-            hidden += block.ls_2(linear.mlp_out(wide))
+            hidden += block.ls_1(layers.attention_out(mixed.transpose(1, 2).flatten(2)))
+            wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (N or 2N, T, 4W)
+            hidden += block.ls_2(layers.mlp_out(wide))
         return hidden, present
 
     def project(self, states: Tensor) -> Tensor:
@@ -158,10 +156,6 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.int8 if device.type == "cpu" and torch.cpu._is_vnni_supported() else torch.float32
-
-
-def _linear(weight: Tensor, bias: Tensor) -> Linear:
-    return partial(F.linear, weight=weight, bias=bias)
 
 
 def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:

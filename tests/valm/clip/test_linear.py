@@ -1,10 +1,14 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tolerance import assert_accurate
 from tests.valm.tiny_clip import TEXTS
-from valm.clip.int8_linear import Int8Linear, check_int8
+from valm.clip.linear import Int8Linear, PackedLinear, check_int8, linear
 from valm.clip.text_tower import TextTower
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
@@ -109,3 +113,23 @@ def test_where_it_would_be_slow_it_is_refused(clip, monkeypatch):
         TextTower(clip, torch.int8)
     with pytest.raises(ValmError, match="cannot be int8 on meta: use bfloat16"):
         check_int8(torch.device("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 17, 300])
+def test_packed_weights_give_the_same_products(rows, dtype):
+    states, weight, bias = (tensor.to(dtype) for tensor in drawn(rows, 96, 70, rows))
+    if not PackedLinear.can_pack(weight):
+        pytest.skip("this PyTorch or processor packs no such weights")
+    packed = PackedLinear(weight, bias)
+    exact = torch.nn.functional.linear(states.double(), weight.double(), bias.double())
+    eager = torch.nn.functional.linear(states, weight, bias)
+    for one in (packed, pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed)):
+        assert_accurate("products", one(states[None])[0], eager, exact)
+
+
+def test_without_the_operators_the_layer_is_an_ordinary_one(monkeypatch):
+    states, weight, bias = drawn(5, 16, 7, 0)
+    assert not PackedLinear.can_pack(weight.double()) and not PackedLinear.can_pack(weight.to("meta"))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert torch.equal(linear(weight, bias)(states), torch.nn.functional.linear(states, weight, bias))

@@ -1,0 +1,100 @@
+"""Linear layers of a frozen text tower, by the products that are fast on its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm_kernels.int8_rows import round_rows, scale_products_
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def linear(weight: Tensor, bias: Tensor) -> Linear:
+    """x @ weight.T + bias in the precision of weight (N, W) and bias (N,)."""
+    return PackedLinear(weight, bias) if PackedLinear.can_pack(weight) else partial(F.linear, weight=weight, bias=bias)
+
+
+class PackedLinear:
+    """x @ weight.T + bias on a CPU, with oneDNN's own order of the weights, made once, beside the weights themselves.
+
+    Against F.linear, on two cores of Zen 4, of a width of 512: in float32 1.1 to 1.4 times as fast for 928 rows and 2
+    to 4 times for 2, in bfloat16 1.1 to 1.2 and 2 to 4.
+
+    Args:
+        weight: (N, W), float32 or bfloat16.
+        bias: (N,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.weight, self.bias = weight.detach(), bias.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+
+    @staticmethod
+    def can_pack(weight: Tensor) -> bool:
+        """Whether this PyTorch has these operators, which are its own and no public ones, for such a weight."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not hasattr(
+            torch.ops.mkldnn, "_linear_pointwise"
+        ):
+            return False
+        if weight.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return weight.dtype == torch.float32
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """States (..., W) to (..., N)."""
+        return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.weight, self.bias)  # what is packed cannot be pickled
+
+
+class Int8Linear(torch.nn.Module):
+    """x @ weight.T + bias, with weights rounded to int8 per output channel and x per row, summed exactly in int32.
+
+    A row's result does not depend on the others in a batch. A row of x is rounded to 256 steps from its least to its
+    largest value: after a GELU, half of the steps from -max to max would be wasted.
+
+    Args:
+        weight: (N, W).
+        bias: (N,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        weight = weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        self.weight = rounded.T.contiguous()  # (W, N)
+        self.scale = scale  # (N,)
+        self.sum = rounded.sum(1) * scale  # (N,), of each output channel's weights
+        self.bias = bias.detach().float()
+
+    def forward(self, states: Tensor) -> Tensor:
+        """float32 states (..., W) to (..., N)."""
+        rounded, step, zero = round_rows(states.flatten(0, -2))
+        products = torch._int_mm(rounded, self.weight)
+        out = scale_products_(products, step, zero, self.scale, self.sum, self.bias)
+        return out.unflatten(0, states.shape[:-1])
+
+
+def check_int8(device: torch.device) -> None:
+    """
+    Raises:
+        ValmError: products of int8 are not faster than those of float32 on `device`.
+    """
+    if device.type != "cpu":
+        raise ValmError(f"the text tower cannot be int8 on {device}: use bfloat16 there")
+    if not torch.cpu._is_vnni_supported():
+        raise ValmError(
+            "the text tower cannot be int8: this processor has no AVX-512 VNNI, and PyTorch's int8 products would be "
+            "many times slower than float32"
+        )
