@@ -232,8 +232,7 @@ class Engine:
             if isinstance(answer, Call):
                 break
             longest = max(longest, len(answer.prompt.ids))
-            alone = longest * (len(new) + 1) > PROMPT_TOKENS or answer.prompt.scores_itself
-            if new and (alone or new[0].prompt.scores_itself):
+            if new and longest * (len(new) + 1) > PROMPT_TOKENS:
                 break
             self._waiting.popleft()
             new.append(answer)
@@ -253,7 +252,7 @@ class Engine:
         rows, read = [_Row(answer, self) for answer in answers], Batch(self.model, self.positions)
         try:
             prompts = [torch.tensor(answer.prompt.ids, device=self.model.device) for answer in answers]
-            seen = read.begin(prompts, answers[0].prompt.scores_itself)
+            seen = read.begin(prompts, all_logits=any(answer.prompt.scores_itself for answer in answers))
             tokens = sum(map(len, prompts))
             self.metrics.prompt_tokens.inc(tokens)
             self._count(seen, tokens)
@@ -361,10 +360,10 @@ class _Row:
             self.end()
 
     def _score_prompt(self, logits: Tensor) -> None:
-        """Notes the log probabilities of the prompt's tokens; logits (T, V)."""
+        """Notes the log probabilities of the prompt's tokens; logits (T, V), of padding first."""
         ids, count = self.answer.prompt.ids, self.answer.prompt.logprobs or 0
         self.answer.scores.append(TokenScore(ids[0], None, []))
-        self.answer.scores += [_score(id, of, count) for id, of in zip(ids[1:], logits, strict=False)]
+        self.answer.scores += [_score(id, of, count) for id, of in zip(ids[1:], logits[-len(ids) :], strict=False)]
 
     def _chosen(self, logits: Tensor) -> int:
         if self._generator is None:

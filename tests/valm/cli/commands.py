@@ -1,6 +1,10 @@
 """The valm command called from tests, and the sizes of the models it trains there."""
 
 import json
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
 
 from valm.cli import main
 
@@ -11,6 +15,17 @@ SIZE = ["--model", "3x32x4", "--context", "32", *STEPS]
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
+
+
+@contextmanager
+def serving(model, *options):
+    """The process of `valm serve`, and its address."""
+    command = [sys.executable, "-m", "valm", "serve", str(model), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())[0]
+        finally:
+            process.kill()
 
 
 def evaluations(folder):

@@ -14,27 +14,16 @@ import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from tests.valm.cli.commands import THINGS, run
+from tests.valm.cli.commands import THINGS, run, serving
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs the extra [serve]")
 NEW = 3
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "serve.md"
-
-
-@contextmanager
-def serving(model, *options):
-    """The process, and its address."""
-    command = [sys.executable, "-m", "valm", "serve", str(model), "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process, re.search(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())[0]
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -79,13 +79,15 @@ def joins_nothing(join):
 
 
 def test_log_probabilities_are_those_of_the_text(served):
+    """Beside a longer prompt too, whose padding has none."""
     model, tokenizer = served
     prompt = Prompt(prompt_ids(tokenizer, TEXTS[0]), 4, logprobs=3, echo=True)
 
     async def ask():
-        engine = Engine(model, tokenizer, 1)
-        (answer,) = engine.submit(prompt)
-        await text_of(answer)
+        engine = Engine(model, tokenizer, 2)
+        answer, other = engine.submit(prompt, Prompt(prompt_ids(tokenizer, " ".join(TEXTS)), 2))
+        await asyncio.gather(text_of(answer), text_of(other))
+        assert not other.scores
         engine.end()
         return answer
 
@@ -176,19 +178,17 @@ def test_more_requests_than_may_wait_are_refused(letters):
 
 
 def test_prompts_are_read_together_up_to_a_number_of_tokens(letters, monkeypatch):
-    """In their order; one whose own tokens are scored is read by itself."""
     monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 12)
 
     async def ask():
         engine = Engine(letters, letters, 20)
         prompts = [Prompt([1] * tokens, 1) for tokens in (3, 4, 2, 4, 13, 1)]
-        prompts += [Prompt([1], 0, logprobs=0, echo=True), Prompt([1], 1), Prompt([1], 1)]
         letters.go.release(len(prompts))
         await asyncio.gather(*map(text_of, engine.submit(*prompts)))
         engine.end()
 
     asyncio.run(ask())
-    assert letters.prompts == [[3, 4, 2], [4], [13], [1], [1], [1, 1]]
+    assert letters.prompts == [[3, 4, 2], [4], [13], [1]]
 
 
 def test_other_work_has_its_turn_between_two_tokens(letters):
