@@ -260,9 +260,12 @@ class ContextEncoder:
         bucket = _Bucket(runs, self.rule.eot, queries.device)
         past = None
         if cache is not None and bucket.longest:
-            rows = torch.tensor([run.row for run in runs], device=queries.device)
             first = cache.capacity - bucket.longest
-            past = [(keys[rows, :, first:], values[rows, :, first:]) for keys, values in cache.past]
+            past = [(keys[:, :, first:], values[:, :, first:]) for keys, values in cache.past]
+            rows = [run.row for run in runs]
+            if rows != list(range(len(cache.states))):
+                index = torch.tensor(rows, device=queries.device)
+                past = [(keys[index], values[index]) for keys, values in past]
         branches = [(n, branch) for n, run in enumerate(runs) for branch in run.branches]
         present = self._run(bucket, queries, past, cache, keep=cache is not None or bool(branches))
         if not branches:

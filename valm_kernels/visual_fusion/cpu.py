@@ -174,7 +174,8 @@ def text_segments(
 
     Consecutive queries with the same first_key (a document, or everything after left padding) see a rectangle and a
     causal square, which need no mask. A mask is used only where first_key changes from query to query (sliding
-    windows, anything irregular), over blocks of queries and just the keys that they see.
+    windows, anything irregular), over blocks of queries and just the keys that they see, and where rows of few queries
+    (a token of each text that is being generated) begin at different keys: all rows are one call then.
     """
     everything = slice(0, batch)
     if first_key is None:
@@ -182,6 +183,9 @@ def text_segments(
         return
     first_key = first_key.clamp(0, num_keys)
     row_starts = _change_points((first_key[1:] != first_key[:-1]).any(-1), batch)
+    if len(row_starts) > 2 and num_queries < MIN_RUN:
+        yield from _masked(everything, slice(0, num_queries), first_key, num_queries, num_keys, causal)
+        return
     for row, row_end in pairwise(row_starts):
         rows = slice(row, row_end)
         firsts = first_key[row]
@@ -199,14 +203,23 @@ def text_segments(
                 first = int(firsts[start])
                 yield from _run_segments(rows, start, stop, first, num_queries, num_keys, causal)
             else:
-                keys = slice(int(firsts[start:stop].min()), stop + num_keys - num_queries if causal else num_keys)
-                if keys.start < keys.stop:
-                    key = torch.arange(keys.start, keys.stop, device="cpu")
-                    visible = key >= firsts[start:stop, None]  # (queries, keys)
-                    if causal:
-                        visible &= key <= torch.arange(start, stop, device="cpu")[:, None] + num_keys - num_queries
-                    yield TextSegment(rows, slice(start, stop), keys, visible=visible[None, None])
+                yield from _masked(rows, slice(start, stop), firsts[None], num_queries, num_keys, causal)
             at = last
+
+
+def _masked(
+    rows: slice, queries: slice, first_key: Tensor, num_queries: int, num_keys: int, causal: bool
+) -> Iterator[TextSegment]:
+    """One segment of these queries; first_key (rows or 1, num_queries)."""
+    firsts = first_key[:, queries]
+    prefix = num_keys - num_queries
+    keys = slice(int(firsts.min()), queries.stop + prefix if causal else num_keys)
+    if keys.start < keys.stop:
+        key = torch.arange(keys.start, keys.stop, device="cpu")
+        visible = key >= firsts[..., None]  # (rows or 1, queries, keys)
+        if causal:
+            visible &= key <= torch.arange(queries.start, queries.stop, device="cpu")[:, None] + prefix
+        yield TextSegment(rows, queries, keys, visible=visible[:, None])
 
 
 def _change_points(changed: Tensor, length: int) -> list[int]:

@@ -369,8 +369,9 @@ def test_image_index_out_of_range(index):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("prefix", [0, 1, 50])
 @pytest.mark.parametrize("first_key", [None, "documents", "left_padding", "sliding_window", "random"])
-def test_text_segments_cover_each_visible_pair_once(first_key, prefix, causal):
-    problem = Problem(batch=3, num_queries=150, prefix=prefix, first_key=first_key)
+@pytest.mark.parametrize("num_queries", [150, 3])
+def test_text_segments_cover_each_visible_pair_once(num_queries, first_key, prefix, causal):
+    problem = Problem(batch=3, num_queries=num_queries, prefix=prefix, first_key=first_key)
     first = problem.inputs().get("first_key")
     seen = torch.zeros(problem.batch, problem.num_queries, problem.num_keys, dtype=torch.int32)
     covered = torch.zeros(problem.batch, problem.num_queries, dtype=torch.bool)
@@ -398,6 +399,12 @@ def test_documents_and_padding_need_no_mask():
         segments = list(text_segments(2, length, length, first_key.expand(2, -1), True))
         assert len(segments) == calls
         assert all(s.visible is None and s.causal and s.rows == slice(0, 2) for s in segments)
+
+
+def test_a_token_of_each_row_is_one_call():
+    first_key = torch.tensor([[5], [0], [90], [5]], dtype=torch.int32)
+    (segment,) = text_segments(4, 1, 100, first_key, True)
+    assert segment.keys == slice(0, 100) and segment.visible.sum((1, 2, 3)).tolist() == [95, 100, 10, 95]
 
 
 def test_sliding_window_reads_only_its_keys():
