@@ -1,4 +1,4 @@
-"""Linear layers of a frozen text tower, by the products that are fast on its processor."""
+"""Linear layers of a text tower or a model that is not trained, by the products that are fast on its processor."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from valm.errors import ValmError
 from valm_kernels.int8_rows import round_rows, scale_products_
+from valm_kernels.memory_maps import memory_limit
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -29,11 +31,11 @@ class PackedLinear:
 
     Args:
         weight: (N, W), float32 or bfloat16.
-        bias: (N,).
+        bias: (N,), or None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor):
-        self.weight, self.bias = weight.detach(), bias.detach()
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     @staticmethod
@@ -55,6 +57,20 @@ class PackedLinear:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.weight, self.bias)  # what is packed cannot be pickled
+
+
+def pack_layers(model: torch.nn.Module) -> None:
+    """Lets the linear layers of a model that is not trained multiply packed weights, where `can_pack`.
+
+    The weights are in memory twice then, so a model that takes more than an eighth of the memory stays as it is.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, Conv1D)]
+    if sum(layer.weight.nbytes for layer in layers) > memory_limit() / 8:
+        return
+    for layer in layers:
+        weight = layer.weight.T if type(layer) is Conv1D else layer.weight
+        if PackedLinear.can_pack(weight):
+            layer.forward = PackedLinear(weight, layer.bias)
 
 
 class Int8Linear(torch.nn.Module):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
+from valm.clip.linear import pack_layers
 from valm.errors import PANIC, ValmError
 from valm.serving.batch import Batch, Seen, can_join, needs_positions
 from valm.serving.metrics import Metrics
@@ -113,7 +114,8 @@ class Engine:
     """Owns the thread that uses the model. All methods are called on the event loop.
 
     Args:
-        model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile.
+        model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile, and it is not trained
+            afterwards, as its linear layers are packed (`pack_layers`).
         max_waiting: requests that may wait for those that are being answered.
         max_batch: requests that are answered together; 1 for a model whose cache cannot be padded (`can_join`).
 
@@ -128,6 +130,7 @@ class Engine:
             raise ValmError(
                 f"the model takes {images} images a token, but has no retriever: give it a knowledge base (--kb)"
             )
+        pack_layers(model)
         self.positions = needs_positions(model)
         self.max_batch = max_batch if max_batch == 1 or can_join(model, self.positions) else 1
         # what the retriever's encoder can read; a vocabulary may have rows to spare

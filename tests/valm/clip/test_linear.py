@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tolerance import assert_accurate
+from tests.valm.model.decoders import tiny_gpt2, tiny_llama
 from tests.valm.tiny_clip import TEXTS
-from valm.clip.linear import Int8Linear, PackedLinear, check_int8, linear
+from valm.clip import linear as module
+from valm.clip.linear import Int8Linear, PackedLinear, check_int8, linear, pack_layers
 from valm.clip.text_tower import TextTower
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
@@ -133,3 +135,17 @@ def test_without_the_operators_the_layer_is_an_ordinary_one(monkeypatch):
     assert not PackedLinear.can_pack(weight.double()) and not PackedLinear.can_pack(weight.to("meta"))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch.equal(linear(weight, bias)(states), torch.nn.functional.linear(states, weight, bias))
+
+
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+def test_a_model_with_packed_layers_computes_the_same(base, monkeypatch):
+    model, ids = base().eval(), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setattr(module, "memory_limit", lambda: 10_000)
+        pack_layers(model)
+        assert not any(isinstance(layer.forward, PackedLinear) for layer in model.modules())  # it is too large
+        monkeypatch.undo()
+        pack_layers(model)
+        assert any(isinstance(layer.forward, PackedLinear) for layer in model.modules())
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -115,4 +115,5 @@ def letters(monkeypatch):
     monkeypatch.setattr(engine, "StreamedText", LettersText)
     monkeypatch.setattr(engine, "can_join", lambda model, positions: True)
     monkeypatch.setattr(engine, "needs_positions", lambda model: False)
+    monkeypatch.setattr(engine, "pack_layers", lambda model: None)
     return Letters()
