@@ -24,6 +24,8 @@ from valm.serving.text import StreamedText
 # Tokens of the prompts that are read together, with their padding: about where larger products are no faster. A longer
 # prompt is read by itself, so that what a conversation repeats is found in the retriever's cache.
 PROMPT_TOKENS = 512
+# Seconds that a first request waits for those that come at the same time, as it would otherwise be read without them.
+GATHERING = 0.01
 
 
 class BusyError(Exception):
@@ -207,6 +209,8 @@ class Engine:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._rows or self._ended)
+                if not self._rows:
+                    self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self._ended, GATHERING)
                 if self._ended:
                     return
                 first = self._waiting[0] if self._waiting else None
