@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*
 
 help:
 	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
-	@echo "make study-small  one seed of the study (docs/results/study-plan.md), under an hour, into $(STUDY_OUTPUT)/; VALM_EVAL_DATA names the test sets' folder"
+	@echo "make study-small  one seed of the study (studies/color/plan.md), under an hour, into $(STUDY_OUTPUT)/; VALM_EVAL_DATA names the test sets' folder"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-oldest-triton  the Triton kernels' tests under the oldest Triton that is supported"
 	@echo "make test-all   every test"

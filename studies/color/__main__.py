@@ -1,4 +1,4 @@
-"""python -m studies.color run, report: do pictures help a language model (docs/results/study-plan.md)?"""
+"""python -m studies.color run, report: do pictures help a language model (studies/color/plan.md)?"""
 
 from __future__ import annotations
 

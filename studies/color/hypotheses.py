@@ -1,4 +1,4 @@
-"""What became of the hypotheses of the second study in docs/results/study-plan.md."""
+"""What became of the hypotheses of the second study in studies/color/plan.md."""
 
 from __future__ import annotations
 

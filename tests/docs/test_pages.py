@@ -1,4 +1,4 @@
-"""Where a page of docs/ stands, and where its links lead; tests/valm/cli/test_documents.py runs its commands."""
+"""Where a page stands, and where its links lead; tests/valm/cli/test_documents.py runs its commands."""
 
 import re
 from collections.abc import Iterator
@@ -9,11 +9,12 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+PAGES = [page for place in (".", "docs/**", "studies/**", "tests/**") for page in sorted(ROOT.glob(f"{place}/*.md"))]
 # The folder of each section of the site: what a reader wants of its pages.
 KINDS = {"Tutorials": "tutorials", "How-to guides": "how-to", "Reference": "reference", "Results": "results"}
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^]]*)\]\(([^)\s]*)\)")
+HERE = re.compile(r"https://github\.com/valm-kernels/valm/(blob|tree)/main/")
 SUFFIX = r"\.(md|py|hpp|cpp|cuh?|csv|json|ya?ml|toml|css|txt)"
 
 
@@ -34,24 +35,25 @@ def file_names(text: str) -> list[str]:
 
 
 def wrong_links(page: Path, text: str) -> list[str]:
-    """The relative targets that are no file, or no heading of one."""
+    """The targets in this repository that are no file, or no heading of one."""
     wrong = []
     for _, target in links(text):
-        if "://" in target:
+        here = HERE.match(target)
+        if "://" in target and not here:
             continue
-        path, _, anchor = target.partition("#")
-        file = page.parent / path if path else page
+        path, _, anchor = HERE.sub("", target).partition("#")
+        file = (ROOT if here else page.parent) / path if path else page
         if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
             wrong.append(target)
     return wrong
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_link_leads_nowhere(page):
     assert wrong_links(page, page.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_shows_a_title(page):
     assert file_names(page.read_text(encoding="utf-8")) == []
 
@@ -61,6 +63,8 @@ def test_wrong_links_are_found(tmp_path):
     page.write_text("# A page\n\n## It's `here`, 2\n")
     text = "[a](page.md) [b](#its-here-2) [c](page.md#its-here-2) [d](gone.md) [e](#gone) [f](https://x.y/z)\n"
     assert wrong_links(page, text + "```\n[g](code.md)\n```\n") == ["gone.md", "#gone"]
+    site = "https://github.com/valm-kernels/valm/blob/main/"
+    assert wrong_links(page, f"[a]({site}README.md#valm) [b]({site}gone.py)") == [f"{site}gone.py"]
     assert file_names("[docs/page.md](page.md) [`a.py`](a.py) [a page](page.md) [valm](page.md)") == [
         "docs/page.md",
         "`a.py`",
