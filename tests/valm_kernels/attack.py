@@ -4,7 +4,7 @@
 
 A case depends on its number alone: `--attention 1 --searches 0 --first N` repeats case N. Prints what it ran and how
 far the results were off, and exits with 1 if one was wrong.
-docs/results/tests.md has the counts of a whole run.
+tests/README.md has the counts of a whole run.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def visual_fusion_attn(
         forward mode (jvp, jacfwd, hessian) raise, except in impl="reference".
         Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
         In 16 bits the gradients of image_k_bias and image_logit_bias are rounded more than the other ones, because the
-        backward starts from the rounded out, as in all flash attention (docs/results/tests.md has the numbers). Where
+        backward starts from the rounded out, as in all flash attention (tests/README.md has the numbers). Where
         images have nearly all of a query's weight, "cpu" undoes this; with the two Triton implementations the gradients
         of image_k, image_q and image_score_bias, nearly 0 there, are rounded more too, and that of q without image_q.
 

@@ -1,5 +1,5 @@
 """Prints how far gradients on the CPU are from float64's, beside eager PyTorch in the same precision: the table of
-docs/results/tests.md.
+tests/README.md.
 
     python -m tests.valm_kernels.visual_fusion.gradient_errors
 

@@ -14,7 +14,7 @@ from valm_kernels import sort_image_slots, visual_fusion_attn
 from valm_kernels.visual_fusion.inputs import Gradients
 
 DIFFERENTIABLE = Gradients._fields
-# Gradients that in 16 bits may be four times as wrong as eager ones: docs/results/tests.md has the reason.
+# Gradients that in 16 bits may be four times as wrong as eager ones: tests/README.md has the reason.
 ROUNDED = ("image_k_bias", "image_logit_bias")
 
 
