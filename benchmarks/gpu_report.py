@@ -1,4 +1,4 @@
-"""docs/results/gpu.md: what `make gpu-check` has measured on a card, from benchmarks/results/gpu.csv."""
+"""docs/results/gpu.md: what `make gpu-check` has measured on a card (benchmarks/results/gpu.csv), and a roofline."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ flash attention pass. `VALM_KERNELS_TILES` and `VALM_KERNELS_CROSSOVER` name oth
 
 A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
 copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by
-[the roofline](roofline.md), an estimate: bytes once over the memory bus, floating-point operations at the peak of the
-tensor cores, nothing for launches and host.
+[the roofline](#roofline-of-an-h100), an estimate: bytes once over the memory bus, floating-point operations at the peak
+of the tensor cores, nothing for launches and host.
 """
 
 AMD = """\
@@ -67,7 +67,7 @@ float32 there, not in three of tf32.
 
 @dataclass(frozen=True)
 class Aim:
-    """An aim of the roofline page: the largest ratio allowed, and the measured one."""
+    """An aim of the page: the largest ratio allowed, and the measured one."""
 
     text: str
     most: float
@@ -83,7 +83,7 @@ def page() -> str:
     else:
         measured = [f"Measured on {machine}." for machine in machines]
     parts = [INTRODUCTION, *measured, "", "## Steps", "", *steps(rows), "", "## Aims", "", *aims(rows), ""]
-    return "\n".join([*parts, "## Benchmarks", "", *benchmarks(rows), "", AMD])
+    return "\n".join([*parts, "## Benchmarks", "", *benchmarks(rows), "", AMD, roofline.section()])
 
 
 def read() -> Rows:

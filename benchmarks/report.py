@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-writes docs/results/{benchmarks,gpu,roofline}.md and their plots, and on other pages what stands between the marks
+writes docs/results/{benchmarks,gpu}.md and their plots, and on other pages what stands between the marks
 
     <!-- NAME: python -m benchmarks.report -->
     <!-- end -->
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import gpu_report
 from benchmarks.valm import demo_report
-from benchmarks.valm_kernels import roofline, topk_report
+from benchmarks.valm_kernels import topk_report
 from studies.plots import INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "benchmarks.md"
 README = ROOT / "README.md"
 TOPK = ROOT / "docs" / "results" / "topk.md"
-ROOFLINE = ROOT / "docs" / "results" / "roofline.md"
 
 # The parts of a file's rows, in order: a title, and what the names of its groups begin with. The last takes all others.
 PARTS = {
@@ -300,7 +299,7 @@ def pages() -> dict[Path, str]:
     """The pages as they should be."""
     marked = {path: path.read_text(encoding="utf-8") for path in (README, TOPK)}
     written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
-    return {PAGE: page(), gpu_report.PAGE: gpu_report.page(), ROOFLINE: roofline.page(), **written}
+    return {PAGE: page(), gpu_report.PAGE: gpu_report.page(), **written}
 
 
 def attention_figure() -> Figure:

@@ -2,7 +2,8 @@
 
 Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, nothing waits for anything
 else than the busiest unit. No kernel can be faster; how near ours come, only a card can tell. `python -m
-benchmarks.report` writes docs/results/roofline.md from it; benchmarks of a card put it beside what they measure.
+benchmarks.report` writes the last section of docs/results/gpu.md from it; benchmarks of a card put it beside what they
+measure.
 """
 
 from __future__ import annotations
@@ -237,35 +238,25 @@ TOPK_ROWS, TOPK_DIM = 1_000_000, 768
 
 
 def tables() -> str:
-    """The estimates of docs/results/roofline.md."""
-    lines = []
+    """The estimates of docs/results/gpu.md: a row for each call."""
+    lines = [
+        "| call, 16-bit | | MB | sum of the least times, µs | bound by | with launches, µs | time of the host, µs "
+        "| estimate, µs |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
     for shape in SHAPES:
-        lines += [
-            f"### {shape.name}, 16-bit",
-            "",
-            "| kernel | MB | tensor GFLOP | float32 GFLOP | exp2, millions | least time, µs | bound by | launches |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        ]
         directions = {"forward": forward_works(shape)} | ({"backward": backward_works(shape)} if shape.Tq > 1 else {})
-        for work in (work for works in directions.values() for work in works):
-            bound = max(work.seconds, key=work.seconds.__getitem__) if work.least_s else "launch"
-            lines.append(
-                f"| {work.kernel} | {work.bytes / 1e6:.1f} | {work.tensor_flop / 1e9:.2f} | {work.flop / 1e9:.2f} "
-                f"| {work.exponentials / 1e6:.1f} | {work.least_s * 1e6:.1f} | {bound} | {work.launches} |"
-            )
-        lines += [
-            "",
-            "| call | sum of the least times, µs | with launches, µs | time of the host, µs | estimate, µs |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
         for direction, works in directions.items():
-            least, gpu = sum(work.least_s for work in works), gpu_s(works)
-            host = host_s(shape, direction == "backward")
-            cells = (least, gpu, host, max(gpu, host))
-            lines.append(f"| {direction} | {' | '.join(f'{cell * 1e6:,.1f}' for cell in cells)} |")
-        lines.append("")
+            longest = max(works, key=lambda work: work.least_s)
+            bound = max(longest.seconds, key=longest.seconds.__getitem__)
+            gpu, host = gpu_s(works), host_s(shape, direction == "backward")
+            moved, least = sum(work.bytes for work in works), sum(work.least_s for work in works)
+            times = [f"{seconds * 1e6:,.1f}" for seconds in (least, gpu, host, max(gpu, host))]
+            cells = [shape.name, direction, f"{moved / 1e6:,.0f}", times[0], bound, *times[1:]]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += [
-        f"### Exact top-K, {TOPK_ROWS:,} rows of {TOPK_DIM}, 16-bit",
+        "",
+        f"Exact top-K, {TOPK_ROWS:,} rows of {TOPK_DIM}, 16-bit:",
         "",
         "| queries | least time, ms | bound by |",
         "| ---: | ---: | --- |",
@@ -277,12 +268,10 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-PAGE = """\
-# Roofline on an H100
+SECTION = """\
+## Roofline of an H100
 
-**This page is arithmetic, an estimate and no measurement.** `python -m benchmarks.report` writes it from
-[its source](https://github.com/valm-kernels/valm/blob/main/benchmarks/valm_kernels/roofline.py). What a card
-measures stands in [On a GPU](gpu.md).
+**Arithmetic, no measurement**, of `benchmarks/valm_kernels/roofline.py`.
 
 For each kernel: the bytes that have to cross the memory bus if every tensor does so once, the floating-point
 operations of the tile products (tensor cores) and of the images (ordinary float32 units: a query's images are its own,
@@ -301,42 +290,29 @@ images of all queries:
 | backward: keys | 8 D pairs (q k, do v, p do, ds q) | none | pairs |
 | backward: pool | none | 4 D slots (dt q, b do) | none |
 
-A call is more than its kernels. Three things are added, all of them assumptions until a card is there:
+A call is more than its kernels. What is added are assumptions until a card is there:
 
-- {launch:.0f} µs for each launch: the gap to the next kernel of the same stream.
-- The sort of the pool's slots: {sort} launches of PyTorch or more, before the kernel of the pool. With `image_slots`
-  there is none.
+- {launch:.0f} µs for each launch: the gap to the next kernel of the same stream. The sort of the pool's slots, which
+  `image_slots` saves, has {sort} launches of PyTorch or more.
 - The time of the host: {forward:.0f} µs for a forward, {dense:.0f} for a dense backward, {pool:.0f} more for a pooled
   one and {slots:.0f} more for the sort, measured with stubbed launches on two busy cores of an AMD EPYC
   (`TRITON_INTERPRET=1 python -m benchmarks.valm_kernels.host_time`), and {binder:.0f} µs of Triton's binder for each
   launch. The host runs ahead of the card, so the estimate of a call alone is the larger of both times.
 
-## Aims
-
-To be measured once there is a card; [On a GPU](gpu.md) has the measured ratios.
-
-1. At T 1024 the forward takes at most 1.3 × the time of flash attention over the text plus that of the images' bytes.
-2. At T 4096 and D 128 it takes at most 1.2 × the time of flash attention joined with the images by log-sum-exp, and in
-   the end less.
-3. A decoding step takes at most 12 µs plus the time of the host.
-
-## What the tables say
-
-- Up to T = 1024 the forward is bound by memory, and in the dense layout most of the bytes are the images themselves.
-  The pooled layout moves less than half of them. A call alone is bound by its host there.
-- Writing dense image gradients is the largest single cost of the backward. The pooled layout writes two coefficients
-  for each image of a query instead, and reduces them once.
-- At T = 4096 and D = 128 forward, queries and keys are bound by the tensor cores; launches and host hardly count.
-
-## Tables
+"Bound by" is the busiest unit of the longest kernel.
 
 {tables}
+
+Up to T = 1024 the forward is bound by memory, in the dense layout mostly by the images themselves; the pooled layout
+moves less than half as much. A call alone is bound by its host there. Writing dense image gradients is the largest
+single cost of the backward: the pooled layout writes two coefficients for each image of a query instead, and reduces
+them once. At T = 4096 and D = 128 launches and host hardly count.
 """
 
 
-def page() -> str:
-    """docs/results/roofline.md."""
-    return PAGE.format(
+def section() -> str:
+    """The last section of docs/results/gpu.md."""
+    return SECTION.format(
         launch=LAUNCH_S * 1e6,
         sort=SORT_LAUNCHES + 2,
         forward=FORWARD_HOST_S * 1e6,
