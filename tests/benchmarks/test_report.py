@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import report
+from benchmarks import gpu_report, report
 
 PAGES = report.pages()
 
@@ -14,7 +14,11 @@ def test_pages_show_what_was_measured(path):
 
 def test_each_table_has_a_place():
     marks = [mark[2] for path in PAGES for mark in report.MARK.finditer(path.read_text(encoding="utf-8"))]
-    assert sorted(marks) == sorted(report.MARKED)
+    assert set(marks) == set(report.MARKED)
+
+
+def test_every_file_of_results_is_listed():
+    assert {path.name for path in report.RESULTS.glob("*.csv")} - {gpu_report.RESULTS.name} == set(report.TITLES)
 
 
 def test_a_result_replaces_what_was_typed(tmp_path, monkeypatch):

@@ -95,7 +95,6 @@ def test_a_browser_asks_no_other_server_and_cuts_off_no_code(site, browser):
                     "[...document.querySelectorAll('pre > code')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
                 )
                 assert page.evaluate(cut) == 0, path
-            assert page.evaluate("document.documentElement.scrollHeight") < 10_000  # its rows are folded
             page.close()
         server.shutdown()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
