@@ -33,7 +33,7 @@ IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "benchmarks.md"
 README = ROOT / "README.md"
 SOURCE = "https://github.com/valm-kernels/valm/blob/main"
-TOPK = ROOT / "docs" / "results" / "topk.md"
+TOPK = ROOT / "docs" / "reference" / "topk.md"
 
 
 @dataclass(frozen=True)
@@ -186,17 +186,17 @@ def summary_table() -> str:
     return "\n".join(lines)
 
 
-def topk_tables() -> str:
-    """The machine and the tables of docs/results/topk.md."""
+def topk_table() -> str:
+    """The machine and the table of docs/reference/topk.md."""
     (machine,) = {row["machine"] for row in read(RESULTS / EPYC_TOPK)}
-    return f"{machine}:\n\n{topk_report.tables(topk_report.read(RESULTS / EPYC_TOPK))}"
+    return f"{machine}:\n\n{topk_report.table(topk_report.read(RESULTS / EPYC_TOPK))}"
 
 
 MARKED: dict[str, Callable[[], str]] = {
     "benchmarks": summary_table,
     "files": files_table,
     "demo": lambda: demo_report.table(RESULTS / "demo.json"),
-    "topk": topk_tables,
+    "topk": topk_table,
 }
 MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

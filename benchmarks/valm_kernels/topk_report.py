@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/results/topk.md, from the rows of bench_topk.py, for `python -m benchmarks.report`.
+"""The table and the plot of docs/reference/topk.md, from the rows of bench_topk.py, for `python -m benchmarks.report`.
 
 Times are the least of each row's rounds: what else ran on the machine can only add to them.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,6 +49,13 @@ class Measured(NamedTuple):
     recall: float
 
 
+# The cases of the table, and the peers beside ours.
+SHOWN = [
+    *(Key(rows, queries) for rows in SIZES for queries in (1, 16, 64, 1024)),
+    *(Key(200, 64, dim=512), Key(200, 64, k=32)),
+    *(Key(200, queries, decaying=True) for queries in (1, 64)),
+]
+OTHERS = ("ip_topk, packs per call", "torch float32 mm + topk", "faiss fp16 quantizer", "usearch exact")
 Results = dict[Key, dict[str, Measured]]
 
 
@@ -67,53 +73,29 @@ def read(path: Path) -> Results:
     return results
 
 
-def tables(results: Results) -> str:
-    """One table for each size of the database, one of the other dims and k, one of other data."""
-    parts = []
-    for rows, words in SIZES.items():
-        keys = sorted(key for key in results if key == Key(rows, key.queries))
-        parts.append(f"N {words}, E 768, k 8\n\n{_table(results, keys, 'queries', lambda key: str(key.queries))}")
-    keys = sorted(
-        (key for key in results if (key.dim, key.k) != (768, 8)), key=lambda key: (key.dim, key.k, key.queries)
-    )
-    parts.append(
-        "N 200,000, other sizes\n\n"
-        + _table(results, keys, "sizes", lambda key: f"E {key.dim}, k {key.k}, {key.queries} queries")
-    )
-    keys = sorted(key for key in results if key.decaying)
-    if keys:
-        parts.append(
-            "N 200,000, E 768, k 8, rows whose n-th principal axis has a share of 1 / n\n\n"
-            + _table(results, keys, "queries", lambda key: str(key.queries))
-        )
-    lines = ["| queries | mean cosine 0 | 0.55 | 0.8 |", "| ---: | ---: | ---: | ---: |"]
-    for queries in sorted({key.queries for key in results if key.cosine}):
-        times = [results[Key(200, queries, cosine=cosine)][OURS].ms for cosine in (0.0, 0.55, 0.8)]
-        lines.append(f"| {queries} | " + " | ".join(map(_ms, times)) + " |")
-    parts.append(f"{OURS}, N 200,000, E 768, k 8, rows that share a direction\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _table(results: Results, keys: list[Key], title: str, name: Callable[[Key], str]) -> str:
-    names = [name for name in DRAWN if any(name in results[key] for key in keys)]
-    exact = [name for name in FAISS if name in names]  # older results have no Panorama
+def table(results: Results) -> str:
+    """A row for each of SHOWN: our time, and those of others as multiples of it."""
+    peers = {name: (name,) for name in OTHERS} | {"faiss, the fastest exact": FAISS}
     lines = [
-        f"| {title} | " + " | ".join(names) + f" | best of {', '.join(exact)} / ours |",
-        "| ---: |" + " ---: |" * (len(names) + 1),
+        f"| rows | queries | | {OURS}, ms | {' | '.join(peers)} |",
+        f"| ---: | ---: | --- | {' | '.join(['---:'] * (len(peers) + 1))} |",
     ]
-    for key in keys:
+    for key in SHOWN:
         case = results[key]
-        cells = [_cell(case.get(name)) for name in names]
-        best = min((case[name].ms for name in exact if name in case), default=None)
-        cells.append("" if best is None else f"{best / case[OURS].ms:.1f}")
-        lines.append(f"| {name(key)} | " + " | ".join(cells) + " |")
+        ours = case[OURS].ms
+        fastest = [min((case[name] for name in names if name in case), default=None) for names in peers.values()]
+        cells = ["" if peer is None else f"{peer.ms / ours:.1f}" for peer in fastest]
+        lines.append(f"| {SIZES[key.rows]} | {key.queries} | {_what(key)} | {_ms(ours)} | {' | '.join(cells)} |")
+    ratios = [case[OURS].ms / results[key._replace(cosine=0.0)][OURS].ms for key, case in results.items() if key.cosine]
+    lines += ["", f"Over rows that share a direction (mean cosine 0.55 and 0.8) a search takes {min(ratios):.2f} to "]
+    lines[-1] += f"{max(ratios):.2f} times as long."
     return "\n".join(lines)
 
 
-def _cell(measured: Measured | None) -> str:
-    if measured is None:
-        return ""
-    return _ms(measured.ms) + (f" ({measured.recall:.3f})" if measured.recall < 1 else "")
+def _what(key: Key) -> str:
+    """What is not as in the other cases."""
+    sizes = f"E {key.dim}, k {key.k}" if (key.dim, key.k) != (768, 8) else ""
+    return "decaying spectrum" if key.decaying else sizes
 
 
 def _ms(value: float) -> str:

@@ -27,7 +27,7 @@ def test_a_result_replaces_what_was_typed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "TOPK", page)
     written = report.pages()[page]
     assert "typed by hand" not in written and written.endswith("<!-- end -->\nb\n")
-    assert report.topk_tables() in written
+    assert report.topk_table() in written
 
 
 def test_the_plot_of_attention_has_every_case():
