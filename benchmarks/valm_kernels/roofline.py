@@ -271,7 +271,7 @@ def tables() -> str:
 SECTION = """\
 ## Roofline of an H100
 
-**Arithmetic, no measurement**, of `benchmarks/valm_kernels/roofline.py`.
+**Arithmetic, no measurement.**
 
 For each kernel: the bytes that have to cross the memory bus if every tensor does so once, the floating-point
 operations of the tile products (tensor cores) and of the images (ordinary float32 units: a query's images are its own,
@@ -280,15 +280,7 @@ H100 SXM's peak: 3.35 TB/s, 989 TFLOP/s (bfloat16, dense), 67 TFLOP/s (float32),
 of 132 multiprocessors at 1.83 GHz). The best published attention kernel for text alone reaches 75 % of the tensor peak,
 at long sequences (FlashAttention-3, Shah et al. 2024).
 
-With pairs = B H (Tq (Tk − Tq) + Tq (Tq + 1) / 2), the causal pairs of a query and a key, and slots = B H Tq K, the
-images of all queries:
-
-| kernel | tile products, FLOP | images, FLOP | exp2 |
-| --- | --- | --- | --- |
-| forward | 4 D pairs (q k, p v) | 5 D slots (score, rescaled sum) | pairs + 2 slots |
-| backward: queries | 6 D pairs (q k, do v, ds k) | 8 D slots, 6 D pooled | pairs + slots |
-| backward: keys | 8 D pairs (q k, do v, p do, ds q) | none | pairs |
-| backward: pool | none | 4 D slots (dt q, b do) | none |
+The formulas stand in `benchmarks/valm_kernels/roofline.py`, kernel by kernel.
 
 A call is more than its kernels. What is added are assumptions until a card is there:
 
