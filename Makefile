@@ -59,11 +59,11 @@ test-oldest-triton:
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal \
 	    tests/valm_kernels/visual_fusion/triton tests/checks/triton
 
-test-all: $(VENV)/.installed-test,ray,compat
+test-all: $(VENV)/.installed-check
 	$(BIN)/python -m pytest
 
 # What a change rarely breaks and a person does not wait for; .github/workflows/ci.yml runs it every night.
-check: $(VENV)/.installed-test
+check: $(VENV)/.installed-check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/checks
 
 # PyTorch 2.9 brings Triton 3.5.0, 2.10 and 2.11 bring 3.6.0. Here it stands ahead of the environment's own on the path.
@@ -100,7 +100,7 @@ sanitize: $(VENV)/.installed-test
 	    $(BIN)/python -m pytest -o pythonpath='$(SANITIZED) .' --ignore-glob='*/triton/*' -k 'not memory' \
 	    -m 'not slow' tests/valm_kernels
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-check
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
 # With the Python that is there, without network: a machine with a card often has nothing but PyTorch (docs/results/gpu.md).

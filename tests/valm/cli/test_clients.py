@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import valm
 from tests.valm.cli.commands import THINGS, run, serving
-from valm.evaluation.harness import ValmLM, write_tasks
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,9 +29,9 @@ def address(world):
 @pytest.fixture(scope="module")
 def generated(world):
     """What `valm generate` says after PROMPT."""
-    model = ValmLM(str(world / "valm"))
-    ids = model.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    return model.tokenizer.decode(model.model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :])
+    model, tokenizer = valm.load(world / "valm")
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    return tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :])
 
 
 def test_openai(address, generated):
@@ -67,6 +67,8 @@ def test_local_completions_of_lm_eval(world, address, tmp_path, capsys):
     from lm_eval import simple_evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
+
+    from valm.evaluation.harness import ValmLM, write_tasks
 
     write_tasks(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"data": str(world / "sets")})

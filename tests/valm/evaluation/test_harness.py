@@ -37,6 +37,7 @@ from lm_eval.tasks import TaskManager
 
 from valm.evaluation.harness import OF_LOADING, ValmLM, write_tasks
 
+pytestmark = pytest.mark.slow  # lm-eval comes with the extra `check`
 DATA = os.environ.get("VALM_EVAL_DATA")
 PROSE = Path(__file__).parents[2] / "fixtures" / "prose.txt"
 
@@ -251,7 +252,6 @@ def test_the_harness_own_arguments_reach_it(monkeypatch):
     assert not Path(run["include_path"]).exists()
 
 
-@pytest.mark.slow  # the harness reads the files of all its own tasks first
 def test_the_command_hands_over_to_the_harness(models, data, tmp_path, capsys):
     arguments = [
         "lm-eval",
@@ -287,7 +287,6 @@ def test_wrong_arguments_are_named(models, name, arguments, message):
         ValmLM(str(models / name), **arguments)
 
 
-@pytest.mark.slow  # the harness reads the files of all its own tasks first
 def test_a_misspelt_control_ends_the_command(models, capsys):
     given = ["run", "--model", "valm", "--model_args", f"pretrained={models / 'seeing'},retreival=off"]
     assert main(["lm-eval", *given, "--tasks", "piqa", "--limit", "1"]) == 1
