@@ -66,6 +66,7 @@ def test_what_is_loaded_from_elsewhere_is_found():
     assert loads('<div data-md-component="source"></div><img src="../a.png">') == ["div data-md-component=source"]
 
 
+@pytest.mark.slow  # what builds the site comes with the extra `check`
 def test_pages_name_nothing_on_other_servers(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 20
@@ -80,6 +81,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_browser_asks_no_other_server_and_cuts_off_no_code(site, browser):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -36,6 +36,7 @@ from valm_kernels import FlatIPIndex
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
+@pytest.mark.slow  # ray comes with the extra `check`
 def test_wrong_addresses_and_numbers(make_kb):
     pytest.importorskip("ray", reason="needs ray: install valm[ray]")
     with socket.socket() as listening:
