@@ -5,10 +5,14 @@ import gc
 import os
 import random
 import shutil
+import time
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+MOST_SECONDS = 2  # of a processor, for a test that is not slow
 SEED = os.environ.get("VALM_TEST_SEED")
 
 # Modules and tests stay until the end. Python's collector would walk through them many times while they are made, and
@@ -38,6 +42,49 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         generator.shuffle(items)
         modules = list(dict.fromkeys(item.path for item in items))
         items.sort(key=lambda item: modules.index(item.path))
+
+
+def processor_seconds() -> float:
+    """Of this process, and of the children that it has waited for."""
+    return time.process_time() + sum(os.times()[2:4])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    return (yield from _timed(item, "setup"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    return (yield from _timed(item, "call"))
+
+
+def _timed(item: pytest.Item, phase: str) -> Iterator[None]:
+    begin = processor_seconds()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append((phase, processor_seconds() - begin))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The processor seconds of each folder, and the tests that take too many."""
+    folders: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                seconds = dict(report.user_properties)
+                folders[os.path.dirname(report.nodeid.partition("::")[0])] += sum(seconds.values())
+                tests[report.nodeid] += seconds["call"]
+    terminalreporter.section("processor seconds")
+    terminalreporter.line(f"{sum(folders.values()):7.1f}  all tests, with what they set up")
+    for folder, seconds in folders.most_common():
+        if seconds >= 1:
+            terminalreporter.line(f"{seconds:7.1f}  {folder}")
+    for test, seconds in tests.most_common():
+        if seconds > MOST_SECONDS:
+            terminalreporter.line(f"{seconds:7.1f}  {test} takes more than {MOST_SECONDS}: make it smaller, or slow")
 
 
 @pytest.fixture(autouse=True)
