@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from tests.csrc.topk.cuda.simulator import ORDERS, build, copy_sources
+from tests.pairwise import pairwise
 from valm_kernels.topk import api, cuda, index, reference
 from valm_kernels.topk.index import store
 
@@ -30,31 +31,28 @@ def assert_exact(
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("n_queries", "n_rows", "dim", "k"),
-    [
-        (1, 1, 8, 1),  # less of everything than a tile
-        (1, 1700, 72, 8),  # one query, several parts
-        (17, 520, 136, 17),  # blocks of 32 queries
-        (70, 300, 48, 3),  # blocks of 64
-        (3, 700, 40, 128),  # the largest pools of a first pass
-        (2, 257, 61, 40),  # an odd number of elements, padded
-        (18, 4200, 24, 8),  # a sample of 4 tiles
-        (33, 12400, 8, 40),  # of 12, for blocks of 64
-    ],
+SHAPES = (  # queries, rows, elements, k
+    (1, 1, 8, 1),  # less of everything than a tile
+    (1, 1700, 72, 8),  # one query, several parts
+    (17, 520, 136, 17),  # blocks of 32 queries
+    (70, 300, 48, 3),  # blocks of 64
+    (3, 700, 40, 128),  # the largest pools of a first pass
+    (2, 257, 61, 40),  # an odd number of elements, padded
+    (18, 4200, 24, 8),  # a sample of 4 tiles
+    (33, 12400, 8, 40),  # of 12, for blocks of 64
 )
-def test_agrees_with_the_reference(simulate, library, order, dtype, n_queries, n_rows, dim, k, prepared):
+
+
+@pairwise(shape=SHAPES, dtype=DTYPES, order=ORDERS, prepared=[False, True])
+def test_agrees_with_the_reference(simulate, library, order, dtype, shape, prepared):
+    n_queries, n_rows, dim, k = shape
     simulator = simulate(library, order)
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
     assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale, prepared=prepared)
     assert simulator.redone == 0
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("k", "most"), [(8, 420), (40, 1400), (128, 4000)])
+@pytest.mark.parametrize(("order", "k", "most"), [("rising", 8, 420), ("falling", 40, 1400), ("random", 128, 4000)])
 def test_a_sample_of_the_rows_closes_the_thresholds(simulate, library, order, k, most):
     """Few keys are offered: by what 8,192 rows in twice as many say (128, 480 or 1,420 rows), and those kept again by
     the merge. From open thresholds it was 2,750, 3,800 and 7,130 a query.
@@ -77,6 +75,7 @@ def test_a_sample_counts_only_rows_that_may_be_returned(simulate, library, order
     assert simulator.redone == 0
 
 
+@pytest.mark.slow  # it compiles
 def test_a_threshold_that_is_too_high_costs_a_scan_and_no_row(simulate, tmp_path):
     """As if the sample's bounds came out above those of the first pass."""
     sources = copy_sources(tmp_path)
@@ -131,9 +130,12 @@ def test_queries_that_do_not_fit_stay_in_device_memory(
     assert figures[3] <= shared_bytes
 
 
-@pytest.mark.parametrize("prepared", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n_queries", "n_rows", "dim", "k"), [(40, 300, 2048, 100), (17, 4200, 450, 8)])
+@pytest.mark.parametrize(
+    ("n_queries", "n_rows", "dim", "k", "dtype", "prepared"),
+    [(40, 300, 2048, 100, "float32", True), (17, 4200, 450, 8, "bfloat16", False)]
+    + [pytest.param(40, 300, 2048, 100, dtype, False, marks=pytest.mark.slow) for dtype in DTYPES]
+    + [pytest.param(17, 4200, 450, 8, dtype, True, marks=pytest.mark.slow) for dtype in DTYPES],
+)
 def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dtype, n_queries, n_rows, dim, k):
     """Two blocks of queries, the second with one; without and with a sample."""
     shared_bytes = CONSUMER if k == 100 else 52 * 1024
@@ -144,7 +146,7 @@ def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dty
     assert simulator.redone == 0
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n_queries=st.integers(1, 70),
     n_rows=st.integers(1, 700),
@@ -179,9 +181,7 @@ def test_16_bit_queries(simulate, library, order, dtype):
     assert simulator.redone == 0
 
 
-@pytest.mark.parametrize("order", ["rising", "random"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pairwise(kind=ADVERSARIAL, dtype=DTYPES, order=["rising", "random"])
 def test_adversarial_rows(simulate, library, order, dtype, kind):
     simulator = simulate(library, order)
     stored, row_scale = store(adversarial(kind, 600, 40, dtype), dtype, torch.device("cpu"))
@@ -191,9 +191,14 @@ def test_adversarial_rows(simulate, library, order, dtype, kind):
         assert simulator.redone == 2  # more ties than a candidate list has room for
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "prepared"),
+    [
+        pytest.param(kind, dtype, (row + column) % 2 == 0, marks=pytest.mark.slow if (row - column) % 4 else ())
+        for row, kind in enumerate(ADVERSARIAL)
+        for column, dtype in enumerate(DTYPES)
+    ],
+)
 def test_adversarial_rows_with_a_sample(simulate, library, dtype, kind, prepared):
     simulate(library, "random")
     stored, row_scale = store(adversarial(kind, 4100, 16, dtype), dtype, torch.device("cpu"))
@@ -246,6 +251,7 @@ def test_int8_rows_against_the_digits_of_a_query(simulate, library, kind, dim):
         assert simulator.redone == 0
 
 
+@pytest.mark.slow  # it compiles
 def test_what_the_digits_of_a_query_lose_is_in_the_bound(simulate, library, tmp_path):
     """A row whose score is all lost, in the direction in which Cauchy-Schwarz is sharp: a bound a tenth smaller drops
     it behind rows that the first pass ranks higher, and takes the wrong answer for proven.
@@ -320,9 +326,7 @@ def test_only_allowed_rows_are_returned(simulate, library, order, kind):
     assert few[1].tolist() == [[5] + [-1] * 7] * 3 and (few[0][:, 1:] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_queries", [2, 40])
+@pairwise(order=ORDERS, dtype=DTYPES, n_queries=[2, 40])
 def test_many_nearly_equal_rows_need_no_scan(simulate, library, order, dtype, n_queries):
     """More than a merge keeps at first. They lie in many parts of the database, whose lists hold all of them."""
     simulator = simulate(library, order, multiprocessors=8)
