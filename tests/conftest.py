@@ -8,11 +8,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 MOST_SECONDS = 2  # of a processor, for a test that is not slow
+OF_A_CARD = ("test_gpu.py", "test_cuda_gpu.py")
 SEED = os.environ.get("VALM_TEST_SEED")
 
 # Modules and tests stay until the end. Python's collector would walk through them many times while they are made, and
@@ -42,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         generator.shuffle(items)
         modules = list(dict.fromkeys(item.path for item in items))
         items.sort(key=lambda item: modules.index(item.path))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Tests of a card are there only where there is one."""
+    if collection_path.name not in OF_A_CARD:
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else True
 
 
 def processor_seconds() -> float:

@@ -23,6 +23,7 @@ SOURCES = [
 ]
 
 
+@pytest.mark.slow  # it compiles
 @pytest.mark.skipif(
     not sys.platform.startswith("linux") or platform.machine() != "x86_64" or shutil.which("g++") is None,
     reason="needs g++ on Linux for x86-64",

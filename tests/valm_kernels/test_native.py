@@ -168,6 +168,7 @@ def test_a_module_of_another_version_is_refused(monkeypatch, version):
         _module.cache_clear()
 
 
+@pytest.mark.slow  # it starts processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_forked_child_computes_on_one_thread(name):

@@ -77,6 +77,7 @@ def test_what_a_card_has_measured_comes_along(tmp_path, monkeypatch):
         assert (variant / name).exists() and name in noted
 
 
+@pytest.mark.slow  # it starts processes
 def test_without_numpy_triton_and_native_code(kernel):
     code = """
 kernel = load("cpu")
@@ -98,6 +99,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "valm_kernels"
     )  # one of them by show_config
 
 
+@pytest.mark.slow  # it starts processes
 def test_two_versions_beside_the_installed_package(kernel):
     code = """
 import valm_kernels
@@ -109,6 +111,7 @@ for backend in ("cpu", "cuda"):
     run(kernel, code)
 
 
+@pytest.mark.slow  # it starts processes
 def test_triton_kernels_under_the_interpreter(kernel):
     pytest.importorskip("triton", reason="Triton comes for Linux only")
     code = """
@@ -167,6 +170,7 @@ def test_metadata_agree_with_build_toml(kernel):
     assert f'get_kernel("{general["hub"]["repo-id"]}", version={VERSION}' in card
 
 
+@pytest.mark.slow  # it starts processes
 def test_earlier_versions_of_kernels_find_it_in_a_folder_of_its_name(kernel):
     code = """
 sys.path.insert(0, str(Path(sys.argv[1], "build", "torch-cpu")))

@@ -106,6 +106,7 @@ def test_rows_of_several_databases_cannot_be_excluded():
         ip_topk(torch.zeros(2, 1, 16), torch.zeros(2, 9, 16), 3, allowed=torch.ones(9, dtype=torch.bool))
 
 
+@pytest.mark.slow  # it starts a process
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_stops_all_databases(threads):
     code = (

@@ -153,7 +153,9 @@ def test_unused_lse(name):
         *("image_score_bias", "cache_seqlens", "image_score_bias, softcap, image_q, pooled", "by head"),
     ],
 )
-def test_gradcheck(problem):
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradcheck(problem, fast_mode):
+    """Along a random direction; every night in each."""
     inputs = problem.inputs(torch.float64)
     names = [n for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if problem.num_images == 0:
@@ -168,7 +170,8 @@ def test_gradcheck(problem):
         )
         return out, lse.masked_fill(lse == -torch.inf, 0), weights
 
-    assert torch.autograd.gradcheck(function, [inputs[n].clone().requires_grad_() for n in names])
+    leaves = [inputs[n].clone().requires_grad_() for n in names]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=fast_mode)
 
 
 @settings(max_examples=40, deadline=None)
@@ -233,6 +236,7 @@ def test_same_bits_every_time_and_for_any_thread_count(name, dtype):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 
+@pytest.mark.slow  # it starts processes
 @needs_fork
 @pytest.mark.parametrize("other_runtime", [None, "faiss"])
 def test_after_fork(other_runtime):

@@ -160,6 +160,7 @@ def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(mon
     assert (impl_for(monkeypatch, 2048, 128), impl_for(monkeypatch, 2047, 128)) == ("flash+triton", "triton")
 
 
+@pytest.mark.slow  # it starts a process
 def test_a_file_named_by_the_environment_takes_the_place_of_the_measured_lengths(tmp_path):
     entry = {"capability": 90, "head_dim": 64, "keys": 512, "longest": 8192}
     path = tmp_path / "crossover.json"

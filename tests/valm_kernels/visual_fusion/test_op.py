@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ NAMES = (
 )
 
 
+def quick_or_slow(quick):
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in product(NAMES, [0, 1])]
+
+
 def op_arguments(inputs, impl="cpu", with_image_scores=False):
     tensors = {name: inputs.get(name) for name in TENSOR_NAMES}
     if inputs["image_k"] is None:
@@ -27,10 +32,12 @@ def op_arguments(inputs, impl="cpu", with_image_scores=False):
     return *tensors.values(), *options, impl, with_image_scores
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, dtype):
-    inputs = PROBLEMS[name].inputs(dtype)
+@pytest.mark.parametrize(
+    ("name", "in_16_bits"),
+    quick_or_slow([("dense", 1), ("softcap, image_q, pooled", 0), ("cache_seqlens", 0), ("by head, sorted slots", 0)]),
+)
+def test_opcheck(name, in_16_bits):
+    inputs = PROBLEMS[name].inputs(torch.bfloat16 if in_16_bits else torch.float32)
     for key in DIFFERENTIABLE:
         if inputs.get(key) is not None:
             inputs[key].requires_grad_()
@@ -38,7 +45,9 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(forward_op, op_arguments(inputs, with_image_scores=True))
 
 
-@pytest.mark.parametrize("name", ["dense", "pooled", "softcap, image_q, pooled"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "softcap, image_q, pooled")), "pooled"]
+)
 def test_opcheck_of_strided_inputs(name):
     """No input has a contiguous last dimension: the outputs still lie where the fake kernels say."""
     inputs = PROBLEMS[name].inputs(torch.float32)
@@ -49,8 +58,9 @@ def test_opcheck_of_strided_inputs(name):
     torch.library.opcheck(forward_op, op_arguments(inputs))
 
 
-@pytest.mark.parametrize("with_lse", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "with_lse"), quick_or_slow([("dense", 0), ("softcap, image_q, pooled", 1), ("by head, sorted slots", 1)])
+)
 def test_opcheck_backward(name, with_lse):
     problem = PROBLEMS[name]
     arguments = op_arguments(problem.inputs(torch.float32), with_image_scores=True)
@@ -65,7 +75,7 @@ def test_opcheck_backward(name, with_lse):
 @pytest.mark.parametrize(
     ("name", "return_lse", "backend"),
     [
-        ("pooled", True, "inductor"),
+        pytest.param("pooled", True, "inductor", marks=pytest.mark.slow),
         ("dense", False, "aot_eager"),
         ("pooled", False, "aot_eager"),
         ("documents", True, "aot_eager"),

@@ -85,7 +85,8 @@ def test_documents_are_the_formula(first_key):
 
 
 @pytest.mark.parametrize("pool_size", [None, 3])
-def test_gradcheck_twice(pool_size):
+@pytest.mark.parametrize("fast_mode", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradcheck_twice(pool_size, fast_mode):
     problem = replace(SMALL, batch=1, query_heads=2, num_queries=3, pool_size=pool_size)
     inputs = problem.inputs()
     names = [n for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -97,8 +98,8 @@ def test_gradcheck_twice(pool_size):
         return out, lse.masked_fill(lse == -torch.inf, 0)
 
     leaves = [inputs[n].clone().requires_grad_() for n in names]
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=fast_mode)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast_mode)
 
 
 def test_without_images_it_is_ordinary_attention():
