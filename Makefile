@@ -45,9 +45,9 @@ study-small: $(VENV)/.installed-study
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
 
-# What a change rarely breaks and a person does not wait for.
+# What a change rarely breaks and a person does not wait for: the slow tests of every folder.
 check: $(VENV)/.installed-check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/checks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 8 --dist worksteal
 
 # Damaged files for every reader: other mutants than the tests' for so many minutes. What fails is replayed with the seed
 # that is shown.
