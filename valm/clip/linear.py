@@ -41,11 +41,11 @@ class PackedLinear:
     @staticmethod
     def can_pack(weight: Tensor) -> bool:
         """Whether this PyTorch has these operators, which are its own and no public ones, for such a weight."""
+        if type(weight) not in (Tensor, torch.nn.Parameter):  # a quantised one, say
+            return False
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
-        if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not hasattr(
-            torch.ops.mkldnn, "_linear_pointwise"
-        ):
+        if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
             return False
         if weight.dtype == torch.bfloat16:
             return torch.ops.mkldnn._is_mkldnn_bf16_supported()

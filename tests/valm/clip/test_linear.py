@@ -16,6 +16,10 @@ from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 
 
+class OfOneself(torch.Tensor):
+    """As a library of quantised weights has."""
+
+
 @pytest.fixture
 def vnni(monkeypatch):
     """Any processor computes it, if slowly."""
@@ -133,6 +137,7 @@ def test_packed_weights_give_the_same_products(rows, dtype):
 def test_without_the_operators_the_layer_is_an_ordinary_one(monkeypatch):
     states, weight, bias = drawn(5, 16, 7, 0)
     assert not PackedLinear.can_pack(weight.double()) and not PackedLinear.can_pack(weight.to("meta"))
+    assert not PackedLinear.can_pack(torch.nn.Parameter(weight.as_subclass(OfOneself)))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch.equal(linear(weight, bias)(states), torch.nn.functional.linear(states, weight, bias))
 
