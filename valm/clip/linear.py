@@ -16,6 +16,7 @@ from valm_kernels.int8_rows import round_rows, scale_products_
 from valm_kernels.memory_maps import memory_limit
 
 Linear = Callable[[Tensor], Tensor]
+FEW_ROWS = 32  # those of a generated token of each text of a batch
 
 
 def linear(weight: Tensor, bias: Tensor) -> Linear:
@@ -24,10 +25,10 @@ def linear(weight: Tensor, bias: Tensor) -> Linear:
 
 
 class PackedLinear:
-    """x @ weight.T + bias on a CPU, with oneDNN's own order of the weights, made once, beside the weights themselves.
+    """x @ weight.T + bias on a CPU; for few rows with oneDNN's own order of the weights, made beside the weights.
 
-    Against F.linear, on two cores of Zen 4, of a width of 512: in float32 1.1 to 1.4 times as fast for 928 rows and 2
-    to 4 times for 2, in bfloat16 1.1 to 1.2 and 2 to 4.
+    Against F.linear on two cores of Zen 4, width 512: 2 to 4 times as fast for 2 rows, in float32 and bfloat16. For 928
+    rows it would be 1.1 to 1.4 times, but oneDNN keeps half a megabyte for each number of rows that it has seen.
 
     Args:
         weight: (N, W), float32 or bfloat16.
@@ -35,8 +36,12 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.weight, self.bias = weight, bias
+        self._pack()
+
+    def _pack(self) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+        self.version = self.weight._version
 
     @staticmethod
     def can_pack(weight: Tensor) -> bool:
@@ -53,7 +58,12 @@ class PackedLinear:
 
     def __call__(self, states: Tensor) -> Tensor:
         """States (..., W) to (..., N)."""
-        return torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
+        if states.shape[:-1].numel() > FEW_ROWS:
+            return F.linear(states, self.weight, self.bias)
+        if self.version != self.weight._version:  # it was loaded or trained
+            self._pack()
+        bias = None if self.bias is None else self.bias.detach()
+        return torch.ops.mkldnn._linear_pointwise(states, self.packed, bias, "none", [], "")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.weight, self.bias)  # what is packed cannot be pickled
@@ -69,7 +79,7 @@ def pack_layers(model: torch.nn.Module) -> None:
         return
     for layer in layers:
         weight = layer.weight.T if type(layer) is Conv1D else layer.weight
-        if PackedLinear.can_pack(weight):
+        if PackedLinear.can_pack(weight) and "forward" not in vars(layer):  # which may be another's, or packed before
             layer.forward = PackedLinear(weight, layer.bias)
 
 

@@ -33,8 +33,7 @@ class TextTower:
     """The text tower of `clip` in `dtype`, its last projection in float32 at least.
 
     Any open_clip text transformer whose feature is the state at EOT under a causal mask works. int8 quantises the
-    linear layers of the tower's blocks (`Int8Linear`); the rest is then float32. Weights are copied (`PackedLinear`),
-    so a CLIP that is trained afterwards needs a new tower.
+    linear layers of the tower's blocks (`Int8Linear`); the rest is then float32.
 
     Raises:
         ValmError: the tower sees later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging Face

@@ -116,8 +116,8 @@ class Engine:
     """Owns the thread that uses the model. All methods are called on the event loop.
 
     Args:
-        model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile, and it is not trained
-            afterwards, as its linear layers are packed (`pack_layers`).
+        model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile. Its linear layers are
+            packed (`pack_layers`).
         max_waiting: requests that may wait for those that are being answered.
         max_batch: requests that are answered together; 1 for a model whose cache cannot be padded (`can_join`).
 
@@ -209,7 +209,7 @@ class Engine:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._rows or self._ended)
-                if not self._rows:
+                if not self._rows and self._waiting and isinstance(self._waiting[0], Answer):
                     self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self._ended, GATHERING)
                 if self._ended:
                     return
@@ -256,26 +256,40 @@ class Engine:
 
     def _begin(self, answers: list[Answer]) -> None:
         """Reads the prompts, and puts the answers into the batch that are longer than a token."""
-        rows, read = [_Row(answer, self) for answer in answers], Batch(self.model, self.positions)
+        read = Batch(self.model, self.positions)
         try:
+            rows = [_Row(answer, self) for answer in answers]
             prompts = [torch.tensor(answer.prompt.ids, device=self.model.device) for answer in answers]
             seen = read.begin(prompts, all_logits=any(answer.prompt.scores_itself for answer in answers))
-            tokens = sum(map(len, prompts))
-            self.metrics.prompt_tokens.inc(tokens)
-            self._count(seen, tokens)
-            for place, row in enumerate(rows):
-                row.take(seen, place)
-                self.metrics.first_token.observe(time.monotonic() - row.answer.begun)
-            going_on = [place for place, row in enumerate(rows) if row.goes_on]
+        except BaseException as error:
+            if len(answers) == 1:
+                self._end(answers[0], error)
+            else:  # it may be that of one of them
+                for answer in answers:
+                    self._begin([answer])
+            return
+        tokens = sum(map(len, prompts))
+        self.metrics.prompt_tokens.inc(tokens)
+        self._count(seen, tokens)
+        for place, row in enumerate(rows):
+            row.take(seen, place)
+            self.metrics.first_token.observe(time.monotonic() - row.answer.begun)
+        going_on = [place for place, row in enumerate(rows) if row.goes_on]
+        try:
             if len(going_on) < len(rows):
                 read.keep(going_on)
             if going_on:
                 self._batch.join(read)
         except BaseException as error:
-            for row in rows:
-                if row.goes_on:
-                    row.end(error)
+            for place in going_on:
+                rows[place].end(error)
         self._rows += [row for row in rows if row.goes_on]
+
+    def _end(self, answer: Answer, error: BaseException | None = None) -> None:
+        """Tells the answer's reader that it ends."""
+        # before the end is read, as its reader may ask again at once
+        answer.loop.call_soon_threadsafe(self._open.discard, answer)
+        answer.put(None if error is None else _raised(error))
 
     def _step(self) -> None:
         """Adds a token to each row."""
@@ -324,11 +338,8 @@ class _Row:
                 self._processors.append(TopPLogitsWarper(prompt.top_p))
 
     def end(self, error: BaseException | None = None) -> None:
-        """Tells the answer's reader that it ends."""
         self.goes_on = False
-        # before the end is read, as its reader may ask again at once
-        self.answer.loop.call_soon_threadsafe(self.engine._open.discard, self.answer)
-        self.answer.put(None if error is None else _raised(error))
+        self.engine._end(self.answer, error)
 
     def take(self, seen: Seen, row: int) -> None:
         """Chooses the next token after the last one that `row` of the batch has read. An error ends this row alone."""

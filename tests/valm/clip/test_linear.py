@@ -134,6 +134,18 @@ def test_packed_weights_give_the_same_products(rows, dtype):
         assert_accurate("products", one(states[None])[0], eager, exact)
 
 
+def test_weights_that_change_are_packed_again():
+    states, weight, bias = drawn(2, 16, 7, 0)
+    packed = PackedLinear(weight, bias)
+    weight.mul_(2)
+    torch.testing.assert_close(packed(states), torch.nn.functional.linear(states, weight, bias))
+
+
+def test_a_pickled_tower_has_its_weights_once(clip):
+    tower = pickle.loads(pickle.dumps(TextTower(clip, torch.float32)))
+    assert tower.linear[0].mlp_in.weight is tower.blocks[0].mlp.c_fc.weight
+
+
 def test_without_the_operators_the_layer_is_an_ordinary_one(monkeypatch):
     states, weight, bias = drawn(5, 16, 7, 0)
     assert not PackedLinear.can_pack(weight.double()) and not PackedLinear.can_pack(weight.to("meta"))
@@ -153,4 +165,7 @@ def test_a_model_with_packed_layers_computes_the_same(base, monkeypatch):
         monkeypatch.undo()
         pack_layers(model)
         assert any(isinstance(layer.forward, PackedLinear) for layer in model.modules())
+        before = model.get_output_embeddings().forward
+        pack_layers(model)
+        assert model.get_output_embeddings().forward is before
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -249,6 +249,24 @@ def test_after_an_error_others_are_answered(letters, error):
     asyncio.run(ask())
 
 
+def test_an_error_of_one_prompt_ends_it_alone(served):
+    model, tokenizer = served
+    good = Prompt(prompt_ids(tokenizer, TEXTS[0]), 3)
+
+    async def ask():
+        engine = Engine(model, tokenizer, 9)
+        wrong = [Prompt([10**6], 3), Prompt(good.ids, 3, temperature=1.0, seed=1 << 70)]
+        answers = engine.submit(good, *wrong, good)
+        found = await asyncio.gather(*map(text_of, answers), return_exceptions=True)
+        assert found[0] == found[3] and isinstance(found[0], str)
+        assert all(isinstance(error, Exception) for error in found[1:3])
+        await asyncio.sleep(0)
+        assert not engine._open
+        engine.end()
+
+    asyncio.run(ask())
+
+
 def test_an_error_between_the_batches_does_not_end_the_thread(letters, monkeypatch):
     async def ask():
         engine = Engine(letters, letters, 5)
