@@ -18,7 +18,7 @@ from valm.retrieval.retriever import Retriever
 from valm.retrieval.segment_cache import SegmentCache
 
 WORDS = " ".join(TEXTS).split()
-ROUNDS = 6
+ROUNDS = 3
 # Another batch rounds a query elsewhere.
 ROUNDING = 2**-22
 
