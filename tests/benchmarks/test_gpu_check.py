@@ -180,6 +180,7 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
     assert "tests: passed in" in out and "written:" in out
 
 
+@pytest.mark.slow
 def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
     folder = card / "results"
     assert check() == 0
@@ -194,6 +195,7 @@ def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
     assert calls(folder) == first
 
 
+@pytest.mark.slow
 def test_dies_in_every_step_and_resumes(card, check):
     """At once with the tests that are left; and in a second run with what has not passed."""
     folder = card / "results"
@@ -208,12 +210,14 @@ def test_dies_in_every_step_and_resumes(card, check):
     assert len([row for row in rows() if row["group"] == "attention"]) == 1  # the last of each
 
 
+@pytest.mark.slow
 def test_a_process_that_died_is_started_again(card, check):
     folder = card / "results"
     assert check("first") == 0
     assert [name for name, _ in calls(folder)].count("attention") == 2
 
 
+@pytest.mark.slow
 def test_results_that_were_brought_along(card, check, monkeypatch):
     """To a machine without a card: the repository's files are written from them."""
     assert check() == 0
@@ -318,6 +322,7 @@ def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, c
     assert not gpu_check.MEASURED_CROSSOVER.exists() and gpu_check.MEASURED_TILES.exists()
 
 
+@pytest.mark.slow
 def test_seconds_since_the_start_of_the_process():
     code = "import time; time.sleep(0.3); from benchmarks.gpu_check import seconds_running; print(seconds_running())"
     start = time.monotonic()
@@ -325,6 +330,7 @@ def test_seconds_since_the_start_of_the_process():
     assert 0.3 <= float(found) <= time.monotonic() - start + 0.1
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_has_started_ends_with_it(tmp_path):
     started = tmp_path / "started"
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -540,6 +546,7 @@ def test_arithmetic_of_decoding_without_images_is_less():
     assert measured[TEXT_ONLY]["arithmetic"] < measured["ours"]["arithmetic"]
 
 
+@pytest.mark.slow
 def test_the_small_set_has_one_dtype_of_each_kind_of_attention():
     """The selection of the sanitizers' steps, as pytest collects it."""
     tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", gpu_steps.SMALL]

@@ -204,7 +204,7 @@ def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
     tokenizer.save_pretrained(tmp_path / "own")
     retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", tmp_path / "own", "-k", "2"]
     assert run(*retrieve, "--out", tmp_path / "retrieval") == 0
-    train = ["train", "--retrieval", tmp_path / "retrieval", "--kb", world / "kb", *STEPS, "--context", 16]
+    train = ["train", "--retrieval", tmp_path / "retrieval", "--kb", world / "kb", *SIZE, "--context", 16]
     assert run(*train, "--out", tmp_path / "model") == 0
     model, found = load(tmp_path / "model")
     assert found.pad_token == found.eos_token and model.config.pad_token_id == found.eos_token_id
@@ -230,7 +230,7 @@ def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_p
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
     """So its tokenizer has no chat template, also where that of the corpus has one."""
     assert CorpusRetrieval.open(world / "base-retrieval").tokenizer.chat_template is not None
-    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", 16]
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", *SIZE, "--context", 16]
     assert run(*train, "--out", tmp_path / "model") == 0
     model, tokenizer = load(tmp_path / "model")
     assert tokenizer.chat_template is None and not model.retriever.encoder.alignment.one_document

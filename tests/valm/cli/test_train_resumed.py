@@ -92,6 +92,7 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
     assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_fork
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""

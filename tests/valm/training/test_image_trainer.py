@@ -354,6 +354,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, 
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
     """A limit on the size of files stands for it."""
