@@ -210,6 +210,18 @@ def test_dies_in_every_step_and_resumes(card, check):
     assert len([row for row in rows() if row["group"] == "attention"]) == 1  # the last of each
 
 
+def test_a_process_that_was_killed_is_started_again(card):
+    begun = str(card / "begun")
+    once = (
+        f"import os; there = os.path.exists({begun!r}); open({begun!r}, 'w').close(); there or os.kill(os.getpid(), 9)"
+    )
+    always = "import os; os.kill(os.getpid(), 9)"
+    steps = [Step(name, 9, ((sys.executable, "-Sc", code),)) for name, code in (("once", once), ("always", always))]
+    run_steps(steps, card, time.monotonic())
+    assert [outcome.outcome for outcome in read_steps(card).values()] == ["passed", "failed"]
+    assert "ended with exit status -9" in read_steps(card)["always"].note
+
+
 @pytest.mark.slow
 def test_a_process_that_died_is_started_again(card, check):
     folder = card / "results"
