@@ -175,7 +175,7 @@ def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, 
     assert "base_share" not in json.loads((tmp_path / "model" / "_run.json").read_text())["numbers"]
 
 
-@pytest.mark.parametrize("source", ["corpus", "retrieval", "images"])
+@pytest.mark.parametrize("source", [pytest.param("corpus", marks=pytest.mark.slow), "retrieval", "images"])
 def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monkeypatch):
     """Its own, so a chat prompt begins with one bos; and a prompt is read after bos as a document is."""
     of = {

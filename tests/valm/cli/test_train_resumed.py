@@ -141,8 +141,11 @@ def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, c
     assert written == expected != other
 
 
-@pytest.mark.parametrize("again", [[], ["--resume"]], ids=["anew", "resumed"])
-@pytest.mark.parametrize("wrong", [["--adam_beta1", "2"], ["--lr", "1e30"]], ids=["no step", "no checkpoint"])
+@pytest.mark.parametrize(
+    ("wrong", "again"),
+    [(["--adam_beta1", "2"], []), (["--lr", "1e30"], ["--resume"])],
+    ids=["no step", "no checkpoint"],
+)
 def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, wrong, again):
     """It has nothing that another one could go on from, or lose."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]

@@ -27,7 +27,7 @@ def test_bad_pictures_are_listed(kb):
     assert "9000 x 9000 pixels" in skipped["p11_bomb.png"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypatch, workers):
     """It stops the build, which goes on to the same bytes once the drive is well again."""
 

@@ -56,13 +56,13 @@ SHORT_WORDS = TEXT.filter(lambda text: all(len(word) < LONGEST_WORD for word in 
 fixed = settings(max_examples=12, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module", params=[gpt2_like, llama_like, chat_like])
+@pytest.fixture(scope="module", params=[gpt2_like, pytest.param(llama_like, marks=pytest.mark.slow), chat_like])
 def other(request):
     """The tokenizer of a language model."""
     return request.param()
 
 
-@pytest.fixture(scope="module", params=["eot", "state"])
+@pytest.fixture(scope="module", params=["eot", pytest.param("state", marks=pytest.mark.slow)])
 def encoder(request, clip, other):
     return ContextEncoder(clip, tokenizer=other, query=request.param, dtype=torch.float64)
 

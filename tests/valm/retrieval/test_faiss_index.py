@@ -99,7 +99,7 @@ def test_a_query_that_is_not_finite_has_no_pictures(indexed, search):
         "PCA16,IVF60,PQ16x4fs",
         pytest.param("OPQ8,IVF60,PQ8x4fs", marks=pytest.mark.slow),
         "IVF60_HNSW8,PQ16x4fs",
-        "IVF60,PQ8np",
+        pytest.param("IVF60,PQ8np", marks=pytest.mark.slow),
         "PCA16,SQ8",
     ],
 )
