@@ -368,6 +368,7 @@ def test_no_results_to_report(card, capfd):
     assert "has no results of gpu-check: no steps.csv" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_of_a_step_end_with_it(card):
     started = card / "started"
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -385,19 +386,29 @@ def is_running(pid):
     return bool(state) and not state.startswith("Z")
 
 
+@pytest.mark.slow
 def test_a_step_takes_what_those_before_have_left_and_no_more(card, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
+    steps = [
+        Step("quick", 2, (command("pass"),)),
+        Step("slow", 1, (command("import time; time.sleep(60)"),)),
+        Step("last", 2, (command("pass"),)),
+    ]
+    run_steps(steps, card, time.monotonic())
+    assert [outcome.outcome for outcome in read_steps(card).values()] == ["passed", "failed", "passed"]
+    assert re.fullmatch(r"not done in [234] s", read_steps(card)["slow"].note)
+
+
+def test_why_a_step_was_not_run(card, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
     sleeper = command("import time; time.sleep(60)")
     steps = [
-        Step("quick", 2, (command("pass"),)),
-        Step("slow", 1, (sleeper,)),
         Step("absent", 2, (("no-such-sanitizer",),)),
         Step("skipped", 100, (sleeper,), skipped="no reason"),
     ]
     run_steps(steps, card, time.monotonic())
     ended = read_steps(card)
-    assert [outcome.outcome for outcome in ended.values()] == ["passed", "failed", "failed", "skipped"]
-    assert re.fullmatch(r"not done in [234] s", ended["slow"].note)
+    assert [outcome.outcome for outcome in ended.values()] == ["failed", "skipped"]
     assert ended["absent"].note == "no-such-sanitizer is not installed"
     run_steps([Step("late", 1, (sleeper,))], card, time.monotonic() - 6)
     assert read_steps(card)["late"].note == "not run: 6 s are over, run it again"

@@ -133,7 +133,7 @@ def test_flickr8k(clip, tmp_path):
 def test_flickr8k_killed_at_random_and_with_corrupted_pictures(clip, tmp_path):
     folder = tmp_path / "flickr"
     shutil.copytree(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000", folder)
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)
     pictures = sorted((folder / "images").iterdir())
     corrupted = [pictures[index] for index in np.sort(random.choice(len(pictures), 3, replace=False))]
     for file, content in zip(corrupted, (b"", b"no picture", corrupted[2].read_bytes()[:2000]), strict=True):
