@@ -104,7 +104,11 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
     ("options", "message"),
     [
         (["--lr", "1e-2"], "holds another training: its --lr is 0.001, here it is 0.01"),
-        (["--vocabulary", "{world}/corpus.txt"], "holds another training: its --vocabulary is "),
+        pytest.param(
+            ["--vocabulary", "{world}/corpus.txt"],
+            "holds another training: its --vocabulary is ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, options, message):
