@@ -131,6 +131,7 @@ def test_an_old_setuptools_reads_no_pyproject_for_the_native_module(monkeypatch,
         assert distribution.metadata.license is None
 
 
+@pytest.mark.slow
 def test_cuda_on_without_nvcc_is_an_error(tmp_path):
     environment = {"VALM_KERNELS_CUDA": "on", "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "CUDA_PATH": ""}
     done = build(tmp_path, **environment)
@@ -138,6 +139,7 @@ def test_cuda_on_without_nvcc_is_an_error(tmp_path):
     assert "nvcc is neither on PATH nor under CUDA_HOME" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_build_without_a_compiler_ends_in_one_sentence(tmp_path):
     """And soon: no file is copied first."""
     done = subprocess.run(
@@ -154,6 +156,7 @@ def test_a_build_without_a_compiler_ends_in_one_sentence(tmp_path):
     assert not (tmp_path / "build").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["yes", ""])
 def test_unknown_cuda_choice_is_an_error(tmp_path, choice):
     done = build(tmp_path, VALM_KERNELS_CUDA=choice)

@@ -32,6 +32,7 @@ def run_tests(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_an_event_loop_that_is_left_running_is_an_error(run_tests):
     leaves = """
 import asyncio
@@ -59,6 +60,10 @@ def test_a_seed_orders_modules_and_the_tests_in_each(run_tests, monkeypatch):
     assert order("1") == first  # all workers of pytest-xdist must have one order
     modules = [path for path, _ in itertools.groupby(first, key=lambda test: test.path)]
     assert len(modules) == 8 and modules != sorted(modules)
+
+
+@pytest.mark.slow
+def test_pytest_runs_in_the_order_of_the_seed(run_tests):
     named = {f"test_{letter}.py": "def test(): pass\n" for letter in "abcdefgh"}
     done = run_tests(named, "--collect-only", seed="1")
     ran = [line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line]

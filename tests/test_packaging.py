@@ -31,10 +31,12 @@ def sdist(tmp_path_factory):
     return archive
 
 
+@pytest.mark.slow
 def test_sdist_is_the_checkout_without_repository_files(sdist):
     check_sdist(sdist)
 
 
+@pytest.mark.slow
 def test_sdist_has_every_file_that_the_native_module_is_built_from(sdist):
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"setup.py", "pyproject.toml", "csrc/bindings.cpp"} | sources <= sdist_files(sdist)

@@ -23,7 +23,9 @@ def small(tmp_path_factory):
 RETRIEVING = [f"{query}{alone}, tower in float32" for query in ("state", "eot") for alone in ("", " alone")]
 
 
-@pytest.mark.parametrize("name", ["GPT-2*", "pictures given", "self", *RETRIEVING])
+@pytest.mark.parametrize(
+    "name", [pytest.param("GPT-2*", marks=pytest.mark.slow), "pictures given", "self", *RETRIEVING]
+)
 def test_a_row_of_the_whole_model_holds_its_own_check(small, name):
     timed = []
 

@@ -7,7 +7,10 @@ from benchmarks.valm import bench_training
 from valm.model.config import ValmConfig
 
 
-@pytest.mark.parametrize(("num_images", "min_score"), [(0, None), (4, None), (4, 0.5)])
+@pytest.mark.parametrize(
+    ("num_images", "min_score"),
+    [pytest.param(0, None, marks=pytest.mark.slow), pytest.param(4, None, marks=pytest.mark.slow), (4, 0.5)],
+)
 def test_a_step_of_a_small_model_trains_it(monkeypatch, num_images, min_score):
     monkeypatch.setattr(bench_training, "ValmConfig", partial(ValmConfig, n_layer=2, n_embd=32, n_head=2))
     monkeypatch.setattr(bench_training, "STORED", 5000)

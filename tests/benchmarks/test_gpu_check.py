@@ -180,6 +180,7 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
     assert "tests: passed in" in out and "written:" in out
 
 
+@pytest.mark.slow
 def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
     folder = card / "results"
     assert check() == 0
@@ -194,6 +195,7 @@ def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
     assert calls(folder) == first
 
 
+@pytest.mark.slow
 def test_dies_in_every_step_and_resumes(card, check):
     """At once with the tests that are left; and in a second run with what has not passed."""
     folder = card / "results"
@@ -208,12 +210,26 @@ def test_dies_in_every_step_and_resumes(card, check):
     assert len([row for row in rows() if row["group"] == "attention"]) == 1  # the last of each
 
 
+def test_a_process_that_was_killed_is_started_again(card):
+    begun = str(card / "begun")
+    once = (
+        f"import os; there = os.path.exists({begun!r}); open({begun!r}, 'w').close(); there or os.kill(os.getpid(), 9)"
+    )
+    always = "import os; os.kill(os.getpid(), 9)"
+    steps = [Step(name, 9, ((sys.executable, "-Sc", code),)) for name, code in (("once", once), ("always", always))]
+    run_steps(steps, card, time.monotonic())
+    assert [outcome.outcome for outcome in read_steps(card).values()] == ["passed", "failed"]
+    assert "ended with exit status -9" in read_steps(card)["always"].note
+
+
+@pytest.mark.slow
 def test_a_process_that_died_is_started_again(card, check):
     folder = card / "results"
     assert check("first") == 0
     assert [name for name, _ in calls(folder)].count("attention") == 2
 
 
+@pytest.mark.slow
 def test_results_that_were_brought_along(card, check, monkeypatch):
     """To a machine without a card: the repository's files are written from them."""
     assert check() == 0
@@ -318,6 +334,7 @@ def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, c
     assert not gpu_check.MEASURED_CROSSOVER.exists() and gpu_check.MEASURED_TILES.exists()
 
 
+@pytest.mark.slow
 def test_seconds_since_the_start_of_the_process():
     code = "import time; time.sleep(0.3); from benchmarks.gpu_check import seconds_running; print(seconds_running())"
     start = time.monotonic()
@@ -325,6 +342,7 @@ def test_seconds_since_the_start_of_the_process():
     assert 0.3 <= float(found) <= time.monotonic() - start + 0.1
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_has_started_ends_with_it(tmp_path):
     started = tmp_path / "started"
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -350,6 +368,7 @@ def test_no_results_to_report(card, capfd):
     assert "has no results of gpu-check: no steps.csv" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_of_a_step_end_with_it(card):
     started = card / "started"
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -367,19 +386,29 @@ def is_running(pid):
     return bool(state) and not state.startswith("Z")
 
 
+@pytest.mark.slow
 def test_a_step_takes_what_those_before_have_left_and_no_more(card, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
+    steps = [
+        Step("quick", 2, (command("pass"),)),
+        Step("slow", 1, (command("import time; time.sleep(60)"),)),
+        Step("last", 2, (command("pass"),)),
+    ]
+    run_steps(steps, card, time.monotonic())
+    assert [outcome.outcome for outcome in read_steps(card).values()] == ["passed", "failed", "passed"]
+    assert re.fullmatch(r"not done in [234] s", read_steps(card)["slow"].note)
+
+
+def test_why_a_step_was_not_run(card, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
     sleeper = command("import time; time.sleep(60)")
     steps = [
-        Step("quick", 2, (command("pass"),)),
-        Step("slow", 1, (sleeper,)),
         Step("absent", 2, (("no-such-sanitizer",),)),
         Step("skipped", 100, (sleeper,), skipped="no reason"),
     ]
     run_steps(steps, card, time.monotonic())
     ended = read_steps(card)
-    assert [outcome.outcome for outcome in ended.values()] == ["passed", "failed", "failed", "skipped"]
-    assert re.fullmatch(r"not done in [234] s", ended["slow"].note)
+    assert [outcome.outcome for outcome in ended.values()] == ["failed", "skipped"]
     assert ended["absent"].note == "no-such-sanitizer is not installed"
     run_steps([Step("late", 1, (sleeper,))], card, time.monotonic() - 6)
     assert read_steps(card)["late"].note == "not run: 6 s are over, run it again"
@@ -540,6 +569,7 @@ def test_arithmetic_of_decoding_without_images_is_less():
     assert measured[TEXT_ONLY]["arithmetic"] < measured["ours"]["arithmetic"]
 
 
+@pytest.mark.slow
 def test_the_small_set_has_one_dtype_of_each_kind_of_attention():
     """The selection of the sanitizers' steps, as pytest collects it."""
     tests = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", gpu_steps.SMALL]

@@ -17,6 +17,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_command_is_killed_at_a_file_and_given_again(tmp_path):
     done = run([sys.executable, "-c", RESUMED, tmp_path], tmp_path, killed_at=["part-1", "part-3"])
     assert (done.kills, done.output) == (2, "done\n")

@@ -13,6 +13,7 @@ from valm.cli import run_command
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", ["demo", "color"])
 def test_the_command_itself_answers_help(study):
     done = subprocess.run(

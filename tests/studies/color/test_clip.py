@@ -44,9 +44,9 @@ def test_the_tower_has_the_weights_of_imagenet(tower):
 def test_training_leaves_the_tower_as_it_is(tower):
     before = Clip.load(tower)
     clip = new_clip(None, before)
-    images = torch.randn(4, 3, 112, 112)
+    images = torch.randn(2, 3, 112, 112)
     head = clip.model.visual.head.proj.weight.clone()
-    train_clip(clip, [(images, ["a", "b", "c", "d"])] * 2, steps=2, lr=1e-3, progress=None)
+    train_clip(clip, [(images, ["a", "b"])], steps=1, lr=1e-3, progress=None)
     with torch.no_grad():
         torch.testing.assert_close(clip.model.visual.trunk(images), before.model.visual.trunk(images), rtol=0, atol=0)
     assert not torch.equal(clip.model.visual.head.proj.weight, head)

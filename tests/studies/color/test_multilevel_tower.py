@@ -54,6 +54,7 @@ def test_levels_of_one_length_whatever_their_scale(tower):
         torch.testing.assert_close(level.square().sum(1), torch.full((2,), tower.num_features / 4), rtol=0.01, atol=0)
 
 
+@pytest.mark.slow
 def test_a_clip_with_this_tower_loads_in_another_process(tmp_path):
     torch.manual_seed(0)
     clip = Clip.create(MODEL_CFG)

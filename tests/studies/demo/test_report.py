@@ -100,6 +100,7 @@ def test_bars_are_as_long_as_the_answers_are_likely(tmp_path, exhibits):
     assert '<th scope="row">pink</th>' not in text  # next to never said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, scheme):

@@ -17,15 +17,19 @@ from valm.training.steps_checkpoint import StepsCheckpoint
 
 def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    train = ["clip", "train", world / "pictures", "--steps", 40, "--batch-size", 6, "--lr", 3e-3]
+    train = ["clip", "train", world / "pictures", "--steps", 3, "--batch-size", 6, "--lr", 3e-3]
     assert run(*train, "--model", tmp_path / "tiny.json", "--out", tmp_path / "clip") == 0
     assert "6 images; loss" in capsys.readouterr().out
     assert run("clip", "check", world / "pictures", "--clip", tmp_path / "clip") == 0
     assert "text to image  recall@1" in capsys.readouterr().out
-    # its image side frozen, and a new text side; the result builds a knowledge base
-    assert run(*train, "--image-tower", tmp_path / "clip", "--out", tmp_path / "lit") == 0
+
+
+def test_a_text_side_is_trained_beside_a_frozen_image_side(world, tmp_path):
+    """The result builds a knowledge base."""
+    train = ["clip", "train", world / "pictures", "--steps", 3, "--batch-size", 6, "--image-tower", world / "clip"]
+    assert run(*train, "--out", tmp_path / "lit") == 0
     assert run("kb", "build", world / "pictures", "--clip", tmp_path / "lit", "--out", tmp_path / "kb") == 0
-    assert run(*train, "--image-tower", tmp_path / "clip", "--cache-images", "--out", tmp_path / "cached") == 0
+    assert run(*train, "--cache-images", "--out", tmp_path / "cached") == 0
     assert Clip.load(tmp_path / "cached").encode_images(torch.zeros(1, 3, 32, 32)).shape == (1, TINY["embed_dim"])
 
 
@@ -100,7 +104,11 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
     ("options", "message"),
     [
         (["--lr", "1e-2"], "holds another training: its --lr is 0.001, here it is 0.01"),
-        (["--vocabulary", "{world}/corpus.txt"], "holds another training: its --vocabulary is "),
+        pytest.param(
+            ["--vocabulary", "{world}/corpus.txt"],
+            "holds another training: its --vocabulary is ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, options, message):

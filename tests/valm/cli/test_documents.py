@@ -138,7 +138,7 @@ def test_the_commands_of_the_readme_run(workshop, world, capsys):
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "serve":  # until it is stopped; test_serve.py runs it
             continue
-        words += SIZE if words[0] == "train" else []
+        words += {"train": SIZE, "eval": ["--limit", "1", "--tasks", "memory_color,lambada"]}.get(words[0], [])
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
     assert (workshop / "report" / "report.html").is_file() and (workshop / "sky.html").is_file()
 

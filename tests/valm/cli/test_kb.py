@@ -39,6 +39,7 @@ def test_kb_info_does_not_wait_for_torch(world):
     assert "6 images" in done.stdout and done.stdout.endswith("False\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -57,6 +57,7 @@ def test_what_one_process_does_is_refused_to_several(command, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_itself_has_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "valm", "kb", "info", tmp_path / "none"], capture_output=True, text=True
@@ -65,6 +66,7 @@ def test_the_command_itself_has_no_traceback(tmp_path):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("valm: error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is what is told")
 def test_memory_that_is_freed_is_used_again():
     """A command that takes and frees 50 MB again and again has no page faults each time."""
@@ -132,6 +134,7 @@ def test_version(capsys):
     assert __version__ == valm_kernels.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="a closed pipe is a signal or an error by system")
 def test_a_closed_pipe_is_no_error(world):
     command = f"{sys.executable} -m valm kb search {world / 'kb'} sea; echo $? >&2"

@@ -54,6 +54,7 @@ def generated(world):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_commands_of_the_page_get_what_generate_says(address, generated):
     """Completions and chats, streamed and not, by the curl commands of docs/how-to/serve.md."""
@@ -83,6 +84,7 @@ def test_the_commands_of_the_page_get_what_generate_says(address, generated):
     ]
 
 
+@pytest.mark.slow
 def test_200_requests_at_once(address, generated):
     prompts = [list(generated)[number % len(generated)] for number in range(200)]
     with ThreadPoolExecutor(200) as pool:
@@ -91,6 +93,7 @@ def test_200_requests_at_once(address, generated):
     assert len(set(found)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_loses_no_request(world, generated, number):
     """Each is answered, told that the server stops (on a slow machine), or finds nobody who accepts it."""
@@ -108,6 +111,7 @@ def test_a_signal_loses_no_request(world, generated, number):
     assert all(got in ((200, text), (503, "server_stopping"), "nobody") for got, text in found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of open files")
 def test_half_requests_take_neither_all_files_nor_the_log(world):
     """Clients that send half a line are closed after a while, and others are answered meanwhile."""
@@ -147,6 +151,7 @@ def answer_or_nobody(address, prompt):
         return "nobody"
 
 
+@pytest.mark.slow
 def test_the_next_signal_stops_at_once(world):
     """And tells it in the stream."""
     with serving(world / "valm") as (process, address):
@@ -161,6 +166,7 @@ def test_the_next_signal_stops_at_once(world):
     assert "[DONE]" in last or "server_stopping" in last
 
 
+@pytest.mark.slow
 def test_a_model_without_images(world):
     with serving(world / "gpt2") as (_, address):
         assert ask(address, "the color of the sea")[0] == 200

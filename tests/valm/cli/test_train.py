@@ -90,9 +90,6 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     expected = load_file(tmp_path / "twin" / "model.safetensors")
     for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
-    assert run(*train, "--out", tmp_path / "limited", "--limit-softmax", "--validation", 0.3) == 0
-    losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "limited")]
-    assert losses[0] > losses[-1] > 4  # of 300 tokens that are about alike; the text has 60
     capsys.readouterr()
     assert run(*train, "--fusion-lr", "1e-3", "--out", tmp_path / "model", "--resume") == 1
     assert "holds another training: its --fusion-lr is 0.01, here it is 0.001" in capsys.readouterr().err
@@ -114,7 +111,15 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     assert error in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("twin", [None, "text", "blind"])
+def test_a_training_on_the_tokens_of_the_text_is_evaluated_on_all(world, base, tmp_path):
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
+    train += ["--unfreeze", "block", "--logit-bias", "-1", "--fusion-lr", "1e-2", "--limit-softmax"]
+    assert run(*train, "--validation", 0.3, "--save_steps", 1, "--out", tmp_path / "limited") == 0
+    losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "limited")]
+    assert losses[0] > losses[-1] > 4  # of 300 tokens that are about alike; the text has 60
+
+
+@pytest.mark.parametrize("twin", [None, "text", pytest.param("blind", marks=pytest.mark.slow)])
 def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, twin):
     """As the terminal, _run.json and the card say; again where all steps are done; and not with --no-mix."""
     out = tmp_path / "model"
@@ -170,7 +175,7 @@ def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, 
     assert "base_share" not in json.loads((tmp_path / "model" / "_run.json").read_text())["numbers"]
 
 
-@pytest.mark.parametrize("source", ["corpus", "retrieval", "images"])
+@pytest.mark.parametrize("source", [pytest.param("corpus", marks=pytest.mark.slow), "retrieval", "images"])
 def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monkeypatch):
     """Its own, so a chat prompt begins with one bos; and a prompt is read after bos as a document is."""
     of = {
@@ -204,7 +209,7 @@ def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
     tokenizer.save_pretrained(tmp_path / "own")
     retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", tmp_path / "own", "-k", "2"]
     assert run(*retrieve, "--out", tmp_path / "retrieval") == 0
-    train = ["train", "--retrieval", tmp_path / "retrieval", "--kb", world / "kb", *STEPS, "--context", 16]
+    train = ["train", "--retrieval", tmp_path / "retrieval", "--kb", world / "kb", *SIZE, "--context", 16]
     assert run(*train, "--out", tmp_path / "model") == 0
     model, found = load(tmp_path / "model")
     assert found.pad_token == found.eos_token and model.config.pad_token_id == found.eos_token_id
@@ -230,7 +235,7 @@ def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_p
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
     """So its tokenizer has no chat template, also where that of the corpus has one."""
     assert CorpusRetrieval.open(world / "base-retrieval").tokenizer.chat_template is not None
-    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", 16]
+    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", *SIZE, "--context", 16]
     assert run(*train, "--out", tmp_path / "model") == 0
     model, tokenizer = load(tmp_path / "model")
     assert tokenizer.chat_template is None and not model.retriever.encoder.alignment.one_document
@@ -321,7 +326,7 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     capsys.readouterr()
     assert run("generate", tmp_path / "valm", "the color of the apple", "--max-new-tokens", 4) == 0
     assert capsys.readouterr().out.startswith("the color of the apple")
-    assert run("eval", tmp_path / "valm", "--tasks", "memory_color", "--data", world / "sets") == 0
+    assert run("eval", tmp_path / "valm", "--tasks", "memory_color", "--data", world / "sets", "--limit", 1) == 0
     assert "accuracy" in capsys.readouterr().out
     # and the baseline without pictures
     assert run("train", corpus, *other, "--out", tmp_path / "gpt2", *size) == 0
@@ -464,7 +469,7 @@ def wrong_inputs():
             "tokenizer",
         ),
         "corpus missing": (["train", "{tmp}/none.txt", "--out", "{tmp}/model"], "none.txt"),
-        "corpus without text": (["train", "{tmp}/empty.txt", "--out", "{tmp}/model"], "no documents"),
+        "corpus without text": (["train", "{tmp}/empty.txt", *train[2:]], "no documents"),
         "corpus without text for a base": (
             ["train", "{tmp}/empty.txt", *base[2:], "--unfreeze", "block"],
             "no documents",
@@ -515,14 +520,15 @@ def test_wrong_input_is_one_sentence(sentence, name, base, world, tmp_path):
     (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
     (tmp_path / "value.yaml").write_text("batch_size: many")
     (tmp_path / "gone.yaml").write_text("layers: 3")
-    for below in ("retrieval/eot", "retrieval/state", "kb/kb"):
-        shutil.copytree(world / below.partition("/")[0], tmp_path / "both" / below.partition("/")[2])
-    shutil.copytree(base, tmp_path / "hole")
-    weights = load_file(base / "model.safetensors")
-    save_file(
-        {name: weights[name] for name in weights if name != "lm_head.weight"}, tmp_path / "hole/model.safetensors"
-    )
     arguments, expected = wrong_inputs()[name]
+    if "{tmp}/both" in arguments:
+        for below in ("retrieval/eot", "retrieval/state", "kb/kb"):
+            shutil.copytree(world / below.partition("/")[0], tmp_path / "both" / below.partition("/")[2])
+    if "{tmp}/hole" in arguments:
+        shutil.copytree(base, tmp_path / "hole")
+        weights = load_file(base / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, tmp_path / "hole/model.safetensors")
     sentence(arguments, expected)
 
 

@@ -46,14 +46,12 @@ PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "training.md"
 COMMANDS = re.findall(r"^(?:torchrun|accelerate launch) .*$", PAGE.read_text(), re.M)
 
 
-# The first one is launched by `make test` too.
 LAUNCHES = [(command, more) for more in ("", "--ddp_backend gloo") for command in COMMANDS]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
-@pytest.mark.parametrize(
-    ("command", "more"), [LAUNCHES[0], *(pytest.param(*launch, marks=pytest.mark.slow) for launch in LAUNCHES[1:])]
-)
+@pytest.mark.parametrize(("command", "more"), LAUNCHES)
 def test_the_documented_launches_train_one_model(documented, command, more, tmp_path):
     """Without CUDA too, and with the losses of one process."""
     folder, expected = documented

@@ -92,6 +92,7 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
     assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @needs_fork
 def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkeypatch):
     """However they were started, such as by srun, which sets no WORLD_SIZE."""
@@ -140,8 +141,11 @@ def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, c
     assert written == expected != other
 
 
-@pytest.mark.parametrize("again", [[], ["--resume"]], ids=["anew", "resumed"])
-@pytest.mark.parametrize("wrong", [["--adam_beta1", "2"], ["--lr", "1e30"]], ids=["no step", "no checkpoint"])
+@pytest.mark.parametrize(
+    ("wrong", "again"),
+    [(["--adam_beta1", "2"], []), (["--lr", "1e30"], ["--resume"])],
+    ids=["no step", "no checkpoint"],
+)
 def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, wrong, again):
     """It has nothing that another one could go on from, or lose."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]

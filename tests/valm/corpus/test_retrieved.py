@@ -233,6 +233,7 @@ def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path
     assert contents(retrieve(documents, "resumed").path) == contents(whole.path)
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_killed_retrieval_goes_on_to_the_same_bytes(text_file, retriever, tmp_path):
     def retrieve(out=tmp_path / "killed"):

@@ -50,7 +50,7 @@ def trained():
     clip = Clip.create(TINY, prune_tokenizer(clip_tokenizer(), texts), name="colours")
     model = clip.model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(240):
+    for _ in range(120):
         images = torch.stack([clip.transform(square(name, rng)) for name in COLORS])
         ids = clip.token_ids([rng.choice(TEMPLATES).format(name) for name in NAMES])
         features = model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
@@ -212,6 +212,7 @@ def test_images_that_were_held_out_are_told_from_all_classes(folder, trained, tm
     assert found.linear_probe is None and 0 <= found.balanced <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
 def test_flickr8k(clip):
     """With random weights, near chance."""

@@ -107,6 +107,7 @@ def test_what_has_no_number_has_a_reason():
     assert "ours has no number for RelativeSize: 'yes' is 2 tokens." in markdown(results())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(browser, tmp_path, width, scheme):

@@ -7,10 +7,10 @@ from valm.evaluation.statistics import Estimate, accuracy, paired, ratio
 def test_interval_holds_the_true_share_about_95_times_in_100():
     random = np.random.default_rng(0)
     held = 0
-    for seed in range(100):
+    for seed in range(50):
         estimate = ratio((random.random((1, 100)) < 0.6).astype(float), np.ones((1, 100)), seed)
         held += estimate.low <= 0.6 <= estimate.high
-    assert 88 <= held <= 100
+    assert 44 <= held <= 50
 
 
 def test_prompts_of_an_item_do_not_make_the_interval_narrower():
@@ -95,7 +95,7 @@ def test_pairs_of_objects_are_drawn_by_their_objects():
         return (margin > 0).sum(-1)[None].astype(float)
 
     held, by_pairs, equal = 0, 0, 0
-    for _ in range(40):
+    for _ in range(20):
         one, two = ignorant(), ignorant()
         found, narrow = ratio(one, tries, objects=objects), ratio(one, tries)
         assert found.value == narrow.value
@@ -104,7 +104,7 @@ def test_pairs_of_objects_are_drawn_by_their_objects():
         difference = paired(one, two, tries[0], objects=objects)
         assert difference.p is None
         equal += difference.low <= 0 <= difference.high
-    assert held >= 34 and equal >= 34 and by_pairs <= 26
+    assert held >= 17 and equal >= 17 and by_pairs <= 13
 
 
 def test_a_resample_without_any_pair_is_left_out():

@@ -126,9 +126,9 @@ def test_every_model_is_opened_once_and_hashed_only_for_a_cache(world, tmp_path,
     )
     monkeypatch.setattr(scorers, "model_fingerprint", lambda *model: hashed.append(model) or own_hash(*model))
     models = {"both": [str(world / "seed0"), str(world / "seed1")], "one": [str(world / "seed1")]}
-    evaluate(models, settings(world), progress=False)
+    evaluate(models, settings(world, "memory_color"), progress=False)
     assert opened == [source for sources in models.values() for source in sources] and not hashed
-    evaluate(models, settings(world), tmp_path, progress=False)
+    evaluate(models, settings(world, "memory_color"), tmp_path, progress=False)
     assert len(hashed) == 3
 
 

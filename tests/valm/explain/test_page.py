@@ -159,6 +159,7 @@ class Broken(dict):
         raise ZeroDivisionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(browser, tmp_path, width, scheme):
@@ -188,6 +189,7 @@ def test_in_a_browser(browser, tmp_path, width, scheme):
     context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens, scrolls", [(3, False), (20, True)])
 def test_a_wide_table_says_that_it_scrolls(browser, tmp_path, tokens, scrolls):
     weights, none = np.zeros((2, tokens, tokens), np.float32), np.full((tokens, 2), -1)

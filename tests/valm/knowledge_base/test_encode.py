@@ -1,19 +1,21 @@
 import errno
 import io
+import multiprocessing
 import pickle
-import signal
-import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from tests.valm.killed import is_running, still_running
+from tests.valm.killed import forked, is_running, still_running
 from tests.valm.knowledge_base.inputs import build_folder, contents, png
 from valm.errors import ValmError
 from valm.knowledge_base import encode
-from valm.knowledge_base.encode import thumbnail_bytes
+from valm.knowledge_base.encode import end_with_parent, thumbnail_bytes
 
 
 def test_bad_pictures_are_listed(kb):
@@ -25,7 +27,7 @@ def test_bad_pictures_are_listed(kb):
     assert "9000 x 9000 pixels" in skipped["p11_bomb.png"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypatch, workers):
     """It stops the build, which goes on to the same bytes once the drive is well again."""
 
@@ -46,6 +48,7 @@ def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypa
     assert contents(tmp_path) == contents(kb.path)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_files(kb, folder, clip, tmp_path):
     build_folder(folder, tmp_path, clip, workers=2)
     assert contents(tmp_path) == contents(kb.path)
@@ -62,30 +65,30 @@ def test_names_and_captions_can_be_written_as_utf8():
     assert (item.uri, item.caption) == ("caf\ufffd.png", "\ufffd red")
 
 
-# A DataLoader whose workers have more to say than their pipes hold, and whose main process reads one batch only.
-LOADER = """
-import sys, time
-import torch
-from torch.utils.data import DataLoader
-from valm.knowledge_base.encode import end_with_parent
-if sys.argv[1] == "elsewhere":
-    sys.platform = "elsewhere"
-data = [torch.zeros(100_000) for _ in range(64)]
-as_bytes = lambda batch: batch[0].numpy().tobytes()  # through a pipe; tensors go through shared memory
-batches = iter(DataLoader(data, 1, collate_fn=as_bytes, num_workers=2, worker_init_fn=end_with_parent))
-next(batches)
-print(*[worker.pid for worker in batches._workers], flush=True)
-time.sleep(600)
-"""
+def load(pids, platform):
+    """A DataLoader whose workers have more to say than their pipes hold, and whose main process reads one batch."""
+
+    def as_bytes(batch):  # through a pipe; tensors go through shared memory
+        return batch[0].numpy().tobytes()
+
+    sys.platform = platform
+    data = [torch.zeros(100_000) for _ in range(64)]
+    batches = iter(DataLoader(data, 1, collate_fn=as_bytes, num_workers=2, worker_init_fn=end_with_parent))
+    next(batches)
+    pids.send([worker.pid for worker in batches._workers])
+    time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("platform", ["linux", "elsewhere"])
 def test_workers_end_with_their_parent(platform):
-    with subprocess.Popen([sys.executable, "-c", LOADER, platform], stdout=subprocess.PIPE, text=True) as main:
-        workers = [int(pid) for pid in main.stdout.readline().split()]
-        assert len(workers) == 2 and all(map(is_running, workers))
-        main.send_signal(signal.SIGKILL)
+    found, pids = multiprocessing.Pipe(duplex=False)
+    main = forked(lambda: load(pids, platform))
+    assert found.poll(60)
+    workers = found.recv()
+    assert len(workers) == 2 and all(map(is_running, workers))
+    main.kill()
+    main.join()
     assert not still_running(workers)
 
 

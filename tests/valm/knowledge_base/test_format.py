@@ -16,6 +16,7 @@ def test_nothing_readable(clip, tmp_path):
     assert contents(tmp_path / "kb") == {}
 
 
+@pytest.mark.slow
 @needs_fork
 def test_what_is_given_up_may_be_killed(clip, tmp_path):
     (tmp_path / "pictures").mkdir()

@@ -381,6 +381,7 @@ def test_an_attention_without_masks_is_refused_by_the_forward_too():
     assert model(random_ids(1, 5), **random_images(1, 5)).logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
 def test_it_compiles_to_one_graph(base):
     model = augmented(base).train(False)
@@ -398,6 +399,17 @@ def test_it_compiles_to_one_graph(base):
     assert fusion_module(model).norm.weight.grad.any()
 
 
+@torch.no_grad()
+def test_a_batch_with_holes_is_one_graph():
+    model = augmented(lambda seed: tiny_llama(seed, num_hidden_layers=2))
+    ids, images = random_ids(2, 9), random_images(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = mask[0, 4] = 0
+    found = torch.compile(model, fullgraph=True, backend="eager")(ids, attention_mask=mask, **images).logits
+    close(found[mask.bool()], model(ids, attention_mask=mask, **images).logits[mask.bool()])
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_sees_the_images_of_a_retriever_that_is_set_later():
     model, ids = augmented(), random_ids(2, 9)
@@ -438,7 +450,7 @@ def compiled_forward(model):  # as Accelerator.prepare of autocast leaves it too
     "replace",
     [
         lambda model: dispatch_model(model, {"": "cpu"}, force_hooks=True),
-        compiled_forward,
+        pytest.param(compiled_forward, marks=pytest.mark.slow),
         with_hook("model.layers.1"),
         with_hook("model.layers.1.self_attn"),
     ],

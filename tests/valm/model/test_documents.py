@@ -72,7 +72,16 @@ def test_packed_documents_have_the_logits_of_each_alone(name, way):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["by default", "a mask", "padding and a mask", "one row of positions", "compiled"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "by default",
+        "a mask",
+        "padding and a mask",
+        "one row of positions",
+        pytest.param("compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_a_retriever_reads_each_document_by_itself(way):
     model = augmented()
     model.set_retriever(WholeTextRetriever())
@@ -149,18 +158,43 @@ def test_a_document_behind_a_filled_cache_is_refused(positions, masked):
         model(**given)
 
 
-def test_a_family_that_mixes_documents_is_refused():
+def test_a_family_that_mixes_documents_is_refused(monkeypatch):
     model = augmented(lambda seed: tiny("jamba"), layer=0)
     ids, positions = random_ids(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
     batch = {"input_ids": ids, "position_ids": positions, **random_images(1, 6)}
     with pytest.raises(ValueError, match="JambaModel does not keep documents in a row apart"):
         model(**batch)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match="JambaModel does not keep documents in a row apart"):
+        model(**batch, use_cache=False)
+
+
+@pytest.mark.slow
+def test_a_compiled_family_that_mixes_documents_is_refused():
+    model = augmented(lambda seed: tiny("jamba"), layer=0)
+    batch = {"input_ids": random_ids(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), **random_images(1, 6)}
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(RuntimeError, match="JambaModel does not keep documents in a row apart"):
         compiled(**batch, use_cache=False)
 
 
+@torch.no_grad()
+def test_what_a_graph_does_with_packed_documents(monkeypatch):
+    """The code that is compiled, run as it is: it cannot look at positions."""
+    model, batch = MODELS["llama"], packed_rows()
+    mask, one = torch.ones_like(batch["input_ids"]), torch.arange(17).expand(2, -1)
+    apart, whole = alone(model, batch), model(**batch | {"position_ids": one}).logits
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(model(**batch, use_cache=False).logits, apart, rtol=1e-4, atol=1e-4)
+    for arguments in ({"attention_mask": mask}, {"attention_mask": mask, "use_cache": False}, {}):
+        with pytest.raises(RuntimeError, match="which a compiled model keeps apart only without an attention_mask"):
+            model(**batch, **arguments)
+        found = model(**batch | {"position_ids": one} | arguments).logits
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_documents_in_a_compiled_model():
     """A graph cannot look at positions: it separates documents, or ends with an error."""

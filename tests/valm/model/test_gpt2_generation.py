@@ -18,7 +18,12 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The quick tests have each retriever and each kind of tokenizer once.
+QUICK = ["nearest", "blind, Llama's tokenizer"]
+PARAMS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def model(request, clip, make_kb, tmp_path_factory):
     make_tokenizer, blind = KINDS[request.param]
     tokenizer = clip.tokenizer

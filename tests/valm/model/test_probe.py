@@ -97,9 +97,12 @@ def test_a_model_in_training_mode_is_augmented_as_in_eval_mode(base):
     augment(model, IMAGE_DIM, IMAGES)
     assert not any(module.training for module in first.modules())
     assert {name: module.training for name, module in model.named_modules() if name in modes} == modes
-    for refused in ({"layer": 9}, {"logit_bias": float("nan")}):
+    for refused, message in (
+        ({"layer": 9}, "layer must be one of the 3 layers"),
+        ({"logit_bias": float("nan")}, "logit_bias must be a finite number, got nan"),
+    ):
         model = base(**arguments).train()
-        with pytest.raises(ValmError):
+        with pytest.raises(ValmError, match=message):
             augment(model, IMAGE_DIM, IMAGES, **refused)
         assert all(module.training for module in model.modules())
 

@@ -12,7 +12,7 @@ from tests.threads import THREADS, at_once
 from tests.valm.model.decoders import augmented, random_images, tiny_gpt2
 from tests.valm.models import HashRetriever, random_ids, tiny_model
 
-ROUNDS = 5
+ROUNDS = 3
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
 
 

@@ -170,7 +170,10 @@ def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, clip, two_gpus, monk
     assert not two_gpus
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,SQ4", "IVF32,SQfp16", "IVF32,PQ1"])
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,SQ4", "IVF32,SQfp16", pytest.param("IVF32,PQ1", marks=pytest.mark.slow)],
+)
 def test_what_a_gpu_holds(kb, two_gpus, factory):
     assert build(kb, factory, device="cuda").search(queries(kb, 3), K).indices.shape == (3, K)
 

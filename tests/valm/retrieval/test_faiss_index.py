@@ -94,7 +94,14 @@ def test_a_query_that_is_not_finite_has_no_pictures(indexed, search):
 
 
 @pytest.mark.parametrize(
-    "factory", ["PCA16,IVF60,PQ16x4fs", "OPQ8,IVF60,PQ8x4fs", "IVF60_HNSW8,PQ16x4fs", "IVF60,PQ8np", "PCA16,SQ8"]
+    "factory",
+    [
+        "PCA16,IVF60,PQ16x4fs",
+        pytest.param("OPQ8,IVF60,PQ8x4fs", marks=pytest.mark.slow),
+        "IVF60_HNSW8,PQ16x4fs",
+        pytest.param("IVF60,PQ8np", marks=pytest.mark.slow),
+        "PCA16,SQ8",
+    ],
 )
 def test_candidates_are_those_that_faiss_finds(clip, tmp_path, factory):
     """Whoever chooses the cells of an inverted file."""

@@ -38,11 +38,11 @@ def queries(kb, count=400, seed=1):
     "factory",
     [
         "IVF32,Flat",
-        "IVF32,SQ8",
+        pytest.param("IVF32,SQ8", marks=pytest.mark.slow),
         "PCA8,IVF32,PQ8x4fs",
-        "OPQ8,IVF16,PQ8x4fs",
+        pytest.param("OPQ8,IVF16,PQ8x4fs", marks=pytest.mark.slow),
         "IVF32_HNSW8,SQ8",
-        "HNSW8",
+        pytest.param("HNSW8", marks=pytest.mark.slow),
         "HNSW8,SQ8",
         "SQ8",
     ],
@@ -65,7 +65,7 @@ def test_the_target_recall_is_reached_and_told(kb, factory):
     assert parameters.file["bytes"] == (kb.path / "index.faiss").stat().st_size
 
 
-@pytest.mark.parametrize("target", [0.7, 0.9])
+@pytest.mark.parametrize("target", [pytest.param(0.7, marks=pytest.mark.slow), 0.9])
 def test_the_target_is_reached_on_queries_that_were_not_tuned_on(kb, target):
     """Whichever they are, and also where they are harder: of all directions, the others near those of the pictures."""
     for seed in range(1, 5):
@@ -137,6 +137,7 @@ def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monk
     assert not list(kb.path.glob("*.partial"))
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_killed_build_leaves_the_old_index_or_none_and_goes_on(clip, tmp_path):
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
@@ -163,7 +164,15 @@ def test_a_killed_build_leaves_the_old_index_or_none_and_goes_on(clip, tmp_path)
     assert (kb.path / "index.faiss").read_bytes() == (other.path / "index.faiss").read_bytes()
 
 
-@pytest.mark.parametrize("factory", ["IVF16,PQ8x4", "PCA8,IVF16,Flat", "PCA8,IVF32_HNSW8,SQ8", "PCA8,IVF32,PQ8x4fs"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        pytest.param("IVF16,PQ8x4", marks=pytest.mark.slow),
+        "PCA8,IVF16,Flat",
+        pytest.param("PCA8,IVF32_HNSW8,SQ8", marks=pytest.mark.slow),
+        "PCA8,IVF32,PQ8x4fs",
+    ],
+)
 def test_an_interrupted_build_loses_a_part(clip, tmp_path, monkeypatch, factory):
     monkeypatch.setattr(index_filling, "ROWS", 1500)
     monkeypatch.setattr(index_filling, "MIN_PART", 1500)
@@ -203,7 +212,15 @@ def test_the_nearest_cells_are_those_that_faiss_finds():
     assert np.array_equal(found, index.search(vectors, 1)[1][:, 0])
 
 
-@pytest.mark.parametrize("factory", ["IVF16,SQ8", "PCA8,IVF16,PQ8", "IVF16,PQ8x4fs", "PCA8,IVF32,PQ4x4fsr_64"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "IVF16,SQ8",
+        pytest.param("PCA8,IVF16,PQ8", marks=pytest.mark.slow),
+        "IVF16,PQ8x4fs",
+        "PCA8,IVF32,PQ4x4fsr_64",
+    ],
+)
 def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, factory):
     faiss = pytest.importorskip("faiss")
     packed = tmp_path / "packed"
@@ -227,7 +244,7 @@ def test_an_index_is_written_once_if_it_is_not_packed(kb, monkeypatch, factory, 
     assert verify_index(kb) == [] and (kb.path / "index.faiss").stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW8"])
+@pytest.mark.parametrize("factory", ["IVF16,Flat", pytest.param("HNSW8", marks=pytest.mark.slow)])
 def test_another_build_removes_what_a_killed_one_left(kb, factory):
     left = kb.path / "index-0123456789abcdef.partial"
     left.mkdir()
@@ -239,8 +256,8 @@ def test_another_build_removes_what_a_killed_one_left(kb, factory):
     assert not list(kb.path.glob("*.partial"))
 
 
-def interrupted(kb, monkeypatch, factory="PCA8,IVF16,SQ8"):
-    """The folder of a build that was interrupted when all vectors had been added, and how to go on."""
+def interrupted(kb, monkeypatch, factory="PCA8,IVF16,SQ8", step=(index_tuning, "_exact")):
+    """The folder of a build that was interrupted when all vectors had been added, or at `step`, and how to go on."""
 
     def build():
         return build_index(kb, queries(kb), factory, k=K, target_recall=0.5, progress=False)
@@ -249,7 +266,7 @@ def interrupted(kb, monkeypatch, factory="PCA8,IVF16,SQ8"):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(index_tuning, "_exact", interrupt)
+        patched.setattr(*step, interrupt)
         with pytest.raises(KeyboardInterrupt):
             build()
     (folder,) = kb.path.glob("*.partial")
@@ -289,14 +306,33 @@ def undamaged(clip, tmp_path_factory):
     return folder, (whole / "index.faiss").read_bytes()
 
 
-@needs_fork
-@pytest.mark.parametrize("damage", [change_a_bit, cut, empty, take_that_of_another_factory])
-@pytest.mark.parametrize("name, files", [("added-0.faiss", 2), (f"added-{COUNT}.faiss", 4), ("done.json", 4)])
-def test_a_damaged_file_of_a_killed_build_is_made_anew(undamaged, tmp_path, name, files, damage):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, change_a_bit) for name in ("added-0.faiss", f"added-{COUNT}.faiss", "done.json")),
+        ("added-0.faiss", cut),
+        ("done.json", empty),
+        (f"added-{COUNT}.faiss", take_that_of_another_factory),
+        *(
+            pytest.param(name, damage, marks=pytest.mark.slow)
+            for name, damage in (
+                ("added-0.faiss", empty),
+                ("added-0.faiss", take_that_of_another_factory),
+                (f"added-{COUNT}.faiss", cut),
+                (f"added-{COUNT}.faiss", empty),
+                ("done.json", cut),
+                ("done.json", take_that_of_another_factory),
+            )
+        ),
+    ],
+)
+def test_a_damaged_file_of_an_interrupted_build_is_made_anew(undamaged, tmp_path, monkeypatch, name, damage):
     folder, index = undamaged
     killed, other = (shutil.copytree(folder, tmp_path / copy) for copy in ("killed", "other"))
+    step = (index_filling.NearestCell, "__call__") if name == "added-0.faiss" else (index_tuning, "_exact")
     for left, factory in ((killed, "PCA8,IVF16,SQ8"), (other, "PCA8,IVF16,SQ4")):
-        assert exit_code_if_killed(lambda: build_in(left, factory), files) == -signal.SIGKILL  # noqa: B023
+        if left == killed or damage == take_that_of_another_factory:
+            interrupted(ImageKnowledgeBase.open(left), monkeypatch, factory, step)
     (file,) = killed.glob(f"*.partial/{name}")
     before = file.read_bytes()
     damage(file)
@@ -315,7 +351,14 @@ def test_a_link_out_of_the_folder_of_a_killed_build_is_refused(kb, monkeypatch, 
         build()
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "PCA8,IVF16,PQ4x4", "IVF16,PQ8x4fs"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        pytest.param("IVF16,Flat", marks=pytest.mark.slow),
+        pytest.param("PCA8,IVF16,PQ4x4", marks=pytest.mark.slow),
+        "IVF16,PQ8x4fs",
+    ],
+)
 def test_what_is_left_of_a_folder_makes_the_same_index(clip, tmp_path, monkeypatch, factory):
     """A process that was killed while it removed the folder may leave any of its files."""
     kb = make_indexed(clip, tmp_path / "whole", factory=factory, target_recall=0.5)
@@ -374,7 +417,15 @@ def test_one_process_at_a_time_makes_an_index(kb, monkeypatch):
         build_index(kb, queries(kb), "IVF16,Flat", k=K, progress=False)
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat,RFlat", "IVF16,PQ4+4", "PCA8,IVF16,SQ8,RFlat", "PCA4,IVF16,Flat"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "IVF16,Flat,RFlat",
+        pytest.param("IVF16,PQ4+4", marks=pytest.mark.slow),
+        "PCA8,IVF16,SQ8,RFlat",
+        "PCA4,IVF16,Flat",
+    ],
+)
 def test_all_kinds_are_filled(kb, factory):
     index = build_index(kb, queries(kb), factory, k=K, target_recall=0.3, progress=False)
     assert len(index) == COUNT and index.parameters.recall > 0.3
@@ -481,6 +532,7 @@ def test_an_index_made_again_is_the_same_one(clip, tmp_path):
         assert {name: (kb.path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("full_at", ["index-", "index.faiss"])
 def test_a_full_disk_leaves_the_old_index(clip, tmp_path, monkeypatch, full_at):

@@ -18,7 +18,7 @@ from valm.retrieval.retriever import Retriever
 from valm.retrieval.segment_cache import SegmentCache
 
 WORDS = " ".join(TEXTS).split()
-ROUNDS = 6
+ROUNDS = 3
 # Another batch rounds a query elsewhere.
 ROUNDING = 2**-22
 
@@ -58,7 +58,7 @@ def test_a_segment_cache_counts_what_it_has():
     assert cache.hits + cache.misses == 5000 * THREADS
 
 
-@pytest.mark.parametrize("cache_tokens", [60, 1000])
+@pytest.mark.parametrize("cache_tokens", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_retriever(encoder, make_kb, monkeypatch, cache_tokens):
     """Whole texts, and token by token with a state for each thread, beside the knowledge base itself."""
     monkeypatch.setattr(alignment, "WORD_CACHE", 20)

@@ -35,7 +35,10 @@ def make_served(clip, make_kb, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session", params=[None, gpt2_like, llama_like])
+@pytest.fixture(
+    scope="session",
+    params=[None, pytest.param(gpt2_like, marks=pytest.mark.slow), pytest.param(llama_like, marks=pytest.mark.slow)],
+)
 def served(request, make_served):
     return make_served(request.param)
 

@@ -44,7 +44,7 @@ def prompts_of(tokenizer):
     prompts = []
     for number, text in enumerate(texts):
         sampled = {"temperature": 1.5, "top_p": 0.9, "seed": number} if number % 2 else {}
-        prompts.append(Prompt(prompt_ids(tokenizer, text), 6 + number, logprobs=0, **sampled))
+        prompts.append(Prompt(prompt_ids(tokenizer, text), 4 + number, logprobs=0, **sampled))
     return prompts
 
 

@@ -369,6 +369,7 @@ def test_a_resumed_training_drops_the_images_of_the_same_documents(tmp_path, uni
     assert resumed.losses() == uninterrupted
 
 
+@pytest.mark.slow
 def test_workers_drop_the_images_of_the_same_documents(tmp_path, uninterrupted):
     made = new_trainer(tmp_path, image_dropout=0.5, max_steps=7, dataloader_num_workers=2)
     made.train()

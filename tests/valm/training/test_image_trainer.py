@@ -62,7 +62,9 @@ def uninterrupted(tmp_path_factory):
     return made.losses(), weights(made.model)
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 7])
+@pytest.mark.parametrize(
+    "step", [1, pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterrupted, step):
     stopped = new_trainer(tmp_path, **SAVING)
     stopped.add_callback(StopAfter(step))
@@ -74,6 +76,7 @@ def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterr
     assert same(weights(resumed.model), uninterrupted[1])
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("point", [3, 11, 19])
 def test_a_killed_save_leaves_no_checkpoint_that_is_not_whole(tmp_path, uninterrupted, point):
@@ -354,6 +357,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, 
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
     """A limit on the size of files stands for it."""

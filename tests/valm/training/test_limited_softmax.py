@@ -84,11 +84,11 @@ def test_a_sample_stands_for_all_other_tokens(base, monkeypatch):
     model.get_output_embeddings().train()
     torch.manual_seed(0)
     with torch.no_grad():
-        for _ in range(400):
+        for _ in range(100):
             assert model(**inputs()).logits.shape == (2, 9, len(TOKENS) + 7)
     draws = torch.stack(of_loss).exp().sum(dim=-1)  # (draws, B, T)
     assert draws.std(dim=0).min() > 0, "every step draws the same"
-    error = (draws.mean(dim=0) - whole.exp().sum(dim=-1)) / (draws.std(dim=0) / 20)
+    error = (draws.mean(dim=0) - whole.exp().sum(dim=-1)) / (draws.std(dim=0) / 10)
     assert error.abs().max() < 4.5
 
 

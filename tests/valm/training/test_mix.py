@@ -32,8 +32,15 @@ def state(model):
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("num_images", [3, 0])
-@pytest.mark.parametrize("unfreeze", ["block", "all"])
+@pytest.mark.parametrize(
+    ("num_images", "unfreeze"),
+    [
+        (3, "block"),
+        (0, "all"),
+        pytest.param(3, "all", marks=pytest.mark.slow),
+        pytest.param(0, "block", marks=pytest.mark.slow),
+    ],
+)
 def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unfreeze):
     made, before = trained(tmp_path, num_images, unfreeze)
     after = state(made.model)

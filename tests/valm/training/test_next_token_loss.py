@@ -70,7 +70,7 @@ def test_smoothed_labels_are_of_the_next_token(tmp_path):
     assert made.losses()[-1] < 0.7 * made.losses()[0]
 
 
-@pytest.mark.parametrize("augmented", [True, False])
+@pytest.mark.parametrize("augmented", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_decoder_of_barts_kind_learns_the_next_token(tmp_path, augmented):
     model = augment(bart(), num_images=0, image_dim=1, unfreeze="all") if augmented else bart()
     texts = [document["input_ids"] for document in documents()]

@@ -105,7 +105,7 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
     assert len(made.losses()) == (2 if strategy == "epoch" else 4)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_no_loss_and_no_weight(tmp_path, accumulation):
     """Documents of unequal length: a mean over batches would weigh the tokens of short ones more."""
     unequal = documents()

@@ -14,8 +14,7 @@ from tests.valm.uploads import SECRET, Uploads
 from valm.retrieval.source import ImageSource, read_places
 
 
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
-@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize(("strategy", "base"), [("every_save", False), ("checkpoint", True)])
 def test_a_training(tmp_path, monkeypatch, clip, strategy, base):
     root = tmp_path / SECRET
     root.mkdir()

@@ -74,6 +74,7 @@ def test_rows_of_any_kind(clip, tmp_path):
     assert [entry["uri"] for entry in kb.skipped()] == ["4/none.png"]
 
 
+@pytest.mark.slow
 def test_pictures_are_decoded_by_workers_and_bombs_refused(dataset, clip, tmp_path, monkeypatch):
     here = build(DatasetSource(dataset), tmp_path / "here", clip, Encoding(workers=0), progress=False)
     buffer = io.BytesIO()

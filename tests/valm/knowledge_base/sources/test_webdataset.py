@@ -10,7 +10,6 @@ from PIL import Image
 from tests.valm.knowledge_base.inputs import png, write_tar
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
-from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources import webdataset
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 
@@ -48,7 +47,7 @@ def test_archives_lead_nowhere_else(clip, tmp_path):
             info.type, info.linkname = type, str(secret)
             tar.addfile(info)
     before = sorted(tmp_path.rglob("*"))
-    kb = build(WebdatasetSource(tars), tmp_path / "kb", clip, Encoding(workers=2), progress=False)
+    kb = build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
     assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar//absolute.png", "0.tar/../up.png", "0.tar/deep.png"]
     reasons = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
     assert list(reasons) == ["0.tar/bomb.png", "0.tar/deep.json", "1.tar/soft.png", "1.tar/hard.png"]
