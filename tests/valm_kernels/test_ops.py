@@ -61,6 +61,8 @@ def test_copies_compute_the_same(copy, inputs):
 
 
 def test_operators_of_a_copy_are_its_own(copy, inputs):
+    for module in ("visual_fusion.op", "topk.op"):  # which define them, when first called
+        importlib.import_module(f"{copy.__name__}.{module}")
     from_copy = importlib.import_module(f"{copy.__name__}._ops").ops
     assert from_copy.name == COPIES[copy.__name__]
     assert from_copy.visual_fusion_attn is not torch.ops.valm_kernels.visual_fusion_attn
