@@ -1,4 +1,4 @@
-"""200 mutants of the code, drawn at random, and a test that kills each of them.
+"""Mutants of the code, drawn at random, and a test that kills each of them.
 
     python -m tests.checks.mutants draw --seed 1    # writes tests/checks/mutants.json, without the tests
     python -m tests.checks.mutants run              # plants each, and looks for a test that fails; resumes
