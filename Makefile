@@ -15,7 +15,7 @@ help:
 	@echo "make demo         train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
 	@echo "make study-small  one seed of the study (studies/color/plan.md), under an hour, into $(STUDY_OUTPUT)/"
 	@echo "make test         the quick tests, after each change"
-	@echo "make check        the slow checks, which the workflow runs every night"
+	@echo "make check        the slow tests, which the workflow runs every night"
 	@echo "make lint         ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
 	@echo "make types        mypy over both packages and the studies"
 	@echo "make docs         the documentation as a site, into build/site/"

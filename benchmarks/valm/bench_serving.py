@@ -63,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def servers(folders: tuple[Path, Path]) -> Iterator[dict[str, int]]:
-    """The ports of the servers that have been started; `port_of` starts others."""
+    """The port of each server, which is started when it is first asked for."""
     started: dict[str, subprocess.Popen[str]] = {}
 
     class Ports(dict[str, int]):

@@ -48,6 +48,8 @@ class PackedLinear:
         """Whether this PyTorch has these operators, which are its own and no public ones, for such a weight."""
         if type(weight) not in (Tensor, torch.nn.Parameter):  # a quantised one, say
             return False
+        if weight.is_inference():  # it does not count its changes
+            return False
         if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
         if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):

@@ -45,7 +45,11 @@ class Batch:
         return len(self.mask)
 
     def begin(self, texts: list[Tensor], all_logits: bool = False) -> Seen:
-        """Reads the first tokens (T,) of new rows of an empty batch; otherwise as `read`."""
+        """Reads the first tokens (T,) of new rows of an empty batch.
+
+        Args:
+            all_logits: of every token; otherwise the last one's alone, T = 1 of the result.
+        """
         length = max(map(len, texts))
         self.ids = torch.stack([_padded(text, length, 0) for text in texts])
         self.mask = torch.stack([_padded(torch.ones_like(text), length, 0) for text in texts])
@@ -53,14 +57,10 @@ class Batch:
             self.state = self.retriever.start(len(texts))
         return self._read(self.ids, all_logits)
 
-    def read(self, ids: Tensor, all_logits: bool = False) -> Seen:
-        """Reads the next tokens (B, T) of each row.
-
-        Args:
-            all_logits: of every token; otherwise the last one's alone, T = 1 of the result.
-        """
+    def read(self, ids: Tensor) -> Seen:
+        """Reads the next tokens (B, T) of each row; the last one's logits, T = 1 of the result."""
         self.mask, self.ids = torch.cat([self.mask, torch.ones_like(ids)], 1), torch.cat([self.ids, ids], 1)
-        return self._read(ids, all_logits)
+        return self._read(ids, all_logits=False)
 
     @torch.no_grad()
     def _read(self, ids: Tensor, all_logits: bool) -> Seen:

@@ -150,6 +150,8 @@ def test_without_the_operators_the_layer_is_an_ordinary_one(monkeypatch):
     states, weight, bias = drawn(5, 16, 7, 0)
     assert not PackedLinear.can_pack(weight.double()) and not PackedLinear.can_pack(weight.to("meta"))
     assert not PackedLinear.can_pack(torch.nn.Parameter(weight.as_subclass(OfOneself)))
+    with torch.inference_mode():
+        assert torch.equal(linear(weight.clone(), bias)(states), torch.nn.functional.linear(states, weight, bias))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert torch.equal(linear(weight, bias)(states), torch.nn.functional.linear(states, weight, bias))
 

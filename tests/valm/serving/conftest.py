@@ -79,7 +79,7 @@ class LettersBatch:
         self.model.begun.release()
         return self._next()
 
-    def read(self, ids, all_logits=False):
+    def read(self, ids):
         self.model.batches.append(len(self.counts))
         return self._next()
 
