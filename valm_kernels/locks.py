@@ -9,12 +9,12 @@ from weakref import WeakSet
 
 
 class Lock:
-    """A `threading.Lock` that pickles and copies as a new one. A forked child finds it open: the thread that held it is
-    not in the child.
+    """A `threading.RLock` that pickles and copies as a new one, re-entrant because a signal handler runs on the thread
+    that it interrupts. A forked child finds it open: the thread that held it is not in the child.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         _locks.add(self)
 
     def __enter__(self) -> None:
@@ -32,7 +32,7 @@ _locks: WeakSet[Lock] = WeakSet()
 
 def _open_all() -> None:
     for lock in _locks:
-        lock._lock = threading.Lock()
+        lock._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -11,10 +11,16 @@ from valm_kernels.locks import Lock
 
 
 def is_open(lock: Lock) -> bool:
-    if not lock._lock.acquire(blocking=False):
-        return False
-    lock._lock.release()
-    return True
+    """Whether another thread could enter it."""
+
+    def enter() -> bool:
+        entered = lock._lock.acquire(blocking=False)
+        if entered:
+            lock._lock.release()
+        return entered
+
+    (found,) = at_once(enter)
+    return found
 
 
 def test_one_thread_at_a_time():
@@ -29,6 +35,16 @@ def test_one_thread_at_a_time():
 
     at_once(*[enter] * THREADS)
     assert seen == [1] * (200 * THREADS)
+
+
+def test_a_thread_that_has_it_enters_again():
+    """As its signal handlers do."""
+    lock = Lock()
+    with lock:
+        with lock:
+            pass
+        assert not is_open(lock)
+    assert is_open(lock)
 
 
 def test_an_error_opens_it():

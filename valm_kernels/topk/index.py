@@ -76,8 +76,9 @@ class FlatIPIndex:
     On a CUDA device it stores their norms (4 bytes a row, and 12 more where rows are equal), and E is padded to a
     multiple of 16.
 
-    Threads may share an index: any of its methods may run at once. A search returns the result over the rows that it
-    began with, `add` and `remove` run one after the other, and the first search after them prepares what they left.
+    Threads and signal handlers may share an index: any of its methods may run at once. A search returns the result over
+    the rows that it began with, `add` and `remove` run one after the other, and the first search after them prepares
+    what they left.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array, which may be memory-mapped; E from 8
@@ -147,9 +148,20 @@ class FlatIPIndex:
         """What is stored now, prepared for a search."""
         stored = self._stored
         if self._pack and stored.prepared is None:  # rows were added or removed
-            with self._lock:  # another thread may be doing it
-                stored = self._stored = self._prepare(self._stored)
+            stored = self._change(self._prepare)  # another thread may be doing it
         return stored
+
+    def _change(self, change: Callable[[_Stored], _Stored]) -> _Stored:
+        """Stores and returns what `change` makes of what is stored. Threads take turns. A signal handler cannot wait
+        for the thread that it interrupts: where it has stored something meanwhile, that is changed again.
+        """
+        with self._lock:
+            while True:
+                before = self._stored
+                after = change(before)
+                if self._stored is before:  # no call follows in which a handler could run
+                    self._stored = after
+                    return after
 
     def __len__(self) -> int:
         return self._stored.rows.shape[0]
@@ -262,8 +274,7 @@ class FlatIPIndex:
         check_float(rows, "vectors")
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"vectors must have shape (M, {self.dim}), but have shape {tuple(rows.shape)}")
-        with self._lock:
-            self._stored = self._with(rows, ids, self._stored)
+        self._change(lambda stored: self._with(rows, ids, stored))
 
     def _with(self, rows: Tensor, ids: Tensor | np.ndarray | None, stored: _Stored) -> _Stored:
         """What is stored, and float rows behind it."""
@@ -297,16 +308,17 @@ class FlatIPIndex:
         Raises:
             TypeError, ValueError: as `allowed` of a search; also if no row would stay.
         """
-        with self._lock:
-            stored = self._stored
-            rows, row_scale, row_ids = stored[:3]
-            stays = ~self._named(ids, stored, "ids")
-            if not stays.any():
-                raise ValueError(f"all {len(rows)} rows would be removed, and an index has at least one")
-            at_home = stays.to(self._home)
-            row_ids = None if row_ids is None else row_ids[stays]
-            row_scale = None if row_scale is None else row_scale[at_home]
-            self._stored = _Stored(rows[at_home], row_scale, row_ids, None)
+        self._change(lambda stored: self._without(ids, stored))
+
+    def _without(self, ids: Tensor | np.ndarray, stored: _Stored) -> _Stored:
+        rows, row_scale, row_ids = stored[:3]
+        stays = ~self._named(ids, stored, "ids")
+        if not stays.any():
+            raise ValueError(f"all {len(rows)} rows would be removed, and an index has at least one")
+        at_home = stays.to(self._home)
+        row_ids = None if row_ids is None else row_ids[stays]
+        row_scale = None if row_scale is None else row_scale[at_home]
+        return _Stored(rows[at_home], row_scale, row_ids, None)
 
     @survives_fork
     def save(self, path: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 import threading
 
 import pytest
@@ -86,6 +87,52 @@ def test_searches_at_once_pack_added_rows_once(monkeypatch):
     assert len(packed) == 2
     expected = FlatIPIndex(database).search(queries, K)
     assert all(all(map(torch.equal, result, expected)) for result in found)
+
+
+CALLS = {
+    "search": lambda index, rows: index.search(rows, K),
+    "add": lambda index, rows: index.add(rows, ids=torch.arange(len(rows)) + 100 * int(rows[0, 0])),
+    "remove": lambda index, rows: index.remove(torch.tensor([int(rows[0, 0])])),
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that do not end the process")
+@pytest.mark.timeout(60)  # it would wait for ever
+@pytest.mark.parametrize("handled", CALLS)
+@pytest.mark.parametrize("interrupted", CALLS)
+def test_a_signal_handler_uses_the_index_that_it_interrupts(monkeypatch, interrupted, handled):
+    """Each at the end of its work, just before it is stored: both changes are there then."""
+    database = normals(60, DIM, seed=1)
+    index = FlatIPIndex(database, ids=torch.arange(60))
+    index.remove(torch.tensor([0]))  # the next search packs
+    new = normals(2, 3, DIM, seed=2)
+    new[:, 0, 0] = torch.tensor([5.0, 6.0])  # a row to remove, and where the numbers of those that are added begin
+    signals = []
+
+    def interrupting(method):
+        def call(self, *arguments):
+            after = method(self, *arguments)
+            if signals:
+                signal.raise_signal(signals.pop())
+            return after
+
+        return call
+
+    for name in ("_prepare", "_with", "_without"):
+        monkeypatch.setattr(FlatIPIndex, name, interrupting(getattr(FlatIPIndex, name)))
+    before = signal.signal(signal.SIGUSR1, lambda *_: CALLS[handled](index, new[1]))
+    try:
+        signals.append(signal.SIGUSR1)
+        CALLS[interrupted](index, new[0])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not signals
+    expected = FlatIPIndex(database[1:], ids=torch.arange(1, 60))
+    CALLS[interrupted](expected, new[0])
+    CALLS[handled](expected, new[1])
+    queries = torch.cat([database, *new])
+    assert len(index) == len(expected)
+    assert all(map(torch.equal, index.search(queries, K), expected.search(queries, K)))
 
 
 def test_a_failed_change_stops_no_other():
