@@ -18,7 +18,7 @@ from .checks import (
     check_queries_of_each,
     check_search,
 )
-from .result import NumpyTopK, TopK, check_out, like_queries, written_to
+from .result import NumpyTopK, TopK, like_queries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,6 @@ def ip_topk(
     k: int,
     *,
     allowed: Tensor | np.ndarray | None = None,
-    out: TopK | None = None,
     impl: str = "auto",
 ) -> TopK: ...
 @overload
@@ -43,7 +42,6 @@ def ip_topk(
     k: int,
     *,
     allowed: Tensor | np.ndarray | None = None,
-    out: NumpyTopK | None = None,
     impl: str = "auto",
 ) -> NumpyTopK: ...
 def ip_topk(
@@ -52,7 +50,6 @@ def ip_topk(
     k: int,
     *,
     allowed: Tensor | np.ndarray | None = None,
-    out: TopK | NumpyTopK | None = None,
     impl: str = "auto",
 ) -> TopK | NumpyTopK:
     """The k database rows of largest inner product for each query: exact, and identical on every implementation.
@@ -71,8 +68,6 @@ def ip_topk(
         allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
             With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
             range are undefined.
-        out: scores (..., k) float32 and indices (..., k) int64, as tensors or arrays like the queries: the result is
-            copied there, 12 bytes for each row found, and `out` returned.
         impl: "auto" (by device; on CUDA without native code for it a matrix product in PyTorch, with exact scores of
             what may be among the best), "cpu", "cuda" or "reference" (plain PyTorch, any device).
 
@@ -93,10 +88,7 @@ def ip_topk(
     if rows.dim() > 2:
         check_queries_of_each(flat, rows, allowed)
     some = allowed_rows(allowed, len(rows), rows.device)
-    if out is not None:
-        check_out(out, (*flat.shape[:-1], k), flat.device)
-    found = search(flat, rows, None, k, impl=impl, allowed=some)
-    return like_queries(queries, *found) if out is None else written_to(out, *found)
+    return like_queries(queries, *search(flat, rows, None, k, impl=impl, allowed=some))
 
 
 def ip_scores(

@@ -27,7 +27,7 @@ from .checks import (
     distinct_ids,
 )
 from .reference import dequantise
-from .result import NumpyTopK, TopK, check_out, like_queries, written_to
+from .result import NumpyTopK, TopK, like_queries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,24 +205,15 @@ class FlatIPIndex:
         return rows.clone() if rows.dtype == torch.float32 else dequantise(rows, stored.row_scale)
 
     @overload
-    def search(
-        self, queries: Tensor, k: int, *, allowed: Tensor | np.ndarray | None = None, out: TopK | None = None
-    ) -> TopK: ...
+    def search(self, queries: Tensor, k: int, *, allowed: Tensor | np.ndarray | None = None) -> TopK: ...
     @overload
-    def search(
-        self, queries: np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None, out: NumpyTopK | None = None
-    ) -> NumpyTopK: ...
+    def search(self, queries: np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None) -> NumpyTopK: ...
     @survives_fork
     def search(
-        self,
-        queries: Tensor | np.ndarray,
-        k: int,
-        *,
-        allowed: Tensor | np.ndarray | None = None,
-        out: TopK | NumpyTopK | None = None,
+        self, queries: Tensor | np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None
     ) -> TopK | NumpyTopK:
-        """The k best rows of each query (..., E), or of those that `allowed` names, as `ip_topk` defines them; in `out`
-        if it is given. Scores have no gradient, as if queries and database were detached.
+        """The k best rows of each query (..., E), or of those that `allowed` names, as `ip_topk` defines them. Scores
+        have no gradient, as if queries and database were detached.
 
         Raises:
             TypeError, ValueError: as `ip_topk`.
@@ -232,12 +223,10 @@ class FlatIPIndex:
         rows, row_scale, ids, prepared = stored[:4]
         check_search(flat, len(rows), self.dim, self.device, k)
         some = None if allowed is None else self._named(allowed, stored, "allowed")
-        if out is not None:
-            check_out(out, (*flat.shape[:-1], k), flat.device)
         scores, indices = search(flat, rows, row_scale, k, prepared, streamed=self._streamed, allowed=some)
         if ids is not None:
             indices = torch.where(indices < 0, -1, ids[indices.clamp(min=0)])
-        return like_queries(queries, scores, indices) if out is None else written_to(out, scores, indices)
+        return like_queries(queries, scores, indices)
 
     def _named(self, names: Tensor | np.ndarray, stored: _Stored, what: str) -> Tensor:
         """The rows (N,) bool that flags, or the numbers that searches return, name."""

@@ -51,37 +51,6 @@ def topk_of_each(search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], quer
     return TopK(*(torch.stack(results) for results in zip(*found, strict=True)))
 
 
-def check_out(out: TopK | NumpyTopK, shape: tuple[int, ...], device: torch.device) -> None:
-    """Checks that the result of a search of this shape can be written into `out`.
-
-    Raises:
-        TypeError: no `TopK` or `NumpyTopK`, or a wrong dtype.
-        ValueError: a wrong shape or device, or an array that is read-only.
-    """
-    if not isinstance(out, TopK | NumpyTopK):
-        raise TypeError(f"out must be a TopK or NumpyTopK (scores, indices), but is a {type(out).__name__}")
-    for name, given, dtype in (("scores", out.scores, torch.float32), ("indices", out.indices, torch.int64)):
-        if is_array(given) and not given.flags.writeable:
-            raise ValueError(f"out.{name} is a read-only array")
-        found = as_tensor(given, f"out.{name}")
-        if found.dtype != dtype:
-            raise TypeError(f"out.{name} has dtype {found.dtype}, expected {dtype}")
-        if tuple(found.shape) != shape:
-            raise ValueError(f"out.{name} must have shape {shape}, but has {tuple(found.shape)}")
-        if found.device != device:
-            raise ValueError(f"out.{name} is on {found.device}, the queries are on {device}; move one of them")
-
-
-def written_to(out: TopK | NumpyTopK, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
-    """`out`, after `check_out`, with the result in it."""
-    for place, found in ((out.scores, scores), (out.indices, indices)):
-        if isinstance(place, Tensor):
-            place.detach().copy_(found)
-        else:  # by numpy, as torch would copy an array with negative strides
-            place[...] = found.numpy()
-    return out
-
-
 @overload
 def merge_topk(results: Sequence[TopK], offsets: Sequence[int], k: int) -> TopK: ...
 @overload

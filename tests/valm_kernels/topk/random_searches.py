@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.valm_kernels.topk.databases import ADVERSARIAL, adversarial, normals
-from valm_kernels import FlatIPIndex, ShardedIPIndex, TopK, ip_scores, ip_topk
+from valm_kernels import FlatIPIndex, TopK, ip_scores, ip_topk, merge_topk
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -48,8 +49,10 @@ def check_search(number: int) -> list[str]:
         searched = rows.float()
         found = ip_topk(queries, rows, k, allowed=allowed)
     elif option == "sharded":
-        shards = min(count, draw.randint(1, 4))
-        found = ShardedIPIndex(rows, ["cpu"] * shards, stored).search(queries, k, allowed=allowed)
+        bounds = _bounds(count, min(count, draw.randint(1, 4)))
+        parts = [(FlatIPIndex(rows[a:b], stored), None if allowed is None else allowed[a:b]) for a, b in bounds]
+        results = [part.search(queries, min(k, len(part)), allowed=some) for part, some in parts]
+        found = merge_topk(results, [a for a, _ in bounds], k)
     else:
         if option == "changed":
             index = _changed(draw, rows, stored, ids)
@@ -61,6 +64,10 @@ def check_search(number: int) -> list[str]:
         found = index.search(queries, k, allowed=allowed)
     _check(found, queries, searched, k, ids, allowed)
     return [stored, option, *(["k over 128"] if k > 128 else []), *(["allowed"] if allowed is not None else [])]
+
+
+def _bounds(count: int, parts: int) -> list[tuple[int, int]]:
+    return list(pairwise(count * number // parts for number in range(parts + 1)))
 
 
 def _queries(draw: random.Random, rows: Tensor, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from tests.optional_hypothesis import given, settings, st
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, TopK, ip_scores, ip_topk
-from valm_kernels.topk import NumpyTopK, reference
+from valm_kernels.topk import reference
 
 SIZES = {
     "dim": st.integers(8, 130),
@@ -112,45 +112,6 @@ def test_bad_allowed_rows_are_named(allowed, error, message):
         ip_topk(normals(2, 8), normals(9, 8), 3, allowed=allowed)
     with pytest.raises(error, match=message):
         FlatIPIndex(normals(9, 8)).search(normals(2, 8), 3, allowed=allowed)
-
-
-def test_results_go_where_they_are_wanted():
-    queries, database = normals(2, 3, 24), normals(90, 24, seed=1)
-    expected = ip_topk(queries, database, 5)
-    index = FlatIPIndex(database)
-    for search in (lambda q, out: ip_topk(q, database, 5, out=out), lambda q, out: index.search(q, 5, out=out)):
-        buffer = torch.empty(2, 10, 3)
-        out = TopK(buffer[:, ::2].transpose(1, 2), torch.empty(2, 3, 5, dtype=torch.int64))  # any strides
-        assert search(queries, out) is out
-        assert_same(out, expected)
-        arrays = NumpyTopK(np.empty((2, 3, 5), np.float32), np.empty((2, 3, 5), np.int64))
-        assert search(queries.numpy(), arrays) is arrays
-        assert (arrays.indices == expected.indices.numpy()).all() and (arrays.scores == expected.scores.numpy()).all()
-        backwards = NumpyTopK(np.zeros((2, 3, 5), np.float32)[..., ::-1], np.zeros((2, 3, 5), np.int64)[::-1])
-        assert search(queries.numpy(), backwards) is backwards
-        assert (backwards.indices == arrays.indices).all() and (backwards.scores == arrays.scores).all()
-
-
-SCORES, INDICES = torch.empty(2, 3), torch.empty(2, 3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("out", "error", "message"),
-    [
-        (SCORES, TypeError, r"out must be a TopK or NumpyTopK \(scores, indices\), but is a Tensor"),
-        (TopK(SCORES, None), TypeError, r"out\.indices must be a torch tensor or a numpy array, but is a NoneType"),
-        (TopK(SCORES.double(), INDICES), TypeError, r"out\.scores has dtype torch.float64, expected torch.float32"),
-        (TopK(SCORES, INDICES.int()), TypeError, r"out\.indices has dtype torch.int32, expected torch.int64"),
-        (TopK(SCORES[:1], INDICES), ValueError, r"out\.scores must have shape \(2, 3\), but has \(1, 3\)"),
-        (TopK(SCORES, INDICES.to("meta")), ValueError, r"out\.indices is on meta, the queries are on cpu"),
-        (NumpyTopK(np.broadcast_to(np.float32(0), (2, 3)), None), ValueError, r"out\.scores is a read-only array"),
-    ],
-)
-def test_bad_places_for_results_are_named(out, error, message):
-    with pytest.raises(error, match=message):
-        ip_topk(normals(2, 8), normals(9, 8), 3, out=out)
-    with pytest.raises(error, match=message):
-        FlatIPIndex(normals(9, 8)).search(normals(2, 8), 3, out=out)
 
 
 @pytest.mark.parametrize("different", [1200, 30])

@@ -1,4 +1,4 @@
-"""A `FlatIPIndex` or `ShardedIPIndex` that threads share: every search returns what it does alone."""
+"""A `FlatIPIndex` that threads share: every search returns what it does alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from tests.threads import THREADS, at_once
 from tests.valm_kernels.topk.databases import normals
-from valm_kernels import FlatIPIndex, ShardedIPIndex
+from valm_kernels import FlatIPIndex
 from valm_kernels.topk import cpu
 from valm_kernels.topk import index as index_module
 
@@ -187,15 +187,3 @@ def test_a_child_that_is_forked_during_a_change_searches_and_changes(monkeypatch
         go_on.set()
         adding.join()
     assert len(index) == 50
-
-
-def test_searches_of_shards_at_once():
-    database = normals(BASE, DIM)
-    index, whole = ShardedIPIndex(database, ["cpu"] * 3, "int8"), FlatIPIndex(database, "int8")
-
-    def search(seed):
-        return [index.search(normals(4, DIM, seed=seed), K) for _ in range(20)]
-
-    for seed, found in enumerate(at_once(*[lambda seed=seed: search(seed) for seed in range(THREADS)])):
-        expected = whole.search(normals(4, DIM, seed=seed), K)
-        assert all(all(map(torch.equal, result, expected)) for result in found)
