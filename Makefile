@@ -121,9 +121,9 @@ wheel: $(VENV)/.installed-test $(VENV)/.installed-wheel
 # differently with it: it is installed beside.
 hub-kernel: $(VENV)/.installed-test
 	rm -rf $(HUB_KERNEL) $(HUB_KERNEL)-library
-	$(BIN)/python -m valm_kernels.hub.assemble $(HUB_KERNEL)
+	$(BIN)/python -m hub.assemble $(HUB_KERNEL)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $(HUB_KERNEL)-library kernels
-	PYTHONPATH=$(HUB_KERNEL)-library $(BIN)/python -m pytest tests/valm_kernels/hub
+	PYTHONPATH=$(HUB_KERNEL)-library $(BIN)/python -m pytest tests/hub
 
 # The linters alone, without the package and its dependencies.
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python

@@ -33,7 +33,7 @@ def writes(call):
 
 def writers():
     found = set()
-    for package in ("valm", "valm_kernels", "studies", "examples"):
+    for package in ("valm", "valm_kernels", "studies", "examples", "hub"):
         for file in sorted((ROOT / package).rglob("*.py")):
             calls = (node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call))
             if any(map(writes, calls)):

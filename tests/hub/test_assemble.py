@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import valm_kernels
-from valm_kernels.hub.assemble import BACKENDS, LICENSE, NAME, VERSION, assemble
+from hub.assemble import BACKENDS, LICENSE, NAME, VERSION, assemble
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 LOAD = """
 import importlib.util, json, sys
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_what_a_card_has_measured_comes_along(tmp_path, monkeypatch):
     for name in ("__init__.py", "visual_fusion/measured_crossover.json", "visual_fusion/triton/measured_tiles.json"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("[]")
-    monkeypatch.setattr("valm_kernels.hub.assemble.PACKAGE", package)
+    monkeypatch.setattr("hub.assemble.PACKAGE", package)
     assemble(tmp_path / "hub")
     variant = tmp_path / "hub" / "build" / f"torch-{BACKENDS[0]}"
     noted = json.loads((variant / "metadata.json").read_text())["digest"]["files"]
@@ -183,8 +183,6 @@ assert attend(valm_kernels, "reference")
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    done = subprocess.run(
-        [sys.executable, "-m", "valm_kernels.hub.assemble", tmp_path], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hub.assemble", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"{tmp_path} exists: remove it, or name a new folder\n"
     assert [file.name for file in tmp_path.iterdir()] == ["mine"]

@@ -1,4 +1,4 @@
-"""Assembles valm_kernels as a kernel of a kernel hub: `make hub-kernel`, or python -m valm_kernels.hub.assemble FOLDER.
+"""Assembles valm_kernels as a kernel of a kernel hub: `make hub-kernel`, or python -m hub.assemble FOLDER.
 
 The folder is both a project for kernel-builder (build.toml, CARD.md, flake.nix, torch-ext/) and, under build/, what
 kernel-builder makes of a kernel without native code, so that `kernels.get_local_kernel` loads it. The layout is that of
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HUB = Path(__file__).parent
-PACKAGE = HUB.parent
+PACKAGE = HUB.parent / "valm_kernels"
 # As in build.toml, which Python 3.10 cannot read; a test compares them.
 NAME, VERSION, LICENSE, BACKENDS = "valm-kernels", 0, "mit", ("cpu", "cuda")
 MODULE = NAME.replace("-", "_")
@@ -50,12 +50,11 @@ def assemble(folder: Path) -> None:
 
 
 def copy_sources(folder: Path) -> None:
-    """The modules of valm_kernels and what cards have measured, without this folder: no native code, no bytecode."""
+    """The modules of valm_kernels and what cards have measured: no native code, no bytecode."""
     for file in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("measured_*.json")]:
-        if HUB not in file.parents:
-            target = folder / file.relative_to(PACKAGE)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
+        target = folder / file.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
 
 
 def write_variant(folder: Path, backend: str) -> None:
@@ -86,7 +85,7 @@ def write_variant(folder: Path, backend: str) -> None:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m valm_kernels.hub.assemble FOLDER")
+        raise SystemExit("usage: python -m hub.assemble FOLDER")
     try:
         assemble(Path(sys.argv[1]))
     except FileExistsError:
