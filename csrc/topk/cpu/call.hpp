@@ -37,7 +37,9 @@ class PlainArithmetic {
     fenv_t before_;
 };
 
-// Asks the caller about every 50 ms whether to stop. Use it on the calling thread only.
+// Asks the caller about every 50 ms whether to stop. Use it on the calling thread only, where no tiles of AMX are
+// configured: the caller may run a signal handler, which may search, multiply, or change the floating-point
+// environment.
 class Interruption {
   public:
     explicit Interruption(const std::function<bool()>& interrupted) : interrupted_(interrupted) {}
@@ -45,6 +47,7 @@ class Interruption {
         const auto time = std::chrono::steady_clock::now();
         if (time - asked_ < std::chrono::milliseconds(50)) return false;
         asked_ = time;
+        const PlainArithmetic plain;  // and again after the handler
         return interrupted_();
     }
 

@@ -84,7 +84,8 @@ struct Kernels {
     QueryLayout layout;
     int tile_queries;   // at most kMaxTile
     int group_queries;  // at most kMaxGroup: the integers of so many, at E = 768, stay in the second-level cache
-    // What a thread calls before its first pass and after its last; null where there is nothing to do.
+    // What a thread calls before and after the passes of a block; null where there is nothing to do. Between blocks a
+    // signal handler may run, which may use AMX too and leaves its tiles as it likes.
     void (*begin)(int64_t steps);
     void (*end)();
     // Writes to `hits` the rows of a panel that the queries of n_tiles tiles keep, and returns the end of what it

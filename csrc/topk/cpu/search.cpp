@@ -288,13 +288,11 @@ bool Search::search_group() {
     {
         const PlainArithmetic plain;
         Worker& worker = workers_[thread_number()];
-        if (kernels_.begin != nullptr) kernels_.begin(steps_);
         for (int64_t task = next++; task < n_blocks_ * slices && !stopped; task = next++) {
             const int64_t block = task / slices * stride % n_blocks_, slice = task % slices;
             search_block(worker, block, slice * n_tiles / slices, (slice + 1) * n_tiles / slices);
             if (thread_number() == 0 && interruption_.now()) stopped = true;
         }
-        if (kernels_.end != nullptr) kernels_.end();
         for (int64_t query = 0; query < static_cast<int64_t>(group_.size()) && !stopped; ++query) {
             settle(worker, query, true);
         }
@@ -326,6 +324,7 @@ void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size
         const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
         refresh(worker, query, kth, row_at(begin) > key_row(kth));
     }
+    if (kernels_.begin != nullptr) kernels_.begin(steps_);
     for (int64_t panel = 0; panel < panels; ++panel) {
         const Panel rows = {here.codes + panel * steps_ * kPanelRows * 4, here.stats + panel * kStats * kPanelRows,
                             steps_};
@@ -338,6 +337,7 @@ void Search::search_block(Worker& worker, int64_t block, size_t first_tile, size
             if (real >> hit->row & 1) collect(worker, hit->query, hit->upper, begin + panel * kPanelRows + hit->row);
         }
     }
+    if (kernels_.end != nullptr) kernels_.end();
 }
 
 void Search::float_block(Worker& worker, int64_t begin, int64_t end) {

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -104,15 +105,15 @@ void check_pass(int64_t steps, std::initializer_list<int> counts) {
 }
 
 // Whole searches on two threads, of rows packed before and in the call.
-void check_search(int64_t dim, int64_t n_queries) {
-    constexpr int64_t kCount = 1100, kBest = 9;
-    std::vector<float> rows(kCount * dim), queries(n_queries * dim);
+void check_search(int64_t dim, int64_t n_queries, int64_t count, const std::function<bool()>& handler) {
+    constexpr int64_t kBest = 9;
+    std::vector<float> rows(count * dim), queries(n_queries * dim);
     for (float& value : rows) value = uniform();
     for (float& value : queries) value = uniform();
-    const valm::Rows stored{rows.data(), nullptr, valm::Element::kFloat32, kCount, dim};
-    std::vector<Line> codes((kCount + valm::kPanelRows) * ((dim + 3) / 4 * 4) / sizeof(Line) + 1);
-    std::vector<float> stats((kCount + valm::kPanelRows) * valm::kStats), centre(dim), axis(dim);
-    const valm::PackedRows packed{codes[0].bytes, stats.data(), centre.data(), axis.data(), kCount, nullptr, nullptr};
+    const valm::Rows stored{rows.data(), nullptr, valm::Element::kFloat32, count, dim};
+    std::vector<Line> codes((count + valm::kPanelRows) * ((dim + 3) / 4 * 4) / sizeof(Line) + 1);
+    std::vector<float> stats((count + valm::kPanelRows) * valm::kStats), centre(dim), axis(dim);
+    const valm::PackedRows packed{codes[0].bytes, stats.data(), centre.data(), axis.data(), count, nullptr, nullptr};
     check(valm::pack(stored, packed, 0, "tiles", 2, never) == -1, "pack");
     std::vector<float> scores[4];
     std::vector<int64_t> indices[4];
@@ -121,12 +122,22 @@ void check_search(int64_t dim, int64_t n_queries) {
         for (const valm::PackedRows* first_pass : {&packed, static_cast<const valm::PackedRows*>(nullptr)}) {
             scores[run].resize(n_queries * kBest);
             indices[run].resize(n_queries * kBest);
-            valm::ip_topk_cpu(queries.data(), n_queries, stored, 1, first_pass, kBest, nullptr, isa, 2, never,
+            valm::ip_topk_cpu(queries.data(), n_queries, stored, 1, first_pass, kBest, nullptr, isa, 2, handler,
                               scores[run].data(), indices[run].data());
             check(scores[run] == scores[0] && indices[run] == indices[0], "the answer of a search");
             ++run;
         }
     }
+}
+
+int handled = 0;
+
+// What a signal handler may do during a search.
+bool search_another() {
+    check(!amx::state.configured, "no registers in use where a handler runs");
+    check_search(13, 3, 70, never);
+    ++handled;
+    return false;
 }
 
 int asked = 0;
@@ -161,9 +172,11 @@ int main() {
         check_pass(steps, {17, 3});
         check_pass(steps, {16, 32, 5});
     }
-    check_search(37, 40);
-    check_search(77, 70);
-    check_search(200, 5);
+    check_search(37, 40, 1100, never);
+    check_search(77, 70, 1100, never);
+    check_search(200, 5, 1100, never);
+    check_search(77, 40, 20000, search_another);
+    check(native || handled > 0, "a search that runs handlers");
     check(native || amx::emulated > 0, "instructions that ran");
     std::printf(native ? "on the processor\n" : "%lld instructions emulated\n", static_cast<long long>(amx::emulated));
     std::printf("ok\n");

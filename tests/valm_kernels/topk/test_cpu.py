@@ -283,6 +283,47 @@ def test_control_c_ends_a_search():
     assert float(done.stdout) < 10, done.stderr  # interrupted after one twentieth of the search
 
 
+OTHER = FlatIPIndex(normals(40, 24), "int8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "handle"),
+    [
+        ("anisotropic", lambda: OTHER.search(normals(3, 24), 4)),
+        ("anisotropic", lambda: ip_topk(normals(9, 17), normals(50, 17), 4)),
+        ("denormal", lambda: torch.set_flush_denormal(True)),
+    ],
+    ids=["searches", "packs and searches", "flushes denormal numbers"],
+)
+def test_a_search_goes_on_after_a_signal_handler(monkeypatch, kind, handle):
+    """Tiles hold other shapes then, or a thread other rules of arithmetic."""
+    monkeypatch.setenv("VALM_KERNELS_ISA", "tiles")  # slow enough to be asked for signals
+    database, queries = adversarial(kind, 40_000 if kind == "denormal" else 100_000, 72), normals(20, 72)
+    index = FlatIPIndex(database)
+    searches = [lambda: index.search(queries, 8), lambda: ip_topk(queries, database, 8)]
+    handled = []
+
+    def handler(*_) -> None:
+        handled.append(handle())
+
+    before = signal.signal(signal.SIGVTALRM, handler)
+    try:
+        with torch_threads(1):
+            for search in searches:
+                expected = search()
+                handled.clear()
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0.01, 0.01)
+                found = search()
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                assert handled
+                torch.set_flush_denormal(False)
+                assert_same(found, expected)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("step", ["find_duplicates", "pack"])
 def test_a_signal_ends_packing(step):
     """Both halves of building an index: a signal at a fifth of its processor time ends it well before its end."""
