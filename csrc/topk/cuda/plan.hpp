@@ -31,9 +31,9 @@ constexpr int kMostNormBlocks = 8;
 // The first thresholds come from a sample of up to as many tiles of rows, of which each warp passes on one key a query.
 constexpr int kMostSampleTiles = 32;
 constexpr int kSampleKeys = kMostSampleTiles * kWarps;
-// The exact scan: 4 lanes to a row, of which they read as many elements at a time, and as many queries.
+// The exact scan: 4 lanes to a row, of which they read as many elements at a time, and up to as many queries.
 constexpr int kScanSlab = 32;
-constexpr int kScanQueries = 4;
+constexpr int kMostScanQueries = 4;
 constexpr int kScanRows = kWarps * 8;
 // The largest k of the first pass: pools for more do not fit into shared memory beside the queries. A larger k is
 // answered by the exact scan alone.
@@ -63,6 +63,7 @@ struct Plan {
     int kept;          // candidates that a part passes on for each query
     int capacity;      // of a pool, a power of two
     int scan_blocks;   // of the exact scan
+    int scan_queries;  // of such a block
     int64_t lists;     // candidate lists in the workspace
     bool first_pass;   // false: the pools do not fit into shared memory, the exact scan searches for all
     int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
@@ -143,10 +144,16 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     const bool samples = plan.first_pass && plan.query_tiles > 1 && sample_tiles * kWarps >= plan.kept;
     plan.sample_tiles = samples ? sample_tiles : 0;
     plan.scan_blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, ceil_div(rows.count, kScanRows)));
+    // With 99 KiB a block, 3 queries of more than 1,104 numbers where k is above kFirstPassBest.
+    plan.scan_queries = kMostScanQueries;
+    const auto scan_shared = [&] {
+        return pool_bytes(plan.scan_queries, plan.capacity) + plan.scan_queries * rows.dim * 8;
+    };
+    while (plan.scan_queries > 1 && scan_shared() > limits.shared_per_block) --plan.scan_queries;
+    plan.scan_shared = scan_shared();
     plan.lists =
-        std::max(4 * ceil_div(n_queries, kScanQueries) * plan.splits, int64_t{kScanQueries} * plan.scan_blocks);
+        plan.scan_queries * std::max(ceil_div(n_queries, plan.scan_queries) * plan.splits, int64_t{plan.scan_blocks});
     plan.merge_shared = pool_bytes(1, std::max(plan.capacity, kMostCapacity));
-    plan.scan_shared = pool_bytes(kScanQueries, plan.capacity) + int64_t{kScanQueries} * rows.dim * 8;
 
     const int64_t padded_queries = int64_t{plan.query_blocks} * plan.query_tiles * 16;
     int64_t at = 0;

@@ -6,12 +6,12 @@
 
 namespace valm {
 
-// The queries of the redo list are scanned in groups of 4, each over as many parts of the database as there are
-// blocks and candidate lists for.
-__device__ inline int scan_groups(const Search& s) { return (*s.redo + kScanQueries - 1) / kScanQueries; }
+// The queries of the redo list are scanned in groups of scan_queries, each over as many parts of the database as there
+// are blocks and candidate lists for.
+__device__ inline int scan_groups(const Search& s) { return (*s.redo + s.plan.scan_queries - 1) / s.plan.scan_queries; }
 
 __device__ inline int scan_splits(const Search& s, int groups) {
-    const int64_t by_lists = s.plan.lists / (static_cast<int64_t>(groups) * kScanQueries);
+    const int64_t by_lists = s.plan.lists / (static_cast<int64_t>(groups) * s.plan.scan_queries);
     return static_cast<int>(min(by_lists, static_cast<int64_t>(s.plan.scan_blocks)));
 }
 
@@ -22,19 +22,20 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
     const int splits = scan_splits(s, groups);
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
 
-    // shared: queries (4, elements), pools
+    // shared: queries (n, elements), pools
+    const int n = s.plan.scan_queries;
     double* const queries = reinterpret_cast<double*>(dynamic_shared());
     const int dim = static_cast<int>(s.rows.dim);
-    const Pools pools(queries + kScanQueries * dim, kScanQueries, s.plan.capacity, s.plan.kept);
+    const Pools pools(queries + n * dim, n, s.plan.capacity, s.plan.kept);
 
     for (int64_t item = blockIdx.x; item < static_cast<int64_t>(groups) * splits; item += gridDim.x) {
         const int group = item % groups, split = item / groups;
-        for (int i = thread; i < kScanQueries * dim; i += kThreads) {
-            const int slot = group * kScanQueries + i / dim, e = i % dim;
+        for (int i = thread; i < n * dim; i += kThreads) {
+            const int slot = group * n + i / dim, e = i % dim;
             queries[i] = slot < s.redo[0] ? s.queries[static_cast<int64_t>(s.redo[1 + slot]) * s.rows.dim + e] : 0.0;
         }
-        if (thread < kScanQueries) {
-            pools.reset(thread, group * kScanQueries + thread < s.redo[0] ? 0 : closed_threshold());
+        if (thread < n) {
+            pools.reset(thread, group * n + thread < s.redo[0] ? 0 : closed_threshold());
         }
         __syncthreads();
 
@@ -44,21 +45,21 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
             const auto* elements = row_at<Format>(s.rows, there);
             const float scale = scale_at<Format>(s.rows, there);
             // Lane t of a row's four holds partial sums 8 t to 8 t + 7 of exact.hpp.
-            double sums[kScanQueries][8] = {};
+            double sums[kMostScanQueries][8] = {};
             for (int first = 8 * t; first < dim; first += kScanSlab) {
                 float values[8];
                 load_values<Format>(elements, scale, first, values);
 #pragma unroll
-                for (int q = 0; q < kScanQueries; ++q) {
+                for (int q = 0; q < kMostScanQueries; ++q) {
 #pragma unroll
                     for (int j = 0; j < 8; ++j) {
-                        sums[q][j] += queries[q * dim + first + j] * static_cast<double>(values[j]);
+                        sums[q][j] += queries[min(q, n - 1) * dim + first + j] * static_cast<double>(values[j]);
                     }
                 }
             }
-            double sum = 0;  // of query t
+            double sum = 0;  // of query t, where there is one
 #pragma unroll
-            for (int q = 0; q < kScanQueries; ++q) {
+            for (int q = 0; q < kMostScanQueries; ++q) {
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     sums[q][j] += shuffle_xor(sums[q][j], 2);  // partial sum l + 16
@@ -71,15 +72,15 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
                 }
                 if (q == t) sum = sums[q][0];
             }
-            bool pending = row < s.rows.count && s.row_norms[there] == s.row_norms[there];
+            bool pending = t < n && row < s.rows.count && s.row_norms[there] == s.row_norms[there];
             const uint64_t key = candidate_key(exact_round(sum), static_cast<uint32_t>(row));
             // t by value: by reference, the compiler moves sums to local memory
             pools.take([&, t] { return pending = pending && !pools.offer(t, key); }, [](int) {});
         }
 
-        if (warp < kScanQueries) {
+        if (warp < n) {
             pools.flush(warp, lane);
-            const int64_t list = static_cast<int64_t>(group * kScanQueries + warp) * splits + split;
+            const int64_t list = static_cast<int64_t>(group * n + warp) * splits + split;
             for (int i = lane; i < s.plan.kept; i += kWarp) {
                 s.candidates[list * s.plan.kept + i] = pools.query_keys(warp)[i];
             }

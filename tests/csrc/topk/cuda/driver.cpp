@@ -37,13 +37,13 @@ int64_t workspace_bytes(int64_t n_queries, int element, const void* data, const 
 }
 
 // The figures of the first pass: 1 if there is one, queries of a block, stages, bytes of shared memory, 1 if the
-// queries stay in device memory.
-void first_pass(int64_t n_queries, int element, const void* data, const float* scale, int64_t count, int64_t dim, int k,
-                int multiprocessors, int64_t shared_bytes, int64_t* figures) {
+// queries stay in device memory. Then the queries of a block of the exact scan.
+void plan_figures(int64_t n_queries, int element, const void* data, const float* scale, int64_t count, int64_t dim,
+                  int k, int multiprocessors, int64_t shared_bytes, int64_t* figures) {
     const valm::Rows rows{data, scale, static_cast<valm::Element>(element), count, dim};
     const auto plan = valm::make_plan(n_queries, rows, k, {multiprocessors, shared_bytes, shared_bytes + 1024});
     figures[0] = plan.first_pass, figures[1] = 16 * plan.query_tiles, figures[2] = plan.stages;
-    figures[3] = plan.first_pass_shared, figures[4] = plan.streams_queries;
+    figures[3] = plan.first_pass_shared, figures[4] = plan.streams_queries, figures[5] = plan.scan_queries;
 }
 
 // `redone`: how many queries the exact scan answered; `offered`: how many keys the pools were offered, those again that
@@ -63,6 +63,7 @@ int search(int order, uint64_t seed, char* message, size_t message_bytes, int el
         search.plan = valm::make_plan(n_queries, search.rows, k, {multiprocessors, shared_bytes, shared_bytes});
         search.scores = scores;
         search.indices = indices;
+        valm::shim::block.shared_limit = shared_bytes;
         valm::shim::block.additions = valm::shim::block.launches = 0;
         valm::launch_search(search, workspace, {});
         *redone = *reinterpret_cast<const int*>(static_cast<const char*>(workspace) + search.plan.redo);

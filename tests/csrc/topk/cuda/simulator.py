@@ -80,12 +80,12 @@ class Simulator:
         needed = self._library.workspace_bytes(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits)
         return needed + GUARD_BYTES
 
-    def first_pass(self, n_queries: int, rows: Rows, k: int) -> tuple[int, ...]:
-        """Of a search: 1 if it has one, the queries of a block, the stages, the bytes of shared memory, and
-        1 if the queries stay in device memory.
+    def plan(self, n_queries: int, rows: Rows, k: int) -> tuple[int, ...]:
+        """The first pass: 1 if there is one, the queries of a block, the stages, the bytes of shared memory, and 1 if
+        the queries stay in device memory. The exact scan: the queries of a block.
         """
-        figures = (ctypes.c_int64 * 5)()
-        self._library.first_pass(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits, figures)
+        figures = (ctypes.c_int64 * 6)()
+        self._library.plan_figures(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits, figures)
         return tuple(figures)
 
     def ip_topk_cuda(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -106,7 +108,7 @@ H100, A100, CONSUMER = (kib * 1024 for kib in (227, 163, 99))  # shared memory o
 )
 def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries, k, queries, stages):
     simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
-    figures = simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
+    figures = simulator.plan(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
     assert figures[:3] == (1, queries, stages) and figures[4] == 0
     assert figures[3] <= shared_bytes
 
@@ -125,7 +127,7 @@ def test_queries_that_do_not_fit_stay_in_device_memory(
     simulate, library, shared_bytes, dtype, dim, n_queries, k, stages
 ):
     simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
-    figures = simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
+    figures = simulator.plan(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
     assert figures[:3] == (1, 32, stages) and figures[4] == 1
     assert figures[3] <= shared_bytes
 
@@ -141,7 +143,7 @@ def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dty
     shared_bytes = CONSUMER if k == 100 else 52 * 1024
     simulator = simulate(library, "random", multiprocessors=2, shared_bytes=shared_bytes)
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
-    assert simulator.first_pass(n_queries, simulator.Rows(0, 0, dtype, n_rows, dim), k)[::4] == (1, 1)
+    assert simulator.plan(n_queries, simulator.Rows(0, 0, dtype, n_rows, dim), k)[:5:4] == (1, 1)
     assert_exact(normals(n_queries, dim), rows, k, row_scale, prepared=prepared)
     assert simulator.redone == 0
 
@@ -155,7 +157,7 @@ def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dty
     dtype=st.sampled_from(list(DTYPES)),
     order=st.sampled_from(list(ORDERS)),
     multiprocessors=st.integers(1, 9),
-    shared_kib=st.integers(12, 227),
+    shared_kib=st.integers(16, 227),
     seed=st.integers(0, 99),
     prepared=st.booleans(),
 )
@@ -379,6 +381,45 @@ def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library, order):
     scores, indices = cuda.search(torch.ones(1, 16), rows, None, None, 4)
     assert simulator.redone == 1
     assert indices.tolist() == [[1, 3, 5, 7]] and scores.tolist() == [[16.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("shared_kib", "dim", "k", "n_queries"),
+    [
+        (227, 2048, 1024, 4),
+        (163, 2048, 1024, 4),
+        (99, 1104, 1024, 4),
+        (99, 1120, 129, 3),
+        (99, 2048, 1024, 3),
+        (99, 2048, 128, 4),
+        (70, 2048, 1024, 2),  # no card has so little
+        (40, 2048, 1024, 1),
+    ],
+)
+def test_the_exact_scan_takes_as_many_queries_as_fit(simulate, library, shared_kib, dim, k, n_queries):
+    """Long rows and large pools, in the shared memory that a card gives a block."""
+    simulator = simulate(library, "random", multiprocessors=2, shared_bytes=shared_kib * 1024)
+    for dtype in DTYPES:
+        assert simulator.plan(7, simulator.Rows(0, 0, dtype, 700, dim), k)[5] == n_queries
+    queries, rows = normals(7, dim), normals(max(700, k + 9), dim, seed=1).half()
+    if k == 128:
+        rows[:] = rows[torch.arange(len(rows)) % 3]  # more ties than a first pass can tell apart
+    queries[5, 3] = torch.nan
+    assert_exact(queries, rows, k)
+    assert simulator.redone == 6
+
+
+@pytest.mark.parametrize("shared_bytes", [CONSUMER, A100, H100])
+def test_a_plan_fits_the_card(simulate, library, shared_bytes):
+    """No kernel asks for more shared memory than a block gets, and a k of up to 128 has a first pass."""
+    simulator = simulate(library, multiprocessors=84, shared_bytes=shared_bytes)
+    for dtype, dim, k, n_queries in product(DTYPES, range(16, 2049, 16), (1, 17, 65, 128, 129, 1024), (1, 20, 64)):
+        rows = simulator.Rows(0, 0, dtype, 1_000_000, dim)
+        first_pass, *_, first_pass_shared, _, scan_queries = simulator.plan(n_queries, rows, k)
+        capacity = 64 if k <= 16 else 128 if k <= 64 else 256 if k <= 128 else 2048
+        assert scan_queries * (8 * dim + 8 * capacity + 12) <= shared_bytes
+        assert first_pass == (k <= 128)
+        assert not first_pass or first_pass_shared <= shared_bytes
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -92,6 +92,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<unsigned char> stacks;
     std::vector<uint4> shared{std::vector<uint4>(kSharedBytes / sizeof(uint4))};
+    size_t shared_limit = kSharedBytes;  // what the card gives a block
     std::vector<Exchange> exchange[2];
     int current = 0;
     int barriers = 0;  // that the whole block has passed
@@ -166,7 +167,7 @@ inline bool step_warp(int first, int count, std::vector<int>& lanes) {
 }
 
 inline void run_block(int threads, size_t shared_bytes) {
-    if (shared_bytes > kSharedBytes) throw std::runtime_error("more shared memory than any GPU has");
+    if (shared_bytes > block.shared_limit) throw std::runtime_error("more shared memory than the card gives a block");
     std::memset(block.shared.data(), 0xff, kSharedBytes);  // NaN: what nobody wrote is seen
     block.stacks.resize(threads * kStackBytes);
     block.threads.assign(threads, Thread{});
