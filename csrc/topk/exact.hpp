@@ -21,8 +21,6 @@
 namespace valm {
 
 constexpr int kExactLanes = 32;
-// The largest k that a search serves.
-constexpr int kMaxK = 128;
 
 // Internal linkage throughout: this header is compiled for several instruction sets, and the linker must never
 // hand the code of one to another.
