@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, overload
 from torch import Tensor
 
 from .._ops import ops
-from . import cpu, cuda, op, reference  # noqa: F401  (op registers the operator)
+from . import cpu, cuda, op, reference
 from .checks import (
     allowed_rows,
     as_tensor,
@@ -153,18 +153,14 @@ def search(
         raise ValueError(f"impl={impl!r} needs tensors on {impl}, but the database is on {rows.device}")
     if impl == "cuda":
         cuda.code()  # it never falls back to PyTorch
-    flat = queries.reshape(-1, queries.shape[-1])  # [Q, E]
+    flat = queries if queries.dim() == 2 else queries.reshape(-1, queries.shape[-1])  # [Q, E]
     if rows.dim() > 2:  # [n, Q, E] of [n, N, E]
         flat, rows = queries.flatten(0, -3), rows.flatten(0, -3)
     if impl == "reference":
         scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)
-    elif streamed:
-        scores, indices = ops.streamed_ip_topk(flat, rows, row_scale, k, allowed)
-    elif prepared is None:
-        scores, indices = ops.ip_topk(flat, rows, row_scale, k, allowed)
-    elif isinstance(prepared, cuda.RowNorms):
-        scores, indices = ops.normed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
     else:
-        scores, indices = ops.packed_ip_topk(flat, rows, row_scale, *prepared, k, allowed)
+        scores, indices = ops.ip_topk(flat, rows, row_scale, k, allowed, streamed, *op.tensors_of(prepared))
+    if flat is queries:
+        return scores, indices
     shape = (*queries.shape[:-1], k)
     return scores.reshape(shape), indices.reshape(shape)

@@ -31,8 +31,8 @@ class PackedRows(NamedTuple):
     codes: Tensor
     stats: Tensor
     frame: Tensor
-    first_rows: Tensor | None
-    next_duplicate: Tensor | None
+    first_rows: Tensor | None = None
+    next_duplicate: Tensor | None = None
 
 
 def _pointer(tensor: Tensor | None) -> int:

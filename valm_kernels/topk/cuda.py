@@ -82,7 +82,7 @@ class RowNorms(NamedTuple):
     """
 
     norms: Tensor
-    equal: Tensor | None
+    equal: Tensor | None = None
 
 
 def pack(rows: Tensor, row_scale: Tensor | None) -> RowNorms:

@@ -125,20 +125,11 @@ def test_a_card_older_than_the_build_has_no_code(monkeypatch, capability, has):
 def without_code(monkeypatch):
     """On CUDA without native code for it, with the CPU as the device."""
     monkeypatch.setattr(cuda, "native", lambda: SimpleNamespace(built_with_cuda=False))
-    for name in ("ip_topk", "normed_ip_topk"):
-        monkeypatch.setattr(torch.ops.valm_kernels, name, getattr(cuda_operators, name))
 
+    def search(queries, rows, row_scale, k, allowed=None, streamed=False, *tensors):
+        return cuda.search(queries, rows, row_scale, cuda.RowNorms(*tensors[5:]) if tensors else None, k, allowed)
 
-class cuda_operators:
-    """The CUDA kernels of the operators."""
-
-    @staticmethod
-    def ip_topk(queries, database, row_scale, k, allowed=None):
-        return cuda.search(queries, database, row_scale, None, k, allowed)
-
-    @staticmethod
-    def normed_ip_topk(queries, database, row_scale, norms, equal, k, allowed=None):
-        return cuda.search(queries, database, row_scale, cuda.RowNorms(norms, equal), k, allowed)
+    monkeypatch.setattr(torch.ops.valm_kernels, "ip_topk", search)
 
 
 def test_it_serves_where_the_native_code_has_no_cuda(monkeypatch, without_code):

@@ -19,13 +19,13 @@ def test_opcheck(dtype):
 @pytest.mark.parametrize("equal_rows", [False, True])
 def test_opcheck_packed(equal_rows):
     database = torch.randn(1, 16).repeat(40, 1) if equal_rows else torch.randn(40, 16)
-    arguments = (torch.randn(3, 16), database, None, *cpu.pack(database, None), 5)
-    torch.library.opcheck(torch.ops.valm_kernels.packed_ip_topk, arguments)
+    arguments = (torch.randn(3, 16), database, None, 5, None, False, *cpu.pack(database, None))
+    torch.library.opcheck(torch.ops.valm_kernels.ip_topk, arguments)
 
 
 def test_opcheck_streamed():
-    arguments = (torch.randn(3, 16), torch.ones(40, 16, dtype=torch.int8), torch.rand(40), 5)
-    torch.library.opcheck(torch.ops.valm_kernels.streamed_ip_topk, arguments)
+    arguments = (torch.randn(3, 16), torch.ones(40, 16, dtype=torch.int8), torch.rand(40), 5, None, True)
+    torch.library.opcheck(torch.ops.valm_kernels.ip_topk, arguments)
 
 
 def test_compiles_as_one_graph_of_any_size():

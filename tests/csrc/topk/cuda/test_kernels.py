@@ -589,13 +589,12 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
     expected = reference.ip_topk(queries, added.dequantised(), None, 6)
     used = []
 
-    def normed_search(queries, rows, row_scale, norms, equal, k):
+    def search(queries, rows, row_scale, k, allowed, streamed, *tensors):
         used.append(cuda.aligned(rows).data_ptr())
-        return cuda.search(queries, rows, row_scale, cuda.RowNorms(norms, equal), k)
+        return cuda.search(queries, rows, row_scale, cuda.RowNorms(*tensors[5:]), k, allowed)
 
-    with torch.library._scoped_library("valm_kernels", "IMPL") as implementations:
-        implementations.impl("normed_ip_topk", normed_search, "CPU")
-        found = added.search(queries, 6)
+    monkeypatch.setattr(torch.ops.valm_kernels, "ip_topk", search)
+    found = added.search(queries, 6)
     assert torch.equal(found.indices, expected[1]) and torch.equal(found.scores, expected[0])
     assert used == [added._stored.rows.data_ptr()]
     assert added.bytes_per_row == 16 * itemsize + 4 + (4 if dtype == "int8" else 0)
