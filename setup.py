@@ -153,7 +153,12 @@ class Build:
 
 
 class NativeBuild(build_ext):
-    """build_ext whose compiler calls go through ninja, or without it through a few threads."""
+    """build_ext whose compiler calls go through ninja, or without it through a few threads. In place, as tests run it,
+    the module has AMX's code with arrays as its registers too (VALM_KERNELS_TILES)."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.defines = ["-DVALM_KERNELS_TILES"] if self.inplace else []  # run() clears inplace
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
@@ -165,7 +170,7 @@ class NativeBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         openmp = openmp_flags()
         rules = compiler_rules(nvcc, openmp, [ROOT / "csrc", pybind11_include(), sysconfig.get_path("include")])
-        builds = native_builds(nvcc, openmp, output)
+        builds = native_builds(nvcc, openmp + self.defines, output)
         write_compile_commands(rules, builds)
         if ninja := find_ninja():
             (build_dir / "build.ninja").write_text(ninja_file(rules, builds))
@@ -214,7 +219,7 @@ def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[
     return {"host": host, "cuda": cuda, "link": link}
 
 
-def native_builds(nvcc: str | None, openmp: list[str], output: Path) -> list[Build]:
+def native_builds(nvcc: str | None, flags: list[str], output: Path) -> list[Build]:
     """The objects, and at the end the module."""
     objects = []
     for source in sorted((ROOT / "csrc").rglob("*.c*")):
@@ -224,7 +229,7 @@ def native_builds(nvcc: str | None, openmp: list[str], output: Path) -> list[Bui
         if source.suffix == ".cu":
             objects.append(Build(name, "cuda", (source,)))
         else:
-            objects.append(Build(name, "host", (source,), " ".join(host_flags(source) + openmp)))
+            objects.append(Build(name, "host", (source,), " ".join(host_flags(source) + flags)))
     return [*objects, Build(str(output), "link", tuple(build.output for build in objects))]
 
 

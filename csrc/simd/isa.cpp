@@ -14,9 +14,13 @@ namespace valm {
 
 namespace {
 
-constexpr std::pair<Isa, const char*> kNames[] = {{Isa::kAmxInt8, "amxint8"}, {Isa::kAvx512Vnni, "avx512vnni"},
-                                                  {Isa::kAvx512, "avx512"},   {Isa::kAvx2, "avx2"},
-                                                  {Isa::kGeneric, "generic"}, {Isa::kTiles, "tiles"}};
+constexpr std::pair<Isa, const char*> kNames[] = {
+    {Isa::kAmxInt8, "amxint8"}, {Isa::kAvx512Vnni, "avx512vnni"}, {Isa::kAvx512, "avx512"},
+    {Isa::kAvx2, "avx2"},       {Isa::kGeneric, "generic"},
+#ifdef VALM_KERNELS_TILES
+    {Isa::kTiles, "tiles"},
+#endif
+};
 
 bool has_amx() {
 #ifdef VALM_AMX

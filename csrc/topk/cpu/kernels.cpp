@@ -15,7 +15,10 @@ const Kernels& topk_kernels(const std::string& isa) {
                                          {Isa::kAvx2, &kAvx2},
 #endif
                                          {Isa::kGeneric, &kGeneric},
-                                         {Isa::kTiles, &kTiles}});
+#ifdef VALM_KERNELS_TILES
+                                         {Isa::kTiles, &kTiles},
+#endif
+                                     });
 }
 
 }  // namespace valm

@@ -1,4 +1,6 @@
 // AMX's kernels with arrays as its registers, in plain C++, so that tests run them on any processor.
+#ifdef VALM_KERNELS_TILES
+
 #include <cstring>
 
 #include "topk/cpu/matrix_pass.hpp"
@@ -59,3 +61,5 @@ const Kernels kTiles = {QueryLayout::kMatrix,   kMaxTile, kMaxGroup, begin, null
                         matrix_pass<Registers>, pack_row, dot,       exact};
 
 }  // namespace valm
+
+#endif
