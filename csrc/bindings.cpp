@@ -34,7 +34,7 @@ static int64_t interruptible(Function function) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native code of valm_kernels; call it through valm_kernels.";
     // Raise it here and in valm_kernels/native.py whenever a call changes.
-    m.attr("interface_version") = 6;
+    m.attr("interface_version") = 7;
 
     py::class_<valm::Rows>(m, "Rows", py::module_local())
         .def(py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {

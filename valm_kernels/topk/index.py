@@ -73,8 +73,7 @@ class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
 
     On the CPU it also stores a packed copy of the rows for a first pass (E + 16 bytes a row), which `save` writes too.
-    On a CUDA device it stores their norms (4 bytes a row, and 12 more where rows are equal), and E is padded to a
-    multiple of 16.
+    On a CUDA device it stores their norms (4 bytes a row), and E is padded to a multiple of 16.
 
     Threads and signal handlers may share an index: any of its methods may run at once. A search returns the result over
     the rows that it began with, `add` and `remove` run one after the other, and the first search after them prepares

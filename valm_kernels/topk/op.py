@@ -19,7 +19,7 @@ torch.library.define(
     NAME,
     "(Tensor queries, Tensor rows, Tensor? row_scale, int k, Tensor? allowed=None, bool streamed=False, "
     "Tensor? codes=None, Tensor? stats=None, Tensor? frame=None, Tensor? first_rows=None, Tensor? next_duplicate=None, "
-    "Tensor? norms=None, Tensor? equal=None) -> (Tensor scores, Tensor indices)",
+    "Tensor? norms=None) -> (Tensor scores, Tensor indices)",
 )
 NO_PACKED_ROWS = (None,) * len(cpu.PackedRows._fields)
 

@@ -141,19 +141,6 @@ __device__ inline float scale_at(const Rows& rows, int64_t row) {
     return Format::kElement == Element::kInt8 ? rows.scale[row] : 1.0f;
 }
 
-// A row's norm as row_norms_kernel finds it, but looser and infinite above 2^63, from the sum of the squares of its
-// first terms that the mma's of a first pass return. It is an upper bound: at most 128 mma's, for 2048 elements, lose
-// 2^-18 of the sum each, a bfloat16 that stands for a float32 may be 2^-9 below it, and all squares that underflow are
-// together below that of 2^-57. Where the sum may have overflowed, the row's elements say whether they are finite.
-template <class Format>
-__device__ inline float norm_bound(float square, const Rows& rows, int64_t row) {
-    if (square < 0x1p126f) return sqrtf(square) * (1 + 0x1p-7f) + 0x1p-56f;
-    const auto* elements = row_at<Format>(rows, row);
-    bool finite = true;
-    for (int64_t e = 0; e < rows.dim; ++e) finite &= fabsf(Format::value(elements[e], 1.0f)) <= 3.402823466e+38f;
-    return finite ? INFINITY : NAN;
-}
-
 struct RowNorms {
     Rows rows;
     float* norms;  // (rows.count)

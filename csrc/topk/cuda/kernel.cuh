@@ -8,9 +8,6 @@
 // proof has more of its candidates scored exactly. One still without goes to a list, and a scan of the whole database
 // computes its answer from exact scores; nothing waits for the host.
 //
-// Of every 4 tiles or more of rows the pass looks at one beforehand: what is not among the best of this sample is not
-// among the best of all, so no block has to begin with an open threshold.
-//
 // The parts of error(q), for E elements and |.| the Euclidean norm, by the Cauchy-Schwarz inequality:
 //   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
 //   |q16| 2^-18 for each mma              sums in float32: products are exact; an mma adds 16 of them and the sum so
@@ -26,8 +23,7 @@
 //                                         at most 2 |q16| |x| and |q16| |x|, because |low| <= 128 sqrt(E) < 2^13 <=
 //                                         |q16|. Together 2^-21 at most
 // norm(x) includes 2^-96 for bfloat16 products that underflow, and is infinite above 2^64. Below that no sum overflows;
-// above it u is infinite or NaN, which counts as infinite, so the row is kept. It comes from row_norms_kernel or, so
-// that a search of rows without norms reads them once, from the first pass itself: norm_bound.
+// above it u is infinite or NaN, which counts as infinite, so the row is kept.
 #pragma once
 
 #include "topk/cuda/formats.cuh"
@@ -37,10 +33,9 @@ namespace valm {
 
 // All a kernel needs, passed by value.
 struct Search {
-    const float* queries;  // (n_queries, rows.dim)
-    Rows rows;             // rows.dim a multiple of 16, so that 16 bytes load at once
-    float* row_norms;      // (rows.count), from row_norms_kernel; NaN: never return this row
-    bool finds_norms;      // row_norms has no values yet: the first pass finds and writes them
+    const float* queries;    // (n_queries, rows.dim)
+    Rows rows;               // rows.dim a multiple of 16, so that 16 bytes load at once
+    const float* row_norms;  // (rows.count), from row_norms_kernel; NaN: never return this row
     int n_queries, k;
     Plan plan;
     // Workspace, in the order of Plan's offsets.
@@ -48,7 +43,6 @@ struct Search {
     float* errors;         // (padded queries): error(q), NaN for a query that is not finite
     int* exponents;        // (padded queries): the first pass works on 2^exponent q
     uint64_t* thresholds;  // (padded queries): the best key known to have `kept` candidates at or above it
-    uint64_t* sample;      // (padded queries, kSampleKeys): the best key of each group of 32 rows
     uint64_t* candidates;  // (lists, kept)
     int* redo;             // how many queries need the exact scan, then which
     float* scores;         // (n_queries, k)
@@ -144,7 +138,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 
 // The rows of a lane on their way from device memory, tile after tile, one slab in each stage. A lane copies just what
 // it multiplies, so nobody else waits for it. Through registers instead, the compiler puts the loads of a slab behind
-// the products that should hide them. Place p of a tile is row p * stride.
+// the products that should hide them.
 template <class Format>
 struct RowStream {
     using Part = typename Format::Part;
@@ -153,19 +147,17 @@ struct RowStream {
 
     const Search& s;
     Part* const parts;  // of this lane: (stages, kWarps, kRowTiles, kWarp) in the block's order
-    int64_t place;      // of this lane's first row in the tile whose slabs are copied next
-    const int64_t stride;
+    int64_t first_row;  // of this lane in the tile whose slabs are copied next
     const int t;
     const typename Format::Value* row[kRowTiles];
     int slab = 0;   // to be copied next
     int stage = 0;  // of the oldest slab
 
     // Starts the copies of the first slabs.
-    __device__ RowStream(const Search& s, Part* stages, int64_t warp_place, int64_t stride)
+    __device__ RowStream(const Search& s, Part* stages, int64_t warp_row)
         : s(s),
           parts(stages + threadIdx.x / kWarp * kWarpParts + threadIdx.x % kWarp),
-          place(warp_place + threadIdx.x % kWarp / 4),
-          stride(stride),
+          first_row(warp_row + threadIdx.x % kWarp / 4),
           t(threadIdx.x % 4) {
         find_rows();
         for (int i = 0; i < s.plan.stages; ++i) replace();
@@ -174,7 +166,7 @@ struct RowStream {
     __device__ void find_rows() {
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-            row[i] = row_at<Format>(s.rows, min((place + 8 * i) * stride, s.rows.count - 1));
+            row[i] = row_at<Format>(s.rows, min(first_row + 8 * i, s.rows.count - 1));
         }
     }
 
@@ -197,7 +189,7 @@ struct RowStream {
         if (++stage == s.plan.stages) stage = 0;
         if (++slab == s.plan.slabs) {
             slab = 0;
-            place += static_cast<int64_t>(s.plan.splits) * kBlockRows;
+            first_row += static_cast<int64_t>(s.plan.splits) * kBlockRows;
             find_rows();
         }
     }
@@ -242,23 +234,6 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
     }
 }
 
-// The sums of the rows' squares += those of one slab. The words of 8 rows as the `b` of an mma are also the first half
-// of an `a`, so that the squares are the diagonal of the product.
-template <class Format>
-__device__ inline void add_squares(const typename Format::Part* rows, float (&squares)[kRowTiles][4]) {
-#pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-        uint32_t row[Format::kRowTerms][kPartWords<Format>];
-        Format::words(rows[n * kWarp], row);
-#pragma unroll
-        for (int step = 0; step < kSteps<Format>; ++step) {
-            const uint32_t* const b = row[0] + 2 * step;
-            const uint32_t a[4] = {b[0], 0, b[1], 0};
-            mma<Format::kInput>(squares[n], a, b[0], b[1]);
-        }
-    }
-}
-
 // The queries of a block.
 struct BlockQueries {
     const uint4* words;  // (tiles, terms, steps of 16 elements, lanes), in shared or, if streamed, in device memory
@@ -292,40 +267,25 @@ struct Tile {
     float norms[kRowTiles][2];                // NaN for a row that must not be returned
 };
 
-// The tile whose rows lie at the warp's places from `place` on, the next of the stream.
-template <class Format, int kQueryTiles, bool kFindsNorms>
+// The tile of the warp's rows from warp_row on, the next of the stream.
+template <class Format, int kQueryTiles>
 __device__ inline void find_bounds(const Search& s, const BlockQueries& queries, RowStream<Format>& stream,
-                                   int64_t place, Tile<kQueryTiles>& tile) {
+                                   int64_t warp_row, Tile<kQueryTiles>& tile) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    const auto row_of = [&](int n, int j) { return (place + 8 * n + 2 * t + j) * stream.stride; };
-    if constexpr (!kFindsNorms) {
+    const auto row_of = [&](int n, int j) { return warp_row + 8 * n + 2 * t + j; };
 #pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) {
+    for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int64_t row = row_of(n, j);
-                tile.norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
-            }
+        for (int j = 0; j < 2; ++j) {
+            const int64_t row = row_of(n, j);
+            tile.norms[n][j] = row < s.rows.count ? s.row_norms[row] : NAN;
         }
     }
     Sums<Format, kQueryTiles> sums = {};
-    [[maybe_unused]] float squares[kRowTiles][4] = {};
     for (int slab = 0; slab < s.plan.slabs; ++slab) {
         const auto* const rows = stream.wait();
         multiply<Format, kQueryTiles>(queries.words, slab, s.plan.slabs, lane, rows, sums);
-        if constexpr (kFindsNorms) add_squares<Format>(rows, squares);
         stream.replace();
-    }
-    if constexpr (kFindsNorms) {
-#pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int64_t row = row_of(n, j);
-                const float square = shuffle(squares[n][j], 4 * (2 * t + j) + t);  // row and column 2 t + j
-                tile.norms[n][j] = row < s.rows.count ? norm_bound<Format>(square, s.rows, row) : NAN;
-            }
-        }
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -353,60 +313,9 @@ __device__ inline uint64_t bound_key(float bound, int64_t row) {
     return candidate_key(bound == bound ? bound : INFINITY, static_cast<uint32_t>(row));
 }
 
-// A block takes 16 kQueryTiles queries and a tile of the sample, which is spread evenly over the database. Each warp
-// passes on its best key for each query.
-template <class Format, int kQueryTiles, bool kFindsNorms, bool kStreamsQueries>
-__global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void sample_kernel(Search s) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    const BlockQueries queries = load_queries<Format, kQueryTiles, kStreamsQueries>(s);
-    __syncthreads();
-
-    const int64_t stride = s.rows.count / (static_cast<int64_t>(s.plan.sample_tiles) * kBlockRows);
-    const int64_t place = static_cast<int64_t>(blockIdx.y) * kBlockRows + warp * (kRowTiles * 8);
-    auto* const stages = reinterpret_cast<typename Format::Part*>(queries.errors + 16 * kQueryTiles);
-    RowStream<Format> stream(s, stages, place, stride);
-    Tile<kQueryTiles> tile;
-    find_bounds<Format, kQueryTiles, kFindsNorms>(s, queries, stream, place, tile);
-    wait_copies(0);
-#pragma unroll
-    for (int m = 0; m < kQueryTiles; ++m) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            uint64_t best = 0;
-#pragma unroll
-            for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    if (tile.norms[n][j] != tile.norms[n][j]) continue;
-                    best = max(best, bound_key(tile.bounds[m][n][2 * h + j], (place + 8 * n + 2 * t + j) * stride));
-                }
-            }
-            best = max(best, shuffle_xor(best, 1));
-            best = max(best, shuffle_xor(best, 2));
-            const int64_t query = static_cast<int64_t>(blockIdx.x) * 16 * kQueryTiles + 16 * m + 8 * h + g;
-            if (t == 0) s.sample[query * kSampleKeys + blockIdx.y * kWarps + warp] = best;
-        }
-    }
-}
-
-// One warp for each query: `kept` rows of the sample are at or above the kept-th best of its keys.
-static __global__ __launch_bounds__(kThreads) void sample_thresholds_kernel(Search s) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int query = blockIdx.x * kWarps + warp;
-    if (query >= s.n_queries) return;
-    uint64_t* const keys = reinterpret_cast<uint64_t*>(dynamic_shared()) + warp * kSampleKeys;
-    for (int i = lane; i < kSampleKeys; i += kWarp) {
-        keys[i] = i < s.plan.sample_tiles * kWarps ? s.sample[static_cast<int64_t>(query) * kSampleKeys + i] : 0;
-    }
-    sort_descending(keys, kSampleKeys, lane);
-    const uint64_t last = keys[s.plan.kept - 1];
-    // one less: this row is still to be found
-    if (lane == 0) s.thresholds[query] = last ? last - 1 : 0;
-}
-
 // A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
-template <class Format, int kQueryTiles, bool kFindsNorms, bool kStreamsQueries>
+template <class Format, int kQueryTiles, bool kStreamsQueries>
 __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void first_pass_kernel(Search s) {
     constexpr int kQueries = 16 * kQueryTiles;
     const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4;
@@ -431,18 +340,11 @@ __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void f
     };
 
     const int64_t warp_row = static_cast<int64_t>(split) * kBlockRows + warp * (kRowTiles * 8);
-    RowStream<Format> stream(s, stages, warp_row, 1);
+    RowStream<Format> stream(s, stages, warp_row);
     for (int64_t row = warp_row; row - warp * (kRowTiles * 8) < s.rows.count;
          row += static_cast<int64_t>(s.plan.splits) * kBlockRows) {
         Tile<kQueryTiles> tile;
-        find_bounds<Format, kQueryTiles, kFindsNorms>(s, queries, stream, row, tile);
-        if (kFindsNorms && blockIdx.x == 0 && g == 0) {
-#pragma unroll
-            for (int i = 0; i < 2 * kRowTiles; ++i) {
-                const int64_t there = row + 8 * (i / 2) + 2 * t + i % 2;
-                if (there < s.rows.count) s.row_norms[there] = tile.norms[i / 2][i % 2];
-            }
-        }
+        find_bounds<Format, kQueryTiles>(s, queries, stream, row, tile);
 
         // A bit for each bound that may pass the threshold.
         uint32_t pending[kQueryTiles];
@@ -522,8 +424,7 @@ __device__ inline bool find_answer(const Search& s, int query, int capacity, int
     const uint64_t threshold = s.thresholds[query];  // itself a key to be kept
     select_best(pools, s.candidates + static_cast<int64_t>(query) * s.plan.splits * s.plan.kept,
                 static_cast<int64_t>(s.plan.splits) * s.plan.kept, threshold ? threshold - 1 : 0);
-    // Not below the key of any row that was dropped, here or, by the threshold, in the first pass; zero: none was. So
-    // the proof does not need the sample's kernel to compute the first pass's bounds bit for bit.
+    // Not below the key of any row that was dropped, here or, by the threshold, in the first pass; zero: none was.
     const uint64_t last = max(keys[kept - 1], threshold);
     __syncthreads();
 
@@ -572,8 +473,8 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
     }
     if (s.plan.first_pass) {
         if (find_answer<Format>(s, query, s.plan.capacity, s.plan.kept)) return;
-        // Many rows are nearly as good as the k-th. The lists of the parts have more candidates than one list has room
-        // for, and their threshold is often far below: a second chance before the scan.
+        // Many rows are nearly as good as the k-th. A second chance with more of the parts' candidates takes 192 E
+        // products in float64, the scan all N E: it pays where it spares one such query in N / 192 the scan.
         if (s.plan.kept < kMostKept && find_answer<Format>(s, query, kMostCapacity, kMostKept)) return;
     }
     if (threadIdx.x == 0) ask_for_scan(s, query);

@@ -24,13 +24,6 @@ constexpr int kBlockRows = kWarps * kRowTiles * 8;
 // multiprocessor (3.35 TB/s, 132 of them, 0.8 us); a slab of a tile has kStageBytes, 16 KB.
 constexpr int kMostStages = 4;
 constexpr int64_t kStageBytes = int64_t{kThreads} * kRowTiles * 16;
-// Rows that come without norms: up to so many blocks that share a part of the database find them in the first pass,
-// each with a quarter more products, for 64 queries of 16 bits. A kernel of its own reads the rows once more, which on
-// an H100 (3.35 TB/s, 989 TFLOP/s) takes as long as that quarter of 18 blocks, at a peak that they never reach.
-constexpr int kMostNormBlocks = 8;
-// The first thresholds come from a sample of up to as many tiles of rows, of which each warp passes on one key a query.
-constexpr int kMostSampleTiles = 32;
-constexpr int kSampleKeys = kMostSampleTiles * kWarps;
 // The exact scan: 4 lanes to a row, of which they read as many elements at a time, and up to as many queries.
 constexpr int kScanSlab = 32;
 constexpr int kMostScanQueries = 4;
@@ -54,12 +47,12 @@ struct Plan {
     int query_tiles;  // of 16 queries in a block of the first pass: 4, 2 or 1
     // The first pass reads the queries from device memory, as they do not fit into shared memory beside 2 slabs of
     // rows; kStreamedQueryTiles then. A slab of them is an eighth to a quarter of one of rows, and the block's warps
-    // find it in the first-level cache.
+    // find it in the first-level cache. Else all N E products of such a query would be in float64, of which the cards
+    // that it is for (99 KiB a block) do 1/64 as many a second as of float32.
     bool streams_queries;
     int stages;        // slabs of rows in the shared memory of the first pass
     int query_blocks;  // blocks that share a part of the database
     int splits;        // parts of the database
-    int sample_tiles;  // of kBlockRows rows, whose best give the first thresholds; 0: they start open
     int kept;          // candidates that a part passes on for each query
     int capacity;      // of a pool, a power of two
     int scan_blocks;   // of the exact scan
@@ -68,7 +61,7 @@ struct Plan {
     bool first_pass;   // false: the pools do not fit into shared memory, the exact scan searches for all
     int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
     // Workspace: offsets and size in bytes.
-    int64_t packed, errors, exponents, thresholds, sample, candidates, redo, bytes;
+    int64_t packed, errors, exponents, thresholds, candidates, redo, bytes;
 };
 
 // Blocks of the first pass that share a multiprocessor, by their registers.
@@ -137,12 +130,6 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
             plan.splits = static_cast<int>(splits);
         }
     }
-    // Estimates for an H100, 768 elements and k 8. A sample costs about 18 us: two launches, one tile, one sort. Open
-    // thresholds cost about 75 us with 64 queries in a block and 19 with 16: every block fills and sorts each pool
-    // about seven times in its first tile, and as often after it.
-    const int sample_tiles = static_cast<int>(std::min<int64_t>(kMostSampleTiles, row_tiles / 4));
-    const bool samples = plan.first_pass && plan.query_tiles > 1 && sample_tiles * kWarps >= plan.kept;
-    plan.sample_tiles = samples ? sample_tiles : 0;
     plan.scan_blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, ceil_div(rows.count, kScanRows)));
     // With 99 KiB a block, 3 queries of more than 1,104 numbers where k is above kFirstPassBest.
     plan.scan_queries = kMostScanQueries;
@@ -166,7 +153,6 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
     plan.errors = place(padded_queries * 4);
     plan.exponents = place(padded_queries * 4);
     plan.thresholds = place(padded_queries * 8);
-    plan.sample = place(plan.sample_tiles ? padded_queries * kSampleKeys * 8 : 0);
     plan.candidates = place(plan.lists * plan.kept * 8);
     plan.redo = place((n_queries + 1) * 4);
     plan.bytes = at;

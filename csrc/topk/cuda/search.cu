@@ -48,14 +48,13 @@ int64_t cuda_topk_workspace(int device, int64_t n_queries, const Rows& rows, int
     return make_plan(n_queries, rows, k, device_limits(device)).bytes;
 }
 
-void ip_topk_cuda(int device, uintptr_t queries, int64_t n_queries, const Rows& rows, uintptr_t row_norms,
-                  bool finds_norms, int k, uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
+void ip_topk_cuda(int device, uintptr_t queries, int64_t n_queries, const Rows& rows, uintptr_t row_norms, int k,
+                  uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream) {
     use_device(device);
     Search search{};
     search.queries = reinterpret_cast<const float*>(queries);
     search.rows = rows;
-    search.row_norms = reinterpret_cast<float*>(row_norms);
-    search.finds_norms = finds_norms;
+    search.row_norms = reinterpret_cast<const float*>(row_norms);
     search.n_queries = static_cast<int>(n_queries);
     search.k = k;
     search.plan = make_plan(n_queries, rows, k, device_limits(device));

@@ -24,9 +24,8 @@ int64_t cuda_topk_workspace(int device, int64_t n_queries, const Rows& rows, int
 // For each query the k best rows by (score falling, row rising), scored as exact.hpp says: scores (n_queries, k),
 // indices (n_queries, k). A row that is not finite is never returned: where too few are left, the score is -inf and
 // the index -1. A query that is not finite gets scores NaN and indices -1. queries (n_queries, rows.dim), at least
-// one. With finds_norms, row_norms needs no initial value: the search finds the norms and writes them, which often
-// takes no reading of the rows of its own. `workspace` is aligned to 16 bytes and needs no initial value.
-void ip_topk_cuda(int device, uintptr_t queries, int64_t n_queries, const Rows& rows, uintptr_t row_norms,
-                  bool finds_norms, int k, uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream);
+// one. row_norms are those of cuda_row_norms. `workspace` is aligned to 16 bytes and needs no initial value.
+void ip_topk_cuda(int device, uintptr_t queries, int64_t n_queries, const Rows& rows, uintptr_t row_norms, int k,
+                  uintptr_t workspace, uintptr_t scores, uintptr_t indices, uintptr_t stream);
 
 }  // namespace valm

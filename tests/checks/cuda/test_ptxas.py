@@ -8,8 +8,8 @@ import pytest
 
 from tests.checks.cuda.ptxas import ARCHITECTURES, measure, nvcc_version, read_table, source_hash
 
-# Kernels of a first pass, for each type of rows.
-FIRST_PASSES = 3 + 2 + 2
+# Kernels of a first pass for the 4 types of rows: in 3 tile heights, and with streamed queries.
+FIRST_PASSES = 4 * (3 + 1)
 
 
 @pytest.mark.slow  # the test below holds the table to the sources
@@ -17,9 +17,7 @@ FIRST_PASSES = 3 + 2 + 2
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_figures(architecture):
     figures = measure(architecture)
-    # of the 4 types of rows: first pass in 3 tile heights, sample in 2, both with streamed queries, the others; the
-    # former also with norms
-    assert len(figures) == 4 * (FIRST_PASSES + 4) + 2 + 3 * FIRST_PASSES
+    assert len(figures) == FIRST_PASSES + 4 * 4 + 1  # norms, queries, merge and exact scan; the exact merge
     assert [row for row in figures if row.spill_bytes or row.stack_bytes] == []
     version, _, table = read_table()
     assert {key for key in table if key[2] == architecture} == {row[:3] for row in figures}
@@ -40,9 +38,9 @@ def test_rows_are_copied_ahead_of_their_products():
     """
     _, _, table = read_table()
     loops = [row for row in table.values() if row.mma]
-    assert len(loops) == len(ARCHITECTURES) * (4 + 3) * FIRST_PASSES
-    assert {row.kernel for row in loops} == {"first_pass_kernel", "sample_kernel"}
+    assert len(loops) == len(ARCHITECTURES) * FIRST_PASSES
+    assert {row.kernel for row in loops} == {"first_pass_kernel"}
     assert all(row.copies == 4 for row in loops)
     streamed = [row for row in loops if row.variant.split()[-1] == "true"]
-    assert len(streamed) == len(ARCHITECTURES) * (4 + 3) * 2
+    assert len(streamed) == len(ARCHITECTURES) * 4
     assert all((row.loads > 0) == (row in streamed) for row in loops)

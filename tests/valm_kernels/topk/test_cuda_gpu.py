@@ -32,7 +32,7 @@ def needs_native_code() -> None:
 
 def norms_of(rows: torch.Tensor, row_scale: torch.Tensor | None) -> cuda.RowNorms:
     needs_native_code()
-    return cuda.RowNorms(cuda.row_norms(rows, row_scale), None)
+    return cuda.pack(rows, row_scale)
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -49,15 +49,14 @@ void plan_figures(int64_t n_queries, int element, const void* data, const float*
 // `redone`: how many queries the exact scan answered; `offered`: how many keys the pools were offered, those again that
 // a full pool turned away; `launches` of kernels.
 int search(int order, uint64_t seed, char* message, size_t message_bytes, int element, const void* data,
-           const float* scale, int64_t count, int64_t dim, float* norms, int finds_norms, const float* queries,
-           int n_queries, int k, int multiprocessors, int64_t shared_bytes, void* workspace, float* scores,
-           int64_t* indices, int* redone, int64_t* offered, int* launches) {
+           const float* scale, int64_t count, int64_t dim, const float* norms, const float* queries, int n_queries,
+           int k, int multiprocessors, int64_t shared_bytes, void* workspace, float* scores, int64_t* indices,
+           int* redone, int64_t* offered, int* launches) {
     return guarded(order, seed, message, message_bytes, [&] {
         valm::Search search{};
         search.queries = queries;
         search.rows = {data, scale, static_cast<valm::Element>(element), count, dim};
         search.row_norms = norms;
-        search.finds_norms = finds_norms;
         search.n_queries = n_queries;
         search.k = k;
         search.plan = valm::make_plan(n_queries, search.rows, k, {multiprocessors, shared_bytes, shared_bytes});

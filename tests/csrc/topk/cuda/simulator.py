@@ -88,9 +88,7 @@ class Simulator:
         self._library.plan_figures(ctypes.c_int64(n_queries), *rows.arguments, k, *self._limits, figures)
         return tuple(figures)
 
-    def ip_topk_cuda(
-        self, device, queries, n_queries, rows, norms, finds_norms, k, workspace, scores, indices, stream
-    ) -> None:
+    def ip_topk_cuda(self, device, queries, n_queries, rows, norms, k, workspace, scores, indices, stream) -> None:
         size = self.cuda_topk_workspace(device, n_queries, rows, k)
         memory = (ctypes.c_uint8 * size).from_address(workspace)
         ctypes.memset(memory, 0xFF, size)
@@ -99,7 +97,6 @@ class Simulator:
             "search",
             *rows.arguments,
             ctypes.c_void_p(norms),
-            finds_norms,
             ctypes.c_void_p(queries),
             n_queries,
             k,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
 from tests.csrc.topk.cuda.simulator import ORDERS, build, copy_sources
@@ -26,7 +25,7 @@ def assert_exact(
     prepared: bool = False,
 ) -> None:
     """Of a raw tensor, or with norms found beforehand as an index has them."""
-    packed = cuda.RowNorms(cuda.row_norms(rows, row_scale), None) if prepared else None
+    packed = cuda.pack(rows, row_scale) if prepared else None
     scores, indices = cuda.search(queries, rows, row_scale, packed, k)
     expected_scores, expected_indices = reference.ip_topk(queries, rows, row_scale, k)
     assert torch.equal(indices, expected_indices)
@@ -40,8 +39,8 @@ SHAPES = (  # queries, rows, elements, k
     (70, 300, 48, 3),  # blocks of 64
     (3, 700, 40, 128),  # the largest pools of a first pass
     (2, 257, 61, 40),  # an odd number of elements, padded
-    (18, 4200, 24, 8),  # a sample of 4 tiles
-    (33, 12400, 8, 40),  # of 12, for blocks of 64
+    (18, 4200, 24, 8),  # many tiles of rows
+    (33, 12400, 8, 40),
 )
 
 
@@ -52,42 +51,6 @@ def test_agrees_with_the_reference(simulate, library, order, dtype, shape, prepa
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
     assert_exact(normals(n_queries, dim), rows, min(k, n_rows), row_scale, prepared=prepared)
     assert simulator.redone == 0
-
-
-@pytest.mark.parametrize(("order", "k", "most"), [("rising", 8, 420), ("falling", 40, 1400), ("random", 128, 4000)])
-def test_a_sample_of_the_rows_closes_the_thresholds(simulate, library, order, k, most):
-    """Few keys are offered: by what 8,192 rows in twice as many say (128, 480 or 1,420 rows), and those kept again by
-    the merge. From open thresholds it was 2,750, 3,800 and 7,130 a query.
-    """
-    simulator = simulate(library, order, multiprocessors=8)
-    assert_exact(normals(64, 8), normals(16384, 8, seed=1).half(), k)
-    assert simulator.redone == 0
-    assert simulator.offered / 64 < most
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("share", [0.5, 0.01])
-def test_a_sample_counts_only_rows_that_may_be_returned(simulate, library, order, share):
-    simulator = simulate(library, order)
-    queries, rows = normals(17, 16), normals(4200, 16, seed=1)
-    allowed = torch.rand(4200, generator=torch.Generator().manual_seed(2)) < share
-    found = cuda.search(queries, rows, None, None, 8, allowed)
-    expected = reference.ip_topk(queries, rows, None, 8, allowed)
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
-    assert simulator.redone == 0
-
-
-@pytest.mark.slow  # it compiles
-def test_a_threshold_that_is_too_high_costs_a_scan_and_no_row(simulate, tmp_path):
-    """As if the sample's bounds came out above those of the first pass."""
-    sources = copy_sources(tmp_path)
-    kernel = sources / "topk" / "cuda" / "kernel.cuh"
-    right, wrong = "last = keys[s.plan.kept - 1];", "last = keys[0];"
-    assert kernel.read_text().count(right) == 1
-    kernel.write_text(kernel.read_text().replace(right, wrong))
-    simulator = simulate(build(tmp_path / "mutant.so", sources))
-    assert_exact(normals(17, 16), normals(4200, 16, seed=1).half(), 8)
-    assert simulator.redone > 0
 
 
 H100, A100, CONSUMER = (kib * 1024 for kib in (227, 163, 99))  # shared memory of a block
@@ -139,7 +102,7 @@ def test_queries_that_do_not_fit_stay_in_device_memory(
     + [pytest.param(17, 4200, 450, 8, dtype, True, marks=pytest.mark.slow) for dtype in DTYPES],
 )
 def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dtype, n_queries, n_rows, dim, k):
-    """Two blocks of queries, the second with one; without and with a sample."""
+    """Two blocks of queries, the second with one."""
     shared_bytes = CONSUMER if k == 100 else 52 * 1024
     simulator = simulate(library, "random", multiprocessors=2, shared_bytes=shared_bytes)
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
@@ -201,7 +164,7 @@ def test_adversarial_rows(simulate, library, order, dtype, kind):
         for column, dtype in enumerate(DTYPES)
     ],
 )
-def test_adversarial_rows_with_a_sample(simulate, library, dtype, kind, prepared):
+def test_many_adversarial_rows(simulate, library, dtype, kind, prepared):
     simulate(library, "random")
     stored, row_scale = store(adversarial(kind, 4100, 16, dtype), dtype, torch.device("cpu"))
     assert_exact(normals(17, 16), stored, 8, row_scale, prepared=prepared)
@@ -350,29 +313,6 @@ def test_nearly_equal_rows_of_one_part_are_scanned(simulate, library, order):
     assert simulator.redone == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [5, 40])
-def test_equal_rows_of_an_index_need_no_second_scan(simulate, library, dtype, k):
-    """A group of more rows than a query keeps candidates: without the groups its answer has no proof."""
-    simulator = simulate(library)
-    queries, different = normals(3, 24), normals(60, 24, seed=1)
-    queries[1, 2] = torch.nan
-    group = torch.randint(60, (500,), generator=torch.Generator().manual_seed(0))
-    group[100:220] = 7
-    rows, row_scale = store(different[group], dtype, torch.device("cpu"))
-    queries[0] = reference.dequantise(rows[100:101], None if row_scale is None else row_scale[100:101])[0]
-    expected = reference.ip_topk(queries, rows, row_scale, k)
-    packed = cuda.pack(rows, row_scale)
-    for prepared in (None, packed):
-        scores, indices = cuda.search(queries, rows, row_scale, prepared, k)
-        assert torch.equal(indices, expected[1])
-        torch.testing.assert_close(scores, expected[0], rtol=0, atol=0, equal_nan=True)
-        assert (simulator.redone > 0) == (prepared is None)
-    allowed = torch.arange(500) % 3 == 1
-    found = cuda.search(queries, rows, row_scale, packed, k, allowed)
-    assert torch.equal(found[1], reference.ip_topk(queries, rows, row_scale, k, allowed)[1])
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library, order):
     simulator = simulate(library, order)
@@ -440,8 +380,7 @@ def test_more_rows_than_a_first_pass_finds_are_scored_exactly(simulate, library,
     queries[3, 0] = torch.nan
     assert_exact(queries, rows, k)
     assert simulator.redone == 4
-    assert cuda.FIRST_PASS_TOPK == 128
-    assert_exact(queries[:1], rows, cuda.FIRST_PASS_TOPK)
+    assert_exact(queries[:1], rows, 128)
     assert simulator.redone == 0
 
 
@@ -482,87 +421,6 @@ def test_row_norms_are_upper_bounds(simulate, library, order):
         exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
         norms = cuda.row_norms(rows, row_scale).double()
         assert (norms >= exact).all() and (norms <= exact * (1 + 2**-19) + 2**-95).all()
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("n_queries", [3, 70])
-def test_a_first_pass_finds_the_norms(simulate, library, order, dtype, n_queries):
-    """Upper bounds, infinite for a norm whose square may overflow, NaN for a row that is not finite."""
-    simulator = simulate(library, order)
-    rows = (normals(300, 40, seed=1) * torch.logspace(-3, 3, 300)[:, None]).to(DTYPES[dtype])
-    rows[3] = 0
-    rows[7, 5], rows[8, 0], rows[9, 39] = torch.inf, torch.nan, -torch.inf
-    if dtype != "float16":
-        rows[20, 2], rows[21] = 3e38, 1e19
-    norms = torch.full((300,), -1.0)
-    found = cuda._search(cuda.aligned(normals(n_queries, 40)), cuda.aligned(rows), None, norms, 5, finds_norms=True)
-    assert simulator.launches == 5  # none for the norms alone
-    exact = rows.double().norm(dim=1)
-    large = exact > 2**63
-    assert torch.equal(norms.isnan(), ~exact.isfinite())
-    assert torch.equal(norms.isinf(), large & exact.isfinite())
-    other = exact <= 2**63
-    assert (norms[other] >= exact[other]).all()
-    assert (norms[other] <= exact[other] * (1 + 2**-6) + 2**-55).all()
-    finite = exact.isfinite().nonzero()[:, 0]
-    expected = reference.ip_topk(normals(n_queries, 40), rows[finite], None, 5)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], finite[expected[1]])
-
-
-def test_norms_are_found_beforehand_where_no_first_pass_could(simulate, library):
-    simulator = simulate(library)
-    queries, rows = normals(600, 16), normals(300, 16, seed=1)
-    int8 = store(rows, "int8", torch.device("cpu"))
-    for some, stored, scale, k in ((queries, rows, None, 3), (queries[:1], rows, None, 129), (queries[:1], *int8, 3)):
-        assert_exact(some, stored, k, scale)
-        launches = simulator.launches
-        assert_exact(some, stored, k, scale, prepared=True)
-        assert launches == simulator.launches + 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_rows_are_grouped_in_order(dtype):
-    rows, row_scale = store(normals(50, 12), dtype, torch.device("cpu"))
-    assert cuda.equal_rows(rows, row_scale) is None
-    group = torch.randint(50, (200,), generator=torch.Generator().manual_seed(0))
-    order, begin, size = cuda.equal_rows(rows[group], None if row_scale is None else row_scale[group])
-    for row in range(200):
-        members = (group == group[row]).nonzero()[:, 0]
-        assert size[row] == len(members)
-        assert torch.equal(order[begin[row] : begin[row] + size[row]], members.int())
-
-
-class Conversions(TorchDispatchMode):
-    """The sizes of the tensors that are converted to another dtype."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._to_copy.default:
-            self.sizes.append(args[0].numel())
-        return function(*args, **(kwargs or {}))
-
-
-def test_equal_rows_are_gathered_before_they_are_converted():
-    """A conversion of the whole `equal` would cost 36 bytes a row for each chunk of queries."""
-    rows = normals(2000, 8).repeat(2, 1)
-    equal = cuda.equal_rows(rows, None)
-    with Conversions() as conversions:
-        best = cuda._with_equal_rows(torch.tensor([[3.0, 2.0]]), torch.tensor([[7, 5]]), equal)
-    assert best.indices.tolist() == [[7, 2007]] and best.indices.dtype == torch.int64
-    assert conversions.sizes and max(conversions.sizes) < len(rows)
-
-
-def test_rows_of_one_hash_that_differ_stay_apart(monkeypatch):
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **_: torch.zeros(shape, dtype=torch.int64))
-    rows = torch.tensor([1.0, 2.0, 2.0, 1.0])[:, None].expand(4, 8).contiguous()
-    order, begin, size = cuda.equal_rows(rows, None)
-    assert order.tolist() == [0, 1, 2, 3] and begin.tolist() == [0, 1, 1, 3] and size.tolist() == [1, 2, 2, 1]
-    # int8 rows that differ in their scales only
-    assert cuda.equal_rows(torch.ones(2, 8, dtype=torch.int8), torch.tensor([1.0, 2.0])) is None
 
 
 def test_norms_are_found_once(simulate, library, monkeypatch):
@@ -607,7 +465,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
 
 def test_dispatch_by_what_is_packed():
     queries, rows, norms = (torch.empty(*shape, device="meta") for shape in ((2, 3, 24), (200, 24), (200,)))
-    scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms, None))
+    scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms))
     assert scores.shape == indices.shape == (2, 3, 4)
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64
 
