@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, overload
 from torch import Tensor
 
 from .._ops import ops
-from . import cpu, cuda, op, reference
+from . import cpu, cuda, matmul, op, reference
 from .checks import (
     allowed_rows,
     as_tensor,
@@ -23,7 +23,7 @@ from .result import NumpyTopK, TopK, like_queries
 if TYPE_CHECKING:
     import numpy as np
 
-IMPLS = ("auto", "cpu", "cuda", "reference")
+IMPLS = ("auto", "cpu", "cuda", "matmul", "reference")
 
 
 @overload
@@ -68,8 +68,8 @@ def ip_topk(
         allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
             With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
             range are undefined.
-        impl: "auto" (by device; on CUDA without native code for it a matrix product in PyTorch, with exact scores of
-            what may be among the best), "cpu", "cuda" or "reference" (plain PyTorch, any device).
+        impl: "auto" (by device; on CUDA without native code for it "matmul"), "cpu", "cuda", "matmul" (on any device:
+            matrix products in PyTorch, and exact scores of what may be among the best) or "reference" (plain PyTorch).
 
     Returns:
         A `TopK`, or a `NumpyTopK` for arrays: scores (..., k) float32 and indices (..., k) int64, best first; of equal
@@ -158,6 +158,8 @@ def search(
         flat, rows = queries.flatten(0, -3), rows.flatten(0, -3)
     if impl == "reference":
         scores, indices = reference.ip_topk(flat, rows, row_scale, k, allowed)
+    elif impl == "matmul":
+        scores, indices = matmul.ip_topk(flat, rows, k, allowed)
     else:
         scores, indices = ops.ip_topk(flat, rows, row_scale, k, allowed, streamed, *op.tensors_of(prepared))
     if flat is queries:

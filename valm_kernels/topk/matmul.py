@@ -1,29 +1,49 @@
-"""Exact top-K inner product search in PyTorch: for a GPU without the native CUDA code (no nvcc, a CPU wheel, ROCm).
+"""Exact top-K inner product search by PyTorch's matrix products: impl="matmul", and the search of a GPU without native
+CUDA code (no nvcc, a CPU wheel, ROCm).
 
-A matrix product in float32 gives every score up to a proven error, and the pairs that may be among the k best are then
-scored exactly. For E products summed in any order, of operands that were rounded to a relative error r (TF32)::
+A product gives every score up to a proven error, and the pairs that may be among the k best are then scored exactly.
+Queries q of 16-bit rows are rounded to as many bits, q'; of others q' is q::
 
-    |product - score| <= (E u / (1 - E u) (1 + r)^2 + 2 r + r^2) |query| |row| + E 2^-125      u = 2^-24
+    |product - score| <= (|q - q'| + r |q'|) |row| + E 2^-125
 
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); the last term is for numbers below the normal
-ones.
+The last term is for numbers below the normal ones. On tensor cores r is 2^-18 for each 16 of the E elements, as
+csrc/topk/cuda/kernel.cuh says. For E products in float32 summed in any order, of operands that were rounded to a
+relative error e (TF32)::
+
+    r = E u / (1 - E u) (1 + e)^2 + 2 e + e^2      u = 2^-24
+
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .checks import check_finite
 from .reference import dequantise, pair_scores
-from .result import TopK, merge_topk
+from .result import TopK, merge_topk, topk_of_each
 
-# Scores of one matrix product, at most (64 MiB, of which several copies in float64 exist at a time), and its queries.
-SCORES_PER_CHUNK = 1 << 24
-QUERIES_PER_CHUNK = 1 << 10
+# Scores of one matrix product, at most (32 MiB, which an H100's second-level cache of 50 MB holds), and its queries.
+SCORES_PER_CHUNK = 1 << 23
+QUERIES_PER_CHUNK = 1 << 12
 # Numbers of rows that are float32 at a time.
 VALUES_PER_CHUNK = 1 << 24
 # How much PyTorch may round the operands of a product in float32.
 OPERAND_ERRORS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
+# Exponents of a query's largest element: of float16 for the least loss to numbers below the normal ones.
+LARGEST = {torch.float16: 15, torch.bfloat16: 0}
+
+
+def ip_topk(queries: Tensor, rows: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`valm_kernels.topk.reference.ip_topk` of float rows."""
+    if rows.dim() == 3:
+        return topk_of_each(lambda some, database: ip_topk(some, database, k), queries, rows)
+    if rows.device.type == "cpu":
+        check_finite(rows, "database")
+    return search(queries, rows, None, row_norms(rows, None), k, allowed)
 
 
 def row_norms(rows: Tensor, row_scale: Tensor | None) -> Tensor:
@@ -51,34 +71,103 @@ def search(
     return scores.masked_fill(broken, torch.nan), indices.masked_fill(broken, -1)
 
 
+class _Factor(NamedTuple):
+    """Queries as the left factor of products: values (Q, E) near scale (Q, 1) times the queries, and their norm (Q, 1).
+    Over the scale, a product is off its score by at most error (Q, 1) times the row's norm, and tiny (Q, 1).
+    """
+
+    values: Tensor
+    norm: Tensor
+    scale: Tensor
+    error: Tensor
+    tiny: Tensor
+
+    def errors(self, norms: Tensor, queries: Tensor | slice = slice(None)) -> Tensor:
+        """Of products with rows of these norms. A query of zeros has no error, and times infinity it would be NaN."""
+        error = self.error[queries]
+        return torch.where(error > 0, error * norms + self.tiny[queries], 0)
+
+
+def _factor(queries: Tensor, dtype: torch.dtype) -> _Factor:
+    """Finite queries (Q, E) for rows of this dtype."""
+    dim = queries.shape[1]
+    values, exact = queries, queries.double()
+    scale = torch.ones_like(exact[:, :1])
+    if dtype in LARGEST:
+        scale = torch.exp2(LARGEST[dtype] - queries.abs().amax(1, keepdim=True).frexp().exponent.double())
+        values = (exact * scale).to(dtype)
+    relative = -(-dim // 16) * 2.0**-18 if _on_tensor_cores(values) else _relative_error(dim)
+    rounded = values.double() / scale
+    norm, lost = (x.square().sum(1, keepdim=True).sqrt() for x in (rounded, exact - rounded))
+    return _Factor(values, norm * scale, scale, (lost + relative * norm) * (1 + 2**-20), dim * 2.0**-125 / scale)
+
+
+def _on_tensor_cores(factor: Tensor) -> bool:
+    """Whether PyTorch multiplies such 16-bit numbers as they are, with sums in float32."""
+    if factor.dtype not in LARGEST or not factor.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(factor.device) >= (8, 0)
+
+
+def _product(queries: Tensor, rows: Tensor) -> Tensor:
+    """(Q, N) float32 of (Q, E) and (N, E) of one dtype."""
+    with torch.autocast(queries.device.type, enabled=False):
+        if _on_tensor_cores(queries):
+            return torch.mm(queries, rows.T, out_dtype=torch.float32)
+        return queries.float() @ rows.float().T
+
+
 def _search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tensor, k: int) -> TopK:
     """The k best rows of each finite query (Q, E), among those whose norm is a number."""
-    relative = _relative_error(rows.shape[1])
-    tiny = rows.shape[1] * 2.0**-125
-    query_norm = queries.double().square().sum(1, keepdim=True).sqrt() * (1 + 2**-20)  # [Q, 1]
+    factor = _factor(queries, rows.dtype)
     best = TopK(queries.new_full((len(queries), k), -torch.inf), queries.new_full((len(queries), k), -1).long())
+    found: list[Tensor] = []  # (2, n): queries, and rows that may be among their best
+    many = len(queries) * k
     step = max(k, min(SCORES_PER_CHUNK // max(1, len(queries)), VALUES_PER_CHUNK // rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
-        values = _values(rows, row_scale, chunk)
-        norm = norms[chunk].double()
-        with torch.autocast(queries.device.type, enabled=False):
-            product = (queries @ values.T).double()  # [Q, n]
-        # a query of zeros has no error, and times a norm that overflowed it would be NaN
-        error = torch.where(query_norm > 0, relative * query_norm * norm + tiny, 0)
-        unknown = ~product.isfinite()  # it overflowed
-        # rounded as scores are, which preserves their order: equal scores are told apart by their rows
-        lower = (product - error).masked_fill(unknown, -torch.inf).float()
-        upper = (product + error).masked_fill(unknown, torch.inf).float()
-        searched = ~norm.isnan()
-        lower = lower.masked_fill(~searched, -torch.inf)
-        least = lower.topk(min(k, lower.shape[1]), dim=1).values[:, -1:]
-        # rows found before come before these, so among equal scores they win
-        better = (best.indices[:, -1:] < 0) | (upper > best.scores[:, -1:])
-        query, row = (searched & (upper >= least) & better).nonzero(as_tuple=True)
-        scores = pair_scores(queries, values, query, row)
-        best = merge_topk([best, _best(query, row, scores, len(queries), k)], [0, start], k)
+        values = rows[chunk] if rows.dtype in LARGEST else _values(rows, row_scale, chunk)
+        product = _product(factor.values, values)  # [Q, n]
+        query, row = _candidates(factor, product, norms[chunk], best, many)
+        found.append(torch.stack([query, row + start]))
+        if sum(pairs.shape[1] for pairs in found) >= many or chunk.stop >= rows.shape[0]:
+            query, row = torch.cat(found, 1)
+            scores = pair_scores(queries, rows, query, row, row_scale)
+            best = merge_topk([best, _best(query, row, scores, len(queries), k)], [0, 0], k)
+            found = []
     return best
+
+
+def _candidates(factor: _Factor, product: Tensor, norm: Tensor, best: TopK, many: int) -> tuple[Tensor, Tensor]:
+    """The queries and rows of the products (Q, n) that may be among the best, in this order. `best` is of rows before.
+
+    Bounds are rounded as scores are, which preserves their order: equal scores are told apart by their rows.
+    """
+    norm = norm.double()
+    searched = ~norm.isnan()
+    largest, down = norm.nan_to_num(0, torch.inf).amax(), best.scores.new_full((), -torch.inf)
+
+    def near(least: Tensor) -> Tensor:
+        """One look at all products, by the largest error of any; where a sum could overflow, all are near."""
+        bar = (torch.nextafter(least, down).double() - factor.errors(largest)) * factor.scale
+        overflows = factor.norm * largest > 2.0**126
+        return ~(product < torch.nextafter(bar.float(), down).masked_fill(overflows, -torch.inf))
+
+    least = best.scores[:, -1:]
+    mask = near(least)
+    if mask.sum() > many:  # the k-th best lower bound of these rows leaves fewer
+        unknown = ~(product.isfinite() & searched)
+        lower = (product.double() / factor.scale - factor.errors(norm)).masked_fill(unknown, -torch.inf).float()
+        least = torch.maximum(least, lower.topk(min(best.scores.shape[1], lower.shape[1]), dim=1).values[:, -1:])
+        mask = near(least)
+    query, row = mask.nonzero(as_tuple=True)
+    products = product[query, row].double()
+    upper = products / factor.scale[query, 0] + factor.errors(norm[row, None], query)[:, 0]
+    upper = upper.masked_fill(~products.isfinite(), torch.inf).float()
+    # rows found before come before these, so among equal scores they win
+    better = (best.indices[query, -1] < 0) | (upper > best.scores[query, -1])
+    kept = searched[row] & (upper >= least[query, 0]) & better
+    return query[kept], row[kept]
 
 
 def _best(query: Tensor, row: Tensor, scores: Tensor, count: int, k: int) -> TopK:

@@ -25,11 +25,16 @@ def exact_scores(queries: Tensor, rows: Tensor) -> Tensor:
     return _sums_of_products(queries[:, None], rows[None])
 
 
-def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
-    """Scores (n,) float32 of the queries (Q, E) and rows (N, E) that the ids (n,) name."""
+def pair_scores(
+    queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor, row_scale: Tensor | None = None
+) -> Tensor:
+    """Scores (n,) float32 of the queries (Q, E) and rows (N, E) that the ids (n,) name, int8 rows by their scales."""
     chunk = max(1, PARTIAL_SUMS_PER_CHUNK // rows.shape[1])
-    parts = zip(query_ids.split(chunk), row_ids.split(chunk), strict=True)
-    return torch.cat([_sums_of_products(queries[some].float(), rows[others].float()) for some, others in parts])
+    scores = []
+    for some, others in zip(query_ids.split(chunk), row_ids.split(chunk), strict=True):
+        values = dequantise(rows[others], None if row_scale is None else row_scale[others])
+        scores.append(_sums_of_products(queries[some].float(), values))
+    return torch.cat(scores)
 
 
 def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_only_allowed_rows_are_returned(rows, dim, n_queries, k, share, differen
         assert (found.scores[query, best:] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "matmul", "reference"])
 def test_allowed_rows_by_flags_or_numbers(impl):
     queries, database = normals(3, 24), normals(90, 24, seed=1)
     queries[1, 4] = torch.nan
@@ -143,7 +143,7 @@ def test_leading_dimensions_strides_and_one_query():
     assert_same(ip_topk(queries[0, 0, 0], database, 3), (result.scores[0, 0, 0], result.indices[0, 0, 0]))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "matmul", "reference"])
 def test_empty_and_non_finite_queries(impl):
     database = normals(20, 16)
     empty = ip_topk(torch.empty(3, 0, 16), database, 4, impl=impl)

@@ -44,6 +44,76 @@ def test_stored_rows(dtype):
     assert_same(found(queries, rows, 8, scale), reference.ip_topk(queries, rows, scale, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_16_bit_products(kind, dtype):
+    """Of 16-bit rows, by queries of as many bits and of more, which are rounded."""
+    largest = 6e4 if dtype == torch.float16 else 3e38
+    rows = adversarial(kind, 300, DIM).clamp(-largest, largest).to(dtype)
+    queries = torch.cat(
+        [normals(9, DIM, seed=1), rows[:3].float(), torch.zeros(2, DIM), 1e-30 * normals(2, DIM, seed=2)]
+    )
+    queries[3:6] *= torch.tensor([1e37, 1e-41, 1e5])[:, None]
+    for some in (queries, queries[[0, 1, 2, 6]].to(dtype)):
+        for k in (1, 5, 100):
+            assert_same(ip_topk(some, rows, k, impl="matmul"), ip_topk(some, rows, k, impl="reference"))
+
+
+def test_by_name_for_allowed_rows_and_several_databases():
+    rows, queries = normals(4, 100, DIM), normals(4, 6, DIM, seed=1).half()
+    assert_same(ip_topk(queries, rows, 5, impl="matmul"), ip_topk(queries, rows, 5))
+    some = torch.arange(100) % 9 == 2
+    expected = ip_topk(queries, rows[0], 20, allowed=some)
+    assert_same(ip_topk(queries, rows[0], 20, allowed=some, impl="matmul"), expected)
+    rows[2, 7, 3] = torch.nan
+    with pytest.raises(ValueError, match="database row 7 holds NaN or infinity"):
+        ip_topk(queries, rows, 5, impl="matmul")
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True])
+@pytest.mark.parametrize(("dtype", "noise"), [(torch.float32, 3e-5), (torch.float16, 1e-2), (torch.bfloat16, 0.03)])
+def test_products_at_the_limit_of_their_bound(monkeypatch, dtype, noise, tensor_cores):
+    """Those of the best rows too small, of the others too large, by 0.95 of the bound (the rest is float32's rounding);
+    half of it would not be enough.
+    """
+    monkeypatch.setattr(matmul, "_on_tensor_cores", lambda values: tensor_cores)
+    rows, queries = (normals(1, DIM, seed=2) + noise * normals(300, DIM)).to(dtype), normals(20, DIM, seed=1)
+    monkeypatch.setattr(matmul, "QUERIES_PER_CHUNK", 20)
+    expected = reference.ip_topk(queries, rows, None, 8)
+    among_best = torch.zeros(20, 300, dtype=torch.bool).scatter_(1, expected[1], True)
+    factor = matmul._factor(queries, dtype)
+    off = torch.where(among_best, -0.95, 0.95) * factor.errors(rows.double().norm(dim=1))
+    planted = ((queries.double() @ rows.double().T + off) * factor.scale).float()
+    starts = []
+
+    def product(left, values):
+        starts.append(starts[-1] + step if starts else 0)
+        return planted[:, starts[-1] :][:, : len(values)]
+
+    step = max(8, matmul.SCORES_PER_CHUNK // 20)
+    monkeypatch.setattr(matmul, "_product", product)
+    assert_same(found(queries, rows, 8), expected)
+    assert starts[-1] + step >= 300
+    starts.clear()
+    errors = matmul._Factor.errors
+    monkeypatch.setattr(matmul._Factor, "errors", lambda *given: 0.5 * errors(*given))
+    with pytest.raises(AssertionError):
+        assert_same(found(queries, rows, 8), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_rounding_a_query_loses_is_in_the_bound(dtype):
+    """Rows along the loss, where Cauchy-Schwarz is sharp, and others."""
+    queries = normals(50, DIM)
+    factor = matmul._factor(queries, dtype)
+    lost = queries.double() - factor.values.double() / factor.scale
+    rows = torch.cat([torch.nn.functional.normalize(lost), normals(50, DIM, seed=1).double()]).to(dtype)
+    products = matmul._product(factor.values, rows).double() / factor.scale
+    share = (products - queries.double() @ rows.double().T).abs() / factor.errors(rows.double().norm(dim=1))
+    assert share.max() < 1
+    assert share.diagonal().min() > 0.9
+
+
 def test_some_rows_are_allowed():
     rows, queries = normals(300, DIM), normals(20, DIM, seed=1)
     allowed = torch.zeros(300, dtype=torch.bool)
