@@ -203,8 +203,7 @@ def visual_fusion_attn(
             images have a gradient, or with `torch.use_deterministic_algorithms(True)`. A named implementation never
             falls back to another one.
             Under TRITON_INTERPRET=1 both Triton implementations take CPU tensors; bfloat16 is wrong there, as Triton's
-            interpreter multiplies its bits. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile
-            sizes at the first call of each kind (device, dtype, sizes, layout and options), and caches them on disk.
+            interpreter multiplies its bits.
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), with return_image_weights also the

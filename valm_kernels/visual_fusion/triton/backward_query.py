@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Gradients, Inputs, num_images
-from .autotune import choose_tiles
 from .launch import (
     ImageStrides,
     RowStrides,
     cdiv,
+    choose_tiles,
     dense_strides,
     image_strides,
     kernel_constants,
@@ -42,7 +42,6 @@ from .primitives import (
     used_keys,
     visible_keys,
 )
-from .tiles import Tiles
 
 
 @triton.jit
@@ -297,94 +296,91 @@ def query_gradients(
     pooled = image_index is not None
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
+    joined = text_dq is not None
+    tiles = choose_tiles("query joined" if joined else "query" if inputs.softcap is None else "query softcap", inputs)
     images = num_images(inputs)
     pool_wanted = pooled and (gradients.image_k is not None or gradients.image_v is not None)
 
     def scratch(wanted: bool, *size: int) -> Tensor | None:
         return lse.new_empty(size) if wanted else None
 
-    def launch(tiles: Tiles) -> tuple[Tensor, ForPool | None]:
-        row_tiles = cdiv(q_len * block_g, tiles.block_m)
-        block_h = min(block_g, tiles.block_m)
-        parts = block_g // block_h  # tiles among which the heads of a group are divided
-        delta = torch.empty_like(lse)
-        image_dx = scratch(pool_wanted, batch, q_heads, images, q_len)
-        image_b = scratch(pool_wanted, batch, q_heads, images, q_len)
-        dense_k, dense_v = (None, None) if pooled else (gradients.image_k, gradients.image_v)
-        if parts > 1:
-            # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
-            dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
-            dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
-        k_bias = scratch(gradients.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim)
-        v_bias = scratch(gradients.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim)
-        # tiles of one part follow each other at a distance of `parts`
-        of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
-        logit_bias = scratch(gradients.image_logit_bias is not None, *of_tiles)
-        score_bias = scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len)
-        _query_kernel[(row_tiles * batch * kv_heads,)](
-            *inputs.tensors,
-            out,
-            lse,
-            grad_out,
-            grad_lse,
-            grad_image_scores,
-            text_dq,
-            gradients.q,
-            delta,
-            dense_k,
-            dense_v,
-            gradients.image_q,
-            image_dx,
-            image_b,
-            k_bias,
-            v_bias,
-            logit_bias,
-            score_bias,
-            QueryStrides(
-                q=strides(q),
-                k=strides(k),
-                v=strides(v),
-                image_k=image_strides(image_k, pooled),
-                image_v=image_strides(image_v, pooled),
-                image_q=strides(image_q),
-                out=strides(out),
-                grad_out=strides(grad_out),
-                text_dq=strides(text_dq),
-                dq=strides(gradients.q),
-                dimage_k=dense_strides(dense_k),
-                dimage_v=dense_strides(dense_v),
-                dimage_q=strides(gradients.image_q),
-            ),
-            0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
-            kv_heads,
-            q_len,
-            k_len,
-            images,
-            inputs.scale,
-            inputs.scale * LOG2E.value,
-            softcap_log2(inputs),
-            BY_HEAD=inputs.by_head,
-            **constants,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            **tiles.options(),
-        )
-        if parts > 1:
-            _sum_into(gradients.image_k, dense_k)
-            _sum_into(gradients.image_v, dense_v)
-        _sum_into(gradients.image_k_bias, k_bias)
-        _sum_into(gradients.image_v_bias, v_bias)
-        if gradients.image_logit_bias is not None and logit_bias is not None:
-            # a group's rows are padded to a power of two
-            of_heads = logit_bias.sum((0, 2)).transpose(0, 1).reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
-            gradients.image_logit_bias.view(kv_heads, -1).copy_(of_heads)
-        if gradients.image_score_bias is not None:
-            _sum_into(gradients.image_score_bias.transpose(1, 2), score_bias)
-        return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
-
-    joined = text_dq is not None
-    tiles_of = "query joined" if joined else "query" if inputs.softcap is None else "query softcap"
-    return launch(choose_tiles(tiles_of, inputs, launch))
+    row_tiles = cdiv(q_len * block_g, tiles.block_m)
+    block_h = min(block_g, tiles.block_m)
+    parts = block_g // block_h  # tiles among which the heads of a group are divided
+    delta = torch.empty_like(lse)
+    image_dx = scratch(pool_wanted, batch, q_heads, images, q_len)
+    image_b = scratch(pool_wanted, batch, q_heads, images, q_len)
+    dense_k, dense_v = (None, None) if pooled else (gradients.image_k, gradients.image_v)
+    if parts > 1:
+        # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
+        dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
+        dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
+    k_bias = scratch(gradients.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim)
+    v_bias = scratch(gradients.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim)
+    # tiles of one part follow each other at a distance of `parts`
+    of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
+    logit_bias = scratch(gradients.image_logit_bias is not None, *of_tiles)
+    score_bias = scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len)
+    _query_kernel[(row_tiles * batch * kv_heads,)](
+        *inputs.tensors,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        grad_image_scores,
+        text_dq,
+        gradients.q,
+        delta,
+        dense_k,
+        dense_v,
+        gradients.image_q,
+        image_dx,
+        image_b,
+        k_bias,
+        v_bias,
+        logit_bias,
+        score_bias,
+        QueryStrides(
+            q=strides(q),
+            k=strides(k),
+            v=strides(v),
+            image_k=image_strides(image_k, pooled),
+            image_v=image_strides(image_v, pooled),
+            image_q=strides(image_q),
+            out=strides(out),
+            grad_out=strides(grad_out),
+            text_dq=strides(text_dq),
+            dq=strides(gradients.q),
+            dimage_k=dense_strides(dense_k),
+            dimage_v=dense_strides(dense_v),
+            dimage_q=strides(gradients.image_q),
+        ),
+        0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
+        kv_heads,
+        q_len,
+        k_len,
+        images,
+        inputs.scale,
+        inputs.scale * LOG2E.value,
+        softcap_log2(inputs),
+        BY_HEAD=inputs.by_head,
+        **constants,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        **tiles.options(),
+    )
+    if parts > 1:
+        _sum_into(gradients.image_k, dense_k)
+        _sum_into(gradients.image_v, dense_v)
+    _sum_into(gradients.image_k_bias, k_bias)
+    _sum_into(gradients.image_v_bias, v_bias)
+    if gradients.image_logit_bias is not None and logit_bias is not None:
+        # a group's rows are padded to a power of two
+        of_heads = logit_bias.sum((0, 2)).transpose(0, 1).reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
+        gradients.image_logit_bias.view(kv_heads, -1).copy_(of_heads)
+    if gradients.image_score_bias is not None:
+        _sum_into(gradients.image_score_bias.transpose(1, 2), score_bias)
+    return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
 
 
 def _sum_into(gradient: Tensor | None, partial: Tensor | None) -> None:

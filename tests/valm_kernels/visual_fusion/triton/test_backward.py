@@ -26,7 +26,7 @@ from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
 from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
 from valm_kernels import sort_image_slots, visual_fusion_attn
-from valm_kernels.visual_fusion.triton import autotune, backward_pool
+from valm_kernels.visual_fusion.triton import backward_pool
 
 # Between them they take every branch of the kernels; the other problems are slow here.
 QUICK = {
@@ -78,26 +78,6 @@ def test_agrees_with_float64_reference(monkeypatch, name):
 def test_agrees_in_float16(monkeypatch, name):
     use_small_tiles(monkeypatch, PROBLEMS[name])
     assert_solves("triton", PROBLEMS[name], torch.float16, with_lse=False)
-
-
-def test_tuned_launches_agree_with_float64_reference(monkeypatch, tmp_path):
-    """Every launcher may run many times, with other tiles each time, and the last choice gives the result."""
-    problem = Problem(batch=1, query_heads=2, kv_heads=1, num_queries=20, num_images=2, pool_size=3)
-    use_small_tiles(monkeypatch, problem)
-    monkeypatch.setattr(autotune, "AUTOTUNE", True)
-    monkeypatch.setattr(autotune, "_chosen", {})
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    times = iter(range(0, -1000, -1))  # the last candidate is the fastest
-
-    def do_bench(function, return_mode):
-        function()
-        return next(times)
-
-    monkeypatch.setattr(autotune.triton.testing, "do_bench", do_bench)
-    assert_solves("triton", problem, torch.float32)
-    assert {key[0]: tiles.num_stages for key, tiles in autotune._chosen.items()} == dict.fromkeys(
-        ("forward", "query", "key"), 3
-    )
 
 
 def gradients(inputs, grad_out):
