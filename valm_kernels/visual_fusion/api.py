@@ -185,9 +185,8 @@ def visual_fusion_attn(
         max_seqlen: the longest document of cu_seqlens has at most as many tokens, Tk by default: "flash+triton" then
             starts fewer programs. On CPU a longer document raises, on CUDA it is undefined behaviour.
         image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)` (with a row for each key head where
-            image_index has one), for training on CUDA: the backward of
-            the pooled layout then sorts nothing. Gradients are the same to the last bit. On CPU it changes nothing,
-            and raises if it belongs to another image_index; on CUDA that is undefined behaviour, as for image_index.
+            image_index has one). It changes nothing: the backward of the pooled layout on CUDA sorts image_index
+            itself until a card has shown that this costs time. On CPU it raises if it belongs to another image_index.
         causal: False lets every query see all keys from first_key on.
         scale: factor of the scores, from 2**-60 to 2**60; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.

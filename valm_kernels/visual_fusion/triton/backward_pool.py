@@ -1,10 +1,10 @@
 """Gradients of the image pool: a segmented reduction over the slots (b, t, k) of image_index that hold an image.
 
-The maths is in backward.py. The slots are sorted by image, by the caller (image_slots) or here. A program then owns one
-image, for as many heads as fit, and sums dx u and b do over its slots in that order, so the result is the same in every
-run.
+The maths is in backward.py. The slots are sorted by image. A program then owns one image, for as many heads as fit, and
+sums dx u and b do over its slots in that order, so the result is the same in every run.
 
-A popular image, with very many slots, would make one program long. So the sorted slots are also cut into blocks of
+A popular image, with very many slots, would make one program long: of B4 T1024 K8, one that a tenth of the slots hold
+has 3,277 of them, 820 steps one after the other, and the others 4. So the sorted slots are also cut into blocks of
 BLOCK_SLOTS, and separate programs sum the part of each block that belongs to a popular image. As such an image has
 more slots than a block, a block has parts of at most two of them, one at its beginning and one at its end. The program
 of the image then adds up these parts, again in order.
@@ -255,12 +255,9 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, for_pool: ForPool, gradient
     kv_heads, pool_size, head_dim = dimage_k.shape
     if pool_size == 0:
         return
-    if inputs.image_slots is None:
-        order, segment = sorted_slots(image_index, pool_size)
-    else:
-        segment, order = inputs.image_slots.tensor_split([pool_size + 1], -1)
+    order, segment = sorted_slots(image_index, pool_size)
     if inputs.by_head:
-        image_index, order, segment = image_index.transpose(0, 1).contiguous(), order.contiguous(), segment.contiguous()
+        image_index = image_index.transpose(0, 1).contiguous()
     n_slots = order.shape[-1]
     blocks = cdiv(n_slots, BLOCK_SLOTS)
     parts = for_pool.image_b.new_empty(blocks, 2, 2, kv_heads, head_dim)

@@ -71,7 +71,8 @@ CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"
 # A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
 NO_SCORE = tl.constexpr(-1.0e30)
 
-# Up to this many rows per key-value head (queries x group) the tiles of "decode" are taken.
+# Up to this many rows per key-value head (queries x group) the tiles of "decode" are taken: the rows of a larger tile
+# would repeat the last one, 8 times the products at 128.
 DECODE_ROWS = 16
 # Bounds of a split: shorter ones gain less than the merge costs, and the merge reads the splits of a row one by one.
 # Chosen by arithmetic, not yet measured on a card.
@@ -82,7 +83,8 @@ MAX_SPLITS = 64
 def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int) -> int:
     """Into how many parts the keys and images are split.
 
-    Where the programs leave multiprocessors idle, two programs for each; the images are then a part of their own.
+    Where the programs leave multiprocessors idle, two programs for each; the images are then a part of their own. Such
+    a call reads every key once, at the rate of the multiprocessors that read: 12 heads alone are 12 of an H100's 132.
     """
     if programs >= multiprocessors:
         return 1
