@@ -46,6 +46,7 @@ def attend(x: Tensor) -> None:
     out, weights = visual_fusion_attn(x, x, x, x, x, return_image_weights=True)
     out.add(weights)
     visual_fusion_attn(q="x", k=x, v=x, image_k=None, image_v=None)  # call-overload
+    visual_fusion_attn(x, x, x, None, None, softcap="30")  # call-overload
     visual_fusion_attn(x, x, x, None, None, return_lse=True).transpose(1, 2)  # attr-defined
 
 
@@ -83,7 +84,7 @@ def test_wrong_calls_are_reported_and_right_ones_are_not(tmp_path):
     file = tmp_path / "calls.py"
     file.write_text(CALLS)
     expected = [(number, line.split("  # ")[1]) for number, line in enumerate(CALLS.splitlines(), 1) if "  # " in line]
-    assert len(expected) == 5
+    assert len(expected) == 6
     assert mypy(file) == expected
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import warnings
 from functools import cache
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -19,93 +19,53 @@ from .inputs import Inputs
 from .op import document_starts, fused_attention
 from .reference import joint_softmax, reference_attention
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in `typing` from Python 3.11 on
+
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Of the tensor cores that take bfloat16, and of asynchronous copies to shared memory.
 MIN_CAPABILITY = (8, 0)
 
 
+class _Options(TypedDict, total=False):
+    """The keyword arguments of `visual_fusion_attn` but those that decide what it returns."""
+
+    image_q: Tensor | None
+    softcap: float | None
+    image_index: Tensor | None
+    image_mask: Tensor | None
+    image_k_bias: Tensor | None
+    image_v_bias: Tensor | None
+    image_logit_bias: Tensor | None
+    image_score_bias: Tensor | None
+    first_key: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    cache_seqlens: Tensor | None
+    image_slots: Tensor | None
+    causal: bool
+    scale: float | None
+    impl: str
+
+
+# fmt: off
 @overload
 def visual_fusion_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *,
-    image_q: Tensor | None = None,
-    softcap: float | None = None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_v_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    image_score_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: Literal[False] = False,
-    return_image_weights: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
+    return_lse: Literal[False] = False, return_image_weights: Literal[False] = False, **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def visual_fusion_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *,
-    image_q: Tensor | None = None,
-    softcap: float | None = None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_v_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    image_score_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: Literal[True],
-    return_image_weights: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
+    return_lse: Literal[True], return_image_weights: Literal[False] = False, **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def visual_fusion_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *,
-    image_q: Tensor | None = None,
-    softcap: float | None = None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_v_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    image_score_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: bool = False,
-    return_image_weights: Literal[True],
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
+    return_lse: bool = False, return_image_weights: Literal[True], **options: Unpack[_Options],
 ) -> tuple[Tensor, ...]: ...
+# fmt: on
 def visual_fusion_attn(
     q: Tensor,
     k: Tensor,
