@@ -28,8 +28,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MIN_CAPABILITY = (8, 0)
 
 
-class _Options(TypedDict, total=False):
-    """The keyword arguments of `visual_fusion_attn` but those that decide what it returns."""
+class PackedOptions(TypedDict, total=False):
+    """The keyword arguments of `visual_fusion_attn_varlen` but those that decide what it returns."""
 
     image_q: Tensor | None
     softcap: float | None
@@ -40,30 +40,35 @@ class _Options(TypedDict, total=False):
     image_logit_bias: Tensor | None
     image_score_bias: Tensor | None
     first_key: Tensor | None
-    cu_seqlens: Tensor | None
     max_seqlen: int | None
-    cache_seqlens: Tensor | None
     image_slots: Tensor | None
-    causal: bool
     scale: float | None
     impl: str
+
+
+class Options(PackedOptions, total=False):
+    """Those of `visual_fusion_attn`."""
+
+    cu_seqlens: Tensor | None
+    cache_seqlens: Tensor | None
+    causal: bool
 
 
 # fmt: off
 @overload
 def visual_fusion_attn(
     q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
-    return_lse: Literal[False] = False, return_image_weights: Literal[False] = False, **options: Unpack[_Options],
+    return_lse: Literal[False] = False, return_image_weights: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def visual_fusion_attn(
     q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
-    return_lse: Literal[True], return_image_weights: Literal[False] = False, **options: Unpack[_Options],
+    return_lse: Literal[True], return_image_weights: Literal[False] = False, **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def visual_fusion_attn(
     q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
-    return_lse: bool = False, return_image_weights: Literal[True], **options: Unpack[_Options],
+    return_lse: bool = False, return_image_weights: Literal[True], **options: Unpack[Options],
 ) -> tuple[Tensor, ...]: ...
 # fmt: on
 def visual_fusion_attn(

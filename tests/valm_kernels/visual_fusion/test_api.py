@@ -260,4 +260,5 @@ def test_float32_biases_beside_16_bit_tensors(impl):
 def test_the_overloads_have_the_parameters_of_the_function():
     parameters = inspect.signature(visual_fusion_attn).parameters.values()
     keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and "return_" not in p.name}
-    assert keywords == {name: hint.__forward_arg__ for name, hint in api._Options.__annotations__.items()}
+    hints = api.PackedOptions.__annotations__ | api.Options.__annotations__
+    assert keywords == {name: hint.__forward_arg__ for name, hint in hints.items()}
