@@ -38,8 +38,9 @@ def kernel(function: Callable) -> Any:
     During generation the number of keys takes every value: each new variant would be a stall of seconds, and fatal to a
     CUDA graph. The alignment that loads need is stated where they are (`columns`).
 
-    This does not reach into tuples, so sizes and tensors are parameters of their own. Strides are in tuples, as they
-    hardly change: those of a cache that grows by torch.cat do, and make a second variant where D is 72.
+    This does not reach into tuples, so sizes and tensors of others are parameters of their own. Strides are in tuples,
+    as they hardly change: those of a cache that grows by torch.cat do, and make a second variant where D is 72. So are
+    tensors that are allocated for the kernel, whose addresses are always aligned.
     """
     parameters = inspect.signature(function).parameters.values()
     runtime = [p.name for p in parameters if "constexpr" not in str(p.annotation)]

@@ -148,14 +148,14 @@ MUTANTS = {
     ),
     "delta of rows past the last": (
         "backward_query.py",
-        "tl.store(delta + o_row, b_delta, mask=m_row)",
-        "tl.store(delta + o_row, b_delta)",
+        "tl.store(results.delta + o_row, b_delta, mask=m_row)",
+        "tl.store(results.delta + o_row, b_delta)",
         Problem(**SMALL),
     ),
     "coefficients of rows past the last": (
         "backward_query.py",
-        "tl.store(image_b + o_coefficient, b_b, mask=m_row)",
-        "tl.store(image_b + o_coefficient, b_b)",
+        "tl.store(results.image_b + o_coefficient, b_b, mask=m_row)",
+        "tl.store(results.image_b + o_coefficient, b_b)",
         Problem(**SMALL, pool_size=4),
     ),
     "gradient of image_score_bias past the last": (
