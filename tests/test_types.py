@@ -20,7 +20,7 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextCache
 from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import BlindRetriever, Retrieved, Retriever
-from valm_kernels import FlatIPIndex, ip_topk, visual_fusion_attn
+from valm_kernels import FlatIPIndex, ip_topk, visual_fusion_attn, visual_fusion_attn_varlen
 
 
 class Once:
@@ -46,7 +46,10 @@ def attend(x: Tensor) -> None:
     out, weights = visual_fusion_attn(x, x, x, x, x, return_image_weights=True)
     out.add(weights)
     visual_fusion_attn(q="x", k=x, v=x, image_k=None, image_v=None)  # call-overload
+    visual_fusion_attn(x, x, x, None, None, softcap="30")  # call-overload
     visual_fusion_attn(x, x, x, None, None, return_lse=True).transpose(1, 2)  # attr-defined
+    visual_fusion_attn_varlen(x, x, x, None, None, x, scale=1.0).add(1)
+    visual_fusion_attn_varlen(x, x, x, None, None, x, scale="1")  # call-overload
 
 
 def retrieve(model: VaLMForCausalLM, found: Retriever, blind: BlindRetriever) -> None:
@@ -83,7 +86,7 @@ def test_wrong_calls_are_reported_and_right_ones_are_not(tmp_path):
     file = tmp_path / "calls.py"
     file.write_text(CALLS)
     expected = [(number, line.split("  # ")[1]) for number, line in enumerate(CALLS.splitlines(), 1) if "  # " in line]
-    assert len(expected) == 5
+    assert len(expected) == 7
     assert mypy(file) == expected
 
 

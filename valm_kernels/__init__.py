@@ -22,7 +22,13 @@ if TYPE_CHECKING:
         ip_topk,
         merge_topk,
     )
-    from .visual_fusion import MAX_IMAGES, attention_weights, sort_image_slots, visual_fusion_attn
+    from .visual_fusion import (
+        MAX_IMAGES,
+        attention_weights,
+        sort_image_slots,
+        visual_fusion_attn,
+        visual_fusion_attn_varlen,
+    )
 
 _MODULES = {
     "MAX_IMAGES": ".visual_fusion",
@@ -37,6 +43,7 @@ _MODULES = {
     "show_config": ".build_info",
     "sort_image_slots": ".visual_fusion",
     "visual_fusion_attn": ".visual_fusion",
+    "visual_fusion_attn_varlen": ".visual_fusion",
 }
 
 __all__ = [
@@ -53,6 +60,7 @@ __all__ = [
     "show_config",
     "sort_image_slots",
     "visual_fusion_attn",
+    "visual_fusion_attn_varlen",
 ]
 
 

@@ -21,11 +21,11 @@ from unittest import mock
 
 import torch
 
-from valm_kernels import sort_image_slots, visual_fusion_attn
+from valm_kernels import visual_fusion_attn
 
 CALLS = 400
 B, H, T, K, D, U = 1, 12, 32, 2, 64, 50
-LAYOUTS = ("dense", "pooled", "pooled, slots sorted before")
+LAYOUTS = ("dense", "pooled")
 
 
 class NoKernel:
@@ -58,8 +58,6 @@ def arguments(layout: str, biases: bool) -> dict[str, Any]:
     else:
         found |= {name: normal(U, H, D).transpose(0, 1) for name in ("image_k", "image_v")}
         found["image_index"] = torch.randint(-1, U, (B, T, K))
-        if layout != "pooled":
-            found["image_slots"] = sort_image_slots(found["image_index"], U)
     if biases:
         found |= {"image_k_bias": normal(H, D), "image_v_bias": normal(H, D), "image_logit_bias": torch.zeros(H)}
     return found

@@ -34,8 +34,8 @@ SORT_LAUNCHES = 6
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes as in visual_fusion_attn; U images in the pool, 0 in the dense layout; G query heads share a key head;
-    sorted_slots: image_slots are given. 16-bit tensors."""
+    """Sizes as in visual_fusion_attn; U images in the pool, 0 in the dense layout; G query heads share a key head.
+    16-bit tensors."""
 
     name: str
     B: int
@@ -46,7 +46,6 @@ class Shape:
     D: int
     U: int = 0
     G: int = 1
-    sorted_slots: bool = False
 
     @property
     def pairs(self) -> int:
@@ -182,10 +181,8 @@ def forward_works(s: Shape) -> list[Work]:
 
 def backward_works(s: Shape) -> list[Work]:
     works = [query(s), key(s)]
-    if s.U and not s.sorted_slots:
-        works.append(sort(s))
     if s.U:  # a popular image's parts are summed by a kernel of their own
-        works.append(replace(pool(s), launches=2))
+        works += [sort(s), replace(pool(s), launches=2)]
     return works
 
 
@@ -200,8 +197,7 @@ def host_s(s: Shape, backward: bool) -> float:
     bound = BINDER_S * sum(work.launches for work in works if work.by_triton)
     if not backward:
         return FORWARD_HOST_S + bound
-    of_pool = POOL_HOST_S + (0 if s.sorted_slots else SORT_HOST_S)
-    return BACKWARD_HOST_S + (of_pool if s.U else 0) + bound
+    return BACKWARD_HOST_S + (POOL_HOST_S + SORT_HOST_S if s.U else 0) + bound
 
 
 def attention_s(s: Shape, backward: bool) -> float:
@@ -222,12 +218,6 @@ def transformer_s(parameters: int, tokens: int, passes: int) -> float:
 SHAPES = (
     Shape("B4 H12 T1024 K8 D64, dense", 4, 12, 1024, 1024, 8, 64),
     Shape("B4 H12 T1024 K8 D64, pooled, 30 % unique", 4, 12, 1024, 1024, 8, 64, U=int(0.3 * 4 * 1024 * 8)),
-    Shape(
-        "B4 H12 T1024 K8 D64, pooled, slots sorted before",
-        *(4, 12, 1024, 1024, 8, 64),
-        U=int(0.3 * 4 * 1024 * 8),
-        sorted_slots=True,
-    ),
     Shape("B8 H32/8 T4096 K4 D128, dense", 8, 32, 4096, 4096, 4, 128, G=4),
     Shape("B4 H12 T2048 K8 D64, pooled, 30 % unique", 4, 12, 2048, 2048, 8, 64, U=int(0.3 * 4 * 2048 * 8)),
     Shape("B4 H16 T4096 K8 D128, pooled, 30 % unique", 4, 16, 4096, 4096, 8, 128, U=int(0.3 * 4 * 4096 * 8)),
@@ -284,8 +274,8 @@ The formulas stand in `benchmarks/valm_kernels/roofline.py`, kernel by kernel.
 
 A call is more than its kernels. What is added are assumptions until a card is there:
 
-- {launch:.0f} µs for each launch: the gap to the next kernel of the same stream. The sort of the pool's slots, which
-  `image_slots` saves, has {sort} launches of PyTorch or more.
+- {launch:.0f} µs for each launch: the gap to the next kernel of the same stream. The sort of the pool's slots has
+  {sort} launches of PyTorch or more.
 - The time of the host: {forward:.0f} µs for a forward, {dense:.0f} for a dense backward, {pool:.0f} more for a pooled
   one and {slots:.0f} more for the sort, measured with stubbed launches on two busy cores of an AMD EPYC
   (`TRITON_INTERPRET=1 python -m benchmarks.valm_kernels.host_time`), and {binder:.0f} µs of Triton's binder for each

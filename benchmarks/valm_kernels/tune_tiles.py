@@ -3,8 +3,8 @@
     python -m benchmarks.valm_kernels.tune_tiles compile COMPILED --arch 90 --part 3/16    # needs no card
     python -m benchmarks.valm_kernels.tune_tiles measure COMPILED FOLDER
 
-Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it
-(autotune.py). `compile` fills Triton's cache in several processes, and notes in the file COMPILED what is in it;
+Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it.
+`compile` fills Triton's cache in several processes, and notes in the file COMPILED what is in it;
 `measure` then only loads. Each measurement is written to FOLDER/candidates.csv at once, and the fastest tiles so far to
 FOLDER/tiles.json, which tiles.py reads: a run that was stopped goes on. Tiles with which the results of the call are
 others than with the table's are not taken. It ends with exit status 1 where an entry of the table has no time.
@@ -33,11 +33,19 @@ from tests.checks.triton.compile_record import Launch, recorders, specialise
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.triton import backward, backward_key, backward_query, forward, joined
-from valm_kernels.visual_fusion.triton.autotune import candidates
 from valm_kernels.visual_fusion.triton.launch import architecture
 from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
 
 CHOOSING = (forward, backward_query, backward_key)
+# What launches the kernels of the table, where it is called.
+LAUNCHERS = (
+    *((forward, "forward"), (backward, "query_gradients"), (backward, "key_gradients")),
+    *((joined, "query_gradients"),),
+)
+# Tile products take blocks from 16 on.
+MIN_BLOCK, MAX_BLOCK = 16, 128
+MIN_WARPS, MAX_WARPS = 4, 8
+MAX_STAGES = 4
 # A compiler or card that this one kills. It is tried twice, as the first time the step may just have been stopped.
 BEGUN, BEGUN_AGAIN = "begun", "begun again"
 COMPILED, MEASURED = "compiled", "measured"
@@ -51,7 +59,7 @@ TOLERANCE = {2: 3e-2, 4: 1e-4}
 
 # (ms, note) by case, kernel and tiles.
 Rows = dict[tuple[Any, ...], tuple[float | None, str]]
-Choose = Callable[[str, Inputs, Callable[[Tiles], Any]], Tiles]
+Choose = Callable[[str, Inputs], Tiles]
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def chosen(choose: Choose) -> Iterator[None]:
 def choice(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> Choose:
     """`tiles` for `kernel`, and the table's for the others."""
 
-    def choose(name: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
+    def choose(name: str, inputs: Inputs) -> Tiles:
         return tiles if tiles and name == kernel else tiles_for(name, arch, case.head_dim, case.dtype)
 
     return choose
@@ -143,6 +151,24 @@ def launches(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> 
         case.run(case.inputs("meta"))
     wanted = found.values() if kernel is None else [found[kernel.split()[0].replace("decode", "forward")]]
     return [launch for recorder in wanted for launch in recorder.launches]
+
+
+def candidates(tiles: Tiles) -> Iterator[Tiles]:
+    """The given tiles, and some near them.
+
+    A block is halved or doubled alone and together with the warps: half of the rows by as many warps would be the same
+    work done twice, and with half of the warps two such programs share a multiprocessor.
+    """
+    yield tiles
+    for block, size in (("block_m", tiles.block_m), ("block_n", tiles.block_n)):
+        for other, warps in ((size // 2, tiles.num_warps // 2), (size * 2, tiles.num_warps * 2)):
+            if MIN_BLOCK <= other <= MAX_BLOCK:
+                yield replace(tiles, **{block: other})
+                if MIN_WARPS <= warps <= MAX_WARPS:
+                    yield replace(tiles, **{block: other, "num_warps": warps})
+    for stages in (tiles.num_stages - 1, tiles.num_stages + 1):
+        if 1 <= stages <= MAX_STAGES:
+            yield replace(tiles, num_stages=stages)
 
 
 def others(case: Case, kernel: str, arch: int) -> list[Tiles]:
@@ -261,12 +287,25 @@ def launchers(case: Case, inputs: Inputs, arch: int) -> tuple[dict[str, Callable
     """What launches each kernel of a case on the card with given tiles, and why some are missing."""
     found: dict[str, Callable[[Tiles], Any]] = {}
 
-    def choose(name: str, inputs: Inputs, launch: Callable[[Tiles], Any]) -> Tiles:
-        found.setdefault(name, launch)
-        return tiles_for(name, arch, case.head_dim, case.dtype)
+    def recorded(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            def launch(tiles: Tiles) -> None:
+                with chosen(lambda name, inputs: tiles):
+                    launcher(*arguments)
+
+            def choose(name: str, inputs: Inputs) -> Tiles:
+                found.setdefault(name, launch)
+                return tiles_for(name, arch, case.head_dim, case.dtype)
+
+            with chosen(choose):
+                return launcher(*arguments)
+
+        return call
 
     reason = ""
-    with chosen(choose):
+    with ExitStack() as stack:
+        for module, name in LAUNCHERS:
+            stack.enter_context(mock.patch.object(module, name, recorded(getattr(module, name))))
         try:
             case.run(inputs)
         except Exception as error:  # those that were found before it are measured all the same

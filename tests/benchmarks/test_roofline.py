@@ -15,10 +15,8 @@ def test_estimates_are_above_the_roof():
             least = sum(work.least_s for work in works)
             assert roofline.gpu_s(works) >= least + len(works) * roofline.LAUNCH_S
             assert roofline.host_s(shape, backward) > roofline.FORWARD_HOST_S
-    dense, pooled, sorted_before = roofline.SHAPES[:3]
+    dense, pooled = roofline.SHAPES[:2]
     sort = roofline.sort(pooled)
-    assert [work for work in roofline.backward_works(pooled) if work != sort] == roofline.backward_works(sorted_before)
-    assert roofline.host_s(sorted_before, True) < roofline.host_s(pooled, True)
     assert sort in roofline.backward_works(pooled) and sort not in roofline.backward_works(dense)
     assert sort.launches == roofline.SORT_LAUNCHES + 2  # int16
     assert roofline.sort(replace(pooled, U=1 << 15)).launches == roofline.SORT_LAUNCHES + 4  # int32

@@ -12,7 +12,19 @@ import torch
 
 from benchmarks.outcomes import DEVICE_LOST
 from benchmarks.valm_kernels import compilations, tune_tiles
-from benchmarks.valm_kernels.tune_tiles import Case, cases, compile_part, launches, measure, pairs, read_rows
+from benchmarks.valm_kernels.tune_tiles import (
+    MAX_BLOCK,
+    MAX_STAGES,
+    MIN_BLOCK,
+    Case,
+    candidates,
+    cases,
+    compile_part,
+    launches,
+    measure,
+    pairs,
+    read_rows,
+)
 from tests.checks.triton.compile_record import specialise
 from tests.valm_kernels.visual_fusion.triton.test_gpu import LARGE, WITH_FLASH
 from valm_kernels.visual_fusion.triton import tiles as tiles_module
@@ -24,6 +36,25 @@ CASE = Case(("query", "key"), torch.bfloat16, 64, 1, 2, 2, 128, 128, 2)
 @pytest.fixture
 def one_case(monkeypatch):
     monkeypatch.setattr(tune_tiles, "cases", lambda: [CASE])
+
+
+@pytest.mark.parametrize("entry", _TILES, ids=str)
+def test_candidates_are_few_and_near(entry):
+    for tiles in _TILES[entry]:
+        found = list(candidates(tiles))
+        assert found[0] == tiles
+        assert len(set(found)) == len(found) <= 9
+        for other in found[1:]:
+            assert MIN_BLOCK <= min(other.block_m, other.block_n) <= max(other.block_m, other.block_n) <= MAX_BLOCK
+            assert other.num_warps in (tiles.num_warps, 4, 8) and 1 <= other.num_stages <= MAX_STAGES
+
+
+def test_half_of_the_rows_is_tried_with_half_of_the_warps():
+    """Two such programs share a multiprocessor, and no product is computed twice."""
+    assert Tiles(64, 64, 4, 3) in candidates(tiles_for("forward", 90, 64, torch.float16))
+    assert Tiles(64, 64, 4, 3) in candidates(tiles_for("query", 90, 64, torch.float16))
+    assert Tiles(64, 64, 4, 3) in candidates(tiles_for("key", 90, 64, torch.float16))
+    assert Tiles(128, 64, 8, 3) in candidates(tiles_for("query", 80, 64, torch.float16))
 
 
 def test_every_entry_of_the_table_has_a_case():
@@ -229,11 +260,9 @@ def test_the_tests_for_a_card_launch_every_entry_of_the_table(monkeypatch):
     """Those that gpu-check runs with the measured tiles, so that none is taken untested."""
     found = set()
 
-    def choose(kernel, inputs, launch):
+    def choose(kernel, inputs):
         found.add((kernel, inputs.q.dtype.itemsize, min(dim for dim in (64, 128, 256) if inputs.q.shape[3] <= dim)))
-        tiles = tiles_for(kernel, 90, inputs.q.shape[3], inputs.q.dtype)
-        launch(tiles)
-        return tiles
+        return tiles_for(kernel, 90, inputs.q.shape[3], inputs.q.dtype)
 
     with tune_tiles.chosen(choose):
         for name, problem in LARGE.items():
@@ -250,7 +279,7 @@ def test_tiles_with_other_results_are_not_taken(card, monkeypatch, tmp_path):
     times |= {("query", wrong): 0.5, ("query", second): 0.8}
 
     def run(case, inputs):
-        tiles = tune_tiles.backward_query.choose_tiles("query", inputs, None)
+        tiles = tune_tiles.backward_query.choose_tiles("query", inputs)
         return [torch.ones(2), torch.tensor([1.0, 1.04 if tiles == wrong else 1.0 if tiles == table else 1.02])]
 
     monkeypatch.setattr(Case, "run", run)

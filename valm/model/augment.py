@@ -306,8 +306,8 @@ class AugmentedCausalLM(ImageModel):
             image_index: (B, T, K) int32 or int64 rows of the pool for each of these tokens, -1 = none.
             image_scores: (B, T, K) float, the retrieval score of each image; of a model with `score_scale` only, which
                 needs it beside images.
-            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
-                need not sort; image_index must be -1 at padding then.
+            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images; checked on CPU, and not used
+                on CUDA today. image_index must be -1 at padding then.
             position_ids: where they restart in a row, another document begins, which sees none before it.
 
         Raises:

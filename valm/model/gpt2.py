@@ -154,8 +154,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
             use_cache: return the cache too.
             logits_to_keep: return only the logits of the last positions, as many as this; 0 = all.
             inputs_embeds: (B, T, C), instead of input_ids. A retriever cannot be used then.
-            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images, so that the backward on CUDA
-                need not sort.
+            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images; checked on CPU, and not used
+                on CUDA today.
             arguments: others of GPT2LMHeadModel, such as output_hidden_states.
 
         Raises:

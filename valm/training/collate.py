@@ -33,8 +33,8 @@ class Collator:
     - in packed rows, position_ids (B, L) int64, which restart at each document; each token of padding is a document of
       its own. In padded rows padding is on the right, where no token sees it;
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
-      image_index (B, L, K) int64 into it, -1 = none, and image_slots, which saves the backward on CUDA a sort
-      (`sort_image_slots`); with `scores`, image_scores (B, L, K) float32, -inf = none;
+      image_index (B, L, K) int64 into it, -1 = none, and image_slots (`sort_image_slots`); with `scores`, image_scores
+      (B, L, K) float32, -inf = none;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:

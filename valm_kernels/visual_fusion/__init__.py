@@ -1,11 +1,12 @@
 """Fused image attention: one softmax over a query's text keys and its own images.
 
-api.py has the public functions, checks.py the checks of their arguments, reference.py the executable specification,
-op.py the registration with torch.library, cpu.py and triton/ the implementations.
+api.py has the public functions, varlen.py the packed layout, checks.py the checks of their arguments, reference.py the
+executable specification, op.py the registration with torch.library, cpu.py and triton/ the implementations.
 """
 
 from .api import attention_weights, visual_fusion_attn
 from .checks import MAX_IMAGES
 from .slots import sort_image_slots
+from .varlen import visual_fusion_attn_varlen
 
-__all__ = ["MAX_IMAGES", "attention_weights", "sort_image_slots", "visual_fusion_attn"]
+__all__ = ["MAX_IMAGES", "attention_weights", "sort_image_slots", "visual_fusion_attn", "visual_fusion_attn_varlen"]

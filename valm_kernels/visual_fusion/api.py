@@ -6,7 +6,7 @@ import importlib.util
 import os
 import warnings
 from functools import cache
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -19,93 +19,58 @@ from .inputs import Inputs
 from .op import document_starts, fused_attention
 from .reference import joint_softmax, reference_attention
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in `typing` from Python 3.11 on
+
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Of the tensor cores that take bfloat16, and of asynchronous copies to shared memory.
 MIN_CAPABILITY = (8, 0)
 
 
+class PackedOptions(TypedDict, total=False):
+    """The keyword arguments of `visual_fusion_attn_varlen` but those that decide what it returns."""
+
+    image_q: Tensor | None
+    softcap: float | None
+    image_index: Tensor | None
+    image_mask: Tensor | None
+    image_k_bias: Tensor | None
+    image_v_bias: Tensor | None
+    image_logit_bias: Tensor | None
+    image_score_bias: Tensor | None
+    first_key: Tensor | None
+    max_seqlen: int | None
+    image_slots: Tensor | None
+    scale: float | None
+    impl: str
+
+
+class Options(PackedOptions, total=False):
+    """Those of `visual_fusion_attn`."""
+
+    cu_seqlens: Tensor | None
+    cache_seqlens: Tensor | None
+    causal: bool
+
+
+# fmt: off
 @overload
 def visual_fusion_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *,
-    image_q: Tensor | None = None,
-    softcap: float | None = None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_v_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    image_score_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: Literal[False] = False,
-    return_image_weights: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
+    return_lse: Literal[False] = False, return_image_weights: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def visual_fusion_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *,
-    image_q: Tensor | None = None,
-    softcap: float | None = None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_v_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    image_score_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: Literal[True],
-    return_image_weights: Literal[False] = False,
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
+    return_lse: Literal[True], return_image_weights: Literal[False] = False, **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def visual_fusion_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    image_k: Tensor | None,
-    image_v: Tensor | None,
-    *,
-    image_q: Tensor | None = None,
-    softcap: float | None = None,
-    image_index: Tensor | None = None,
-    image_mask: Tensor | None = None,
-    image_k_bias: Tensor | None = None,
-    image_v_bias: Tensor | None = None,
-    image_logit_bias: Tensor | None = None,
-    image_score_bias: Tensor | None = None,
-    first_key: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    return_lse: bool = False,
-    return_image_weights: Literal[True],
-    impl: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor | None, image_v: Tensor | None, *,
+    return_lse: bool = False, return_image_weights: Literal[True], **options: Unpack[Options],
 ) -> tuple[Tensor, ...]: ...
+# fmt: on
 def visual_fusion_attn(
     q: Tensor,
     k: Tensor,
@@ -185,9 +150,8 @@ def visual_fusion_attn(
         max_seqlen: the longest document of cu_seqlens has at most as many tokens, Tk by default: "flash+triton" then
             starts fewer programs. On CPU a longer document raises, on CUDA it is undefined behaviour.
         image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)` (with a row for each key head where
-            image_index has one), for training on CUDA: the backward of
-            the pooled layout then sorts nothing. Gradients are the same to the last bit. On CPU it changes nothing,
-            and raises if it belongs to another image_index; on CUDA that is undefined behaviour, as for image_index.
+            image_index has one). It changes nothing: the backward of the pooled layout on CUDA sorts image_index
+            itself until a card has shown that this costs time. On CPU it raises if it belongs to another image_index.
         causal: False lets every query see all keys from first_key on.
         scale: factor of the scores, from 2**-60 to 2**60; 1 / sqrt(D) by default.
         return_lse: return (out, lse) instead of out.
@@ -203,8 +167,7 @@ def visual_fusion_attn(
             images have a gradient, or with `torch.use_deterministic_algorithms(True)`. A named implementation never
             falls back to another one.
             Under TRITON_INTERPRET=1 both Triton implementations take CPU tensors; bfloat16 is wrong there, as Triton's
-            interpreter multiplies its bits. With VALM_KERNELS_AUTOTUNE=1 in the environment, "triton" tunes its tile
-            sizes at the first call of each kind (device, dtype, sizes, layout and options), and caches them on disk.
+            interpreter multiplies its bits.
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), with return_image_weights also the

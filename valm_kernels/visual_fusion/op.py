@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from .._ops import add_op_namespace_prefix, ops
 from . import cpu, flash
@@ -43,8 +41,6 @@ _library.define(
     "document_starts(Tensor cu_seqlens, SymInt batch, SymInt num_queries, SymInt num_keys, SymInt? max_seqlen) -> "
     "Tensor"
 )
-# Of the devices that have kernels.
-_KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _forward_op = ops.visual_fusion_attn.default
 _backward_op = ops.visual_fusion_attn_backward.default
 
@@ -136,7 +132,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
         ctx.set_materialize_grads(False)
-        out, lse, image_scores = _below_autograd(_forward_op, _forward, keyset, inputs)
+        out, lse, image_scores = _below_autograd(_forward_op, keyset, inputs)
         *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.max_seqlen, ctx.impl, ctx.with_image_scores = inputs
         ctx.save_for_backward(out, lse, *tensors)
         return out, lse, image_scores
@@ -163,7 +159,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, inputs: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _below_autograd(_backward_op, _backward, keyset, inputs)
+        return _below_autograd(_backward_op, keyset, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
@@ -172,12 +168,10 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _below_autograd(op: Any, kernel: Any, keyset: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """What the dispatcher does after autograd; where only `kernel` is left to do, without going there once more."""
+def _below_autograd(op: Any, keyset: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What the dispatcher does after autograd."""
     keyset = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
-        if keyset.highestPriorityTypeId() in _KERNEL_KEYS:
-            return kernel(*inputs)
         if not torch._C._are_functorch_transforms_active():
             return op.redispatch(keyset, *inputs)
         # a Function turns both modes off, but an outer transform records in its turn
@@ -191,24 +185,13 @@ def _records_gradients(inputs: tuple[Any, ...]) -> bool:
     Raises:
         NotImplementedError: a tangent is asked for.
     """
-    forward_mode = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
-    if forward_mode and any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "visual_fusion_attn has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
             'torch.autograd.forward_ad); use impl="reference", or torch.func.jacrev for first derivatives'
         )
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-
-
-# The same nodes for one transform of torch.func; inside of it a torch.autograd.Function asks for rules of its own.
-_IN_TRANSFORM: dict[Any, Any] = {
-    function: type(
-        function.__name__,
-        (_SingleLevelFunction,),
-        {"forward": staticmethod(function.forward), "backward": staticmethod(function.backward)},
-    )
-    for function in (_Attention, _Gradients)
-}
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -216,21 +199,35 @@ def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
     once for each of them."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
+    from torch._functorch.utils import enable_single_level_autograd_function
+
     with enable_single_level_autograd_function():
-        return _IN_TRANSFORM[function].apply(*arguments)
+        return _in_transform(function).apply(*arguments)
 
 
-# What torch.library.register_autograd does, in half its time: that reads the operator's schema in every call.
+@cache
+def _in_transform(function: Any) -> Any:
+    """The same node for one transform; inside of it a torch.autograd.Function asks for rules of its own."""
+    from torch.autograd.function import _SingleLevelFunction
+
+    methods = {"forward": staticmethod(function.forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (_SingleLevelFunction,), methods)
+
+
+# Of PyTorch's private names three serve every call, and three more transforms of torch.func. The public ones do not do
+# here (2.13): with torch.library.register_autograd torch.func.grad raises, forward mode gives zeros, and a call with
+# gradients takes 100 µs more, as it reads the schema; an autograd.Function around the operator is not traced by
+# torch.compile where it has a jvp, is not functionalised, and leaves exported programs without torch.func.
 def _autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
         return _apply(_Attention, keyset, inputs, *(inputs[i] for i in _DIFFERENTIABLE))
-    return _below_autograd(_forward_op, _forward, keyset, inputs)
+    return _below_autograd(_forward_op, keyset, inputs)
 
 
 def _backward_autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
         return _apply(_Gradients, keyset, inputs, *(x for x in inputs if isinstance(x, Tensor)))
-    return _below_autograd(_backward_op, _backward, keyset, inputs)
+    return _below_autograd(_backward_op, keyset, inputs)
 
 
 def _document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None) -> Tensor:

@@ -14,8 +14,8 @@ from .inputs import Inputs
 def sort_image_slots(image_index: Tensor, pool_size: int) -> Tensor:
     """The `image_slots` of `visual_fusion_attn`, for an image_index that is known before the step.
 
-    Called where a batch is put together, it takes the sort from the GPU: without it the backward on CUDA sorts
-    image_index, in each layer that attends to images.
+    Called where a batch is put together, it could take the sort from the GPU; today the backward on CUDA sorts
+    image_index all the same, in each layer that attends to images.
 
     Args:
         image_index: (B, Tq, K) or (B, Hkv, Tq, K) int32 or int64 on the CPU, rows of the pool; -1 = no image.

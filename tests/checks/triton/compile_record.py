@@ -39,7 +39,6 @@ from tests.checks.triton.loops import Spills, products_in_ptx, products_of_amd, 
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import (
-    autotune,
     backward,
     backward_key,
     backward_pool,
@@ -147,8 +146,7 @@ class Recorder:
 def recorders(arch: int | str) -> Iterator[dict[str, Recorder]]:
     """Every kernel replaced by a recorder, on a card of `arch` with the multiprocessors of an H100."""
     with ExitStack() as stack:
-        for module in (autotune, launchers):
-            stack.enter_context(mock.patch.object(module, "architecture", lambda _: arch))
+        stack.enter_context(mock.patch.object(launchers, "architecture", lambda _: arch))
         stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda _: 132))
         found = {name: Recorder(getattr(*place)) for name, place in KERNELS.items()}
         for name, place in KERNELS.items():

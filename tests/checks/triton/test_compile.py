@@ -32,9 +32,7 @@ from valm_kernels.visual_fusion.triton.tiles import _TILES
 # The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
 SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
 # Instructions that store or load registers in the loop over keys or queries. For the key kernel were tried as well: two
-# stages (20 for 24), and 8 warps (none, but half as many products again). For the query kernel on gfx942: blocks of 16
-# and one warp, of 32 and two, of 128 and eight (25 to 34 for 30), which share all products too; with more warps to a
-# block there are none, and 1.67 or 3 times the products.
+# stages (20 for 24), and 8 warps (none, but half as many products again).
 TEXT_LOOP_SPILLS = {
     **{("key", call, arch, 128, "float32"): 28 for call in ("dense", "softcap image_q") for arch in (80, 90, 100)},
     ("forward", "dense", 100, 128, "float32"): 7,
@@ -44,10 +42,9 @@ TEXT_LOOP_SPILLS = {
     # beside 384 instructions of each warp for the products of a step
     **{("key", "dense", arch, 256, "float32"): spills for arch, spills in ((80, 68), (90, 68), (100, 43))},
     **{("key", "softcap image_q", arch, 256, "float32"): spills for arch, spills in ((80, 69), (90, 67), (100, 31))},
-    ("query", "softcap image_q", "gfx942", 256, "float16"): 30,
     ("forward", "decode", "gfx942", 256, "float32"): 69,
-    ("query", "dense", "gfx942", 256, "float32"): 91,
-    ("query", "softcap image_q", "gfx942", 256, "float32"): 95,
+    ("query", "dense", "gfx942", 256, "float32"): 92,
+    ("query", "softcap image_q", "gfx942", 256, "float32"): 97,
 }
 # The same in the loop over images, which waits for memory; half of the tile would take twice the products of the text.
 IMAGE_LOOP_SPILLS = {
@@ -58,15 +55,14 @@ IMAGE_LOOP_SPILLS = {
     ("query", "softcap image_q", 90, 128, "float16"): 273,
     ("query", "dense", 100, 128, "float16"): 269,
     ("query", "softcap image_q", 100, 128, "float16"): 246,
-    ("query", "dense", "gfx942", 256, "float16"): 94,
-    ("query", "softcap image_q", "gfx942", 256, "float16"): 94,
-    ("query", "dense", "gfx942", 128, "float32"): 19,
-    ("query", "softcap image_q", "gfx942", 128, "float32"): 8,
+    ("query", "dense", "gfx942", 256, "float16"): 69,
+    ("query", "softcap image_q", "gfx942", 256, "float16"): 115,
+    ("query", "softcap image_q", "gfx942", 128, "float32"): 1,
     ("forward", "dense", "gfx942", 256, "float32"): 86,
     ("forward", "decode", "gfx942", 256, "float32"): 85,
     ("forward", "softcap image_q", "gfx942", 256, "float32"): 64,
-    ("query", "dense", "gfx942", 256, "float32"): 196,
-    ("query", "softcap image_q", "gfx942", 256, "float32"): 201,
+    ("query", "dense", "gfx942", 256, "float32"): 159,
+    ("query", "softcap image_q", "gfx942", 256, "float32"): 245,
     ("forward", "head of 80", 90, 80, "float16"): 27,
     ("query", "head of 80", 90, 80, "float16"): 182,
     **{("pool", "pooled", 100, head_dim, "float32"): 2 for head_dim in (128, 256)},
@@ -97,12 +93,13 @@ OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
             ("query", "dense", 100, 128, "float16"): 381,
             ("query", "softcap image_q", 100, 128, "float16"): 370,
             ("query", "dense", "gfx942", 256, "float16"): 122,
-            ("query", "softcap image_q", "gfx942", 256, "float16"): 144,
+            ("query", "softcap image_q", "gfx942", 128, "float32"): 15,
+            ("query", "softcap image_q", "gfx942", 256, "float16"): 165,
             ("forward", "dense", "gfx942", 256, "float32"): 217,
             ("forward", "decode", "gfx942", 256, "float32"): 163,
             ("forward", "softcap image_q", "gfx942", 256, "float32"): 130,
             ("query", "dense", "gfx942", 256, "float32"): 228,
-            ("query", "softcap image_q", "gfx942", 256, "float32"): 241,
+            ("query", "softcap image_q", "gfx942", 256, "float32"): 273,
         },
     ),
     "3.9.0": (
@@ -113,7 +110,8 @@ OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
             ("query", "dense", 90, 256, "float32"): 1,
             ("query", "softcap image_q", 90, 256, "float32"): 5,
             ("query", "dense", "gfx942", 256, "float32"): 130,
-            ("query", "softcap image_q", "gfx942", 256, "float32"): 102,
+            ("query", "softcap image_q", "gfx942", 128, "float32"): 64,
+            ("query", "softcap image_q", "gfx942", 256, "float32"): 130,
             ("key", "dense", 90, 128, "float32"): 64,
             ("key", "softcap image_q", 90, 128, "float32"): 75,
             ("key", "dense", 90, 256, "float32"): 72,
@@ -123,6 +121,7 @@ OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
             ("forward", "softcap image_q", 90, 128, "float16"): 15,
             ("query", "softcap image_q", 100, 64, "float16"): 4,
             ("query", "dense", 100, 256, "float16"): 2,
+            ("query", "dense", "gfx942", 256, "float16"): 72,
         },
     ),
 }

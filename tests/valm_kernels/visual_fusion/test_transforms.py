@@ -18,3 +18,8 @@ def test_forward_mode_and_second_derivatives_raise(name):
 @pytest.mark.parametrize("name", transforms.PROBLEMS)
 def test_functionalization_and_export(name):
     transforms.assert_functionalizes_and_exports("cpu", transforms.PROBLEMS[name])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_compile():
+    transforms.assert_transforms_compile("cpu", transforms.PROBLEMS["pooled"])

@@ -121,7 +121,8 @@ def assert_one_raises(f: Callable[[Tensor], Tensor], value: Tensor, name: str) -
 
 
 def assert_functionalizes_and_exports(impl: str, problem: Problem) -> None:
-    scalar, _, tensors = function(impl, problem)
+    scalar, names, tensors = function(impl, problem)
+    every = tuple(range(len(names)))
     expected = scalar(*tensors)
     torch.testing.assert_close(torch.func.functionalize(scalar)(*tensors), expected)
     by_transform = torch.func.functionalize(torch.func.grad(scalar))(*tensors)
@@ -135,3 +136,18 @@ def assert_functionalizes_and_exports(impl: str, problem: Problem) -> None:
     torch.testing.assert_close(exported(*tensors), expected)
     other = [tensor + 0.25 for tensor in tensors]
     torch.testing.assert_close(exported(*other), scalar(*other))
+    # a program has the operator itself
+    assert_close(gradients(exported, other), gradients(scalar, other))
+    assert_close(torch.func.grad(exported, every)(*other), gradients(scalar, other))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(exported, tuple(tensors), tuple(other))
+
+
+def assert_transforms_compile(impl: str, problem: Problem) -> None:
+    scalar, names, tensors = function(impl, problem)
+    every = tuple(range(len(names)))
+    of_each = torch.func.vmap(torch.func.grad(scalar, every))
+    torch.compiler.reset()
+    compiled = torch.compile(of_each, fullgraph=True, backend="aot_eager")
+    batches = [torch.stack([tensor, tensor + 0.25]) for tensor in tensors]
+    assert_close(compiled(*batches), of_each(*batches))

@@ -58,9 +58,9 @@ def backward(
     grad_out, out = aligned_rows(grad_out), aligned_rows(out)
     grad_lse, grad_image_scores, lse = contiguous(grad_lse), contiguous(grad_image_scores), lse.contiguous()
     with torch.cuda.device_of(inputs.q):
-        delta, for_pool = query_gradients(inputs, out, lse, grad_out, grad_lse, grad_image_scores, gradients)
-        if for_pool is not None:
-            pool_gradients(inputs, grad_out, for_pool, gradients)
+        results = query_gradients(inputs, out, lse, grad_out, grad_lse, grad_image_scores, gradients)
+        if results.image_dx is not None:
+            pool_gradients(inputs, grad_out, results, gradients)
         if gradients.k is not None or gradients.v is not None:
-            key_gradients(inputs, lse, delta, grad_out, gradients)
+            key_gradients(inputs, lse, results.delta, grad_out, gradients)
     return gradients

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..inputs import Gradients, Inputs
 from ..layout import empty_tokens_first
-from .autotune import choose_tiles
-from .launch import RowStrides, cdiv, kernel_constants, softcap_log2, strides
+from .launch import RowStrides, cdiv, choose_tiles, kernel_constants, softcap_log2, strides
 from .primitives import (
     LOG2E,
     cap_slope,
@@ -26,7 +25,6 @@ from .primitives import (
     used_keys,
     visible_keys,
 )
-from .tiles import Tiles
 
 # Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
 SCAN = 1024
@@ -285,50 +283,48 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
     q, k, v = inputs[:3]
     batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, inputs.causal)
+    tiles = choose_tiles("key" if inputs.softcap is None else "key softcap", inputs)
     # one without the other is no less work
     dk = empty_tokens_first(k) if gradients.k is None else gradients.k
     dv = empty_tokens_first(v) if gradients.v is None else gradients.v
 
-    def launch(tiles: Tiles) -> None:
-        key_tiles = cdiv(k_len, tiles.block_n)
-        query_range = None
-        if inputs.first_key is not None:
-            query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)
-            _query_range_kernel[(batch * key_tiles,)](
-                inputs.first_key,
-                inputs.cache_seqlens,
-                query_range,
-                q.shape[2],
-                k_len,
-                CAUSAL=inputs.causal,
-                BLOCK_N=tiles.block_n,
-                BLOCK_SCAN=SCAN,
-            )
-        _key_kernel[(key_tiles * batch * kv_heads,)](
-            q,
-            k,
-            v,
+    key_tiles = cdiv(k_len, tiles.block_n)
+    query_range = None
+    if inputs.first_key is not None:
+        query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)
+        _query_range_kernel[(batch * key_tiles,)](
             inputs.first_key,
             inputs.cache_seqlens,
             query_range,
-            lse,
-            delta,
-            grad_out,
-            dk,
-            dv,
-            KeyStrides(
-                q=strides(q), k=strides(k), v=strides(v), grad_out=strides(grad_out), dk=strides(dk), dv=strides(dv)
-            ),
-            kv_heads,
             q.shape[2],
             k_len,
-            inputs.scale,
-            inputs.scale * LOG2E.value,
-            softcap_log2(inputs),
-            **constants,
-            BLOCK_M=tiles.block_m,
+            CAUSAL=inputs.causal,
             BLOCK_N=tiles.block_n,
-            **tiles.options(),
+            BLOCK_SCAN=SCAN,
         )
-
-    launch(choose_tiles("key" if inputs.softcap is None else "key softcap", inputs, launch))
+    _key_kernel[(key_tiles * batch * kv_heads,)](
+        q,
+        k,
+        v,
+        inputs.first_key,
+        inputs.cache_seqlens,
+        query_range,
+        lse,
+        delta,
+        grad_out,
+        dk,
+        dv,
+        KeyStrides(
+            q=strides(q), k=strides(k), v=strides(v), grad_out=strides(grad_out), dk=strides(dk), dv=strides(dv)
+        ),
+        kv_heads,
+        q.shape[2],
+        k_len,
+        inputs.scale,
+        inputs.scale * LOG2E.value,
+        softcap_log2(inputs),
+        **constants,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        **tiles.options(),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Gradients, Inputs, num_images
-from .autotune import choose_tiles
 from .launch import (
     ImageStrides,
     RowStrides,
     cdiv,
+    choose_tiles,
     dense_strides,
     image_strides,
     kernel_constants,
@@ -42,7 +41,6 @@ from .primitives import (
     used_keys,
     visible_keys,
 )
-from .tiles import Tiles
 
 
 @triton.jit
@@ -74,6 +72,26 @@ class QueryStrides(NamedTuple):
     dimage_q: RowStrides
 
 
+class QueryResults(NamedTuple):
+    """What `_query_kernel` writes; None where nobody asks for it.
+
+    All of it is allocated here, so that its addresses are aligned: Triton compiles anew for others (`kernel`), and on
+    AMD for tensors from 2 GiB on.
+    """
+
+    dq: Tensor | None
+    delta: Tensor  # (B, Hq, Tq), for `_key_kernel`
+    dimage_k: Tensor | None  # dense layout: (B, Hkv, Tq, K, D), or one such for each part of a group of heads
+    dimage_v: Tensor | None
+    dimage_q: Tensor | None
+    image_dx: Tensor | None  # pooled layout: dx and b, (B, Hq, K, Tq)
+    image_b: Tensor | None
+    dimage_k_bias: Tensor | None  # partial sums, (tiles, B, Hkv, D)
+    dimage_v_bias: Tensor | None
+    dimage_logit_bias: Tensor | None  # (tiles, B, Hkv, BLOCK_H)
+    dimage_score_bias: Tensor | None  # (parts of a group, Hkv, B, K, Tq)
+
+
 @kernel
 def _query_kernel(
     q,
@@ -96,17 +114,7 @@ def _query_kernel(
     grad_lse,
     grad_image_scores,
     text_dq,  # the text's part of dq; None: the kernel computes it
-    dq,  # None here and below: not asked for
-    delta,  # (B, Hq, Tq), for _key_kernel
-    dimage_k,  # dense layout: (B, Hkv, Tq, K, D), or one such for each part of a group of heads
-    dimage_v,
-    dimage_q,
-    image_dx,  # pooled layout: dx and b, (B, Hq, K, Tq)
-    image_b,
-    dimage_k_bias,  # partial sums, (tiles, B, Hkv, D)
-    dimage_v_bias,
-    dimage_logit_bias,  # (tiles, B, Hkv, BLOCK_H)
-    dimage_score_bias,  # (parts of a group, Hkv, B, K, Tq)
+    results,  # QueryResults
     strides,  # QueryStrides
     stride_part,  # from one part's dimage_k and dimage_v to the next
     Hkv,
@@ -152,7 +160,7 @@ def _query_kernel(
         b_delta -= tl.load(grad_lse + o_row)
     # where lse is -inf its gradient may be anything
     b_delta = tl.where(b_lse == float("inf"), 0.0, b_delta)
-    tl.store(delta + o_row, b_delta, mask=m_row)
+    tl.store(results.delta + o_row, b_delta, mask=m_row)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if image_k is not None:
@@ -196,41 +204,43 @@ def _query_kernel(
             b_dt_sum += b_dt
             b_dx_sum += b_dx
             b_b_sum += b_b
-            if dimage_k is not None:
+            if results.dimage_k is not None:
                 # [BT, BD]
                 b_dik = tl.sum(tl.reshape((b_dx * scale)[:, None] * b_u, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
-                p_dik = row_pointers(dimage_k + o_part, strides.dimage_k, i_b, i_h, o_t1) + i_k * strides.dimage_k[3]
-                tl.store(columns(p_dik, BLOCK_D, ALIGNED), b_dik.to(dimage_k.dtype.element_ty), mask=m_t1)
-            if dimage_v is not None:
+                p_dik = row_pointers(results.dimage_k + o_part, strides.dimage_k, i_b, i_h, o_t1)
+                p_dik = columns(p_dik + i_k * strides.dimage_k[3], BLOCK_D, ALIGNED)
+                tl.store(p_dik, b_dik.to(results.dimage_k.dtype.element_ty), mask=m_t1)
+            if results.dimage_v is not None:
                 b_div = tl.sum(tl.reshape(b_b[:, None] * b_dof, [BLOCK_T, BLOCK_H, BLOCK_D]), 1)
-                p_div = row_pointers(dimage_v + o_part, strides.dimage_v, i_b, i_h, o_t1) + i_k * strides.dimage_v[3]
-                tl.store(columns(p_div, BLOCK_D, ALIGNED), b_div.to(dimage_v.dtype.element_ty), mask=m_t1)
-            if dimage_score_bias is not None:
+                p_div = row_pointers(results.dimage_v + o_part, strides.dimage_v, i_b, i_h, o_t1)
+                p_div = columns(p_div + i_k * strides.dimage_v[3], BLOCK_D, ALIGNED)
+                tl.store(p_div, b_div.to(results.dimage_v.dtype.element_ty), mask=m_t1)
+            if results.dimage_score_bias is not None:
                 i_h_part = (i_m % (BLOCK_G // BLOCK_H)) * Hkv + i_h
                 o_dscore = ((i_h_part * (tl.num_programs(0) // n_tiles // Hkv) + i_b) * K + i_k) * Tq + o_t1
                 b_dscore = tl.sum(tl.reshape(b_dt, [BLOCK_T, BLOCK_H]), 1)
-                tl.store(dimage_score_bias + o_dscore, b_dscore, mask=o_t1 < Tq)
-            if image_dx is not None:
+                tl.store(results.dimage_score_bias + o_dscore, b_dscore, mask=o_t1 < Tq)
+            if results.image_dx is not None:
                 o_coefficient = ((i_b * Hkv * G + o_h) * K + i_k) * Tq + o_t
-                tl.store(image_dx + o_coefficient, b_dx, mask=m_row)
-                tl.store(image_b + o_coefficient, b_b, mask=m_row)
+                tl.store(results.image_dx + o_coefficient, b_dx, mask=m_row)
+                tl.store(results.image_b + o_coefficient, b_b, mask=m_row)
         i_part = i_m * (tl.num_programs(0) // n_tiles) + i_bh
         if image_k_bias is not None:
             b_du += b_dx_sum[:, None] * load_bias(image_k_bias, i_h, D, BLOCK_D, ALIGNED)[None, :]
-        if dimage_k_bias is not None:
-            tl.store(dimage_k_bias + i_part * D + o_d, tl.sum((b_dx_sum * scale)[:, None] * b_u, 0), mask=m_d)
-        if dimage_v_bias is not None:
-            tl.store(dimage_v_bias + i_part * D + o_d, tl.sum(b_b_sum[:, None] * b_dof, 0), mask=m_d)
-        if dimage_logit_bias is not None:
+        if results.dimage_k_bias is not None:
+            tl.store(results.dimage_k_bias + i_part * D + o_d, tl.sum((b_dx_sum * scale)[:, None] * b_u, 0), mask=m_d)
+        if results.dimage_v_bias is not None:
+            tl.store(results.dimage_v_bias + i_part * D + o_d, tl.sum(b_b_sum[:, None] * b_dof, 0), mask=m_d)
+        if results.dimage_logit_bias is not None:
             b_dlogit = tl.sum(tl.reshape(b_dt_sum, [BLOCK_T, BLOCK_H]), 0)
-            tl.store(dimage_logit_bias + i_part * BLOCK_H + tl.arange(0, BLOCK_H), b_dlogit)
-        if dimage_q is not None:
-            p_diq = columns(row_pointers(dimage_q, strides.dimage_q, i_b, o_h, o_t), BLOCK_D, ALIGNED)
-            tl.store(p_diq, (b_du * scale).to(dimage_q.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
+            tl.store(results.dimage_logit_bias + i_part * BLOCK_H + tl.arange(0, BLOCK_H), b_dlogit)
+        if results.dimage_q is not None:
+            p_diq = columns(row_pointers(results.dimage_q, strides.dimage_q, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+            tl.store(p_diq, (b_du * scale).to(results.dimage_q.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
         if image_q is None:
             b_dq = b_du
 
-    if dq is not None:
+    if results.dq is not None:
         if text_dq is None:
             Tk = used_keys(cache_seqlens, i_b, Tk)
             b_first, b_last = visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL)
@@ -258,19 +268,11 @@ def _query_kernel(
                 ALIGNED,
                 INPUT_PRECISION,
             )
-        p_dq = columns(row_pointers(dq, strides.dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
+        p_dq = columns(row_pointers(results.dq, strides.dq, i_b, o_h, o_t), BLOCK_D, ALIGNED)
         b_dq = b_dq * scale
         if text_dq is not None:
             b_dq += load_rows(text_dq, strides.text_dq, i_b, o_h, o_t, D, BLOCK_D, ALIGNED).to(tl.float32)
-        tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
-
-
-@dataclass(frozen=True)
-class ForPool:
-    """Input of `pool_gradients` for every slot, (B, Hq, K, Tq) float32: dx and b of backward.py."""
-
-    image_dx: Tensor
-    image_b: Tensor
+        tl.store(p_dq, b_dq.to(results.dq.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
 
 def query_gradients(
@@ -282,14 +284,14 @@ def query_gradients(
     grad_image_scores: Tensor | None,
     gradients: Gradients,
     text_dq: Tensor | None = None,
-) -> tuple[Tensor, ForPool | None]:
+) -> QueryResults:
     """Writes all gradients that are not None, except those of k, v and a pool; inputs are those of `kernel_inputs`.
 
     Args:
         text_dq: the text's part of the gradient of q, if it is computed already.
 
     Returns:
-        delta (B, Hq, Tq) float32, and the input of `pool_gradients` if those are needed.
+        with delta for `key_gradients`, and image_dx and image_b for `pool_gradients` if those are needed.
     """
     q, k, v, image_k, image_v, image_q, image_index, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape
@@ -297,94 +299,87 @@ def query_gradients(
     pooled = image_index is not None
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
+    joined = text_dq is not None
+    tiles = choose_tiles("query joined" if joined else "query" if inputs.softcap is None else "query softcap", inputs)
     images = num_images(inputs)
     pool_wanted = pooled and (gradients.image_k is not None or gradients.image_v is not None)
 
     def scratch(wanted: bool, *size: int) -> Tensor | None:
         return lse.new_empty(size) if wanted else None
 
-    def launch(tiles: Tiles) -> tuple[Tensor, ForPool | None]:
-        row_tiles = cdiv(q_len * block_g, tiles.block_m)
-        block_h = min(block_g, tiles.block_m)
-        parts = block_g // block_h  # tiles among which the heads of a group are divided
-        delta = torch.empty_like(lse)
-        image_dx = scratch(pool_wanted, batch, q_heads, images, q_len)
-        image_b = scratch(pool_wanted, batch, q_heads, images, q_len)
-        dense_k, dense_v = (None, None) if pooled else (gradients.image_k, gradients.image_v)
-        if parts > 1:
-            # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
-            dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
-            dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
-        k_bias = scratch(gradients.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim)
-        v_bias = scratch(gradients.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim)
-        # tiles of one part follow each other at a distance of `parts`
-        of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
-        logit_bias = scratch(gradients.image_logit_bias is not None, *of_tiles)
-        score_bias = scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len)
-        _query_kernel[(row_tiles * batch * kv_heads,)](
-            *inputs.tensors,
-            out,
-            lse,
-            grad_out,
-            grad_lse,
-            grad_image_scores,
-            text_dq,
-            gradients.q,
-            delta,
-            dense_k,
-            dense_v,
-            gradients.image_q,
-            image_dx,
-            image_b,
-            k_bias,
-            v_bias,
-            logit_bias,
-            score_bias,
-            QueryStrides(
-                q=strides(q),
-                k=strides(k),
-                v=strides(v),
-                image_k=image_strides(image_k, pooled),
-                image_v=image_strides(image_v, pooled),
-                image_q=strides(image_q),
-                out=strides(out),
-                grad_out=strides(grad_out),
-                text_dq=strides(text_dq),
-                dq=strides(gradients.q),
-                dimage_k=dense_strides(dense_k),
-                dimage_v=dense_strides(dense_v),
-                dimage_q=strides(gradients.image_q),
-            ),
-            0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
-            kv_heads,
-            q_len,
-            k_len,
-            images,
-            inputs.scale,
-            inputs.scale * LOG2E.value,
-            softcap_log2(inputs),
-            BY_HEAD=inputs.by_head,
-            **constants,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            **tiles.options(),
-        )
-        if parts > 1:
-            _sum_into(gradients.image_k, dense_k)
-            _sum_into(gradients.image_v, dense_v)
-        _sum_into(gradients.image_k_bias, k_bias)
-        _sum_into(gradients.image_v_bias, v_bias)
-        if gradients.image_logit_bias is not None and logit_bias is not None:
-            # a group's rows are padded to a power of two
-            of_heads = logit_bias.sum((0, 2)).transpose(0, 1).reshape(kv_heads, block_g)[:, : q_heads // kv_heads]
-            gradients.image_logit_bias.view(kv_heads, -1).copy_(of_heads)
-        if gradients.image_score_bias is not None:
-            _sum_into(gradients.image_score_bias.transpose(1, 2), score_bias)
-        return delta, None if image_dx is None or image_b is None else ForPool(image_dx, image_b)
-
-    joined = text_dq is not None
-    tiles_of = "query joined" if joined else "query" if inputs.softcap is None else "query softcap"
-    return launch(choose_tiles(tiles_of, inputs, launch))
+    row_tiles = cdiv(q_len * block_g, tiles.block_m)
+    block_h = min(block_g, tiles.block_m)
+    parts = block_g // block_h  # tiles among which the heads of a group are divided
+    dense_k, dense_v = (None, None) if pooled else (gradients.image_k, gradients.image_v)
+    if parts > 1:
+        # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
+        dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
+        dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
+    # tiles of one part follow each other at a distance of `parts`
+    of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
+    results = QueryResults(
+        dq=gradients.q,
+        delta=torch.empty_like(lse),
+        dimage_k=dense_k,
+        dimage_v=dense_v,
+        dimage_q=gradients.image_q,
+        image_dx=scratch(pool_wanted, batch, q_heads, images, q_len),
+        image_b=scratch(pool_wanted, batch, q_heads, images, q_len),
+        dimage_k_bias=scratch(gradients.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
+        dimage_v_bias=scratch(gradients.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
+        dimage_logit_bias=scratch(gradients.image_logit_bias is not None, *of_tiles),
+        dimage_score_bias=scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len),
+    )
+    _query_kernel[(row_tiles * batch * kv_heads,)](
+        *inputs.tensors,
+        out,
+        lse,
+        grad_out,
+        grad_lse,
+        grad_image_scores,
+        text_dq,
+        results,
+        QueryStrides(
+            q=strides(q),
+            k=strides(k),
+            v=strides(v),
+            image_k=image_strides(image_k, pooled),
+            image_v=image_strides(image_v, pooled),
+            image_q=strides(image_q),
+            out=strides(out),
+            grad_out=strides(grad_out),
+            text_dq=strides(text_dq),
+            dq=strides(gradients.q),
+            dimage_k=dense_strides(dense_k),
+            dimage_v=dense_strides(dense_v),
+            dimage_q=strides(gradients.image_q),
+        ),
+        0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
+        kv_heads,
+        q_len,
+        k_len,
+        images,
+        inputs.scale,
+        inputs.scale * LOG2E.value,
+        softcap_log2(inputs),
+        BY_HEAD=inputs.by_head,
+        **constants,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        **tiles.options(),
+    )
+    if parts > 1:
+        _sum_into(gradients.image_k, dense_k)
+        _sum_into(gradients.image_v, dense_v)
+    _sum_into(gradients.image_k_bias, results.dimage_k_bias)
+    _sum_into(gradients.image_v_bias, results.dimage_v_bias)
+    if gradients.image_logit_bias is not None and results.dimage_logit_bias is not None:
+        # a group's rows are padded to a power of two
+        of_heads = results.dimage_logit_bias.sum((0, 2)).transpose(0, 1).reshape(kv_heads, block_g)
+        gradients.image_logit_bias.view(kv_heads, -1).copy_(of_heads[:, : q_heads // kv_heads])
+    if gradients.image_score_bias is not None:
+        _sum_into(gradients.image_score_bias.transpose(1, 2), results.dimage_score_bias)
+    return results
 
 
 def _sum_into(gradient: Tensor | None, partial: Tensor | None) -> None:

@@ -33,11 +33,11 @@ from torch import Tensor
 from ..inputs import Inputs, num_images
 from ..layout import empty_rows_like
 from ..slots import check_pool
-from .autotune import choose_tiles
 from .launch import (
     ImageStrides,
     RowStrides,
     cdiv,
+    choose_tiles,
     image_strides,
     kernel_constants,
     kernel_inputs,
@@ -64,7 +64,6 @@ from .primitives import (
     used_keys,
     visible_keys,
 )
-from .tiles import Tiles
 
 # For finding a wrong index: the host reads them all before each launch.
 CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"
@@ -72,7 +71,8 @@ CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"
 # A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
 NO_SCORE = tl.constexpr(-1.0e30)
 
-# Up to this many rows per key-value head (queries x group) the tiles of "decode" are taken.
+# Up to this many rows per key-value head (queries x group) the tiles of "decode" are taken: the rows of a larger tile
+# would repeat the last one, 8 times the products at 128.
 DECODE_ROWS = 16
 # Bounds of a split: shorter ones gain less than the merge costs, and the merge reads the splits of a row one by one.
 # Chosen by arithmetic, not yet measured on a card.
@@ -83,7 +83,8 @@ MAX_SPLITS = 64
 def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int) -> int:
     """Into how many parts the keys and images are split.
 
-    Where the programs leave multiprocessors idle, two programs for each; the images are then a part of their own.
+    Where the programs leave multiprocessors idle, two programs for each; the images are then a part of their own. Such
+    a call reads every key once, at the rate of the multiprocessors that read: 12 heads alone are 12 of an H100's 132.
     """
     if programs >= multiprocessors:
         return 1
@@ -319,69 +320,67 @@ def forward(
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
     tiles_of = "forward joined" if text else "decode" if q_len * block_g <= DECODE_ROWS else "forward"
+    tiles = choose_tiles(tiles_of, inputs)
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-
-    def launch(tiles: Tiles) -> None:
-        programs = cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
-        splits = 1
-        if text is None:
-            splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
-        if splits == 1:
-            out_part, lse_part = out, lse
-            stride_part, stride_o = 0, strides(out)
-        else:
-            out_part = lse.new_empty(splits, *q.shape)
-            lse_part = lse.new_empty(splits, *lse.shape)
-            stride_part, stride_o = out_part.stride(0), strides(out_part[0])
-        with torch.cuda.device_of(q):
-            _forward_kernel[(programs, splits)](
-                *inputs.tensors,
+    programs = cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
+    splits = 1
+    if text is None:
+        splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
+    if splits == 1:
+        out_part, lse_part = out, lse
+        stride_part, stride_o = 0, strides(out)
+    else:
+        out_part = lse.new_empty(splits, *q.shape)
+        lse_part = lse.new_empty(splits, *lse.shape)
+        stride_part, stride_o = out_part.stride(0), strides(out_part[0])
+    with torch.cuda.device_of(q):
+        _forward_kernel[(programs, splits)](
+            *inputs.tensors,
+            out_part,
+            lse_part,
+            image_scores,
+            text_out,
+            text_lse,
+            ForwardStrides(
+                q=strides(q),
+                k=strides(k),
+                v=strides(v),
+                image_k=image_strides(image_k, pooled),
+                image_v=image_strides(image_v, pooled),
+                image_q=strides(inputs.image_q),
+                out=stride_o,
+            ),
+            stride_part,
+            strides(text_out),
+            kv_heads,
+            q_len,
+            k_len,
+            num_images(inputs),
+            inputs.scale * LOG2E.value,
+            softcap_log2(inputs),
+            BY_HEAD=inputs.by_head,
+            **constants,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            **tiles.options(),
+        )
+        if splits > 1:
+            rows = lse.numel()
+            _merge_kernel[(rows,)](
                 out_part,
                 lse_part,
-                image_scores,
-                text_out,
-                text_lse,
-                ForwardStrides(
-                    q=strides(q),
-                    k=strides(k),
-                    v=strides(v),
-                    image_k=image_strides(image_k, pooled),
-                    image_v=image_strides(image_v, pooled),
-                    image_q=strides(inputs.image_q),
-                    out=stride_o,
-                ),
-                stride_part,
-                strides(text_out),
-                kv_heads,
+                out,
+                lse,
+                strides(out),
+                q_heads,
                 q_len,
-                k_len,
-                num_images(inputs),
-                inputs.scale * LOG2E.value,
-                softcap_log2(inputs),
-                BY_HEAD=inputs.by_head,
-                **constants,
-                BLOCK_M=tiles.block_m,
-                BLOCK_N=tiles.block_n,
-                **tiles.options(),
+                rows,
+                splits,
+                D=head_dim,
+                BLOCK_D=constants["BLOCK_D"],
+                BLOCK_S=MAX_SPLITS,
+                num_warps=1,
+                enable_fp_fusion=True,
             )
-            if splits > 1:
-                rows = lse.numel()
-                _merge_kernel[(rows,)](
-                    out_part,
-                    lse_part,
-                    out,
-                    lse,
-                    strides(out),
-                    q_heads,
-                    q_len,
-                    rows,
-                    splits,
-                    D=head_dim,
-                    BLOCK_D=constants["BLOCK_D"],
-                    BLOCK_S=MAX_SPLITS,
-                    num_warps=1,
-                    enable_fp_fusion=True,
-                )
 
-    launch(choose_tiles(tiles_of, inputs, launch))
     return out, lse

@@ -56,9 +56,9 @@ def backward(
                 gradients = _with(gradients, q=text_dq)
         if inputs.image_k is not None:
             inputs = inputs._replace(first_key=None)
-            _, for_pool = query_gradients(inputs, out, lse, grad_out, None, grad_image_scores, gradients, text_dq)
-            if for_pool is not None:
-                pool_gradients(inputs, grad_out, for_pool, gradients)
+            results = query_gradients(inputs, out, lse, grad_out, None, grad_image_scores, gradients, text_dq)
+            if results.image_dx is not None:
+                pool_gradients(inputs, grad_out, results, gradients)
     return gradients
 
 

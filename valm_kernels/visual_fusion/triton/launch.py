@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..inputs import TENSOR_NAMES, Inputs
 from .primitives import LOG2E
-from .tiles import block_d
+from .tiles import Tiles, block_d, tiles_for
 
 # Bytes of the widest load and store.
 VECTOR = 16
@@ -52,6 +52,12 @@ def _address_multiple(shape: torch.Size, strides: tuple[int, ...], itemsize: int
     # the stride of a single row means nothing
     apart = [stride for size, stride in zip(sizes, strides_of_rows, strict=True) if size > 1]
     return 0 if any(stride * itemsize % VECTOR for stride in apart) else VECTOR
+
+
+def choose_tiles(kernel: str, inputs: Inputs) -> Tiles:
+    """The tiles of `kernel`, a name of the table in tiles.py, on the device of the inputs."""
+    q = inputs.q
+    return tiles_for(kernel, architecture(q.device), q.shape[3], q.dtype)
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:

@@ -38,8 +38,9 @@ def kernel(function: Callable) -> Any:
     During generation the number of keys takes every value: each new variant would be a stall of seconds, and fatal to a
     CUDA graph. The alignment that loads need is stated where they are (`columns`).
 
-    This does not reach into tuples, so sizes and tensors are parameters of their own. Strides are in tuples, as they
-    hardly change: those of a cache that grows by torch.cat do, and make a second variant where D is 72.
+    This does not reach into tuples, so sizes and tensors of others are parameters of their own. Strides are in tuples,
+    as they hardly change: those of a cache that grows by torch.cat do, and make a second variant where D is 72. So are
+    tensors that are allocated for the kernel, whose addresses are always aligned.
     """
     parameters = inspect.signature(function).parameters.values()
     runtime = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
@@ -217,7 +218,8 @@ def over_key_tiles(
     BY_SLABS: tl.constexpr = len(q.shape) == 1
     begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < D
-    # without first_key every row sees the keys from lo on, and only the end needs a mask
+    # A mask is two comparisons and a selection for each score, beside an exponential and a sum: tiles that all rows see
+    # whole have none. Without first_key every row sees the keys from lo on, and only the end needs one.
     for i_part in tl.static_range(0 if first_key is not None else 1, 3):
         part_begin = begin if i_part == 0 else (full_begin if i_part == 1 else full_end)
         part_end = tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end)

@@ -9,7 +9,6 @@ is read by slabs (`primitives.products`), with tiles chosen at 256. A joined ker
 has its own images: its tiles keep most copies and warps in flight. There are three stages where they fit: with two, the
 copy of the next tile starts only after the work on this one. On AMD a block of 16 makes Triton take smaller
 instructions, and a second stage takes registers.
-VALM_KERNELS_AUTOTUNE=1 measures around these entries on the card at hand (autotune.py).
 
 Where measured_tiles.json, which `make gpu-check` writes, or the file named by VALM_KERNELS_TILES has tiles of a compute
 capability, these take the place of the table's.

@@ -92,7 +92,8 @@ def guarded(seed: int = 0) -> Iterator[None]:
     def guarded_arguments(self: Any, arguments: Any, keywords: Any) -> Any:
         nonlocal memory
         found = executor_arguments(self, arguments, keywords)
-        memory = Memory([a for a in found[0] if isinstance(a, torch.Tensor)])
+        flat = [x for a in found[0] for x in (a if isinstance(a, tuple) else (a,))]
+        memory = Memory([x for x in flat if isinstance(x, torch.Tensor)])
         return found
 
     def set_grid_dim(self: Any, *grid: int) -> None:

@@ -5,14 +5,14 @@ from types import ModuleType
 import pytest
 
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels.visual_fusion.triton import autotune, backward_key, forward
+from valm_kernels.visual_fusion.triton import backward_key, forward, launch
 from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 
 def use_small_tiles(
     monkeypatch: pytest.MonkeyPatch,
     problem: Problem,
-    autotune: ModuleType = autotune,
+    launch: ModuleType = launch,
     forward: ModuleType = forward,
 ) -> None:
     """Gives every kernel tiles of about a third of the problem, and decoding splits of 32 keys.
@@ -20,7 +20,7 @@ def use_small_tiles(
     The modules are those of the kernels, for a copy of these.
     """
     block = 16 if problem.num_keys <= 48 else 32 if problem.num_keys <= 96 else 64
-    monkeypatch.setattr(autotune, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
+    monkeypatch.setattr(launch, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
     monkeypatch.setattr(backward_key, "SCAN", 64)
     monkeypatch.setattr(forward, "multiprocessors", lambda _: 8)
     monkeypatch.setattr(forward, "MIN_KEYS_PER_SPLIT", 32)

@@ -148,14 +148,14 @@ MUTANTS = {
     ),
     "delta of rows past the last": (
         "backward_query.py",
-        "tl.store(delta + o_row, b_delta, mask=m_row)",
-        "tl.store(delta + o_row, b_delta)",
+        "tl.store(results.delta + o_row, b_delta, mask=m_row)",
+        "tl.store(results.delta + o_row, b_delta)",
         Problem(**SMALL),
     ),
     "coefficients of rows past the last": (
         "backward_query.py",
-        "tl.store(image_b + o_coefficient, b_b, mask=m_row)",
-        "tl.store(image_b + o_coefficient, b_b)",
+        "tl.store(results.image_b + o_coefficient, b_b, mask=m_row)",
+        "tl.store(results.image_b + o_coefficient, b_b)",
         Problem(**SMALL, pool_size=4),
     ),
     "gradient of image_score_bias past the last": (
@@ -220,9 +220,9 @@ def test_mutants_are_found(monkeypatch, tmp_path, mutant):
         code = code.replace("visual_fusion. import", "visual_fusion import")
         path.write_text(code.replace(text, replacement) if path.name == file else code)
     monkeypatch.syspath_prepend(tmp_path)
-    modules = {name: importlib.import_module(f"{package}.{name}") for name in ("autotune", "forward", "backward")}
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in ("launch", "forward", "backward")}
     try:
-        use_small_tiles(monkeypatch, problem, modules["autotune"], modules["forward"])
+        use_small_tiles(monkeypatch, problem, modules["launch"], modules["forward"])
         monkeypatch.setattr(op, "_implementation", lambda _: (modules["forward"].forward, modules["backward"].backward))
         with guarded(), pytest.raises((InterpreterError, AssertionError)):
             assert_solves("triton", problem, torch.float32)

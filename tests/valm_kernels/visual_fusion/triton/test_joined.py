@@ -9,6 +9,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
+from tests.valm_kernels.visual_fusion import test_varlen as varlen
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_passes_nan_on, assert_solves
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
 from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
@@ -114,3 +115,12 @@ def test_triton_alone_runs_the_kernel_of_keys(monkeypatch):
     inputs["k"].requires_grad_()
     visual_fusion_attn(**inputs, impl="triton").sum().backward()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [("triton", torch.float32), (flash.NAME, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["pooled", pytest.param("dense", marks=pytest.mark.slow)])
+def test_packed_documents(monkeypatch, name, impl, dtype):
+    problem = varlen.PROBLEMS[name]
+    use_small_tiles(monkeypatch, problem)
+    with guarded():
+        varlen.assert_packs(impl, problem, dtype, with_lse=False)

@@ -99,8 +99,9 @@ def launched(inputs, *needed):
     filled = {}
     for name, recorder in found.items():
         for launch in recorder.launches:
-            values = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-            filled[name] = {n for n, value in values if n.startswith("d") and isinstance(value, torch.Tensor)}
+            values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+            values |= values["results"]._asdict() if "results" in values else {}
+            filled[name] = {n for n, x in values.items() if n.startswith("d") and isinstance(x, torch.Tensor)}
     return filled
 
 
