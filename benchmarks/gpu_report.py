@@ -28,9 +28,9 @@ benchmarks beside their peers, and a small set of the tests under compute-saniti
 this page.
 
 The machine needs PyTorch 2.9 with CUDA, Triton 3.5, NumPy, packaging and pytest; nothing is installed, and no network
-is used. What else is missing is listed at the start, and skipped with a reason: the model's benchmarks need the
-packages that valm asks for, the native module needs setuptools and a C++ compiler, its CUDA part nvcc, and rows of
-faiss-gpu (`valm[gpu]`, in the place of faiss-cpu), cuVS and FlashAttention-3 need these.
+is used. What else is missing is listed at the start, and skipped with a reason: benchmarks need pytest-benchmark, the
+model's also the packages that valm asks for, the native module needs setuptools and a C++ compiler, its CUDA part nvcc,
+and rows of faiss-gpu (`valm[gpu]`, in the place of faiss-cpu), cuVS and FlashAttention-3 need these.
 
 ```
 python -m benchmarks.gpu_check --dry-run             # the plan, its budgets and what it compiles; needs no card

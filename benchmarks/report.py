@@ -213,11 +213,11 @@ def attention_figure() -> Figure:
     groups: dict[str, dict[str, float]] = {}
     for row in read(RESULTS / XEON):
         if ATTENTION.match(row["group"]) and row["name"] in DRAWN:
-            groups.setdefault(row["group"], {})[row["name"]] = float(row["time_over_first"])
+            groups.setdefault(row["group"], {})[row["name"]] = float(row["median_ms"])
     figure = new_figure(8.4, 3.6)
     axes = figure.subplots()
     for name, color in DRAWN.items():
-        points = [(times[name], place) for place, times in enumerate(groups.values()) if name in times]
+        points = [(times[name] / times["ours"], place) for place, times in enumerate(groups.values()) if name in times]
         axes.plot(*zip(*points, strict=True), "o", color=color, label=name, markersize=7 if name == "ours" else 6)
     axes.set_yticks(range(len(groups)), list(groups))
     axes.invert_yaxis()

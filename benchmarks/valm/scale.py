@@ -52,7 +52,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -171,7 +170,7 @@ def make_data(folder: Path, images: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from benchmarks.valm.inputs import clip, evaluation_set, perturbed, prose, real_vectors
+    from benchmarks.valm.inputs import clip, evaluation_texts, perturbed, prose, real_vectors
     from valm.retrieval.context import ContextEncoder
     from valm.retrieval.index_tuning import context_queries
 
@@ -179,7 +178,7 @@ def make_data(folder: Path, images: int) -> None:
         (folder / "embeddings" / name).mkdir(parents=True, exist_ok=True)
     if not (folder / "clip").exists():
         clip(TOWER).save(folder / "clip")
-    texts = {name: [" ".join(text_of(item).split()) for item in evaluation_set(name)] for name in SETS}
+    texts = {name: [" ".join(text.split()) for text in evaluation_texts(name)] for name in SETS}
     (folder / "tuned-on.txt").write_text("\n".join(texts["ag_news"]), encoding="utf-8")
     (folder / "corpus.txt").write_text("\n".join([*prose(), *chain(*texts.values())]), encoding="utf-8")
     if not (folder / "queries.npy").exists():
@@ -208,10 +207,6 @@ def make_data(folder: Path, images: int) -> None:
         np.save(file.with_suffix(".tmp.npy"), block)
         file.with_suffix(".tmp.npy").replace(file)
         print(file, flush=True)
-
-
-def text_of(item: Any) -> str:
-    return item if isinstance(item, str) else item.text
 
 
 def first_files(folder: Path, images: int) -> Path:
