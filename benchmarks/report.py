@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-writes docs/results/gpu.md, the plots, and on other pages what stands between the marks
+writes the plots, and on the pages what stands between the marks
 
     <!-- NAME: python -m benchmarks.report -->
     <!-- end -->
@@ -197,15 +197,14 @@ MARKED: dict[str, Callable[[], str]] = {
     "files": files_table,
     "demo": lambda: demo_report.table(RESULTS / "demo.json"),
     "topk": topk_table,
+    **gpu_report.TABLES,
 }
-MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    marked = {path: path.read_text(encoding="utf-8") for path in (README, PAGE, TOPK)}
-    written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
-    return {gpu_report.PAGE: gpu_report.page(), **written}
+    paths = (README, PAGE, TOPK, gpu_report.PAGE)
+    return {path: gpu_report.fill(path.read_text(encoding="utf-8"), MARKED) for path in paths}
 
 
 def attention_figure() -> Figure:
