@@ -59,7 +59,7 @@ class Step:
     """Commands that run side by side. tests: they are of pytest with the plugin outcomes.py.
 
     always: also where an earlier run did it, because what it makes does not stay with the results. reads: what other
-    steps have written, in any order of lines. makes: files that count no longer where what it is given has changed
+    steps have written. makes: files that count no longer where what it is given has changed
     (`given_to`), beside those of its tests. skipped: why it cannot run here.
     """
 
@@ -84,11 +84,11 @@ def outcome_files(folder: Path, step: Step) -> list[Path]:
     return [folder / Path(file).name for file in dict.fromkeys(files)]
 
 
-def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "") -> list[Step]:
+def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
     """All steps on a card of compute capability `arch`, with their results in `folder`."""
     tune = (sys.executable, "-m", "benchmarks.valm_kernels.tune_tiles")
     # beside the compiled kernels: a folder of results may be brought along without them
-    compiled = triton_cache() / f"gpu-check-{state[:16]}.csv"
+    compiled = triton_cache() / f"gpu-check-{folder.name}.csv"
 
     def compiling(part: int) -> tuple[str, ...]:
         return (*tune, "compile", str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
@@ -119,12 +119,12 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
     return [
         Step(
             "build",
-            75,
+            65,
             ((sys.executable, "setup.py", "build_ext", "--inplace"),),
             (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
             always=True,
         ),
-        tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
+        tests("tests", 95, "-m", "gpu", "tests/valm_kernels"),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
         Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
         # the largest of float32 compile for half a minute

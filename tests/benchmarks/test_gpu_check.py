@@ -110,34 +110,31 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps, "program", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_steps, "why_no_model", lambda: "transformers is 5.17, not >=5.24")
     monkeypatch.setattr(gpu_check, "machine", lambda: "a card; torch")
-    monkeypatch.setattr(gpu_check, "seconds_running", lambda: 0.0)
+    monkeypatch.setattr(gpu_check, "state_of_card_and_code", lambda: (tmp_path / "code").read_text())
     monkeypatch.setattr(gpu_steps, "triton_cache", lambda: tmp_path / "triton")
-    monkeypatch.setattr(gpu_check, "SOURCES", (str(tmp_path / "sources"),))
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "MEASURED_TILES", tmp_path / "measured_tiles.json")
     monkeypatch.setattr(gpu_check, "MEASURED_CROSSOVER", tmp_path / "measured_crossover.json")
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "gpu.csv")
     monkeypatch.setattr(gpu_report, "PAGE", Path(shutil.copy(gpu_report.PAGE, tmp_path)))
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
-    (tmp_path / "sources").mkdir()
-    (tmp_path / "sources" / "kernel.cu").write_text("1")
+    (tmp_path / "code").write_text("1")
     return tmp_path
 
 
 @pytest.fixture
 def check(card, monkeypatch):
     """Runs gpu-check with stand-ins for the commands, which may die; returns its exit status."""
-    folder = card / "results"
 
     def check(dies="never", *arguments):
         steps = gpu_check.plan
 
-        def planned(*options):
-            return stand_in(steps(*options), folder, dies)
+        def planned(folder, *options, **run):
+            return stand_in(steps(folder, *options, **run), folder, dies)
 
         with monkeypatch.context() as patched:
             patched.setattr(gpu_check, "plan", planned)
-            return main(["--results", str(folder), *arguments])
+            return main(["--results", str(card / "results"), *arguments])
 
     return check
 
@@ -157,7 +154,7 @@ BENCHMARKS = ("attention", "long attention and decoding", "top-K")
 
 
 def test_the_whole_plan_runs_to_its_end(card, check, capfd):
-    folder = card / "results"
+    folder = card / "results" / "1"
     assert check() == 0
     ended = read_steps(folder)
     assert list(ended) == [step.name for step in plan(folder, 90, 2)]
@@ -184,23 +181,22 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
 
 @pytest.mark.slow
 def test_a_rerun_builds_and_repeats_nothing_else(card, check, capfd):
-    folder = card / "results"
+    folder = card / "results" / "1"
     assert check() == 0
     first = calls(folder)
     assert check() == 0
     # what they make may be gone; the kernels are compiled in two processes
     assert [name for name, _ in calls(folder)[len(first) :]] == ["build", "compile tiles", "compile tiles"]
     assert "tests: passed before" in capfd.readouterr().out
-    (card / "sources" / "kernel.cu").write_text("2")
+    (card / "code").write_text("2")
     assert check() == 0
-    assert "of another card or of other code: moved to" in capfd.readouterr().out
-    assert calls(folder) == first
+    assert calls(card / "results" / "2") == first
 
 
 @pytest.mark.slow
 def test_dies_in_every_step_and_resumes(card, check):
     """At once with the tests that are left; and in a second run with what has not passed."""
-    folder = card / "results"
+    folder = card / "results" / "1"
     assert check("always") == 1
     ended = read_steps(folder)
     assert {outcome.outcome for name, outcome in ended.items() if name not in MODEL} == {"failed"}
@@ -226,7 +222,7 @@ def test_a_process_that_was_killed_is_started_again(card):
 
 @pytest.mark.slow
 def test_a_process_that_died_is_started_again(card, check):
-    folder = card / "results"
+    folder = card / "results" / "1"
     assert check("first") == 0
     assert [name for name, _ in calls(folder)].count("attention") == 2
 
@@ -251,23 +247,15 @@ def test_results_that_were_brought_along(card, check, monkeypatch):
     assert json.loads(gpu_check.MEASURED_CROSSOVER.read_text()) == [wider, *CROSSOVER]
 
 
-def test_a_run_goes_on_with_the_results_of_its_own_card(tmp_path, capfd):
-    def runs(state):
-        number = gpu_check.begin(tmp_path, state)
-        with (tmp_path / "rows.csv").open("a") as file:
-            file.write(f"{state}\n")
-        return number, (tmp_path / "rows.csv").read_text().split()
-
-    one, other = "1" * 64, "2" * 64
-    assert runs(one) == (1, [one])
-    assert runs(other) == (1, [other])
-    assert runs(one) == (2, [one] * 2)
-    assert "are back from" in capfd.readouterr().out
-    assert runs(other) == (2, [other] * 2)
-    assert runs(other) == (3, [other] * 3)
-    # killed while the results of one come back
-    (tmp_path / "state.json").unlink()
-    assert runs(one) == (3, [one] * 3)
+def test_other_code_has_results_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    states = set()
+    for name, text in (("kernel.cu", "1"), ("kernel.cu", "2"), ("kernel.cu.orig", "1"), ("other.py", "1")):
+        (tmp_path / "csrc" / name).write_text(text)
+        states.add(gpu_check.state_of_card_and_code())
+    assert len(states) == 3
 
 
 @pytest.fixture
@@ -298,7 +286,6 @@ def test_a_step_is_run_again_where_what_it_is_given_has_changed(card, steps_of_t
     """With all of its tests and rows; and tiles that no test has seen are not taken."""
     assert steps_of_tiles(TILES) == [1, 1] and gpu_check.tiles_passed(card)
     assert steps_of_tiles() == [1, 1]
-    assert steps_of_tiles([TILES[0] | {"ms": 0.03}]) == [1, 1]  # the same tiles
     other = [TILES[0] | {"num_warps": 8}]
     (card / "tiles.json").write_text(json.dumps(other))
     assert not gpu_check.tiles_passed(card)
@@ -328,7 +315,7 @@ def test_tests_of_a_run_that_was_killed_count_for_their_own_tiles_alone(card, st
 
 
 def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, check):
-    folder = card / "results"
+    folder = card / "results" / "1"
     assert check() == 0
     assert gpu_check.MEASURED_CROSSOVER.exists()
     gpu_check.MEASURED_CROSSOVER.unlink()
@@ -338,38 +325,9 @@ def test_a_crossover_is_not_taken_where_a_test_of_flash_attention_failed(card, c
     assert not gpu_check.MEASURED_CROSSOVER.exists() and gpu_check.MEASURED_TILES.exists()
 
 
-@pytest.mark.slow
-def test_seconds_since_the_start_of_the_process():
-    code = "import time; time.sleep(0.3); from benchmarks.gpu_check import seconds_running; print(seconds_running())"
-    start = time.monotonic()
-    found = subprocess.run([*command(code)], cwd=gpu_report.ROOT, capture_output=True, text=True, check=True).stdout
-    assert 0.3 <= float(found) <= time.monotonic() - start + 0.1
-
-
-@pytest.mark.slow
-def test_what_a_killed_run_has_started_ends_with_it(tmp_path):
-    started = tmp_path / "started"
-    sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = (
-        "import sys, time; from pathlib import Path; "
-        "from benchmarks.gpu_check import run_step; from benchmarks.gpu_steps import Step; "
-        f"run_step(Step('slow', 60, ((sys.executable, '-Sc', {sleeper!r}),)), Path({str(tmp_path)!r}), 60)"
-    )
-    running = subprocess.Popen(command(code), cwd=gpu_report.ROOT, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while not (started.exists() and started.read_text()) and time.monotonic() < end:
-        time.sleep(0.1)
-    running.kill()
-    running.wait()
-    pid = int(started.read_text())
-    while is_running(pid) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not is_running(pid)
-
-
 def test_no_results_to_report(card, capfd):
     assert main(["--results", str(card / "nothing"), "--report"]) == 1
-    assert "has no results of gpu-check: no steps.csv" in capfd.readouterr().err
+    assert "has no results of gpu-check: no steps.csv in a folder there" in capfd.readouterr().err
 
 
 @pytest.mark.slow
