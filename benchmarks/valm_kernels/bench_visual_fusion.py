@@ -16,7 +16,6 @@ from torch import Tensor
 from benchmarks.peers.attention import (
     CUDA_TEXT_ONLY,
     eager_concat,
-    eager_softcap,
     flash_merge,
     flash_merge_compiled,
     flex_diagonal,
@@ -203,7 +202,7 @@ def bench_softcap_and_image_q(measure, device, name, backward):
     inputs = (t.q, t.k, t.v, *t.dense, t.grad_out.flip(2).requires_grad_())
     functions = {
         "ours": lambda *x: visual_fusion_attn(*x[:5], image_q=x[5], softcap=SOFTCAP),
-        "eager concat": lambda *x: eager_softcap(*x, SOFTCAP),
+        "eager concat": lambda *x: eager_concat(*x, SOFTCAP),
     }
     if backward:
         inputs = (*inputs, t.grad_out)
