@@ -35,8 +35,8 @@ from benchmarks.gpu_time import gpu_ms
 from benchmarks.outcomes import append_row
 
 COLUMNS = ("group", "name", "median_ms", "min_ms", "rounds", "gpu_ms", "arithmetic_ms", "peak_mb", "note", "machine")
-# Seconds that the rounds of a row may take together; a row has one round at least.
-SECONDS_OF_A_ROW = 10.0
+# Seconds that the rounds of a row may take together, without and with --full; a row has one round at least.
+SECONDS_OF_A_ROW = {False: 3.0, True: 10.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,7 +117,8 @@ def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -
             return result
 
         check(finished())
-        affordable = 1 if benchmark.disabled else int(SECONDS_OF_A_ROW / timeit(finished, number=1))
+        seconds = SECONDS_OF_A_ROW[pytestconfig.getoption("--full")]
+        affordable = 1 if benchmark.disabled else int(seconds / timeit(finished, number=1))
         benchmark.group, benchmark.name = group, name
         result = benchmark.pedantic(finished, rounds=max(1, min(rounds, affordable)))
         notes = [note if isinstance(note, str) else note(result)]
