@@ -6,9 +6,10 @@
     python -m benchmarks.gpu_check --report           # writes the repository's files from the results; needs no card
 
 It runs under the Python that is there, installs nothing and needs no network. A step is one or more processes side by
-side, with logs in the folder of the results (build/gpu-check/). Each has a budget in seconds, and what the steps before
-it have left of theirs; then it is stopped and the next begins. What is measured is written at once, so that a run that
-was killed goes on where it was; a step is run again where what it reads has changed. From the results come
+side, with logs in the folder of the results, build/gpu-check/ and in it one for each card and state of the code. Each
+has a budget in seconds, and what the steps before it have left of theirs; then it is stopped and the next begins. What
+is measured is written at once, so that a run that was killed goes on where it was; a step is run again where what it
+reads has changed. From the results come
 benchmarks/results/gpu.csv, docs/results/gpu.md and, if the tests pass with them, the measured tiles of the Triton
 kernels and the length from which on flash attention was faster. No step reads those that an earlier visit has left in
 the package.
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import hashlib
 import json
 import os
@@ -61,16 +61,12 @@ RESULTS = ROOT / "build" / "gpu-check"
 MEASURED_TILES = ROOT / "valm_kernels" / "visual_fusion" / "triton" / "measured_tiles.json"
 MEASURED_CROSSOVER = ROOT / "valm_kernels" / "visual_fusion" / "measured_crossover.json"
 # Seconds of a run: what is left then is done by the next. In ten minutes Python also starts and the summary is written.
-LIMIT_S = 580
-SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests", "setup.py", "conftest.py", "pyproject.toml")
+LIMIT_S = 560
+SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests", "setup.py", "pyproject.toml")
 SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".yaml", ".toml"}
 GPU_BYTES_OF_A_PROCESS = 2 << 30
 # How often a process that died is started again, which goes on with what is left.
 RESTARTS = 20
-
-# What of an entry of tiles.json changes what the kernels do.
-TILES_OF = ("kernel", "bytes", "capability", "head_dim", "block_m", "block_n", "num_warps", "num_stages")
-LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Outcome:
     seconds: float
     note: str
     machine: str = ""
-    given: str = ""  # `given_to`
+    given: str = ""  # hash of what it read
 
 
 def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
@@ -89,40 +85,35 @@ def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the steps that have not passed yet and writes what follows from them; 1 if a step failed, else 0."""
-    begun = time.monotonic() - seconds_running()
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what it compiles")
     parser.add_argument("--report", action="store_true", help="write the repository's files from the results")
     options = parser.parse_args(arguments)
-    folder = options.results.resolve()
+    results = options.results.resolve()
     if options.report:
-        if not (folder / "steps.csv").exists():
-            print(f"{folder} has no results of gpu-check: no steps.csv", file=sys.stderr)
+        found = list(results.glob("*/steps.csv"))
+        if not found:
+            print(f"{results} has no results of gpu-check: no steps.csv in a folder there", file=sys.stderr)
             return 1
-        return finish(folder)
+        return finish(max(found, key=lambda path: path.stat().st_mtime).parent)
     if options.dry_run:
-        return dry_run(folder)
+        return dry_run(results)
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device, and torch sees none here (--dry-run shows the plan)", file=sys.stderr)
         return 1
+    folder = results / state_of_card_and_code()
     folder.mkdir(parents=True, exist_ok=True)
-    state = state_of_card_and_code()
-    run = begin(folder, state)
+    (folder / NONE_MEASURED).write_text("[]")
     for name, text in missing().items():
         print(f"missing: {name}: {text}")
     # so that what it has started ends with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check was told to end"))
     major, minor = torch.cuda.get_device_capability()
-    steps = plan(folder, 10 * major + minor, number_of_processes(), run, state)
+    steps = plan(folder, 10 * major + minor, number_of_processes(), run=time.time_ns())
     run_steps(steps, folder, begun)
     return finish(folder)
-
-
-def seconds_running() -> float:
-    """Since this process was started: PyTorch's import takes some."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def number_of_processes() -> int:
@@ -133,35 +124,6 @@ def number_of_processes() -> int:
     return max(1, min(cores, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES_OF_A_PROCESS))
 
 
-def begin(folder: Path, state: str) -> int:
-    """The number of this run in the folder. Results of another card or of other code are moved into a folder there,
-    from which those of `state` come back."""
-    path = folder / "state.json"
-    noted = json.loads(path.read_text()) if path.exists() else {"state": state, "run": 0}
-    if noted["state"] != state:
-        old = folder / f"before-{noted['state'][:8]}"
-        old.mkdir(exist_ok=True)
-        # state.json last, so that the next run goes on where this one was killed
-        for file in sorted(filter(Path.is_file, folder.iterdir()), key=lambda file: file == path):
-            file.replace(old / file.name)
-        print(f"the results in {folder} are of another card or of other code: moved to {old}")
-        noted = {"run": 0}
-    own = folder / f"before-{state[:8]}"
-    earlier = own / path.name
-    if earlier.exists():
-        noted = json.loads(earlier.read_text())
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps({"state": state, "run": noted["run"] + 1}))
-    if own.exists():  # also where a run was killed in here
-        earlier.unlink(missing_ok=True)
-        for file in own.iterdir():
-            file.replace(folder / file.name)
-        own.rmdir()
-        print(f"the results of this card and code are back from {own}")
-    (folder / NONE_MEASURED).write_text("[]")
-    return noted["run"] + 1
-
-
 def state_of_card_and_code() -> str:
     """A hash that changes with the card, with torch and with any source file: what has passed then counts no longer."""
     digest = hashlib.sha256(f"{torch.cuda.get_device_name()} {torch.__version__}".encode())
@@ -170,7 +132,7 @@ def state_of_card_and_code() -> str:
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.suffix in SUFFIXES:
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
@@ -206,22 +168,11 @@ def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
 
 def given_to(step: Step, folder: Path) -> str:
     """A hash of what a step reads, and of the measured tiles and crossover with which it runs."""
-    lines = [sorted(file.read_bytes().splitlines()) if file.exists() else [] for file in step.reads]
-    measured = measured_for(step, folder)
-    return hash_of(lines, *(Path(measured[name]) for name in ("VALM_KERNELS_TILES", "VALM_KERNELS_CROSSOVER")))
+    return hash_of(*step.reads, *map(Path, measured_for(step, folder).values()))
 
 
-def hash_of(lines: list[list[bytes]], tiles: Path, crossover: Path) -> str:
-    entries = json.loads(tiles.read_text()) if tiles.exists() else []
-    kinds = sorted(str([entry[name] for name in TILES_OF]) for entry in entries)
-    lengths = json.loads(crossover.read_text()) if crossover.exists() else []
-    return hashlib.sha256(repr((lines, kinds, lengths)).encode()).hexdigest()[:16]
-
-
-def end_with_parent() -> None:
-    """In a new process: it ends where gpu-check is killed, and so does not disturb the next run. What it starts in its
-    turn, as compute-sanitizer and the build do, goes on to its own end."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def hash_of(*files: Path) -> str:
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files if file.exists())).hexdigest()[:16]
 
 
 def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
@@ -252,7 +203,6 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=end_with_parent,
                 )
         except FileNotFoundError:
             failures.append(f"{step.commands[number][0]} is not installed")
@@ -314,7 +264,7 @@ def measured_for(step: Step, folder: Path) -> dict[str, str]:
 def tiles_passed(folder: Path) -> bool:
     """Whether the tests have passed with the tiles that are there now."""
     tests, tiles = read_steps(folder).get(TESTS_OF_TILES), folder / "tiles.json"
-    given = hash_of([], tiles, folder / NONE_MEASURED)
+    given = hash_of(tiles, folder / NONE_MEASURED)
     return tests is not None and tests.outcome == "passed" and tiles.exists() and tests.given == given
 
 

@@ -1,9 +1,10 @@
-"""docs/results/gpu.md: what `make gpu-check` has measured on a card (benchmarks/results/gpu.csv), and a roofline."""
+"""The tables of docs/results/gpu.md: what `make gpu-check` measured (benchmarks/results/gpu.csv), and a roofline."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,51 +19,8 @@ NOT_YET = "not measured yet"
 
 Rows = list[dict[str, str]]
 
-INTRODUCTION = """\
-# On a GPU
-
-`make gpu-check` does on a card, within ten minutes, what this project cannot do without one: it builds the native
-module, runs the tests of the GPU code, measures the tiles of the Triton kernels and tests the fastest, runs the
-benchmarks beside their peers, and a small set of the tests under compute-sanitizer. It writes
-`benchmarks/results/gpu.csv`, `measured_tiles.json` and `measured_crossover.json` in `valm_kernels/visual_fusion`, and
-this page.
-
-The machine needs PyTorch 2.9 with CUDA, Triton 3.5, NumPy, packaging and pytest; nothing is installed, and no network
-is used. What else is missing is listed at the start, and skipped with a reason: the model's benchmarks need the
-packages that valm asks for, the native module needs setuptools and a C++ compiler, its CUDA part nvcc, and rows of
-faiss-gpu (`valm[gpu]`, in the place of faiss-cpu), cuVS and FlashAttention-3 need these.
-
-```
-python -m benchmarks.gpu_check --dry-run             # the plan, its budgets and what it compiles; needs no card
-make gpu-check PYTHON=python3                        # = python3 -m benchmarks.gpu_check
-python -m benchmarks.gpu_check --results FOLDER      # keeps the results there, and goes on with those it finds
-python -m benchmarks.gpu_check --results FOLDER --report    # on any machine: writes the files from the results
-```
-
-Each step has a budget of seconds. A step that is not done by then is stopped and noted, and the next begins; each row
-and each test is written as soon as it is measured. Run it again, and it does what has not passed yet, and what has read
-tiles that are others now. Results of other code or of another card are moved aside, and are back when that card is.
-Where the machine is only lent, take the folder of the results away and use `--report` at home.
-
-Measured tiles hold for the compute capability of their card, and take the place of the estimated ones in `tiles.py`
-there. They are written only if the tests pass with them, and these launch every one. The crossover is the text length
-from which on a forward and backward with PyTorch's own flash attention, to which a second kernel joins the images, was
-faster than one kernel for both; on other cards `impl="auto"` goes by an estimate. It is written only if the tests of
-flash attention pass. `VALM_KERNELS_TILES` and `VALM_KERNELS_CROSSOVER` name other such files.
-
-A call's time is that of its host too, until the result is there. The GPU's own time is that of a CUDA graph of calls on
-copies of the inputs, together twice the size of the L2 cache. "Arithmetic" is the least time that an H100 needs by
-[the roofline](#roofline-of-an-h100), an estimate: bytes once over the memory bus, floating-point operations at the peak
-of the tensor cores, nothing for launches and host.
-"""
-
-AMD = """\
-## AMD
-
-**Compiled, never run.** Triton also compiles the kernels of `visual_fusion_attn` for gfx942 (MI300), with tiles of
-their own; `benchmarks/records/triton_compile.csv` has the compiler's figures. Products of float32 are computed in
-float32 there, not in three of tf32.
-"""
+# What stands between such a mark and the next end is written from the results.
+MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -74,16 +32,14 @@ class Aim:
     ratio: Callable[[Rows], float | None]
 
 
+def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with each table at its mark."""
+    return MARK.sub(lambda mark: f"{mark[1]}{tables[mark[2]]()}\n", text)
+
+
 def page() -> str:
-    """The page, also before anything has been measured."""
-    rows = read()
-    machines = list(dict.fromkeys(row["machine"] for row in rows))
-    if not rows:
-        measured = [f"**No card has run it yet: everything below is {NOT_YET}.**"]
-    else:
-        measured = [f"Measured on {machine}." for machine in machines]
-    parts = [INTRODUCTION, *measured, "", "## Steps", "", *steps(rows), "", "## Aims", "", *aims(rows), ""]
-    return "\n".join([*parts, "## Benchmarks", "", *benchmarks(rows), "", AMD, roofline.section()])
+    """docs/results/gpu.md as it should be, also before anything has been measured."""
+    return fill(PAGE.read_text(encoding="utf-8"), TABLES)
 
 
 def read() -> Rows:
@@ -93,44 +49,48 @@ def read() -> Rows:
         return list(csv.DictReader(file))
 
 
-def steps(rows: Rows) -> Iterator[str]:
-    yield "| Step | | seconds |"
-    yield "| --- | --- | ---: |"
-    of_steps = [row for row in rows if row["group"] == STEPS]
-    for row in of_steps:
-        yield f"| {row['name']} | {row['note']} | {float(row['median_ms']) / 1e3:.0f} |"
-    if not of_steps:
-        yield f"| all | {NOT_YET} | |"
+def card() -> str:
+    machines = dict.fromkeys(row["machine"] for row in read())
+    measured = "\n".join(f"Measured on {machine}." for machine in machines)
+    return measured or f"**No card has run it yet: everything below is {NOT_YET}.**"
 
 
-def benchmarks(rows: Rows) -> Iterator[str]:
+def steps() -> str:
+    rows = [
+        (row["name"], row["note"], f"{float(row['median_ms']) / 1e3:.0f}") for row in read() if row["group"] == STEPS
+    ]
+    return _table(("Step", "", "seconds"), rows or [("all", NOT_YET, "")])
+
+
+def benchmarks() -> str:
     """A table row for each implementation of each case."""
-    yield "| Case | Implementation | call, ms | GPU, ms | GPU × the first | arithmetic, ms | GPU over it | peak MB | |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
-    group, first = None, ""
-    measured = [row for row in rows if row["group"] != STEPS]
-    for row in measured:
+    times = ("call, ms", "GPU, ms", "GPU × the first", "arithmetic, ms", "GPU over it")
+    group, first, rows = None, "", []
+    for row in read():
+        if row["group"] == STEPS:
+            continue
         case = "" if row["group"] == group else row["group"]
         if case:
             group, first = case, row["gpu_ms"]
         gpu, least = row["gpu_ms"], row["arithmetic_ms"]
         numbers = [row["median_ms"], gpu, _ratio(gpu, first), least, _ratio(gpu, least), row["peak_mb"]]
         cells = [case, row["name"], *numbers, row["note"]]
-        yield f"| {' | '.join(cell.replace('*', chr(92) + '*').replace('|', '/') for cell in cells)} |"
-    if not measured:
-        yield f"| all | {NOT_YET} | | | | | | | |"
+        rows.append([cell.replace("*", "\\*").replace("|", "/") for cell in cells])
+    return _table(("Case", "Implementation", *times, "peak MB", ""), rows or [["all", NOT_YET, *[""] * 7]])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
 def _ratio(time: str, other: str) -> str:
     return f"{float(time) / float(other):.2f}" if time and other else ""
 
 
-def aims(rows: Rows) -> Iterator[str]:
-    yield "| Aim | at most | measured |"
-    yield "| --- | ---: | ---: |"
-    for aim in AIMS:
-        ratio = aim.ratio(rows)
-        yield f"| {aim.text} | {aim.most:.1f} | {NOT_YET if ratio is None else f'{ratio:.2f}'} |"
+def aims() -> str:
+    ratios = [(aim, aim.ratio(read())) for aim in AIMS]
+    rows = [(aim.text, f"{aim.most:.1f}", NOT_YET if ratio is None else f"{ratio:.2f}") for aim, ratio in ratios]
+    return _table(("Aim", "at most", "measured"), rows)
 
 
 def _times(rows: Rows, group: str, column: str = "gpu_ms") -> dict[str, float]:
@@ -166,3 +126,8 @@ AIMS = (
     Aim("Forward at T 4096 and D 128, over flash attention joined with the images", 1.2, _over_flash_merge),
     Aim("Call of a decoding step, over 12 µs and the time of the host", 1.0, _over_12_us_and_host),
 )
+# By their marks in the page.
+TABLES: dict[str, Callable[[], str]] = {
+    **{"card": card, "steps": steps, "aims": aims, "gpu": benchmarks},
+    "roofline": roofline.tables,
+}

@@ -22,7 +22,8 @@ SMALL = (
     "(test_agrees_with_float64_reference and (torch.float16 or (odd and wide and torch.float32))) "
     "or test_public_functions or test_numpy_rows"
 )
-ATTENTION = "bench_forward and bfloat16 and not Flex"
+ATTENTION = "bench_attention and bfloat16 and not Flex"
+QUERIES = "bench_context and RN50x16 and bfloat16"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
 SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -39,7 +40,7 @@ OPTIONAL_MODULES = {
     "setuptools": "the native module is not built, so the native top-K is not tested",
     "pytest_timeout": "a test that hangs ends with its step",
     "xdist": "nothing is lost: the tests are divided among processes here",
-    "pytest_benchmark": "a stopwatch of benchmarks/conftest.py measures",
+    "pytest_benchmark": "no benchmarks",
     "hypothesis": "the tests that it draws examples for are skipped; none of them needs a card",
     "pybind11": "PyTorch's headers of it are taken",
     "ninja": "every source is compiled each time",
@@ -58,7 +59,7 @@ class Step:
     """Commands that run side by side. tests: they are of pytest with the plugin outcomes.py.
 
     always: also where an earlier run did it, because what it makes does not stay with the results. reads: what other
-    steps have written, in any order of lines. makes: files that count no longer where what it is given has changed
+    steps have written. makes: files that count no longer where what it is given has changed
     (`given_to`), beside those of its tests. skipped: why it cannot run here.
     """
 
@@ -83,11 +84,11 @@ def outcome_files(folder: Path, step: Step) -> list[Path]:
     return [folder / Path(file).name for file in dict.fromkeys(files)]
 
 
-def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "") -> list[Step]:
+def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
     """All steps on a card of compute capability `arch`, with their results in `folder`."""
     tune = (sys.executable, "-m", "benchmarks.valm_kernels.tune_tiles")
     # beside the compiled kernels: a folder of results may be brought along without them
-    compiled = triton_cache() / f"gpu-check-{state[:16]}.csv"
+    compiled = triton_cache() / f"gpu-check-{folder.name}.csv"
 
     def compiling(part: int) -> tuple[str, ...]:
         return (*tune, "compile", str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
@@ -103,9 +104,8 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
 
     def benchmark(name: str, budget_s: int, file: str, *arguments: str, skipped: str = "") -> Step:
         rows = rows_of(folder, name)
-        options = ("--results", str(rows), "--append", "--device", "cuda")
-        command = pytest(name, f"benchmarks/{file}", *options, *arguments)
-        return Step(name, budget_s, (command,), tests=True, makes=(rows,), skipped=skipped)
+        command = pytest(name, f"benchmarks/{file}", "--results", str(rows), "--device", "cuda", *arguments)
+        return Step(name, budget_s, (command,), tests=True, makes=(rows,), skipped=no_benchmark or skipped)
 
     def sanitizer(tool: str) -> tuple[str, ...]:
         options = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
@@ -113,17 +113,18 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
             options = ("env", "VALM_KERNELS_POISON=0", *options)
         return (*options, *pytest(f"sanitizers {tool}", "-m", "gpu", "-k", SMALL, "tests/valm_kernels"))
 
+    no_benchmark = "" if importlib.util.find_spec("pytest_benchmark") else "there is no pytest-benchmark"
     no_sanitizer = "" if program("compute-sanitizer") else "there is no compute-sanitizer"
     no_model = why_no_model()
     return [
         Step(
             "build",
-            75,
+            65,
             ((sys.executable, "setup.py", "build_ext", "--inplace"),),
             (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
             always=True,
         ),
-        tests("tests", 105, "-m", "gpu", "tests/valm_kernels"),
+        tests("tests", 95, "-m", "gpu", "tests/valm_kernels"),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
         Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
         # the largest of float32 compile for half a minute
@@ -138,9 +139,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0, state: str = "")
         benchmark("attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", ATTENTION),
         benchmark("long attention and decoding", 45, "valm_kernels/bench_long_attention.py"),
         benchmark("top-K", 35, "valm_kernels/bench_topk.py", "--full", "-k", "1000k and (64 or 512 or 4096)"),
-        benchmark(
-            *("context queries", 15, "valm/bench_retrieval.py", "--full", "-k", "RN50x16-8-bfloat16"), skipped=no_model
-        ),
+        benchmark("context queries", 15, "valm/bench_retrieval.py", "-k", QUERIES, skipped=no_model),
         benchmark("training step", 15, "valm/bench_training.py", skipped=no_model),
         benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),
         Step(

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report
 
-writes docs/results/gpu.md, the plots, and on other pages what stands between the marks
+writes the plots, and on the pages what stands between the marks
 
     <!-- NAME: python -m benchmarks.report -->
     <!-- end -->
@@ -38,7 +38,7 @@ TOPK = ROOT / "docs" / "reference" / "topk.md"
 
 @dataclass(frozen=True)
 class Ratio:
-    """A row of the summary: `ours` of a group of a file against `peer`, faster or as a multiple of its time."""
+    """A row of the summary: `ours` of a group of a file against `peer`."""
 
     what: str
     against: str
@@ -46,7 +46,6 @@ class Ratio:
     group: str
     ours: str
     peer: str
-    faster: bool
 
 
 XEON = "cpu-xeon-2-cores.csv"
@@ -73,79 +72,43 @@ DRAWN = {
     "eager concat": SERIES[1],
     "FlexAttention, diagonal mask": SERIES[3],
 }
+BACKWARD = "forward + backward B4 H12 T1024 K8 D64"
+SEARCH = "N 200k E 768 k 8 queries 64"
 WHOLE = "whole model, 2 x 512 tokens, RN50x16 text tower, 1M pictures, k 4"
 SUMMARY = [
     Ratio(
         "`visual_fusion_attn`, forward + backward, B4 H12 T1024 K8 D64",
         "flash attention over the text alone: the floor",
-        XEON,
-        "forward + backward B4 H12 T1024 K8 D64 float32",
-        "ours",
-        "text-only flash attention",
-        False,
+        *(XEON, f"{BACKWARD} float32", "ours", "text-only flash attention"),
     ),
     Ratio(
         "the same",
         "flash attention joined with the images in PyTorch",
-        XEON,
-        "forward + backward B4 H12 T1024 K8 D64 float32",
-        "ours",
-        "flash + LSE merge",
-        True,
+        *(XEON, f"{BACKWARD} float32", "ours", "flash + LSE merge"),
     ),
-    Ratio(
-        "the same in bfloat16",
-        "the same",
-        XEON,
-        "forward + backward B4 H12 T1024 K8 D64 bfloat16",
-        "ours",
-        "flash + LSE merge",
-        True,
-    ),
+    Ratio("the same in bfloat16", "the same", XEON, f"{BACKWARD} bfloat16", "ours", "flash + LSE merge"),
     Ratio(
         "`FlatIPIndex`, 64 queries of 200k rows of 768, k 8",
         "PyTorch: product + `topk`, the fastest exact peer there",
-        XEON,
-        "N 200k E 768 k 8 queries 64",
-        "FlatIPIndex",
-        "torch float32 mm + topk",
-        True,
+        *(XEON, SEARCH, "FlatIPIndex", "torch float32 mm + topk"),
     ),
     Ratio(
         "the same",
         "faiss `IndexFlatIP`, tuned, the fastest exact peer there",
-        EPYC_TOPK,
-        "N 200k E 768 k 8 queries 64",
-        "FlatIPIndex",
-        "faiss IndexFlatIP, tuned",
-        True,
+        *(EPYC_TOPK, SEARCH, "FlatIPIndex", "faiss IndexFlatIP, tuned"),
     ),
     Ratio(
         "VaLM, 1M images, K 4, RN50x16-size tower, images retrieved before (`valm retrieve`)",
         "GPT-2\\*, the same model without images",
-        EPYC_WHOLE,
-        WHOLE,
-        "VaLM, pictures given",
-        "GPT-2*",
-        False,
+        *(EPYC_WHOLE, WHOLE, "VaLM, pictures given", "GPT-2*"),
     ),
     Ratio(
         "the same, images retrieved as it reads, text tower in int8 (`--query-dtype int8`)",
-        "the same",
-        EPYC_WHOLE,
-        WHOLE,
-        "VaLM, eot, tower in int8",
-        "GPT-2*",
-        False,
+        *("the same", EPYC_WHOLE, WHOLE, "VaLM, eot, tower in int8", "GPT-2*"),
     ),
     Ratio(
         "the same, text tower in float32 (the default)",
-        "the same",
-        EPYC_WHOLE,
-        WHOLE,
-        "VaLM, eot, tower in float32",
-        "GPT-2*",
-        False,
+        *("the same", EPYC_WHOLE, WHOLE, "VaLM, eot, tower in float32", "GPT-2*"),
     ),
 ]
 
@@ -181,7 +144,7 @@ def summary_table() -> str:
     for ratio in SUMMARY:
         times = {row["name"]: float(row["median_ms"]) for row in rows[ratio.file] if row["group"] == ratio.group}
         ours, peer = times[ratio.ours], times[ratio.peer]
-        result = f"{peer / ours:.1f} × faster" if ratio.faster else f"{ours / peer:.2f} × its time"
+        result = f"{peer / ours:.1f} × faster" if ours < peer else f"{ours / peer:.2f} × its time"
         lines.append(f"| {ratio.what} | {ratio.against} | {result} | {names[ratio.file]} |")
     return "\n".join(lines)
 
@@ -197,15 +160,14 @@ MARKED: dict[str, Callable[[], str]] = {
     "files": files_table,
     "demo": lambda: demo_report.table(RESULTS / "demo.json"),
     "topk": topk_table,
+    **gpu_report.TABLES,
 }
-MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    marked = {path: path.read_text(encoding="utf-8") for path in (README, PAGE, TOPK)}
-    written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
-    return {gpu_report.PAGE: gpu_report.page(), **written}
+    paths = (README, PAGE, TOPK, gpu_report.PAGE)
+    return {path: gpu_report.fill(path.read_text(encoding="utf-8"), MARKED) for path in paths}
 
 
 def attention_figure() -> Figure:
@@ -213,11 +175,11 @@ def attention_figure() -> Figure:
     groups: dict[str, dict[str, float]] = {}
     for row in read(RESULTS / XEON):
         if ATTENTION.match(row["group"]) and row["name"] in DRAWN:
-            groups.setdefault(row["group"], {})[row["name"]] = float(row["time_over_first"])
+            groups.setdefault(row["group"], {})[row["name"]] = float(row["median_ms"])
     figure = new_figure(8.4, 3.6)
     axes = figure.subplots()
     for name, color in DRAWN.items():
-        points = [(times[name], place) for place, times in enumerate(groups.values()) if name in times]
+        points = [(times[name] / times["ours"], place) for place, times in enumerate(groups.values()) if name in times]
         axes.plot(*zip(*points, strict=True), "o", color=color, label=name, markersize=7 if name == "ours" else 6)
     axes.set_yticks(range(len(groups)), list(groups))
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""The one rule for how far a result may be from the truth."""
+"""How far a result may be from the truth, and two ways to compute the same from each other."""
 
 from __future__ import annotations
 
@@ -37,3 +37,21 @@ def assert_accurate(
         assert found <= allowed, (
             f"{name}: {kind} error {found:.3e}, allowed {allowed:.3e} (eager {measure(eager_error):.3e}, ulp {ulp:.3e})"
         )
+
+
+# Of sums in the precision itself; 16-bit kernels sum in float32 and round once.
+ROUNDINGS = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
+
+
+def assert_agree(actual: Tensor, expected: Tensor, name: str = "") -> None:
+    """Two ways to compute the same, such as with a cache and without: they differ by rounding, at most by ROUNDINGS
+    units in the last place of the largest value, in the coarser precision of the two."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    finite = expected.isfinite()
+    assert actual[~finite].double().equal(expected[~finite].double()), f"{name}: wrong where it should be infinite"
+    if not finite.any():
+        return
+    precision = max(actual.dtype, expected.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    found, truth = actual[finite].double(), expected[finite].double()
+    error, unit = (found - truth).abs().max(), torch.finfo(precision).eps * truth.abs().max()
+    assert error <= ROUNDINGS[precision] * unit, f"{name}: off by {error:.3e}, which is {error / unit:.0f} units"

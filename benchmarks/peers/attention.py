@@ -69,26 +69,26 @@ def flash_implementation(name: str | None) -> Iterator[None]:
         torch.nn.attention.restore_flash_attention_impl()
 
 
-def eager_concat(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
-    """The published way: all scores side by side, one softmax over them."""
-    length = q.shape[2]
-    scale = q.shape[-1] ** -0.5
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    text = (scale * (q @ k.mT)).masked_fill(future, -torch.inf)  # (B, H, T, T)
-    image = scale * (image_k @ q.unsqueeze(-1)).squeeze(-1)  # (B, H, T, K)
-    weights = torch.cat([text, image], -1).softmax(-1)
-    return weights[..., :length] @ v + (weights[..., None, length:] @ image_v).squeeze(-2)
-
-
-def eager_softcap(
-    q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, image_q: Tensor, softcap: float
+def eager_concat(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    image_q: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """`eager_concat` with capped scores, and with a query of its own for the images."""
+    """The published way: all scores side by side, one softmax over them. Scores may be capped, and images may have a
+    query of their own."""
+
+    def scores(products: Tensor) -> Tensor:
+        scaled = q.shape[-1] ** -0.5 * products
+        return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
     length = q.shape[2]
-    scale = q.shape[-1] ** -0.5
     future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    text = (softcap * torch.tanh(scale / softcap * (q @ k.mT))).masked_fill(future, -torch.inf)  # (B, H, T, T)
-    image = softcap * torch.tanh(scale / softcap * (image_k @ image_q.unsqueeze(-1)).squeeze(-1))  # (B, H, T, K)
+    text = scores(q @ k.mT).masked_fill(future, -torch.inf)  # (B, H, T, T)
+    image = scores(image_k @ (q if image_q is None else image_q).unsqueeze(-1)).squeeze(-1)  # (B, H, T, K)
     weights = torch.cat([text, image], -1).softmax(-1)
     return weights[..., :length] @ v + (weights[..., None, length:] @ image_v).squeeze(-2)
 

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, token_rows
+from benchmarks.sizes import sized
+from benchmarks.valm.inputs import INT8, clip, knowledge_base_of, prose, token_rows, valm_model
 from benchmarks.valm_kernels import roofline
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.config import ValmConfig
-from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
 
 TOWER, K = "ViT-B/32", 4
 # Tokens of the prompt, and new ones.
-SHORT, LONG, ON_CUDA = (32, 16), (64, 64), (32, 128)
-STORED = 100_000
+SHORT, LONG, ON_CUDA = sized(((32, 16), (64, 64), (32, 128)), ((8, 2), (8, 3), (8, 2)))
+STORED = sized(100_000, 100)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +41,7 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     prompt, new = length if device.type == "cpu" else ON_CUDA
     ids = token_rows(prose(), 1, prompt).to(device)
-    torch.manual_seed(0)
-    config = ValmConfig(
-        vocab_size=49408,
-        n_positions=512,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        image_dim=kb.dim,
-        num_images=0 if name == "GPT-2*" else K,
-    )
-    model = VaLMForCausalLM(config).eval().to(device, dtype)
+    model = valm_model(kb.dim, 0 if name == "GPT-2*" else K).to(device, dtype)
     if name != "GPT-2*":
         index = FlatIPIndex(kb.vectors(), device=device)
         encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
@@ -65,7 +55,6 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
         name=name,
         function=lambda: model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False),
         check=check,
-        rounds=5,
         # the weights once for each token
         arithmetic=new * roofline.transformer_s(model.num_parameters(), 1, passes=1),
     )

@@ -8,31 +8,34 @@ its note has tokens per second and, in ms, the 50th and 95th percentile of the f
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
-from benchmarks.valm.inputs import clip, knowledge_base_of, prose
+from benchmarks.sizes import sized
+from benchmarks.valm.inputs import IDS, clip, knowledge_base_of, prose, smollm2
 from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 
-TOWER, K, STORED = "ViT-B/32", 4, 100_000
-NEW = 16
+TOWER, K, STORED = "ViT-B/32", 4, sized(100_000, 100)
+NEW = sized(16, 3)
 WORDS = 24  # of a prompt
-OURS, ALONE, BARE = "valm serve", "valm serve --max-batch 1", "transformers serve, no images"
+OPTIONS = {"valm serve": [], "valm serve --max-batch 1": ["--max-batch", "1"]}
+BARE = "transformers serve, no images"
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -40,11 +43,7 @@ pytestmark = pytest.mark.timeout(1800)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The bare decoder, and the augmented one."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    ids = {"bos_token_id": 49406, "eos_token_id": None, "pad_token_id": 49407}  # so that each answer has its length
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=49408, **sizes, **heads, **ids)).eval()
+    model = smollm2(**IDS | {"eos_token_id": None, "pad_token_id": 49407})  # so that each answer has its length
     folder, of_clip = tmp_path_factory.mktemp("serving"), clip(TOWER)
     # parts of characters are sent with the token that ends them: these are never the likeliest
     parts = [id for id in range(len(of_clip.tokenizer)) if "\ufffd" in of_clip.tokenizer.decode([id])]
@@ -62,42 +61,39 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def servers(folders: tuple[Path, Path]) -> Iterator[dict[str, int]]:
+def port_of(folders: tuple[Path, Path]) -> Iterator[Callable[[str], int]]:
     """The port of each server, which is started when it is first asked for."""
-    started: dict[str, subprocess.Popen[str]] = {}
+    started: list[subprocess.Popen[str]] = []
 
-    class Ports(dict[str, int]):
-        def __missing__(self, name: str) -> int:
-            bare, model = folders
-            clip_of = ["--clip", str(model.with_name("clip"))]
-            commands = {
-                OURS: [*valm_command(model), *clip_of],
-                ALONE: [*valm_command(model), *clip_of, "--max-batch", "1"],
-                BARE: [*transformers_command(), str(bare), "--port", "8765"],
-            }
-            process = subprocess.Popen(commands[name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            started[name] = process
-            assert process.stdout is not None
-            for line in process.stdout:
-                if found := re.search(r"http://[^:]+:(\d+)", line):
-                    self[name] = int(found[1])
-                    return self[name]
-            raise AssertionError(f"{name} did not start")
+    @functools.cache
+    def port(name: str) -> int:
+        command = bare_server(folders[0]) if name == BARE else [*our_server(folders[1]), *OPTIONS[name]]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        lines = []
+        for line in started[-1].stdout or []:
+            lines.append(line)
+            if found := re.search(r"http://[^:]+:(\d+)", line):
+                return int(found[1])
+        raise AssertionError(f"{name} did not start: {''.join(lines[-5:])}")
 
     try:
-        yield Ports()
+        yield port
     finally:
-        for process in started.values():
+        for process in started:
             process.kill()
 
 
-def valm_command(model: Path) -> list[str]:
-    return [sys.executable, "-m", "valm", "serve", str(model), "--port", "0", "--max-waiting", "64"]
+def our_server(model: Path) -> list[str]:
+    clip_of = ["--clip", str(model.with_name("clip"))]
+    return [sys.executable, "-m", "valm", "serve", str(model), *clip_of, "--port", "0", "--max-waiting", "64"]
 
 
-def transformers_command() -> list[str]:
+def bare_server(model: Path) -> list[str]:
     pytest.importorskip("fastapi", reason="needs transformers[serving]")
-    return [str(Path(sys.executable).with_name("transformers")), "serve"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--port", str(port)]
 
 
 def answer(port: int, prompt: str, model: str) -> tuple[list[float], int | None]:
@@ -119,14 +115,12 @@ def answer(port: int, prompt: str, model: str) -> tuple[list[float], int | None]
     return times, tokens
 
 
-@pytest.mark.parametrize("name", [OURS, ALONE, BARE])
-@pytest.mark.parametrize(
-    "clients", [1, 8, pytest.param(4, marks=pytest.mark.full), pytest.param(16, marks=pytest.mark.full)]
-)
-def bench_serving(measure, device, servers, folders, clients, name):
+@pytest.mark.parametrize("name", [*OPTIONS, BARE])
+@pytest.mark.parametrize("clients", [1, 8, *(pytest.param(clients, marks=pytest.mark.full) for clients in (4, 16))])
+def bench_serving(measure, device, port_of, folders, clients, name):
     if device.type != "cpu":
         pytest.skip("the servers run on the CPU")
-    port = servers[name]
+    port = port_of(name)
     words = " ".join(prose()[:40]).split()
     prompts = [" ".join(words[WORDS * number : WORDS * (number + 1)]) for number in range(clients)]
     model = str(folders[0]) if name == BARE else "model"
@@ -150,6 +144,5 @@ def bench_serving(measure, device, servers, folders, clients, name):
         name=name,
         function=together,
         check=check,
-        rounds=3,
         note=note,
     )

@@ -1,8 +1,7 @@
-"""What the retrieval benchmarks share: CLIPs with text towers of real sizes, real prose, a large knowledge base.
+"""What the benchmarks of `valm` share: models of real sizes, real prose, a large knowledge base.
 
-No CLIP weights ship with any package, so the towers have random weights: speed does not depend on them. What is timed
-reads the language reference that comes with Python; what searches a million pictures needs LAMBADA, AG News and
-DBPedia, which are found through VALM_EVAL_DATA.
+All weights are random: speed does not depend on them. What is timed reads the language reference that comes with
+Python; what searches a million pictures needs LAMBADA, AG News and DBPedia, which are found through VALM_EVAL_DATA.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.sizes import sized
 from valm.clip.clip import Clip
 from valm.evaluation.sets import SETS, find_file, read_set
 from valm.knowledge_base.format import (
@@ -29,19 +29,26 @@ from valm.knowledge_base.format import (
     write_shard,
 )
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.config import ValmConfig
+from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 
 TOWERS = {
-    "RN50x16": {"embed_dim": 768, "width": 768, "heads": 12, "layers": 12},
-    "ViT-B/32": {"embed_dim": 512, "width": 512, "heads": 8, "layers": 12},
-    "half of ViT-B/32": {"embed_dim": 256, "width": 256, "heads": 4, "layers": 12},
+    name: dict(zip(("embed_dim", "width", "heads", "layers"), sized(real, (16, 32, 2, 1)), strict=True))
+    for name, real in {
+        "RN50x16": (768, 768, 12, 12),
+        "ViT-B/32": (512, 512, 8, 12),
+        "half of ViT-B/32": (256, 256, 4, 12),
+    }.items()
 }
-PICTURES = 1_000_000
+IDS = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
+GPT2_BASE = sized({}, {"n_layer": 2, "n_embd": 32, "n_head": 2})
+PICTURES = sized(1_000_000, 400)
 INT8 = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs AVX-512 VNNI")
 # Context queries of each kind that the pictures of the large knowledge base are made from.
-REAL_VECTORS = 32_768
+REAL_VECTORS = sized(32_768, 512)
 PERTURBATION = 0.25
-SHARD = 125_000
+SHARD = sized(125_000, 200)
 
 
 @functools.cache
@@ -55,7 +62,24 @@ def clip(tower: str) -> Clip:
 @functools.cache
 def gpt2(dtype: torch.dtype) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=49408, bos_token_id=49406, eos_token_id=49407)).eval().to(dtype)
+    return GPT2LMHeadModel(GPT2Config(**IDS, **GPT2_BASE)).eval().to(dtype)
+
+
+def valm_model(image_dim: int, num_images: int, **options: Any) -> VaLMForCausalLM:
+    """VaLM of GPT-2's base size, or with no images its twin GPT-2*."""
+    torch.manual_seed(0)
+    config = ValmConfig(n_positions=512, image_dim=image_dim, num_images=num_images, **IDS, **GPT2_BASE, **options)
+    return VaLMForCausalLM(config).eval()
+
+
+def smollm2(**options: Any) -> LlamaForCausalLM:
+    """A decoder of SmolLM2-135M's shape."""
+    torch.manual_seed(0)
+    width, inner, layers, heads, kv_heads = sized((576, 1536, 30, 9, 3), (32, 64, 2, 2, 1))
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = LlamaConfig(**({"vocab_size": 49152} | sizes | options), tie_word_embeddings=True)
+    return LlamaForCausalLM(config).eval()
 
 
 def prose() -> list[str]:
@@ -65,11 +89,13 @@ def prose() -> list[str]:
     return [" ".join(topic.split()) for topic in topics.values()]
 
 
-def evaluation_set(name: str) -> list[Any]:
-    """The items of an evaluation set; where it is not on this machine, the benchmark is skipped."""
+def evaluation_texts(name: str) -> list[str]:
+    """The texts of an evaluation set; where it is not on this machine, the benchmark is skipped."""
+    if sized(False, True):
+        return prose()
     if find_file(name) is None:
         pytest.skip(f"needs {SETS[name].title}: set VALM_EVAL_DATA to the folder of the evaluation sets")
-    return read_set(SETS[name])
+    return [item if isinstance(item, str) else item.text for item in read_set(SETS[name])]
 
 
 def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
@@ -85,7 +111,7 @@ def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
 def real_vectors(tower: str, count: int = 2 * REAL_VECTORS) -> np.ndarray:
     """Context queries of DBPedia's descriptions (count, E) float32, half of each kind: an aligned CLIP has its
     pictures where it has the texts that describe them."""
-    ids = token_rows((item.text for item in evaluation_set("dbpedia")), count // 512, 512)
+    ids = token_rows(evaluation_texts("dbpedia"), count // 512, 512)
     queries = [
         ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)(part).flatten(0, 1)
         for query, part in zip(("eot", "state"), ids.chunk(2), strict=True)

@@ -1,7 +1,4 @@
-"""visual_fusion_attn where text is long, as in a large decoder with grouped-query attention, and where it decodes.
-
-The sizes are those of a card; a CPU takes small ones, which show no more than that the benchmark runs.
-"""
+"""visual_fusion_attn where text is long, as in a large decoder with grouped-query attention, and where it decodes."""
 
 from __future__ import annotations
 
@@ -20,16 +17,18 @@ from benchmarks.peers.attention import (
     flash_merge_compiled,
     text_only,
 )
+from benchmarks.sizes import sized
 from benchmarks.valm_kernels import roofline
 from benchmarks.valm_kernels.bench_visual_fusion import (
     COMPILED_MERGE,
+    DIRECTIONS,
     MERGE,
     TOLERANCE,
     Case,
     Tensors,
+    as_float32,
+    call_of,
     close_to,
-    forward,
-    forward_backward,
     skip_cuda_peer,
 )
 from valm_kernels import visual_fusion_attn
@@ -87,7 +86,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 SIZES = {
     "cuda": Grouped(8, 32, 8, 4096, 4, 128, torch.bfloat16),
-    "cpu": Grouped(1, 4, 2, 256, 4, 64, torch.float32),
+    "cpu": sized(Grouped(1, 8, 2, 2048, 4, 64, torch.float32), Grouped(1, 4, 2, 16, 2, 16, torch.float32)),
 }
 
 
@@ -98,42 +97,34 @@ def flash(device, name):
         yield
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+@DIRECTIONS
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.usefixtures("flash")
 def bench_grouped(measure, device, name, backward):
-    if name == ONE_KERNEL and device.type == "cpu":
-        pytest.skip("the kernels in Triton are for CUDA")
+    if (name == ONE_KERNEL or name in IMPLEMENTATIONS) and device.type == "cpu":
+        pytest.skip(f"{name} is for CUDA")
     case = SIZES[device.type]
     *inputs, grad_out = case.tensors(device)
     leaves = inputs[:3] if name in TEXT_ALONE else inputs
     function = FUNCTIONS[name]
-    if name in CUDA_TEXT_ONLY or name in IMPLEMENTATIONS or name == COMPILED_MERGE:
-        skip_cuda_peer(name, function, tuple(leaves))
+    skip_cuda_peer(name, function, tuple(leaves))
+    given = (*leaves, grad_out) if backward else tuple(leaves)
 
     # the whole batch in float32 would need tens of gigabytes of scores; a row of it is independent of the others
-    first = [x[:1].detach().float().requires_grad_() for x in leaves]
+    first = as_float32(tuple(x[:1] for x in given))
     reference = text_only if name in TEXT_ALONE else lambda *x: visual_fusion_attn(*x, impl="reference")
-    if backward:
-        expected = forward_backward(reference)(*first, grad_out[:1].float())
-    else:
-        expected = (forward(reference)(*first),)
-    is_close = close_to(expected, TOLERANCE[case.dtype])
-
-    def check(found: Tensor | tuple[Tensor, ...]) -> None:
-        is_close(tuple(x[:1] for x in (found if backward else (found,))))
-
+    is_close = close_to(call_of(reference, backward)(*first), TOLERANCE[case.dtype])
     measure(
         group=f"{'forward + backward' if backward else 'forward'} {case}",
         name=name,
-        function=forward_backward(function) if backward else forward(function),
-        inputs=(*leaves, grad_out) if backward else tuple(leaves),
-        check=check,
+        function=call_of(function, backward),
+        inputs=given,
+        check=lambda found: is_close(tuple(x[:1] for x in found)),
         arithmetic=case.arithmetic(name, backward=backward),
     )
 
 
-DECODING = Case(1, 12, 1, 8, 64, torch.bfloat16, unique=1, prefix=8191)
+DECODING = sized(Case(1, 12, 1, 8, 64, torch.bfloat16, unique=1, prefix=8191), Case(1, 2, 1, 3, 16, prefix=9))
 
 
 @pytest.mark.parametrize("name", ["ours", TEXT_ONLY])
@@ -145,17 +136,15 @@ def bench_decode(measure, device, name):
         TEXT_ONLY: (lambda *inputs: text_only(*inputs, causal=False), text),
     }
     function, inputs = functions[name]
-    with torch.no_grad():
-        images = t.dense if name == "ours" else (None, None)
-        wide = (None if x is None else x.float() for x in (*text, *images))
-        expected = visual_fusion_attn(*wide, impl="reference")
-        (shape,) = (shape for shape in roofline.SHAPES if shape.Tq == 1)
-        measure(
-            group=f"decode {DECODING}",
-            name=name,
-            function=function,
-            inputs=inputs,
-            check=close_to(expected, TOLERANCE[DECODING.dtype]),
-            rounds=200,
-            arithmetic=roofline.attention_s(replace(shape, K=0) if name == TEXT_ONLY else shape, backward=False),
-        )
+    images = (None, None) if name == TEXT_ONLY else ()
+    reference = call_of(lambda *x: visual_fusion_attn(*x, *images, impl="reference"), False)
+    (shape,) = (shape for shape in roofline.SHAPES if shape.Tq == 1)
+    measure(
+        group=f"decode {DECODING}",
+        name=name,
+        function=call_of(function, False),
+        inputs=inputs,
+        check=close_to(reference(*as_float32(inputs)), TOLERANCE[DECODING.dtype]),
+        rounds=200,
+        arithmetic=roofline.attention_s(replace(shape, K=0) if name == TEXT_ONLY else shape, backward=False),
+    )

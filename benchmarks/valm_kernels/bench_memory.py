@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.sizes import sized
 from tests.valm_kernels.topk.databases import normals
 from valm_kernels import FlatIPIndex, ip_topk, visual_fusion_attn
 
-HEADS, TOKENS, DIM, ENTRIES = 12, 512, 64, 32
+HEADS, TOKENS, DIM, ENTRIES = sized((12, 512, 64, 32), (2, 16, 16, 4))
+ROWS, MANY_ROWS = sized((8192, 65_536), (32, 64))
 
 
 class Memory(NamedTuple):
@@ -51,7 +53,7 @@ def index_topk(keys: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     )
 
 
-@pytest.mark.parametrize("rows", [512, 8192, pytest.param(65_536, marks=pytest.mark.full)])
+@pytest.mark.parametrize("rows", [ROWS, pytest.param(MANY_ROWS, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", ["ip_topk, all heads", "a FlatIPIndex for each head", "torch mm + topk"])
 def bench_search(measure, device, name, rows):
     """float32 products may order near ties otherwise, so they are compared by the keys found."""
@@ -68,8 +70,6 @@ def bench_search(measure, device, name, rows):
         function=search,
         inputs=(given.q[0], given.keys),
         check=check,
-        flop=2.0 * HEADS * TOKENS * rows * DIM,
-        rounds=5,
     )
 
 
@@ -93,7 +93,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 def bench_attention(measure, device, backward, function):
     """The memory is not trained: gradients are of the segment alone."""
-    q, k, v, *rest = memory(8192, device)
+    q, k, v, *rest = memory(ROWS, device)
     leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
 
     def call(*text: Tensor) -> tuple[Tensor, ...]:
@@ -110,10 +110,9 @@ def bench_attention(measure, device, backward, function):
 
     direction = "forward + backward" if backward else "forward"
     measure(
-        group=f"a memory of 8192, {direction} H {HEADS} T {TOKENS} K {ENTRIES} D {DIM}",
+        group=f"a memory of {ROWS}, {direction} H {HEADS} T {TOKENS} K {ENTRIES} D {DIM}",
         name="ours" if function is fused_attention else "einsum",
         function=call,
         inputs=tuple(leaves),
         check=check,
-        rounds=10,
     )

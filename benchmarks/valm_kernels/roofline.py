@@ -2,8 +2,8 @@
 
 Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, nothing waits for anything
 else than the busiest unit. No kernel can be faster; how near ours come, only a card can tell. `python -m
-benchmarks.report` writes the last section of docs/results/gpu.md from it; benchmarks of a card put it beside what they
-measure.
+benchmarks.report` writes the tables of the last section of docs/results/gpu.md from it; benchmarks of a card put it
+beside what they measure.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FORWARD_HOST_S = 52e-6
 BACKWARD_HOST_S = 119e-6
 POOL_HOST_S = 31e-6
 SORT_HOST_S = 40e-6
+ASSUMED = (LAUNCH_S, BINDER_S, FORWARD_HOST_S, BACKWARD_HOST_S, POOL_HOST_S, SORT_HOST_S)
 # Of a radix sort in PyTorch beside its passes of 8 bits: conversion, values, histogram and offsets, then arange and
 # searchsorted for the segments.
 SORT_LAUNCHES = 6
@@ -228,8 +229,12 @@ TOPK_ROWS, TOPK_DIM = 1_000_000, 768
 
 
 def tables() -> str:
-    """The estimates of docs/results/gpu.md: a row for each call."""
+    """The assumptions and estimates of docs/results/gpu.md: a row for each call."""
     lines = [
+        "| assumed, µs | launch | binder | host: forward | dense backward | more if pooled | and for the sort |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| | {' | '.join(f'{seconds * 1e6:.0f}' for seconds in ASSUMED)} |",
+        "",
         "| call, 16-bit | | MB | sum of the least times, µs | bound by | with launches, µs | time of the host, µs "
         "| estimate, µs |",
         "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
@@ -256,51 +261,3 @@ def tables() -> str:
         bound = "memory" if least == topk_s(0, TOPK_ROWS, TOPK_DIM) else "tensor cores"
         lines.append(f"| {queries:,} | {least * 1e3:.2f} | {bound} |")
     return "\n".join(lines)
-
-
-SECTION = """\
-## Roofline of an H100
-
-**Arithmetic, no measurement.**
-
-For each kernel: the bytes that have to cross the memory bus if every tensor does so once, the floating-point
-operations of the tile products (tensor cores) and of the images (ordinary float32 units: a query's images are its own,
-so there is no matrix product in them), the exponentials, and the time that the busiest of the four units needs at the
-H100 SXM's peak: 3.35 TB/s, 989 TFLOP/s (bfloat16, dense), 67 TFLOP/s (float32), 3.9 × 10¹² exp2/s (16 per clock in each
-of 132 multiprocessors at 1.83 GHz). The best published attention kernel for text alone reaches 75 % of the tensor peak,
-at long sequences (FlashAttention-3, Shah et al. 2024).
-
-The formulas stand in `benchmarks/valm_kernels/roofline.py`, kernel by kernel.
-
-A call is more than its kernels. What is added are assumptions until a card is there:
-
-- {launch:.0f} µs for each launch: the gap to the next kernel of the same stream. The sort of the pool's slots has
-  {sort} launches of PyTorch or more.
-- The time of the host: {forward:.0f} µs for a forward, {dense:.0f} for a dense backward, {pool:.0f} more for a pooled
-  one and {slots:.0f} more for the sort, measured with stubbed launches on two busy cores of an AMD EPYC
-  (`TRITON_INTERPRET=1 python -m benchmarks.valm_kernels.host_time`), and {binder:.0f} µs of Triton's binder for each
-  launch. The host runs ahead of the card, so the estimate of a call alone is the larger of both times.
-
-"Bound by" is the busiest unit of the longest kernel.
-
-{tables}
-
-Up to T = 1024 the forward is bound by memory, in the dense layout mostly by the images themselves; the pooled layout
-moves less than half as much. A call alone is bound by its host there. Writing dense image gradients is the largest
-single cost of the backward: the pooled layout writes two coefficients for each image of a query instead, and reduces
-them once. At T = 4096 and D = 128 launches and host hardly count.
-"""
-
-
-def section() -> str:
-    """The last section of docs/results/gpu.md."""
-    return SECTION.format(
-        launch=LAUNCH_S * 1e6,
-        sort=SORT_LAUNCHES + 2,
-        forward=FORWARD_HOST_S * 1e6,
-        dense=BACKWARD_HOST_S * 1e6,
-        pool=POOL_HOST_S * 1e6,
-        slots=SORT_HOST_S * 1e6,
-        binder=BINDER_S * 1e6,
-        tables=tables(),
-    )

@@ -13,7 +13,7 @@ def test_pages_show_what_was_measured(path):
 
 
 def test_each_table_has_a_place():
-    marks = [mark[2] for path in PAGES for mark in report.MARK.finditer(path.read_text(encoding="utf-8"))]
+    marks = [mark[2] for path in PAGES for mark in gpu_report.MARK.finditer(path.read_text(encoding="utf-8"))]
     assert set(marks) == set(report.MARKED)
 
 

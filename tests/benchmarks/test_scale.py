@@ -2,35 +2,21 @@ import sys
 
 import pytest
 
-from benchmarks.valm.scale import Results, Run, run, stages, table
+from benchmarks.valm.scale import Run, run, stages
 
-# Writes one file after the other, and goes on behind those that are there.
-RESUMED = """
-import pathlib, sys, time
-folder = pathlib.Path(sys.argv[1]) / "index-1.partial"
-folder.mkdir(exist_ok=True)
-for number in range(6):
-    if not (folder / f"part-{number}").exists():
-        time.sleep(0.3)
-        (folder / f"part-{number}").touch()
-print("done")
-"""
+WRITES = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'part').touch(); time.sleep(0.5); print('done')"
 
 
 @pytest.mark.slow
-def test_a_command_is_killed_at_a_file_and_given_again(tmp_path):
-    done = run([sys.executable, "-c", RESUMED, tmp_path], tmp_path, killed_at=["part-1", "part-3"])
-    assert (done.kills, done.output) == (2, "done\n")
-    assert done.peak_mb > 1
-    assert {f"part-{number}" for number in range(5)} <= done.seen.keys()
-    assert 0 < done.seen["part-0"] < done.seen["part-4"] <= done.seconds
+def test_a_command_is_watched_to_its_end(tmp_path):
+    done = run([sys.executable, "-c", WRITES, tmp_path], tmp_path)
+    assert done.output == "done\n" and done.peak_mb > 1
+    assert 0 < done.seen["part"] <= done.seconds
 
 
-def test_a_command_that_fails_or_ends_before_it_is_killed_is_an_error(tmp_path):
+def test_a_command_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="ended with 3"):
         run([sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(RuntimeError, match="to be killed at"):
-        run([sys.executable, "-c", "pass"], tmp_path, killed_at=["part-*"])
 
 
 def test_stages_are_the_times_between_their_files():
@@ -49,15 +35,3 @@ def test_stages_are_the_times_between_their_files():
         "seconds, exact answers": 6.0,
         "seconds, written and tuned": 1.0,
     }
-
-
-def test_the_table_has_a_column_for_each_size(tmp_path):
-    file = tmp_path / "scale.csv"
-    Results(file, 2000).add("build", seconds=2.0, kills=0)
-    Results(file, 1000).add("build", seconds=1.0)
-    assert table(file).splitlines() == [
-        "| | 1,000 | 2,000 |",
-        "| --- | --- | --- |",
-        "| build: seconds | 1 | 2 |",
-        "| build: kills |  | 0 |",
-    ]

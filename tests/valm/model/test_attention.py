@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.tolerance import assert_agree
 from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images
 from tests.valm.training.test_processes import launch
 from valm.errors import ValmError
@@ -47,7 +48,7 @@ def test_kernel_and_joint_attention_agree(extras, dims, images, monkeypatch):
     for reason in (None, "asked for"):
         monkeypatch.setattr(fusion, "why_joint_eager", lambda *_, reason=reason: reason)
         outputs.append(fusion_attention(Head(), query, key, value, mask, images=given, **extras)[0])
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    assert_agree(*outputs)
 
 
 @pytest.mark.parametrize("sink", [None, torch.tensor([0.5, -1.0, 3.0, 0.0])])
@@ -69,7 +70,7 @@ def test_joint_attention_in_float64_by_hand(sink, scored):
     values = [value[batch, head // 2, : token + 1]]
     values.append((images.values + images.terms.v_bias[:, None])[head // 2, index[index >= 0]])
     expected = weights[: token + 1 + len(image)] @ torch.cat(values).double()
-    torch.testing.assert_close(out[batch, head, token].double(), expected, rtol=1e-5, atol=1e-6)
+    assert_agree(out[batch, head, token], expected)
 
 
 def test_a_mask_with_holes_is_obeyed():
@@ -175,4 +176,4 @@ def test_images_stand_at_the_tokens_position_wherever_the_text_is():
     positions = torch.arange(6)[None]
     here = model(ids, position_ids=positions, **images).logits
     far = model(ids, position_ids=positions + 50, **images).logits
-    torch.testing.assert_close(here, far, rtol=1e-3, atol=1e-3)
+    assert_agree(here, far)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.checks.families import tiny
+from tests.tolerance import assert_agree
 from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
 from tests.valm.model.test_attention import Head, interval_mask, problem
 from valm.model.attention import fusion_attention, joint_weights
@@ -30,7 +31,7 @@ def test_the_weights_are_those_of_the_output(images, extras, mask):
         image_v = given.values + given.terms.v_bias[:, None]  # (Hkv, U, D)
         gathered = image_v[:, given.image_index.clamp(min=0)].repeat_interleave(2, 0).transpose(0, 1)
         expected = expected + (image[..., None] * gathered).sum(-2)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_agree(out, expected)
 
 
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])

@@ -12,7 +12,6 @@ from tests.threads import THREADS, at_once
 from tests.valm.retrieval.indexed import K, make_kb_of_directions, random_directions
 from valm.cli import main
 from valm.errors import ValmError
-from valm.retrieval import faiss_gpu
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, PRODUCT_CODES
 from valm.retrieval.faiss_index import FaissIndex, open_index
@@ -176,13 +175,6 @@ def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, clip, two_gpus, monk
 )
 def test_what_a_gpu_holds(kb, two_gpus, factory):
     assert build(kb, factory, device="cuda").search(queries(kb, 3), K).indices.shape == (3, K)
-
-
-@pytest.mark.parametrize("dim", [64, 96, 512, 640, 768, 1024])
-@pytest.mark.parametrize("count", [50_000, 1_000_000, 10_000_000, 200_000_000])
-def test_gpus_hold_what_is_chosen_for_them(two_gpus, count, dim):
-    index = faiss.index_factory(dim, choose_factory(count, dim, "cuda"), faiss.METRIC_L2)
-    assert faiss_gpu._not_held(index) == ""
 
 
 def test_codes_differ_between_cpu_and_gpus_only_where_they_must():

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.tolerance import assert_agree
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
 from valm_kernels import attention_weights, visual_fusion_attn
 
@@ -70,8 +71,8 @@ def test_is_the_formula(problem, pool_size, by_head, causal):
     inputs = replace(problem, pool_size=pool_size, by_head=by_head, causal=causal).inputs()
     out, lse = visual_fusion_attn(**inputs, scale=0.7, return_lse=True, impl="reference")
     expected_out, expected_lse = by_the_formula(inputs, 0.7)
-    torch.testing.assert_close(out, expected_out, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-13, atol=1e-13)
+    assert_agree(out, expected_out)
+    assert_agree(lse, expected_lse)
 
 
 @pytest.mark.parametrize("first_key", [None, "random"])
@@ -81,7 +82,7 @@ def test_documents_are_the_formula(first_key):
     for bounds in (inputs["cu_seqlens"], inputs["cu_seqlens"].long()):
         results = visual_fusion_attn(**inputs | {"cu_seqlens": bounds}, scale=0.7, return_lse=True, impl="reference")
         for found, truth in zip(results, expected, strict=True):
-            torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-13)
+            assert_agree(found, truth)
 
 
 @pytest.mark.parametrize("pool_size", [None, 3])
@@ -105,7 +106,7 @@ def test_gradcheck_twice(pool_size, fast_mode):
 def test_without_images_it_is_ordinary_attention():
     inputs = replace(PROBLEMS["no images"], kv_heads=4).inputs()
     expected = torch.nn.functional.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
-    torch.testing.assert_close(visual_fusion_attn(**inputs, impl="reference"), expected, rtol=1e-13, atol=1e-13)
+    assert_agree(visual_fusion_attn(**inputs, impl="reference"), expected)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_attention_weights_are_those_of_the_operation(name):
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}
     text, image, lse = attention_weights(**arguments)
     sums = text.sum(-1) + image.sum(-1)
-    torch.testing.assert_close(sums, (lse > -torch.inf).double(), rtol=1e-13, atol=1e-13)
+    assert_agree(sums, (lse > -torch.inf).double())
     assert lse.equal(visual_fusion_attn(**inputs, return_lse=True, impl="reference")[1])
     num_queries, num_keys = text.shape[-2:]
     future = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(1 + num_keys - num_queries)
@@ -132,7 +133,7 @@ def test_attention_weights_are_those_of_the_operation(name):
     # all values equal: the output is that value, whatever the weights
     ones = {**inputs, "v": torch.ones_like(inputs["v"]), "image_v": torch.ones_like(inputs["image_v"])}
     ones["image_v_bias"] = torch.zeros_like(inputs["image_v_bias"])
-    torch.testing.assert_close(visual_fusion_attn(**ones, impl="reference")[..., 0], sums, rtol=1e-13, atol=1e-13)
+    assert_agree(visual_fusion_attn(**ones, impl="reference")[..., 0], sums)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -144,7 +145,7 @@ def test_image_weights_are_attention_weights(name, impl):
     arguments = {key: value for key, value in inputs.items() if key not in ("v", "image_v", "image_v_bias")}
     _, expected, _ = attention_weights(**arguments)
     out, lse, found = visual_fusion_attn(**inputs, return_lse=True, return_image_weights=True, impl=impl)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert_agree(found, expected)
     plain = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
     assert out.equal(plain[0]) and lse.equal(plain[1])
 
@@ -171,7 +172,7 @@ def test_a_text_bias_is_a_bias_and_a_mask(heads):
     of_images = 0.5 * (pool @ inputs["q"][..., None])[..., 0]
     of_images = of_images.masked_fill((inputs["image_index"] < 0)[:, None], -torch.inf)
     expected = torch.cat([scores, of_images], -1).softmax(-1)
-    torch.testing.assert_close(torch.cat([text, image], -1), expected, rtol=1e-13, atol=1e-13)
+    assert_agree(torch.cat([text, image], -1), expected)
     assert text[..., 4, :].max() == 0 and text[..., 2, 3].max() == 0 and text[..., 0, 6].min() > 0
 
 
@@ -179,7 +180,7 @@ def test_attention_weights_have_any_head_dimension():
     q, k = torch.randn(2, 1, 2, 3, 4, dtype=torch.float64)
     text, _, _ = attention_weights(q, k, None)
     scores = (q @ k.transpose(2, 3) / 2).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
-    torch.testing.assert_close(text, scores.softmax(-1), rtol=1e-13, atol=1e-13)
+    assert_agree(text, scores.softmax(-1))
 
 
 def test_a_compiled_reference_refuses_a_row_that_there_is_not():
@@ -199,16 +200,14 @@ def test_attention_weights_without_images():
     inputs = PROBLEMS["no images"].inputs()
     text, image, lse = attention_weights(inputs["q"], inputs["k"], None)
     assert image.shape == (*lse.shape, 0)
-    torch.testing.assert_close(text.sum(-1), torch.ones_like(lse), rtol=1e-13, atol=1e-13)
+    assert_agree(text.sum(-1), torch.ones_like(lse))
 
 
 def test_a_strongly_negative_logit_bias_closes_the_images():
     inputs = PROBLEMS["dense"].inputs()
     closed = {**inputs, "image_logit_bias": torch.full((4,), -1e4, dtype=torch.float64)}
     without = {name: inputs[name] for name in ("q", "k", "v")} | {"image_k": None, "image_v": None}
-    torch.testing.assert_close(
+    assert_agree(
         visual_fusion_attn(**closed, impl="reference"),
         visual_fusion_attn(**without, impl="reference"),
-        rtol=1e-13,
-        atol=1e-13,
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tests.tolerance import assert_agree
 from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, Problem
 from valm_kernels import visual_fusion_attn
 
@@ -46,7 +47,7 @@ def gradients(scalar: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Ten
 
 def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert_agree(one, other)
 
 
 def assert_transforms(impl: str, problem: Problem) -> None:
@@ -76,7 +77,7 @@ def assert_transforms(impl: str, problem: Problem) -> None:
     one = torch.ones(())
     by_example = torch.func.vmap(torch.func.grad(scaled), (None, *[0] * len(batches)))(one, *batches)
     found = [gradients(scaled, [one, *given])[0] for given in (tensors, other)]
-    torch.testing.assert_close(by_example, torch.stack(found), rtol=1e-4, atol=1e-4)
+    assert_agree(by_example, torch.stack(found))
 
 
 def assert_raises_where_it_has_no_derivative(impl: str, problem: Problem) -> None:
@@ -126,7 +127,7 @@ def assert_functionalizes_and_exports(impl: str, problem: Problem) -> None:
     expected = scalar(*tensors)
     torch.testing.assert_close(torch.func.functionalize(scalar)(*tensors), expected)
     by_transform = torch.func.functionalize(torch.func.grad(scalar))(*tensors)
-    torch.testing.assert_close(by_transform, gradients(scalar, tensors)[0], rtol=1e-5, atol=1e-5)
+    assert_agree(by_transform, gradients(scalar, tensors)[0])
 
     class Model(torch.nn.Module):
         def forward(self, *given: Tensor) -> Tensor:
