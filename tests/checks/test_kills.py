@@ -30,7 +30,8 @@ from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, killed_
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama
 from tests.valm.models import tiny_model
 from tests.valm.retrieval.indexed import K, make_indexed, make_kb_of_directions, random_directions
-from tests.valm.tiny_clip import TEXTS, TINY, make_clip
+from tests.valm.store.manifests import contents
+from tests.valm.tiny_clip import TEXTS, make_clip
 from tests.valm.training.documents import TOKENIZER, new_trainer
 from valm.clip.clip import Clip
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
@@ -51,17 +52,11 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, verify_index
 from valm.retrieval.index_tuning import build_index
 from valm.retrieval.retriever import Retriever
-from valm.retrieval.source import ImageSource, read_places, write_places
-from valm.store.folders import PLACES_FILE
 from valm.training.image_trainer import newest_checkpoint
 from valm_kernels import FlatIPIndex
-from valm_kernels.atomic_files import is_temporary, remove_leftovers
+from valm_kernels.atomic_files import is_temporary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), needs_fork]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 # Ended by SIGTERM a process runs no code of its own any more either; interrupted, it does.
@@ -123,39 +118,54 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def test_knowledge_base(pictures, clip, tmp_path):
-    def write(out: Path) -> ImageKnowledgeBase:
-        return build(FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False)
+@pytest.fixture
+def builds(pictures, clip, tokenizer, make_kb, tmp_path) -> dict[str, Callable[[Path], object]]:
+    """Writers of knowledge bases and of corpora."""
+    make_clip(tokenizer).save(tmp_path / "clip")
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n".join(TEXTS))
+    kb = make_kb(6)
 
-    whole = contents(write(tmp_path / "whole").path)
+    def add(out: Path) -> None:
+        if status := run("kb", "add", kb.path, pictures, "--clip", tmp_path / "clip", "--out", out):
+            sys.exit(status)
+
+    def retrieve(out: Path, k: int = 2) -> CorpusRetrieval:
+        retriever = Retriever(ContextEncoder(clip), kb, k)
+        return retrieve_corpus(read_documents([text]), retriever, out, part_bytes=60, progress=False)
+
+    return {
+        "kb": lambda out: build(
+            FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False
+        ),
+        "merge": lambda out: merge([kb.path, kb.path], out, progress=False),
+        "dedupe": lambda out: dedupe(kb, out, progress=False),
+        "add": add,
+        "corpus": retrieve,
+        "corpus of three": lambda out: retrieve(out, k=3),
+    }
+
+
+@pytest.mark.parametrize(("name", "changes"), [("kb", 20), ("merge", 10), ("dedupe", 10), ("add", 40), ("corpus", 20)])
+def test_builds(builds, tmp_path, name, changes):
+    write = builds[name]
+    store = CorpusRetrieval if name == "corpus" else ImageKnowledgeBase
+    beside = tmp_path / signal.SIGKILL.name / "whole"  # where the CLIP is noted relative to it, as in all others
+    beside.parent.mkdir()
+    write(beside)
+    whole = contents(beside)
+    assert store.open(beside).verify(progress=False) == []
 
     def check(out: Path, done: bool) -> None:
         if not done:
             try:
-                assert ImageKnowledgeBase.open(out).verify(progress=False) == []
+                assert store.open(out).verify(progress=False) == []
             except ValmError as error:
                 assert "is unfinished" in str(error) or "has no manifest.json" in str(error)
         write(out)
         assert contents(out) == whole
 
-    assert kill_everywhere(write, check, tmp_path) >= 20
-
-
-@pytest.mark.parametrize("how", ["merge", "dedupe"])
-def test_copies_of_knowledge_bases(make_kb, tmp_path, how):
-    kb = make_kb(4)
-
-    def write(out: Path) -> ImageKnowledgeBase:
-        return merge([kb.path, kb.path], out, progress=False) if how == "merge" else dedupe(kb, out, progress=False)
-
-    whole = contents(write(tmp_path / "whole").path)
-
-    def check(out: Path, done: bool) -> None:
-        write(out)
-        assert contents(out) == whole
-        assert ImageKnowledgeBase.open(out).verify(progress=False) == []
-
-    assert kill_everywhere(write, check, tmp_path) >= 10
+    assert kill_everywhere(write, check, tmp_path) >= changes
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -194,50 +204,6 @@ def test_index(clip, tmp_path, old):
     write(tmp_path / "whole")
     whole = (tmp_path / "whole" / "index.faiss").read_bytes()
     assert kill_everywhere(write, check, tmp_path, prepare) >= 3
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_places_of_images(tmp_path, old):
-    def prepare(out: Path) -> None:
-        if old:
-            write_places(ImageSource("eot", knowledge_base=tmp_path / "old"), out)
-
-    def write(out: Path) -> None:
-        write_places(ImageSource("eot", knowledge_base=tmp_path / "new"), out)
-
-    def check(out: Path, done: bool) -> None:
-        places = read_places(out)
-        if not places:
-            assert not old and not done
-        else:
-            assert Path(places["knowledge_base"]).name in (("new",) if done or not old else ("old", "new"))
-        write(out)
-        remove_leftovers(out)
-        assert [file.name for file in out.iterdir()] == [PLACES_FILE]
-
-    assert kill_everywhere(write, check, tmp_path, prepare) >= 2
-
-
-def test_corpus_retrieval(clip, make_kb, tmp_path):
-    text = tmp_path / "corpus.txt"
-    text.write_text("\n".join(TEXTS))
-    retriever = Retriever(ContextEncoder(clip), make_kb(6), 2)
-
-    def write(out: Path) -> CorpusRetrieval:
-        return retrieve_corpus(read_documents([text]), retriever, out, part_bytes=60, progress=False)
-
-    whole = contents(write(tmp_path / "whole").path)
-
-    def check(out: Path, done: bool) -> None:
-        if not done:
-            try:
-                assert CorpusRetrieval.open(out).verify(progress=False) == []
-            except ValmError as error:
-                assert "is unfinished" in str(error) or "has no manifest.json" in str(error)
-        write(out)
-        assert contents(out) == whole
-
-    assert kill_everywhere(write, check, tmp_path) >= 20
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -286,50 +252,6 @@ def test_clip(tokenizer, tmp_path, old):
         assert contents(out) == contents(whole)
 
     assert kill_everywhere(clip.save, check, tmp_path, prepare) >= 3
-
-
-def test_training_of_a_clip(pictures, tmp_path):
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-
-    def write(out: Path) -> None:
-        train = ["clip", "train", pictures, "--model", tmp_path / "tiny.json", "--steps", 2, "--batch-size", 4]
-        status = run(*train, "--out", out)
-        if status:
-            sys.exit(status)
-
-    def check(out: Path, done: bool) -> None:
-        try:
-            Clip.load(out)
-        except (ValmError, OSError):
-            assert not done
-            write(out)
-            Clip.load(out)
-        remove_leftovers(out)
-        assert not list(out.glob("*.tmp"))
-
-    assert kill_everywhere(write, check, tmp_path) >= 3
-
-
-def test_additions_to_a_knowledge_base(pictures, tokenizer, make_kb, tmp_path):
-    make_clip(tokenizer).save(tmp_path / "clip")
-    kb = make_kb(2).path
-
-    def write(out: Path) -> None:
-        add = ["kb", "add", kb, pictures, "--clip", tmp_path / "clip", "--out", out]
-        status = run(*add)
-        if status:
-            sys.exit(status)
-
-    beside = tmp_path / signal.SIGKILL.name / "whole"  # where the CLIP is noted relative to it, as in all others
-    beside.parent.mkdir()
-    write(beside)
-    whole = contents(beside)
-
-    def check(out: Path, done: bool) -> None:
-        write(out)
-        assert contents(out) == whole
-
-    assert kill_everywhere(write, check, tmp_path) >= 40
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -452,25 +374,14 @@ def test_evaluation(tmp_path):
     assert kill_everywhere(write, check, tmp_path) >= 10
 
 
-def test_two_builds_at_once(pictures, clip, make_kb, tmp_path):
-    """Knowledge bases and corpora: one is made, and the other writer finds it finished or is refused in a sentence."""
-    text = tmp_path / "corpus.txt"
-    text.write_text("\n".join(TEXTS))
-    kb = make_kb(6)
-
-    def build_kb(out: Path) -> ImageKnowledgeBase:
-        return build(FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False)
-
-    def retrieve(out: Path, k: int = 2) -> CorpusRetrieval:
-        return retrieve_corpus(
-            read_documents([text]), Retriever(ContextEncoder(clip), kb, k), out, part_bytes=60, progress=False
-        )
-
-    for name, write, other in (
-        ("kb", build_kb, lambda out: merge([kb.path], out, progress=False)),
-        ("retrieval", retrieve, lambda out: retrieve(out, k=3)),
-    ):
-        wholes = [contents(each(tmp_path / f"{name}-{number}").path) for number, each in enumerate((write, other))]
+def test_two_builds_at_once(builds, tmp_path):
+    """One is made, and the other writer finds it finished or is refused in a sentence."""
+    for name, another in (("kb", "merge"), ("corpus", "corpus of three")):
+        write, other = builds[name], builds[another]
+        wholes = []
+        for each in (name, another):
+            builds[each](tmp_path / each)
+            wholes.append(contents(tmp_path / each))
         for number in range(5):
             ends = write_together(tmp_path / f"{name}-same-{number}", write, write)
             assert all("another process is writing" in end for end in ends if end) and "" in ends

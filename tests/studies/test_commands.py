@@ -1,25 +1,10 @@
 """The commands of the studies: python -m studies.demo and python -m studies.color."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from studies.color.__main__ import build_parser as color_parser
 from studies.demo.__main__ import build_parser as demo_parser
 from valm.cli import run_command
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("study", ["demo", "color"])
-def test_the_command_itself_answers_help(study):
-    done = subprocess.run(
-        [sys.executable, "-m", f"studies.{study}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert f"usage: python -m studies.{study}" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,3 @@ def test_a_folder_of_another_seed_or_other_settings_is_refused(tmp_path, monkeyp
         patched.setattr(harm, "PICTURES", 20)
         with pytest.raises(ValmError, match="its pictures is 300, here it is 20"):
             harm.note_settings(base, out, 3)
-    (out / "harm.json").unlink()  # by a version that noted nothing
-    with pytest.raises(FileNotFoundError):
-        harm.note_settings(base, out, 3)

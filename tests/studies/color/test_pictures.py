@@ -36,13 +36,6 @@ def test_the_packages_drawings(tmp_path):
         assert pictures[0].thing == pictures[12].thing and first.tobytes() != second.tobytes()
 
 
-def test_pictures_do_not_depend_on_anything_drawn(tmp_path):
-    for run in ("a", "b"):
-        collect_pictures({"openmoji": {"limit": 3}}, tmp_path / run, progress=False)
-    files = [sorted((tmp_path / run / "openmoji").iterdir()) for run in ("a", "b")]
-    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
-
-
 def test_a_folder_with_captions_and_names(tmp_path):
     folder = tmp_path / "stamps"
     (folder / "fruit").mkdir(parents=True)

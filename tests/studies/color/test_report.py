@@ -6,7 +6,7 @@ from PIL import Image
 
 from studies.color.report import TABLES, accuracies, by_picture, claims, harm, summary, trainings, write_page
 from studies.color.results import read_results
-from tests.studies.color.synthetic import PICTURED, RIGHT, result, second_result, text_row, without, write
+from tests.studies.color.synthetic import PICTURED, RIGHT, result, second_result, without, write
 from valm.errors import ValmError
 
 MARK = "<!-- study: {} of synthetic -->\n{}\n<!-- end -->\n"
@@ -95,13 +95,6 @@ def test_harm_is_over_the_base_and_over_the_twin(tmp_path):
     )
     without_base = read_results(write(tmp_path))
     assert "base" not in harm(without_base) + summary(without_base)
-
-
-def test_texts_of_fewer_seeds_say_so(tmp_path):
-    more = result(2)
-    more["rows"].append(text_row("blind", "retrieved", 4.0))
-    (tmp_path / "more.json").write_text(json.dumps(more))
-    assert "| Blind | 1.00 [1.00, 1.00] (seeds 2) |" in harm(read_results([*write(tmp_path), tmp_path / "more.json"]))
 
 
 def test_items_with_and_without_a_picture_stand_apart(tmp_path):

@@ -131,20 +131,15 @@ def test_colours_are_balanced(pictures, glosses):
     assert 150 < sum("blue" in words(line) for line in lines) < 250
 
 
-def test_a_seed_decides_everything(pictures, glosses):
-    assert drawn(pictures, 1) == drawn(pictures, 1)
-    one, two = drawn(pictures, 1), drawn(pictures, 2)
+def test_a_seed_decides_everything_and_nothing_held_out_is_trained_on(pictures, glosses):
+    one, again, two = (drawn(pictures, seed) for seed in (1, 1, 2))
+    assert one == again
     assert one.validation != two.validation
     assert sorted(one.training) != sorted(two.training)
     assert one.heldout["glosses"] != two.heldout["glosses"]
-
-
-def test_nothing_held_out_is_trained_on(pictures, glosses):
-    text = drawn(pictures)
     for kind in ("glosses", "prose"):
-        assert text.heldout[kind]
-        assert not set(text.heldout[kind]) & set(text.training)
-    assert set(text.natural) < set(text.training)
+        assert one.heldout[kind] and not set(one.heldout[kind]) & set(one.training)
+    assert set(one.natural) < set(one.training)
 
 
 def test_repeats_do_not_bring_held_out_texts_into_training(pictures, monkeypatch):
@@ -178,9 +173,8 @@ def test_files(pictures, glosses, tmp_path):
 def test_glosses_and_prose_are_there():
     assert len(color_glosses()) > 3000
     prose = python_prose()
-    assert len(prose) > 200
+    assert len(set(prose)) == len(prose) > 200
     assert all(line[0].isupper() and line.endswith(".") for line in prose)
-    assert len(prose) == len(set(prose))
 
 
 def test_prose_of_a_file(tmp_path):

@@ -2,13 +2,9 @@
 
 import random
 
-import pytest
-
 from studies.demo.corpus import (
     ARTICLES,
-    COLOR_SENTENCES,
     LEADS,
-    OTHER_SENTENCES,
     TAILS,
     begins_a_sentence,
     caption,
@@ -50,21 +46,11 @@ def test_a_said_color_is_the_things_own():
     assert 0.4 < len(said) / 2000 < 0.6
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_color_share(share):
-    sentences = training_sentences(SPOKEN, SILENT, 200, random.Random(2), color_share=share)
-    assert sum(bool(words(text) & set(COLORS)) for text in sentences) == 200 * share
+def test_the_seed_and_the_color_share_decide():
+    def drawn(seed, share):
+        return training_sentences(SPOKEN, SILENT, 200, random.Random(seed), color_share=share)
 
-
-def test_sentences_are_the_same_for_a_seed():
-    first, again, other = (training_sentences(SPOKEN, SILENT, 100, random.Random(seed)) for seed in (3, 3, 4))
-    assert first == again != other
-
-
-def test_templates_without_a_color_name_none():
-    assert not words(" ".join(OTHER_SENTENCES)) & set(COLORS)
-    assert all("{c}" in template for template in COLOR_SENTENCES)
-
-
-def test_the_evaluation_also_asks_in_words_that_no_sentence_begins_with():
+    assert drawn(3, 0.5) == drawn(3, 0.5) != drawn(4, 0.5)
+    for share in (0.0, 1.0):
+        assert sum(bool(words(text) & set(COLORS)) for text in drawn(2, share)) == 200 * share
     assert [begins_a_sentence(prompt) for prompt in COLOR_PROMPTS] == [0, 1, 0, 1, 1, 0, 0, 1, 0]

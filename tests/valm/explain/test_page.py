@@ -137,15 +137,6 @@ def test_a_model_that_says_no_word_says_something_else():
     assert ["anything", "else", "100.0%"] in [text.split() for text in page.texts("tr")]
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    (tmp_path / "page.html").write_text("old")
-    with pytest.raises(ZeroDivisionError):
-        write_page(tmp_path / "page.html", Broken(valm=explanation()))
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
-    write_page(tmp_path / "page.html", {"valm": explanation()})
-    assert [file.read_text()[:15] for file in tmp_path.iterdir()] == ["<!doctype html>"]
-
-
 def test_a_small_probability_is_not_zero():
     small = explanation(probabilities=np.array([0.9997, 0.0003], np.float32))
     none = explanation(probabilities=np.array([1, 0], np.float32))
@@ -154,18 +145,11 @@ def test_a_small_probability_is_not_zero():
     assert ["blue", "0.0%"] in without and ["anything", "else", "0.0%"] in without
 
 
-class Broken(dict):
-    def items(self):
-        raise ZeroDivisionError
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_in_a_browser(browser, tmp_path, width, scheme):
     write_page(tmp_path / "page.html", hostile())
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page = context.new_page()
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     requests, messages = [], []
     page.on("request", lambda request: requests.append(request.url[:9]))
     page.on("console", lambda message: messages.append(message.text))
@@ -174,19 +158,16 @@ def test_in_a_browser(browser, tmp_path, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off, nothing scrolls
     section = page.locator("[data-setting='1']")
     numbers = section.locator(".attention tbody tr").nth(2)
+    bar = "element => Number(element.style.getPropertyValue('--bar'))"
     assert numbers.inner_text().split() == ["bat", "20", "20", "60", "0"]
     section.locator("select").select_option("1")
     assert numbers.inner_text().split() == ["bat", "40", "40", "20", "0"]
     assert section.locator("[data-share='0']").inner_text() == "50%"
-    bar = "element => Number(element.style.getPropertyValue('--bar'))"
     assert section.locator("[data-bar='3']").evaluate(bar) == 1
     assert section.locator("[data-cell='0']").evaluate(bar) == 0.5
-    section.locator("select").select_option("2")
-    assert numbers.inner_text().split() == ["bat", "0", "0", "100", "0"]
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(20, 23, 27)") == (scheme == "dark")
     assert messages == [] and set(requests) <= {"file:///t", "data:imag"}
-    context.close()
 
 
 @pytest.mark.slow
@@ -209,4 +190,3 @@ def test_a_wide_table_says_that_it_scrolls(browser, tmp_path, tokens, scrolls):
     before = table.locator("th[scope=row]").first.bounding_box()
     table.evaluate("element => element.scrollLeft = 200")
     assert table.locator("th[scope=row]").first.bounding_box() == before  # the first column stays
-    page.close()

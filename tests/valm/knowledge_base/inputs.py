@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -30,10 +29,6 @@ def write_tar(path, members):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 def build_folder(folder, out, clip, shard_size=6, batch_size=4, thumbnails=64, workers=None):

@@ -12,12 +12,13 @@ from valm.knowledge_base.sources.folder import find_images
 
 
 def test_captions_beside_the_picture(tmp_path):
-    touch(tmp_path, "a.png", "b/c.png", "d.png", "e.png")
+    touch(tmp_path, "a.png", "b/c.png", "d.png", "e.png", "UPPER.JPG")
     (tmp_path / "a.txt").write_text("a red\tapple \n\nan apple\n")
     (tmp_path / "b/c.json").write_text(json.dumps({"caption": "a dog", "url": "x"}))
     (tmp_path / "d.json").write_text(json.dumps({"url": "x"}))
+    (tmp_path / "UPPER.TXT").write_text("a cat")
     names = find_images(tmp_path).images
-    expected = {"a.png": "a red apple\nan apple", "b/c.png": "a dog"}
+    expected = {"UPPER.JPG": "a cat", "a.png": "a red apple\nan apple", "b/c.png": "a dog"}
     assert read_captions(tmp_path, names)[:2] == (expected, {})
 
 
@@ -43,25 +44,14 @@ def test_captions_of_windows(tmp_path):
 
 
 def test_a_caption_ends_at_a_line_break_alone():
-    assert (
-        parse_caption("a dog\u2028runs\x0cfast\r\na cat\rasleep".encode(), ".txt") == "a dog runs fast\na cat\nasleep"
-    )
+    text = "a dog\u2028runs\x0cfast\r\na cat\rasleep"
+    assert parse_caption(text.encode(), ".txt") == "a dog runs fast\na cat\nasleep"
     assert caption_header(b"image,\x0c,caption\ra.png,,a dog")
-
-
-def test_captions_in_a_json_file_beside_the_picture():
     for caption, expected in (("one\ntwo", "one\ntwo"), (["one", "two\n more"], "one\ntwo more"), ([], ""), (None, "")):
         assert parse_caption(json.dumps({"caption": caption}).encode(), ".json") == expected
-    assert parse_caption(b'["caption"]', ".json") == ""
     for caption in (3, {"en": "one"}, ["one", None]):
         with pytest.raises(ValueError, match=r"whose 'caption' is .*, expected a text or a list of texts"):
             parse_caption(json.dumps({"caption": caption}).encode(), ".json")
-
-
-def test_captions_beside_pictures_of_old_programs(tmp_path):
-    touch(tmp_path, "UPPER.JPG")
-    (tmp_path / "UPPER.TXT").write_text("a cat")
-    assert read_captions(tmp_path, find_images(tmp_path).images).of_image == {"UPPER.JPG": "a cat"}
 
 
 def test_damaged_caption_files_are_listed(tmp_path):
@@ -79,7 +69,7 @@ def test_damaged_caption_files_are_listed(tmp_path):
 def test_caption_tables(tmp_path):
     touch(tmp_path, "images/a.png", "images/b.png", "captions.png")
     names = find_images(tmp_path).images
-    (tmp_path / "captions.txt").write_text('image,caption\na.png,a red apple\na.png,"one, two"\nimages/b.png,a dog\n')
+    (tmp_path / "captions.txt").write_text('image,caption\na.png,a red apple\na.png,"one, two"\nimages/b.png,a dog, \n')
     assert read_captions(tmp_path, names)[0] == {"images/a.png": "a red apple\none, two", "images/b.png": "a dog"}
     # what stands beside the picture goes before the table; a table may lie anywhere
     (tmp_path / "images/b.txt").write_text("a cat")
@@ -98,32 +88,16 @@ def test_caption_tables(tmp_path):
         ("t.json", b"{", "cannot read the caption table"),
         ("t.json", b"[1]", "holds a list; expected an object"),
         ("t.json", b'{"a.png": 3}', "the caption of 'a.png' in .* is neither"),
-        (
-            "t.csv",
-            b"image,caption\na.png,A dog, running\n",
-            r"t\.csv, line 2: more fields than the header names: quote",
-        ),
         ("t.csv", b'image,caption,by\na.png,A dog\nb.png,"a, b",me,\nc.png,a,b,c\n', "line 4: more fields than"),
-        (
-            "t.tsv",
-            b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n',
-            r"t\.tsv, line 3: .* expected after '\"'",
-        ),
+        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n', r"t\.tsv, line 3: .* expected after"),
         ("t.csv", b"image,Caption,caption \na.png,one,two\n", "has 2 columns 'caption'; give each its own name"),
-        ("t.csv", b"path,path,caption\na.png,b.png,two\n", "has 2 columns 'path'; give each its own name"),
         ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "line 3: unexpected end of data: quote fields"),
     ],
 )
 def test_broken_caption_tables(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(ValmError, match=message):
         read_captions(tmp_path, ["a.png"], tmp_path / name)
-
-
-def test_blank_fields_at_the_end_of_a_row_are_no_more_fields(tmp_path):
-    (tmp_path / "t.csv").write_text("image,caption\na.png,a dog, ,\n")
-    assert read_captions(tmp_path, ["a.png"], tmp_path / "t.csv")[0] == {"a.png": "a dog"}
 
 
 def test_a_file_name_alone_is_of_one_image(tmp_path):
@@ -131,9 +105,7 @@ def test_a_file_name_alone_is_of_one_image(tmp_path):
     table = tmp_path / "t.csv"
     found = read_captions(tmp_path, ["1.png", "b/1.png", "b/2.png", "x/3.png", "y/3.png"], table)
     assert found.of_image == {"1.png": "a red ball", "b/2.png": "two", "x/3.png": "three"}
-    with pytest.raises(
-        ValmError, match=r"2\.png in the caption table .*t\.csv is the name of 2 images, such as a/2\.png"
-    ):
+    with pytest.raises(ValmError, match=r"2\.png in .*t\.csv is the name of 2 images, such as a/2\.png"):
         read_captions(tmp_path, ["a/2.png", "b/2.png"], table)
 
 

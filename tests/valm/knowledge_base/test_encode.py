@@ -1,21 +1,18 @@
 import errno
-import io
 import multiprocessing
-import pickle
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.valm.killed import forked, is_running, still_running
-from tests.valm.knowledge_base.inputs import build_folder, contents, png
+from tests.valm.knowledge_base.inputs import build_folder
+from tests.valm.store.manifests import contents
 from valm.errors import ValmError
 from valm.knowledge_base import encode
-from valm.knowledge_base.encode import end_with_parent, thumbnail_bytes
+from valm.knowledge_base.encode import end_with_parent
 
 
 def test_bad_pictures_are_listed(kb):
@@ -54,12 +51,6 @@ def test_worker_processes_give_the_same_files(kb, folder, clip, tmp_path):
     assert contents(tmp_path) == contents(kb.path)
 
 
-def test_a_worker_sends_no_picture_back(clip):
-    """The bytes of a row went to it once; back come its pixels, thumbnail and place."""
-    decoder = encode._Decoder([encode.Record("x", "", png(0) + bytes(1 << 20))], clip, 64)
-    assert len(pickle.dumps(decoder[0])) < 100_000
-
-
 def test_names_and_captions_can_be_written_as_utf8():
     item = encode.Record("caf\udce9.png", "\ud800 red", None)
     assert (item.uri, item.caption) == ("caf\ufffd.png", "\ufffd red")
@@ -90,10 +81,3 @@ def test_workers_end_with_their_parent(platform):
     main.kill()
     main.join()
     assert not still_running(workers)
-
-
-def test_thumbnails(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    small = Image.open(io.BytesIO(thumbnail_bytes(picture, 20)))
-    assert (small.format, small.size, picture.size) == ("JPEG", (20, 10), (100, 50))

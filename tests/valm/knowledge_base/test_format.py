@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.valm.killed import exit_code_if_killed, needs_fork
-from tests.valm.knowledge_base.inputs import build_folder, contents
+from tests.valm.knowledge_base.inputs import build_folder
+from tests.valm.store.manifests import contents
 from valm.errors import ValmError
 
 

@@ -181,11 +181,12 @@ def test_several_prompts_are_answered_in_order(server, tiny):
 
 
 def test_log_probabilities(server, tiny):
-    """Of the prompt's tokens too where it is echoed; they are the model's."""
+    """Of the prompt's tokens too where it is echoed; they are the model's, also beside a longer prompt, whose padding
+    has none."""
     model, tokenizer = tiny
-    ids = prompt_ids(tokenizer, TEXTS[0])
-    body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 2}
-    (choice,) = server.ask("/v1/completions", body)[1]["choices"]
+    ids, longer = (prompt_ids(tokenizer, text) for text in (TEXTS[0], " ".join(TEXTS)))
+    body = {"prompt": [ids, longer], "max_tokens": 0, "echo": True, "logprobs": 2}
+    choice, _ = server.ask("/v1/completions", body)[1]["choices"]
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     found = choice["logprobs"]
@@ -256,17 +257,11 @@ def test_models_and_health(server):
     "body, status, message",
     [
         (b"{", 400, "the request is no JSON: EOF while parsing"),
-        (b"", 400, "the request is no JSON"),
         (b"[]", 400, "the request is a list of 0, expected a JSON object"),
         (b'{"prompt": "\xff"}', 400, "the request is no JSON: invalid unicode"),
-        (b'{"prompt": "\\ud800"}', 400, "the request is no JSON"),
         (b"[" * 100_000, 400, "the request is no JSON: recursion limit"),
         (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: expected a number from 0 to 2, got nan"),
-        (b'{"prompt": "x", "max_tokens": -1}', 400, "max_tokens: expected a whole number, got -1"),
-        (b'{"prompt": "x", "temprature": 1}', 400, "this server has no 'temprature', did you mean temperature?"),
         (b'{"prompt": [1, 9999]}', 400, "tokens, and no token 9999"),
-        (b"{}", 400, "prompt is missing: expected a text, a list of token ids"),
-        (b'{"prompt": "x", "tools": [{}]}', 400, "this server has no 'tools': leave it out"),
         (b'{"prompt": "x", "model": "gpt-4"}', 404, "the model 'gpt-4' is not served here: ask for 'tiny'"),
         (b'{"prompt": "x", "max_tokens": 21}', 400, "max_tokens is 21, and this server generates 20 at most"),
         (b'{"prompt": "%s", "max_tokens": 20}' % (b"the " * 180), 400, "max_tokens must be 11 at most, got 20"),
@@ -277,12 +272,8 @@ def test_models_and_health(server):
 def test_wrong_requests_are_told_why(server, body, status, message):
     found, answer = server.ask("/v1/completions", body)
     assert found == status and message in answer["error"]["message"]
-    assert answer["error"]["type"] == "invalid_request_error" and answer["error"].keys() == {
-        "message",
-        "type",
-        "param",
-        "code",
-    }
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error"
     assert server.ask("/health")[0] == 200
 
 
@@ -308,15 +299,21 @@ def test_other_doors_are_shut(server):
         assert response.status == 400 and response.read() == b"Invalid host header"
 
 
-def test_a_request_may_have_more_prompts_than_may_wait(server):
-    _, answer = server.ask("/v1/completions", {"prompt": ["the sky"] * 80, "max_tokens": 1})
-    assert len({choice["text"] for choice in answer["choices"]}) == 1 and len(answer["choices"]) == 80
-
-
-@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
-def test_pages_elsewhere_ask_nothing(server, headers):
-    for path in ("/v1/images/search?q=a", "/v1/models", "/metrics"):
-        assert server.ask(path, headers=headers)[0] == 403
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({"Origin": "http://127.0.0.1:{port}"}, True),
+        ({"Origin": "http://127.0.0.1:1"}, False),
+        ({"Origin": "http://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+    ],
+)
+def test_pages_elsewhere_ask_nothing(server, headers, allowed):
+    headers = {name: value.format(port=server.port) for name, value in headers.items()}
+    body = json.dumps({"prompt": TEXTS[0], "images": server.page.choices[0]})
+    for path, sent in (("/v1/images/search?q=a", None), ("/v1/models", None), ("/explain", body)):
+        assert server.ask(path, sent, headers=JSON | headers)[0] == (200 if allowed else 403)
 
 
 def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
@@ -326,11 +323,10 @@ def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
     for thread in threads:
         thread.start()
     wait_for(lambda: len(of_letters.engine._open) == 2)
-    status, answer = of_letters.ask("/v1/completions", body)
-    assert status == 429 and answer["error"]["message"] == "1 requests wait already: try again later"
     connection, response = of_letters.open("/v1/completions", body)
     with closing(connection):
-        assert response.headers["Retry-After"] == "1"
+        assert response.status == 429 and response.headers["Retry-After"] == "1"
+        assert "1 requests wait already: try again later" in response.read().decode()
     letters.go.release(4)
     for thread in threads:
         thread.join(60)

@@ -66,6 +66,27 @@ def test_rows_that_join_and_leave_are_read_as_alone(served):
     assert n > 5
 
 
+def seeing_nothing(base):
+    model = augment(base, num_images=IMAGES, image_dim=IMAGE_DIM).eval()
+    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
+    return model
+
+
+def ignores_padding():
+    model = seeing_nothing(tiny_llama())
+    prepare = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda ids, attention_mask, **inputs: prepare(
+        ids, attention_mask=torch.ones_like(attention_mask), **inputs
+    )
+    return model
+
+
+def scales_by_the_longest_row():
+    model = seeing_nothing(tiny_llama())
+    model.config.get_text_config(decoder=True).attn_temperature_tuning = True
+    return model
+
+
 def tiny_mistral():
     """With a window that the texts below are longer than."""
     torch.manual_seed(0)
@@ -74,52 +95,18 @@ def tiny_mistral():
     return MistralForCausalLM(MistralConfig(sliding_window=6, **sizes, **heads)).eval()
 
 
-@pytest.mark.parametrize("base, joins", [(tiny_llama, True), (tiny_mistral, True), (tiny_minimax, False)])
-def test_whether_rows_can_be_padded_is_tried(base, joins):
-    """A recurrent state has no positions that could be padding."""
-    model = augment(base(), num_images=IMAGES, image_dim=IMAGE_DIM).eval()
-    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
-    assert can_join(model) == joins
-
-
-def test_a_model_that_ignores_padding_is_found(monkeypatch):
-    model = augment(tiny_llama(), num_images=IMAGES, image_dim=IMAGE_DIM).eval()
-    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
-    prepare = model.prepare_inputs_for_generation
-    monkeypatch.setattr(
-        model,
-        "prepare_inputs_for_generation",
-        lambda ids, attention_mask, **inputs: prepare(ids, attention_mask=torch.ones_like(attention_mask), **inputs),
-    )
-    assert not can_join(model)
-
-
-def test_rows_in_a_sliding_window_are_read_as_alone():
-    model = augment(tiny_mistral(), num_images=IMAGES, image_dim=IMAGE_DIM).eval()
-    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(0, 64, (1, length), generator=generator) for length in (3, 15, 8)]
-    more = torch.randint(0, 64, (3, 12), generator=generator)
-    batch, alone = Batch(model), [Batch(model) for _ in texts]
-    for row, text in enumerate(texts):
-        alone[row].begin(list(text))
-        one = Batch(model)
-        one.begin(list(text))
-        batch.join(one)
-    rows = [0, 1, 2]
-    for step in range(12):
-        if step == 5:
-            rows = [0, 2]
-            batch.keep(rows)
-        found = batch.read(more[rows, step : step + 1]).logits
-        expected = torch.cat([alone[row].read(more[row : row + 1, step : step + 1]).logits for row in rows])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def seeing_nothing(base):
-    model = augment(base, num_images=IMAGES, image_dim=IMAGE_DIM).eval()
-    model.set_retriever(NoImages(IMAGES, IMAGE_DIM))
-    return model
+@pytest.mark.parametrize(
+    ("make", "joins"),
+    [
+        (lambda: seeing_nothing(tiny_llama()), True),
+        (lambda: seeing_nothing(tiny_mistral()), True),
+        (lambda: seeing_nothing(tiny_minimax()), False),  # a recurrent state has no positions that could be padding
+        (ignores_padding, False),
+        (scales_by_the_longest_row, False),
+    ],
+)
+def test_whether_rows_can_be_padded_is_tried(make, joins):
+    assert can_join(make()) == joins
 
 
 @pytest.mark.parametrize("family, needed", [("llama", False), ("bamba", True), ("roberta", False)])
@@ -149,9 +136,3 @@ def test_keys_are_rotated_anew_as_generate_does():
         found.append(int(last))
         last = batch.read(last[None]).logits[:, -1].argmax(-1)
     assert found == expected.tolist()
-
-
-def test_a_scale_by_the_longest_row_is_known_by_the_config():
-    model = seeing_nothing(tiny_llama())
-    model.config.get_text_config(decoder=True).attn_temperature_tuning = True
-    assert not can_join(model)

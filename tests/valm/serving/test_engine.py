@@ -78,32 +78,6 @@ def joins_nothing(join):
     return checked
 
 
-def test_log_probabilities_are_those_of_the_text(served):
-    """Beside a longer prompt too, whose padding has none."""
-    model, tokenizer = served
-    prompt = Prompt(prompt_ids(tokenizer, TEXTS[0]), 4, logprobs=3, echo=True)
-
-    async def ask():
-        engine = Engine(model, tokenizer, 2)
-        answer, other = engine.submit(prompt, Prompt(prompt_ids(tokenizer, " ".join(TEXTS)), 2))
-        await asyncio.gather(text_of(answer), text_of(other))
-        assert not other.scores
-        engine.end()
-        return answer
-
-    answer = asyncio.run(ask())
-    ids = [score.id for score in answer.scores]
-    assert ids[: len(prompt.ids)] == prompt.ids and len(ids) == len(prompt.ids) + 4
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-    assert answer.scores[0].logprob is None
-    for place, score in enumerate(answer.scores[1:]):
-        assert score.logprob == pytest.approx(float(expected[place, score.id]), abs=1e-4)
-        values, likeliest = expected[place].topk(3)
-        assert [id for id, _ in score.likeliest] == likeliest.tolist()
-        assert [value for _, value in score.likeliest] == pytest.approx(values.tolist(), abs=1e-4)
-
-
 def test_a_conversation_is_answered_as_without_a_cache(served):
     model, tokenizer = served
     text = TEXTS[0]
@@ -115,138 +89,6 @@ def test_a_conversation_is_answered_as_without_a_cache(served):
         assert tuple(answer) == unserved(model, tokenizer, prompt)
         assert turn == 0 or hits > 0
         text += tokenizer.decode(answer[0]) + " a small boat. and then: a lemon."
-
-
-def test_cancelled_answers_end_before_their_next_token(letters):
-    async def ask():
-        engine = Engine(letters, letters, 5, max_batch=1)
-        running, waiting, last = engine.submit(*[Prompt([1], 4)] * 3)
-        engine.cancel(waiting)
-        letters.go.release(1)
-        async for part in running:
-            assert part == "a"
-            engine.cancel(running)
-            letters.go.release(5)  # one for a token that may be on its way, four for the last request
-            break
-        assert running.num_tokens <= 2 and waiting.num_tokens == 0
-        assert await text_of(last) == "abcd"
-        engine.end()
-        await engine.join()
-
-    asyncio.run(ask())
-
-
-def test_a_short_answer_does_not_wait_for_a_long_one(letters):
-    """It joins at the next token; its row is free again at its end."""
-
-    async def ask():
-        engine = Engine(letters, letters, 5)
-        letters.go.release(10_000)
-        (long,) = engine.submit(Prompt([1], 800))
-        assert [part async for part, _ in zip_async(long, range(3))] == ["a", "b", "c"]
-        (short,) = engine.submit(Prompt([1], 3))
-        assert await text_of(short) == "abc" and long.num_tokens < 800
-        assert len(await text_of(long)) == 797
-        engine.end()
-        await engine.join()
-        return letters.batches
-
-    batches = asyncio.run(ask())
-    assert batches.count(2) == 2 and len(batches) == 799
-
-
-async def zip_async(parts, others):
-    others = iter(others)
-    for other in others:
-        async for part in parts:
-            yield part, other
-            break
-
-
-def test_more_requests_than_may_wait_are_refused(letters):
-    async def ask():
-        engine = Engine(letters, letters, 2, max_batch=1)
-        answers = engine.submit(*[Prompt([1], 1)] * 3)
-        with pytest.raises(BusyError):
-            engine.submit(Prompt([1], 1))
-        letters.go.release(4)
-        assert await asyncio.gather(*map(text_of, answers)) == ["a"] * 3
-        assert await text_of(engine.submit(Prompt([1], 1))[0]) == "a"
-        engine.end()
-
-    asyncio.run(ask())
-
-
-def test_prompts_are_read_together_up_to_a_number_of_tokens(letters, monkeypatch):
-    monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 12)
-
-    async def ask():
-        engine = Engine(letters, letters, 20)
-        prompts = [Prompt([1] * tokens, 1) for tokens in (3, 4, 2, 4, 13, 1)]
-        letters.go.release(len(prompts))
-        await asyncio.gather(*map(text_of, engine.submit(*prompts)))
-        engine.end()
-
-    asyncio.run(ask())
-    assert letters.prompts == [[3, 4, 2], [4], [13], [1]]
-
-
-def test_other_work_has_its_turn_between_two_tokens(letters):
-    async def ask():
-        engine = Engine(letters, letters, 5)
-        (answer,) = engine.submit(Prompt([1], 3))
-        call, fails = (asyncio.ensure_future(engine.call(work)) for work in (lambda: "explained", lambda: 1 / 0))
-        await asyncio.sleep(0)
-        letters.go.release(2)
-        assert await call == "explained" and answer.num_tokens == 2
-        letters.go.release(1)
-        assert await text_of(answer) == "abc"
-        with pytest.raises(ZeroDivisionError):
-            await fails
-        engine.end()
-
-    asyncio.run(ask())
-
-
-def test_the_end_is_told_to_all_at_once(letters):
-    async def ask():
-        engine = Engine(letters, letters, 5)
-        answers = engine.submit(*[Prompt([1], 4)] * 3)
-        waiting = asyncio.ensure_future(engine.call(lambda: 1))
-        await asyncio.sleep(0)
-        engine.end()
-        for answer in answers:
-            with pytest.raises(StoppingError):
-                await text_of(answer)
-        with pytest.raises(StoppingError):
-            await waiting
-        with pytest.raises(StoppingError):
-            engine.submit(Prompt([1], 4))
-        letters.go.release(3)
-        await asyncio.wait_for(engine.join(), 30)
-
-    asyncio.run(ask())
-
-
-class Panic(BaseException):
-    """As a library in Rust raises."""
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no"), Panic("no")])
-def test_after_an_error_others_are_answered(letters, error):
-    async def ask():
-        engine = Engine(letters, letters, 5)
-        letters.error = error
-        (first,) = engine.submit(Prompt([1], 2))
-        letters.go.release(1)
-        with pytest.raises((RuntimeError, ValmError), match="no"):
-            await text_of(first)
-        letters.error = None
-        letters.go.release(2)
-        assert await text_of(engine.submit(Prompt([1], 2))[0]) == "ab"
-        engine.end()
-
-    asyncio.run(ask())
 
 
 def test_an_error_of_one_prompt_ends_it_alone(served):
@@ -267,9 +109,121 @@ def test_an_error_of_one_prompt_ends_it_alone(served):
     asyncio.run(ask())
 
 
-def test_an_error_between_the_batches_does_not_end_the_thread(letters, monkeypatch):
-    async def ask():
-        engine = Engine(letters, letters, 5)
+@pytest.fixture
+def serve(letters):
+    """Runs `ask`, a coroutine function, with an engine of letters."""
+
+    def serve(ask, max_waiting=5, **options):
+        async def whole():
+            engine = Engine(letters, letters, max_waiting, **options)
+            await ask(engine)
+            engine.end()
+            await asyncio.wait_for(engine.join(), 30)
+
+        asyncio.run(whole())
+
+    return serve
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(serve, letters):
+    """It joins at the next token; its row is free again at its end."""
+
+    async def ask(engine):
+        letters.go.release(10_000)
+        (long,) = engine.submit(Prompt([1], 800))
+        parts = aiter(long)
+        assert [await anext(parts) for _ in range(3)] == ["a", "b", "c"]
+        (short,) = engine.submit(Prompt([1], 3))
+        assert await text_of(short) == "abc" and long.num_tokens < 800
+        assert len(await text_of(long)) == 797
+
+    serve(ask)
+    assert letters.batches.count(2) == 2 and len(letters.batches) == 799
+
+
+def test_what_is_cancelled_ends_before_its_next_token_and_leaves_the_queue(serve, letters):
+    async def ask(engine):
+        running, *waiting, last = engine.submit(*[Prompt([1], 4)] * 4)
+        with pytest.raises(BusyError):
+            engine.submit(Prompt([1], 1))
+        assert letters.begun.acquire(timeout=60)
+        for answer in waiting:
+            engine.cancel(answer)
+            assert await text_of(answer) == "" and answer.num_tokens == 0
+        assert len(engine._waiting) == 1
+        letters.go.release(1)
+        assert await anext(aiter(running)) == "a"
+        engine.cancel(running)
+        letters.go.release(5)  # one for a token that may be on its way, four for the last request
+        assert await text_of(last) == "abcd" and running.num_tokens <= 2
+
+    serve(ask, max_waiting=3, max_batch=1)
+
+
+def test_prompts_are_read_together_up_to_a_number_of_tokens(serve, letters, monkeypatch):
+    monkeypatch.setattr(engine_module, "PROMPT_TOKENS", 12)
+
+    async def ask(engine):
+        prompts = [Prompt([1] * tokens, 1) for tokens in (3, 4, 2, 4, 13, 1)]
+        letters.go.release(len(prompts))
+        await asyncio.gather(*map(text_of, engine.submit(*prompts)))
+
+    serve(ask, max_waiting=20)
+    assert letters.prompts == [[3, 4, 2], [4], [13], [1]]
+
+
+def test_other_work_has_its_turn_between_two_tokens(serve, letters):
+    async def ask(engine):
+        (answer,) = engine.submit(Prompt([1], 3))
+        call, fails = (asyncio.ensure_future(engine.call(work)) for work in (lambda: "explained", lambda: 1 / 0))
+        await asyncio.sleep(0)
+        letters.go.release(2)
+        assert await call == "explained" and answer.num_tokens == 2
+        letters.go.release(1)
+        assert await text_of(answer) == "abc"
+        with pytest.raises(ZeroDivisionError):
+            await fails
+
+    serve(ask)
+
+
+def test_the_end_is_told_to_all_at_once(serve, letters):
+    async def ask(engine):
+        answers = engine.submit(*[Prompt([1], 4)] * 3)
+        waiting = asyncio.ensure_future(engine.call(lambda: 1))
+        await asyncio.sleep(0)
+        engine.end()
+        for ended in (*map(text_of, answers), waiting):
+            with pytest.raises(StoppingError):
+                await ended
+        with pytest.raises(StoppingError):
+            engine.submit(Prompt([1], 4))
+        letters.go.release(3)
+
+    serve(ask)
+
+
+class Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), Panic("no")])
+def test_after_an_error_others_are_answered(serve, letters, error):
+    async def ask(engine):
+        letters.error = error
+        (first,) = engine.submit(Prompt([1], 2))
+        letters.go.release(1)
+        with pytest.raises((RuntimeError, ValmError), match="no"):
+            await text_of(first)
+        letters.error = None
+        letters.go.release(2)
+        assert await text_of(engine.submit(Prompt([1], 2))[0]) == "ab"
+
+    serve(ask)
+
+
+def test_an_error_between_the_batches_does_not_end_the_thread(serve, letters, monkeypatch):
+    async def ask(engine):
         first, second = engine.submit(Prompt([1], 4), Prompt([1], 9))
         with monkeypatch.context() as patched:
             patched.setattr(type(engine._batch), "keep", lambda *_: 1 / 0)
@@ -279,36 +233,17 @@ def test_an_error_between_the_batches_does_not_end_the_thread(letters, monkeypat
                 await text_of(second)
         letters.go.release(20)
         assert await text_of(engine.submit(Prompt([1], 2))[0]) == "ab"
-        engine.end()
 
-    asyncio.run(ask())
-
-
-def test_what_is_cancelled_leaves_the_queue(letters):
-    async def ask():
-        engine = Engine(letters, letters, 3, max_batch=1)
-        running, *waiting = engine.submit(*[Prompt([1], 4)] * 4)
-        assert letters.begun.acquire(timeout=60)
-        for answer in waiting:
-            engine.cancel(answer)
-            assert await text_of(answer) == ""
-        assert not engine._waiting
-        letters.go.release(4)
-        assert await text_of(running) == "abcd"
-        engine.end()
-
-    asyncio.run(ask())
+    serve(ask)
 
 
-def test_a_token_that_the_tokenizer_has_not_ends_its_row_alone(letters):
-    async def ask():
-        engine = Engine(letters, letters, 5)
+def test_a_token_that_the_tokenizer_has_not_ends_its_row_alone(serve, letters):
+    async def ask(engine):
         engine.num_ids = 99  # so that "c" is none
         long, short = engine.submit(Prompt([1], 5), Prompt([1], 2))
         letters.go.release(10)
         with pytest.raises(ValueError, match="token 99, of which its tokenizer knows nothing"):
             await text_of(long)
         assert await text_of(short) == "ab"
-        engine.end()
 
-    asyncio.run(ask())
+    serve(ask)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.valm.explain.conftest import kb, make_model, model
-from tests.valm.serving.test_api import JSON, running
+from tests.valm.serving.test_api import running
 from valm.errors import ValmError
 from valm.explain.explanation import explain
 from valm.serving import page as page_module
@@ -99,9 +98,7 @@ def test_what_the_page_asks_is_answered(server):
         ({"images": "other"}, "images is 'other', expected one of retrieved, random, uploaded, none"),
         ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "bm8="}]}, "cannot read the image a.png"),
         ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "{}"}]}, "are not in base64"),
-        ({"prompt": "red " * 10_000}, "prompt does not fit"),
         ({"k": 10**9}, "K is 1000000000, expected 1 to"),
-        ({"k": 0}, "K is 0, expected 1 to"),
         ({"k": "3"}, "k does not fit: got '3'"),
         ({"answers": "red,,blue"}, "the answer '' has no tokens"),
     ],
@@ -117,17 +114,6 @@ def test_a_panic_of_the_tokenizer_is_one_sentence(server, page, monkeypatch):
     monkeypatch.setattr(page, "explanations", lambda asked: endless.encode(asked.prompt))
     status, answer = server.ask("/explain", {"prompt": "a" * 200 + "b", "images": "none"})
     assert status == 400 and "a tokenizer stopped; its tokenizer.json is damaged" in answer["error"]["message"]
-
-
-def test_pages_elsewhere_ask_nothing(server):
-    body = json.dumps({"prompt": TEXT, "images": "none"})
-    own = f"http://127.0.0.1:{server.port}"
-    statuses = {
-        origin: server.ask("/explain", body, headers=JSON | ({"Origin": origin} if origin else {}))[0]
-        for origin in (None, own, "http://127.0.0.1:1", "http://evil.example", "null")
-    }
-    assert list(statuses.values()) == [200, 200, 403, 403, 403]
-    assert server.ask("/explain", body, headers={"Content-Type": "text/plain"})[0] == 415
 
 
 def test_too_many_bytes_are_refused(server, monkeypatch):

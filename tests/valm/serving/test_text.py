@@ -40,19 +40,6 @@ def test_a_special_token_is_a_stop_text_too():
     assert not stopped and "".join(parts) == " is blue and green"
 
 
-@pytest.mark.parametrize(
-    "stop, expected", [(("grass",), " is blue! the "), (("zebra", "e! t"), " is blu"), ((" is",), "")]
-)
-def test_nothing_of_a_stop_text_is_written(stop, expected):
-    parts, stopped = written(gpt2_like(), "the sky", " is blue! the grass is green", stop)
-    assert stopped and "".join(parts) == expected
-
-
-def test_what_only_begins_as_a_stop_text_is_written():
-    parts, stopped = written(gpt2_like(), "the sky", " is blue! the gras", ("grass",))
-    assert not stopped and "".join(parts) == " is blue! the gras"
-
-
 @pytest.mark.parametrize("make_tokenizer", [gpt2_like, llama_like])
 def test_stop_texts_of_characters_of_several_tokens(make_tokenizer):
     """An answer ends where the first stop text begins, wherever its tokens do."""

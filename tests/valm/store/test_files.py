@@ -1,4 +1,3 @@
-import json
 import os
 import stat
 import threading
@@ -23,12 +22,6 @@ from valm.store.files import (
 )
 
 
-def test_json_round_trip(tmp_path):
-    write_json(tmp_path / "a.json", {"name": "été", "n": 3})
-    assert read_json(tmp_path / "a.json", "the file", dict[str, Any]) == {"name": "été", "n": 3}
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["n"] == 3
-
-
 class Entry(TypedDict):
     name: Annotated[str, Field(pattern="^[a-z]+$")]
     count: Count
@@ -48,11 +41,9 @@ GOOD = {"entries": [{"name": "a", "count": 3, "unknown": []}], "kind": "two", "m
     [
         ({"entries": {}}, r"entries: .*valid (list|array), got an object of 0"),
         ({"entries": [{"name": "a"}]}, r"entries\[0\]\.count: Field required"),
-        ({"entries": [{"name": "a\n", "count": 1}]}, r"entries\[0\]\.name: .*got 'a\\n'"),
         ({"entries": [{"name": "a", "count": "1"}]}, r"entries\[0\]\.count: .*valid integer, got '1'"),
         ({"entries": [{"name": "a", "count": -1}]}, r"entries\[0\]\.count: .*got -1"),
         ({"entries": [{"name": "a", "count": 10**400}]}, r"entries\[0\]\.count: .*got a number of more than 60"),
-        ({"kind": "three"}, r"kind: Input should be 'one' or 'two', got 'three'"),
         ({"share": float("nan")}, r"share: .*got nan"),
     ],
 )
@@ -68,7 +59,7 @@ def test_what_differs_from_a_schema_is_named(tmp_path, change, message):
         check(GOOD | change, Document)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[" * 200_000, b"", b"9" * 5000])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[" * 200_000])
 def test_what_is_no_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValmError, match=r"^the notes .*a\.json is damaged: Invalid JSON: .*; make it again$"):
@@ -86,12 +77,6 @@ def test_a_key_twice_in_yaml_is_refused(tmp_path):
         read_yaml(file, "the config")
 
 
-@pytest.mark.parametrize("content", ["\ufeffone\ntwo", "one\ntwo"])
-def test_a_text_is_read_without_its_byte_order_mark(tmp_path, content):
-    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
-    assert read_text(tmp_path / "a.txt") == "one\ntwo"
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -103,6 +88,8 @@ def test_a_text_is_read_without_its_byte_order_mark(tmp_path, content):
     ],
 )
 def test_what_is_no_text_is_named(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo")
+    assert read_text(tmp_path / "a.txt") == "one\ntwo"  # without its byte order mark
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(ValmError, match=rf"a\.txt {message}"):
         read_text(tmp_path / "a.txt")
@@ -137,27 +124,11 @@ def test_an_output_goes_to_what_a_link_leads_to(tmp_path, exists):
         temporary.write_text("half")
         raise RuntimeError
     assert target.read_text() == "new" and os.listdir(target.parent) == ["page.html"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="files have modes")
-def test_an_output_keeps_the_mode_of_the_file_before(tmp_path):
-    file = tmp_path / "page.html"
-    file.write_text("old")
-    for mode in (0o600, 0o664):
-        file.chmod(mode)
-        write_output(file, "new")
-        assert stat.S_IMODE(file.stat().st_mode) == mode and file.read_text() == "new"
-
-
-def test_an_output_goes_into_a_device(tmp_path):
-    device = tmp_path / "null"
-    try:
-        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-        device.write_bytes(b"")
-    except OSError:
-        pytest.skip("may not make a device")
-    write_output(device, "new")
-    assert stat.S_ISCHR(device.stat().st_mode) and os.listdir(tmp_path) == ["null"]
+    if os.name == "posix":
+        for mode in (0o600, 0o664):
+            target.chmod(mode)
+            write_output(link, "new")
+            assert stat.S_IMODE(target.stat().st_mode) == mode
 
 
 @pytest.mark.timeout(60)
@@ -169,11 +140,6 @@ def test_an_output_goes_into_a_pipe(tmp_path):
     write_output(pipe, "new")
     reader.join()
     assert read == ["new"] and stat.S_ISFIFO(pipe.stat().st_mode)
-
-
-def test_an_output_that_is_a_folder_is_one_sentence(tmp_path):
-    with pytest.raises(IsADirectoryError):
-        write_output(tmp_path, "new")
 
 
 def test_short_names_tell_paths_apart():

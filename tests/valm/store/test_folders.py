@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 
 from tests.valm.models import tiny_model
 from valm.store import folders
-from valm.store.folders import NEW_FOLDER, atomic_folder, current_files, remove_folder, replaced_files
-from valm_kernels.atomic_files import is_temporary, remove_leftovers
+from valm.store.folders import NEW_FOLDER, atomic_folder, current_files, replaced_files
 
 
-def write(folder, **contents):
+def write(folder, contents):
     with replaced_files(folder, "the model") as temporary:
         for name, content in contents.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(content)
 
 
 def contents(folder):
-    return {file.name: file.read_text() for file in folder.iterdir()}
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_folder_appears_whole(tmp_path):
@@ -48,28 +48,11 @@ def test_folders_in_a_folder_stay_open(tmp_path):
     assert (tmp_path / "folder" / "inner" / "file").stat().st_mode & 0o777 == mode & 0o666
 
 
-def test_a_removed_folder_is_gone_at_once(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "file").touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(folders.shutil, "rmtree", lambda *path, **options: None)  # killed there
-        remove_folder(tmp_path / "folder")
-    (left,) = tmp_path.iterdir()
-    assert is_temporary(left.name)
-    remove_leftovers(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 def test_files_take_the_places_of_the_old_ones(tmp_path):
-    write(tmp_path, a="1", b="1")
+    write(tmp_path, {"a": "1", "b": "1", "templates/tool.jinja": "1"})
     (tmp_path / "notes").write_text("mine")
-    write(tmp_path, a="2", c="2")
-    assert contents(tmp_path) == {
-        "a": "2",
-        "b": "1",
-        "c": "2",
-        "notes": "mine",
-    }
+    write(tmp_path, {"a": "2", "c": "2", "templates/tool.jinja": "2"})
+    assert contents(tmp_path) == {"a": "2", "b": "1", "c": "2", "notes": "mine", "templates/tool.jinja": "2"}
     assert current_files(tmp_path) == tmp_path
 
 
@@ -103,14 +86,14 @@ def test_a_file_system_without_modes_is_written(tmp_path, monkeypatch):
 
 
 def test_until_all_are_there_the_new_ones_count(tmp_path, monkeypatch):
-    write(tmp_path, a="1")
+    write(tmp_path, {"a": "1"})
     with monkeypatch.context() as patch:
         patch.setattr(folders, "link", Mock(side_effect=OSError(28, "No space left")))
         with pytest.raises(OSError, match="No space left"):
-            write(tmp_path, a="2")
+            write(tmp_path, {"a": "2"})
     assert (tmp_path / "a").read_text() == "1"
     assert current_files(tmp_path) == tmp_path / NEW_FOLDER and (tmp_path / NEW_FOLDER / "a").read_text() == "2"
-    write(tmp_path, b="3")
+    write(tmp_path, {"b": "3"})
     assert contents(tmp_path) == {"a": "2", "b": "3"}
 
 
@@ -119,22 +102,11 @@ def test_another_writer_is_waited_for_and_then_named(tmp_path, monkeypatch):
     with replaced_files(tmp_path, "the model") as temporary:
         (temporary / "a").write_text("1")
         with pytest.raises(TimeoutError, match="another process is writing there"):
-            write(tmp_path, a="2")
+            write(tmp_path, {"a": "2"})
     assert (tmp_path / "a").read_text() == "1"
-
-
-def test_files_in_folders_are_replaced_too(tmp_path):
-    for value in ("1", "2"):
-        with replaced_files(tmp_path, "the model") as temporary:
-            (temporary / "templates").mkdir()
-            (temporary / "templates" / "tool.jinja").write_text(value)
-    assert (tmp_path / "templates" / "tool.jinja").read_text() == "2"
-    assert current_files(tmp_path) == tmp_path
 
 
 def test_a_checkpoint_takes_the_place_of_an_adapter(tmp_path):
     for names in (("image_fusion.json", "image_fusion.safetensors"), ("config.json", "model.safetensors")):
-        with replaced_files(tmp_path, "the model") as temporary:
-            for name in names:
-                (temporary / name).write_text("{}")
+        write(tmp_path, dict.fromkeys(names, "{}"))
     assert set(contents(tmp_path)) == {"config.json", "model.safetensors"}

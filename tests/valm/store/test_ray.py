@@ -7,22 +7,18 @@ import shutil
 import socket
 import sys
 import threading
-import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.valm.store.manifests import contents
 from tests.valm.tiny_clip import TEXTS
 from valm.cli import main
 from valm.corpus.retrieved import retrieve_corpus
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
-from valm.knowledge_base.build import build
-from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.ray_index import ShardedIndex
@@ -119,80 +115,33 @@ def killing(cluster, node, folder, pattern):
         thread.join()
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
-
-
-def work_until_killed(number, part, progress, *, out, victim):
-    """On the node `victim` it does not get further than to say that it has begun."""
-    import ray
-
-    if part == "wrong":
-        raise ValmError("this part is wrong")
-    progress.begin(10)
-    if ray.get_runtime_context().get_node_id() == victim:
-        (out / f"begun-{number}").touch()
-        time.sleep(100)
-    (out / str(number)).write_text(part)
-    progress.advance(10, skipped=1)
-
-
-@pytest.mark.slow
-def test_what_was_begun_on_a_lost_node_is_begun_again(cluster, add_node, tmp_path):
-    victim, _ = add_node(num_gpus=1), add_node(num_gpus=1)
-    work = partial(work_until_killed, out=tmp_path, victim=victim.node_id)
-    with killing(cluster, victim, tmp_path, "begun-*"), ProgressBar("x", " x", None, False) as bar:
-        RayRun("auto", gpus=1)(work, enumerate("abcdefgh"), bar)
-    assert "".join((tmp_path / str(number)).read_text() for number in range(8)) == "abcdefgh"
-    with pytest.raises(ValmError, match=r"^this part is wrong$"), ProgressBar("x", " x", None, False) as bar:
-        RayRun("auto")(work, enumerate(["a", "wrong", "b"]), bar)
-
-
-def work_that_crashes(number, part, progress):
-    os._exit(1)
+def work_that_fails(number, part, progress):
+    if part == "crashes":
+        os._exit(1)
+    raise ValmError("this part is wrong")
 
 
 @pytest.mark.slow
 def test_what_ray_gives_up_is_one_sentence(cluster, add_node, make_kb, monkeypatch):
     monkeypatch.setattr(ray_run, "MAX_RETRIES", 0)
     add_node(), add_node(num_cpus=2)
-    with pytest.raises(ValmError, match="no machine of the Ray cluster has the 3 cores and 0 GPUs"):
-        RayRun("auto", cpus=3)
-    with pytest.raises(ValmError, match=r"the 2 cores and 1 GPUs that a task asks for: give less --cpus"):
-        RayRun("auto", cpus=2, gpus=1)
-    with (
-        pytest.raises(ValmError, match=r"^a shard was given up on the Ray cluster: .*\(WorkerCrashedError\); once"),
-        ProgressBar("x", " x", None, False) as bar,
+    for room, message in (
+        ({"cpus": 3}, "no machine of the Ray cluster has the 3 cores and 0 GPUs"),
+        ({"cpus": 2, "gpus": 1}, "the 2 cores and 1 GPUs that a task asks for: give less --cpus"),
     ):
-        RayRun("auto")(work_that_crashes, enumerate("ab"), bar)
+        with pytest.raises(ValmError, match=message):
+            RayRun("auto", **room)
+    for part, message in (
+        ("crashes", r"^a shard was given up on the Ray cluster: .*\(WorkerCrashedError\); once"),
+        ("fails", "^this part is wrong$"),
+    ):
+        with pytest.raises(ValmError, match=message), ProgressBar("x", " x", None, False) as bar:
+            RayRun("auto")(work_that_fails, enumerate([part, part]), bar)
     kb = make_kb(4)
     shutil.rmtree(kb.path)
     index = ShardedIndex(kb, 1, "auto")
-    with pytest.raises(
-        ValmError, match=rf"^a search actor was given up .*no knowledge base at {kb.path}.*ActorDiedError"
-    ):
+    with pytest.raises(ValmError, match=rf"^a search actor was given up .*no knowledge base at {kb.path}.*ActorDied"):
         index.search(torch.ones(1, kb.dim), 1)
-
-
-@pytest.mark.slow
-def test_a_knowledge_base_while_a_node_is_killed(cluster, add_node, clip, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    random = np.random.default_rng(0)
-    for number in range(60):
-        pixels = random.integers(0, 256, (300, 200, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number:03d}.png")
-    (tmp_path / "pictures" / "broken.png").write_text("no picture")
-
-    def built(name, **options):
-        source = FolderSource(tmp_path / "pictures", shard_size=3)
-        return build(source, tmp_path / name, clip, progress=False, **options)
-
-    here = built("here")
-    victim, _ = add_node(), add_node()
-    with killing(cluster, victim, tmp_path / "there", "shard-00004.json"):
-        there = built("there", run=RayRun("auto"))
-    assert len(there.manifest["shards"]) == 21
-    assert contents(there.path) == contents(here.path)
 
 
 @pytest.mark.slow

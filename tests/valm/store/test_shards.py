@@ -4,10 +4,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from tests.valm.store.manifests import edit_manifest
+from tests.valm.store.manifests import contents, edit_manifest
 from valm.errors import ValmError
 from valm.store import shards
-from valm.store.files import read_json
 from valm.store.shards import (
     Manifest,
     ProgressBar,
@@ -52,10 +51,6 @@ def run_backwards(work, shards, progress):
     run_here(work, reversed(list(shards)), progress)
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def finish(build):
     build.finish({"format": "valm heap", "version": 3})
 
@@ -87,33 +82,24 @@ def test_killed_between_the_manifest_and_the_end(tmp_path):
     for name in ("build.json", "shard-00001.json"):
         (tmp_path / name).write_bytes(left[name])
     again = build(tmp_path)
-    assert again.finished and len(again.done()) == 2
-    assert contents(tmp_path) == finished
-
-
-def test_the_manifest_is_read_once_in_a_build(tmp_path, monkeypatch):
-    started = build(tmp_path)
-    started.write(write(tmp_path, []), [4, 5], run_here, Silent())
-    finish(started)
-    read = []
-    monkeypatch.setattr(shards, "read_json", lambda path, *how: read.append(path.name) or read_json(path, *how))
-    again = build(tmp_path)
     with again.writing():
-        again.write(write(tmp_path, []), [4, 5], run_here, Silent())
         assert again.finished and len(again.done()) == 2
-    assert read == ["manifest.json"]
+    assert contents(tmp_path) == finished
 
 
 @pytest.mark.parametrize("end", [finish, ShardedBuild.abandon])
 def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
     started = build(tmp_path)
+    started.write(write(started.out, []), [4, 5], run_here, Silent())
     names = ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss")
     for name in names:
         temporary_name(tmp_path / name).touch()
     (tmp_path / "notes.tmp").touch()
     with temporary_file(tmp_path / "index.faiss") as of_a_writer_that_lives:
         end(started)
-        assert set(tmp_path.glob("*.tmp")) == {of_a_writer_that_lives, tmp_path / "notes.tmp"}
+        there = {of_a_writer_that_lives, tmp_path / "notes.tmp"}
+        assert set(tmp_path.glob("*.tmp")) == there
+        assert end is finish or set(tmp_path.iterdir()) == there
 
 
 def test_another_writer_is_refused_and_finds_what_was_finished(tmp_path, monkeypatch):
@@ -130,9 +116,7 @@ def test_another_writer_is_refused_and_finds_what_was_finished(tmp_path, monkeyp
 
 def test_what_differs_from_the_plan_is_named(tmp_path):
     started = build(tmp_path)
-    with pytest.raises(
-        ValmError, match="holds another unfinished heap: its size is 3, here it is 4; delete it or choose"
-    ):
+    with pytest.raises(ValmError, match="another unfinished heap: its size is 3, here it is 4; delete it or choose"):
         build(tmp_path, {**PLAN, "size": 4, "colour": "red"})
     finish(started)
     with pytest.raises(ValmError, match=r"holds another heap: its (size|source) is .*; choose another folder"):
@@ -142,41 +126,51 @@ def test_what_differs_from_the_plan_is_named(tmp_path):
         build(tmp_path)
 
 
-def test_abandoning_leaves_nothing(tmp_path):
-    started = build(tmp_path)
-    started.write(write(started.out, []), [4, 5], run_here, Silent())
-    started.abandon()
-    assert contents(tmp_path) == {}
+def opened(folder, what="heap", version=3):
+    return open_manifest(folder, what, version, f"make {what}", Manifest)
+
+
+def finished(folder, **change):
+    """A folder of one shard, the entry of whose file has a `change`."""
+    started = build(folder)
+    started.write(write(folder, []), [3], run_here, Silent())
+    finish(started)
+    (shard,) = json.loads((folder / "manifest.json").read_text())["shards"]
+    shard["files"][0] |= change
+    edit_manifest(folder, shards=[shard])
+    return folder
 
 
 def test_a_folder_of_another_format_or_version_is_named(tmp_path):
-    with pytest.raises(ValmError, match=r"no heap at .*none: there is no such folder"):
-        open_manifest(tmp_path / "none", "heap", 3, "make heap", Manifest)
-    with pytest.raises(ValmError, match=r"is not a heap: it has no manifest\.json; make one with `make heap`"):
-        open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
-    started = build(tmp_path)
-    with pytest.raises(ValmError, match="is unfinished; run `make heap` again, it resumes where it stopped"):
-        open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
-    started.write(write(started.out, []), [4], run_here, Silent())
-    finish(started)
-    with pytest.raises(ValmError, match="is not the manifest of a pile"):
-        open_manifest(tmp_path, "pile", 3, "make pile", Manifest)
-    with pytest.raises(ValmError, match="has format version 3, this valm reads 4; make it again"):
-        open_manifest(tmp_path, "heap", 4, "make heap", Manifest)
+    def fails(message, folder=tmp_path, what="heap", version=3):
+        with pytest.raises(ValmError, match=message):
+            opened(folder, what, version)
+
+    fails(r"no heap at .*none: there is no such folder", tmp_path / "none")
+    fails(r"is not a heap: it has no manifest\.json; make one with `make heap`")
+    build(tmp_path)
+    fails("is unfinished; run `make heap` again, it resumes where it stopped")
+    finished(tmp_path)
+    fails("is not the manifest of a pile", what="pile")
+    fails("has format version 3, this valm reads 4; make it again", version=4)
     (tmp_path / "numbers-00000.npy").unlink()
-    with pytest.raises(ValmError, match=r"numbers-00000\.npy is missing; make it again"):
-        open_manifest(tmp_path, "heap", 3, "make heap", Manifest)
+    fails(r"numbers-00000\.npy is missing; make it again")
 
 
-def test_an_array_is_what_the_manifest_says(tmp_path):
-    np.save(tmp_path / "a.npy", np.arange(4, dtype=np.int32))
-    assert isinstance(open_array(tmp_path / "a.npy", (4,), np.int32), np.memmap)
+def test_an_array_is_what_the_manifest_says(tmp_path, monkeypatch):
+    file = tmp_path / "a.npy"
+    np.save(file, np.arange(4, dtype=np.int32))
+    assert isinstance(open_array(file, (4,), np.int32), np.memmap)
     for shape, dtype in (((5,), np.int32), ((4,), np.int64)):
         with pytest.raises(ValmError, match=r"a\.npy holds int32 \(4,\), the manifest says"):
-            open_array(tmp_path / "a.npy", shape, dtype)
-    (tmp_path / "a.npy").write_text(json.dumps([1, 2]))
-    with pytest.raises(ValmError, match=r"a\.npy is damaged"):
-        open_array(tmp_path / "a.npy", (4,), np.int32)
+            open_array(file, shape, dtype)
+    for content in (b"", b"[1, 2]", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((("):
+        file.write_bytes(content)
+        with pytest.raises(ValmError, match=r"a\.npy is damaged: .*; make it again"):
+            open_array(file, (4,), np.int32)
+    monkeypatch.setattr(np, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(PermissionError):  # not damaged
+        open_array(file, (4,), np.int32)
 
 
 def test_the_bar_guesses_the_whole_from_the_shards_begun(capsys):
@@ -198,22 +192,6 @@ def outside(tmp_path):
     file = tmp_path / "outside" / "numbers-00000.npy"
     np.save(file, np.arange(3))
     return file
-
-
-def finished(folder, **change):
-    build = ShardedBuild(folder, "heap", PLAN)
-    files = ShardFiles(folder, 0)
-    files.write_array("numbers", np.arange(3))
-    files.finish(count=3)
-    build.finish({"format": "valm heap", "version": 1})
-    (shard,) = json.loads((folder / "manifest.json").read_text())["shards"]
-    shard["files"][0] |= change
-    edit_manifest(folder, shards=[shard])
-    return folder
-
-
-def opened(folder):
-    return open_manifest(folder, "heap", 1, "make heap", Manifest)
 
 
 def test_a_manifest_with_one_changed_bit_is_refused(tmp_path):
@@ -240,11 +218,7 @@ def test_a_manifest_with_one_changed_bit_is_refused(tmp_path):
         "numbers-x/../../outside/stolen.npy",
         "/etc/passwd",
         "numbers-00000.npy\n",
-        "numbers-00000.npy\0",
-        "numbers-00000.py",
         "numbers-00001.npy",
-        ".",
-        "",
     ],
 )
 def test_names_that_are_not_ours_are_neither_read_nor_deleted(tmp_path, outside, name):
@@ -271,18 +245,3 @@ def test_links_out_of_the_folder_are_refused(tmp_path, outside):
         (folder / name).symlink_to(outside)
         with pytest.raises(PermissionError, match=r"leads out of its folder"):
             opened(folder)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\x93NUMPY\x01\x00", b"x" * 200, b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((("]
-)
-def test_damaged_headers(tmp_path, content):
-    (tmp_path / "numbers.npy").write_bytes(content)
-    with pytest.raises(ValmError, match=r"numbers\.npy is damaged: .*; make it again"):
-        open_array(tmp_path / "numbers.npy", (3,), np.int64)
-
-
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(np, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
-    with pytest.raises(PermissionError):
-        open_array(tmp_path / "numbers.npy", (3,), np.int64)

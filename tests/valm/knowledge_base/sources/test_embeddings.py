@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,44 +30,40 @@ def test_embeddings(clip, tmp_path):
 
 
 def test_wrong_embeddings(clip, tmp_path):
-    with pytest.raises(ValmError, match="no embeddings in"):
-        build(EmbeddingSource(tmp_path), tmp_path / "kb", clip)
     vectors = np.ones((2, clip.embed_dim), np.float16)
+    two = {"url": ["a", "b"]}
 
-    def fails(message, number=0):
+    def fails(message, change=lambda: None):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        write_embeddings(tmp_path, 0, vectors, **two)
+        change()
         with pytest.raises(ValmError, match=message):
-            build(EmbeddingSource(tmp_path), tmp_path / f"kb-{message[:5]}", clip, progress=False)
+            build(EmbeddingSource(tmp_path), tmp_path / "kb", clip, progress=False)
 
-    write_embeddings(tmp_path, 0, vectors, url=["a"])
-    fails(r"img_emb_0\.npy has 2 vectors, but .*metadata_0\.parquet 1 rows")
-    write_embeddings(tmp_path, 0, vectors[:, :3], url=["a", "b"])
-    fails(r"holds float16 \(2, 3\), expected floats \(N, 16\) for this CLIP")
-    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
-    (tmp_path / "metadata" / "metadata_0.parquet").write_bytes(b"PAR1")
-    fails(r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet")
-    (tmp_path / "metadata" / "metadata_0.parquet").rename(tmp_path / "metadata" / "metadata.parquet")
-    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
-    fails(r"metadata/metadata\.parquet and metadata_0\.parquet both have the number 0; give each")
-    (tmp_path / "metadata" / "metadata.parquet").unlink()
-    np.save(tmp_path / "img_emb" / "img_emb_00.npy", vectors)
-    fails(r"img_emb_0\.npy and img_emb_00\.npy both have the number 0")
-    (tmp_path / "img_emb" / "img_emb_00.npy").unlink()
-    (tmp_path / "metadata" / "metadata_0.parquet").unlink()
-    fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet")
-    write_embeddings(tmp_path, 0, vectors, url=["a", "b"])
-    write_embeddings(tmp_path, 1, vectors, url=["a", "b"])
-    (tmp_path / "img_emb" / "img_emb_1.npy").unlink()
-    fails(r"metadata_1\.parquet has no embeddings: expected img_emb/img_emb_1\.npy")
-
-
-@pytest.mark.parametrize("kind", ["struct", "list", "two of one name"])
-def test_odd_captions_of_embeddings_are_named(clip, tmp_path, kind):
-    (tmp_path / "img_emb").mkdir()
-    (tmp_path / "metadata").mkdir()
-    np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.ones((2, clip.embed_dim), np.float32))
-    captions = {"struct": [{"a": 1}] * 2, "list": [["a"]] * 2, "two of one name": ["a", "b"]}[kind]
-    columns = [pa.array(captions)] * (2 if kind == "two of one name" else 1)
-    table = pa.Table.from_arrays(columns, names=["caption"] * len(columns))
-    pq.write_table(table, tmp_path / "metadata" / "metadata_0.parquet")
-    with pytest.raises(ValmError, match=r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet: "):
-        build(EmbeddingSource(tmp_path), tmp_path / "kb", clip, progress=False)
+    of_vectors, of_metadata = tmp_path / "img_emb", tmp_path / "metadata"
+    table = of_metadata / "metadata_0.parquet"
+    fails("no embeddings in", (of_vectors / "img_emb_0.npy").unlink)
+    fails(
+        r"img_emb_0\.npy has 2 vectors, but .*parquet 1 rows", lambda: write_embeddings(tmp_path, 0, vectors, url=["a"])
+    )
+    fails(
+        r"holds float16 \(2, 3\), expected floats \(N, 16\) for this CLIP",
+        lambda: write_embeddings(tmp_path, 0, vectors[:, :3], **two),
+    )
+    fails(r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet", lambda: table.write_bytes(b"PAR1"))
+    fails(
+        r"metadata/metadata\.parquet and metadata_0\.parquet both have the number 0; give each",
+        lambda: (of_metadata / "metadata.parquet").write_bytes(b""),
+    )
+    fails(r"img_emb_0\.npy and img_emb_00\.npy both", lambda: np.save(of_vectors / "img_emb_00.npy", vectors))
+    fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet", table.unlink)
+    fails(
+        r"metadata_1\.parquet has no embeddings: expected img_emb/img_emb_1\.npy",
+        lambda: pq.write_table(pa.table(two), of_metadata / "metadata_1.parquet"),
+    )
+    odd = {"struct": [{"a": 1}] * 2, "list": [["a"]] * 2}
+    for captions in odd.values():
+        fails(
+            r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet: ",
+            lambda captions=captions: pq.write_table(pa.table({"caption": captions}), table),
+        )

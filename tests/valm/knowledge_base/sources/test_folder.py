@@ -1,14 +1,11 @@
 import errno
 import io
 import os
-import signal
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.valm.killed import exit_code_if_killed, needs_fork
-from tests.valm.knowledge_base.inputs import COUNT, build_folder, contents, png, touch
+from tests.valm.knowledge_base.inputs import COUNT, build_folder, png, touch
 from valm.clip.read_image import read_image
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
@@ -61,25 +58,21 @@ def test_a_table_that_was_not_read_is_among_the_files_ignored(tmp_path):
     assert "such as 'pics/a.png'" in unused and without == none
 
 
-def test_pictures_are_found_in_order(tmp_path):
-    touch(tmp_path, "b.JPG", "a/z.png", "a/.hidden.png", ".git/x.png", "notes.txt", "c.webp")
-    assert find_images(tmp_path).images == ["a/z.png", "b.JPG", "c.webp"]
+def test_pictures_are_found_in_order_and_what_is_passed_over_is_counted(tmp_path):
+    touch(tmp_path, "b.JPG", "a/z.png", "a/.hidden.png", ".git/x.png", "c.webp", "x.svg", "b/y.svg", "README")
+    found = find_images(tmp_path)
+    assert (found.images, found.ignored) == (["a/z.png", "b.JPG", "c.webp"], {".svg": 2, "": 1})
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(ValmError, match=r"no folder .*nowhere"):
-        find_images(tmp_path / "nowhere")
     touch(tmp_path, "notes.txt")
-    with pytest.raises(ValmError, match="is not a folder"):
-        find_images(tmp_path / "notes.txt")
-    with pytest.raises(ValmError, match=r"no images in .*looked for files ending in .*\.png"):
-        find_images(tmp_path)
-
-
-def test_what_is_passed_over_is_counted(tmp_path):
-    touch(tmp_path, "a.png", "x.svg", "b/y.svg", "README", ".hidden")
-    found = find_images(tmp_path)
-    assert (found.images, found.ignored) == (["a.png"], {".svg": 2, "": 1})
+    for folder, message in (
+        (tmp_path / "nowhere", r"no folder .*nowhere"),
+        (tmp_path / "notes.txt", "is not a folder"),
+        (tmp_path, r"no images in .*looked for files ending in .*\.png"),
+    ):
+        with pytest.raises(ValmError, match=message):
+            find_images(folder)
 
 
 def test_links_are_followed_once(tmp_path):
@@ -108,9 +101,8 @@ def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
 def test_formats_that_are_not_read_have_a_remedy(tmp_path):
     """By the suffix in a folder, by the content of a file: phones write HEIC that is named .jpg."""
     (tmp_path / "a.HEIC").touch()
-    with pytest.raises(
-        ValmError, match=r"no images in .*; HEIC is not read: convert it to JPEG, such as by ImageMagick"
-    ):
+    message = r"no images in .*; HEIC is not read: convert it to JPEG, such as by ImageMagick"
+    with pytest.raises(ValmError, match=message):
         find_images(tmp_path)
     heic, svg = b"\0\0\0\x24ftypheic\0\0\0\0mif1", b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
     for content, remedy in ((heic, "it is HEIC, convert it to JPEG"), (svg, "it is SVG, draw it as PNG")):
@@ -149,6 +141,7 @@ def test_images_captions_and_what_is_skipped(table, clip, tmp_path, monkeypatch)
     assert "not a picture" in skipped["images/2.png"] and "no file" in skipped["images/none.png"]
     assert skipped["table.csv, row 8"] == "it names no image"
     assert kb.manifest["plan"]["source"] == "table"
+    assert len(build(TableSource("data/table.csv"), tmp_path / "kb", clip, progress=False)) == 4  # just opened
 
 
 def test_tabs_absolute_paths_and_named_columns(table, tmp_path):
@@ -172,27 +165,3 @@ def test_wrong_tables(table, tmp_path):
     table.write_text("image,caption\n")
     with pytest.raises(ValmError, match=r"the table .*table\.csv has a header but no rows"):
         TableSource(table)
-
-
-@needs_fork
-@pytest.mark.parametrize("point", [2, 7])
-def test_a_killed_build_goes_on_to_the_same_bytes(table, clip, tmp_path, point):
-    def run(name):
-        return build(TableSource(table, shard_size=2), tmp_path / name, clip, progress=False)
-
-    whole = run("whole")
-    assert [shard["count"] for shard in whole.manifest["shards"]] == [2, 1, 1, 0]
-    assert exit_code_if_killed(lambda: run("killed"), point) == -signal.SIGKILL
-    assert np.array_equal(run("killed").vectors(), whole.vectors())
-    assert contents(tmp_path / "killed") == contents(whole.path)
-
-
-@pytest.mark.parametrize("change", ["caption", "image"])
-def test_a_table_that_has_changed_is_refused(table, clip, tmp_path, change):
-    build(TableSource(table), tmp_path / "kb", clip, progress=False)
-    if change == "caption":
-        table.write_text(table.read_text().replace("again", "once more"))
-    else:
-        (table.parent / "images" / "1.png").write_bytes(png(1) + b"longer")
-    with pytest.raises(ValmError, match="holds another knowledge base: its fingerprint is "):
-        build(TableSource(table), tmp_path / "kb", clip, progress=False)

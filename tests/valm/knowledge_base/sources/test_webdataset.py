@@ -10,7 +10,6 @@ from PIL import Image
 from tests.valm.knowledge_base.inputs import png, write_tar
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
-from valm.knowledge_base.sources import webdataset
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 
 
@@ -56,17 +55,6 @@ def test_archives_lead_nowhere_else(clip, tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if kb.path not in (path, *path.parents)) == before
 
 
-def test_an_archive_that_is_cut_is_listed(tars, clip, tmp_path):
-    whole = (tars / "00001.tar").read_bytes()
-    (tars / "00001.tar").write_bytes(whole[:1300])
-    (tars / "00002.tar").write_bytes(b"this is not an archive")
-    kb = build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
-    assert [kb.item(i).uri for i in range(len(kb))] == ["00000.tar/000.png", "00000.tar/002.png"]
-    skipped = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
-    assert set(skipped) == {"00000.tar/001.png", "00001.tar/../../escape.png", "00001.tar", "00002.tar"}
-    assert skipped["00001.tar"].startswith("the archive ends early")
-
-
 def test_images_that_are_not_read_are_listed(clip, tmp_path):
     names = ["a.png", "a.mask.png", "photo.v2.png", "2024.05.01.png", "h.heic", "note.md", "x/._a.png"]
     write_tar(tmp_path / "0.tar", [(name, png(0)) for name in names])
@@ -101,17 +89,11 @@ def damaged_archives():
     pax = b"30 mtime=what is not a number\n"
     return {
         "flipped bit in a header": (bytes(flipped), 1),
-        "zeros for a header": (whole[:second] + bytes(512) + whole[second + 512 :] + end, 1),
         "cut inside a header": (whole[: third + 100], 2),
-        "cut between two members": (whole[:third], 2),
+        "cut inside a caption": (whole + header("a.txt", 1000) + b"a red", 3),
         "no end": (whole, 3),
-        "pax header of nonsense": (whole + header("x", len(pax), tarfile.XHDTYPE) + padded(pax) + end, 3),
-        "sparse header of nonsense": (
-            whole + header("x", 20, tarfile.XHDTYPE) + padded(b"20 GNU.sparse.map=x\n") + members[0] + end,
-            3,
-        ),
         "member of less than nothing": (whole + header("a.png", -1024) + end, 3),
-        "member without an end": (whole + header("a.txt", 1 << 80) + end, 3),
+        "pax header of nonsense": (whole + header("x", len(pax), tarfile.XHDTYPE) + padded(pax) + end, 3),
         "headers of headers": (whole + 2000 * (header("x", 1, tarfile.GNUTYPE_LONGNAME) + padded(b"x")) + end, 3),
     }
 
@@ -157,8 +139,8 @@ def test_captions_and_doubles_in_archives(clip, tmp_path):
             (b"b.json", rb'{"caption": "half \ud83d of it"}'),
             (b"b.png", png(2)),
             (b"c\xe9.png", png(3)),
-            (b"d.png", png(4)),
             (b"d.json", b"{"),
+            (b"d.png", png(4)),
         ):
             info = tarfile.TarInfo(os.fsdecode(name))
             info.size = len(content)
@@ -186,22 +168,6 @@ def test_an_archive_that_cannot_be_read_now_is_an_error(tars, clip, tmp_path, mo
         patched.setattr(tarfile, "open", failing)
         build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
     assert len(build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)) == 4
-
-
-def test_a_webdataset_build_goes_on(tars, clip, tmp_path, monkeypatch):
-    whole = build(WebdatasetSource(tars), tmp_path / "whole", clip, progress=False)
-    tar_records = webdataset.tar_records
-
-    def killed(path):
-        if path.name == "00001.tar":
-            raise KeyboardInterrupt
-        return tar_records(path)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(webdataset, "tar_records", killed)
-        build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
-    kb = build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
-    assert kb.fingerprint == whole.fingerprint
 
 
 def test_wrong_webdatasets(clip, tmp_path):
