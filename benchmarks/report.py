@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import gpu_report
-from benchmarks.valm import demo_report
+from benchmarks.valm import demo_report, queries_report
 from benchmarks.valm_kernels import topk_report
 from studies.plots import INK, SERIES, new_figure, quiet
 
@@ -32,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "benchmarks.md"
 README = ROOT / "README.md"
+QUERIES = ROOT / "docs" / "results" / "queries.md"
 SOURCE = "https://github.com/valm-kernels/valm/blob/main"
 TOPK = ROOT / "docs" / "reference" / "topk.md"
 
@@ -52,6 +53,10 @@ class Ratio:
 XEON = "cpu-xeon-2-cores.csv"
 EPYC_TOPK = "topk-epyc-2-cores.csv"
 EPYC_WHOLE = "whole-model-epyc-2-cores.csv"
+EPYC_QUERIES = "query-dtype-epyc-2-cores.csv"
+AMX_ATTENTION = "attention-xeon-amx-2-cores.csv"
+AMX_TOPK = "topk-xeon-amx-2-cores.csv"
+AMX_WHOLE = "whole-model-xeon-amx-2-cores.csv"
 # What a file of results has, in the order of the page.
 TITLES = {
     XEON: "All benchmarks, Intel Xeon",
@@ -59,10 +64,14 @@ TITLES = {
     EPYC_TOPK: "Searches, AMD EPYC",
     EPYC_WHOLE: "The whole model, AMD EPYC",
     "memory-epyc-2-cores.csv": "A memory of the text, AMD EPYC",
-    "query-dtype-epyc-2-cores.csv": "Precision of the queries, AMD EPYC",
+    EPYC_QUERIES: "Precision of the queries, AMD EPYC",
     "retrieval-1m-cpu.csv": "Retrieval from a million images, AMD EPYC",
+    AMX_ATTENTION: "Attention, Xeon with AMX",
+    AMX_TOPK: "Searches, Xeon with AMX",
+    AMX_WHOLE: "The whole model, Xeon with AMX",
 }
-# Of a machine's name: what the `valm` command sets itself.
+# Of a machine's name: its short name (the first that fits), and what the `valm` command sets itself.
+SHORT_NAMES = {"amx": "Xeon with AMX", "Xeon": "Xeon", "EPYC": "EPYC"}
 MALLOC = re.compile(r" MALLOC_[^;]*;")
 # What the plot of attention shows: ours is the line at 1.
 ATTENTION = re.compile(r"(forward|forward \+ backward) B")
@@ -103,6 +112,15 @@ SUMMARY = [
         True,
     ),
     Ratio(
+        "the same",
+        "the same",
+        AMX_ATTENTION,
+        "forward + backward B4 H12 T1024 K8 D64 bfloat16",
+        "ours",
+        "flash + LSE merge",
+        True,
+    ),
+    Ratio(
         "`FlatIPIndex`, 64 queries of 200k rows of 768, k 8",
         "PyTorch: product + `topk`, the fastest exact peer there",
         XEON,
@@ -115,6 +133,15 @@ SUMMARY = [
         "the same",
         "faiss `IndexFlatIP`, tuned, the fastest exact peer there",
         EPYC_TOPK,
+        "N 200k E 768 k 8 queries 64",
+        "FlatIPIndex",
+        "faiss IndexFlatIP, tuned",
+        True,
+    ),
+    Ratio(
+        "the same",
+        "the same",
+        AMX_TOPK,
         "N 200k E 768 k 8 queries 64",
         "FlatIPIndex",
         "faiss IndexFlatIP, tuned",
@@ -147,6 +174,15 @@ SUMMARY = [
         "GPT-2*",
         False,
     ),
+    Ratio(
+        "the same, text tower in bfloat16 (`--query-dtype bfloat16`)",
+        "the same",
+        AMX_WHOLE,
+        WHOLE,
+        "VaLM, eot, tower in bfloat16",
+        "GPT-2*",
+        False,
+    ),
 ]
 
 
@@ -169,8 +205,8 @@ def files_table() -> str:
 def summary_table() -> str:
     """The summary, in README.md and benchmarks.md: the name of each machine, then a row for each ratio."""
     rows = {file: read(RESULTS / file) for file in dict.fromkeys(ratio.file for ratio in SUMMARY)}
-    machines = {file: MALLOC.sub("", lines[0]["machine"]) for file, lines in rows.items()}
-    names = {file: next(name for name in ("Xeon", "EPYC") if name in machine) for file, machine in machines.items()}
+    machines = {file: _machine(file) for file in rows}
+    names = {file: _short_name(machine) for file, machine in machines.items()}
     named = "; ".join(dict.fromkeys(f"{names[file]}: {machine}" for file, machine in machines.items()))
     lines = [
         f"{named}. Float32, unless another type is named.",
@@ -187,9 +223,34 @@ def summary_table() -> str:
 
 
 def topk_table() -> str:
-    """The machine and the table of docs/reference/topk.md."""
-    (machine,) = {row["machine"] for row in read(RESULTS / EPYC_TOPK)}
-    return f"{machine}:\n\n{topk_report.table(topk_report.read(RESULTS / EPYC_TOPK))}"
+    """The machines and the tables of docs/reference/topk.md."""
+    return "\n\n".join(f"{_machine(file)}:\n\n{topk_report.table(_searches(file))}" for file in (EPYC_TOPK, AMX_TOPK))
+
+
+def queries_table() -> str:
+    return queries_report.queries_table(RESULTS / EPYC_QUERIES)
+
+
+def whole_table() -> str:
+    """The machines and the table of whole models in docs/results/queries.md."""
+    machines = {_machine(file): RESULTS / file for file in (EPYC_WHOLE, AMX_WHOLE)}
+    named = "; ".join(f"{_short_name(machine)}: {machine}" for machine in machines)
+    paths = {_short_name(machine): path for machine, path in machines.items()}
+    return f"{named}.\n\n{queries_report.whole_table(paths)}"
+
+
+def _machine(file: str) -> str:
+    """The one that a file of results was measured on."""
+    (machine,) = {MALLOC.sub("", row["machine"]) for row in read(RESULTS / file)}
+    return machine
+
+
+def _short_name(machine: str) -> str:
+    return next(name for part, name in SHORT_NAMES.items() if part in machine)
+
+
+def _searches(file: str) -> topk_report.Results:
+    return topk_report.read(RESULTS / file)
 
 
 MARKED: dict[str, Callable[[], str]] = {
@@ -197,13 +258,15 @@ MARKED: dict[str, Callable[[], str]] = {
     "files": files_table,
     "demo": lambda: demo_report.table(RESULTS / "demo.json"),
     "topk": topk_table,
+    "queries": queries_table,
+    "whole": whole_table,
 }
 MARK = re.compile(r"(<!-- ([\w-]+): python -m benchmarks\.report -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    marked = {path: path.read_text(encoding="utf-8") for path in (README, PAGE, TOPK)}
+    marked = {path: path.read_text(encoding="utf-8") for path in (README, PAGE, TOPK, QUERIES)}
     written = {path: MARK.sub(lambda mark: f"{mark[1]}{MARKED[mark[2]]()}\n", text) for path, text in marked.items()}
     return {gpu_report.PAGE: gpu_report.page(), **written}
 
@@ -232,7 +295,7 @@ def attention_figure() -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "attention.png": attention_figure,
-    "topk.png": lambda: topk_report.figure(topk_report.read(RESULTS / EPYC_TOPK)),
+    "topk.png": lambda: topk_report.figure(_searches(EPYC_TOPK)),
 }
 
 
