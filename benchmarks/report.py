@@ -157,7 +157,7 @@ SUMMARY = [
         False,
     ),
     Ratio(
-        "the same, images retrieved as it reads, text tower in int8 (`--query-dtype int8`)",
+        "the same, images retrieved as it reads, text tower in int8 (the default there)",
         "the same",
         EPYC_WHOLE,
         WHOLE,
@@ -166,7 +166,7 @@ SUMMARY = [
         False,
     ),
     Ratio(
-        "the same, text tower in float32 (the default)",
+        "the same, text tower in float32 (`--query-dtype float32`)",
         "the same",
         EPYC_WHOLE,
         WHOLE,
@@ -175,7 +175,7 @@ SUMMARY = [
         False,
     ),
     Ratio(
-        "the same, text tower in bfloat16 (`--query-dtype bfloat16`)",
+        "the same, text tower in bfloat16 (the default there)",
         "the same",
         AMX_WHOLE,
         WHOLE,

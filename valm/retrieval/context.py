@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +14,8 @@ from valm.retrieval.alignment import Alignment, TextState
 from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
 
 QUERIES = ("eot", "state")
+# Names of what the queries depend on besides CLIP and tokenizer: in a corpus' plan and a model's config.
+QUERY_SETTINGS = ("query", "overlap", "min_tokens", "precision")
 
 # Tokens repeated at the start of the next segment. On running prose (LAMBADA) and a context of 77 tokens the text tower
 # then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
@@ -126,9 +130,11 @@ class ContextEncoder:
         )
 
     @property
-    def segments(self) -> dict[str, int]:
-        """How a text longer than CLIP takes is read: `overlap` and `min_tokens`."""
-        return {"overlap": self.rule.overlap, "min_tokens": self.rule.min_tokens}
+    def query_settings(self) -> dict[str, Any]:
+        """What the queries depend on besides CLIP and tokenizer: the QUERY_SETTINGS."""
+        precision = str(self.tower.dtype).removeprefix("torch.")
+        values = (self.query, self.rule.overlap, self.rule.min_tokens, precision)
+        return dict(zip(QUERY_SETTINGS, values, strict=True))
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised; zeros where attention_mask (B, T) is 0, and at the first token of a

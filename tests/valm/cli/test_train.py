@@ -248,13 +248,14 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
-def test_a_blind_twin_has_the_clip_of_its_retrieval(world, tmp_path, capsys):
+def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp_path, capsys):
     """Where the knowledge base does not find it, `valm retrieve` was told where it is."""
     kb = ["--kb", shutil.copytree(world / "kb", tmp_path / "moved" / "kb")]
-    retrieved = ["retrieve", world / "corpus.txt", *kb, "--clip", world / "clip", "--out", tmp_path / "retrieval"]
-    assert run(*retrieved) == 0
+    retrieved = ["retrieve", world / "corpus.txt", *kb, "--clip", world / "clip", "--query-dtype", "bfloat16"]
+    assert run(*retrieved, "--out", tmp_path / "retrieval") == 0
     train = ["train", "--retrieval", tmp_path / "retrieval", *kb, "--twin", "blind", *SIZE]
     assert run(*train, "--out", tmp_path / "blind") == 0
+    assert json.loads((tmp_path / "blind" / "config.json").read_text())["retrieval"]["precision"] == "bfloat16"
     (tmp_path / "retrieval" / "_clip.json").unlink()
     for command in (train, ["train", world / "corpus.txt", *kb, *SIZE]):
         assert run(*command, "--out", tmp_path / "never") == 1
