@@ -25,8 +25,6 @@ OVERLAP = 12
 # blocks to the system, which causes page faults in the next layer; a GPU needs larger calls.
 CALL_TOKENS = 8192
 CPU_CALL_TOKENS = 2048
-# Maximum difference in length of runs that are padded to the longest of a call.
-SPREAD = 8
 
 
 class ContextCache:
@@ -159,7 +157,7 @@ class ContextEncoder:
         """Queries (B, T, E) of `shape` (B, T), zeros at positions that `runs` do not ask for."""
         queries = self._zeros(shape)
         with in_own_precision(queries.device):
-            for some in self._together(runs):
+            for some in _calls(runs, self._most()):
                 self._encode(some, queries)
         return queries
 
@@ -199,7 +197,7 @@ class ContextEncoder:
                 going_on += run.branches
         # first those that read the cache, as the others may overwrite it
         with in_own_precision(queries.device):
-            for some in _alike(going_on) + self._together(new):
+            for some in _calls(going_on, CALL_TOKENS) + _calls(new, self._most()):
                 self._encode(some, queries, cache)
         return queries
 
@@ -245,25 +243,14 @@ class ContextEncoder:
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, dtype=torch.float32, device=self.tower.positions.device)
 
-    def _together(self, runs: list[Run]) -> list[list[Run]]:
-        """Splits new runs into calls of similar size, of at most a call's tokens and one run more."""
+    def _most(self) -> int:
+        """Tokens of a call that reads new segments."""
         most = CPU_CALL_TOKENS if self.tower.positions.device.type == "cpu" else CALL_TOKENS
-        if self.query == "eot":
-            most //= 2
-        total = sum(len(run.ids) for run in runs)
-        part = total / max(1, -(-total // most))
-        parts: list[list[Run]] = []
-        before = 0
-        for run in runs:
-            if before >= part * len(parts):
-                parts.append([])
-            parts[-1].append(run)
-            before += len(run.ids)
-        return parts
+        return most // 2 if self.query == "eot" else most
 
     def _encode(self, runs: list[Run], queries: Tensor, cache: ContextCache | None = None) -> None:
         """Encodes runs, either all new or all continuing from the cache, and then their branches."""
-        bucket = _Bucket(runs, self.rule.eot, queries.device)
+        bucket = _Bucket(runs, queries.device)
         past = None
         if cache is not None and bucket.longest:
             first = cache.capacity - bucket.longest
@@ -282,12 +269,12 @@ class ContextEncoder:
                 for (past_keys, past_values), (keys, values) in zip(past, present, strict=True)
             ]
         parent = {id(branch): n for n, branch in branches}
-        for some in _alike([branch for _, branch in branches], spread=0):
-            branched = _Bucket(some, self.rule.eot, queries.device)
+        for some in _calls([branch for _, branch in branches], CALL_TOKENS):
+            branched = _Bucket(some, queries.device)
             n = torch.tensor([parent[id(branch)] for branch in some], device=queries.device)
             # a branch's past is at the end; first_key hides what longer ones have before it
             place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
-            row, place = bucket.row[n, None], place.clamp(min=0)  # (branches, 1), (branches, P)
+            row, place = n[:, None], place.clamp(min=0)  # (branches, 1), (branches, P)
             past = [
                 (keys.transpose(1, 2)[row, place].transpose(1, 2), values.transpose(1, 2)[row, place].transpose(1, 2))
                 for keys, values in present
@@ -306,6 +293,7 @@ class ContextEncoder:
         cache. Returns the keys and values of its tokens if `keep`."""
         states, present = self.tower.run(
             bucket.ids,
+            bucket.lengths,
             eot_stream=self.query == "eot",
             positions=bucket.positions,
             first_key=bucket.first_key,
@@ -316,7 +304,7 @@ class ContextEncoder:
         wanted = [(n, at, run.row, position) for n, run in runs for position, at in run.wanted if at >= 0]
         if wanted:
             n, at, row, position = torch.tensor(wanted, device=queries.device).T
-            queries[row, position] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
+            queries[row, position] = self.tower.project(states[bucket.begin[n] + at])
         if cache is None:
             return present
         kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
@@ -324,54 +312,47 @@ class ContextEncoder:
             n, at, row, place = torch.tensor(kept, device=queries.device).T
             for layer, new in zip(cache.past, present, strict=True):
                 for part, new_part in zip(layer, new, strict=True):
-                    part[row, :, cache.capacity - 1 - place] = new_part[bucket.row[n], :, bucket.column[n] + at]
+                    part[row, :, cache.capacity - 1 - place] = new_part[n, :, at]
             last = torch.tensor([(n, run.kept - 1, run.row) for n, run in runs if run.kept], device=queries.device)
             n, at, row = last.T
-            cache.last_query[row] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
+            cache.last_query[row] = self.tower.project(states[bucket.begin[n] + at])
         return present
 
 
 class _Bucket:
-    """Runs that the text tower reads in one call, either all new or all continuing from cached tokens.
+    """Runs that the text tower reads in one call, either all new or all continuing from cached tokens, of which
+    `longest` is the largest number.
 
-    New runs are concatenated in a single row, without padding and with large matrices. The others have a row each,
-    padded on the right, behind the cached tokens, of which `longest` is the largest number.
-
-    Token `at` of run n is at [row[n], column[n] + at] of ids (N, T). The keys of the first p tokens of its segment,
-    cached ones included, are [row[n], first[n] : first[n] + p].
+    Token `at` of run n is number begin[n] + at of ids (T,). The keys of the first p tokens of its segment, cached ones
+    included, are first[n] to first[n] + p - 1 of row n.
     """
 
-    def __init__(self, runs: list[Run], pad: int, device: torch.device):
+    def __init__(self, runs: list[Run], device: torch.device):
         self.runs = runs
-        lengths = torch.tensor([len(run.ids) for run in runs])
-        starts = torch.tensor([run.start for run in runs])
+        self.lengths = [len(run.ids) for run in runs]
+        lengths, starts = torch.tensor(self.lengths), torch.tensor([run.start for run in runs])
         self.longest = int(starts.max())
-        if self.longest == 0:
-            ids = torch.tensor([[id for run in runs for id in run.ids]])
-            row, column = torch.zeros_like(lengths), lengths.cumsum(0) - lengths
-            first = column
-            first_key = column.repeat_interleave(lengths)[None]  # (1, T)
-            positions = torch.arange(ids.shape[1]) - first_key
-        else:
-            length = int(lengths.max())
-            ids = torch.tensor([run.ids + [pad] * (length - len(run.ids)) for run in runs])
-            row, column = torch.arange(len(runs)), torch.zeros_like(lengths)
-            first = self.longest - starts
-            first_key = first[:, None].expand(ids.shape)
-            positions = torch.arange(length) + starts[:, None]
+        begin, first = lengths.cumsum(0) - lengths, self.longest - starts
+        positions = torch.arange(sum(self.lengths)) + (starts - begin).repeat_interleave(lengths)
         # None if every token sees all tokens before it, which is faster
-        self.first_key = first_key.int().to(device) if first_key.any() else None
-        self.ids, self.positions = ids.to(device), positions.to(device)
-        self.row, self.column, self.first = row.to(device), column.to(device), first.to(device)
+        self.first_key = first[:, None].expand(-1, max(self.lengths)).int().to(device) if first.any() else None
+        self.ids = torch.tensor([id for run in runs for id in run.ids], device=device)  # (T,)
+        self.positions, self.begin, self.first = (tensor.to(device) for tensor in (positions, begin, first))
 
 
-def _alike(runs: list[Run], spread: int = SPREAD) -> list[list[Run]]:
-    """Groups runs of similar length, within `spread` and CALL_TOKENS, counting the cached tokens they see too."""
-    buckets: list[list[Run]] = []
+def _calls(runs: list[Run], most: int) -> list[list[Run]]:
+    """Splits runs into calls of `most` tokens, those of cached tokens that they see included, or of one run.
+
+    In a call they are of similar length, so that padding at most doubles what the attention reads.
+    """
+    calls: list[list[Run]] = []
+    count = tokens = 0  # of the last call
     for run in sorted(runs, key=lambda run: (-len(run.ids), -run.start)):
-        first = buckets[-1][0] if buckets else run
-        tokens = len(first.ids) + first.start
-        if not buckets or len(first.ids) - len(run.ids) > spread or tokens * (len(buckets[-1]) + 1) > CALL_TOKENS:
-            buckets.append([])
-        buckets[-1].append(run)
-    return buckets
+        first = calls[-1][0] if calls else run
+        count, tokens = count + 1, tokens + len(run.ids)
+        padded = count * len(first.ids)
+        if not calls or padded > 2 * tokens or padded + count * first.start > most:
+            calls.append([])
+            count, tokens = 1, len(run.ids)
+        calls[-1].append(run)
+    return calls

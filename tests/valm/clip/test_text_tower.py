@@ -42,11 +42,11 @@ def test_projections(tokenizer):
         clip = custom(tokenizer, **options)
         if options.get("proj_bias"):
             torch.nn.init.normal_(clip.model.text.text_projection.bias)
-        ids = clip.token_ids(["a red apple"])
+        (ids,) = clip.token_ids(["a red apple"])
         tower = TextTower(clip, torch.float32)
-        states, _ = tower.run(ids, eot_stream=False)
-        eot = ids[0].tolist().index(clip.tokenizer.eos_token_id)
-        torch.testing.assert_close(tower.project(states[0, eot : eot + 1]), clip.encode_texts(["a red apple"]))
+        states, _ = tower.run(ids, [len(ids)], eot_stream=False, positions=torch.arange(len(ids)))
+        eot = ids.tolist().index(clip.tokenizer.eos_token_id)
+        torch.testing.assert_close(tower.project(states[eot : eot + 1]), clip.encode_texts(["a red apple"]))
 
 
 def test_the_clip_itself_is_not_changed(clip):
@@ -59,6 +59,18 @@ def test_the_clip_itself_is_not_changed(clip):
     for query in ("eot", "state"):
         ContextEncoder(clip, query=query)(torch.arange(40)[None])
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.model.state_dict().items())
+
+
+@pytest.mark.parametrize("eot_stream", [False, True])
+def test_a_segment_in_16_bits_has_the_same_states_beside_a_longer_one(tokenizer, eot_stream):
+    """To the bit: a layer that rounds otherwise may make another image the nearest."""
+    torch.manual_seed(0)
+    tower = TextTower(make_clip(tokenizer, width=128, heads=2, context_length=77), torch.bfloat16)
+    ids, places = torch.randint(0, len(tokenizer), (35,)), torch.arange(23)
+    with torch.no_grad():
+        alone, _ = tower.run(ids[:12], [12], eot_stream=eot_stream, positions=places[:12])
+        both, _ = tower.run(ids, [12, 23], eot_stream=eot_stream, positions=torch.cat([places[:12], places]))
+    assert torch.equal(both[:12], alone)
 
 
 LONG_TEXT = "The colour of a ripe banana is yellow, and that of the sky over the sea is blue on a clear day, he said."
