@@ -34,28 +34,33 @@ class BlockLinear(NamedTuple):
 
 
 class _Rows:
-    """The T tokens of N segments, and their places in rows of L, the longest, rounded up to a `multiple`."""
+    """Where the attention has T tokens of N segments, and A EOTs: in rows of L, which pad the longest segment to a
+    `multiple`, for each of S streams."""
 
-    def __init__(self, lengths: list[int], multiple: int, device: torch.device):
-        self.shape = len(lengths), -(-max(lengths) // multiple) * multiple
-        self.token: Tensor | None = None  # (N L,) the token of each place; None if there is no padding
-        if min(lengths) < self.shape[1]:
-            count = torch.tensor(lengths)
-            begin = count.cumsum(0) - count
-            token = begin[:, None] + torch.arange(self.shape[1])  # padding has those of the next segment
-            self.place = (token < (begin + count)[:, None]).flatten().nonzero().flatten().to(device)  # (T,)
-            self.token = token.flatten().clamp(max=sum(lengths) - 1).to(device)
+    def __init__(self, lengths: list[int], eot_after: Tensor | None, multiple: int, device: torch.device):
+        count, longest = torch.tensor(lengths), -(-max(lengths) // multiple) * multiple
+        padding = torch.arange(len(lengths)) * longest - count.cumsum(0) + count  # before each segment
+        place = torch.arange(sum(lengths)) + padding.repeat_interleave(count)
+        places = [place] if eot_after is None else [place, place[eot_after]]  # (T,), (A,)
+        self.shape = len(places), len(lengths), longest
+        state = torch.zeros(len(places), len(lengths) * longest, dtype=torch.int64)  # padding reads the first token
+        first = 0
+        for stream, here in zip(state, places, strict=True):
+            stream[here] = torch.arange(first, first := first + len(here))
+        self.is_whole = first == state.numel()
+        self.state, self.places = state.flatten().to(device), [here.to(device) for here in places]
 
     def pad(self, states: Tensor) -> Tensor:
-        """(S, T, W) to (S, N, L, W)."""
-        return (states if self.token is None else states.index_select(1, self.token)).unflatten(1, self.shape)
+        """(T + A, W) to (S, N, L, W)."""
+        return (states if self.is_whole else states.index_select(0, self.state)).unflatten(0, self.shape)
 
     def unpad(self, mixed: list[Tensor]) -> Tensor:
-        """S streams of attention (N, H, L, D) to (S, T, W)."""
+        """Attention (N, H, L, D) of the last streams to (T + A, W), or of the EOTs alone to (A, W)."""
         streams = [stream.transpose(1, 2).flatten(2).flatten(0, 1) for stream in mixed]
-        if self.token is not None:
-            streams = [stream.index_select(0, self.place) for stream in streams]
-        return torch.stack(streams)
+        if not self.is_whole:
+            places = self.places[-len(mixed) :]
+            streams = [stream.index_select(0, here) for stream, here in zip(streams, places, strict=True)]
+        return torch.cat(streams)
 
 
 class TextTower:
@@ -113,8 +118,8 @@ class TextTower:
         ids: Tensor,
         lengths: list[int],
         *,
-        eot_stream: bool,
         positions: Tensor,
+        eot_after: Tensor | None = None,
         first_key: Tensor | None = None,
         past: KeyValues | None = None,
         keep: bool = False,
@@ -127,22 +132,22 @@ class TextTower:
         Args:
             ids: (T,) int64, those of the first segment, then those of the second, and so on.
             lengths: of each segment the number of its tokens.
-            eot_stream: False returns the state of each token. True returns, for each token, the state of an EOT right
-                after it. A second stream of EOTs runs along: the EOT after position t sees the text up to t and itself,
-                through `visual_fusion_attn` with its own key as the one "image".
             positions: (T,) int64, each token's position in its segment.
+            eot_after: (A,) int64 on the CPU, ascending numbers of tokens: returns the state of an EOT right after each.
+                They are a second stream: the EOT after position t sees the text up to t and itself, through
+                `visual_fusion_attn` with its own key as the one "image". None returns the states of all tokens.
             past: keys and values (N, H, P, D) of earlier tokens, in any order, as they contain the positions.
             first_key: (N, L) int32, the first of the P + L keys that each token sees; by default all up to itself.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
 
         Returns:
-            States (T, W), and the keys and values (N, H, L, D) or an empty list.
+            States (T, W) or (A, W), and the keys and values (N, H, L, D) or an empty list.
         """
-        rows = _Rows(lengths, ROW_MULTIPLE if past is None else 1, ids.device)
-        streams = [self.embedding(ids) + self.positions[positions]]
-        if eot_stream:
-            streams.append(self.embedding.weight[self.eot] + self.positions[positions + 1])
-        hidden = torch.stack(streams)  # (S, T, W): the text, then the EOTs
+        rows = _Rows(lengths, eot_after, ROW_MULTIPLE if past is None else 1, ids.device)
+        hidden = self.embedding(ids) + self.positions[positions]  # (T, W)
+        if eot_after is not None:
+            ends = self.embedding.weight[self.eot] + self.positions[positions[eot_after] + 1]
+            hidden = torch.cat([hidden, ends])  # (T + A, W)
 
         present = []
         for layer, block in enumerate(self.blocks):
@@ -156,18 +161,18 @@ class TextTower:
             if past is not None:
                 keys, values = (torch.cat(both, 2) for both in zip(past[layer], (keys, values), strict=True))
             mixed = []
-            text_is_needed = not (eot_stream and block is self.blocks[-1])
+            text_is_needed = eot_after is None or block is not self.blocks[-1]
             if text_is_needed:
                 mixed.append(visual_fusion_attn(q[0], keys, values, None, None, first_key=first_key))
-            if eot_stream:
+            if eot_after is not None:
                 own_k, own_v = k[1].unsqueeze(3), v[1].unsqueeze(3)  # (N, H, L, 1, D)
                 mixed.append(visual_fusion_attn(q[1], keys, values, own_k, own_v, first_key=first_key))
             if not text_is_needed:
-                hidden = hidden[1:]
+                hidden = hidden[len(ids) :]
             hidden += block.ls_1(layers.attention_out(rows.unpad(mixed)))
-            wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (S, T, 4W)
+            wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (T + A or A, 4W)
             hidden += block.ls_2(layers.mlp_out(wide))
-        return hidden[-1], present
+        return hidden, present
 
     def project(self, states: Tensor) -> Tensor:
         """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""

@@ -291,31 +291,35 @@ class ContextEncoder:
     ) -> KeyValues:
         """Runs `bucket` behind `past`; writes the wanted queries into `queries` (B, T, E), and later context into the
         cache. Returns the keys and values of its tokens if `keep`."""
+        runs = list(zip(bucket.begins, bucket.runs, strict=True))
+        wanted = [(begin + at, run.row, position) for begin, run in runs for position, at in run.wanted if at >= 0]
+        last = [(begin + run.kept - 1, run.row) for begin, run in runs if cache is not None and run.kept]
+        asked = sorted({token for token, *_ in wanted + last})
+        number = {token: n for n, token in enumerate(asked)}
+        tokens = torch.tensor(asked, dtype=torch.int64)
+        reads_eot = self.query == "eot" and bool(asked)
         states, present = self.tower.run(
             bucket.ids,
             bucket.lengths,
-            eot_stream=self.query == "eot",
             positions=bucket.positions,
+            eot_after=tokens if reads_eot else None,
             first_key=bucket.first_key,
             past=past,
             keep=keep,
         )
-        runs = list(enumerate(bucket.runs))
-        wanted = [(n, at, run.row, position) for n, run in runs for position, at in run.wanted if at >= 0]
+        found = self.tower.project(states if reads_eot else states[tokens.to(states.device)])  # (A, E)
         if wanted:
-            n, at, row, position = torch.tensor(wanted, device=queries.device).T
-            queries[row, position] = self.tower.project(states[bucket.begin[n] + at])
-        if cache is None:
-            return present
-        kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
-        if kept:
+            places = [(number[token], row, position) for token, row, position in wanted]
+            n, row, position = torch.tensor(places, device=queries.device).T
+            queries[row, position] = found[n]
+        if cache is not None and last:
+            kept = [(n, at, run.row, run.start + at) for n, run in enumerate(bucket.runs) for at in range(run.kept)]
             n, at, row, place = torch.tensor(kept, device=queries.device).T
             for layer, new in zip(cache.past, present, strict=True):
                 for part, new_part in zip(layer, new, strict=True):
                     part[row, :, cache.capacity - 1 - place] = new_part[n, :, at]
-            last = torch.tensor([(n, run.kept - 1, run.row) for n, run in runs if run.kept], device=queries.device)
-            n, at, row = last.T
-            cache.last_query[row] = self.tower.project(states[bucket.begin[n] + at])
+            n, row = torch.tensor([(number[token], row) for token, row in last], device=queries.device).T
+            cache.last_query[row] = found[n]
         return present
 
 
@@ -323,7 +327,7 @@ class _Bucket:
     """Runs that the text tower reads in one call, either all new or all continuing from cached tokens, of which
     `longest` is the largest number.
 
-    Token `at` of run n is number begin[n] + at of ids (T,). The keys of the first p tokens of its segment, cached ones
+    Token `at` of run n is number begins[n] + at of ids (T,). The keys of the first p tokens of its segment, cached ones
     included, are first[n] to first[n] + p - 1 of row n.
     """
 
@@ -332,12 +336,13 @@ class _Bucket:
         self.lengths = [len(run.ids) for run in runs]
         lengths, starts = torch.tensor(self.lengths), torch.tensor([run.start for run in runs])
         self.longest = int(starts.max())
-        begin, first = lengths.cumsum(0) - lengths, self.longest - starts
-        positions = torch.arange(sum(self.lengths)) + (starts - begin).repeat_interleave(lengths)
+        begins, first = lengths.cumsum(0) - lengths, self.longest - starts
+        self.begins = begins.tolist()
+        positions = torch.arange(sum(self.lengths)) + (starts - begins).repeat_interleave(lengths)
         # None if every token sees all tokens before it, which is faster
         self.first_key = first[:, None].expand(-1, max(self.lengths)).int().to(device) if first.any() else None
         self.ids = torch.tensor([id for run in runs for id in run.ids], device=device)  # (T,)
-        self.positions, self.begin, self.first = (tensor.to(device) for tensor in (positions, begin, first))
+        self.positions, self.first = positions.to(device), first.to(device)
 
 
 def _calls(runs: list[Run], most: int) -> list[list[Run]]:
