@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import gpu_report
-from benchmarks.valm import demo_report
+from benchmarks.valm import demo_report, queries_report
 from benchmarks.valm_kernels import topk_report
 from studies.plots import INK, SERIES, new_figure, quiet
 
@@ -32,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "benchmarks.md"
 README = ROOT / "README.md"
+QUERIES = ROOT / "docs" / "results" / "queries.md"
 SOURCE = "https://github.com/valm-kernels/valm/blob/main"
 TOPK = ROOT / "docs" / "reference" / "topk.md"
 
@@ -51,6 +52,10 @@ class Ratio:
 XEON = "cpu-xeon-2-cores.csv"
 EPYC_TOPK = "topk-epyc-2-cores.csv"
 EPYC_WHOLE = "whole-model-epyc-2-cores.csv"
+EPYC_QUERIES = "query-dtype-epyc-2-cores.csv"
+AMX_ATTENTION = "attention-xeon-amx-2-cores.csv"
+AMX_TOPK = "topk-xeon-amx-2-cores.csv"
+AMX_WHOLE = "whole-model-xeon-amx-2-cores.csv"
 # What a file of results has, in the order of the page.
 TITLES = {
     XEON: "All benchmarks, Intel Xeon",
@@ -58,10 +63,14 @@ TITLES = {
     EPYC_TOPK: "Searches, AMD EPYC",
     EPYC_WHOLE: "The whole model, AMD EPYC",
     "memory-epyc-2-cores.csv": "A memory of the text, AMD EPYC",
-    "query-dtype-epyc-2-cores.csv": "Precision of the queries, AMD EPYC",
+    EPYC_QUERIES: "Precision of the queries, AMD EPYC",
     "retrieval-1m-cpu.csv": "Retrieval from a million images, AMD EPYC",
+    AMX_ATTENTION: "Attention, Xeon with AMX",
+    AMX_TOPK: "Searches, Xeon with AMX",
+    AMX_WHOLE: "The whole model, Xeon with AMX",
 }
-# Of a machine's name: what the `valm` command sets itself.
+# Of a machine's name: its short name (the first that fits), and what the `valm` command sets itself.
+SHORT_NAMES = {"amx": "Xeon with AMX", "Xeon": "Xeon", "EPYC": "EPYC"}
 MALLOC = re.compile(r" MALLOC_[^;]*;")
 # What the plot of attention shows: ours is the line at 1.
 ATTENTION = re.compile(r"(forward|forward \+ backward) B")
@@ -87,6 +96,7 @@ SUMMARY = [
         *(XEON, f"{BACKWARD} float32", "ours", "flash + LSE merge"),
     ),
     Ratio("the same in bfloat16", "the same", XEON, f"{BACKWARD} bfloat16", "ours", "flash + LSE merge"),
+    Ratio("the same", "the same", AMX_ATTENTION, f"{BACKWARD} bfloat16", "ours", "flash + LSE merge"),
     Ratio(
         "`FlatIPIndex`, 64 queries of 200k rows of 768, k 8",
         "PyTorch: product + `topk`, the fastest exact peer there",
@@ -97,18 +107,23 @@ SUMMARY = [
         "faiss `IndexFlatIP`, tuned, the fastest exact peer there",
         *(EPYC_TOPK, SEARCH, "FlatIPIndex", "faiss IndexFlatIP, tuned"),
     ),
+    Ratio("the same", "the same", AMX_TOPK, SEARCH, "FlatIPIndex", "faiss IndexFlatIP, tuned"),
     Ratio(
         "VaLM, 1M images, K 4, RN50x16-size tower, images retrieved before (`valm retrieve`)",
         "GPT-2\\*, the same model without images",
         *(EPYC_WHOLE, WHOLE, "VaLM, pictures given", "GPT-2*"),
     ),
     Ratio(
-        "the same, images retrieved as it reads, text tower in int8 (`--query-dtype int8`)",
+        "the same, images retrieved as it reads, text tower in int8 (the default there)",
         *("the same", EPYC_WHOLE, WHOLE, "VaLM, eot, tower in int8", "GPT-2*"),
     ),
     Ratio(
-        "the same, text tower in float32 (the default)",
+        "the same, text tower in float32 (`--query-dtype float32`)",
         *("the same", EPYC_WHOLE, WHOLE, "VaLM, eot, tower in float32", "GPT-2*"),
+    ),
+    Ratio(
+        "the same, text tower in bfloat16 (the default there)",
+        *("the same", AMX_WHOLE, WHOLE, "VaLM, eot, tower in bfloat16", "GPT-2*"),
     ),
 ]
 
@@ -132,8 +147,8 @@ def files_table() -> str:
 def summary_table() -> str:
     """The summary, in README.md and benchmarks.md: the name of each machine, then a row for each ratio."""
     rows = {file: read(RESULTS / file) for file in dict.fromkeys(ratio.file for ratio in SUMMARY)}
-    machines = {file: MALLOC.sub("", lines[0]["machine"]) for file, lines in rows.items()}
-    names = {file: next(name for name in ("Xeon", "EPYC") if name in machine) for file, machine in machines.items()}
+    machines = {file: _machine(file) for file in rows}
+    names = {file: _short_name(machine) for file, machine in machines.items()}
     named = "; ".join(dict.fromkeys(f"{names[file]}: {machine}" for file, machine in machines.items()))
     lines = [
         f"{named}. Float32, unless another type is named.",
@@ -150,9 +165,34 @@ def summary_table() -> str:
 
 
 def topk_table() -> str:
-    """The machine and the table of docs/reference/topk.md."""
-    (machine,) = {row["machine"] for row in read(RESULTS / EPYC_TOPK)}
-    return f"{machine}:\n\n{topk_report.table(topk_report.read(RESULTS / EPYC_TOPK))}"
+    """The machines and the tables of docs/reference/topk.md."""
+    return "\n\n".join(f"{_machine(file)}:\n\n{topk_report.table(_searches(file))}" for file in (EPYC_TOPK, AMX_TOPK))
+
+
+def queries_table() -> str:
+    return queries_report.queries_table(RESULTS / EPYC_QUERIES)
+
+
+def whole_table() -> str:
+    """The machines and the table of whole models in docs/results/queries.md."""
+    machines = {_machine(file): RESULTS / file for file in (EPYC_WHOLE, AMX_WHOLE)}
+    named = "; ".join(f"{_short_name(machine)}: {machine}" for machine in machines)
+    paths = {_short_name(machine): path for machine, path in machines.items()}
+    return f"{named}.\n\n{queries_report.whole_table(paths)}"
+
+
+def _machine(file: str) -> str:
+    """The one that a file of results was measured on."""
+    (machine,) = {MALLOC.sub("", row["machine"]) for row in read(RESULTS / file)}
+    return machine
+
+
+def _short_name(machine: str) -> str:
+    return next(name for part, name in SHORT_NAMES.items() if part in machine)
+
+
+def _searches(file: str) -> topk_report.Results:
+    return topk_report.read(RESULTS / file)
 
 
 MARKED: dict[str, Callable[[], str]] = {
@@ -160,13 +200,15 @@ MARKED: dict[str, Callable[[], str]] = {
     "files": files_table,
     "demo": lambda: demo_report.table(RESULTS / "demo.json"),
     "topk": topk_table,
+    "queries": queries_table,
+    "whole": whole_table,
     **gpu_report.TABLES,
 }
 
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    paths = (README, PAGE, TOPK, gpu_report.PAGE)
+    paths = (README, PAGE, TOPK, QUERIES, gpu_report.PAGE)
     return {path: gpu_report.fill(path.read_text(encoding="utf-8"), MARKED) for path in paths}
 
 
@@ -194,7 +236,7 @@ def attention_figure() -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "attention.png": attention_figure,
-    "topk.png": lambda: topk_report.figure(topk_report.read(RESULTS / EPYC_TOPK)),
+    "topk.png": lambda: topk_report.figure(_searches(EPYC_TOPK)),
 }
 
 

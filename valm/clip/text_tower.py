@@ -19,6 +19,10 @@ from valm_kernels import visual_fusion_attn
 
 KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)
 
+# New segments are padded to such a length: PyTorch's flash attention on CPUs sums by vectors of 16 numbers, and rounds
+# otherwise where the rest of a row is a part of one. So a segment's states do not depend on the others in a call.
+ROW_MULTIPLE = 16
+
 
 class BlockLinear(NamedTuple):
     """The linear layers of a block."""
@@ -27,6 +31,36 @@ class BlockLinear(NamedTuple):
     attention_out: Linear
     mlp_in: Linear
     mlp_out: Linear
+
+
+class _Rows:
+    """Where the attention has T tokens of N segments, and A EOTs: in rows of L, which pad the longest segment to a
+    `multiple`, for each of S streams."""
+
+    def __init__(self, lengths: list[int], eot_after: Tensor | None, multiple: int, device: torch.device):
+        count, longest = torch.tensor(lengths), -(-max(lengths) // multiple) * multiple
+        padding = torch.arange(len(lengths)) * longest - count.cumsum(0) + count  # before each segment
+        place = torch.arange(sum(lengths)) + padding.repeat_interleave(count)
+        places = [place] if eot_after is None else [place, place[eot_after]]  # (T,), (A,)
+        self.shape = len(places), len(lengths), longest
+        state = torch.zeros(len(places), len(lengths) * longest, dtype=torch.int64)  # padding reads the first token
+        first = 0
+        for stream, here in zip(state, places, strict=True):
+            stream[here] = torch.arange(first, first := first + len(here))
+        self.is_whole = first == state.numel()
+        self.state, self.places = state.flatten().to(device), [here.to(device) for here in places]
+
+    def pad(self, states: Tensor) -> Tensor:
+        """(T + A, W) to (S, N, L, W)."""
+        return (states if self.is_whole else states.index_select(0, self.state)).unflatten(0, self.shape)
+
+    def unpad(self, mixed: list[Tensor]) -> Tensor:
+        """Attention (N, H, L, D) of the last streams to (T + A, W), or of the EOTs alone to (A, W)."""
+        streams = [stream.transpose(1, 2).flatten(2).flatten(0, 1) for stream in mixed]
+        if not self.is_whole:
+            places = self.places[-len(mixed) :]
+            streams = [stream.index_select(0, here) for stream, here in zip(streams, places, strict=True)]
+        return torch.cat(streams)
 
 
 class TextTower:
@@ -82,60 +116,61 @@ class TextTower:
     def run(
         self,
         ids: Tensor,
+        lengths: list[int],
         *,
-        eot_stream: bool,
-        positions: Tensor | None = None,
+        positions: Tensor,
+        eot_after: Tensor | None = None,
         first_key: Tensor | None = None,
         past: KeyValues | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, KeyValues]:
-        """Final hidden states of N rows of tokens, before the last LayerNorm.
+        """Final hidden states of the tokens of N segments, before the last LayerNorm.
+
+        Linear layers read the tokens one behind the other; for the attention segments have a row of L tokens each,
+        padded on the right.
 
         Args:
-            ids: (N, T) int64, padded on the right with any id.
-            eot_stream: False returns the state of each token. True returns, for each token, the state of an EOT right
-                after it. A second stream of EOTs runs along: the EOT after position t sees the text up to t and itself,
-                through `visual_fusion_attn` with its own key as the one "image".
-            positions: (N, T) int64, each token's position in its segment; by default 0, 1, 2, ...
+            ids: (T,) int64, those of the first segment, then those of the second, and so on.
+            lengths: of each segment the number of its tokens.
+            positions: (T,) int64, each token's position in its segment.
+            eot_after: (A,) int64 on the CPU, ascending numbers of tokens: returns the state of an EOT right after each.
+                They are a second stream: the EOT after position t sees the text up to t and itself, through
+                `visual_fusion_attn` with its own key as the one "image". None returns the states of all tokens.
             past: keys and values (N, H, P, D) of earlier tokens, in any order, as they contain the positions.
-            first_key: (N, T) int32, the first of the P + T keys that each token sees; by default all up to itself.
+            first_key: (N, L) int32, the first of the P + L keys that each token sees; by default all up to itself.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
 
         Returns:
-            States (N, T, W), and the keys and values or an empty list.
+            States (T, W) or (A, W), and the keys and values (N, H, L, D) or an empty list.
         """
-        rows, length = ids.shape
-        if positions is None:
-            positions = torch.arange(length, device=ids.device)
-        limit = len(self.positions) - 1  # only padding is beyond it
-        hidden = self.embedding(ids) + self.positions[positions.clamp(max=limit)]  # (N, T, W)
-        if eot_stream:
-            ends = self.embedding.weight[self.eot] + self.positions[(positions + 1).clamp(max=limit)]
-            hidden = torch.cat([hidden, ends.expand_as(hidden)])  # (2N, T, W)
+        rows = _Rows(lengths, eot_after, ROW_MULTIPLE if past is None else 1, ids.device)
+        hidden = self.embedding(ids) + self.positions[positions]  # (T, W)
+        if eot_after is not None:
+            ends = self.embedding.weight[self.eot] + self.positions[positions[eot_after] + 1]
+            hidden = torch.cat([hidden, ends])  # (T + A, W)
 
         present = []
         for layer, block in enumerate(self.blocks):
             layers = self.linear[layer]
-            projected = layers.attention_in(block.ln_1(hidden))
-            # (3, N or 2N, H, T, D)
-            q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-            keys, values = k[:rows], v[:rows]
+            projected = rows.pad(layers.attention_in(block.ln_1(hidden)))  # (S, N, L, 3W)
+            # (3, S, N, H, L, D)
+            q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
+            keys, values = k[0], v[0]
             if keep:
                 present.append((keys, values))
             if past is not None:
                 keys, values = (torch.cat(both, 2) for both in zip(past[layer], (keys, values), strict=True))
-            streams = []
-            text_is_needed = not (eot_stream and block is self.blocks[-1])
+            mixed = []
+            text_is_needed = eot_after is None or block is not self.blocks[-1]
             if text_is_needed:
-                streams.append(visual_fusion_attn(q[:rows], keys, values, None, None, first_key=first_key))
-            if eot_stream:
-                own_k, own_v = k[rows:].unsqueeze(3), v[rows:].unsqueeze(3)  # (N, H, T, 1, D)
-                streams.append(visual_fusion_attn(q[rows:], keys, values, own_k, own_v, first_key=first_key))
+                mixed.append(visual_fusion_attn(q[0], keys, values, None, None, first_key=first_key))
+            if eot_after is not None:
+                own_k, own_v = k[1].unsqueeze(3), v[1].unsqueeze(3)  # (N, H, L, 1, D)
+                mixed.append(visual_fusion_attn(q[1], keys, values, own_k, own_v, first_key=first_key))
             if not text_is_needed:
-                hidden = hidden[rows:]
-            mixed = torch.cat(streams) if len(streams) > 1 else streams[0]
-            hidden += block.ls_1(layers.attention_out(mixed.transpose(1, 2).flatten(2)))
-            wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (N or 2N, T, 4W)
+                hidden = hidden[len(ids) :]
+            hidden += block.ls_1(layers.attention_out(rows.unpad(mixed)))
+            wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (T + A or A, 4W)
             hidden += block.ls_2(layers.mlp_out(wide))
         return hidden, present
 

@@ -36,6 +36,7 @@ from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_toke
 from valm.corpus.texts import MAX_DOCUMENT, TOO_LONG, Caption, FileDocuments, fingerprint
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.faiss_index import FaissIndex
 from valm.retrieval.ray_index import ShardedIndex
 from valm.retrieval.retriever import Retriever
@@ -86,6 +87,7 @@ class CorpusPlan(TypedDict):
     knowledge_base: str
     k: Annotated[int, Field(ge=1, le=1 << 16)]
     query: Literal["eot", "state"]
+    query_tokens: str
     overlap: Count
     min_tokens: Count
     eos: Count
@@ -180,14 +182,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return self.manifest["plan"]["query"]
 
     @property
-    def segments(self) -> dict[str, int]:
-        """`overlap` and `min_tokens` of the `ContextEncoder` that they were retrieved with."""
-        return {name: self.manifest["plan"][name] for name in ("overlap", "min_tokens")}
-
-    @property
-    def precision(self) -> str:
-        """That of the queries."""
-        return self.manifest["plan"]["precision"]
+    def query_settings(self) -> dict[str, Any]:
+        """Those of the `ContextEncoder` that they were retrieved with."""
+        return {name: self.manifest["plan"][name] for name in QUERY_SETTINGS}
 
     def clip(self, allow_download: bool = False) -> str | None:
         """The CLIP that made the queries, as for `ImageKnowledgeBase.load_clip`; None: that which it names itself.
@@ -322,9 +319,7 @@ def retrieve_corpus(
         "knowledge_base": retriever.kb.fingerprint,
         "index": _index_entry(index),
         "k": retriever.k,
-        "query": encoder.query,
-        **encoder.segments,
-        "precision": str(encoder.tower.dtype).removeprefix("torch."),
+        **encoder.query_settings,
         "scores": scores,
     }
     if encoder.alignment is not None and encoder.alignment.one_document:

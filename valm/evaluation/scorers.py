@@ -162,7 +162,7 @@ class CausalScorer(Scorer):
         settings: list[Any] = [own, type(retriever).__name__]
         encoder = getattr(retriever, "encoder", None)
         if isinstance(encoder, ContextEncoder):
-            settings += [encoder.query, encoder.clip.weights_hash, str(encoder.tower.dtype), encoder.segments]
+            settings += [encoder.clip.weights_hash, encoder.query_settings]
             settings.append(encoder.alignment is not None and encoder.alignment.one_document)
         if isinstance(retriever, Retriever):
             index = getattr(retriever.index, "parameters", None)

@@ -117,7 +117,7 @@ def load(
         clip: the CLIP, if it has moved from where the knowledge base or the folder notes it (see `Clip.load`). Another
             one is an error.
         allow_download: of the CLIP, as in `open_encoder`.
-        query_dtype: precision of CLIP's text tower, as for `ContextEncoder`; by default float32.
+        query_dtype: precision of CLIP's text tower, as in `open_encoder`.
         strict: raise an error instead of a warning when the model needs images and has none.
 
     Returns:
@@ -150,7 +150,7 @@ def load(
     asked = any(option is not None for option in (kb, clip, query_dtype)) or (allow_download and of_images is not None)
     if sees and asked:
         options = {"clip": clip, "allow_download": allow_download, "device": device}
-        _add_retriever(model, tokenizer, folder, kb, dtype=query_dtype or torch.float32, **options)
+        _add_retriever(model, tokenizer, folder, kb, dtype=query_dtype, **options)
     elif sees and of_images is not None and (missing := of_images.missing()):
         warnings.warn(missing, stacklevel=2)
     return model, tokenizer

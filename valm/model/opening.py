@@ -31,9 +31,9 @@ class Opening:
     )
     clip: str | None = option(CLIP_HELP)
     query_dtype: str | None = option(
-        "precision of CLIP's text tower (default: float32); int8 needs a CPU with AVX-512 VNNI; auto is what this "
-        "machine has fast instructions for",
-        choices=[*QUERY_DTYPES, "auto"],
+        "precision of CLIP's text tower (default: what the device is fast in, which is bfloat16 with AMX or on a GPU "
+        "from compute capability 8.0, else int8 with AVX-512 VNNI, else float32)",
+        choices=QUERY_DTYPES,
     )
     device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
     allow_download: bool = False
@@ -51,22 +51,14 @@ class Opening:
 
         return open_device(self.device)
 
-    def torch_query_dtype(self) -> torch.dtype | None:
-        """The precision of CLIP's text tower, None where none is given."""
-        import torch
-
-        from valm.clip.text_tower import fastest_dtype
-
-        if self.query_dtype == "auto":
-            return fastest_dtype(self.opened_device())
-        return None if self.query_dtype is None else getattr(torch, self.query_dtype)
-
     def load(self, folder: str | os.PathLike) -> tuple[Any, PreTrainedTokenizerFast]:
         """The model in `folder` and its tokenizer, as `valm.load` has them, with `min_score` as its own.
 
         Raises:
             ValmError: as `valm.load` does, or there is no such device.
         """
+        import torch
+
         from valm.model.checkpoint import load
         from valm.retrieval.min_score import set_min_score
 
@@ -76,7 +68,7 @@ class Opening:
             clip=self.clip,
             allow_download=self.allow_download,
             device=self.opened_device(),
-            query_dtype=self.torch_query_dtype(),
+            query_dtype=None if self.query_dtype is None else getattr(torch, self.query_dtype),
         )
         if self.min_score is not None:
             set_min_score(model, self.min_score, folder)

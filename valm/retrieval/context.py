@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -9,9 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from valm.clip.clip import Clip, in_own_precision
 from valm.clip.text_tower import KeyValues, TextTower
 from valm.retrieval.alignment import Alignment, TextState
-from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
+from valm.retrieval.query_tokens import RULES, asking_tokens, noted
+from valm.retrieval.segments import EARLIER, Reading, Run, SegmentRule, SegmentState, sentence_end_ids
 
 QUERIES = ("eot", "state")
+# Names of what the queries depend on besides CLIP and tokenizer: in a corpus' plan and a model's config.
+QUERY_SETTINGS = ("query", "query_tokens", "overlap", "min_tokens", "precision")
 
 # Tokens repeated at the start of the next segment. On running prose (LAMBADA) and a context of 77 tokens the text tower
 # then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
@@ -21,8 +26,6 @@ OVERLAP = 12
 # blocks to the system, which causes page faults in the next layer; a GPU needs larger calls.
 CALL_TOKENS = 8192
 CPU_CALL_TOKENS = 2048
-# Maximum difference in length of runs that are padded to the longest of a call.
-SPREAD = 8
 
 
 class ContextCache:
@@ -40,7 +43,10 @@ class ContextCache:
         self.capacity = len(like) - 1
         shape = (batch, tower.heads, self.capacity, tower.head_dim)
         self.past: KeyValues = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in tower.blocks]
-        self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, of the last cached token
+        # float32, of the last cached token, and what the last token of all had
+        self.last_query = torch.zeros(batch, embed_dim, device=like.device)
+        self.repeated = torch.zeros(batch, embed_dim, device=like.device)
+        self.ends: list[tuple[int, int]] = []  # row and position of the last tokens that `next_runs` has read
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i], (new batch,) int64: beam search."""
@@ -48,7 +54,7 @@ class ContextCache:
         self.texts = [self.texts[row].copy() for row in beam_idx.tolist()]
         index = beam_idx.to(self.last_query.device)
         self.past = [(keys[index], values[index]) for keys, values in self.past]
-        self.last_query = self.last_query[index]
+        self.last_query, self.repeated = self.last_query[index], self.repeated[index]
 
     def join(self, other: ContextCache) -> None:
         """Adds the rows of another cache of the same encoder behind its own."""
@@ -59,6 +65,7 @@ class ContextCache:
             for (keys, values), (more_keys, more_values) in zip(self.past, other.past, strict=True)
         ]
         self.last_query = torch.cat([self.last_query, other.last_query])
+        self.repeated = torch.cat([self.repeated, other.repeated])
 
 
 class ContextEncoder:
@@ -79,6 +86,8 @@ class ContextEncoder:
             query is then that of the text up to its last character, tokenized by CLIP.
         query: "eot" is CLIP's own text feature of each prefix, as if EOT followed: the state that CLIP was trained
             for. "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
+        query_tokens: "every" token has a query of its own, or those alone that end a word of "content": the others
+            repeat that of the token before (`valm.retrieval.query_tokens`).
         overlap, min_tokens: see `SegmentRule`; by default OVERLAP or a quarter of a segment, and half a segment.
         dtype: precision of the text tower, float32, bfloat16, float64 or int8; queries are always float32.
 
@@ -92,12 +101,15 @@ class ContextEncoder:
         *,
         tokenizer: PreTrainedTokenizerFast | None = None,
         query: str = "eot",
+        query_tokens: str = "every",
         overlap: int | None = None,
         min_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         if query not in QUERIES:
             raise ValueError(f"query must be one of {', '.join(map(repr, QUERIES))}, got {query!r}")
+        if query_tokens not in RULES:
+            raise ValueError(f"query_tokens must be one of {', '.join(map(repr, RULES))}, got {query_tokens!r}")
         limit = clip.context_length - 2
         overlap = min(OVERLAP, limit // 4) if overlap is None else overlap
         min_tokens = limit // 2 if min_tokens is None else min_tokens
@@ -110,6 +122,8 @@ class ContextEncoder:
         self.own_tokenizer = tokenizer is None  # so the ids are CLIP's because nobody said whose they are
         self.tokenizer = clip.tokenizer if tokenizer is None else tokenizer
         self.query = query
+        self.query_tokens = query_tokens
+        self.asking = None if query_tokens == "every" else asking_tokens(self.tokenizer)  # of each id
         self.num_ids, self._whose_ids = self.tower.embedding.num_embeddings, f"the CLIP {clip.name}"
         self.alignment: Alignment | None = None
         if self.tokenizer.get_vocab() != clip.tokenizer.get_vocab():
@@ -126,9 +140,11 @@ class ContextEncoder:
         )
 
     @property
-    def segments(self) -> dict[str, int]:
-        """How a text longer than CLIP takes is read: `overlap` and `min_tokens`."""
-        return {"overlap": self.rule.overlap, "min_tokens": self.rule.min_tokens}
+    def query_settings(self) -> dict[str, Any]:
+        """What the queries depend on besides CLIP and tokenizer: the QUERY_SETTINGS."""
+        precision = str(self.tower.dtype).removeprefix("torch.")
+        values = (self.query, noted(self.query_tokens), self.rule.overlap, self.rule.min_tokens, precision)
+        return dict(zip(QUERY_SETTINGS, values, strict=True))
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Queries (B, T, E) float32, L2-normalised; zeros where attention_mask (B, T) is 0, and at the first token of a
@@ -153,7 +169,7 @@ class ContextEncoder:
         """Queries (B, T, E) of `shape` (B, T), zeros at positions that `runs` do not ask for."""
         queries = self._zeros(shape)
         with in_own_precision(queries.device):
-            for some in self._together(runs):
+            for some in _calls(runs, self._most()):
                 self._encode(some, queries)
         return queries
 
@@ -170,11 +186,16 @@ class ContextEncoder:
 
     def next_runs(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> list[Run]:
         """The segments of the next tokens, as `encode_next` takes them, which must follow. Arguments as in `step`."""
-        runs = []
+        runs, cache.ends = [], []
         for row, of_row in enumerate(self._tokens(input_ids, attention_mask, rows=len(cache.states))):
             reading = self._read(row, of_row, cache.states[row], cache.texts[row])
             cache.states[row] = reading.kept
             runs += reading.runs + reading.forks
+            if of_row:
+                end, _ = of_row[-1]
+                cache.ends.append((row, end))
+                for run in reading.runs + reading.forks:
+                    run.repeated |= self.asking is not None and end in run.positions()
         return runs
 
     @torch.no_grad()
@@ -186,28 +207,35 @@ class ContextEncoder:
         for run in runs:
             for position, at in run.wanted:
                 if at < 0:
-                    queries[run.row, position] = cache.last_query[run.row]
+                    queries[run.row, position] = (cache.repeated if at == EARLIER else cache.last_query)[run.row]
             if run.ids:
                 (going_on if run.start else new).append(run)
             else:  # it has no tokens itself, so its branches continue from the cache
                 going_on += run.branches
         # first those that read the cache, as the others may overwrite it
         with in_own_precision(queries.device):
-            for some in _alike(going_on) + self._together(new):
+            for some in _calls(going_on, CALL_TOKENS) + _calls(new, self._most()):
                 self._encode(some, queries, cache)
+        if self.asking is not None and cache.ends:
+            row, position = torch.tensor(cache.ends, device=queries.device).T
+            cache.repeated[row] = queries[row, position]
         return queries
 
     def _read(self, row: int, tokens: list[tuple[int, int]], state: SegmentState, text: TextState) -> Reading:
         """Cuts the tokens of a row into runs. Changes `text`; the new state is in the result."""
         reading = Reading(row, state, self.rule)
         if self.alignment is not None:
-            self.alignment.read(tokens, text, reading)
+            self.alignment.read(tokens, text, reading, self.asking)
         else:
             for position, id in tokens:
                 first = id == self.rule.sot or not reading.state.open
                 reading.add(id)
-                if not first:
+                if first:
+                    reading.begin_document()
+                elif self.asking is None or self.asking[id]:
                     reading.want(position)
+                else:
+                    reading.repeat(position)
             reading.keep()
         return reading
 
@@ -239,25 +267,14 @@ class ContextEncoder:
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, dtype=torch.float32, device=self.tower.positions.device)
 
-    def _together(self, runs: list[Run]) -> list[list[Run]]:
-        """Splits new runs into calls of similar size, of at most a call's tokens and one run more."""
+    def _most(self) -> int:
+        """Tokens of a call that reads new segments."""
         most = CPU_CALL_TOKENS if self.tower.positions.device.type == "cpu" else CALL_TOKENS
-        if self.query == "eot":
-            most //= 2
-        total = sum(len(run.ids) for run in runs)
-        part = total / max(1, -(-total // most))
-        parts: list[list[Run]] = []
-        before = 0
-        for run in runs:
-            if before >= part * len(parts):
-                parts.append([])
-            parts[-1].append(run)
-            before += len(run.ids)
-        return parts
+        return most // 2 if self.query == "eot" else most
 
     def _encode(self, runs: list[Run], queries: Tensor, cache: ContextCache | None = None) -> None:
         """Encodes runs, either all new or all continuing from the cache, and then their branches."""
-        bucket = _Bucket(runs, self.rule.eot, queries.device)
+        bucket = _Bucket(runs, queries.device)
         past = None
         if cache is not None and bucket.longest:
             first = cache.capacity - bucket.longest
@@ -276,12 +293,12 @@ class ContextEncoder:
                 for (past_keys, past_values), (keys, values) in zip(past, present, strict=True)
             ]
         parent = {id(branch): n for n, branch in branches}
-        for some in _alike([branch for _, branch in branches], spread=0):
-            branched = _Bucket(some, self.rule.eot, queries.device)
+        for some in _calls([branch for _, branch in branches], CALL_TOKENS):
+            branched = _Bucket(some, queries.device)
             n = torch.tensor([parent[id(branch)] for branch in some], device=queries.device)
             # a branch's past is at the end; first_key hides what longer ones have before it
             place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
-            row, place = bucket.row[n, None], place.clamp(min=0)  # (branches, 1), (branches, P)
+            row, place = n[:, None], place.clamp(min=0)  # (branches, 1), (branches, P)
             past = [
                 (keys.transpose(1, 2)[row, place].transpose(1, 2), values.transpose(1, 2)[row, place].transpose(1, 2))
                 for keys, values in present
@@ -298,74 +315,73 @@ class ContextEncoder:
     ) -> KeyValues:
         """Runs `bucket` behind `past`; writes the wanted queries into `queries` (B, T, E), and later context into the
         cache. Returns the keys and values of its tokens if `keep`."""
+        runs = list(zip(bucket.begins, bucket.runs, strict=True))
+        wanted = [(begin + at, run.row, position) for begin, run in runs for position, at in run.wanted if at >= 0]
+        last = [(begin + run.kept - 1, run.row) for begin, run in runs if cache is not None and run.kept]
+        asked = sorted({token for token, *_ in wanted + last})
+        number = {token: n for n, token in enumerate(asked)}
+        tokens = torch.tensor(asked, dtype=torch.int64)
+        reads_eot = self.query == "eot" and bool(asked)
         states, present = self.tower.run(
             bucket.ids,
-            eot_stream=self.query == "eot",
+            bucket.lengths,
             positions=bucket.positions,
+            eot_after=tokens if reads_eot else None,
             first_key=bucket.first_key,
             past=past,
             keep=keep,
         )
-        runs = list(enumerate(bucket.runs))
-        wanted = [(n, at, run.row, position) for n, run in runs for position, at in run.wanted if at >= 0]
+        found = self.tower.project(states if reads_eot else states[tokens.to(states.device)])  # (A, E)
         if wanted:
-            n, at, row, position = torch.tensor(wanted, device=queries.device).T
-            queries[row, position] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
-        if cache is None:
-            return present
-        kept = [(n, at, run.row, run.start + at) for n, run in runs for at in range(run.kept)]
-        if kept:
+            places = [(number[token], row, position) for token, row, position in wanted]
+            n, row, position = torch.tensor(places, device=queries.device).T
+            queries[row, position] = found[n]
+        if cache is not None and last:
+            kept = [(n, at, run.row, run.start + at) for n, run in enumerate(bucket.runs) for at in range(run.kept)]
             n, at, row, place = torch.tensor(kept, device=queries.device).T
             for layer, new in zip(cache.past, present, strict=True):
                 for part, new_part in zip(layer, new, strict=True):
-                    part[row, :, cache.capacity - 1 - place] = new_part[bucket.row[n], :, bucket.column[n] + at]
-            last = torch.tensor([(n, run.kept - 1, run.row) for n, run in runs if run.kept], device=queries.device)
-            n, at, row = last.T
-            cache.last_query[row] = self.tower.project(states[bucket.row[n], bucket.column[n] + at])
+                    part[row, :, cache.capacity - 1 - place] = new_part[n, :, at]
+            n, row = torch.tensor([(number[token], row) for token, row in last], device=queries.device).T
+            cache.last_query[row] = found[n]
         return present
 
 
 class _Bucket:
-    """Runs that the text tower reads in one call, either all new or all continuing from cached tokens.
+    """Runs that the text tower reads in one call, either all new or all continuing from cached tokens, of which
+    `longest` is the largest number.
 
-    New runs are concatenated in a single row, without padding and with large matrices. The others have a row each,
-    padded on the right, behind the cached tokens, of which `longest` is the largest number.
-
-    Token `at` of run n is at [row[n], column[n] + at] of ids (N, T). The keys of the first p tokens of its segment,
-    cached ones included, are [row[n], first[n] : first[n] + p].
+    Token `at` of run n is number begins[n] + at of ids (T,). The keys of the first p tokens of its segment, cached ones
+    included, are first[n] to first[n] + p - 1 of row n.
     """
 
-    def __init__(self, runs: list[Run], pad: int, device: torch.device):
+    def __init__(self, runs: list[Run], device: torch.device):
         self.runs = runs
-        lengths = torch.tensor([len(run.ids) for run in runs])
-        starts = torch.tensor([run.start for run in runs])
+        self.lengths = [len(run.ids) for run in runs]
+        lengths, starts = torch.tensor(self.lengths), torch.tensor([run.start for run in runs])
         self.longest = int(starts.max())
-        if self.longest == 0:
-            ids = torch.tensor([[id for run in runs for id in run.ids]])
-            row, column = torch.zeros_like(lengths), lengths.cumsum(0) - lengths
-            first = column
-            first_key = column.repeat_interleave(lengths)[None]  # (1, T)
-            positions = torch.arange(ids.shape[1]) - first_key
-        else:
-            length = int(lengths.max())
-            ids = torch.tensor([run.ids + [pad] * (length - len(run.ids)) for run in runs])
-            row, column = torch.arange(len(runs)), torch.zeros_like(lengths)
-            first = self.longest - starts
-            first_key = first[:, None].expand(ids.shape)
-            positions = torch.arange(length) + starts[:, None]
+        begins, first = lengths.cumsum(0) - lengths, self.longest - starts
+        self.begins = begins.tolist()
+        positions = torch.arange(sum(self.lengths)) + (starts - begins).repeat_interleave(lengths)
         # None if every token sees all tokens before it, which is faster
-        self.first_key = first_key.int().to(device) if first_key.any() else None
-        self.ids, self.positions = ids.to(device), positions.to(device)
-        self.row, self.column, self.first = row.to(device), column.to(device), first.to(device)
+        self.first_key = first[:, None].expand(-1, max(self.lengths)).int().to(device) if first.any() else None
+        self.ids = torch.tensor([id for run in runs for id in run.ids], device=device)  # (T,)
+        self.positions, self.first = positions.to(device), first.to(device)
 
 
-def _alike(runs: list[Run], spread: int = SPREAD) -> list[list[Run]]:
-    """Groups runs of similar length, within `spread` and CALL_TOKENS, counting the cached tokens they see too."""
-    buckets: list[list[Run]] = []
+def _calls(runs: list[Run], most: int) -> list[list[Run]]:
+    """Splits runs into calls of `most` tokens, those of cached tokens that they see included, or of one run.
+
+    In a call they are of similar length, so that padding at most doubles what the attention reads.
+    """
+    calls: list[list[Run]] = []
+    count = tokens = 0  # of the last call
     for run in sorted(runs, key=lambda run: (-len(run.ids), -run.start)):
-        first = buckets[-1][0] if buckets else run
-        tokens = len(first.ids) + first.start
-        if not buckets or len(first.ids) - len(run.ids) > spread or tokens * (len(buckets[-1]) + 1) > CALL_TOKENS:
-            buckets.append([])
-        buckets[-1].append(run)
-    return buckets
+        first = calls[-1][0] if calls else run
+        count, tokens = count + 1, tokens + len(run.ids)
+        padded = count * len(first.ids)
+        if not calls or padded > 2 * tokens or padded + count * first.start > most:
+            calls.append([])
+            count, tokens = 1, len(run.ids)
+        calls[-1].append(run)
+    return calls

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
 from valm.clip.clip import Clip
+from valm.clip.text_tower import fastest_dtype
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
@@ -43,6 +44,7 @@ class ImageSource:
 
     Attributes:
         query: the kind of retrieval query of a `ContextEncoder`.
+        query_tokens: which tokens have one of their own, as `query_tokens.noted` has it.
         clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
         knowledge_base_name, knowledge_base_sha256: of its folder and its content (`ImageKnowledgeBase.fingerprint`);
             None for a blind model, which needs a CLIP only.
@@ -54,6 +56,7 @@ class ImageSource:
 
     query: str
     clip_name: str | None = None
+    query_tokens: str = "every"
     clip_sha256: str | None = None
     knowledge_base_name: str | None = None
     knowledge_base_sha256: str | None = None
@@ -74,14 +77,14 @@ class ImageSource:
     def of_retriever(cls, retriever: object) -> ImageSource | None:
         """That of `retriever`; None for a retriever of the user's own, which a file cannot describe."""
         if isinstance(retriever, Retriever):
-            return cls.of_knowledge_base(retriever.kb, retriever.encoder.query, **retriever.encoder.segments)
+            return cls.of_knowledge_base(retriever.kb, **retriever.encoder.query_settings)
         if isinstance(retriever, BlindRetriever):
             encoder, clip = retriever.encoder, retriever.encoder.clip
             place = clip.source
             if place is not None and os.path.isdir(place):
                 place = os.path.abspath(place)
-            of_queries: Any = encoder.segments
-            return cls(encoder.query, clip.name, clip.weights_hash, clip=place, **of_queries)
+            named: Any = {"clip_name": clip.name, "clip_sha256": clip.weights_hash, "clip": place}
+            return cls(**encoder.query_settings, **named)
         return None
 
     @classmethod
@@ -215,7 +218,8 @@ def open_encoder(
     clip: str | None = None,
     allow_download: bool = False,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    query_tokens: str = "every",
     overlap: int | None = None,
     min_tokens: int | None = None,
 ) -> ContextEncoder:
@@ -223,7 +227,9 @@ def open_encoder(
 
     Args:
         place: the knowledge base, or the CLIP of a source without one (`ImageSource.clip`).
-        query, tokenizer, dtype, overlap, min_tokens: as for `ContextEncoder`.
+        query, tokenizer, query_tokens, overlap, min_tokens: as for `ContextEncoder`.
+        dtype: precision of the text tower; by default what the device is fast in (`fastest_dtype`). Images that are
+            kept name theirs, as they should not depend on the machine that found them.
         clip: the CLIP, if it has moved from there (see `Clip.load`).
         allow_download: as in `ImageKnowledgeBase.load_clip`.
 
@@ -240,5 +246,12 @@ def open_encoder(
         )
     else:
         loaded = Clip.load(clip or place)
-    segments = {"overlap": overlap, "min_tokens": min_tokens}
-    return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype, **segments)
+    return ContextEncoder(
+        loaded.to(device),
+        tokenizer=tokenizer,
+        query=query,
+        query_tokens=query_tokens,
+        overlap=overlap,
+        min_tokens=min_tokens,
+        dtype=dtype or fastest_dtype(torch.device(device)),
+    )

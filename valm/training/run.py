@@ -24,6 +24,7 @@ from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
+from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.retriever import BlindRetriever
 from valm.retrieval.source import ImageSource
 from valm.store.files import output_folder
@@ -137,7 +138,7 @@ def _min_score(
         return plan.min_score
     retriever = None if plan.corpus is None else open_retriever(_retrieval(plan, plan.corpus, "retrieval"), kb)
     found = find_min_score(
-        kb, dataset.query, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
+        kb, dataset.query_settings, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
     )
     print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
     return found
@@ -159,10 +160,11 @@ def _model(
         images["min_score"] = None if blind else min_score
     model = _new(plan, tokenizer, images) if plan.base is None else _augmented(plan, plan.base, images)
     if kb is not None and plan.twin == "blind":
-        source = ImageSource.of_knowledge_base(kb, dataset.query, **dataset.segments)
+        source = ImageSource.of_knowledge_base(kb, **dataset.query_settings)
         with _retrieving():
             of_clip = {"clip": dataset.clip(plan.allow_download), "allow_download": plan.allow_download}
-            retriever = model.finder.open(source, dataset.tokenizer, device=device, **of_clip)
+            dtype = getattr(torch, dataset.query_settings["precision"])
+            retriever = model.finder.open(source, dataset.tokenizer, device=device, dtype=dtype, **of_clip)
         model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
     return model
 
@@ -240,7 +242,7 @@ def _open_validation(
     if plan.retrieval is not None and not path.is_dir():
         raise ValmError(f"the corpus was retrieved: retrieve --validation {path} too, or give a fraction to hold out")
     found = CorpusRetrieval.open(path) if path.is_dir() else _retrieve(plan, texts, "validation-retrieval")
-    for name in ("tokenizer", "eos", "knowledge_base", "k", "query", "overlap", "min_tokens", "precision"):
+    for name in ("tokenizer", "eos", "knowledge_base", "k", *QUERY_SETTINGS):
         here, there = (corpus.manifest["plan"].get(name) for corpus in (found, dataset))
         if here != there:
             raise ValmError(

@@ -164,23 +164,22 @@ def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, ca
 @pytest.mark.parametrize(
     ("amx", "vnni", "expected"), [(True, True, "bfloat16"), (False, True, "int8"), (False, False, "float32")]
 )
-def test_the_fastest_precision_of_a_processor(amx, vnni, expected, world, color, tmp_path, monkeypatch):
+def test_queries_are_in_the_fastest_precision_of_a_processor(amx, vnni, expected, world, color, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     out = tmp_path / "report"
-    assert (
-        run("eval", world / "valm", *color, "--query-dtype", "auto", "--device", "cpu", "--limit", 1, "--out", out) == 0
-    )
+    assert run("eval", world / "valm", *color, "--device", "cpu", "--limit", 1, "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
 
 
 def test_the_report_says_the_precision_of_queries_that_there_are(world, color, tmp_path):
-    line = "Retrieval queries in float32."
+    line = "Retrieval queries in bfloat16."
     color = [*color, "--limit", 1]
-    assert run("eval", world / "gpt2", *color, "--query-dtype", "float32", "--controls", "off", "--out", tmp_path) == 0
+    color += ["--query-dtype", "bfloat16", "--controls", "off", "--out", tmp_path]
+    assert run("eval", world / "gpt2", *color) == 0
     assert line not in (tmp_path / "results.md").read_text()
-    assert run("eval", world / "gpt2", world / "valm", *color, "--controls", "off", "--out", tmp_path) == 0
-    assert json.loads((tmp_path / "results.json").read_text())["conditions"]["query_dtype"] == "float32"
+    assert run("eval", world / "gpt2", world / "valm", *color) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["conditions"]["query_dtype"] == "bfloat16"
     for name in ("results.md", "report.html"):
         assert line in (tmp_path / name).read_text()
 

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 from tests.valm.cli.commands import SIZE, STEPS, evaluations, run
 from tests.valm.other_tokenizers import gpt2_like
 from valm.corpus.retrieved import CorpusRetrieval
+from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load
+from valm.retrieval.query_tokens import noted
 from valm.retrieval.retriever import BlindRetriever
 from valm.training import trainer, training_arguments
 from valm.training.collate import Collator
@@ -220,6 +222,7 @@ def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
     ("option", "message"),
     [
         (["--query", "state"], "its query is state, not eot"),
+        (["--query-tokens", "content"], f"its query tokens is {noted('content')}, not every"),
         (["-k", "3"], "its k is 3, not 2"),
         (["--query-dtype", "bfloat16"], "its precision is bfloat16, not float32"),
     ],
@@ -230,6 +233,28 @@ def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_p
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
     assert run(*train, "--validation", tmp_path / "held-out", "--out", tmp_path / "model") == 1
     assert f"was retrieved otherwise than the corpus: {message}" in capsys.readouterr().err
+
+
+def test_a_model_keeps_the_rule_by_which_its_tokens_ask(world, base, tmp_path, capsys):
+    """A corpus of another rule is refused where the model goes on."""
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", base, "-k", "2"]
+    assert run(*retrieve, "--query-tokens", "content", "--out", tmp_path / "content") == 0
+    train = ["train", "--kb", world / "kb", *STEPS]
+    model = tmp_path / "model"
+    assert run(*train, "--base", base, "--retrieval", tmp_path / "content", "--out", model) == 0
+    assert load(model)[0].retriever.encoder.query_settings["query_tokens"] == noted("content")
+    trained, tokenizer = load(model)
+    with pytest.raises(
+        ValmError, match="with the rule 'every' of which tokens ask, and this model was trained with 'con"
+    ):
+        other = CorpusRetrieval.open(world / "base-retrieval")
+        trainer(
+            trained,
+            other,
+            ImageKnowledgeBase.open(world / "kb"),
+            tokenizer=tokenizer,
+            arguments=training_arguments(tmp_path / "other", max_steps=1),
+        )
 
 
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
@@ -248,13 +273,14 @@ def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
     assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
 
 
-def test_a_blind_twin_has_the_clip_of_its_retrieval(world, tmp_path, capsys):
+def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp_path, capsys):
     """Where the knowledge base does not find it, `valm retrieve` was told where it is."""
     kb = ["--kb", shutil.copytree(world / "kb", tmp_path / "moved" / "kb")]
-    retrieved = ["retrieve", world / "corpus.txt", *kb, "--clip", world / "clip", "--out", tmp_path / "retrieval"]
-    assert run(*retrieved) == 0
+    retrieved = ["retrieve", world / "corpus.txt", *kb, "--clip", world / "clip", "--query-dtype", "bfloat16"]
+    assert run(*retrieved, "--out", tmp_path / "retrieval") == 0
     train = ["train", "--retrieval", tmp_path / "retrieval", *kb, "--twin", "blind", *SIZE]
     assert run(*train, "--out", tmp_path / "blind") == 0
+    assert json.loads((tmp_path / "blind" / "config.json").read_text())["retrieval"]["precision"] == "bfloat16"
     (tmp_path / "retrieval" / "_clip.json").unlink()
     for command in (train, ["train", world / "corpus.txt", *kb, *SIZE]):
         assert run(*command, "--out", tmp_path / "never") == 1

@@ -42,11 +42,11 @@ def test_projections(tokenizer):
         clip = custom(tokenizer, **options)
         if options.get("proj_bias"):
             torch.nn.init.normal_(clip.model.text.text_projection.bias)
-        ids = clip.token_ids(["a red apple"])
+        (ids,) = clip.token_ids(["a red apple"])
         tower = TextTower(clip, torch.float32)
-        states, _ = tower.run(ids, eot_stream=False)
-        eot = ids[0].tolist().index(clip.tokenizer.eos_token_id)
-        torch.testing.assert_close(tower.project(states[0, eot : eot + 1]), clip.encode_texts(["a red apple"]))
+        states, _ = tower.run(ids, [len(ids)], positions=torch.arange(len(ids)))
+        eot = ids.tolist().index(clip.tokenizer.eos_token_id)
+        torch.testing.assert_close(tower.project(states[eot : eot + 1]), clip.encode_texts(["a red apple"]))
 
 
 def test_the_clip_itself_is_not_changed(clip):
@@ -59,6 +59,28 @@ def test_the_clip_itself_is_not_changed(clip):
     for query in ("eot", "state"):
         ContextEncoder(clip, query=query)(torch.arange(40)[None])
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.model.state_dict().items())
+
+
+@pytest.mark.parametrize("eot", [False, True])
+def test_a_segment_in_16_bits_has_the_same_states_beside_a_longer_one(tokenizer, eot):
+    """To the bit: a layer that rounds otherwise may make another image the nearest."""
+    torch.manual_seed(0)
+    tower = TextTower(make_clip(tokenizer, width=128, heads=2, context_length=77), torch.bfloat16)
+    ids, places = torch.randint(0, len(tokenizer), (35,)), torch.arange(23)
+    with torch.no_grad():
+        positions = torch.cat([places[:12], places])
+        alone, _ = tower.run(ids[:12], [12], positions=places[:12], eot_after=places[:12] if eot else None)
+        both, _ = tower.run(ids, [12, 23], positions=positions, eot_after=torch.arange(35) if eot else None)
+    assert torch.equal(both[:12], alone)
+
+
+def test_eots_after_some_tokens_are_those_after_all(clip):
+    tower, ids = TextTower(clip, torch.float64), torch.randint(0, len(clip.tokenizer), (12,))
+    positions, some = torch.cat([torch.arange(7), torch.arange(5)]), torch.tensor([0, 3, 4, 11])
+    with torch.no_grad():
+        every, _ = tower.run(ids, [7, 5], positions=positions, eot_after=torch.arange(12))
+        found, _ = tower.run(ids, [7, 5], positions=positions, eot_after=some)
+    torch.testing.assert_close(found, every[some])
 
 
 LONG_TEXT = "The colour of a ripe banana is yellow, and that of the sky over the sea is blue on a clear day, he said."

@@ -149,7 +149,8 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     augmented = valm.augment(base, kb.dim, 2, logit_bias=2.0)
     augmented.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer), kb, 2))
     valm.save_adapter(augmented, tmp_path / "adapter")
-    scorer = open_scorer(str(tmp_path / "adapter"), Settings())
+    settings = Settings(query_dtype="float32")
+    scorer = open_scorer(str(tmp_path / "adapter"), settings)
     assert scorer.sees_images and scorer.kind == "GPT2LMHeadModel, 2 images a token"
     asked = questions()
     own = scorer.fingerprint
@@ -163,7 +164,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     torch.testing.assert_close(scorer.answers(asked, None)[0], seen)
     assert scorer.fingerprint == own
     build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
-    other = open_scorer(str(tmp_path / "adapter"), Settings(kb=tmp_path / "other"))
+    other = open_scorer(str(tmp_path / "adapter"), dataclasses.replace(settings, kb=tmp_path / "other"))
     assert other.fingerprint != own
     half = open_scorer(str(tmp_path / "adapter"), Settings(query_dtype="bfloat16"))
     assert half.fingerprint != own
@@ -171,7 +172,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     shorter = ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer, overlap=0, min_tokens=3)
     augmented.set_retriever(Retriever(shorter, kb, 2))
     valm.save_adapter(augmented, tmp_path / "shorter")
-    assert open_scorer(str(tmp_path / "shorter"), Settings()).fingerprint != own
+    assert open_scorer(str(tmp_path / "shorter"), settings).fingerprint != own
     # `valm eval MODEL TWIN --kb KB` is how a model whose knowledge base was moved is compared
     twin = valm.augment(GPT2LMHeadModel.from_pretrained(folders / "gpt2"), kb.dim, 0, unfreeze="block")
     valm.save_adapter(twin, tmp_path / "twin-adapter")

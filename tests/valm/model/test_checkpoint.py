@@ -12,6 +12,7 @@ from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.killed import exit_code, exit_code_if_killed_at, forked, needs_fork
 from tests.valm.models import model_for, tiny_model
 from valm.clip.clip import Clip
+from valm.clip.text_tower import fastest_dtype
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
@@ -226,7 +227,7 @@ def test_a_checkpoint_finds_its_pictures_again(tmp_path, clip, blind):
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / f"{name}.png")
     kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
-    encoder = ContextEncoder(kb.load_clip(), query="state")
+    encoder = ContextEncoder(kb.load_clip(), query="state", dtype=fastest_dtype(torch.device("cpu")))
     tokenizer = encoder.clip.tokenizer
     model = tiny_model(
         vocab_size=len(tokenizer),

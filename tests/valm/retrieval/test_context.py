@@ -6,14 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tolerance import assert_accurate
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import padded
 from valm.retrieval import context
-from valm.retrieval.context import ContextEncoder
+from valm.retrieval.context import QUERIES, ContextEncoder
 
 # Two units in the last place of float32 at 1. The text tower runs in float64 where two ways of asking for the same
 # query are compared, so nothing but the last rounding may differ.
 TOLERANCE = 2 * 2**-23
+VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs AVX-512 VNNI")
 TOKENS = st.integers(0, 47)
 ROWS = st.lists(st.lists(TOKENS, min_size=1, max_size=60), min_size=1, max_size=4)
 fixed = settings(max_examples=16, deadline=None, derandomize=True)
@@ -207,19 +209,32 @@ def test_segments_carry_the_last_tokens_over(clip, pool):
 
 
 def test_segments_are_encoded_together(clip, pool, monkeypatch):
-    """New segments make one call of the tower, and nothing is padded; a call has about as many tokens as allowed."""
+    """New segments make one call of the tower; a call has as many tokens as allowed."""
     encoder = ContextEncoder(clip, dtype=torch.float64)
     calls = []
     run = encoder.tower.run
-    monkeypatch.setattr(encoder.tower, "run", lambda ids, **options: calls.append(ids.shape) or run(ids, **options))
+    monkeypatch.setattr(encoder.tower, "run", lambda *read, **options: calls.append(read[1]) or run(*read, **options))
     ids, mask = padded([pool[:9], pool[9:16], pool[16:25], pool[25:28], pool[28:37]])
     together = encoder(ids, mask)
-    assert calls == [(1, 42)]  # SOT and nine, seven, nine, three and nine tokens
+    assert calls == [[10, 10, 10, 8, 4]]  # SOT and nine, seven, nine, three and nine tokens
     monkeypatch.setattr(context, "CPU_CALL_TOKENS", 44)
     calls.clear()
     apart = encoder(ids, mask)
-    assert calls == [(1, 28), (1, 14)]
+    assert calls == [[10, 10], [10, 8], [4]]
     assert torch.allclose(together, apart, atol=1e-12)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.int8, marks=VNNI)])
+def test_queries_in_a_batch_and_token_by_token_are_as_accurate_as_alone(clip, pool, query, dtype):
+    encoder, exact = (ContextEncoder(clip, query=query, dtype=of) for of in (dtype, torch.float64))
+    rows = [pool[:17], pool[17:22], pool[22:33], pool[3:6]]
+    ids, mask = padded(rows)
+    by_itself, truth = (torch.cat([alone(one, row) for row in rows]) for one in (encoder, exact))
+    cache = encoder.new_cache(len(rows))
+    steps = torch.cat([encoder.step(ids[:, at : at + 1], cache, mask[:, at : at + 1]) for at in range(17)], 1)
+    for found in (encoder(ids, mask), steps):
+        assert_accurate("queries", found[mask.bool()], by_itself, truth)
 
 
 def test_wrong_arguments(clip, pool):

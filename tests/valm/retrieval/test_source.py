@@ -21,6 +21,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import merge
 from valm.knowledge_base.sources.folder import FolderSource
+from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.retriever import BlindRetriever, NoImages
 from valm.retrieval.source import read_places
 
@@ -153,7 +154,7 @@ def test_a_name_that_no_folder_has_is_one_sentence(copy, name, key):
 
 def test_a_blind_model_keeps_its_clip(copy):
     model, tokenizer = load(copy / "blind")
-    assert set(identity(copy / "blind")) == {"query", "clip_name", "clip_sha256", "overlap", "min_tokens"}
+    assert set(identity(copy / "blind")) == {"clip_name", "clip_sha256", *QUERY_SETTINGS}
     assert read_places(copy / "blind") == {"clip": "../clip"}
     with pytest.raises(ValmError, match=OTHER_CLIP):
         load(copy / "blind", clip=str(copy / "other"))
