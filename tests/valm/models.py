@@ -69,6 +69,13 @@ def random_scores(index: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return scores.masked_fill(index < 0, -torch.inf)
 
 
+def again_from_the_start(model, ids: torch.Tensor, steps: int = 8) -> torch.Tensor:
+    """`ids` and the likeliest tokens after them, for each of which everything is read again."""
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
 class HashRetriever:
     """Images that depend on the last two tokens, found in one call or token by token."""
 

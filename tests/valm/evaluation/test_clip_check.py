@@ -1,12 +1,11 @@
 import copy
 import json
 import math
-import os
 import random
 import shutil
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,7 +147,8 @@ def test_ranks(monkeypatch, block):
 
 def test_chance_of_a_random_order():
     """Counted over all draws: three pictures with 1, 2 and 3 captions."""
-    retrieval = retrieve(torch.eye(3, 16), [["a"], ["b", "c"], ["d", "e", "f"]], SameText())
+    same_text = SimpleNamespace(encode_texts=lambda texts: torch.ones(len(texts), 16) / 4)
+    retrieval = retrieve(torch.eye(3, 16), [["a"], ["b", "c"], ["d", "e", "f"]], same_text)
     owner = [0, 1, 1, 2, 2, 2]
     for recall in retrieval.image_to_text[:2]:
         draws = list(combinations(range(6), recall.at))
@@ -157,13 +157,6 @@ def test_chance_of_a_random_order():
     assert [recall.chance for recall in retrieval.text_to_image] == [1 / 3, 1, 1]
     # all texts are equal, and equals count against
     assert retrieval.image_to_text[0].recall.value == 0
-
-
-class SameText:
-    """A CLIP to which all texts are one."""
-
-    def encode_texts(self, texts):
-        return torch.ones(len(texts), 16) / 4
 
 
 def test_what_cannot_be_checked(tmp_path, trained):
@@ -210,16 +203,3 @@ def test_images_that_were_held_out_are_told_from_all_classes(folder, trained, tm
     assert (result.retrieval is None) == (held_out == ("red",))  # one image with captions is not enough
     assert (found.classes, found.chance) == (("blue", "dark_green", "red", "yellow"), 0.25)
     assert found.linear_probe is None and 0 <= found.balanced <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("VALM_EVAL_DATA" not in os.environ, reason="needs flickr8k_1000: set VALM_EVAL_DATA")
-def test_flickr8k(clip):
-    """With random weights, near chance."""
-    source = FolderSource(Path(os.environ["VALM_EVAL_DATA"]) / "flickr8k_1000")
-    result = check_clip(source, clip, progress=False)
-    assert result.classification is None and result.skipped == []
-    assert (result.retrieval.pictures, result.retrieval.captions) == (1000, 5000)
-    assert math.isclose(result.retrieval.image_to_text[2].chance, 1 - math.comb(4995, 10) / math.comb(5000, 10))
-    assert result.retrieval.text_to_image[2].chance == 0.01
-    assert all(recall.recall.value < 0.05 for recall in result.retrieval.text_to_image)

@@ -3,25 +3,21 @@
 import inspect
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import valm
 from tests.valm.evaluation.small_sets import write_sets
-from tests.valm.models import tiny_model
+from tests.valm.models import model_for
 from tests.valm.other_tokenizers import LINES, chat_like, gpt2_like
+from tests.valm.three_images import retriever_in
 from tests.valm.tiny_clip import make_clip
 from valm.cli import main
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
-from valm.evaluation.questions import harness_docs
-from valm.knowledge_base.build import build
-from valm.knowledge_base.sources.folder import FolderSource
 from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
@@ -38,18 +34,7 @@ from lm_eval.tasks import TaskManager
 from valm.evaluation.harness import OF_LOADING, ValmLM, write_tasks
 
 pytestmark = pytest.mark.slow  # lm-eval comes with the extra `check`
-DATA = os.environ.get("VALM_EVAL_DATA")
 PROSE = Path(__file__).parents[2] / "fixtures" / "prose.txt"
-
-
-def knowledge_base(root: Path, clip: valm.Clip):
-    """One of eight plain pictures, with its CLIP beside it."""
-    (root / "pictures").mkdir(parents=True)
-    for number in range(8):
-        colour = (number * 30, 255 - number * 30, 90)
-        Image.new("RGB", (32, 32), colour).save(root / "pictures" / f"{number}.png")
-    clip.save(root / "clip")
-    return build(FolderSource(root / "pictures"), root / "kb", valm.Clip.load(root / "clip"), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +53,9 @@ def models(tmp_path_factory, clip):
     plain = valm.VaLMForCausalLM(valm.ValmConfig(num_images=0, **sizes))
     plain.load_state_dict(gpt2.state_dict())
     save_checkpoint(plain, tokenizer, root / "valm")
-    kb = knowledge_base(root, clip)
-    seeing = valm.augment(gpt2, kb.dim, 3, logit_bias=1.0)
-    seeing.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, 3))
+    kb = retriever_in(root, clip).kb
+    seeing = valm.augment(gpt2, kb.dim, 2, logit_bias=1.0)
+    seeing.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, 2))
     seeing.save_pretrained(root / "seeing")
     tokenizer.save_pretrained(root / "seeing")
     return root
@@ -78,15 +63,6 @@ def models(tmp_path_factory, clip):
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, argument, 0) for argument in arguments]
-
-
-def lambada_requests(limit: int) -> list[tuple[str, str]]:
-    """As the harness's lambada_openai makes them."""
-    if not DATA:
-        pytest.skip("VALM_EVAL_DATA does not say where the evaluation sets are")
-    lines = (Path(DATA) / "eval" / "lambada" / "lambada_test.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines[:limit]]
-    return [(" ".join(text.split(" ")[:-1]), " " + text.split(" ")[-1]) for text in texts]
 
 
 @pytest.mark.parametrize("name, arguments", [("valm", {}), ("seeing", {"retrieval": "off"})])
@@ -103,15 +79,6 @@ def test_scores_are_those_of_the_harness_own_class(models, name, arguments):
     expected = own.loglikelihood(asked)
     for (score, greedy), (other, also) in zip(ours.loglikelihood(asked), expected, strict=True):
         assert math.isclose(score, other, rel_tol=1e-4, abs_tol=1e-4) and greedy == also
-
-
-def test_lambada_scores_are_those_of_the_harness_own_class(models):
-    asked = instances("loglikelihood", lambada_requests(20))
-    own = HFLM(pretrained=str(models / "gpt2"), device="cpu", batch_size=4, max_length=64)
-    expected = [score for score, _ in own.loglikelihood(asked)]
-    for name, arguments in (("valm", {}), ("seeing", {"retrieval": "off"})):
-        ours = ValmLM(str(models / name), batch_size=8, add_bos_token=False, **arguments)
-        assert [score for score, _ in ours.loglikelihood(asked)] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_no_batch_size_and_no_order_changes_a_score(models):
@@ -186,31 +153,10 @@ def test_constant_yes_is_perfect_as_published_and_half_right_in_the_fair_protoco
     assert [results[name]["acc,none"] for name in tasks] == [0.5, 1.0, 0.5]
 
 
-class Majority(ValmLM):
-    """Always gives the answer that is right most often."""
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        return [(0.0 if request.args[1] in (" round", " Positive") else -1.0, False) for request in requests]
-
-
-def test_a_majority_model_scores_the_stated_majority(models, data, tmp_path):
-    write_tasks(tmp_path)
-    tasks = ["valm_object_shape_published", "valm_sst2"]
-    data = DATA or data
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"data": str(data)})
-    model = Majority(str(models / "valm"))
-    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
-    expected = (81 / 101, 444 / 872) if DATA else (1, 2 / 3)
-    assert [results[name]["acc,none"] for name in tasks] == pytest.approx(expected)
-
-
-def test_a_blind_model_is_evaluated_too(models, tmp_path, clip):
-    blind = tiny_model(
-        image_dim=clip.embed_dim, vocab_size=len(clip.tokenizer), bos_token_id=clip.tokenizer.bos_token_id,
-        eos_token_id=clip.tokenizer.eos_token_id, num_images=1, blind=True,
-    )  # fmt: skip
-    clip.save(tmp_path / "clip")
-    blind.set_retriever(BlindRetriever(ContextEncoder(valm.Clip.load(tmp_path / "clip"))))
+def test_a_blind_model_is_evaluated_too(tmp_path, clip):
+    retriever = BlindRetriever(retriever_in(tmp_path, clip).encoder)
+    blind = model_for(retriever, blind=True)
+    blind.set_retriever(retriever)
     save_checkpoint(blind, clip.tokenizer, tmp_path / "blind")
     asked = instances("loglikelihood", [("a red apple", " lies"), ("the sky", " is blue")])
     on = ValmLM(str(tmp_path / "blind")).loglikelihood(asked)
@@ -253,14 +199,8 @@ def test_the_harness_own_arguments_reach_it(monkeypatch):
 
 
 def test_the_command_hands_over_to_the_harness(models, data, tmp_path, capsys):
-    arguments = [
-        "lm-eval",
-        "run",
-        "--model",
-        "valm",
-        "--model_args",
-        f"pretrained={models / 'seeing'},retrieval=random",
-    ]
+    arguments = ["lm-eval", "run", "--model", "valm"]
+    arguments += ["--model_args", f"pretrained={models / 'seeing'},retrieval=random"]
     arguments += ["--metadata", f"data={data}", "--output_path", str(tmp_path), "--batch_size", "4", "--tasks"]
     assert main([*arguments, "valm_memory_color"]) == 0
     assert "valm_memory_color" in capsys.readouterr().out
@@ -287,38 +227,18 @@ def test_wrong_arguments_are_named(models, name, arguments, message):
         ValmLM(str(models / name), **arguments)
 
 
-def test_a_misspelt_control_ends_the_command(models, capsys):
-    given = ["run", "--model", "valm", "--model_args", f"pretrained={models / 'seeing'},retreival=off"]
-    assert main(["lm-eval", *given, "--tasks", "piqa", "--limit", "1"]) == 1
-    assert "the model has no argument retreival, did you mean retrieval?" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_what_the_harness_class_takes_beside_a_loaded_model(models):
-    taken = {
-        **{
-            "backend": "causal",
-            "truncation": True,
-            "logits_cache": False,
-            "max_length": 32,
-            "softmax_dtype": "float32",
-        },
-        **{"mixed_precision_dtype": "float32", "batch_size": "auto", "max_batch_size": 2, "trust_remote_code": False},
-        **{"add_bos_token": True, "prefix_token_id": 1, "think_end_token": "x", "enable_thinking": True},
-        **{"chat_template_args": {"a": 1}, "device": "cpu"},
-    }
+    taken = {"backend": "causal", "truncation": True, "logits_cache": False, "max_length": 32, "device": "cpu"}
+    taken |= {"softmax_dtype": "float32", "mixed_precision_dtype": "float32", "batch_size": "auto"}
+    taken |= {"max_batch_size": 2, "trust_remote_code": False, "add_bos_token": True, "prefix_token_id": 1}
+    taken |= {"think_end_token": "x", "enable_thinking": True, "chat_template_args": {"a": 1}}
     model = ValmLM(str(models / "seeing"), **taken)
     assert (model.max_length, model.truncation, model.chat_template_args["a"]) == (32, True, 1)
     parameters = {*inspect.signature(HFLM.__init__).parameters} - {"self", "pretrained", "kwargs"}
     assert {*taken, *OF_LOADING} <= parameters
 
 
-def test_missing_data_say_where_they_are(models, tmp_path, monkeypatch):
-    monkeypatch.delenv("VALM_EVAL_DATA", raising=False)
-    with pytest.raises(ValmError, match=r"MemoryColor is not here .* get it from https://"):
-        harness_docs("memory_color", "fair", data=str(tmp_path))
-
-
 def test_a_knowledge_base_of_another_clip_is_refused(models, tmp_path, tokenizer):
-    kb = knowledge_base(tmp_path, make_clip(tokenizer, seed=1, layers=2))
+    kb = retriever_in(tmp_path, make_clip(tokenizer, seed=1, layers=2)).kb
     with pytest.raises(ValmError, match=r"was built with the CLIP tiny .* not with tiny"):
         ValmLM(str(models / "seeing"), kb=str(kb.path), clip=str(models / "clip"))

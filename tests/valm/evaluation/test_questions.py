@@ -65,28 +65,14 @@ def test_the_real_sets_have_the_known_majorities(task, protocol, items, prompts,
 
 
 @needs_data
-@pytest.mark.parametrize("task", ["vicomte_color", "vicomte_material"])
-def test_the_candidates_are_all_labels_of_the_set(task):
-    folder = Path(DATA) / "eval/vicomte"
-    name = task.removeprefix("vicomte_")
-    rows = [json.loads(line) for part in ("train", "test") for line in (folder / f"{name}_single_{part}.jsonl").open()]
-    assert {row[key] for row in rows for key in ("obj", "alt")} == set(SETS[task].labels)
-
-
-@needs_data
 def test_the_items_are_the_published_ones():
     items = load_memory_color(Path(DATA) / "eval" / SETS["memory_color"].file)
-    counts = {"white": 25, "green": 19, "yellow": 18, "red": 11, "grey": 8, "brown": 8, "black": 7, "blue": 4}
-    assert Counter(item.answer for item in items) == counts | {"purple": 3, "pink": 3, "orange": 3}
     assert items[1] == Item("ocean", "blue", "the")
     assert Counter(item.descriptor for item in items)[""] == 54
     items = SETS["color_terms"].load(Path(DATA) / "eval" / SETS["color_terms"].file)
-    counts = {"white": 10, "brown": 10, "green": 9, "grey": 6, "black": 6, "yellow": 4, "red": 3, "blue": 2}
-    assert Counter(item.answer for item in items) == counts | {"pink": 1, "orange": 1}
     assert items[1] == Item("banana", "yellow", None)
     pairs = SETS["relative_size"].load(Path(DATA) / "eval" / SETS["relative_size"].file)
     assert (len(pairs), len({thing for pair in pairs for thing in pair})) == (486, 41)
-    assert pairs[0] == ("aeroplane", "apple")
 
 
 def test_a_thing_is_asked_for_with_its_descriptor():
@@ -124,18 +110,11 @@ def test_published_wikitext_is_its_paragraphs(data):
 @pytest.mark.parametrize("name, protocol", [("memory_color", PUBLISHED), ("memory_color", FAIR), ("lambada", FAIR)])
 def test_a_limit_asks_items_as_among_all(data, name, protocol):
     """The candidates of the published MemoryColor are the colours of its items."""
-    whole, some = (what_is_asked(SETS[name], protocol, data, limit=limit) for limit in (None, 1))
-    assert len(some.texts) == 1 < len(whole.texts) and set(some.texts) < set(whole.texts)
-    if name == "lambada":
-        return
-    assert some.candidates == whole.candidates and len(some.items) == 1
-    for item, right in zip(some.items, some.right, strict=True):
-        assert right == whole.right[whole.items.index(item)]
-
-
-def test_a_limit_draws_the_same_items_again(data):
-    one, two = (what_is_asked(SETS["memory_color"], FAIR, data, limit=2) for _ in range(2))
-    assert one == two and len(one.items) == 2
+    whole, some, again = (what_is_asked(SETS[name], protocol, data, limit=limit) for limit in (None, 1, 1))
+    assert some == again and len(some.texts) == 1 < len(whole.texts) and set(some.texts) < set(whole.texts)
+    if name == "memory_color":
+        assert some.candidates == whole.candidates
+        assert some.right == (whole.right[whole.items.index(some.items[0])],)
 
 
 def test_tasks_and_groups_by_name():
@@ -268,15 +247,6 @@ def test_a_set_without_a_file_is_read_from_the_hub_where_that_is_allowed(tmp_pat
 def test_the_documentation_has_every_set():
     lines = (Path(__file__).parents[3] / "docs" / "reference" / "test-sets.md").read_text(encoding="utf-8").splitlines()
     for name, entry in SETS.items():
-        facts = (
-            f"`{name}`",
-            entry.title,
-            f"{entry.items:,}",
-            f"`{entry.file}`",
-            entry.source,
-            entry.url,
-            entry.licence,
-        )
         row = next(line for line in lines if line.startswith("|") and f"| `{name}` |" in line)
-        assert all(f"| {fact} |" in row for fact in facts)
-        assert f"| {', '.join(SETS[name].protocols)} |" in row
+        facts = (entry.title, f"{entry.items:,}", f"`{entry.file}`", entry.source, entry.url, entry.licence)
+        assert all(f"| {fact} |" in row for fact in (*facts, ", ".join(entry.protocols)))

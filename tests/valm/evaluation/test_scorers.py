@@ -6,9 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -16,7 +14,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
     VisualBertConfig,
@@ -25,7 +22,7 @@ from transformers import (
 
 import valm
 from tests.valm.other_tokenizers import gpt2_like
-from valm.clip.clip import Clip
+from tests.valm.three_images import retriever_in
 from valm.errors import ValmError
 from valm.evaluation.questions import FAIR, PUBLISHED, Documents, Questions
 from valm.evaluation.scorers import (
@@ -139,11 +136,7 @@ def test_a_causal_model_scores_answers_alone_and_documents(folders):
 
 
 def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp_path, clip):
-    (tmp_path / "pictures").mkdir()
-    for number in range(6):
-        Image.new("RGB", (32, 32), (number * 40, 90, 200)).save(tmp_path / "pictures" / f"{number}.png")
-    clip.save(tmp_path / "clip")
-    kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", Clip.load(tmp_path / "clip"), progress=False)
+    kb = retriever_in(tmp_path, clip).kb
     original = open_scorer(str(folders / "gpt2"), Settings())
     base = GPT2LMHeadModel.from_pretrained(folders / "gpt2")
     augmented = valm.augment(base, kb.dim, 2, logit_bias=2.0)
@@ -163,8 +156,8 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     scorer.switch("on", None)
     torch.testing.assert_close(scorer.answers(asked, None)[0], seen)
     assert scorer.fingerprint == own
-    build(FolderSource(tmp_path / "pictures", shard_size=3), tmp_path / "other", kb.load_clip(), progress=False)
-    other = open_scorer(str(tmp_path / "adapter"), dataclasses.replace(settings, kb=tmp_path / "other"))
+    build(FolderSource(tmp_path / "images", shard_size=2), tmp_path / "other", kb.load_clip(), progress=False)
+    other = open_scorer(str(tmp_path / "adapter"), Settings(kb=tmp_path / "other"))
     assert other.fingerprint != own
     half = open_scorer(str(tmp_path / "adapter"), Settings(query_dtype="bfloat16"))
     assert half.fingerprint != own
@@ -183,17 +176,13 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
             assert not open_scorer(str(tmp_path / name), Settings(kb=tmp_path / "other")).sees_images
 
 
-def test_the_published_protocol_needs_single_tokens(folders):
-    scorer = open_scorer(str(folders / "gpt2"), Settings())
-    with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
-        scorer.answers(questions(PUBLISHED, ("grey", "zzz", "blue")), None)
-
-
-def test_the_published_protocol_needs_single_tokens_of_a_masked_model_too(folders):
-    scorer = open_scorer(str(folders / "bert"), Settings())
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_the_published_protocol_needs_single_tokens(folders, name):
+    scorer = open_scorer(str(folders / name), Settings())
     with pytest.raises(NotApplicable, match="tokens for this tokenizer"):
         scorer.answers(questions(PUBLISHED), None)
-    scorer.answers(questions(PUBLISHED, ("yellow", "red", "blue")), None)
+    if name == "bert":
+        scorer.answers(questions(PUBLISHED, ("yellow", "red", "blue")), None)
 
 
 def test_a_long_prompt_loses_its_beginning(folders):
@@ -239,19 +228,16 @@ def test_each_item_is_asked_with_its_own_choices(folders, name):
 
 def test_a_model_without_a_head_is_refused(folders, tmp_path):
     """transformers would give it random weights, and take a BERT for a causal model."""
-    bert = open_scorer(str(folders / "bert"), Settings())
+    bert, gpt2 = (open_scorer(str(folders / name), Settings()) for name in ("bert", "gpt2"))
     bert.model.bert.save_pretrained(tmp_path / "bert")
-    bert.tokenizer.save_pretrained(tmp_path / "bert")
-    gpt2 = open_scorer(str(folders / "gpt2"), Settings())
     GPT2Model(gpt2.model.config).save_pretrained(tmp_path / "gpt2")
-    for name in ("h.0.mlp.c_fc.weight",):
-        weights = load_file(tmp_path / "gpt2" / "model.safetensors")
-        del weights[name]
-        save_file(weights, tmp_path / "gpt2" / "model.safetensors", {"format": "pt"})
-    gpt2.tokenizer.save_pretrained(tmp_path / "gpt2")
-    for folder in ("bert", "gpt2"):
+    weights = load_file(tmp_path / "gpt2" / "model.safetensors")
+    del weights["h.0.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "gpt2" / "model.safetensors", {"format": "pt"})
+    for name, scorer in (("bert", bert), ("gpt2", gpt2)):
+        scorer.tokenizer.save_pretrained(tmp_path / name)
         with pytest.raises(ValmError, match=r"has no weights for .*: it is no language model, or not all of one"):
-            open_scorer(str(tmp_path / folder), Settings())
+            open_scorer(str(tmp_path / name), Settings())
 
 
 def test_the_logits_are_the_last_whatever_a_class_returns(folders):
@@ -282,11 +268,9 @@ def test_what_cannot_be_opened_is_named(folders, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     with pytest.raises(ValmError, match=r"the language model .* cannot be read"):
         open_scorer(str(tmp_path), Settings())
-    plain = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
     bert = open_scorer(str(folders / "bert"), Settings())
     with pytest.raises(ValmError, match="names no mask token"):
-        MaskedScorer(bert.model, PreTrainedTokenizerFast(tokenizer_object=plain))
+        MaskedScorer(bert.model, gpt2_like())
 
 
 def test_the_same_bytes_under_another_name_or_in_another_shape_are_another_model():

@@ -28,13 +28,6 @@ def test_scores_are_those_of_reading_each_text_alone(bos):
             torch.testing.assert_close(scores[i, j], log_probs[-lengths[j] :].sum(), rtol=1e-5, atol=1e-5)
 
 
-def test_no_batch_size_changes_a_score():
-    prompts = ["the sea is", "red", "blue", "the color of", "red is"]
-    one = answer_log_probs(a_model(), TOKENIZER, prompts, ["blue", "reds"], batch_size=1)
-    all_at_once = answer_log_probs(a_model(), TOKENIZER, prompts, ["blue", "reds"], batch_size=64)
-    torch.testing.assert_close(one, all_at_once, rtol=1e-5, atol=1e-5)
-
-
 def test_empty_texts_and_a_model_without_its_pictures_are_refused():
     with pytest.raises(ValmError, match="answer '' has no tokens"):
         answer_log_probs(a_model(), TOKENIZER, ["a"], ["red", ""])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.valm.evaluation.small_sets import write_sets
-from tests.valm.models import tiny_model
+from tests.valm.models import model_for, model_of
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
 from valm.evaluation import scorers, suite
@@ -30,8 +30,7 @@ def world(tmp_path_factory):
     write_sets(root / "data")
     tokenizer = prune_tokenizer(clip_tokenizer(), ["the color of the banana is yellow red blue white green"])
     for seed in (0, 1):
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model = tiny_model(seed, vocab_size=len(tokenizer), num_images=0, n_positions=96, **ids)
+        model = model_of(tokenizer, seed=seed, num_images=0, n_positions=96)
         save_checkpoint(model, tokenizer, root / f"seed{seed}")
     return root
 
@@ -66,9 +65,10 @@ def test_every_model_has_a_row_for_every_task_and_protocol(world):
 
 def test_ones_own_questions_are_asked_in_the_fair_protocol_whatever_that_of_the_sets(world, tmp_path):
     (tmp_path / "mine.csv").write_text("question,answer,choices\nthe banana is,yellow,yellow|red\n")
-    for tasks, expected in ((None, []), (("memory_color",), [("memory_color", "published")])):
-        chosen = settings(world, protocol="published", ask=[tmp_path / "mine.csv"])
-        results = evaluate({"model": [str(world / "seed0")]}, replace(chosen, tasks=tasks), progress=False)
+    own = Settings(ask=[tmp_path / "mine.csv"])
+    both = replace(own, tasks=("memory_color",), data=world / "data", protocol="published")
+    for chosen, expected in ((own, []), (replace(both, tasks=None), []), (both, [("memory_color", "published")])):
+        results = evaluate({"model": [str(world / "seed0")]}, chosen, progress=False)
         assert [(row["task"], row["protocol"]) for row in results["rows"]] == [*expected, ("ask-mine", FAIR)]
         assert "Your questions: mine, 1 item" in markdown(results)
 
@@ -192,15 +192,11 @@ def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path
 
 
 def test_checkpoints_of_several_seeds_are_one_row(world):
-    both = {"both": [str(world / "seed0"), str(world / "seed1")]}
-    one, two = (
-        evaluate(named([f"m={world}/seed{seed}"]), settings(world, "color_terms"), progress=False)["rows"][0]
-        for seed in (0, 1)
-    )
-    pooled = evaluate(both, settings(world, "color_terms"), progress=False)["rows"][0]
-    assert pooled["checkpoints"] == 2
-    mean = (one["metrics"]["accuracy"]["value"] + two["metrics"]["accuracy"]["value"]) / 2
-    assert pooled["metrics"]["accuracy"]["value"] == pytest.approx(mean)
+    seeds = [str(world / "seed0"), str(world / "seed1")]
+    models = {"one": seeds[:1], "two": seeds[1:], "both": seeds}
+    rows = evaluate(models, settings(world, "color_terms", protocol=FAIR), progress=False)["rows"]
+    one, two, both = (row["metrics"]["accuracy"]["value"] for row in rows)
+    assert rows[2]["checkpoints"] == 2 and both == pytest.approx((one + two) / 2)
 
 
 def test_a_task_that_a_model_cannot_be_asked_has_a_reason(world):
@@ -208,17 +204,6 @@ def test_a_task_that_a_model_cannot_be_asked_has_a_reason(world):
     published, fair = results["rows"]
     assert "tokens for this tokenizer" in published["not_applicable"] and "metrics" not in published
     assert fair["metrics"]["accuracy"]["value"] >= 0
-
-
-def test_ones_own_questions_are_asked_alone(world, tmp_path):
-    (tmp_path / "mine.csv").write_text(
-        "question,answer,choices\nthe banana is,yellow,yellow|red\nthe sky is,blue,red|blue\n"
-    )
-    (row,) = evaluate(named([f"{world}/seed0"]), Settings(ask=[tmp_path / "mine.csv"]), progress=False)["rows"]
-    assert (row["task"], row["protocol"], row["items"]) == ("ask-mine", FAIR, 2)
-    assert 0 <= row["metrics"]["accuracy"]["value"] <= 1
-    with pytest.raises(ValmError, match="none of the tasks has the protocol published"):
-        evaluate({}, settings(world, "vicomte_color", protocol="published"), progress=False)
 
 
 def test_names_of_models(tmp_path):
@@ -236,10 +221,9 @@ def test_names_of_models(tmp_path):
 
 def test_a_blind_model_beside_others_has_no_row_of_replaced_images(world, clip, tmp_path):
     """Random images cannot stand for its own query; the comparison goes on without that row."""
-    ids = {"bos_token_id": clip.tokenizer.bos_token_id, "eos_token_id": clip.tokenizer.eos_token_id}
-    sizes = {"vocab_size": len(clip.tokenizer), "image_dim": clip.embed_dim, "n_positions": 96}
-    blind = tiny_model(**sizes, **ids, num_images=1, blind=True)
-    blind.set_retriever(BlindRetriever(ContextEncoder(clip)))
+    retriever = BlindRetriever(ContextEncoder(clip))
+    blind = model_for(retriever, blind=True)
+    blind.set_retriever(retriever)
     scorer = scorers.CausalScorer(blind, clip.tokenizer, "blind")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     controls = controls_of(settings(world, controls=["off", "random", str(tmp_path)]))

@@ -1,5 +1,8 @@
-"""A tiny augmented decoder with open images."""
+"""Tiny augmented decoders with open images, and `each_model`, which a test of any model that takes images runs with."""
 
+from functools import partial
+
+import pytest
 import torch
 from transformers import (
     GPT2Config,
@@ -13,6 +16,7 @@ from transformers import (
 )
 
 from tests.checks.families import open_images
+from tests.valm.models import BOS, tiny_model
 from valm.model.augment import augment, fusion_module
 
 VOCAB, IMAGE_DIM, IMAGES = 64, 24, 3
@@ -67,8 +71,12 @@ def augmented(base=tiny_llama, seed=0, **arguments):
     return model
 
 
+each_model = pytest.mark.parametrize("make", [augmented, partial(augmented, tiny_gpt2), tiny_model])
+
+
 def random_ids(batch, length, seed=0):
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+    """Ordinary tokens, of a `tiny_model` too."""
+    return torch.randint(3, BOS, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def random_images(batch, length, pool=7, seed=0):

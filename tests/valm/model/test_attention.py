@@ -77,12 +77,17 @@ def test_a_mask_with_holes_is_obeyed():
     (query, key, value), images = problem()
     mask = interval_mask(torch.zeros(2, 7), 7)
     mask[0, 0, 5, 2] = False
-    assert fusion.read_limits(mask[:, 0]) is None
     assert fusion.why_joint_eager(query, value, None, mask[:, 0]) == "mask with holes"
     out = fusion_attention(Head(), query, key, value, mask, images=images)[0]
     moved = fusion_attention(Head(), query, key.index_fill(2, torch.tensor([2]), 9.0), value, mask, images=images)[0]
     assert torch.equal(out[0, 5], moved[0, 5])
     assert not torch.equal(out[0, 4], moved[0, 4])
+
+
+def test_a_head_dimension_that_the_kernel_lacks():
+    (query, key, value), images = problem(4, 4)
+    expected = joint_attention(query, key, value, images, None, 0.5).transpose(1, 2)
+    assert torch.equal(fusion_attention(Head(), query, key, value, None, images=images)[0], expected)
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
@@ -109,15 +114,6 @@ def test_heads_that_are_divided_among_processes_get_their_own_biases(tmp_path):
     launch("tests.valm.model.tensor_parallel", tmp_path)
 
 
-def test_reasons_for_the_joint_attention():
-    (query, _, value), _ = problem()
-    assert fusion.why_joint_eager(query, value, None) is None
-    assert fusion.why_joint_eager(query[..., :4], value[..., :4], None) == "head dimension 4"
-    assert fusion.why_joint_eager(query, value, torch.zeros(1)) == "position bias"
-    seen = interval_mask(torch.ones(2, 7), 7)[:, 0]
-    assert fusion.why_joint_eager(query, value, None, seen, fusion.read_limits(seen)) is None
-
-
 def test_limits_are_those_of_the_mask():
     first_key = torch.tensor([[0] * 7, [9, 9, 2, 3, 4, 5, 6]])
     mask = interval_mask(first_key, 7, past=3)
@@ -142,30 +138,21 @@ def test_limits_are_those_of_the_mask():
         assert fusion.read_limits(other) is None, hole
 
 
-def test_a_static_cache_goes_through_the_kernel(monkeypatch):
-    (query, key, value), images = problem(past=3)
-    expected = fusion_attention(Head(), query, key, value, interval_mask(torch.zeros(2, 7), 7, past=3), images=images)
+@pytest.mark.parametrize("length, masked", [(7, True), (2, False), (5, False)])
+def test_a_static_cache_goes_through_the_kernel(monkeypatch, length, masked):
+    """While it is being filled transformers gives no mask: each token sees the keys up to its own."""
+    past = 3 if masked else 0
+    (query, key, value), images = problem(length=length, past=past)
+    mask = interval_mask(torch.zeros(2, length), length, past) if masked else None
+    expected = fusion_attention(Head(), query, key, value, mask, images=images)
     monkeypatch.setattr(fusion, "joint_attention", None)
-    static = torch.nn.functional.pad(interval_mask(torch.zeros(2, 7), 7, past=3), (0, 5))
     key, value = (torch.nn.functional.pad(x, (0, 0, 0, 5), value=torch.nan) for x in (key, value))
+    static = None if mask is None else torch.nn.functional.pad(mask, (0, 5))
     found = fusion_attention(Head(), query, key, value, static, images=images)
     torch.testing.assert_close(found[0], expected[0])
 
 
-@pytest.mark.parametrize("length", [2, 5])
-def test_a_static_cache_that_is_being_filled_has_no_mask(length):
-    """transformers gives none: each token sees the keys up to its own."""
-    (query, key, value), images = problem(length=length)
-    expected = fusion_attention(Head(), query, key, value, None, images=images)
-    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 5), value=torch.nan) for x in (key, value))
-    found = fusion_attention(Head(), query, key, value, None, images=images)
-    torch.testing.assert_close(found[0], expected[0])
-
-
-def test_float_masks_are_read_and_others_refused():
-    mask = interval_mask(torch.tensor([[2]]), 1, past=4)
-    floats = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    assert torch.equal(fusion.visible_keys(mask), fusion.visible_keys(floats))
+def test_a_mask_of_another_implementation_is_refused():
     with pytest.raises(ValmError, match='attn_implementation="sdpa"'):
         fusion.visible_keys(torch.ones(2, 5))
 

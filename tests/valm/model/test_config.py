@@ -3,7 +3,8 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from valm.model.config import ValmConfig
+from valm.errors import ValmError
+from valm.model.config import FusionOptions, ValmConfig
 
 
 def test_save_and_load_keep_every_value(tmp_path):
@@ -33,15 +34,7 @@ def test_configs_are_read_by_the_argument_names_of_transformers(tmp_path):
     "arguments, message",
     [
         ({"layer": 12}, "layer must name one of the 12 blocks"),
-        ({"fusion_scale": "none"}, "fusion_scale must be one of"),
-        ({"num_images": 65}, "num_images must be from 0 to 64"),
-        ({"num_images": -1}, "num_images must be from 0 to 64"),
         ({"image_dim": 0}, "image_dim must be at least 1"),
-        ({"blind": True}, "blind needs num_images = 1"),
-        ({"score_scale": float("inf")}, "score_scale must be a finite number, got inf"),
-        ({"score_scale": "1"}, "score_scale must be a finite number, got '1'"),
-        ({"score_scale": True}, "score_scale must be a finite number, got True"),
-        ({"score_scale": 1.0, "num_images": 0}, "with num_images = 0 there are none"),
         ({"num_image": 0}, r"ValmConfig has no argument num_image, did you mean num_images\?"),
         ({"n_layers": 2}, r"ValmConfig has no argument n_layers, did you mean n_layer\?"),
         ({"max_length": 20}, r"ValmConfig has no argument max_length"),
@@ -50,6 +43,35 @@ def test_configs_are_read_by_the_argument_names_of_transformers(tmp_path):
 def test_impossible_values_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ValmConfig(**arguments)
+
+
+NO_IMAGES = "min_score is of retrieved images, got num_images = "
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_dim": 0}, "image_dim must be at least 1, got 0"),
+        ({"num_images": 65}, "num_images must be from 0 to 64, got 65"),
+        ({"num_images": 10**12}, "num_images must be from 0 to 64"),
+        ({"num_images": -1}, "num_images must be from 0 to 64"),
+        ({"num_images": 0, "unfreeze": ""}, "with num_images = 0 .* there are no new parameters"),
+        ({"blind": True}, "blind needs num_images = 1"),
+        ({"unfreeze": "some"}, "unfreeze must be one of"),
+        ({"fusion_scale": "none"}, "fusion_scale must be one of"),
+        ({"logit_bias": float("nan")}, "logit_bias must be a finite number, got nan"),
+        ({"score_scale": float("inf")}, "score_scale must be a finite number, got inf"),
+        ({"score_scale": "1"}, "score_scale must be a finite number, got '1'"),
+        ({"score_scale": True}, "score_scale must be a finite number, got True"),
+        ({"score_scale": 1.0, "num_images": 0}, "with num_images = 0 there are none"),
+        ({"min_score": float("nan")}, "min_score must be a finite number, got nan"),  # which would cut nothing
+        ({"min_score": 0.5, "num_images": 0}, NO_IMAGES),
+        ({"min_score": 0.5, "num_images": 1, "blind": True}, NO_IMAGES),
+    ],
+)
+def test_impossible_options_of_the_fusion_are_refused(options, message):
+    with pytest.raises(ValmError, match=message):
+        FusionOptions(**ValmConfig().fusion | options)
 
 
 def test_every_argument_of_gpt2_is_one():

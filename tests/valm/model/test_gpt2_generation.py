@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.valm.models import model_of
+from tests.valm.models import again_from_the_start, model_of
 from tests.valm.other_tokenizers import gpt2_like, llama_like
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import load_tokenizer
@@ -50,12 +50,6 @@ def text_ids(model):
     return lambda *texts: model.retriever.encoder.tokenizer(list(texts), padding=True, return_tensors="pt")
 
 
-def again_from_the_start(model, ids, steps):
-    for _ in range(steps):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return ids
-
-
 def test_generate_equals_reading_it_all_again(model, text_ids):
     ids = text_ids(TEXTS[0])["input_ids"][:, :10]
     # said because transformers takes GPT-2's first token, which is its padding too, for padding
@@ -89,15 +83,6 @@ def test_a_cache_is_saved_and_loaded_with_the_retrievers_state(model, text_ids, 
     loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
     assert type(loaded) is type(cache)
     torch.testing.assert_close(model(ids[:, 7:], cache=loaded).logits, expected)
-
-
-def test_the_pictures_matter(model, text_ids):
-    ids = text_ids(TEXTS[0])["input_ids"]
-    found = model.retriever(ids)
-    given = model(ids, image_pool=found.image_pool, image_index=found.image_index).logits
-    torch.testing.assert_close(model(ids).logits, given)
-    other = model(ids, image_pool=-found.image_pool, image_index=found.image_index).logits
-    assert (other - given).abs().max() > 1e-2
 
 
 def test_blind_and_seeing_models_take_their_own_kind_of_retriever(model, clip, make_kb):

@@ -1,6 +1,5 @@
 """What saves a model that takes images, and what changes it."""
 
-import json
 import pickle
 import shutil
 
@@ -14,7 +13,7 @@ from valm import load
 from valm.model.adapter import save_adapter
 from valm.model.augment import augment
 from valm.model.checkpoint import save_checkpoint
-from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.retriever import Retriever
 
 
 @pytest.mark.parametrize("of_llama", [False, True])
@@ -124,17 +123,6 @@ def test_a_folder_that_is_named_as_a_trainers_checkpoint(retriever, tmp_path, ad
         save_checkpoint(model, tokenizer, folder)
     ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
     torch.testing.assert_close(load(folder)[0](ids).logits, model(ids).logits)
-
-
-def test_a_blind_model_notes_its_clip(retriever, tmp_path):
-    blind = BlindRetriever(retriever.encoder)
-    model = model_for(blind, blind=True)
-    model.set_retriever(blind)
-    save_checkpoint(model, retriever.encoder.tokenizer, tmp_path)
-    ids = retriever.encoder.tokenizer("a red apple", return_tensors="pt")["input_ids"]
-    assert json.loads((tmp_path / "_retrieval.json").read_text()).keys() == {"clip"}
-    loaded, _ = load(tmp_path)
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_adapters_of_transformers_are_saved_beside_what_is_there(tmp_path, monkeypatch):

@@ -3,17 +3,13 @@
 import pytest
 import torch
 
-import valm
-from tests.valm.model.decoders import IMAGE_DIM, IMAGES, tiny_llama
-from tests.valm.models import HashRetriever, model_of, random_ids, tiny_config, tiny_model
+from tests.valm.model.decoders import each_model
+from tests.valm.models import HashRetriever, model_of, random_ids, tiny_model
 from tests.valm.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.evaluation.controls import RandomImages, switch_images
 from valm.explain.explanation import explain
-from valm.model.adapter import load_adapter, save_adapter
-from valm.model.augment import augment
 from valm.model.checkpoint import load, save_checkpoint
-from valm.model.config import config_from_dict
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import NoImages, Retriever
@@ -70,36 +66,18 @@ def test_generation_sees_what_forward_sees(model, ids):
     assert not torch.equal(uncut(generated).logits, model(generated).logits)
 
 
-def test_a_retriever_of_ones_own_is_cut_by_the_model():
-    found = HashRetriever()(ids := random_ids(2, 9))
-    index, scores = cut(found.image_index, found.scores, 0.8)
-    assert (index < 0).any() and (index >= 0).any()
-    for options in ({}, {"score_scale": 0.5}):
-        model = tiny_model(min_score=0.8, **options)
-        model.set_retriever(HashRetriever())
-        given = {"image_scores": scores} if options else {}
-        torch.testing.assert_close(
-            model(ids).logits, model(ids, image_pool=found.image_pool, image_index=index, **given).logits
-        )
-
-
-def test_an_augmented_decoder_has_it_too(tmp_path):
+@each_model
+@pytest.mark.parametrize("score_scale", [None, 0.5])
+def test_a_retriever_of_ones_own_is_cut_by_the_model(make, score_scale):
     ids = random_ids(2, 9)
     found = HashRetriever()(ids)
-    tiny_llama().save_pretrained(tmp_path / "base")
-    base = type(tiny_llama()).from_pretrained(tmp_path / "base")
-    model = augment(base, HashRetriever.dim, HashRetriever.k, logit_bias=0.0, min_score=0.8)
+    index, scores = cut(found.image_index, found.scores, 0.8)
+    assert (index < 0).any() and (index >= 0).any()
+    model = make(min_score=0.8, score_scale=score_scale)
     model.set_retriever(HashRetriever())
-    index, _ = cut(found.image_index, found.scores, 0.8)
-    expected = model(ids, image_pool=found.image_pool, image_index=index).logits
+    given = {} if score_scale is None else {"image_scores": scores}
+    expected = model(ids, image_pool=found.image_pool, image_index=index, **given).logits
     torch.testing.assert_close(model(ids).logits, expected)
-    model.set_retriever(None)
-    save_adapter(model, tmp_path / "adapter")
-    loaded = load_adapter(type(tiny_llama()).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert loaded.fusion_options.min_score == 0.8
-    loaded.set_min_score(None)
-    loaded.set_retriever(HashRetriever())
-    assert not torch.allclose(loaded(ids).logits, expected)
 
 
 def test_it_is_saved_and_can_be_set_without_retrieving_again(model, retriever, ids, middle, tmp_path, clip):
@@ -153,23 +131,6 @@ def test_what_does_not_fit_is_refused(model):
     for wrong in (float("nan"), "auto", True):
         with pytest.raises(ValmError, match="min_score must be a finite number"):
             model.set_min_score(wrong)
-        with pytest.raises(ValmError, match="min_score must be a finite number"):
-            tiny_config(min_score=wrong)
     for without in ({"num_images": 0}, {"num_images": 1, "blind": True}):
         with pytest.raises(ValmError, match="min_score is of retrieved images, got num_images = "):
             tiny_model(**without).set_min_score(0.5)
-        with pytest.raises(ValmError, match="min_score is of retrieved images"):
-            tiny_config(min_score=0.5, **without)
-    with pytest.raises(ValmError, match="min_score is of retrieved images"):
-        valm.augment(tiny_llama(), IMAGE_DIM, 1, blind=True, min_score=0.5)
-    assert IMAGES > 1
-
-
-@pytest.mark.parametrize("value", [float("nan"), "0.5", True])
-def test_a_config_that_has_no_number_is_refused(value):
-    """NaN would cut nothing, without a word."""
-    config = augment(tiny_llama(), num_images=IMAGES, image_dim=IMAGE_DIM, min_score=0.5).config.to_diff_dict()
-    assert config["fusion"]["min_score"] == 0.5
-    config["fusion"]["min_score"] = value
-    with pytest.raises(ValmError, match="min_score must be a finite number, got"):
-        config_from_dict(config)

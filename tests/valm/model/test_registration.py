@@ -8,7 +8,6 @@ import pytest
 CONFIG = "valm.ValmConfig(n_layer=2, n_embd=16, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=2)"
 
 
-@pytest.mark.slow  # processes that import torch
 @pytest.mark.slow  # two processes that import torch
 @pytest.mark.parametrize("first", ["import valm", "from transformers import AutoModelForCausalLM; import valm"])
 def test_importing_valm_registers_with_the_auto_classes(first):

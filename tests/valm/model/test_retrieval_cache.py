@@ -5,20 +5,7 @@ import torch
 from transformers import DynamicCache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-from tests.valm.models import model_for
 from valm.model.retrieval_cache import RetrievalCache, with_retrieval
-
-
-def test_a_cache_that_was_filled_without_the_retriever_is_refused(retriever):
-    model = model_for(retriever)
-    ids = torch.tensor([[1, 2, 3]])
-    none = {"image_pool": torch.zeros(0, retriever.dim), "image_index": torch.full((1, 3, 2), -1)}
-    cache = model(ids, use_cache=True, **none).cache
-    model.set_retriever(retriever)
-    with pytest.raises(
-        ValueError, match="has 3 tokens, but the retriever has read 0 of them: the others were read without"
-    ):
-        model(ids, cache=cache)
 
 
 class Rows:

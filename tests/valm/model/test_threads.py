@@ -1,22 +1,19 @@
 """Models that threads share: every call returns what it does alone."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 
-import pytest
 import torch
 
 from tests.threads import THREADS, at_once
-from tests.valm.model.decoders import augmented, random_images, tiny_gpt2
-from tests.valm.models import HashRetriever, random_ids, tiny_model
+from tests.valm.model.decoders import each_model, random_images
+from tests.valm.models import HashRetriever, random_ids
 
 ROUNDS = 3
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
 
 
-@pytest.mark.parametrize("make", [tiny_model, augmented, partial(augmented, tiny_gpt2)])
+@each_model
 def test_a_model(make, monkeypatch):
     """Read with images, without any and for its weights, and generating with a retriever."""
     model = make()

@@ -3,7 +3,7 @@ import torch
 
 from tests.checks.families import tiny
 from tests.tolerance import assert_agree
-from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.model.decoders import IMAGE_DIM, augmented, each_model, random_ids, random_images
 from tests.valm.model.test_attention import Head, interval_mask, problem
 from valm.model.attention import fusion_attention, joint_weights
 from valm.model.augment import fusion_module
@@ -34,9 +34,9 @@ def test_the_weights_are_those_of_the_output(images, extras, mask):
     assert_agree(out, expected)
 
 
-@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
-def test_an_augmented_model_shows_its_weights(base):
-    model, ids, images = augmented(base), random_ids(2, 6), random_images(2, 6)
+@each_model
+def test_a_model_shows_its_weights(make):
+    model, ids, images = make(), random_ids(2, 6), random_images(2, 6)
     before = model(ids, **images).logits
     text, image = model.fusion_attention(ids, **images)
     assert text.shape == (2, 4, 6, 6) and image.shape == (2, 4, 6, 3)
@@ -47,6 +47,10 @@ def test_an_augmented_model_shows_its_weights(base):
         fusion_module(model).logit_bias_delta[2] = -1e4
     closed = model.fusion_attention(ids, **images)[1]
     assert closed[:, 2].max() == 0 and closed[:, 1].max() > 0
+    for none in ({}, {"image_pool": torch.zeros(0, IMAGE_DIM), "image_index": torch.full((2, 6, 3), -1)}):
+        text, image = model.fusion_attention(ids, **none)
+        assert image.shape == (2, 4, 6, 0)
+        torch.testing.assert_close(text.sum(-1), torch.ones(2, 4, 6))
 
 
 def test_a_layer_that_runs_several_times_shows_the_weights_of_the_last():
@@ -62,10 +66,3 @@ def test_padding_sees_no_text_but_itself():
     model, ids, images = augmented(), random_ids(1, 6), random_images(1, 6)
     text, _ = model.fusion_attention(ids, **images, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]]))
     assert text[0, :, 2:, :2].max() == 0 and text[0, :, 3:, 2].min() > 0
-
-
-def test_without_images_the_weights_are_those_of_the_text():
-    model, ids = augmented(), random_ids(1, 6)
-    text, image = model.fusion_attention(ids)
-    assert image.shape == (1, 4, 6, 0)
-    torch.testing.assert_close(text.sum(-1), torch.ones(1, 4, 6))

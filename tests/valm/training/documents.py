@@ -29,6 +29,18 @@ class Vectors:
         return self.vectors[ids]
 
 
+class Read(list):
+    """Documents that remember which were read."""
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 def documents(num_images=3, count=8, seed=0):
     """`count` documents with random pictures, some slots empty."""
     random = np.random.default_rng(seed)

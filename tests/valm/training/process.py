@@ -9,21 +9,9 @@ from pathlib import Path
 
 import torch
 
-from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer
+from tests.valm.training.documents import TOKENIZER, Read, documents, new_model, new_trainer
 
 STEPS = 50
-
-
-class Read(list):
-    """Documents that remember which were read."""
-
-    def __init__(self, items):
-        super().__init__(items)
-        self.read = []
-
-    def __getitem__(self, index):
-        self.read.append(index)
-        return super().__getitem__(index)
 
 
 def unequal_documents(count, seed=0):

@@ -11,6 +11,7 @@ from tests.valm.model.decoders import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2
 from tests.valm.models import BOS, tiny_model
 from tests.valm.training.documents import Vectors
 from valm.errors import ValmError
+from valm.model.probe import decoder_layers
 from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below, fusion_layer
 from valm.training.collate import Collator
 from valm.training.train import trainer, training_arguments
@@ -86,7 +87,7 @@ def test_the_losses_are_those_without_the_cache(tmp_path, name):
     cached = MODELS[name]()
     below = cache_below(cached, data, tmp_path, progress=False)
     calls = []
-    for layer in cached_layers(cached):
+    for layer in decoder_layers(cached)[: fusion_layer(cached)]:
         layer.register_forward_hook(lambda module, args, output: calls.append(output))
     losses = train(cached, below)
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
@@ -95,21 +96,25 @@ def test_the_losses_are_those_without_the_cache(tmp_path, name):
     assert calls and all(output[0].data_ptr() == calls[0][0].data_ptr() for output in calls[: len(calls) // 6])
 
 
-def cached_layers(model):
-    from valm.model.probe import decoder_layers
-
-    return decoder_layers(model)[: fusion_layer(model)]
+@pytest.mark.parametrize(
+    "name, options",
+    [*((name, {"row_length": 32}) for name in ("llama", "gpt2", "valm")), ("llama", {"checkpointing": True})],
+)
+def test_in_packed_rows_and_with_gradient_checkpointing(tmp_path, name, options):
+    data, cached = documents(), MODELS[name]()
+    below = cache_below(cached, data, tmp_path, progress=False)
+    expected = train(MODELS[name](), data, row_length=options.get("row_length"))
+    np.testing.assert_allclose(train(cached, below, **options), expected, rtol=2e-5)
 
 
 def test_computed_in_the_same_batches_the_losses_are_equal_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr("valm.training.cache_below.BATCH_TOKENS", 1)  # one document at a time
     data = documents()
-    alone = [[document] for document in data]
     model, cached = augmented(), augmented()
     below = cache_below(cached, data, tmp_path, progress=False)
     collate = Collator(Tokenizer(), Vectors())
-    for number, batch in enumerate(alone):
-        assert model(**collate(batch)).loss.item() == cached(**collate([below[number]])).loss.item()
+    for number, document in enumerate(data):
+        assert model(**collate([document])).loss.item() == cached(**collate([below[number]])).loss.item()
 
 
 def test_layers_below_are_not_run(tmp_path):
@@ -118,28 +123,13 @@ def test_layers_below_are_not_run(tmp_path):
     batch = Collator(Tokenizer(), Vectors())([below[0], below[1]])
     expected = model(**batch).logits
     with torch.no_grad():
-        for layer in cached_layers(model):
-            for parameter in layer.parameters():
-                parameter.fill_(torch.nan)
+        for parameter in decoder_layers(model)[: fusion_layer(model)].parameters():
+            parameter.fill_(torch.nan)
     assert torch.equal(model(**batch).logits, expected)
     # and without hidden states they are
     assert model(**{name: value for name, value in batch.items() if name != FUSION_INPUT}).logits.isnan().all()
     model._fusion_input.remove()
     assert model(**batch).logits.isnan().all()
-
-
-def test_packed_rows(tmp_path):
-    data = documents()
-    model, cached = frozen_valm(), frozen_valm()
-    below = cache_below(cached, data, tmp_path, progress=False)
-    np.testing.assert_allclose(train(cached, below, row_length=32), train(model, data, row_length=32), rtol=2e-5)
-
-
-def test_gradient_checkpointing(tmp_path):
-    data = documents()
-    model, cached = augmented(unfreeze="block"), augmented(unfreeze="block")
-    below = cache_below(cached, data, tmp_path, progress=False)
-    np.testing.assert_allclose(train(cached, below, checkpointing=True), train(model, data), rtol=2e-5)
 
 
 def test_bfloat16(tmp_path):
@@ -152,24 +142,15 @@ def test_bfloat16(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_a_plain_decoder_with_a_named_layer(tmp_path):
-    """The twin without images of an augmented model."""
-    data = documents()
-    model = tiny_llama().requires_grad_(False)
-    model.model.layers[-2].requires_grad_(True)
-    expected = [model(**Collator(Tokenizer(), None)([document])).loss.item() for document in data]
-    below = cache_below(model, data, tmp_path, layer=-2, progress=False)
-    found = [model(**Collator(Tokenizer(), None)([below[row]])).loss.item() for row in range(len(data))]
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
-
-
 def test_another_layer_takes_the_place_of_the_first(tmp_path):
-    data = documents()
+    """Of a plain decoder, as the twin without images of an augmented model is."""
+    data, collate = documents(), Collator(Tokenizer(), None)
     model = tiny_llama().requires_grad_(False)
-    expected = [model(**Collator(Tokenizer(), None)([document])).loss.item() for document in data]
+    model.model.layers[-1].requires_grad_(True)
+    expected = [model(**collate([document])).loss.item() for document in data]
     for layer in (-1, -2):
         below = cache_below(model, data, tmp_path, layer=layer, progress=False)
-        found = [model(**Collator(Tokenizer(), None)([below[row]])).loss.item() for row in range(len(data))]
+        found = [model(**collate([below[row]])).loss.item() for row in range(len(data))]
         np.testing.assert_allclose(found, expected, rtol=2e-5)
     model._fusion_input.remove()
     cache_below(model, data, tmp_path, layer=-2, progress=False)

@@ -19,7 +19,6 @@ from valm.knowledge_base.sources.folder import FolderSource
 from valm.training import clip as clip_training
 from valm.training import steps_checkpoint
 from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
-from valm.training.clip_plan import SMALL
 from valm.training.steps_checkpoint import StepsCheckpoint
 
 COLORS = ["red", "lime", "blue", "yellow", "black", "white", "cyan", "magenta"]
@@ -120,13 +119,6 @@ def test_a_loss_that_is_not_finite_stops(config):
         train_clip(clip, broken, steps=1, lr=1e-3, progress=None)
 
 
-def test_damaged_images_are_passed_over(config):
-    clip = new_clip(config, None, TOKENIZER)
-    images = CaptionedImages([*records(), Record("broken", "red", b"no picture")], clip, seed=0)
-    sizes = [len(pixels) for pixels, _ in islice(images.batches(9), 3)]
-    assert sizes == [8, 8, 8]
-
-
 def test_images_are_decoded_and_shrunk_once(config, tmp_path, monkeypatch):
     clip = new_clip(config, None, TOKENIZER)  # with views of 32 pixels, from images of 48
     sizes = {"wide": (300, 100), "tall": (50, 200), "small": (20, 30)}
@@ -180,53 +172,42 @@ def test_a_resumed_training_has_the_weights_of_an_uninterrupted_one(config, tmp_
     assert resumed.weights_hash == whole.weights_hash
 
 
-@pytest.mark.slow
-def test_the_small_one_learns():
-    torch.manual_seed(0)
-    small = new_clip(SMALL, None, TOKENIZER)
-    assert sum(parameter.numel() for parameter in small.model.parameters()) < 1_500_000
-    losses = train_clip(
-        small,
-        CaptionedImages(records(), small, seed=0).batches(8),
-        steps=40,
-        lr=1e-3,
-        max_logit_scale=50,
-        progress=None,
-    )
-    assert np.mean(losses[-5:]) < 0.7 * losses[0]
-
-
 def test_a_batch_that_never_fills_ends(config):
     clip = new_clip(config, None, TOKENIZER)
-    with pytest.raises(ValmError, match="batches of two images or more, got 1"):
-        next(CaptionedImages(records(), clip, seed=0).batches(1))
     damaged = [Record(f"{number}", "red", b"no picture") for number in range(9)]
+    images = CaptionedImages([*records(), damaged[0]], clip, seed=0)
+    assert [len(pixels) for pixels, _ in islice(images.batches(9), 3)] == [8, 8, 8]
+    with pytest.raises(ValmError, match="batches of two images or more, got 1"):
+        next(images.batches(1))
     with pytest.raises(ValmError, match="hardly any image of the source can be read"):
         next(CaptionedImages(damaged, clip, seed=0).batches(4))
 
 
-def test_wrong_models_and_sources_are_named(config, clip, tmp_path):
-    with pytest.raises(ValmError, match="there is no CLIP architecture ViT-Z: give small"):
-        new_clip("ViT-Z")
-    (tmp_path / "odd.json").write_text(json.dumps({"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"colour": 1}}))
-    with pytest.raises(ValmError, match=r"open_clip cannot make the CLIP .*odd\.json: "):
-        new_clip(tmp_path / "odd.json")
-    (tmp_path / "wide.json").write_text(json.dumps({**TINY, "vision_cfg": {**TINY["vision_cfg"], "width": 64}}))
-    with pytest.raises(ValmError, match=r"the image tower of tiny does not fit .*wide\.json: size mismatch"):
-        new_clip(tmp_path / "wide.json", clip)
-    # of equal weights, but another function
-    for name, vision in (("heads", {"head_width": TINY["vision_cfg"]["width"]}), ("pool", {"pool_type": "avg"})):
-        config = {**TINY, "vision_cfg": {**TINY["vision_cfg"], **vision}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
-        with pytest.raises(
-            ValmError, match=rf"the image tower of tiny is another function in .*{name}\.json: its heads"
-        ):
-            new_clip(tmp_path / f"{name}.json", clip)
-    (tmp_path / "mean.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"image_mean": [0, 0, 0]}}))
-    with pytest.raises(ValmError, match="got an unexpected keyword argument 'image_mean'"):
-        new_clip(tmp_path / "mean.json")
+def test_wrong_models_are_named(clip, tmp_path):
     with pytest.raises(ValmError, match="give a model, an image tower, or both"):
         new_clip(None)
+    with pytest.raises(ValmError, match="there is no CLIP architecture ViT-Z: give small"):
+        new_clip("ViT-Z")
+    vision = TINY["vision_cfg"]
+    function = r"the image tower of tiny is another function in .*x\.json: its heads"
+    for content, tower, message in (
+        ({"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"colour": 1}}, None, r"open_clip cannot make .*x\.json: "),
+        (
+            {"model_cfg": TINY, "preprocess_cfg": {"image_mean": [0, 0, 0]}},
+            None,
+            "argument 'image_mean'",
+        ),
+        (TINY | {"vision_cfg": vision | {"width": 64}}, clip, r"of tiny does not fit .*x\.json: size mismatch"),
+        # of equal weights, but another function
+        (TINY | {"vision_cfg": vision | {"head_width": vision["width"]}}, clip, function),
+        (TINY | {"vision_cfg": vision | {"pool_type": "avg"}}, clip, function),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        with pytest.raises(ValmError, match=message):
+            new_clip(tmp_path / "x.json", tower)
+
+
+def test_sources_without_captioned_images_are_named(tmp_path):
     with pytest.raises(ValmError, match="the source has 1 images with captions"):
         captioned(DatasetSource([{"image": png(0), "caption": "one"}, {"image": png(1), "caption": " "}]))
     (tmp_path / "img_emb").mkdir()
@@ -255,12 +236,6 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     (message,) = caplog.messages  # how many have no caption is among the folder's remarks
     assert "1 images or captions" in message and "such as c.json (a caption file that is not JSON" in message
     assert source.remarks == ["1 of 3 images have no caption"]
-
-
-def test_what_was_trained_is_open_clips_own_format(config, tmp_path):
-    clip, _ = trained(config, steps=2)
-    clip.save(tmp_path)
-    assert Clip.load(tmp_path).weights_hash == clip.weights_hash
 
 
 def test_cached_images_train_as_images_without_views_do(config, caplog):

@@ -101,28 +101,26 @@ def test_a_token_that_begins_and_ends_documents_is_learned_where_it_ends_them():
     documents = [{"input_ids": [end, 5, 6, end]}, {"input_ids": [end, 7, end]}]
     batch = Collator(tokenizer, None, row_length=8)(documents)
     assert batch["labels"].tolist() == [[IGNORED, 5, 6, end, IGNORED, 7, end]]
+    # nor is a first token that is no bos
+    assert Collator(TOKENIZER, None)([{"input_ids": [1, 2]}])["labels"].tolist() == [[IGNORED, 2]]
+    assert Collator(TOKENIZER, None, 8)([{"input_ids": [1, 2]}] * 2)["labels"].tolist() == [[IGNORED, 2] * 2]
 
 
 @pytest.mark.filterwarnings("error:a row has")  # none has several documents that the model could not tell apart
-@pytest.mark.parametrize("row_length", [None, 40])
-def test_packing_changes_no_loss(row_length):
-    model = tiny_model(vocab_size=len(TOKENIZER), bos_token_id=TOKENIZER.bos_token_id)
-    check_losses(model, TOKENIZER, documents(), row_length)
-
-
-@pytest.mark.filterwarnings("error:a row has")
-@pytest.mark.parametrize("row_length", [None, 8])
-def test_packing_changes_no_loss_where_bos_ends_and_pads_too(row_length):
-    tokenizer = gpt2_like()
-    end = tokenizer.eos_token_id
-    made = [{"input_ids": [end, 5, 6, end]}, {"input_ids": [end, 7, end]}, {"input_ids": [end, 8]}]
-    for document in made:
-        document["image_ids"] = np.arange(3 * len(document["input_ids"])).reshape(-1, 3)
-    check_losses(tiny_model(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end), tokenizer, made, row_length)
-
-
-def check_losses(model, tokenizer, made, row_length):
-    """The loss of a batch is that of its documents alone."""
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("row_length", [None, 8, 40])
+def test_packing_changes_no_loss(row_length, ends):
+    """The loss of a batch is that of its documents alone, also where bos ends and pads too."""
+    tokenizer, made = TOKENIZER, documents()
+    if ends:
+        tokenizer = gpt2_like()
+        end = tokenizer.eos_token_id
+        made = [{"input_ids": [end, 5, 6, end]}, {"input_ids": [end, 7, end]}, {"input_ids": [end, 8]}]
+        for document in made:
+            document["image_ids"] = np.arange(3 * len(document["input_ids"])).reshape(-1, 3)
+    model = tiny_model(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
     rows = Collator(tokenizer, Vectors(), row_length)(made)
     each = [Collator(tokenizer, Vectors())([document]) for document in made]
     lengths = [(batch["labels"] != IGNORED).sum() for batch in each]
@@ -135,11 +133,6 @@ def test_documents_without_pictures_and_foreign_pictures_are_refused():
         Collator(TOKENIZER, Vectors())([{"input_ids": [1, 2]}])
     with pytest.raises(ValmError, match="belong to another knowledge base: image ids go from 0 to 2"):
         Collator(TOKENIZER, Vectors(3))(documents())
-
-
-def test_the_first_token_is_not_learned_though_it_is_no_bos():
-    assert Collator(TOKENIZER, None)([{"input_ids": [1, 2]}])["labels"].tolist() == [[IGNORED, 2]]
-    assert Collator(TOKENIZER, None, 8)([{"input_ids": [1, 2]}] * 2)["labels"].tolist() == [[IGNORED, 2] * 2]
 
 
 @pytest.mark.parametrize("token", [-1, len(TOKENIZER), 2**31 - 1])

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Subset
 
+from tests.valm.models import HashRetriever
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
+from tests.valm.training.process import unequal_documents
 from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
 from valm.retrieval.min_score import cut
@@ -27,13 +29,7 @@ def test_a_twin_sees_the_same_tokens_in_the_same_order(kind):
     assert len(blocks[0]) == len(blocks[1]) > 20
     for index in order:
         assert list(blocks[0][index]["input_ids"]) == list(blocks[1][index]["input_ids"])
-
-
-@pytest.mark.parametrize("kind", ["text", "blind"])
-def test_a_text_twin_has_no_images(kind):
-    made = twin(kind, documents(), 40, 0)
-    assert all(list(document) == ["input_ids"] for document in made)
-    assert "image_pool" not in Collator(TOKENIZER, None)(list(made))
+        assert ("image_ids" in blocks[1][index]) == (kind in ("random", "shuffled"))
 
 
 def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
@@ -49,12 +45,6 @@ def test_random_images_are_as_many_different_ones_of_the_knowledge_base():
     # chi-square with 39 degrees of freedom: above 73 once in a thousand seeds
     assert len(counts) == 40 and ((counts - expected) ** 2 / expected).sum() < 73
     Collator(TOKENIZER, Vectors(40))(list(drawn))
-
-
-@pytest.mark.parametrize("kind", ["random", "shuffled"])
-def test_exchanged_images_have_no_scores(kind):
-    made = [{**document, "image_scores": np.ones(document["image_ids"].shape, np.float32)} for document in documents()]
-    assert all(set(document) == {"input_ids", "image_ids"} for document in twin(kind, made, 40, seed=1))
 
 
 def test_all_images_can_be_drawn():
@@ -82,19 +72,29 @@ def test_shuffled_images_are_those_of_another_token_each():
 
 @pytest.mark.parametrize("kind", ["random", "shuffled"])
 def test_a_seed_decides_the_images_whoever_reads_them(kind):
+    made = [{**document, "image_scores": np.ones(document["image_ids"].shape, np.float32)} for document in documents()]
+
     def images(data, order):
+        assert all(set(data[index]) == {"input_ids", "image_ids"} for index in order)  # exchanged ones have no scores
         found = {index: data[index]["image_ids"].tolist() for index in order}
         return [found[index] for index in range(8)]
 
-    data = twin(kind, documents(), 40, seed=5)
+    data = twin(kind, made, 40, seed=5)
     forth = images(data, range(8))
-    assert images(pickle.loads(pickle.dumps(data)), reversed(range(8))) == forth
-    assert images(twin(kind, documents(), 40, seed=6), range(8)) != forth
+    assert images(pickle.loads(pickle.dumps(data)), range(7, -1, -1)) == forth
+    assert images(twin(kind, made, 40, seed=6), range(8)) != forth
 
 
-def test_wrong_twins_are_named():
+def test_wrong_arguments_are_named():
     with pytest.raises(ValmError, match="twin must be one of text, random, blind, shuffled, got 'blond'"):
         twin("blond", documents(), 40, 0)
+    with pytest.raises(ValmError, match="at least 2 tokens, SOT and another, got a length of 1"):
+        Blocks([document(5)], 1, SOT)
+    with pytest.raises(TypeError, match="got Blocks"):  # which are cut after the split
+        hold_out(Blocks(DOCUMENTS, 8, 0), 0.5, 0)
+    for count, fraction, message in ((9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1: give a")):
+        with pytest.raises(ValmError, match=message):
+            hold_out(DOCUMENTS[:count], fraction, 0)
 
 
 SOT = 99
@@ -141,11 +141,6 @@ def test_a_long_document_without_sot_is_refused():
         list(Blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3, 4]}], 3, SOT))
 
 
-def test_a_block_has_room_for_a_token_beside_sot():
-    with pytest.raises(ValmError, match="at least 2 tokens, SOT and another, got a length of 1"):
-        Blocks([document(5)], 1, SOT)
-
-
 DOCUMENTS = [{"input_ids": list(range(number + 1))} for number in range(40)]
 
 
@@ -176,20 +171,6 @@ def test_the_texts_of_an_image_are_held_out_together(groups, fraction, seed):
     wanted = max(1, round(fraction * len(groups)))
     assert 0 < len(held) < wanted + largest
     assert len(held) >= wanted or len({*kept.groups().tolist()} - {0}) + (kept.groups() == 0).sum() == 1
-
-
-@pytest.mark.parametrize(
-    "count, fraction, message",
-    [(9, 0.0, "above 0"), (9, 1.0, "below 1"), (1, 0.5, "at least 2, got 1: give a corpus of more")],
-)
-def test_what_cannot_be_held_out_is_said(count, fraction, message):
-    with pytest.raises(ValmError, match=message):
-        hold_out(DOCUMENTS[:count], fraction, 0)
-
-
-def test_blocks_are_cut_after_the_split():
-    with pytest.raises(TypeError, match="got Blocks"):
-        hold_out(Blocks(DOCUMENTS, 8, 0), 0.5, 0)
 
 
 @pytest.fixture
@@ -280,15 +261,6 @@ def test_a_number_of_numpys_cuts_as_one_of_pythons():
         assert cut(ids, scores, number)[0].equal(ids)
 
 
-def test_what_is_evaluated_on_is_cut_too(scored, tmp_path):
-    def loss(model, eval_dataset):
-        made = new_trainer(tmp_path, model=model, dataset=scored, eval_dataset=eval_dataset)
-        return made.evaluate()["eval_loss"]
-
-    cut = loss(new_model(min_score=0.5), scored)
-    assert cut == loss(new_model(), list(with_min_score(scored, 0.5))) != loss(new_model(), scored)
-
-
 def test_what_a_trainer_is_given_to_evaluate_is_what_its_own_documents_are(scored, tmp_path):
     """Cut by the min_score, and into blocks that the model can read."""
     long = [{name: np.concatenate([values] * 9) for name, values in document.items()} for document in scored]
@@ -297,6 +269,8 @@ def test_what_a_trainer_is_given_to_evaluate_is_what_its_own_documents_are(score
     expected = own.evaluate()["eval_loss"]
     assert own.evaluate(own.eval_dataset)["eval_loss"] == other.evaluate(long)["eval_loss"] == expected
     assert other.predict(long).metrics["test_loss"] == expected
+    uncut = new_trainer(tmp_path, dataset=scored, eval_dataset=list(with_min_score(scored, 0.5)))
+    assert other.evaluate()["eval_loss"] == uncut.evaluate()["eval_loss"] != uncut.evaluate(scored)["eval_loss"]
     with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores"):
         other.evaluate(documents())
 
@@ -376,13 +350,15 @@ def test_workers_drop_the_images_of_the_same_documents(tmp_path, uninterrupted):
     assert made.losses() == uninterrupted
 
 
-def test_accumulation_drops_the_images_of_the_same_documents(tmp_path):
-    """Nor would the number of processes change them: a document's do not depend on its batch."""
+@pytest.mark.parametrize("image_dropout", [0.0, 0.5])
+def test_accumulation_changes_no_loss(tmp_path, image_dropout):
+    """Nor would the number of processes: the images that a document drops do not depend on its batch. Of documents of
+    unequal length a mean over batches would weigh the tokens of short ones more."""
     runs = []
     for size in (4, 2, 1):
         model = new_model(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        made = new_trainer(tmp_path, model=model, image_dropout=0.5, **sizes)
+        made = new_trainer(tmp_path, model=model, dataset=unequal_documents(8), image_dropout=image_dropout, **sizes)
         made.train()
         runs.append(made.losses())
     np.testing.assert_allclose(runs[1:], [runs[0]] * 2, rtol=1e-5)
@@ -409,27 +385,19 @@ def test_evaluation_sees_all_images(tmp_path):
     assert without == with_dropout
 
 
-def test_an_augmented_decoder_learns_from_documents_without_images(tmp_path):
-    """Packed, and a step in which no token has one too."""
-    made = new_trainer(tmp_path, model=augmented(unfreeze="block"), image_dropout=0.9, max_steps=8)
-    made.train()
-    assert all(np.isfinite(made.losses()))
+def retrieving():
+    model = new_model()
+    model.set_retriever(HashRetriever())
+    return model
 
 
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
-        (
-            new_model,
-            {"image_dropout": 1.0},
-            r"image_dropout \(--image-dropout\) is 1.0, expected at least 0 and below 1",
-        ),
+        (new_model, {"image_dropout": 1.0}, r"--image-dropout\) is 1.0, expected at least 0 and below 1"),
         (new_model, {"image_dropout": -0.1}, r"image_dropout \(--image-dropout\) is -0.1, expected at least 0"),
-        (
-            lambda: new_model(num_images=0),
-            {"kb": None},
-            "and this VaLMForCausalLM sees none, or retrieves as it trains",
-        ),
+        (lambda: new_model(num_images=0), {"kb": None}, "and this VaLMForCausalLM sees none, or retrieves as it tra"),
+        (retrieving, {"kb": None}, "retrieves as it trains: leave --image-dropout out"),
         (augmented, {}, "all of these are frozen: let some train .--unfreeze block or all., or leave"),
         (
             new_model,
@@ -441,10 +409,3 @@ def test_an_augmented_decoder_learns_from_documents_without_images(tmp_path):
 def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message):
     with pytest.raises(ValmError, match=message):
         new_trainer(tmp_path, **({"model": model(), "image_dropout": 0.5} | more))
-
-
-def test_a_model_that_retrieves_as_it_trains_is_refused(tmp_path):
-    model = new_model()
-    model.set_retriever(type("Retriever", (), {"k": 3, "dim": 24})())
-    with pytest.raises(ValmError, match="retrieves as it trains: leave --image-dropout out"):
-        new_trainer(tmp_path, model=model, kb=None, image_dropout=0.5)

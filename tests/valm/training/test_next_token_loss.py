@@ -50,11 +50,8 @@ def test_models_whose_loss_is_another_one_are_found():
         MixtralConfig(**SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                       intermediate_size=32, num_local_experts=2, output_router_logits=True)
     )  # fmt: skip
-    state = torch.get_rng_state()
-    assert [has_next_token_loss(model) for model in (llama(), new_model(), mixture)] == [True] * 3
-    assert not has_next_token_loss(bart())
+    assert [has_next_token_loss(model) for model in (llama(), new_model(), mixture, bart())] == [True] * 3 + [False]
     model = llama().train()
-    torch.manual_seed(7)
     state = torch.get_rng_state()
     has_next_token_loss(model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
@@ -81,22 +78,6 @@ def test_a_decoder_of_barts_kind_learns_the_next_token(tmp_path, augmented):
     found = made.evaluate()["eval_loss"]
     assert found == pytest.approx(of_next_tokens(made.model, texts), rel=1e-4)
     assert found < 0.6 * of_next_tokens(bart(), texts)
-
-
-def test_its_accumulated_batches_are_as_one(tmp_path):
-    losses = []
-    for size, accumulated in ((4, 1), (1, 4)):
-        made = new_trainer(
-            tmp_path / str(size),
-            model=bart(),
-            kb=None,
-            max_steps=2,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulated,
-        )
-        made.train()
-        losses.append(made.losses())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_its_softmax_is_not_limited(tmp_path):

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,9 +33,3 @@ def test_an_epoch_is_whole_steps_and_nothing_is_read_after_the_last():
     assert len(order) == 9
     assert list(order) == list(order.rows(9, 15))  # step 3 begins the second epoch, in which two steps are left
     assert list(TrainingOrder(10, 3, 0, lambda: 6, max_steps=6)) == []
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_seed_decides(seed):
-    assert sequence(TrainingOrder(8, 2, seed, int), 4) == sequence(TrainingOrder(8, 2, seed, int), 4)
-    assert sequence(TrainingOrder(8, 2, seed, int), 4) != sequence(TrainingOrder(8, 2, seed + 1, int), 4)

@@ -25,22 +25,15 @@ def decoder(kind):
     return LlamaForCausalLM(LlamaConfig(**SIZES, **LLAMA, max_position_embeddings=64))
 
 
-def losses(folder, model, row_length, kb, **options):
+def losses(folder, model, row_length, kb):
     fields = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "logging_steps": 1}
     fields |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     made = documents()
     for document in made:  # without bos
         document["input_ids"], document["image_ids"] = document["input_ids"][1:], document["image_ids"][1:]
-    training = trainer(
-        model,
-        made,
-        kb,
-        tokenizer=TOKENIZER,
-        arguments=training_arguments(folder, **fields),
-        eval_dataset=made[:3],
-        row_length=row_length,
-        **options,
-    )
+    arguments = training_arguments(folder, **fields)
+    options = {"tokenizer": TOKENIZER, "eval_dataset": made[:3], "row_length": row_length}
+    training = trainer(model, made, kb, arguments=arguments, **options)
     training.train()
     return [*training.losses(), training.evaluate()["eval_loss"]], training.data_collator
 
@@ -59,18 +52,6 @@ def test_a_packed_training_has_the_losses_of_a_padded_one(kind, images, tmp_path
         )
         assert collator.row_length == row_length
     np.testing.assert_allclose(found[24], found[None], rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_packed_rows_start_from_the_cached_input_of_the_fusion_layer(kind, tmp_path):
-    found = {}
-    for row_length in (None, 24):
-        for cache_below in (None, tmp_path / "below"):
-            model = augment(decoder(kind), Vectors.dim, 3, logit_bias=0.0)
-            folder = tmp_path / f"{row_length} {cache_below is None}"
-            found[row_length, cache_below], _ = losses(folder, model, row_length, Vectors(), cache_below=cache_below)
-    for other in found.values():
-        np.testing.assert_allclose(other, found[None, None], rtol=1e-5)
 
 
 def test_a_family_that_mixes_documents_is_padded(tmp_path, caplog):

@@ -8,31 +8,18 @@ import torch
 from torch.utils.data import Subset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, modeling_utils
 
-from tests.valm.models import tiny_config
-from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
+from tests.valm.models import tiny_model
+from tests.valm.training.documents import TOKENIZER, Read, Vectors, documents, new_model, new_trainer
 from valm.clip.tokenizer import tokenize_documents
 from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
 from valm.model.augment import augment
 from valm.model.checkpoint import load
-from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.training.callbacks import ProgressBar, show_progress
 from valm.training.collate import Collator
 from valm.training.train import trainer, training_arguments
-
-
-class Recorded(list):
-    """A dataset that remembers what was read."""
-
-    def __init__(self, items):
-        super().__init__(items)
-        self.read = []
-
-    def __getitem__(self, i):
-        self.read.append(i)
-        return super().__getitem__(i)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -73,7 +60,7 @@ def test_the_same_seed_gives_the_same_losses_and_weights(tmp_path):
 def test_gpt2_and_valm_see_the_same_documents_in_the_same_order(tmp_path):
     read = []
     for model, kb in ((new_model(), Vectors()), (new_model(num_images=0), None)):
-        dataset = Recorded(documents())
+        dataset = Read(documents())
         new_trainer(tmp_path, model=model, kb=kb, dataset=dataset).train()
         read.append(dataset.read[-18:])
     assert read[0] == read[1]
@@ -105,55 +92,24 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
     assert len(made.losses()) == (2 if strategy == "epoch" else 4)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_accumulation_changes_no_loss_and_no_weight(tmp_path, accumulation):
-    """Documents of unequal length: a mean over batches would weigh the tokens of short ones more."""
-    unequal = documents()
-    for number, document in enumerate(unequal):
-        for name, values in document.items():
-            document[name] = values[: 3 + number]
-    runs = []
-    for steps in (1, accumulation):
-        model = new_model(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        sizes = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
-        made = new_trainer(tmp_path, model=model, dataset=unequal, max_steps=10, **sizes)
-        made.train()
-        runs.append(made.losses())
-    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
-
-
 @pytest.mark.parametrize(
-    "arguments, kb, message",
+    "arguments, given, message",
     [
-        ({}, None, "this model sees 3 images a token: give a knowledge base"),
-        ({"num_images": 0}, Vectors(), "sees no images: train it without"),
-        ({"image_dim": 7}, Vectors(), "vectors of dimension 24, but the model's image_dim is 7"),
-        (
-            {"score_scale": 1.0},
-            Vectors(),
-            r"have none: retrieve them again \(`valm retrieve` writes scores\)",
-        ),
-        ({"num_images": 2}, Vectors(), "the documents have 3 images a token, but the model's num_images is 2"),
+        ({}, {"kb": None}, "this model sees 3 images a token: give a knowledge base"),
+        ({"num_images": 0}, {}, "sees no images: train it without"),
+        ({"image_dim": 7}, {}, "vectors of dimension 24, but the model's image_dim is 7"),
+        ({"score_scale": 1.0}, {}, r"have none: retrieve them again \(`valm retrieve` writes scores\)"),
+        ({"num_images": 2}, {}, "the documents have 3 images a token, but the model's num_images is 2"),
+        ({}, {"eval_dataset": documents(num_images=2)}, "2 images a token, but the model's num_images is 3"),
+        ({}, {"dataset": []}, "no documents"),
+        ({}, {"model": tiny_model(vocab_size=5)}, "vocab_size is 5"),
+        ({}, {"fsdp": True}, "fsdp divides a model among several GPUs, and would do nothing on CPUs: leave"),
     ],
 )
-def test_what_does_not_fit_together_is_named(tmp_path, arguments, kb, message):
+def test_what_does_not_fit_together_is_named(tmp_path, arguments, given, message):
     with pytest.raises(ValmError, match=message):
-        new_trainer(tmp_path, model=new_model(**arguments), kb=kb)
+        new_trainer(tmp_path, **{"model": new_model(**arguments)} | given)
     assert not any(tmp_path.iterdir())
-
-
-def test_no_documents_and_a_foreign_tokenizer_are_refused(tmp_path):
-    with pytest.raises(ValmError, match="no documents"):
-        new_trainer(tmp_path, dataset=[])
-    with pytest.raises(ValmError, match="vocab_size is 5"):
-        new_trainer(tmp_path, model=VaLMForCausalLM(tiny_config(vocab_size=5)))
-
-
-def test_arguments_that_cannot_be_are_one_sentence(tmp_path):
-    with pytest.raises(ValmError, match=r"no field 'lerning_rate', did you mean learning_rate\?"):
-        training_arguments(tmp_path, lerning_rate=1)
-    with pytest.raises(ValmError, match="do not fit: cosin is not a valid SchedulerType"):
-        training_arguments(tmp_path, lr_scheduler_type="cosin")
 
 
 @pytest.mark.parametrize(
@@ -188,11 +144,6 @@ def test_what_goes_wrong_in_a_step_is_not_taken_for_an_argument(tmp_path):
     made.model.register_forward_pre_hook(lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         made.train()
-
-
-def test_fsdp_that_would_do_nothing_is_refused(tmp_path):
-    with pytest.raises(ValmError, match="fsdp divides a model among several GPUs, and would do nothing on CPUs: leave"):
-        new_trainer(tmp_path, fsdp=True)
 
 
 def test_columns_that_a_trainer_removed_are_named(tmp_path):
@@ -256,40 +207,49 @@ def test_a_decoder_without_images_is_trained_and_written(tmp_path):
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
 
 
-def test_documents_to_evaluate_on_are_checked_too(tmp_path):
-    with pytest.raises(ValmError, match="2 images a token, but the model's num_images is 3"):
-        new_trainer(tmp_path, eval_dataset=documents(num_images=2))
-
-
-def test_a_limited_softmax_cannot_be_smoothed(tmp_path):
-    """Label smoothing reads the logits of the labels, by their numbers in the whole vocabulary."""
-    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True)
-    with pytest.raises(
-        ValmError, match=r"label_smoothing_factor is 0\.1, but limit_softmax .*: set it to 0.*--limit-softmax"
-    ):
-        trainer(new_model(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=arguments, limit_softmax=True)
-
-
-def test_a_retrieved_corpus_of_another_tokenizer_is_refused(tmp_path, clip, make_kb):
-    kb = make_kb(4)
-    retriever = Retriever(ContextEncoder(clip), kb, 3)
-    corpus = retrieve_corpus([[1, 2, 3]], retriever, tmp_path / "corpus", progress=False)
-    with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):
-        new_trainer(tmp_path / "run", dataset=corpus, kb=kb, model=new_model(image_dim=kb.dim))
+@pytest.mark.parametrize(
+    "make, fields, options, message",
+    [
+        (new_model, {"lerning_rate": 1}, {}, r"no field 'lerning_rate', did you mean learning_rate\?"),
+        (new_model, {"lr_scheduler_type": "cosin"}, {}, "do not fit: cosin is not a valid SchedulerType"),
+        # label smoothing reads the logits of the labels, by their numbers in the whole vocabulary
+        (
+            new_model,
+            {"label_smoothing_factor": 0.1},
+            {"kb": Vectors(), "limit_softmax": True},
+            r"label_smoothing_factor is 0\.1, but limit_softmax .*: set it to 0.*--limit-softmax",
+        ),
+        (
+            lambda: new_model(num_images=0),
+            {},
+            {"fusion_lr": 1.0},
+            "of the parameters that see images, and this VaLMForCausalLM has none",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_one_sentence(tmp_path, make, fields, options, message):
+    with pytest.raises(ValmError, match=message):
+        arguments = training_arguments(tmp_path, use_cpu=True, **fields)
+        trainer(make(), documents(), tokenizer=TOKENIZER, arguments=arguments, **options)
 
 
 def test_a_part_of_a_retrieved_corpus_is_checked_too(tmp_path, clip, make_kb):
     kb, other = make_kb(4), make_kb(5)
-    encoder = ContextEncoder(clip, tokenizer=TOKENIZER)
     documents = tokenize_documents(["one two", "three"], TOKENIZER)
-    corpus = retrieve_corpus(documents, Retriever(encoder, kb, 3), tmp_path / "corpus", progress=False)
+
+    def corpus(name, encoder):
+        return retrieve_corpus(documents, Retriever(encoder, kb, 3), tmp_path / name, progress=False)
+
+    own, foreign = corpus("own", ContextEncoder(clip, tokenizer=TOKENIZER)), corpus("foreign", ContextEncoder(clip))
     model = new_model(image_dim=kb.dim)
-    for dataset in (corpus, Subset(corpus, [0, 1]), Subset(Subset(corpus, [0, 1]), [1])):
+    with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):
+        new_trainer(tmp_path / "run", dataset=foreign, kb=kb, model=model)
+    for dataset in (own, Subset(own, [0, 1]), Subset(Subset(own, [0, 1]), [1])):
         with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
             new_trainer(tmp_path / "run", dataset=dataset, kb=other, model=model)
         new_trainer(tmp_path / "run", dataset=dataset, kb=kb, model=model)
     with pytest.warns(UserWarning, match=r"nothing says that their images are those of"):
-        new_trainer(tmp_path / "run", dataset=list(corpus), kb=other, model=model)
+        new_trainer(tmp_path / "run", dataset=list(own), kb=other, model=model)
 
 
 def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
@@ -302,16 +262,12 @@ def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
 
 def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
     """Of 0 they stay as they are; and a resumed training has both rates."""
-    data = documents()
-    config = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 
     def new_training(fusion_lr, **fields):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=4, num_key_value_heads=2))
-        augment(model, Vectors.dim, 3, logit_bias=0.0, unfreeze="block")
+        model = augmented(unfreeze="block")
         defaults = {"max_steps": 4, "per_device_train_batch_size": 3, "logging_steps": 1, "save_strategy": "no"}
         made = training_arguments(tmp_path, **(defaults | {"disable_tqdm": True, "use_cpu": True} | fields))
-        training = trainer(model, data, Vectors(), tokenizer=TOKENIZER, arguments=made, fusion_lr=fusion_lr)
+        training = trainer(model, documents(), Vectors(), tokenizer=TOKENIZER, arguments=made, fusion_lr=fusion_lr)
         return training, {name: parameter.clone() for name, parameter in model.named_parameters()}
 
     def moved(training, before):
@@ -333,17 +289,6 @@ def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.losses() == whole.losses()
     assert not moved(resumed, dict(whole.model.named_parameters()))
-
-
-def test_a_learning_rate_of_new_parameters_that_there_are_not_is_refused(tmp_path):
-    with pytest.raises(ValmError, match=r"of the parameters that see images, and this VaLMForCausalLM has none"):
-        trainer(
-            new_model(num_images=0),
-            documents(),
-            tokenizer=TOKENIZER,
-            arguments=training_arguments(tmp_path),
-            fusion_lr=1.0,
-        )
 
 
 def test_a_resumed_training_follows_the_schedule_of_its_own_steps(tmp_path):
