@@ -5,6 +5,7 @@ its threads, its interruption.
 from __future__ import annotations
 
 import ctypes
+import signal
 import subprocess
 import sys
 
