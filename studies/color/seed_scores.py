@@ -191,8 +191,8 @@ class Scoring:
         """Below it a token sees no images, in the tests with a cut."""
         folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
         questions = folder / f"retrieval-{QUESTIONS}"
-        kb, queries = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query_settings
-        return find_min_score(kb, queries, self.tokenizer, None, questions=questions)
+        kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
+        return find_min_score(kb, query, self.tokenizer, None, questions=questions)
 
     def results(self, rows: dict[str, Path]) -> dict[str, Any]:
         """The results of the seed, from the rows of its arms: a `SeedJson`, and what else is worth keeping."""

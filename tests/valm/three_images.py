@@ -12,7 +12,10 @@ from valm.retrieval.source import open_encoder
 
 
 def retriever_in(folder: Path, clip: Clip) -> Retriever:
-    """Writes `clip`, `images` and `kb` into `folder`; the retriever finds two images a token, as one that `load` opens."""
+    """Writes `clip`, `images` and `kb` into `folder`; the retriever finds two images a token.
+
+    It is opened as `load` opens one.
+    """
     clip.save(folder / "clip")
     (folder / "images").mkdir()
     for name, colour in (("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255))):

@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +25,7 @@ WINDOW = 256
 
 def find_min_score(
     kb: ImageKnowledgeBase,
-    queries: dict[str, Any],
+    query: str,
     tokenizer: PreTrainedTokenizerFast,
     retriever: Retriever | None,
     *,
@@ -37,8 +36,7 @@ def find_min_score(
     none. Either is a text file, or a result of `valm retrieve`.
 
     Args:
-        kb, tokenizer: the model's.
-        queries: the model's `query_settings`.
+        kb, query, tokenizer: the model's knowledge base, kind of query and tokenizer.
         retriever: finds the images of texts; None: only results of `valm retrieve` can be read.
 
     Raises:
@@ -48,21 +46,19 @@ def find_min_score(
     source = ordinary_text if questions is None else questions
     assert source is not None  # as the plan of a training checks
     path = Path(source)
-    found = _stored_scores(path, kb, queries, tokenizer) if path.is_dir() else _scores_of(path, retriever)
+    found = _stored_scores(path, kb, query, tokenizer) if path.is_dir() else _scores_of(path, retriever)
     return choose_min_score(**{"text" if questions is None else "questions": found})
 
 
 def _stored_scores(
-    folder: Path, kb: ImageKnowledgeBase, queries: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+    folder: Path, kb: ImageKnowledgeBase, query: str, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[np.ndarray]:
     """The retrieval scores (T, K) of each document in `folder`, without the eos behind its text."""
     corpus = CorpusRetrieval.open(folder)
     corpus.check_knowledge_base(kb)
     corpus.check_tokenizer(tokenizer)
-    for name, what in (("query", "queries"), ("query_tokens", "tokens that ask")):
-        here, there = queries[name], corpus.query_settings[name]
-        if here != there:
-            raise ValmError(f"{folder} was retrieved with {there!r} {what}, and the model has {here!r} ones")
+    if corpus.query != query:
+        raise ValmError(f"{folder} was retrieved with {corpus.query!r} queries, and the model has {query!r} ones")
     if not corpus.has_scores:
         raise ValmError(f"{folder} {NO_SCORES}")
     eos = corpus.tokenizer.eos_token_id

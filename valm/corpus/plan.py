@@ -36,12 +36,6 @@ class RetrievalPlan(Execution):
     )
     images: int = option("images a token sees", 4, short="-k", least=1, below=MAX_IMAGES + 1)
     query: str = option("kind of the retrieval query", "eot", choices=["eot", "state"])
-    query_tokens: str = option(
-        "which tokens have a query of their own: every one, as published, or those alone that end a word of content in "
-        "English, where the others have the images of the token before",
-        "every",
-        choices=["every", "content"],
-    )
     scores: bool = option(
         "do not write the score of each image, which `valm train --min-score` and --score-scale need", True
     )

@@ -87,7 +87,6 @@ class CorpusPlan(TypedDict):
     knowledge_base: str
     k: Annotated[int, Field(ge=1, le=1 << 16)]
     query: Literal["eot", "state"]
-    query_tokens: str
     overlap: Count
     min_tokens: Count
     eos: Count

@@ -48,7 +48,6 @@ def open_retriever(plan: RetrievalPlan, kb: ImageKnowledgeBase) -> Retriever:
         allow_download=plan.allow_download,
         device=plan.opened_device(),
         dtype=getattr(torch, plan.query_dtype),
-        query_tokens=plan.query_tokens,
     )
     index: Any = None
     if plan.search_actors is not None and plan.ray is not None:

@@ -24,7 +24,6 @@ from valm.model.positions import CACHE_ARGUMENTS, named_arguments
 from valm.model.probe import keeps_apart
 from valm.model.retrieval_cache import retrieval_state, with_retrieval
 from valm.retrieval.min_score import cut
-from valm.retrieval.query_tokens import read_note
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved, Retriever
 from valm.retrieval.source import ImageSource, open_encoder
 from valm.store.folders import current_files
@@ -407,7 +406,6 @@ class ImageFinder:
             if source.knowledge_base is None:
                 raise ValmError(missing or "a model that is not blind needs a knowledge base: give it as kb (--kb)")
             place = ImageKnowledgeBase.open(source.knowledge_base)
-        of_tower |= {"query_tokens": read_note(source.query_tokens)}
         of_tower |= {"overlap": source.overlap, "min_tokens": source.min_tokens}
         encoder = open_encoder(place, source.query, tokenizer, clip=clip, allow_download=allow_download, **of_tower)
         return BlindRetriever(encoder) if self.options.blind else Retriever(encoder, place, self.options.num_images)

@@ -82,19 +82,14 @@ class Alignment:
         self._clip.no_truncation()
         self._words: dict[str, list[int]] = {}
 
-    def read(
-        self, tokens: list[tuple[int, int]], text: TextState, reading: Reading, asking: list[bool] | None = None
-    ) -> None:
+    def read(self, tokens: list[tuple[int, int]], text: TextState, reading: Reading) -> None:
         """Reads further tokens of a row, as (position in the input, id), into `reading`, and advances `text`.
-
-        asking: of each id, whether it has a query of its own; by default all have.
 
         The last word is read but not stored: later calls read it again with its continuation.
         """
         closed: list[int] = []  # CLIP tokens that later text cannot change
         # for each token but the first of a document: its position, the number of closed tokens, the open word
         prefixes = []
-        asked = None  # the number of closed tokens and the open word of the last that has a query of its own
         for position, id in tokens:
             separates = id in (self.bos, self.eos) and not self.one_document
             first = not text.open or (separates and id == self.bos)
@@ -112,15 +107,8 @@ class Alignment:
                     text.word = ""
                 for word in words:
                     closed += self.clip_ids(word)
-            if first:
-                reading.begin_document()
-                asked = None
-            elif asking is None or asking[id]:
-                asked = len(closed), text.word
-            if asked is not None:
-                prefixes.append((position, *asked))
-            elif not first:
-                reading.repeat(position)
+            if not first:
+                prefixes.append((position, len(closed), text.word))
 
         whole = closed + self.clip_ids(text.word)
         wanted = defaultdict(list)  # positions whose text is the first n tokens of the whole text

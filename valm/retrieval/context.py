@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerFast
 from valm.clip.clip import Clip, in_own_precision
 from valm.clip.text_tower import KeyValues, TextTower
 from valm.retrieval.alignment import Alignment, TextState
-from valm.retrieval.query_tokens import RULES, asking_tokens, noted
-from valm.retrieval.segments import EARLIER, Reading, Run, SegmentRule, SegmentState, sentence_end_ids
+from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
 
 QUERIES = ("eot", "state")
 # Names of what the queries depend on besides CLIP and tokenizer: in a corpus' plan and a model's config.
-QUERY_SETTINGS = ("query", "query_tokens", "overlap", "min_tokens", "precision")
+QUERY_SETTINGS = ("query", "overlap", "min_tokens", "precision")
 
 # Tokens repeated at the start of the next segment. On running prose (LAMBADA) and a context of 77 tokens the text tower
 # then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
@@ -43,10 +42,7 @@ class ContextCache:
         self.capacity = len(like) - 1
         shape = (batch, tower.heads, self.capacity, tower.head_dim)
         self.past: KeyValues = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in tower.blocks]
-        # float32, of the last cached token, and what the last token of all had
-        self.last_query = torch.zeros(batch, embed_dim, device=like.device)
-        self.repeated = torch.zeros(batch, embed_dim, device=like.device)
-        self.ends: list[tuple[int, int]] = []  # row and position of the last tokens that `next_runs` has read
+        self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, of the last cached token
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i], (new batch,) int64: beam search."""
@@ -54,7 +50,7 @@ class ContextCache:
         self.texts = [self.texts[row].copy() for row in beam_idx.tolist()]
         index = beam_idx.to(self.last_query.device)
         self.past = [(keys[index], values[index]) for keys, values in self.past]
-        self.last_query, self.repeated = self.last_query[index], self.repeated[index]
+        self.last_query = self.last_query[index]
 
     def join(self, other: ContextCache) -> None:
         """Adds the rows of another cache of the same encoder behind its own."""
@@ -65,7 +61,6 @@ class ContextCache:
             for (keys, values), (more_keys, more_values) in zip(self.past, other.past, strict=True)
         ]
         self.last_query = torch.cat([self.last_query, other.last_query])
-        self.repeated = torch.cat([self.repeated, other.repeated])
 
 
 class ContextEncoder:
@@ -86,8 +81,6 @@ class ContextEncoder:
             query is then that of the text up to its last character, tokenized by CLIP.
         query: "eot" is CLIP's own text feature of each prefix, as if EOT followed: the state that CLIP was trained
             for. "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
-        query_tokens: "every" token has a query of its own, or those alone that end a word of "content": the others
-            repeat that of the token before (`valm.retrieval.query_tokens`).
         overlap, min_tokens: see `SegmentRule`; by default OVERLAP or a quarter of a segment, and half a segment.
         dtype: precision of the text tower, float32, bfloat16, float64 or int8; queries are always float32.
 
@@ -101,15 +94,12 @@ class ContextEncoder:
         *,
         tokenizer: PreTrainedTokenizerFast | None = None,
         query: str = "eot",
-        query_tokens: str = "every",
         overlap: int | None = None,
         min_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         if query not in QUERIES:
             raise ValueError(f"query must be one of {', '.join(map(repr, QUERIES))}, got {query!r}")
-        if query_tokens not in RULES:
-            raise ValueError(f"query_tokens must be one of {', '.join(map(repr, RULES))}, got {query_tokens!r}")
         limit = clip.context_length - 2
         overlap = min(OVERLAP, limit // 4) if overlap is None else overlap
         min_tokens = limit // 2 if min_tokens is None else min_tokens
@@ -122,8 +112,6 @@ class ContextEncoder:
         self.own_tokenizer = tokenizer is None  # so the ids are CLIP's because nobody said whose they are
         self.tokenizer = clip.tokenizer if tokenizer is None else tokenizer
         self.query = query
-        self.query_tokens = query_tokens
-        self.asking = None if query_tokens == "every" else asking_tokens(self.tokenizer)  # of each id
         self.num_ids, self._whose_ids = self.tower.embedding.num_embeddings, f"the CLIP {clip.name}"
         self.alignment: Alignment | None = None
         if self.tokenizer.get_vocab() != clip.tokenizer.get_vocab():
@@ -143,7 +131,7 @@ class ContextEncoder:
     def query_settings(self) -> dict[str, Any]:
         """What the queries depend on besides CLIP and tokenizer: the QUERY_SETTINGS."""
         precision = str(self.tower.dtype).removeprefix("torch.")
-        values = (self.query, noted(self.query_tokens), self.rule.overlap, self.rule.min_tokens, precision)
+        values = (self.query, self.rule.overlap, self.rule.min_tokens, precision)
         return dict(zip(QUERY_SETTINGS, values, strict=True))
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -186,16 +174,11 @@ class ContextEncoder:
 
     def next_runs(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> list[Run]:
         """The segments of the next tokens, as `encode_next` takes them, which must follow. Arguments as in `step`."""
-        runs, cache.ends = [], []
+        runs = []
         for row, of_row in enumerate(self._tokens(input_ids, attention_mask, rows=len(cache.states))):
             reading = self._read(row, of_row, cache.states[row], cache.texts[row])
             cache.states[row] = reading.kept
             runs += reading.runs + reading.forks
-            if of_row:
-                end, _ = of_row[-1]
-                cache.ends.append((row, end))
-                for run in reading.runs + reading.forks:
-                    run.repeated |= self.asking is not None and end in run.positions()
         return runs
 
     @torch.no_grad()
@@ -207,7 +190,7 @@ class ContextEncoder:
         for run in runs:
             for position, at in run.wanted:
                 if at < 0:
-                    queries[run.row, position] = (cache.repeated if at == EARLIER else cache.last_query)[run.row]
+                    queries[run.row, position] = cache.last_query[run.row]
             if run.ids:
                 (going_on if run.start else new).append(run)
             else:  # it has no tokens itself, so its branches continue from the cache
@@ -216,26 +199,19 @@ class ContextEncoder:
         with in_own_precision(queries.device):
             for some in _calls(going_on, CALL_TOKENS) + _calls(new, self._most()):
                 self._encode(some, queries, cache)
-        if self.asking is not None and cache.ends:
-            row, position = torch.tensor(cache.ends, device=queries.device).T
-            cache.repeated[row] = queries[row, position]
         return queries
 
     def _read(self, row: int, tokens: list[tuple[int, int]], state: SegmentState, text: TextState) -> Reading:
         """Cuts the tokens of a row into runs. Changes `text`; the new state is in the result."""
         reading = Reading(row, state, self.rule)
         if self.alignment is not None:
-            self.alignment.read(tokens, text, reading, self.asking)
+            self.alignment.read(tokens, text, reading)
         else:
             for position, id in tokens:
                 first = id == self.rule.sot or not reading.state.open
                 reading.add(id)
-                if first:
-                    reading.begin_document()
-                elif self.asking is None or self.asking[id]:
+                if not first:
                     reading.want(position)
-                else:
-                    reading.repeat(position)
             reading.keep()
         return reading
 

@@ -217,8 +217,7 @@ class Retriever:
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
         scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=queries.device)
         asked = queries.any(-1)
-        distinct, number = torch.unique_consecutive(queries[asked], return_inverse=True, dim=0)
-        scores[asked], ids[asked] = (found[number] for found in self.index.search(distinct, self.k))
+        scores[asked], ids[asked] = self.index.search(queries[asked], self.k)
         return ids, scores
 
     def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:

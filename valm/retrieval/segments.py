@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
-EARLIER = -2
 SENTENCE_END = re.compile(r"""[.!?]+["')\]]*</w>""")
 
 
@@ -45,8 +44,7 @@ class Run:
         ids: the tokens.
         start: how many tokens of the segment (with SOT) were encoded before, 0 for a new segment.
         wanted: (position in the row's input, position in `ids`) of the tokens whose query is needed. A position of -1
-            in `ids` is the last token cached by an earlier call, and EARLIER what the last token of that call had.
-        repeated: whether it repeats a query of an earlier call, or a later one may repeat its last.
+            in `ids` is the last token cached by an earlier call.
         kept: how many of `ids` are cached for later calls.
         branches: runs that continue from a token of this one, which their `start` tells.
     """
@@ -56,7 +54,6 @@ class Run:
     start: int
     wanted: list[tuple[int, int]] = field(default_factory=list)
     kept: int = 0
-    repeated: bool = False
     branches: list[Run] = field(default_factory=list)
 
     def key(self) -> bytes:
@@ -65,8 +62,8 @@ class Run:
 
     @property
     def whole(self) -> bool:
-        """Whether no later call needs the run, nor did it continue an earlier one: its queries depend on `key`."""
-        return self.start == 0 and self.kept == 0 and not self.repeated
+        """Whether no later call continues the run, nor did it continue an earlier one: its queries depend on `key`."""
+        return self.start == 0 and self.kept == 0
 
     def positions(self) -> list[int]:
         """Positions of the wanted queries in the row's input, in the same order for all runs of one key."""
@@ -105,8 +102,6 @@ class Reading:
         self.kept = state
         self.runs: list[Run] = []
         self.forks: list[Run] = []  # forks that begin a new segment
-        self.asked: tuple[Run, int] | None = None  # what `want` requested last in the document
-        self.earlier = state.open  # or else an earlier call
         if state.open and not state.ended:
             self._go_on()
 
@@ -136,23 +131,7 @@ class Reading:
     def want(self, position: int) -> None:
         if not self.runs:
             self._go_on()
-        self.asked = self.runs[-1], len(self.runs[-1].ids) - 1
-        self.repeat(position)
-
-    def begin_document(self) -> None:
-        """Its first token has no query, nor do those that repeat it."""
-        self.asked, self.earlier = None, False
-
-    def repeat(self, position: int) -> None:
-        """Requests the query of the token before."""
-        if self.asked is not None:
-            run, at = self.asked
-            run.wanted.append((position, at))
-        elif self.earlier:
-            if not self.runs:
-                self._go_on()
-            self.runs[-1].wanted.append((position, EARLIER))
-            self.runs[-1].repeated = True
+        self.runs[-1].wanted.append((position, len(self.runs[-1].ids) - 1))
 
     def fork(self, ids: list[int], positions: list[int]) -> None:
         branch = Reading(self.row, self.state, self.rule)

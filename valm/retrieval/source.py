@@ -44,7 +44,6 @@ class ImageSource:
 
     Attributes:
         query: the kind of retrieval query of a `ContextEncoder`.
-        query_tokens: which tokens have one of their own, as `query_tokens.noted` has it.
         clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
         knowledge_base_name, knowledge_base_sha256: of its folder and its content (`ImageKnowledgeBase.fingerprint`);
             None for a blind model, which needs a CLIP only.
@@ -56,7 +55,6 @@ class ImageSource:
 
     query: str
     clip_name: str | None = None
-    query_tokens: str = "every"
     clip_sha256: str | None = None
     knowledge_base_name: str | None = None
     knowledge_base_sha256: str | None = None
@@ -219,7 +217,6 @@ def open_encoder(
     allow_download: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    query_tokens: str = "every",
     overlap: int | None = None,
     min_tokens: int | None = None,
 ) -> ContextEncoder:
@@ -227,7 +224,7 @@ def open_encoder(
 
     Args:
         place: the knowledge base, or the CLIP of a source without one (`ImageSource.clip`).
-        query, tokenizer, query_tokens, overlap, min_tokens: as for `ContextEncoder`.
+        query, tokenizer, overlap, min_tokens: as for `ContextEncoder`.
         dtype: precision of the text tower; by default what the device is fast in (`fastest_dtype`). Images that are
             kept name theirs, as they should not depend on the machine that found them.
         clip: the CLIP, if it has moved from there (see `Clip.load`).
@@ -246,12 +243,6 @@ def open_encoder(
         )
     else:
         loaded = Clip.load(clip or place)
-    return ContextEncoder(
-        loaded.to(device),
-        tokenizer=tokenizer,
-        query=query,
-        query_tokens=query_tokens,
-        overlap=overlap,
-        min_tokens=min_tokens,
-        dtype=dtype or fastest_dtype(torch.device(device)),
-    )
+    segments = {"overlap": overlap, "min_tokens": min_tokens}
+    dtype = dtype or fastest_dtype(torch.device(device))
+    return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype, **segments)

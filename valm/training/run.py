@@ -138,7 +138,7 @@ def _min_score(
         return plan.min_score
     retriever = None if plan.corpus is None else open_retriever(_retrieval(plan, plan.corpus, "retrieval"), kb)
     found = find_min_score(
-        kb, dataset.query_settings, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
+        kb, dataset.query, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
     )
     print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
     return found

@@ -166,14 +166,7 @@ def trainer(
         _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
     corpus = _retrieval(dataset)
     if kb is not None and corpus is not None:  # of what is saved from now on
-        source = ImageSource.of_knowledge_base(kb, **corpus.query_settings)
-        saved = ImageSource.of_config(inner.config.retrieval)
-        if saved is not None and saved.query_tokens != source.query_tokens:
-            raise ValmError(
-                f"{corpus.path} was retrieved with the rule {source.query_tokens!r} of which tokens ask, and this "
-                f"model was trained with {saved.query_tokens!r}: retrieve it with that --query-tokens"
-            )
-        inner.finder.set_source(source)
+        inner.finder.set_source(ImageSource.of_knowledge_base(kb, **corpus.query_settings))
     if row_length is not None and (retrieves or not _tells_apart(inner)):
         why = "retrieves as it trains" if retrieves else "does not keep documents apart by their positions"
         log.warning(f"this {type(inner).__name__} {why}: each document gets a row of its own")

@@ -11,10 +11,8 @@ from transformers import AutoTokenizer
 from tests.valm.cli.commands import SIZE, STEPS, evaluations, run
 from tests.valm.other_tokenizers import gpt2_like
 from valm.corpus.retrieved import CorpusRetrieval
-from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load
-from valm.retrieval.query_tokens import noted
 from valm.retrieval.retriever import BlindRetriever
 from valm.training import trainer, training_arguments
 from valm.training.collate import Collator
@@ -222,7 +220,6 @@ def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
     ("option", "message"),
     [
         (["--query", "state"], "its query is state, not eot"),
-        (["--query-tokens", "content"], f"its query tokens is {noted('content')}, not every"),
         (["-k", "3"], "its k is 3, not 2"),
         (["--query-dtype", "bfloat16"], "its precision is bfloat16, not float32"),
     ],
@@ -233,28 +230,6 @@ def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_p
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
     assert run(*train, "--validation", tmp_path / "held-out", "--out", tmp_path / "model") == 1
     assert f"was retrieved otherwise than the corpus: {message}" in capsys.readouterr().err
-
-
-def test_a_model_keeps_the_rule_by_which_its_tokens_ask(world, base, tmp_path, capsys):
-    """A corpus of another rule is refused where the model goes on."""
-    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", base, "-k", "2"]
-    assert run(*retrieve, "--query-tokens", "content", "--out", tmp_path / "content") == 0
-    train = ["train", "--kb", world / "kb", *STEPS]
-    model = tmp_path / "model"
-    assert run(*train, "--base", base, "--retrieval", tmp_path / "content", "--out", model) == 0
-    assert load(model)[0].retriever.encoder.query_settings["query_tokens"] == noted("content")
-    trained, tokenizer = load(model)
-    with pytest.raises(
-        ValmError, match="with the rule 'every' of which tokens ask, and this model was trained with 'con"
-    ):
-        other = CorpusRetrieval.open(world / "base-retrieval")
-        trainer(
-            trained,
-            other,
-            ImageKnowledgeBase.open(world / "kb"),
-            tokenizer=tokenizer,
-            arguments=training_arguments(tmp_path / "other", max_steps=1),
-        )
 
 
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):

@@ -11,7 +11,6 @@ from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.min_score import choose_min_score, set_min_score
-from valm.retrieval.query_tokens import noted
 from valm.retrieval.retriever import Retriever
 
 
@@ -37,39 +36,24 @@ def test_texts_and_what_was_retrieved_of_them_give_the_same(clip, make_kb, tmp_p
     corpus = retrieve_corpus(lines, retriever, tmp_path / "corpus", progress=False)
     for source, kind in (("questions", "questions"), ("ordinary_text", "text")):
         expected = choose_min_score(**{kind: rows})
-        live = find_min_score(retriever.kb, encoder.query_settings, encoder.tokenizer, retriever, **{source: text_file})
-        stored = find_min_score(retriever.kb, encoder.query_settings, encoder.tokenizer, None, **{source: corpus.path})
+        live = find_min_score(retriever.kb, query, encoder.tokenizer, retriever, **{source: text_file})
+        stored = find_min_score(retriever.kb, query, encoder.tokenizer, None, **{source: corpus.path})
         assert live == pytest.approx(expected, abs=1.1e-4) and stored == pytest.approx(expected, abs=1.1e-4)
     other = {"eot": "state", "state": "eot"}[query]
     with pytest.raises(ValmError, match=f"was retrieved with {query!r} queries, and the model has {other!r} ones"):
-        find_min_score(
-            retriever.kb, encoder.query_settings | {"query": other}, encoder.tokenizer, None, questions=corpus.path
-        )
-    rule = encoder.query_settings | {"query_tokens": noted("content")}
-    with pytest.raises(ValmError, match="was retrieved with 'every' tokens that ask, and the model has 'content "):
-        find_min_score(retriever.kb, rule, encoder.tokenizer, None, questions=corpus.path)
+        find_min_score(retriever.kb, other, encoder.tokenizer, None, questions=corpus.path)
 
 
 def test_what_cannot_be_chosen_from_is_named(retriever, make_kb, tmp_path, text_file):
     with pytest.raises(ValmError, match=re.escape(f"retrieve {text_file} too, and give that folder")):
-        find_min_score(
-            retriever.kb, retriever.encoder.query_settings, retriever.encoder.tokenizer, None, questions=text_file
-        )
+        find_min_score(retriever.kb, "eot", retriever.encoder.tokenizer, None, questions=text_file)
     bare = retrieve_corpus(TEXTS, retriever, tmp_path / "bare", scores=False, progress=False)
     with pytest.raises(ValmError, match="has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB"):
-        find_min_score(
-            retriever.kb,
-            retriever.encoder.query_settings,
-            retriever.encoder.tokenizer,
-            retriever,
-            ordinary_text=bare.path,
-        )
+        find_min_score(retriever.kb, "eot", retriever.encoder.tokenizer, retriever, ordinary_text=bare.path)
     with pytest.raises(ValmError, match="was read with another tokenizer than the model's"):
-        find_min_score(retriever.kb, retriever.encoder.query_settings, gpt2_like(), retriever, questions=bare.path)
+        find_min_score(retriever.kb, "eot", gpt2_like(), retriever, questions=bare.path)
     with pytest.raises(ValmError, match="was retrieved from another knowledge base"):
-        find_min_score(
-            make_kb(5), retriever.encoder.query_settings, retriever.encoder.tokenizer, retriever, questions=bare.path
-        )
+        find_min_score(make_kb(5), "eot", retriever.encoder.tokenizer, retriever, questions=bare.path)
 
 
 def test_it_is_set_where_a_model_retrieves(retriever):
@@ -94,8 +78,6 @@ def test_a_long_text_is_read_whole(retriever, tmp_path):
     """In batches: the documents of one are padded to its longest."""
     (tmp_path / "long.txt").write_text("\n".join([TEXTS[0], " ".join(TEXTS * 4)] * 70))
     file = tmp_path / "long.txt"
-    found = find_min_score(
-        retriever.kb, retriever.encoder.query_settings, retriever.encoder.tokenizer, retriever, ordinary_text=file
-    )
+    found = find_min_score(retriever.kb, "eot", retriever.encoder.tokenizer, retriever, ordinary_text=file)
     rows = [retriever.find([text])[1][0].numpy() for text in (TEXTS[0], " ".join(TEXTS * 4))] * 70
     assert found == pytest.approx(choose_min_score(text=rows), abs=1.1e-4) and torch.tensor(found).isfinite()
