@@ -95,8 +95,7 @@ SUMMARY = [
         "flash attention joined with the images in PyTorch",
         *(XEON, f"{BACKWARD} float32", "ours", "flash + LSE merge"),
     ),
-    Ratio("the same in bfloat16", "the same", XEON, f"{BACKWARD} bfloat16", "ours", "flash + LSE merge"),
-    Ratio("the same", "the same", AMX_ATTENTION, f"{BACKWARD} bfloat16", "ours", "flash + LSE merge"),
+    Ratio("the same in bfloat16", "the same", AMX_ATTENTION, f"{BACKWARD} bfloat16", "ours", "flash + LSE merge"),
     Ratio(
         "`FlatIPIndex`, 64 queries of 200k rows of 768, k 8",
         "PyTorch: product + `topk`, the fastest exact peer there",
@@ -107,7 +106,6 @@ SUMMARY = [
         "faiss `IndexFlatIP`, tuned, the fastest exact peer there",
         *(EPYC_TOPK, SEARCH, "FlatIPIndex", "faiss IndexFlatIP, tuned"),
     ),
-    Ratio("the same", "the same", AMX_TOPK, SEARCH, "FlatIPIndex", "faiss IndexFlatIP, tuned"),
     Ratio(
         "VaLM, 1M images, K 4, RN50x16-size tower, images retrieved before (`valm retrieve`)",
         "GPT-2\\*, the same model without images",
@@ -116,10 +114,6 @@ SUMMARY = [
     Ratio(
         "the same, images retrieved as it reads, text tower in int8 (the default there)",
         *("the same", EPYC_WHOLE, WHOLE, "VaLM, eot, tower in int8", "GPT-2*"),
-    ),
-    Ratio(
-        "the same, text tower in float32 (`--query-dtype float32`)",
-        *("the same", EPYC_WHOLE, WHOLE, "VaLM, eot, tower in float32", "GPT-2*"),
     ),
     Ratio(
         "the same, text tower in bfloat16 (the default there)",

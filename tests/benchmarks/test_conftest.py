@@ -30,6 +30,7 @@ def run(pytester, monkeypatch):
     """Runs BENCHMARK on a stand-in for a GPU; returns the rows."""
     pytester.makeconftest("from benchmarks.conftest import *")
     pytester.makepyfile(bench_sum=BENCHMARK)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in one, pytest-benchmark times nothing
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(conftest, "cuda_peak_mb", lambda function: 1.5)
 
