@@ -47,6 +47,7 @@ def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
     # the sort of a GPU takes time by the bits of its keys
     narrow = torch.int16 if pool_size <= torch.iinfo(torch.int16).max else torch.int32
     slots = image_index.transpose(0, 1).flatten(1) if image_index.dim() == 4 else image_index.flatten()
+    slots = slots.contiguous()  # the order has its layout, and flatten may have made a view
     image, order = torch.sort(slots.to(narrow), stable=True)
     images = torch.arange(pool_size + 1, dtype=narrow, device=image.device).repeat(*slots.shape[:-1], 1)
     bounds = torch.searchsorted(image, images.view(*slots.shape[:-1], -1))

@@ -80,6 +80,13 @@ def test_agrees_in_float16(monkeypatch, name):
     assert_solves("triton", PROBLEMS[name], torch.float16, with_lse=False)
 
 
+def test_one_slot_of_each_head(monkeypatch):
+    """Sorted by image they are contiguous, though the index by head is a transposed view."""
+    problem = Problem(5, 3, 3, num_queries=1, num_images=1, pool_size=4, by_head=True)
+    use_small_tiles(monkeypatch, problem)
+    assert_solves("triton", problem, torch.float32)
+
+
 def gradients(inputs, grad_out):
     """Gradients by name of all floating inputs for a given gradient of the output."""
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if torch.is_tensor(t) and t.is_floating_point()}
