@@ -64,7 +64,7 @@ def ip_topk(
             CUDA search never returns it. Or several databases of one size, such as the keys of each head: (..., N, E)
             with queries (..., Q, E), and results (..., Q, k). On the CPU each thread then searches databases of its
             own, if there are at least as many as threads.
-        k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 4 queries.
+        k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 3 or 4 queries.
         allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
             With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
             range are undefined.

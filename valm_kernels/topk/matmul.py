@@ -6,7 +6,8 @@ Queries q of 16-bit rows are rounded to as many bits, q'; of others q' is q::
 
     |product - score| <= (|q - q'| + r |q'|) |row| + E 2^-125
 
-The last term is for numbers below the normal ones. On tensor cores r is 2^-18 for each 16 of the E elements, as
+The last term is for products below the normal numbers; who has such queries or rows flushed to zero
+(torch.set_flush_denormal) has them searched as zeros here. On tensor cores r is 2^-18 for each 16 of the E elements, as
 csrc/topk/cuda/kernel.cuh says. For E products in float32 summed in any order, of operands that were rounded to a
 relative error e (TF32)::
 
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..native import survives_fork
 from .checks import check_finite
 from .reference import dequantise, pair_scores
 from .result import TopK, merge_topk, topk_of_each
@@ -37,6 +39,7 @@ OPERAND_ERRORS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 LARGEST = {torch.float16: 15, torch.bfloat16: 0}
 
 
+@survives_fork
 def ip_topk(queries: Tensor, rows: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`valm_kernels.topk.reference.ip_topk` of float rows."""
     if rows.dim() == 3:
@@ -105,6 +108,8 @@ def _factor(queries: Tensor, dtype: torch.dtype) -> _Factor:
 def _on_tensor_cores(factor: Tensor) -> bool:
     """Whether PyTorch multiplies such 16-bit numbers as they are, with sums in float32."""
     if factor.dtype not in LARGEST or not factor.is_cuda or torch.version.hip is not None:
+        return False
+    if factor.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
         return False
     return torch.cuda.get_device_capability(factor.device) >= (8, 0)
 

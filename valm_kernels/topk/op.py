@@ -12,7 +12,7 @@ from .._ops import add_op_namespace_prefix
 from . import cpu, cuda, streaming
 
 NAME = add_op_namespace_prefix("ip_topk")
-# `allowed` (N,) bool names the rows that may be returned. Streamed rows are on the CPU, the queries on any device. The
+# `allowed` (N,) bool names the rows that may be returned. Streamed rows are on the CPU. The
 # tensors behind are those of cpu.PackedRows, then those of cuda.RowNorms. Where there is none, nor `allowed`, there may
 # be several databases (n, N, E), with queries (n, Q, E).
 torch.library.define(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._ops import add_op_namespace_prefix, ops
+from ..native import survives_fork
 from . import cpu, flash
 from .autocast import outside_autocast
 from .checks import check_cu_seqlens
@@ -239,6 +240,7 @@ def _document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys:
     return (bounds[document] - row_start).int()
 
 
+@survives_fork
 def _checked_document_starts(
     cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None
 ) -> Tensor:

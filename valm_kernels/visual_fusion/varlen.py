@@ -45,7 +45,7 @@ def visual_fusion_attn_varlen(
     """`visual_fusion_attn` for documents that lie one after the other, with neither a batch nor padding.
 
     It calls `visual_fusion_attn` with a batch of one, whose tensors are views: no argument is copied, and out and the
-    gradients of q, k, v and image_q are contiguous.
+    gradients are laid out as the arguments are.
 
     Args: T is the number of all tokens; dtypes and devices are those of `visual_fusion_attn`.
 
@@ -73,6 +73,10 @@ def visual_fusion_attn_varlen(
         if x.dim() != 3:
             heads = "Hkv" if name in "kv" else "Hq"
             raise ValueError(f"{name} must have 3 dimensions (T, {heads}, D), got shape {tuple(x.shape)}")
+    check_tensor("cu_seqlens", cu_seqlens)
+    for name in ("k", "v"):
+        if len(text[name]) != len(q):
+            raise ValueError(f"{name} must have the {len(q)} tokens of q, got shape {tuple(text[name].shape)}")
     arguments = options | {name: x.transpose(0, 1)[None] for name, x in text.items()}
     arguments |= {name: options[name][None] for name in _OF_TOKENS if options.get(name) is not None}
     arguments |= {"image_k": _images(image_k), "image_v": _images(image_v), "cu_seqlens": cu_seqlens}

@@ -170,6 +170,8 @@ def test_triton_and_flash_read_tensors_where_they_lie(monkeypatch):
         ({"v": torch.zeros(6, 8)}, ValueError, r"v must have 3 dimensions \(T, Hkv, D\), got shape \(6, 8\)"),
         ({"image_q": torch.zeros(6, 8)}, ValueError, r"image_q must have 3 dimensions \(T, Hq, D\)"),
         ({"k": None}, TypeError, "k must be a tensor, got None"),
+        ({"k": torch.zeros(7, 2, 8)}, ValueError, "k must have the 6 tokens of q"),
+        ({"cu_seqlens": None}, TypeError, "cu_seqlens must be a tensor, got None"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens must begin with 0 and end with 6"),
         ({"causal": False}, ValueError, "cu_seqlens needs causal=True"),
         ({"dropout": 0.1}, TypeError, "unexpected keyword argument 'dropout'"),
