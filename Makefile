@@ -68,7 +68,7 @@ fuzz: $(VENV)/.installed-test
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/csrc/test_sanitizers.py
-	VALM_KERNELS_CXXFLAGS="-DVALM_KERNELS_TILES -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CXX=g++ \
+	VALM_KERNELS_CXXFLAGS="-DVALM_KERNELS_EMULATE_AMX -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" CXX=g++ \
 	    VALM_KERNELS_CUDA=off $(BIN)/python setup.py -q build --build-lib $(SANITIZED) --build-temp build/sanitize-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \

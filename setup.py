@@ -154,11 +154,11 @@ class Build:
 
 class NativeBuild(build_ext):
     """build_ext whose compiler calls go through ninja, or without it through a few threads. In place, as tests run it,
-    the module has AMX's code with arrays as its registers too (VALM_KERNELS_TILES)."""
+    the module has AMX's code with arrays as its registers too (VALM_KERNELS_EMULATE_AMX)."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.defines = ["-DVALM_KERNELS_TILES"] if self.inplace else []  # run() clears inplace
+        self.defines = ["-DVALM_KERNELS_EMULATE_AMX"] if self.inplace else []  # run() clears inplace
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()

@@ -17,7 +17,7 @@ namespace {
 constexpr std::pair<Isa, const char*> kNames[] = {
     {Isa::kAmxInt8, "amxint8"}, {Isa::kAvx512Vnni, "avx512vnni"}, {Isa::kAvx512, "avx512"},
     {Isa::kAvx2, "avx2"},       {Isa::kGeneric, "generic"},
-#ifdef VALM_KERNELS_TILES
+#ifdef VALM_KERNELS_EMULATE_AMX
     {Isa::kTiles, "tiles"},
 #endif
 };

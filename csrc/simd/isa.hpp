@@ -15,7 +15,7 @@
 namespace valm {
 
 // Each includes those before it. kTiles is AMX's code with arrays as its registers, for tests on any processor: only a
-// build with VALM_KERNELS_TILES has it.
+// build with VALM_KERNELS_EMULATE_AMX has it.
 enum class Isa { kTiles, kGeneric, kAvx2, kAvx512, kAvx512Vnni, kAmxInt8 };
 
 // Names of the instruction sets that this processor runs, the best first: "amxint8", "avx512vnni", "avx512", "avx2",

@@ -28,8 +28,8 @@ def build(compiler: str, folder: Path, *flags: str, x86: bool, sources: Sequence
     def compile_file(source: Path) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"
         isa_flags = ISA_FLAGS.get(f"_{source.stem.rpartition('_')[2]}", []) if x86 else []
-        _run(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-DVALM_KERNELS_TILES", f"-I{CSRC}", *flags,
-             *isa_flags, "-pthread", "-c", str(source), "-o", str(target))  # fmt: skip
+        _run(compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-DVALM_KERNELS_EMULATE_AMX",
+             f"-I{CSRC}", *flags, *isa_flags, "-pthread", "-c", str(source), "-o", str(target))  # fmt: skip
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -15,7 +15,7 @@ const Kernels& topk_kernels(const std::string& isa) {
                                          {Isa::kAvx2, &kAvx2},
 #endif
                                          {Isa::kGeneric, &kGeneric},
-#ifdef VALM_KERNELS_TILES
+#ifdef VALM_KERNELS_EMULATE_AMX
                                          {Isa::kTiles, &kTiles},
 #endif
                                      });

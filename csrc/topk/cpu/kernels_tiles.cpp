@@ -1,5 +1,5 @@
 // AMX's kernels with arrays as its registers, in plain C++, so that tests run them on any processor.
-#ifdef VALM_KERNELS_TILES
+#ifdef VALM_KERNELS_EMULATE_AMX
 
 #include <cstring>
 
