@@ -394,7 +394,8 @@ class ImageFinder:
 
         Args:
             clip, allow_download: as in `open_encoder`.
-            of_tower: device and dtype, as in `open_encoder`.
+            of_tower: device and dtype, as in `open_encoder`; but the default dtype of a blind model, whose images are
+                its queries, and of one with a min_score is that of its training.
 
         Raises:
             ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
@@ -407,6 +408,9 @@ class ImageFinder:
                 raise ValmError(missing or "a model that is not blind needs a knowledge base: give it as kb (--kb)")
             place = ImageKnowledgeBase.open(source.knowledge_base)
         of_tower |= {"overlap": source.overlap, "min_tokens": source.min_tokens}
+        min_score = self.options.min_score
+        if source.precision is not None and (self.options.blind or (min_score is not None and min_score > -1)):
+            of_tower["dtype"] = of_tower.get("dtype") or getattr(torch, source.precision)
         encoder = open_encoder(place, source.query, tokenizer, clip=clip, allow_download=allow_download, **of_tower)
         return BlindRetriever(encoder) if self.options.blind else Retriever(encoder, place, self.options.num_images)
 

@@ -48,7 +48,7 @@ class ImageSource:
         knowledge_base_name, knowledge_base_sha256: of its folder and its content (`ImageKnowledgeBase.fingerprint`);
             None for a blind model, which needs a CLIP only.
         overlap, min_tokens: of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
-        precision: of the queries that the model was trained with, for information.
+        precision: of the queries that the model was trained with.
         knowledge_base, clip: where they are, absolute, or a name on a hub; clip only where there is no knowledge base,
             which has its own. None: not known here.
     """

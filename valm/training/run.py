@@ -163,8 +163,7 @@ def _model(
         source = ImageSource.of_knowledge_base(kb, **dataset.query_settings)
         with _retrieving():
             of_clip = {"clip": dataset.clip(plan.allow_download), "allow_download": plan.allow_download}
-            dtype = getattr(torch, dataset.query_settings["precision"])
-            retriever = model.finder.open(source, dataset.tokenizer, device=device, dtype=dtype, **of_clip)
+            retriever = model.finder.open(source, dataset.tokenizer, device=device, **of_clip)
         model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
     return model
 
@@ -296,6 +295,8 @@ def _retrieving() -> Iterator[None]:
     try:
         yield
     except ValmError as error:
-        if not any(named in str(error) for named in ("(--clip)", "k must be")):
+        if not any(named in str(error) for named in ("(--clip)", "k must be", "cannot be int8")):
             raise
-        raise ValmError(f"{error}; -k and --clip are of `valm retrieve`, whose result --retrieval takes") from error
+        raise ValmError(
+            f"{error}; -k, --clip and --query-dtype are of `valm retrieve`, whose result --retrieval takes"
+        ) from error

@@ -261,7 +261,7 @@ def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp
         assert run(*command, "--out", tmp_path / "never") == 1
         error = capsys.readouterr().err
         assert "which is no folder beside it: give its folder or name (--clip), or allow" in error
-        assert "-k and --clip are of `valm retrieve`, whose result --retrieval takes" in error
+        assert "-k, --clip and --query-dtype are of `valm retrieve`, whose result --retrieval takes" in error
 
 
 def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, capsys):

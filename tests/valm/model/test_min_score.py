@@ -84,7 +84,7 @@ def test_it_is_saved_and_can_be_set_without_retrieving_again(model, retriever, i
     clip.save(tmp_path / "clip")
     save_checkpoint(model, clip.tokenizer, tmp_path / "model")
     assert f"with a retrieval score from {middle:.4g}, or none" in (tmp_path / "model" / "README.md").read_text()
-    loaded, _ = load(tmp_path / "model", clip=tmp_path / "clip", query_dtype=torch.float32)
+    loaded, _ = load(tmp_path / "model", clip=tmp_path / "clip")  # in the precision of its training, as scores differ
     expected = model(ids).logits
     torch.testing.assert_close(loaded(ids).logits, expected)
     loaded.set_min_score(-1)
