@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import valm
@@ -132,7 +133,7 @@ def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Estimate:
 def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str:
     """The table: perplexities, and those over the base's and the twin's, with intervals over the texts."""
     tokenizer: PreTrainedTokenizerFast = own_tokenizer(base)
-    seeing, _ = valm.load(out / "model")
+    seeing, _ = valm.load(out / "model", query_dtype=torch.float32)
     rows: list[tuple[str, Any, str]] = [
         ("the base", AutoModelForCausalLM.from_pretrained(base).eval(), "on"),
         ("the twin", valm.load(out / "twin")[0], "on"),

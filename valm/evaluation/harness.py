@@ -61,6 +61,7 @@ class ValmLM(HFLM):
         replace: a folder of images that every token which has retrieved ones sees instead.
         image_seed: of the random images.
         min_score: another one than the model's own (`ImageModel.set_min_score`).
+        query_dtype: float32, bfloat16 or int8, as for `valm.load`.
         device: as for `valm.load`; by default a GPU where torch has one.
         arguments: those of the harness's Hugging Face class for a model that is loaded already: batch_size,
             max_length, add_bos_token, ...
@@ -83,6 +84,7 @@ class ValmLM(HFLM):
         replace: str | None = None,
         image_seed: int = 0,
         min_score: float | None = None,
+        query_dtype: str | None = None,
         device: str | None = None,
         **arguments: Any,
     ):
@@ -94,6 +96,7 @@ class ValmLM(HFLM):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
+        found["query_dtype"] = None if query_dtype is None else getattr(torch, query_dtype)
         model, tokenizer = load(pretrained, device=device, **found)
         if min_score is not None:
             model.set_min_score(min_score)
