@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.valm.inputs import evaluation_set
+from benchmarks.valm.inputs import evaluation_texts
 from studies.color.words import wordnet
 from valm.clip.tokenizer import padded
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -34,7 +34,7 @@ def texts(captions: Path) -> dict[str, list[str]]:
     with captions.open(newline="") as file:
         sources = {
             "glosses": [synset.gloss for synset in wordnet()],
-            "prose": evaluation_set("lambada"),
+            "prose": evaluation_texts("lambada"),
             "captions": [row["caption"] for row in csv.DictReader(file)],
         }
     return {kind: source[:: len(source) // TEXTS][:TEXTS] for kind, source in sources.items()}

@@ -348,16 +348,16 @@ class _Bucket:
 def _calls(runs: list[Run], most: int) -> list[list[Run]]:
     """Splits runs into calls of `most` tokens, those of cached tokens that they see included, or of one run.
 
-    In a call they are of similar length, so that padding at most doubles what the attention reads.
+    In a call they are of similar length, so that padding to the longest at most doubles what the attention reads.
     """
     calls: list[list[Run]] = []
-    count = tokens = 0  # of the last call
+    count = tokens = cached = 0  # of the last call: runs, their tokens, and the most cached ones that one sees
     for run in sorted(runs, key=lambda run: (-len(run.ids), -run.start)):
         first = calls[-1][0] if calls else run
-        count, tokens = count + 1, tokens + len(run.ids)
+        count, tokens, cached = count + 1, tokens + len(run.ids), max(cached, run.start)
         padded = count * len(first.ids)
-        if not calls or padded > 2 * tokens or padded + count * first.start > most:
+        if not calls or padded > 2 * tokens or padded + count * cached > most:
             calls.append([])
-            count, tokens = 1, len(run.ids)
+            count, tokens, cached = 1, len(run.ids), run.start
         calls[-1].append(run)
     return calls
