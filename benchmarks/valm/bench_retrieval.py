@@ -206,7 +206,7 @@ RETRIEVING = [
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["GPT-2*", "pictures given", *RETRIEVING])
-@pytest.mark.parametrize("tower", ["RN50x16", "ViT-B/32"])
+@pytest.mark.parametrize("tower", TOWERS)
 def bench_whole_model(measure, indexed, tower, name):
     """Encode + retrieve + model in float32, the frozen text tower in either precision: which is faster depends on the
     processor. "given": with pictures found before."""
