@@ -153,7 +153,7 @@ def summary_table() -> str:
     for ratio in SUMMARY:
         times = {row["name"]: float(row["median_ms"]) for row in rows[ratio.file] if row["group"] == ratio.group}
         ours, peer = times[ratio.ours], times[ratio.peer]
-        result = f"{peer / ours:.1f} × faster" if ours < peer else f"{ours / peer:.2f} × its time"
+        result = f"{peer / ours:.1f} × faster" if peer / ours >= 1.05 else f"{ours / peer:.2f} × its time"
         lines.append(f"| {ratio.what} | {ratio.against} | {result} | {names[ratio.file]} |")
     return "\n".join(lines)
 
