@@ -65,11 +65,20 @@ def write(path: Path, ended: Ended) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Adds a row to a CSV file, on disk at once. Several processes may, as each row is one call of the system."""
+    """Adds a row to a CSV file, on disk at once. Several processes may, as each row is one call of the system.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(row))
     if not path.exists() or not path.stat().st_size:
         writer.writeheader()
+    else:
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+        if columns != list(row):
+            raise ValueError(f"{path} has other columns ({', '.join(columns)}): name another file")
     writer.writerow(row)
     with path.open("a", newline="") as file:
         file.write(lines.getvalue())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import conftest
+from benchmarks.outcomes import append_row
 
 pytest_plugins = "pytester"
 BENCHMARK = """
@@ -70,3 +71,12 @@ def test_rows_are_added_to_the_file(run):
 
     assert [row["name"] for row in run(gpu_ms, "-k", "ours")] == ["ours"]
     assert [row["name"] for row in run(gpu_ms, "-k", "peer")] == ["ours", "peer"]
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path):
+    """The results of an earlier version, say: their columns would not be those of the new row."""
+    path = tmp_path / "rows.csv"
+    path.write_text("group,name,median_ms\nsum,ours,1\n")
+    with pytest.raises(ValueError, match=r"rows.csv has other columns \(group, name, median_ms\): name another file"):
+        append_row(path, {"group": "sum", "name": "peer"})
+    assert path.read_text() == "group,name,median_ms\nsum,ours,1\n"
