@@ -26,6 +26,7 @@ try:
 except ImportError as error:
     raise ImportError(f"lm-evaluation-harness is needed for this: pip install -e '.[harness]' ({error})") from error
 
+from valm.clip.execution import QUERY_DTYPES
 from valm.clip.tokenizer import beginning_with_bos
 from valm.evaluation.controls import images_fingerprint, switch_images
 from valm.evaluation.questions import FAIR, PUBLISHED
@@ -96,6 +97,8 @@ class ValmLM(HFLM):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         found: dict[str, Any] = {"base": base, "kb": kb, "clip": clip, "allow_download": allow_download}
+        if query_dtype not in (None, *QUERY_DTYPES):
+            raise ValmError(f"query_dtype must be one of {', '.join(QUERY_DTYPES)}, got {query_dtype!r}")
         found["query_dtype"] = None if query_dtype is None else getattr(torch, query_dtype)
         model, tokenizer = load(pretrained, device=device, **found)
         if min_score is not None:

@@ -218,6 +218,7 @@ def test_the_command_hands_over_to_the_harness(models, data, tmp_path, capsys):
         ("valm", {"kb": "kb"}, "sees no images"),
         ("seeing", {"retrieval": "other"}, "must be one of on, off, random"),
         ("seeing", {"retreival": "off"}, r"the model has no argument retreival, did you mean retrieval\?"),
+        ("seeing", {"query_dtype": "float8"}, "query_dtype must be one of float32, bfloat16, int8, got 'float8'"),
         ("seeing", {"add_bos": False}, r"no argument add_bos, did you mean add_bos_token\?"),
         ("seeing", {"dtype": "bfloat16"}, "dtype of the model has no effect on what `valm.load` loads: leave it out"),
     ],
