@@ -12,7 +12,6 @@ from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.training.cache_below import FUSION_INPUT, fusion_input
-from valm_kernels import sort_image_slots
 
 # The label that PyTorch's cross entropy ignores.
 IGNORED = -100
@@ -33,8 +32,7 @@ class Collator:
     - in packed rows, position_ids (B, L) int64, which restart at each document; each token of padding is a document of
       its own. In padded rows padding is on the right, where no token sees it;
     - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
-      image_index (B, L, K) int64 into it, -1 = none, and image_slots (`sort_image_slots`); with `scores`, image_scores
-      (B, L, K) float32, -inf = none;
+      image_index (B, L, K) int64 into it, -1 = none; with `scores`, image_scores (B, L, K) float32, -inf = none;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
@@ -98,8 +96,6 @@ class Collator:
             if self.scores:
                 batch["image_scores"] = self._scores(documents, places, batch["image_index"].shape)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        if self.kb is not None:
-            tensors["image_slots"] = sort_image_slots(tensors["image_index"], len(tensors["image_pool"]))
         if FUSION_INPUT in documents[0]:
             states = [document[FUSION_INPUT] for document in documents]
             tensors[FUSION_INPUT] = fusion_input(states, places, shape)

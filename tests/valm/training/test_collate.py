@@ -9,7 +9,6 @@ from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.errors import ValmError
 from valm.training.collate import IGNORED, Collator
-from valm_kernels import sort_image_slots
 
 
 def random_documents(lengths, num_images=2, seed=0):
@@ -57,7 +56,6 @@ def test_every_token_keeps_its_pictures_and_every_picture_comes_once(lengths, ro
     present = index >= 0
     assert np.array_equal(batch["image_pool"].numpy()[index[present]], kb.vectors[images[present]])
     assert len(batch["image_pool"]) == len(np.unique(images[images != -1]))
-    assert batch["image_slots"].equal(sort_image_slots(batch["image_index"], len(batch["image_pool"])))
     if row_length is None:
         assert batch["input_ids"].shape == (len(lengths), max(lengths))
     else:
