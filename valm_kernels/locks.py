@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-import threading
+from _thread import RLock
 from typing import Any
 from weakref import WeakSet
 
 
-class Lock:
+class Lock(RLock):  # type: ignore[misc]  # final in typeshed alone
     """A `threading.RLock` that pickles and copies as a new one, re-entrant because a signal handler runs on the thread
     that it interrupts. A forked child finds it open: the thread that held it is not in the child.
+
+    Entering and leaving are the base's, in C: a handler's exception between the two of Python's own would leave it
+    closed.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
         _locks.add(self)
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lock, ()
@@ -32,7 +28,7 @@ _locks: WeakSet[Lock] = WeakSet()
 
 def _open_all() -> None:
     for lock in _locks:
-        lock._lock = threading.RLock()
+        lock._at_fork_reinit()  # type: ignore[attr-defined]
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import signal
 
 import pytest
 
@@ -14,9 +15,9 @@ def is_open(lock: Lock) -> bool:
     """Whether another thread could enter it."""
 
     def enter() -> bool:
-        entered = lock._lock.acquire(blocking=False)
+        entered = lock.acquire(blocking=False)
         if entered:
-            lock._lock.release()
+            lock.release()
         return entered
 
     (found,) = at_once(enter)
@@ -53,6 +54,28 @@ def test_an_error_opens_it():
         assert not is_open(lock)
         raise ZeroDivisionError
     assert is_open(lock)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+def test_the_exception_of_a_signal_handler_opens_it():
+    """Wherever it comes, while the lock is entered and left too."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    lock, before = Lock(), signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005)
+                while True:
+                    with lock:
+                        pass
+            except KeyboardInterrupt:
+                assert is_open(lock)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda lock: pickle.loads(pickle.dumps(lock))])
