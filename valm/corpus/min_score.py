@@ -1,17 +1,15 @@
-"""Chooses `min_score` (`valm.retrieval.min_score`) from texts that the user names."""
+"""Chooses `min_score` (`valm.retrieval.min_score`) from the captions of a knowledge base, or from the user's texts."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from valm.clip.tokenizer import batches_by_length, padded, prompt_ids
-from valm.corpus.retrieved import BATCH_TOKENS, CorpusRetrieval
+from valm.corpus.retrieved import BATCH_TOKENS
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -19,59 +17,53 @@ from valm.retrieval.min_score import choose_min_score
 from valm.retrieval.retriever import Retriever
 
 NO_SCORES = "has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB --out FOLDER` writes them"
+# Captions that are read, of images evenly spaced in the knowledge base.
+CAPTIONS = 1000
 # Texts that are read ahead, to find the images of equally long ones together.
 WINDOW = 256
 
 
 def find_min_score(
-    kb: ImageKnowledgeBase,
-    query: str,
-    tokenizer: PreTrainedTokenizerFast,
-    retriever: Retriever | None,
+    retriever: Retriever,
     *,
     questions: str | os.PathLike | None = None,
     ordinary_text: str | os.PathLike | None = None,
 ) -> float:
     """The min_score that `choose_min_score` takes for texts at whose last tokens images matter, or for texts that need
-    none. Either is a text file, or a result of `valm retrieve`.
+    none: by default for the captions of the knowledge base, which are such texts.
 
     Args:
-        kb, query, tokenizer: the model's knowledge base, kind of query and tokenizer.
-        retriever: finds the images of texts; None: only results of `valm retrieve` can be read.
+        retriever: finds the images of the texts.
+        questions, ordinary_text: a text file instead of the captions.
 
     Raises:
-        ValmError: the texts cannot be read, were retrieved from another knowledge base, with another kind of query,
-            another tokenizer or without scores, or have no token with images.
+        ValmError: the file cannot be read, there are no captions, or no token has images.
     """
-    source = ordinary_text if questions is None else questions
-    assert source is not None  # as the plan of a training checks
-    path = Path(source)
-    found = _stored_scores(path, kb, query, tokenizer) if path.is_dir() else _scores_of(path, retriever)
-    return choose_min_score(**{"text" if questions is None else "questions": found})
+    if ordinary_text is not None:
+        return choose_min_score(text=_scores(read_documents([ordinary_text]), retriever))
+    texts = _captions(retriever.kb) if questions is None else read_documents([questions])
+    return choose_min_score(questions=_scores(texts, retriever))
 
 
-def _stored_scores(
-    folder: Path, kb: ImageKnowledgeBase, query: str, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[np.ndarray]:
-    """The retrieval scores (T, K) of each document in `folder`, without the eos behind its text."""
-    corpus = CorpusRetrieval.open(folder)
-    corpus.check_knowledge_base(kb)
-    corpus.check_tokenizer(tokenizer)
-    if corpus.query != query:
-        raise ValmError(f"{folder} was retrieved with {corpus.query!r} queries, and the model has {query!r} ones")
-    if not corpus.has_scores:
-        raise ValmError(f"{folder} {NO_SCORES}")
-    eos = corpus.tokenizer.eos_token_id
-    for number in range(len(corpus)):
-        document = corpus[number]
-        yield document["image_scores"][: -1 if document["input_ids"][-1] == eos else None]
+def _captions(kb: ImageKnowledgeBase) -> list[str]:
+    """The first caption of some images.
+
+    Raises:
+        ValmError: none of them has any.
+    """
+    images = np.unique(np.linspace(0, len(kb) - 1, CAPTIONS, dtype=int))
+    found = [caption for image in images if (caption := kb.item(int(image)).caption.split("\n")[0])]
+    if not found:
+        raise ValmError(
+            f"the knowledge base {kb.path} has no captions to choose min_score from: name texts at whose last tokens "
+            "images matter (--questions) or that need none (--ordinary-text)"
+        )
+    return found
 
 
-def _scores_of(file: Path, retriever: Retriever | None) -> Iterator[np.ndarray]:
-    """The retrieval scores (T, K) of each document in the text `file`, in any order."""
-    if retriever is None:
-        raise ValmError(f"the corpus was retrieved: retrieve {file} too, and give that folder")
-    texts = read_documents([file])
+def _scores(texts: Iterable[str], retriever: Retriever) -> Iterator[np.ndarray]:
+    """The retrieval scores (T, K) of each text, in any order."""
+    texts = iter(texts)
     while window := list(itertools.islice(texts, WINDOW)):
         rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in window]
         for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):

@@ -112,18 +112,18 @@ class TrainingPlan:
         "must be retrieved with scores (default: retrieval scores are not used)"
     )
     min_score: float | str | None = option(
-        "a token whose best image has a lower retrieval score sees none; auto chooses it from --questions or "
-        "--ordinary-text (default: each token but the first of a document sees images)",
+        "a token whose best image has a lower retrieval score sees none; auto chooses what 95 in 100 captions of the "
+        "knowledge base reach (default: each token but the first of a document sees images)",
         metavar="SCORE",
         parse=score,
     )
     questions: str | os.PathLike | None = option(
-        "with --min-score auto: texts at whose last tokens images matter; 95 in 100 of them keep theirs. A text file, "
-        "or a result of `valm retrieve`, which it must be with --retrieval",
-        metavar="CORPUS",
+        "with --min-score auto, instead of the captions: texts at whose last tokens images matter; 95 in 100 of them "
+        "keep theirs",
+        metavar="FILE",
     )
     ordinary_text: str | os.PathLike | None = option(
-        "with --min-score auto, instead: texts that need no images; 5 in 100 of their tokens see some", metavar="CORPUS"
+        "with --min-score auto, instead: texts that need no images; 5 in 100 of their tokens see some", metavar="FILE"
     )
     fusion_lr: float | None = option("with --base: learning rate of the new parameters (default: --lr)", least=0)
     cache_below: str | os.PathLike | None = option(
@@ -208,8 +208,8 @@ class TrainingPlan:
         texts = [text for text in (self.questions, self.ordinary_text) if text is not None]
         if self.min_score != "auto" and texts:
             raise ValmError("--questions and --ordinary-text choose the min_score: give --min-score auto with them")
-        if self.min_score == "auto" and len(texts) != 1:
-            raise ValmError("--min-score auto chooses it from texts: give either --questions or --ordinary-text")
+        if len(texts) > 1:
+            raise ValmError("--min-score auto chooses it from one text: give either --questions or --ordinary-text")
         if isinstance(self.min_score, str) and self.min_score != "auto":
             raise ValmError(f"--min-score must be a number or auto, got {self.min_score!r}")
         if "output_dir" in self.fields:

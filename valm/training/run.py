@@ -16,7 +16,7 @@ from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_to
 from valm.corpus.min_score import find_min_score
 from valm.corpus.plan import RetrievalPlan
 from valm.corpus.retrieved import CorpusRetrieval, tokenized
-from valm.corpus.run import open_retriever, run_retrieval
+from valm.corpus.run import run_retrieval
 from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -25,8 +25,8 @@ from valm.model.checkpoint import load_decoder
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERY_SETTINGS
-from valm.retrieval.retriever import BlindRetriever
-from valm.retrieval.source import ImageSource
+from valm.retrieval.retriever import BlindRetriever, Retriever
+from valm.retrieval.source import ImageSource, open_encoder
 from valm.store.files import output_folder
 from valm.training.callbacks import Patience, ended_by_signals, show_progress
 from valm.training.data import Documents, hold_out, twin, with_min_score
@@ -66,7 +66,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     dataset, tokenizer = _open_corpus(plan)
-    min_score = _min_score(plan, kb, dataset, tokenizer)
+    min_score = _min_score(plan, kb, dataset, settings.device)
     documents, held_out = _split(plan, kb, dataset, tokenizer, min_score, settings.seed)
     torch.manual_seed(settings.seed)
     model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
@@ -128,18 +128,24 @@ def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrain
     return f"training {what} with {sees}: {sizes}; {len(documents):,} documents, {steps} steps of {rows}"
 
 
-def _min_score(
-    plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, tokenizer: PreTrainedTokenizerFast
-) -> float | None:
-    """The `min_score` of the documents, also of those of a twin."""
-    if kb is None or plan.min_score is None:
+def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, device: torch.device) -> float | None:
+    """The `min_score` of the documents, also of those of a twin that has images."""
+    if kb is None or plan.min_score is None or plan.twin in ("text", "blind"):
         return None
     if not isinstance(plan.min_score, str):
         return plan.min_score
-    retriever = None if plan.corpus is None else open_retriever(_retrieval(plan, plan.corpus, "retrieval"), kb)
-    found = find_min_score(
-        kb, dataset.query, tokenizer, retriever, questions=plan.questions, ordinary_text=plan.ordinary_text
+    settings = dict(dataset.query_settings)
+    encoder = open_encoder(
+        kb,
+        tokenizer=dataset.tokenizer,
+        clip=dataset.clip(plan.allow_download),
+        allow_download=plan.allow_download,
+        device=device,
+        dtype=getattr(torch, settings.pop("precision")),
+        **settings,
     )
+    texts = {"questions": plan.questions, "ordinary_text": plan.ordinary_text}
+    found = find_min_score(Retriever(encoder, kb, dataset.k), **texts)
     print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
     return found
 
