@@ -24,12 +24,12 @@ def build_parser() -> CommandParser:
     )
     run.add_argument("--seed", type=int, action="append", help="run this one of its seeds only; may be repeated")
     run.add_argument("--results", type=Path, help="folder into which the results of each seed are copied")
-    report = command(study_commands, "report", run_report, "write the tables and figures of a page from results")
+    report = command(study_commands, "report", run_report, "write the tables and the figure of a page from results")
     report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
     report.add_argument(
         "--page", type=Path, default=Path("docs/results/study.md"), help="Markdown file with marks for tables"
     )
-    report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figures")
+    report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figure")
     return study
 
 
@@ -37,7 +37,7 @@ def run_run(arguments: argparse.Namespace) -> None:
     import shutil
 
     from studies.color.config import read_config
-    from studies.color.report import accuracies, differences, harm, state
+    from studies.color.report import answers, secondary, state
     from studies.color.results import read_results
     from studies.color.run import run_study
     from studies.color.study import Study
@@ -64,7 +64,7 @@ def run_run(arguments: argparse.Namespace) -> None:
             with output_file(writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json") as copy:
                 shutil.copyfile(file, copy)
     results = read_results(list(files.values()))
-    print("\n\n".join(table(results) for table in (state, accuracies, differences, harm)))
+    print("\n\n".join(table(results) for table in (state, answers, secondary)))
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -16,23 +16,20 @@ BATCH_TOKENS = 4096
 
 
 class Captions:
-    """The caption of each image of a knowledge base.
+    """The caption of each image of a knowledge base, with the colour of its pixels before the name of a thing.
 
     Args:
-        colored: with the colour of the pixels before the name of a thing.
         without: names of things whose colour is not said.
     """
 
-    def __init__(
-        self, kb: ImageKnowledgeBase, pictures: Sequence[Picture], colored: bool, without: Collection[str] = ()
-    ):
-        self.kb, self.colored, self.without = kb, colored, without
+    def __init__(self, kb: ImageKnowledgeBase, pictures: Sequence[Picture], without: Collection[str] = ()):
+        self.kb, self.without = kb, without
         self._pictures = {picture.file: picture for picture in pictures}
 
     def __call__(self, image: int) -> str:
         picture = self._pictures[self.kb.item(image).uri]
         caption = picture.caption.split("\n")[0]
-        said = self.colored and picture.color is not None and picture.thing not in self.without
+        said = picture.color is not None and picture.thing not in self.without
         return f"{picture.color} {caption}" if said else caption
 
 

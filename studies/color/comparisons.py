@@ -6,79 +6,65 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from studies.color.config import ARMS, EXCHANGES, VALIDATION
-from studies.color.results import CALIBRATED, NATS, RAW, ArmTest, Found, Results, pictured
+from studies.color.config import ARMS, COLORED_CAPTIONS, EXCHANGES, VALIDATION
+from studies.color.results import (
+    CALIBRATED,
+    NATS,
+    RAW,
+    ArmTest,
+    Found,
+    Keep,
+    Results,
+    every,
+    pictured,
+    pixels_agree,
+    unpictured,
+)
 from valm.evaluation.sets import SETS
 
-VALM, TWIN, BLIND = ("valm", "retrieved"), ("twin", "none"), ("blind", "retrieved")
-BASE, CUT, CUT_RANDOM = ("base", "none"), ("valm", "cut"), ("valm", "cut-random")
-COLORLESS, COLORLESS_BLIND = ("colorless-valm", "retrieved"), ("colorless-blind", "retrieved")
-PRIMARY, SECONDARY = "memory_color", ("color_terms", "vicomte_color")
-# (set, measure) in the order of the plan: the primary measure, then the secondary ones.
-MEASURES = (
-    *((of, measure) for of in (PRIMARY, *SECONDARY) for measure in (RAW, CALIBRATED)),
-    ("object_shape", RAW),
-    ("relative_size", RAW),
-    (VALIDATION, RAW),
-    (VALIDATION, CALIBRATED),
-)
-RANDOM_IMAGES, NATURAL = "VaLM, random images − twin", "natural VaLM − natural twin"
+BASE, TWIN, VALM, BLIND = ("base", "none"), ("twin", "none"), ("valm", "retrieved"), ("blind", "retrieved")
+CUT, RANDOM = ("cut", "retrieved"), ("random", "random")
+IN_CONTEXT = ("colored-context", COLORED_CAPTIONS)
+PRIMARY, COLOR_TERMS, VICOMTE = "memory_color", "color_terms", "vicomte_color"
+# What the arm trained with the cut is compared with, and the same arm with other images.
 PAIRS = {
-    "VaLM − twin": (VALM, TWIN),
-    "VaLM − Blind": (VALM, BLIND),
-    "Blind − twin": (BLIND, TWIN),
-    RANDOM_IMAGES: (("valm", "random"), TWIN),
-    "VaLM, images off − twin": (("valm", "off"), TWIN),
-    "VaLM, items' pictures taken out − twin": (("valm", "taken-out"), TWIN),
-    "trained on random images − twin": (("random", "random"), TWIN),
-    "trained on random images, images off − twin": (("random", "off"), TWIN),
-    NATURAL: (("natural-valm", "retrieved"), ("natural-twin", "none")),
-    "VaLM − base": (VALM, BASE),
-    "VaLM with the cut − twin": (CUT, TWIN),
-    "VaLM with the cut, random images − twin": (CUT_RANDOM, TWIN),
-    "trained with the cut − twin": (("cut", "retrieved"), TWIN),
-    "VaLM − captions in context": (VALM, ("context", "captions")),
-    "VaLM − colours in context": (VALM, ("colored-context", "colored-captions")),
-    "VaLM − late fusion": (VALM, ("late", "retrieved")),
-    "colourless VaLM − colourless Blind": (COLORLESS, COLORLESS_BLIND),
-    "colourless Blind − twin": (COLORLESS_BLIND, TWIN),
+    "− base": (CUT, BASE),
+    "− twin": (CUT, TWIN),
+    "− Blind": (CUT, BLIND),
+    "− random images": (CUT, RANDOM),
 }
-SEEN = {
-    "random": "random images",
-    "off": "images off",
-    "taken-out": "items' pictures taken out",
-    "exchanged": "red and blue exchanged",
-    "other-colors": "images of another colour",
-    "cut": "with the cut",
-    "cut-random": "with the cut, random images",
-    "captions": "given captions",
-    "colored-captions": "given captions with colours",
-}
+# A difference is none only where its whole interval lies within so many points of 0.
+EQUAL = 0.03
 
 
-class RetrievalTest(NamedTuple):
-    """A test that only a model with a knowledge base can pass."""
+class Items(NamedTuple):
+    """Some items of a set, under a title for tables."""
 
     title: str
-    arm: str
     of: str
-    found: Found
+    keep: Keep = every
 
 
-def retrieval_tests(results: Results) -> list[RetrievalTest]:
-    """How much more often the exchanged colour is answered with the exchanged images than with the original ones, and
-    the gain in accuracy from having the items' pictures in the knowledge base, of the items that have one."""
-    tests = []
-    for arm in (name for name, one in ARMS.items() if one.twin is None):
-        retrieved = (arm, "retrieved")
-        for of in (PRIMARY, "color_terms", VALIDATION):
-            for exchange in EXCHANGES:
-                found = results.difference((arm, exchange), retrieved, of, exchange)
-                tests.append((f"{ARMS[arm].title}, {SEEN[exchange]}, {set_title(of)}", arm, of, found))
-            if of != VALIDATION:
-                found = results.difference(retrieved, (arm, "taken-out"), of, keep=pictured)
-                tests.append((f"{ARMS[arm].title}, pictures added, {set_title(of)}", arm, of, found))
-    return [RetrievalTest(title, arm, of, found) for title, arm, of, found in tests if found is not None]
+VALIDATION_THINGS = Items("validation things", VALIDATION)
+WITH_PICTURE = Items("MemoryColor, with a picture", PRIMARY, pictured)
+WITHOUT_PICTURE = Items("MemoryColor, without", PRIMARY, unpictured)
+ALL_OF_PRIMARY, ALL_OF_VICOMTE = Items("MemoryColor", PRIMARY), Items("ViComTe colour", VICOMTE)
+SECONDARY = (
+    WITH_PICTURE,
+    Items("MemoryColor, pixels as people say", PRIMARY, pixels_agree),
+    WITHOUT_PICTURE,
+    Items("ColorTerms", COLOR_TERMS),
+    Items("ColorTerms, with a picture", COLOR_TERMS, pictured),
+    Items("ColorTerms, without", COLOR_TERMS, unpictured),
+    ALL_OF_VICOMTE,
+    VALIDATION_THINGS,
+)
+
+
+def follows(results: Results, items: Items, exchange: str = EXCHANGES[0]) -> Found | None:
+    """How much more often the arm with the cut answers the exchanged colour with the exchanged images than with the
+    original ones, which no model without a knowledge base can."""
+    return results.difference((CUT[0], exchange), CUT, items.of, exchange, items.keep)
 
 
 def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -> Found | None:
@@ -87,26 +73,36 @@ def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -
     return nats and nats._replace(value=math.exp(nats.value), low=math.exp(nats.low), high=math.exp(nats.high))
 
 
+def verdict(found: Found) -> str:
+    """What an interval decides: "more", "less", "no difference", or nothing."""
+    if found.low > 0:
+        return "more"
+    if found.high < 0:
+        return "less"
+    return "no difference" if max(-found.low, found.high) < EQUAL else "not decided"
+
+
+def signed(value: float) -> str:
+    """A difference in points."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
 def points(found: Found) -> str:
-    value, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in found[:3])
-    return f"{value} [{low}, {high}]"
+    return f"{signed(found.value)} [{signed(found.low)}, {signed(found.high)}]"
 
 
-def points_and_p(found: Found) -> str:
-    return points(found) + ("" if found.p is None else f", p {found.p:.3f}")
-
-
-def tested(found: Found) -> str:
-    return points(found) + (", not significant" if found.low <= 0 <= found.high else "")
-
-
-def percent(found: Found) -> str:
-    value, low, high = (f"{100 * number:.1f}" for number in found[:3])
-    return f"{value} [{low}, {high}]"
+def decided(found: Found) -> str:
+    return f"{points(found)}, {verdict(found)}"
 
 
 def times(found: Found) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def raw_and_calibrated(results: Results, arm: ArmTest, items: Items) -> str:
+    """Both accuracies in percent."""
+    found = [results.accuracy(arm, items.of, measure, items.keep) for measure in (RAW, CALIBRATED)]
+    return "–" if None in found else " / ".join(f"{100 * one.value:.1f}" for one in found if one is not None)
 
 
 def cell(found: Found | None, form: Callable[[Found], str], results: Results) -> str:
@@ -126,10 +122,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def set_title(of: str) -> str:
-    return SETS[of].title if of in SETS else "validation things"
+    return SETS[of].title if of in SETS else VALIDATION_THINGS.title
 
 
 def arm_title(arm: ArmTest) -> str:
-    """Without what it saw, where that is what the arm is for."""
-    name, images = arm
-    return ARMS[name].title + (f", {SEEN[images]}" if images in SEEN else "")
+    return ARMS[arm[0]].title + (", given captions" if arm == ("base", COLORED_CAPTIONS) else "")

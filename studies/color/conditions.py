@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studies.color.config import KB, KB_OTHERS
+from studies.color.config import DOSES, KB, KB_OTHERS
 from studies.color.pictures import Picture, shows
 from studies.demo.questions import swapped_red_and_blue
 from valm.clip.clip import Clip
@@ -52,12 +52,12 @@ class Conditions:
         self._colors = other_colors(seed)
         self._makers: dict[str, Callable[[], Any]] = {
             "retrieved": lambda: Retriever(self.encoder, self.kb, images),
-            "taken-out": lambda: Retriever(self.encoder, ImageKnowledgeBase.open(folder / KB_OTHERS), images),
+            "taken-out": lambda: self._of(KB_OTHERS),
             "random": lambda: RandomImages(self["retrieved"], seed),
             "exchanged": lambda: Replaced(self["retrieved"], swapped_red_and_blue(self.kb, folder_of_pictures, clip)),
             "other-colors": lambda: Replaced(self["retrieved"], self._other_vectors()),
             "off": lambda: NoImages(images, self.kb.dim),
-        }
+        } | {dose: partial(self._of, f"{KB}-{dose}") for dose in DOSES}
         self._made: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -65,9 +65,12 @@ class Conditions:
             self._made[name] = self._makers[name]()
         return self._made[name]
 
-    def of_blind(self, name: str) -> Any:
-        """The retriever of a blind model, which sees its own query or nothing."""
-        return BlindRetriever(self.encoder) if name == "retrieved" else NoImages(1, self.kb.dim)
+    def _of(self, kb: str) -> Retriever:
+        return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / kb), self.images)
+
+    def blind(self) -> BlindRetriever:
+        """The retriever of a blind model, which sees its own query."""
+        return BlindRetriever(self.encoder)
 
     @cached_property
     def kb(self) -> ImageKnowledgeBase:

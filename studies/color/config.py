@@ -19,12 +19,12 @@ from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on: results are pooled only where these agree.
-RECIPE = ("language_model", "pictures", "clip", "colorless_clip", "text", "images", "training", "training_of")
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
 # Counted up where the code draws or trains something else from the same fields.
-RECIPE_VERSION = 6
+RECIPE_VERSION = 7
 
 # How an arm is made: not at all, by `valm train`, or by `studies.color.training`.
-BASE, TRAINED, CONTEXT, LATE = "base", "trained", "context", "late"
+BASE, TRAINED, CONTEXT = "base", "trained", "context"
 
 
 class Arm(NamedTuple):
@@ -32,46 +32,34 @@ class Arm(NamedTuple):
 
     title: in tables.
     tests: what its tokens see in each evaluation, first what they saw in training (see `studies.color.conditions`, and
-        CAPTIONS below).
+        COLORED_CAPTIONS below).
     twin: its `--twin` of `valm train`, "text" for every model without images.
-    corpus: the text in training.
-    made: one of BASE, TRAINED, CONTEXT and LATE.
+    made: one of BASE, TRAINED and CONTEXT.
     cut: trained with a `min_score`, which all its tests have too.
-    colorless: with the CLIP that cannot know colours.
     """
 
     title: str
     tests: tuple[str, ...]
     twin: str | None = None
-    corpus: str = "train"
     made: str = TRAINED
     cut: bool = False
-    colorless: bool = False
 
 
 # Tests that replace the vectors of the retrieved images; the answers are compared with those to the original ones.
 EXCHANGES = ("exchanged", "other-colors")
-# Tests in which the captions of the retrieved images stand before each question; in the second, with their colours.
-CAPTIONS, COLORED_CAPTIONS = "captions", "colored-captions"
-# Tests of a model that was trained without a cut, with one; the same images and random ones.
-CUTS = {"cut": "retrieved", "cut-random": "random"}
-NATURAL = "natural"
+# The captions of the retrieved images stand before each question, with their colours.
+COLORED_CAPTIONS = "colored-captions"
 KB, KB_OTHERS = "kb", "kb-others"
-SEEING = ("retrieved", "random", "off")
+# Tests with so many percent of the items' pictures in the knowledge base: all in "retrieved", none in "taken-out".
+DOSES = {"pictures-75": 75, "pictures-50": 50, "pictures-25": 25}
 ARMS = {
-    "base": Arm("base", ("none", CAPTIONS, COLORED_CAPTIONS), "text", made=BASE),
+    "base": Arm("base", ("none", COLORED_CAPTIONS), "text", made=BASE),
     "twin": Arm("twin", ("none",), "text"),
-    "valm": Arm("VaLM", (*SEEING, "taken-out", *EXCHANGES, *CUTS)),
-    "cut": Arm("trained with the cut", (*SEEING, *EXCHANGES), cut=True),
-    "blind": Arm("Blind", ("retrieved", "off"), "blind"),
-    "context": Arm("captions in context", (CAPTIONS, COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
-    "colored-context": Arm("colours in context", (COLORED_CAPTIONS, CAPTIONS, "none"), "text", made=CONTEXT),
-    "late": Arm("late fusion", (*SEEING, *EXCHANGES), made=LATE),
-    "colorless-valm": Arm("colourless VaLM", (*SEEING, *EXCHANGES), colorless=True),
-    "colorless-blind": Arm("colourless Blind", ("retrieved", "off"), "blind", colorless=True),
-    "random": Arm("trained on random images", ("random", "off"), "random"),
-    "natural-twin": Arm("natural twin", ("none",), "text", NATURAL),
-    "natural-valm": Arm("natural VaLM", (*SEEING, *EXCHANGES), corpus=NATURAL, cut=True),
+    "valm": Arm("VaLM", ("retrieved",)),
+    "cut": Arm("VaLM with the cut", ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out"), cut=True),
+    "random": Arm("random images with the cut", ("random",), "random", cut=True),
+    "blind": Arm("Blind", ("retrieved",), "blind"),
+    "colored-context": Arm("colours in context", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
 }
 # What is asked: the study's own things, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
@@ -108,10 +96,6 @@ class _Options(TypedDict):
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
 
-class _Definitions(_Options, total=False):
-    folder: str
-
-
 class _Templates(_Options, total=False):
     count: Count
 
@@ -125,14 +109,8 @@ class TextSources(_Options, total=False):
     """Options of `studies.color.text.study_text`."""
 
     glosses: _Options
-    definitions: _Definitions
     templates: _Templates
     prose: _Prose
-
-
-class _DrawnPictures(TypedDict, total=False):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    drawn: _Some
 
 
 # A source without options is an empty line of YAML.
@@ -152,11 +130,7 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
-        training_of: other options of some arms, by their names; null leaves an option of `training` out.
-        colorless_clip: other options than `clip` of the CLIP that cannot know colours; `drawn`: how often each picture
-            gets colours drawn at random (default 4).
         arms: names of `ARMS`.
-        some_seeds: of arms that not all seeds have, those that do.
         tests: names of `TESTS`.
         seeds: each draws its own validation things, text and weights.
     """
@@ -167,10 +141,7 @@ class StudyConfig:
     clip: dict[str, Any]
     text: TextSources
     training: dict[str, Any]
-    training_of: dict[_Arm, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    colorless_clip: _DrawnPictures = dataclasses.field(default_factory=_DrawnPictures)
     arms: tuple[_Arm, ...] = tuple(ARMS)
-    some_seeds: dict[_Arm, list[Count]] = dataclasses.field(default_factory=dict)
     tests: tuple[_Test, ...] = TESTS
     seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
     images: Count = 4
@@ -181,15 +152,6 @@ class StudyConfig:
         """A hash of the fields in RECIPE and of RECIPE_VERSION: results of different recipes are never pooled."""
         settings = {name: getattr(self, name) for name in RECIPE} | {"version": RECIPE_VERSION}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-    def arms_of(self, seed: int) -> dict[str, Arm]:
-        """The arms of a seed, by name."""
-        return {name: ARMS[name] for name in self.arms if seed in self.some_seeds.get(name, self.seeds)}
-
-    def training_settings(self, arm: str) -> dict[str, Any]:
-        """The options of an arm's training."""
-        settings = self.training | self.training_of.get(arm, {})
-        return {name: value for name, value in settings.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))

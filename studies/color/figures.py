@@ -1,91 +1,68 @@
-"""The figures of docs/results/study.md."""
+"""The figure of docs/results/study.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studies.color.comparisons import (
-    MEASURES,
-    NATURAL,
-    PAIRS,
-    PRIMARY,
-    RANDOM_IMAGES,
-    SECONDARY,
-    fewer_seeds,
-    retrieval_tests,
-    set_title,
-)
-from studies.color.config import ARMS, VALIDATION
-from studies.color.results import RAW, Found, Results
-from studies.plots import FAINT, INK, SERIES, new_figure, quiet, smoothed
+from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, TWIN, VALM, WITH_PICTURE, WITHOUT_PICTURE, arm_title
+from studies.color.config import DOSES
+from studies.color.results import CALIBRATED, RAW, Results
+from studies.plots import FAINT, INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Steps of the learning curves that are averaged.
-WINDOW = 20
+# Percent of the items' pictures in the knowledge base, and what the arm with the cut is then tested with.
+PICTURES = {100: "retrieved", **{percent: dose for dose, percent in DOSES.items()}, 0: "taken-out"}
 
 
-def forest(results: Results) -> Figure:
-    """The differences of the plan with their intervals, in points."""
-    asked = [
-        (f"{pair}: {set_title(of)}, {measure}", pair, of, measure) for pair in PAIRS for of, measure in MEASURES[:6]
-    ]
-    tests = [(test.title, test.found) for test in retrieval_tests(results)]
-    return _intervals(results, [*_differences(results, asked), *tests], 9)
+def dose(results: Results) -> Figure:
+    """Accuracy against the pictures that are left, and what pictured and unpictured things gain over the base."""
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    _curve(left, results)
+    _gains(right, results)
+    return figure
 
 
-def overview(results: Results) -> Figure:
-    """A few of the differences of `forest`."""
-    asked = [("colours that no text says, VaLM − twin", "VaLM − twin", VALIDATION, RAW)]
-    asked += [(f"{set_title(of)}, VaLM − twin", "VaLM − twin", of, RAW) for of in (PRIMARY, *SECONDARY)]
-    pairs = (RANDOM_IMAGES, "VaLM − Blind", NATURAL)
-    asked += [(f"{set_title(PRIMARY)}, {pair}", pair, PRIMARY, RAW) for pair in pairs]
-    tests = [(test.title, test.found) for test in retrieval_tests(results) if (test.arm, test.of) == ("valm", PRIMARY)]
-    return _intervals(results, [*_differences(results, asked), *tests], 6)
+def _curve(axes: Axes, results: Results) -> None:
+    for measure, color in zip((RAW, CALIBRATED), SERIES, strict=False):
+        found = {
+            percent: one
+            for percent, images in PICTURES.items()
+            if (one := results.accuracy((CUT[0], images), PRIMARY, measure, WITH_PICTURE.keep))
+        }
+        values, lows, highs = 100 * np.array([one[:3] for one in found.values()]).T
+        axes.plot(list(found), values, "o-", color=color, label=f"VaLM with the cut, {measure}")
+        axes.fill_between(list(found), lows, highs, color=color, alpha=0.15, linewidth=0)
+        for other, line in ((BLIND, "--"), (BASE, ":")):
+            one = results.accuracy(other, PRIMARY, measure, WITH_PICTURE.keep)
+            if one is not None:
+                axes.axhline(100 * one.value, color=color, linestyle=line, label=f"{arm_title(other)}, {measure}")
+    axes.set_xlabel("pictures of the items that are left, %")
+    axes.set_ylabel(f"right, {WITH_PICTURE.title}, %")
+    axes.legend(frameon=False, fontsize=7)
+    quiet(axes)
 
 
-def _differences(results: Results, asked: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, Found]]:
-    found = ((title, results.difference(*PAIRS[pair], of, measure)) for title, pair, of, measure in asked)
-    return [(title, one) for title, one in found if one is not None]
-
-
-def _intervals(results: Results, rows: Sequence[tuple[str, Found]], width: float) -> Figure:
-    """A line for each difference: a dot and its interval, coloured where that excludes 0."""
-    figure = new_figure(width, 0.6 + 0.22 * len(rows))
-    axes = figure.subplots()
-    for place, (_, found) in enumerate(rows):
-        color = SERIES[0] if found.low > 0 else SERIES[1] if found.high < 0 else INK
+def _gains(axes: Axes, results: Results) -> None:
+    """Of each arm the difference to the base in points, with its interval."""
+    rows = []
+    for arm in (TWIN, BLIND, VALM, CUT):
+        for items, color in ((WITH_PICTURE, SERIES[0]), (WITHOUT_PICTURE, SERIES[1])):
+            for measure in (RAW, CALIBRATED):
+                found = results.difference(arm, BASE, PRIMARY, measure, items.keep)
+                if found is not None:
+                    kind = "with a picture" if items is WITH_PICTURE else "without"
+                    rows.append((f"{arm_title(arm)}, {kind}, {measure}", found, color))
+    for place, (_, found, color) in enumerate(rows):
         axes.plot([100 * found.low, 100 * found.high], [place, place], color=color, linewidth=1.4)
         axes.plot(100 * found.value, place, "o", color=color, markersize=4)
     axes.axvline(0, color=FAINT, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [title + fewer_seeds(found, results) for title, found in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [title for title, _, _ in rows], fontsize=7, color=INK)
     axes.invert_yaxis()
-    axes.set_xlabel("points, with the 95 % interval over items and seeds")
+    axes.set_xlabel("points over the base, MemoryColor")
     quiet(axes)
-    return figure
-
-
-def curves(results: Results) -> Figure:
-    """The loss of every arm against the step, mean of the seeds and of WINDOW steps."""
-    figure = new_figure(6.4, 3.6)
-    axes = figure.subplots()
-    for number, arm in enumerate(dict.fromkeys(arm for seed in results.seeds for arm in seed["losses"])):
-        runs = [seed["losses"][arm] for seed in results.seeds if seed["losses"].get(arm)]
-        if not runs:
-            continue
-        mean = np.mean([run[: min(map(len, runs))] for run in runs], axis=0)
-        line = "-" if number < len(SERIES) else "--"
-        color = SERIES[number % len(SERIES)]
-        axes.plot(*smoothed(mean, WINDOW), line, color=color, label=ARMS[arm].title, linewidth=1.5)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.legend(frameon=False, fontsize=8)
-    quiet(axes)
-    return figure
-
-
-FIGURES: dict[str, Callable[[Results], Figure]] = {"forest": forest, "overview": overview, "curves": curves}

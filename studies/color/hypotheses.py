@@ -1,118 +1,81 @@
-"""What became of the hypotheses of the second study in studies/color/plan.md."""
+"""The primary hypotheses of the third study in studies/color/plan.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from studies.color.comparisons import (
-    BASE,
-    CUT,
-    NATURAL,
-    PAIRS,
-    PRIMARY,
-    TWIN,
-    fewer_seeds,
-    perplexity_ratio,
-    points,
-    set_title,
-    table,
-    times,
-)
-from studies.color.config import ARMS, VALIDATION
-from studies.color.questions import CAPTIONS_KIND
-from studies.color.results import CALIBRATED, RAW, Asked, Found, Keep, Results, every
+from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, points, set_title, signed, table
+from studies.color.results import CALIBRATED, RAW, ArmTest, Found, Results
+from valm.errors import ValmError
 
-# What the plan calls decisive: five seeds, or three of the arms that not all seeds have, and ten points; points of S7;
-# the share of a gain of S2; and the ratios of perplexities of S3, of which the second is for the upper ends of the
-# intervals.
-SEEDS, SOME_SEEDS, POINTS = 5, 3, 0.10
-KNOWLEDGE_POINTS, KEPT, RATIO, UPPER_RATIO = 0.05, 0.9, 1.0, 1.05
+# How many seeds decide, and at which level over the four hypotheses.
+SEEDS, LEVEL = 5, 0.05
+HYPOTHESES = {
+    "T1: VaLM with the cut − Blind, raw": (BLIND, RAW),
+    "T2: VaLM with the cut − base, raw": (BASE, RAW),
+    "T3: VaLM with the cut − Blind, calibrated": (BLIND, CALIBRATED),
+    "T4: VaLM with the cut − base, calibrated": (BASE, CALIBRATED),
+}
 
 
-def claims(results: Results) -> str:
+class OverSeeds(NamedTuple):
+    """A difference by seed, with the 95 % interval of t over the seeds and its p-value."""
+
+    values: tuple[float, ...]
+    low: float
+    high: float
+    p: float
+
+
+def over_seeds(results: Results, other: ArmTest, measure: str) -> OverSeeds:
+    """VaLM with the cut − `other`, seed by seed.
+
+    Raises:
+        ValmError: SciPy is not installed.
+    """
+    try:
+        from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ValmError(f"t intervals need the package scipy ({error}): pip install scipy") from error
+    found = [results.of_seeds([seed]).difference(CUT, other, PRIMARY, measure) for seed in results.numbers]
+    values = tuple(one.value for one in found if one is not None)
+    test = ttest_1samp(values, 0)
+    low, high = test.confidence_interval()
+    return OverSeeds(values, float(low), float(high), float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values after Holm's correction (Holm 1979), in their order."""
+    order = np.argsort(p_values)
+    stepped = np.maximum.accumulate(np.sort(p_values) * np.arange(len(order), 0, -1))
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted.tolist()
+
+
+def hypotheses(results: Results) -> str:
     """What became of each hypothesis. None is decided before its seeds are there."""
-    rows: list[tuple[str, str, str]] = []
-
-    def add(
-        name: str, seeds: int, holds: Callable[..., bool], *asked: tuple[str, str, str], keep: Keep = every
-    ) -> None:
-        """A row about differences (pair, set, measure), of the seeds that have all."""
-        some = results.having(*((of, arm) for pair, of, _ in asked for arm in PAIRS[pair]))
-        all_found = [some.difference(*PAIRS[pair], of, measure, keep) for pair, of, measure in asked]
-        found = [one for one in all_found if one is not None]
-        if len(found) == len(asked):
-            what = "; ".join(f"{set_title(of)} {points(one)}" for (_, of, _), one in zip(asked, found, strict=True))
-            row(name, what, holds(*found), found[0], seeds)
-
-    def row(name: str, what: str, holds: bool, found: Found, seeds: int) -> None:
-        decided = len(found.seeds) >= seeds
-        verdict = ("holds" if holds else "does not hold") if decided else ("so far yes" if holds else "so far no")
-        rows.append((name, what + fewer_seeds(found, results), verdict))
-
-    def two(pair: str) -> list[tuple[str, str, str]]:
-        return [(pair, VALIDATION, RAW), (pair, PRIMARY, RAW)]
-
-    def better(things: Found, items: Found) -> bool:
-        return min(things.low, items.low) > 0 and items.value >= POINTS
-
-    cut = "VaLM with the cut − twin"
-    add("S1: VaLM − twin", SEEDS, better, *two("VaLM − twin"))
-    add(
-        f"S2: {cut}, and at least {KEPT:.0%} of VaLM's on validation things",
-        SEEDS,
-        lambda things, items, whole: better(things, items) and things.value >= KEPT * whole.value,
-        *two(cut),
-        ("VaLM − twin", VALIDATION, RAW),
-    )
-    asked = [(text, over) for text in results.texts() for over in (BASE, TWIN)]
-    asked = [(text, over) for text, over in asked if over == TWIN or text != CAPTIONS_KIND]
-    ratios = {one: found for one in asked if (found := perplexity_ratio(results, CUT, one[1], one[0]))}
-    if ratios:
-        what = "; ".join(f"{text} × the {ARMS[over[0]].title}'s {times(one)}" for (text, over), one in ratios.items())
-        holds = all(one.value <= RATIO and one.high <= UPPER_RATIO for one in ratios.values())
-        holds &= (CAPTIONS_KIND, TWIN) in ratios
-        row("S3: perplexity of VaLM with the cut", what, holds, next(iter(ratios.values())), SEEDS)
-    add(
-        "S4: VaLM with the cut, random images − twin, calibrated",
-        SEEDS,
-        lambda found: found.high >= 0,
-        ("VaLM with the cut, random images − twin", PRIMARY, CALIBRATED),
-    )
-    add("S5: VaLM − captions in context", SEEDS, _above, ("VaLM − captions in context", VALIDATION, RAW))
-    add(
-        "S6: VaLM − late fusion",
-        SOME_SEEDS,
-        lambda found: found.low > 0 or found.high < 0,
-        ("VaLM − late fusion", VALIDATION, RAW),
-    )
-    # the colourless CLIP can know black: see the plan
-    some: list[tuple[str, Keep]] = [("", every), (", without black things", _not_black)]
-    for which, keep in some:
-        add(
-            f"S7: colourless VaLM − colourless Blind{which}",
-            SOME_SEEDS,
-            lambda things, items: (
-                min(things.low, items.low) > 0 and things.value >= POINTS and items.value >= KNOWLEDGE_POINTS
-            ),
-            *two("colourless VaLM − colourless Blind"),
-            keep=keep,
-        )
-        add(
-            f"S8: colourless Blind − twin{which}",
-            SOME_SEEDS,
-            lambda found: found.low <= 0,
-            ("colourless Blind − twin", VALIDATION, RAW),
-            keep=keep,
-        )
-    add("S9: natural VaLM − natural twin", SOME_SEEDS, _above, (NATURAL, VALIDATION, RAW))
-    return table(("Hypothesis", "Found [95 %]", ""), rows)
+    some = results.having(*((PRIMARY, arm) for arm in (CUT, BASE, BLIND)))
+    if len(some.seeds) < 2:
+        return "Fewer than two seeds have the arms of the hypotheses."
+    found = [some.difference(CUT, other, PRIMARY, measure) for other, measure in HYPOTHESES.values()]
+    seeds = [over_seeds(some, other, measure) for other, measure in HYPOTHESES.values()]
+    adjusted = holm([one.p for one in seeds])
+    rows = []
+    for title, one, by_seed, p in zip(HYPOTHESES, found, seeds, adjusted, strict=True):
+        assert one is not None  # as the seeds have both arms
+        values = ", ".join(map(signed, by_seed.values))
+        interval = f"[{signed(by_seed.low)}, {signed(by_seed.high)}]"
+        rows.append([title, points(one), interval, values, f"{p:.3f}", _outcome(one, by_seed, p, len(some.seeds))])
+    head = [f"{set_title(PRIMARY)}, points", "[95 %], items and seeds", "t over seeds", "by seed", "p, Holm", ""]
+    return table(head, rows)
 
 
-def _above(found: Found) -> bool:
-    return found.low > 0
-
-
-def _not_black(asked: Asked) -> np.ndarray:
-    return asked.answers != "black"
+def _outcome(found: Found, by_seed: OverSeeds, p: float, seeds: int) -> str:
+    holds = p < LEVEL and min(found.low, by_seed.low) > 0
+    if seeds < SEEDS:
+        return "so far yes" if holds else "so far no"
+    return "holds" if holds else "does not hold"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from studies.color.recoloring import recolored
 from studies.color.words import Names, words
 from studies.demo.questions import swap_red_and_blue
 from studies.demo.things import (
@@ -67,13 +65,7 @@ class Picture:
     exchanged_color: str | None
 
 
-def collect_pictures(
-    sources: Mapping[str, Mapping[str, Any]],
-    out: Path,
-    *,
-    drawn: tuple[int, int] | None = None,
-    progress: bool = True,
-) -> list[Picture]:
+def collect_pictures(sources: Mapping[str, Mapping[str, Any]], out: Path, *, progress: bool = True) -> list[Picture]:
     """Writes the pictures of all sources below `out`, with `captions.json` and, at the end, `pictures.json`.
 
     Args:
@@ -81,22 +73,17 @@ def collect_pictures(
             [study]; any other has `folder`, images with captions as `valm kb build` reads them, or else with names that
             say what they show. `limit`: only so many things or images. `views`: pictures of each drawing, which is
             turned, scaled and lit at random (default 1).
-        drawn: instead of the pictures, so many of each, in colours that are drawn at random by a seed
-            (`studies.color.recoloring`); those without transparent ground are skipped.
 
     Raises:
         ValmError: a package is missing, a source is unknown, or a folder has no images.
     """
     pictures: list[Picture] = []
-    views, draw = (None, None) if drawn is None else (drawn[0], random.Random(drawn[1]))
     for name, options in sources.items():
         if "folder" in options:
-            found = _folder_pictures(
-                name, Path(options["folder"]), out, options.get("limit"), progress, views or 1, draw
-            )
+            found = _folder_pictures(name, Path(options["folder"]), out, options.get("limit"), progress)
         elif name in DRAWINGS:
             things = DRAWINGS[name](options.get("limit"), progress)
-            found = _views(name, things, out, views or options.get("views", 1), progress, draw)
+            found = _views(name, things, out, options.get("views", 1), progress)
         else:
             raise ValmError(
                 f"there is no picture source {name!r}; give {', '.join(DRAWINGS)}, or a folder of one's own"
@@ -175,23 +162,17 @@ DRAWINGS: dict[str, Callable[[int | None, bool], list[Thing]]] = {
 }
 
 
-def _views(
-    source: str, things: list[Thing], out: Path, views: int, progress: bool, draw: random.Random | None
-) -> list[Picture]:
-    """Writes `views` pictures of each drawing, each in other colours if `draw` is given."""
+def _views(source: str, things: list[Thing], out: Path, views: int, progress: bool) -> list[Picture]:
+    """Writes `views` pictures of each drawing."""
     generator = torch.Generator().manual_seed(0)  # the pictures are the same for every seed of the study
     (out / source).mkdir(parents=True, exist_ok=True)
     pictures = []
     with progress_bar(total=len(things) * views, desc=source, unit="picture", shown=progress, leave=False) as bar:
         for start in range(0, len(things), BATCH):
             batch = things[start : start + BATCH]
+            colors = [(thing.color, label_color(swap_red_and_blue(thing.drawing))) for thing in batch]
+            drawings = drawing_tensor(batch, RENDER_SIZE)
             for view in range(views):
-                if draw is not None:
-                    drawn = [(one.name, recolored(one.drawing, draw)) for one in things[start : start + BATCH]]
-                    batch = [Thing(name, label_color(drawing), drawing) for name, drawing in drawn]
-                if view == 0 or draw is not None:
-                    colors = [(thing.color, label_color(swap_red_and_blue(thing.drawing))) for thing in batch]
-                    drawings = drawing_tensor(batch, RENDER_SIZE)
                 images = random_views(drawings, VIEW_SIZE, generator)  # (n, 3, H, W)
                 pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
                 for thing, image, (color, other) in zip(batch, pixels, colors, strict=True):
@@ -202,17 +183,9 @@ def _views(
     return pictures
 
 
-def _folder_pictures(
-    source: str,
-    folder: Path,
-    out: Path,
-    limit: int | None,
-    progress: bool,
-    views: int,
-    draw: random.Random | None,
-) -> list[Picture]:
+def _folder_pictures(source: str, folder: Path, out: Path, limit: int | None, progress: bool) -> list[Picture]:
     """Writes the images of a folder, made smaller and on a plain ground, with their captions or the names that their
-    files have. With `draw`, each `views` times in other colours."""
+    files have."""
     records = [record for record in FolderSource(folder).records if record.source is not None][:limit]
     pictures = []
     for number, record in enumerate(progress_bar(records, desc=source, unit="picture", shown=progress, leave=False)):
@@ -230,20 +203,15 @@ def _folder_pictures(
         if not caption:
             continue
         transparent = np.asarray(image)[..., 3].min() == 0
-        if draw is not None and not transparent:
-            continue
-        for view in range(views):
-            shown = image if draw is None else recolored(image, draw)
-            color = pixel_color(shown) if transparent else None
-            other = pixel_color(swap_red_and_blue(shown)) if transparent else None
-            small = shown.copy()
-            small.thumbnail((2 * VIEW_SIZE, 2 * VIEW_SIZE))
-            ground = Image.new("RGBA", small.size, GROUND)
-            ground.alpha_composite(small)
-            file = f"{source}/{number:05d}{f'-{view}' if draw else ''}.png"
-            (out / file).parent.mkdir(parents=True, exist_ok=True)
-            ground.convert("RGB").save(out / file, compress_level=1)
-            pictures.append(Picture(file, caption, source, _thing(caption), color, other))
+        color = pixel_color(image) if transparent else None
+        other = pixel_color(swap_red_and_blue(image)) if transparent else None
+        image.thumbnail((2 * VIEW_SIZE, 2 * VIEW_SIZE))
+        ground = Image.new("RGBA", image.size, GROUND)
+        ground.alpha_composite(image)
+        file = f"{source}/{number:05d}.png"
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        ground.convert("RGB").save(out / file, compress_level=1)
+        pictures.append(Picture(file, caption, source, _thing(caption), color, other))
     if not pictures:
         raise ValmError(f"the folder {folder} of the picture source {source} has no image that can be read")
     return pictures

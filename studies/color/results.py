@@ -33,7 +33,8 @@ class AskedJson(TypedDict):
     """What `measure` counts in the set or kind of text `of`; tries: how often an item was asked, or a text's tokens.
 
     answers: the right ones, empty where they differ by prompt. pictured: whether the knowledge base has a picture of
-    the item; no values where that was not looked up.
+    the item. pixels: the colour word of its pictures, empty where none prevails. Neither has values where that was not
+    looked up.
     """
 
     of: str
@@ -42,6 +43,7 @@ class AskedJson(TypedDict):
     tries: list[Annotated[int, Field(ge=1)]]
     answers: list[str]
     pictured: list[bool]
+    pixels: list[str]
 
 
 class RowJson(TypedDict):
@@ -63,7 +65,6 @@ class SeedJson(TypedDict):
     missing: list[str]
     asked: list[AskedJson]
     rows: list[RowJson]
-    losses: dict[str, list[_Number]]
     training: dict[str, dict[str, float]]
     versions: dict[str, str]
     hardware: str
@@ -77,10 +78,11 @@ class Asked(NamedTuple):
     tries: np.ndarray
     answers: np.ndarray
     pictured: np.ndarray
+    pixels: np.ndarray
 
     def is_of(self, count: int) -> bool:
         """Whether it is of so many items."""
-        return len(self.items) == len(self.tries) == count and {len(self.answers), len(self.pictured)} <= {0, count}
+        return len(self.items) == len(self.tries) == count and {*map(len, self[2:])} <= {0, count}
 
 
 class Row(NamedTuple):
@@ -120,6 +122,11 @@ def pictured(asked: Asked) -> np.ndarray:
 
 def unpictured(asked: Asked) -> np.ndarray:
     return ~asked.pictured
+
+
+def pixels_agree(asked: Asked) -> np.ndarray:
+    """The items whose pictures have the colour of the answer."""
+    return (asked.pixels == asked.answers) & (asked.answers != "")
 
 
 @dataclass(frozen=True)
@@ -166,9 +173,9 @@ class Results:
     def _table(self) -> dict[tuple[int, ArmTest, str, str], Row]:
         return {(row.seed, row.arm, row.of, row.measure): row for row in self.rows}
 
-    def accuracy(self, arm: ArmTest, of: str, measure: str = RAW) -> Found | None:
-        """The share of right answers, in the seeds that have it; None if none has."""
-        found = self._counts([arm], of, measure, every)
+    def accuracy(self, arm: ArmTest, of: str, measure: str = RAW, keep: Keep = every) -> Found | None:
+        """The share of right answers to the items that `keep` chooses, in the seeds that have it; None if none has."""
+        found = self._counts([arm], of, measure, keep)
         if found is None:
             return None
         estimate = ratio(found.hits[0], found.tries, objects=found.objects)
@@ -243,6 +250,7 @@ def _rows(asked: Sequence[AskedJson], rows: Sequence[RowJson], seed: int, file: 
             tries=np.array(one["tries"], float),
             answers=np.array(one["answers"], str),
             pictured=np.array(one["pictured"], bool),
+            pixels=np.array(one["pixels"], str),
         )
     for row in rows:
         arm, of, measure = (row["arm"], row["images"]), row["of"], row["measure"]

@@ -2,10 +2,9 @@
 
 All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
-    text/  clip/  kb-others/  kb/  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
+    text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
 scores/ has a file for each arm and choice of tests, whose hash is in its name; results.json is of the last run's tests.
-The CLIP that cannot know colours has its own clip/, kb-others/, kb/ and retrieval-train/ in colorless/.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import math
+import random
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,29 +29,18 @@ import valm_kernels
 from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.captions import Captions
 from studies.color.clip import image_tower
-from studies.color.config import (
-    BASE,
-    COLORED_CAPTIONS,
-    CUTS,
-    KB,
-    KB_OTHERS,
-    LATE,
-    NATURAL,
-    RECIPE,
-    TRAINED,
-    VALIDATION,
-    Arm,
-)
+from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, Arm
 from studies.color.pictures import Picture, collect_pictures, read_pictures
-from studies.color.questions import COLOR_SETS, item_names, validation_questions
+from studies.color.questions import COLOR_SETS, item_names
 from studies.color.seed_scores import Scoring
-from studies.color.study import COLORLESS, QUESTIONS, STUDY_FILE, TRAINING_FILE, Study
-from studies.color.text import drawn_captions, read_texts, study_text, write_texts
-from studies.color.training import study_plan, train_late_fusion, train_with_captions
+from studies.color.study import STUDY_FILE, TRAINING_FILE, Study
+from studies.color.text import read_texts, study_text
+from studies.color.training import study_plan, train_with_captions
 from studies.color.words import Names
 from studies.stages import Stages
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
+from valm.evaluation.files import read_csv
 from valm.evaluation.sets import load_memory_color
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json, writable_folder, write_json
@@ -60,8 +50,9 @@ from valm.training.image_trainer import STATE_FILE
 from valm.training.run_note import RUN_FILE
 
 RESULTS_FILE = "results.json"
-# How often each picture gets colours drawn at random for that CLIP, unless the study says otherwise.
-DRAWN = 4
+# The tables of the pictures that show an item of MemoryColor or ColorTerms, and of the rest.
+ITEMS, OTHERS = "items.csv", "others.csv"
+RETRIEVAL = "retrieval-train"
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
 
@@ -134,25 +125,31 @@ def _make_pictures(study: Study) -> None:
     pictures = collect_pictures(study.config.pictures, study.pictures, progress=study.progress)
     names = Names(item_names(COLOR_SETS[:2], study.data))
     of_items = [picture.caption in names for picture in pictures]
-    for table, wanted in (("items.csv", True), ("others.csv", False)):
-        rows = [picture for picture, is_item in zip(pictures, of_items, strict=True) if is_item == wanted]
-        if not rows:
-            raise ValmError(f"{'no' if wanted else 'every'} picture shows an item of the test sets: add sources")
-        with open(study.pictures / table, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "caption"])
-            writer.writerows([picture.file, picture.caption] for picture in rows)
+    rows: dict[str, list[list[str]]] = {ITEMS: [], OTHERS: []}
+    for picture, is_item in zip(pictures, of_items, strict=True):
+        rows[ITEMS if is_item else OTHERS].append([picture.file, picture.caption])
+    for table, some in rows.items():
+        if not some:
+            raise ValmError(
+                f"{'no' if table == ITEMS else 'every'} picture shows an item of the test sets: add sources"
+            )
+        _write_table(study.pictures / table, some)
+
+
+def _write_table(file: Path, rows: Iterable[Sequence[str]]) -> None:
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["image", "caption"])
+        writer.writerows(rows)
 
 
 def _run_seed(study: Study, seed: int, base: str) -> Path:
     config, folder = study.config, writable_folder(study.seed_folder(seed))
     stage = Stages(folder / "stages.json", f"seed {seed}, ", study.progress)
     pictures = read_pictures(study.pictures)
-    arms = config.arms_of(seed)
+    arms = {name: ARMS[name] for name in config.arms}
     stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
-    for colorless in dict.fromkeys(arm.colorless for arm in arms.values()):
-        some = [arm for arm in arms.values() if arm.colorless == colorless]
-        _prepare(study, seed, base, writable_folder(study.kb_folder(seed, some[0])), some, stage)
+    _prepare(study, seed, base, folder, arms.values(), stage)
     for name, arm in arms.items():
         if arm.made != BASE:
             stage(name, partial(_train, study, name, arm, base, seed))
@@ -168,97 +165,87 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     return results
 
 
-def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Sequence[Arm], stage: Stages) -> None:
-    """A CLIP, its knowledge bases, and the images of every text that `arms` read; all in `folder`."""
-    config, name = study.config, f"{COLORLESS}/" if folder.name == COLORLESS else ""
-    clip = study.clip(folder)
+def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[Arm], stage: Stages) -> None:
+    """A CLIP, its knowledge bases, and the images of the training text; all in `folder`."""
+    config, clip = study.config, study.clip(seed)
     if clip == str(folder / "clip"):
-        stage(f"{name}clip", lambda: _train_clip(study, seed, folder))
-    others, items = study.pictures / "others.csv", study.pictures / "items.csv"
+        stage("clip", lambda: _train_clip(study, seed, folder))
     hub = ["--allow-download"] if config.allow_download else []
     table = ["--format", "csv"]
-    build = ["kb", "build", others, *table, "--clip", clip, "--out", folder / KB_OTHERS]
-    stage(f"{name}kb-others", lambda: study.valm(*build))
-    add = ["kb", "add", folder / KB_OTHERS, items, *table, "--out", folder / KB, *hub]
-    stage(f"{name}kb", lambda: study.valm(*add))
-    read = [arm.corpus for arm in arms if arm.made != BASE]
-    if any(arm.cut or CUTS.keys() & set(arm.tests) for arm in arms):
-        read.append(QUESTIONS)
-    for corpus in dict.fromkeys(read):
-        retrieval = folder / f"retrieval-{corpus}"
-        options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", retrieval, *hub)
-        text = study.seed_folder(seed) / "text" / f"{corpus}.jsonl"
-        stage(f"{name}{retrieval.name}", partial(study.valm, "retrieve", text, *options))
+    others = ["kb", "build", study.pictures / OTHERS, *table, "--clip", clip, "--out", folder / KB_OTHERS]
+    stage(KB_OTHERS, lambda: study.valm(*others))
+
+    def add(items: str, kb: str) -> None:
+        study.valm("kb", "add", folder / KB_OTHERS, study.pictures / items, *table, "--out", folder / kb, *hub)
+
+    stage(KB, lambda: add(ITEMS, KB))
+    doses = [dose for dose in DOSES if any(dose in arm.tests for arm in arms)]
+    for dose in doses:
+        stage(f"{KB}-{dose}", partial(add, _dose_table(study, seed, dose), f"{KB}-{dose}"))
+    options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", folder / RETRIEVAL, *hub)
+    stage(RETRIEVAL, lambda: study.valm("retrieve", folder / "text" / "train.jsonl", *options))
+
+
+def _dose_table(study: Study, seed: int, dose: str) -> str:
+    """Writes the table of some of the items' pictures; those of a smaller dose are among those of a larger one."""
+    rows = [list(row.values()) for row in read_csv(study.pictures / ITEMS, ["image", "caption"])]
+    random.Random(f"{seed} doses").shuffle(rows)
+    name = f"seed-{seed}-{dose}.csv"
+    _write_table(study.pictures / name, rows[: math.ceil(len(rows) * DOSES[dose] / 100)])
+    return name
 
 
 def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path) -> None:
     names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
     text = study_text(study.config.text, pictures, names, seed=seed, head_noun_items=heads)
     text.write(out)
-    questions = [question for row in validation_questions(text.validation).texts for question in row]
-    write_texts(out / f"{QUESTIONS}.jsonl", questions)
 
 
 def _train_clip(study: Study, seed: int, folder: Path) -> None:
-    options, pictures = dict(study.config.clip), study.pictures
-    text = study.seed_folder(seed) / "text"
-    captions = text / "captions.json"
-    if folder.name == COLORLESS:
-        options |= study.config.colorless_clip
-        pictures, captions = folder / "pictures", folder / "captions.json"
-        drawn = collect_pictures(
-            study.config.pictures, pictures, drawn=(options.pop("drawn", DRAWN), seed), progress=study.progress
-        )
-        write_json(captions, drawn_captions(drawn, read_texts(text / f"{NATURAL}.jsonl"), seed))
+    options = dict(study.config.clip)
     if options.get("image_tower") == PACKAGE_TOWER:
         options["image_tower"] = image_tower(study.out / "tower")
     shutil.rmtree(folder / "clip", ignore_errors=True)  # a killed training begins again
-    where = ["--captions", captions, "--out", folder / "clip", "--seed", seed]
-    study.valm("clip", "train", pictures, *where, *as_options(options))
+    where = ["--captions", folder / "text" / "captions.json", "--out", folder / "clip", "--seed", seed]
+    study.valm("clip", "train", study.pictures, *where, *as_options(options))
 
 
 def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     """Trains an arm."""
-    out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
-    retrieval, kb = folder / f"retrieval-{arm.corpus}", folder / KB_OTHERS
-    if arm.made != TRAINED:
-        _train_here(study, name, arm, base, seed)
+    if arm.made == CONTEXT:
+        _train_with_captions(study, name, base, seed)
         return
+    folder = study.seed_folder(seed)
+    out = folder / name
     study.valm(
-        *("train", "--base", base, "--retrieval", retrieval, "--kb", kb),
+        *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
         *(["--twin", arm.twin] if arm.twin else []),
-        *(["--min-score", "auto", "--questions", folder / f"retrieval-{QUESTIONS}"] if arm.cut else []),
+        *(["--min-score", "auto"] if arm.cut else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(study.config.training_settings(name)),
+        *as_options(study.config.training),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     measured = read_json(out / RUN_FILE, "the note on a training", dict[str, Any]).get("numbers", {})
-    _note_training(out, losses(out), measured | {"steps": best_step(out)})
+    _note_training(out, measured | {"steps": best_step(out)})
 
 
-def _train_here(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
-    """Trains an arm that is no `valm train`; one that was killed begins again."""
-    out, folder = study.seed_folder(seed) / name, study.kb_folder(seed, arm)
+def _train_with_captions(study: Study, name: str, base: str, seed: int) -> None:
+    """Trains an arm with captions in context; one that was killed begins again."""
+    folder = study.seed_folder(seed)
+    out, text = folder / name, folder / "text"
     shutil.rmtree(out, ignore_errors=True)
-    retrieval = CorpusRetrieval.open(folder / f"retrieval-{arm.corpus}")
-    kb = ImageKnowledgeBase.open(folder / KB_OTHERS)
-    plan = study_plan(out, base, seed, study.out / "below", study.config.training_settings(name))
-    if arm.made == LATE:
-        done = train_late_fusion(plan, retrieval, kb, study.progress)
-    else:
-        text = study.seed_folder(seed) / "text"
-        things = {thing.text for thing in load_memory_color(text / "validation.csv")}
-        captions = Captions(kb, read_pictures(study.pictures), arm.tests[0] == COLORED_CAPTIONS, things)
-        texts = read_texts(text / f"{arm.corpus}.jsonl")
-        done = train_with_captions(plan, texts, retrieval, captions, study.progress)
-    _note_training(out, done.losses(), done.model_numbers())
+    retrieval = CorpusRetrieval.open(folder / RETRIEVAL)
+    things = {thing.text for thing in load_memory_color(text / "validation.csv")}
+    captions = Captions(ImageKnowledgeBase.open(folder / KB_OTHERS), read_pictures(study.pictures), things)
+    plan = study_plan(out, base, seed, study.out / "below", study.config.training)
+    done = train_with_captions(plan, read_texts(text / "train.jsonl"), retrieval, captions, study.progress)
+    _note_training(out, done.model_numbers())
 
 
-def _note_training(out: Path, losses: Sequence[float], numbers: dict[str, float]) -> None:
-    """Notes the loss of each step and what was measured of a model, and removes the checkpoints, which are as large as
-    the model."""
-    write_json(out / TRAINING_FILE, {"losses": [round(loss, 4) for loss in losses], "numbers": numbers}, indent=None)
+def _note_training(out: Path, numbers: dict[str, float]) -> None:
+    """Notes what was measured of a model, and removes the checkpoints, which are as large as the model."""
+    write_json(out / TRAINING_FILE, {"numbers": numbers})
     for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
 
@@ -276,17 +263,8 @@ def as_options(settings: dict[str, Any]) -> list[str]:
     return options
 
 
-def losses(folder: Path) -> list[float]:
-    """The loss of every step of the training whose last checkpoint is in `folder`."""
-    return [entry["loss"] for entry in _last_state(folder)["log_history"] if "loss" in entry]
-
-
 def best_step(folder: Path) -> int:
     """The step after which the training in `folder` has its model."""
-    state = _last_state(folder)
-    return state.get("best_global_step") or state["global_step"]
-
-
-def _last_state(folder: Path) -> dict[str, Any]:
     states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
-    return read_json(states[-1], "the state of a training", dict[str, Any])
+    state = read_json(states[-1], "the state of a training", dict[str, Any])
+    return state.get("best_global_step") or state["global_step"]

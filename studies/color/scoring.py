@@ -103,16 +103,14 @@ def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [[begin_id(tokenizer), *ids] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def read_from_fusion(
-    model: Any, rows: Iterable[Sequence[int]], folder: Path, *, layer: int | None = None, progress: bool = True
-) -> None:
-    """Makes `model` start at its fusion layer, or at `layer`, for batches of token sequences in `rows`.
+def read_from_fusion(model: Any, rows: Iterable[Sequence[int]], folder: Path, *, progress: bool = True) -> None:
+    """Makes `model` start at its fusion layer for batches of token sequences in `rows`.
 
     The layers below are the same in all models, so their output is computed once for each distinct row, in one file
     (`cache_below`): whoever opens it hashes all weights below. Other batches run through all layers.
     """
     known = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-    cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, layer=layer, progress=progress)
+    cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, progress=progress)
 
     def begin_above(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
@@ -130,15 +128,13 @@ def read_from_fusion(
 class Evaluation(NamedTuple):
     """What an arm is asked while its tokens see `images`.
 
-    asked: the sets. texts: of which nats are wanted, by their kind. retriever: None for a model without images. cut:
-    a `min_score` that is not the model's own.
+    asked: the sets. texts: of which nats are wanted, by their kind. retriever: None for a model without images.
     """
 
     images: str
     asked: Mapping[str, Questions]
     texts: Mapping[str, Sequence[str]]
     retriever: Any = None
-    cut: float | None = None
 
 
 def score_arm(
@@ -151,8 +147,6 @@ def score_arm(
     """
     rows = []
     for test in tests:
-        if test.cut is not None:
-            scorer.model.set_min_score(test.cut)
         if test.retriever is not None:
             scorer.model.set_retriever(test.retriever)
         row = {"arm": name, "images": test.images}
@@ -163,7 +157,4 @@ def score_arm(
         for of, documents in test.texts.items():
             say(f"{name}, {test.images}, {of}")
             rows.append(row | {"of": of, "measure": NATS, "hits": nats_of(scorer, documents)})
-        if test.cut is not None:
-            scorer.model.set_retriever(None)
-            scorer.model.set_min_score(None)
     return rows

@@ -13,19 +13,7 @@ import torch
 
 from studies.color.captions import Captions, captioned
 from studies.color.conditions import Conditions
-from studies.color.config import (
-    ARMS,
-    BASE,
-    CAPTIONS,
-    COLORED_CAPTIONS,
-    CUTS,
-    HELDOUT,
-    KB_OTHERS,
-    LATE,
-    VALIDATION,
-    Arm,
-)
-from studies.color.late_fusion import load_late_fusion
+from studies.color.config import ARMS, BASE, COLORED_CAPTIONS, DOSES, HELDOUT, VALIDATION, Arm
 from studies.color.pictures import Picture
 from studies.color.questions import (
     CAPTIONS_KIND,
@@ -45,24 +33,22 @@ from studies.color.scoring import (
     score_arm,
     text_rows,
 )
-from studies.color.study import QUESTIONS, STUDY_FILE, TRAINING_FILE, Study, Training
+from studies.color.study import STUDY_FILE, TRAINING_FILE, Study, Training
 from studies.color.text import read_texts
-from studies.color.training import FUSION_LAYER
 from studies.demo.run import hardware, versions
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import own_tokenizer
-from valm.corpus.min_score import find_min_score
 from valm.evaluation.questions import Questions
 from valm.evaluation.scorers import CausalScorer, digest
 from valm.evaluation.sets import SETS, Item, find_file, load_memory_color
-from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
 from valm.model.checkpoint import load, load_decoder
 from valm.store.files import read_json, writable_folder, write_json
 
 # Sets with more items than this are asked only in the first test of each arm.
 LARGE = 300
-WITH_CAPTIONS = (CAPTIONS, COLORED_CAPTIONS)
+# The sets whose items' pictures are looked up.
+LOOKED_UP = (VALIDATION, *COLOR_SETS)
 VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 
 
@@ -73,8 +59,6 @@ class Scoring:
         self.study, self.seed, self.base, self.pictures = study, seed, base, pictures
         self.folder = study.seed_folder(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._conditions: dict[Path, Conditions] = {}
-        self._with_captions: dict[str, dict[str, Questions]] = {}
 
     @cached_property
     def things(self) -> list[Item]:
@@ -120,35 +104,27 @@ class Scoring:
     def tokenizer(self) -> Any:
         return own_tokenizer(self.base)
 
-    def conditions(self, arm: Arm) -> Conditions:
-        """The retrievers with the CLIP of an arm."""
-        folder = self.study.kb_folder(self.seed, arm)
-        if folder not in self._conditions:
-            clip = Clip.load(self.study.clip(folder), device=self.device)
-            images, pictures = self.study.config.images, self.study.pictures
-            self._conditions[folder] = Conditions(
-                folder, clip, self.tokenizer, images, self.seed, self.pictures, pictures
-            )
-        return self._conditions[folder]
+    @cached_property
+    def conditions(self) -> Conditions:
+        clip = Clip.load(self.study.clip(self.seed), device=self.device)
+        images, pictures = self.study.config.images, self.study.pictures
+        return Conditions(self.folder, clip, self.tokenizer, images, self.seed, self.pictures, pictures)
 
-    def with_captions(self, images: str, asked: dict[str, Questions]) -> dict[str, Questions]:
-        """Questions, before each the captions of the images that its last token retrieves."""
-        if images not in self._with_captions:
-            conditions = self.conditions(ARMS["base"])
-            caption = Captions(conditions.kb, self.pictures, images == COLORED_CAPTIONS)
-            self._with_captions[images] = {
-                name: captioned(one, conditions["retrieved"], caption) for name, one in asked.items()
-            }
-        return self._with_captions[images]
+    @cached_property
+    def small(self) -> dict[str, Questions]:
+        """The sets that are not LARGE."""
+        return {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
+
+    @cached_property
+    def with_captions(self) -> dict[str, Questions]:
+        """Those of `small`, before each question the captions of the images that its last token retrieves."""
+        caption = Captions(self.conditions.kb, self.pictures)
+        return {name: captioned(one, self.conditions["retrieved"], caption) for name, one in self.small.items()}
 
     def open(self, name: str) -> Any:
         """The model of an arm."""
-        arm, config = ARMS[name], self.study.config
-        if arm.made == BASE:  # the twin before its training, which reads the same hidden states
+        if ARMS[name].made == BASE:  # the twin before its training, which reads the same hidden states
             return augment(load_decoder(self.base), 1, 0, unfreeze="block").eval().to(self.device)
-        if arm.made == LATE:
-            dim = self.conditions(arm).kb.dim
-            return load_late_fusion(self.folder / name, self.base, dim, config.images).to(self.device)
         return load(self.folder / name, device=self.device)[0]
 
     def write(self, name: str, file: Path) -> None:
@@ -158,48 +134,38 @@ class Scoring:
         tests = self._tests(arm)
         plain = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
         plain += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
-        ordered = sorted(tests, key=lambda test: test.images)  # one file for all arms, whichever they ask first
-        captioned = [one for test in ordered if test.images in WITH_CAPTIONS for one in test.asked.values()]
+        captioned = [one for test in tests if test.images == COLORED_CAPTIONS for one in test.asked.values()]
         behind = [row for one in captioned for row in question_rows(self.tokenizer, one)]
         for known in filter(None, (plain, behind)):  # of which most arms need the first alone
-            layer = FUSION_LAYER if arm.made == LATE else None
-            read_from_fusion(scorer.model, known, study.out / "below", layer=layer, progress=study.progress)
+            read_from_fusion(scorer.model, known, study.out / "below", progress=study.progress)
         say = partial(print, flush=True) if study.progress else _silent
         write_json(file, score_arm(name, scorer, tests, say), indent=None)
         del scorer
         gc.collect()
 
     def _tests(self, arm: Arm) -> list[Evaluation]:
-        """All sets are asked in the first test without captions, and those that are not LARGE in the others."""
+        """All sets are asked in the first test without captions, and those that are not LARGE in the others; where some
+        of the items' pictures are missing, those about the items."""
         tests = []
-        small = {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
-        whole = next(images for images in arm.tests if images not in WITH_CAPTIONS)
+        of_items = {name: one for name, one in self.small.items() if name in COLOR_SETS[:2]}
+        whole = next(images for images in arm.tests if images != COLORED_CAPTIONS)
         for images in arm.tests:
-            if images in WITH_CAPTIONS:
-                tests.append(Evaluation(images, self.with_captions(images, small), {}))
-                continue
-            retriever = None
-            if images != "none":
-                conditions = self.conditions(arm)
-                blind = arm.twin == "blind"
-                retriever = conditions.of_blind(images) if blind else conditions[CUTS.get(images, images)]
-            cut = self.min_score(arm) if images in CUTS else None
-            tests.append(Evaluation(images, self.asked if images == whole else small, self.texts, retriever, cut))
+            if images == COLORED_CAPTIONS:
+                tests.append(Evaluation(images, self.with_captions, {}))
+            elif images in DOSES:
+                tests.append(Evaluation(images, of_items, {}, self.conditions[images]))
+            else:
+                retriever = None
+                if images != "none":
+                    retriever = self.conditions.blind() if arm.twin == "blind" else self.conditions[images]
+                tests.append(Evaluation(images, self.asked if images == whole else self.small, self.texts, retriever))
         return tests
-
-    def min_score(self, arm: Arm) -> float:
-        """Below it a token sees no images, in the tests with a cut."""
-        folder, conditions = self.study.kb_folder(self.seed, arm), self.conditions(arm)
-        questions = folder / f"retrieval-{QUESTIONS}"
-        kb, query = ImageKnowledgeBase.open(folder / KB_OTHERS), conditions.encoder.query
-        return find_min_score(kb, query, self.tokenizer, None, questions=questions)
 
     def results(self, rows: dict[str, Path]) -> dict[str, Any]:
         """The results of the seed, from the rows of its arms: a `SeedJson`, and what else is worth keeping."""
         study, folder = self.study, self.folder
-        conditions = self.conditions(ARMS[next(iter(rows))])
         answers = [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])]
-        asked, counts = self._asked(conditions)
+        asked, counts = self._asked()
         trained = {
             name: read_json(folder / name / TRAINING_FILE, "the numbers of a training", Training)
             for name in rows
@@ -214,7 +180,6 @@ class Scoring:
             "missing": self.missing,
             "asked": asked,
             "rows": [one for row in answers for one in ([row] if "hits" in row else counted(row, counts[row["of"]]))],
-            "losses": {name: one["losses"] for name, one in trained.items()},
             "training": {name: one["numbers"] for name, one in trained.items()},
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
             "versions": versions(VERSIONS) | {"sources": " ".join(note["sources"])},
@@ -222,14 +187,13 @@ class Scoring:
             "threads": torch.get_num_threads(),
         }
 
-    def _asked(self, conditions: Conditions) -> tuple[list[AskedJson], dict[str, dict[str, Counted]]]:
-        """What was asked, and what is counted in the answers to each set. The colours of pictures are looked up where
-        the images are exchanged."""
+    def _asked(self) -> tuple[list[AskedJson], dict[str, dict[str, Counted]]]:
+        """What was asked, and what is counted in the answers to each set."""
         asked: list[AskedJson] = []
-        counts = {}
+        counts, conditions = {}, self.conditions
         for of, one in self.asked.items():
-            colors = [conditions.colors_of(item) for item in one.items if of in (VALIDATION, *COLOR_SETS[:2])]
-            shown = [bool(conditions.pictures_of(item)) for item in one.items if of in (VALIDATION, *COLOR_SETS)]
+            colors = [conditions.colors_of(item) for item in one.items if of in LOOKED_UP[:3]]  # ViComTe has many
+            shown = [bool(conditions.pictures_of(item)) for item in one.items if of in LOOKED_UP]
             right = [one.candidates[row[0]] if len(set(row)) == 1 else "" for row in one.right]
             counts[of] = measures(one, colors)
             for measure, (items, _) in counts[of].items():
@@ -241,12 +205,22 @@ class Scoring:
                         "tries": [len(one.right[item]) for item in items],
                         "answers": [right[item] for item in items],
                         "pictured": [shown[item] for item in items if shown],
+                        "pixels": [colors[item]["retrieved"] or "" for item in items if colors],
                     }
                 )
+        nothing: AskedJson = {
+            "of": "",
+            "measure": NATS,
+            "items": [],
+            "tries": [],
+            "answers": [],
+            "pictured": [],
+            "pixels": [],
+        }
         for of, texts in self.texts.items():
             names = [f"{of} {number}" for number in range(len(texts))]
             tokens = [len(row) - 1 for row in text_rows(self.tokenizer, texts)]  # the first is begin
-            asked.append({"of": of, "measure": NATS, "items": names, "tries": tokens, "answers": [], "pictured": []})
+            asked.append({**nothing, "of": of, "items": names, "tries": tokens})
         return asked, counts
 
 

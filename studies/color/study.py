@@ -9,20 +9,17 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from studies.color.config import HELDOUT, VALIDATION, Arm, StudyConfig
+from studies.color.config import HELDOUT, VALIDATION, StudyConfig
 from valm.errors import ValmError
 
 STUDY_FILE = "study.json"
 # In the folder of a model: a `Training`.
 TRAINING_FILE = "training.json"
-# The folder of the CLIP that cannot know colours; the text with all questions about validation things.
-COLORLESS, QUESTIONS = "colorless", "questions"
 
 
 class Training(TypedDict):
-    """The loss of each step, and what was measured of the model (`ImageTrainer.model_numbers`)."""
+    """What was measured of a model (`ImageTrainer.model_numbers`)."""
 
-    losses: list[float]
     numbers: dict[str, float]
 
 
@@ -62,14 +59,9 @@ class Study:
     def seed_folder(self, seed: int) -> Path:
         return self.out / f"seed-{seed}"
 
-    def kb_folder(self, seed: int, arm: Arm) -> Path:
-        """The folder with the CLIP, the knowledge bases and the retrieved corpora of an arm."""
-        return self.seed_folder(seed) / COLORLESS if arm.colorless else self.seed_folder(seed)
-
-    def clip(self, folder: Path) -> str:
-        """The CLIP of the knowledge bases in `folder`."""
-        trained = "pretrained" not in self.config.clip or folder.name == COLORLESS
-        return str(folder / "clip" if trained else self.config.clip["pretrained"])
+    def clip(self, seed: int) -> str:
+        """The CLIP of the knowledge bases of a seed."""
+        return str(self.config.clip.get("pretrained", self.seed_folder(seed) / "clip"))
 
     def valm(self, *arguments: object) -> None:
         """Runs `valm arguments`.

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studies.color.config import TextSources
-from studies.color.definitions import color_definitions
 from studies.color.pictures import Picture, thing_colors
 from studies.color.words import COLOR_WORDS, Names, head_noun, wordnet, words
 from valm.corpus.texts import read_documents
@@ -73,7 +72,6 @@ CAPTION_TEMPLATES = (
 COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
 CAPTIONS = 10  # of each picture of a thing
 COLOR_CAPTIONS = 3  # of these, with the colour, for things whose colour may be said
-DRAWN_COLOR_CAPTIONS = 4  # the same, where the colour was drawn and no name says it
 # Of these, with the name in the middle of running text. A CLIP that has read nothing but the templates above does not
 # find the thing of a sentence in other words, as a CLIP from the web does.
 RUNNING_CAPTIONS = 5
@@ -95,7 +93,6 @@ class StudyText:
 
     Attributes:
         training: glosses, templated sentences and prose, in the order of training.
-        natural: glosses and definitions only.
         heldout: texts for perplexity, by kind: glosses, prose, and captions if some pictures show scenes.
         captions: the captions of each picture that the CLIP is trained on.
         validation: the things whose colour no text says.
@@ -103,7 +100,6 @@ class StudyText:
     """
 
     training: list[str]
-    natural: list[str]
     heldout: dict[str, list[str]]
     captions: dict[str, list[str]]
     validation: list[Item]
@@ -112,12 +108,11 @@ class StudyText:
     def write(self, folder: Path) -> None:
         """Writes the files of the text into `folder`.
 
-        train.jsonl, natural.jsonl and heldout-KIND.jsonl have a text in the column "text" of each line; validation.csv
+        train.jsonl and heldout-KIND.jsonl have a text in the column "text" of each line; validation.csv
         has the format of MemoryColor's table. captions.json follows, and counts.json is written last.
         """
         folder = writable_folder(folder)
-        texts = {"train": self.training, "natural": self.natural}
-        texts |= {f"heldout-{kind}": kept for kind, kept in self.heldout.items()}
+        texts = {"train": self.training} | {f"heldout-{kind}": kept for kind, kept in self.heldout.items()}
         for name, lines in texts.items():
             write_texts(folder / f"{name}.jsonl", lines)
         with (
@@ -154,10 +149,9 @@ def study_text(
     """Draws the text of one seed.
 
     Args:
-        sources: `glosses` of WordNet's nouns that have a colour word; `definitions` with a colour word, of all of
-            WordNet and of GCIDE, in `folder` (`definitions`), for the natural text alone; `templates`: `count`
-            sentences (default 2,400) that say the colour of a thing, about as many of each colour; `prose`: `count`
-            paragraphs (default 260) of Python's documentation, or of the text file `file`, with blank lines between.
+        sources: `glosses` of WordNet's nouns that have a colour word; `templates`: `count` sentences (default 2,400)
+            that say the colour of a thing, about as many of each colour; `prose`: `count` paragraphs (default 260) of
+            Python's documentation, or of the text file `file`, with blank lines between.
         items: the names in the test sets. A sentence with one of them, its plural or a synonym has no colour word.
         head_noun_items: those of `items` whose last word is treated as a name too.
 
@@ -199,18 +193,12 @@ def study_text(
         return clean
 
     heldout: dict[str, list[str]] = {}
-    natural: list[str] = []
+    glosses: list[str] = []
     prose: list[str] = []
     training: list[str] = []
     if "glosses" in sources:
-        natural, heldout["glosses"] = held_out(kept("glosses", color_glosses()), f"{seed} glosses")
-        training += natural
-    if "definitions" in sources:
-        glosses = {one.gloss.lower() for one in wordnet()}  # of which some are held out
-        others = color_definitions(Path(sources["definitions"].get("folder", "definitions")))
-        found = [one for one in others if one.gloss.lower() not in glosses]
-        natural = kept("definitions", map(str, found)) + natural
-        random.Random(f"{seed} natural").shuffle(natural)
+        glosses, heldout["glosses"] = held_out(kept("glosses", color_glosses()), f"{seed} glosses")
+        training += glosses
     if "templates" in sources:
         count = sources["templates"].get("count", 2400)
         training += kept("templates", _templated(spoken, random.Random(f"{seed} templates"), count))
@@ -226,10 +214,10 @@ def study_text(
         random.Random(f"{seed} scenes").shuffle(scenes)
         heldout["captions"] = scenes[:MAX_HELD_OUT_CAPTIONS]
     read = {line for lines in heldout.values() for line in lines}
-    training, natural, prose = ([line for line in lines if line not in read] for lines in (training, natural, prose))
+    training, glosses, prose = ([line for line in lines if line not in read] for lines in (training, glosses, prose))
     captions = {}
     rng = random.Random(f"{seed} captions")
-    running = [word for text in natural + prose for word in words(text) if word not in COLOR_WORDS]
+    running = [word for text in glosses + prose for word in words(text) if word not in COLOR_WORDS]
     for picture in pictures:
         said = spoken.get(picture.thing or "")
         lines = kept("captions", _captions(picture, picture.color if said else None, running, rng))
@@ -237,7 +225,7 @@ def study_text(
             captions[picture.file] = lines
     counts["training"] = len(training)
     items_asked = [Item(thing, colors[thing], "the") for thing in validation]
-    return StudyText(training, natural, heldout, captions, items_asked, dict(counts))
+    return StudyText(training, heldout, captions, items_asked, dict(counts))
 
 
 def color_glosses() -> list[str]:
@@ -245,17 +233,6 @@ def color_glosses() -> list[str]:
     return [
         f"{', '.join(synset.names)}: {synset.gloss}." for synset in wordnet() if COLOR_WORDS & set(words(synset.gloss))
     ]
-
-
-def drawn_captions(pictures: Sequence[Picture], texts: Sequence[str], seed: int) -> dict[str, list[str]]:
-    """The captions of pictures whose colours were drawn at random, which they say.
-
-    Args:
-        texts: running text, whose words without colours stand around the name in some captions.
-    """
-    rng = random.Random(f"{seed} drawn captions")
-    running = [word for text in texts for word in words(text) if word not in COLOR_WORDS]
-    return {picture.file: _captions(picture, picture.color, running, rng, DRAWN_COLOR_CAPTIONS) for picture in pictures}
 
 
 def python_prose() -> list[str]:
@@ -328,14 +305,12 @@ def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
-def _captions(
-    picture: Picture, color: str | None, running: Sequence[str], rng: random.Random, said: int = COLOR_CAPTIONS
-) -> list[str]:
+def _captions(picture: Picture, color: str | None, running: Sequence[str], rng: random.Random) -> list[str]:
     """What the CLIP reads of a picture: its captions, or those made for a thing, of which some say `color`, and some
     have the name between words of `running`."""
     if picture.thing is None:
         return picture.caption.split("\n")
-    of_color = 0 if color is None else said
+    of_color = 0 if color is None else COLOR_CAPTIONS
     of_running = RUNNING_CAPTIONS if running else 0
     plain = rng.sample(CAPTION_TEMPLATES, CAPTIONS - of_color - of_running)
     lines = [template.format(x=picture.thing, a=_article(picture.thing)) for template in plain]

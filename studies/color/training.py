@@ -1,6 +1,6 @@
-"""Trains the arms that `valm train` does not have: captions as text before a document, and late fusion.
+"""Trains the arm that `valm train` does not have: captions as text before a document.
 
-Both take the options of a study's `training`, hold out the same documents as `valm train --validation` would, and end
+It takes the options of a study's `training`, holds out the same documents as `valm train --validation` would, and ends
 with the weights that predict these best.
 """
 
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from studies.color.captions import Captions, captions_line
-from studies.color.late_fusion import add_late_fusion, save_late_fusion
 from studies.color.words import COLOR_WORDS, word_spans
 from valm.clip.tokenizer import own_tokenizer, prompt_ids
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
-from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
 from valm.training.cache_below import cache_below
@@ -35,8 +33,6 @@ from valm.training.train import trainer, training_arguments
 
 # Of a document with captions before it, whose tokens are nothing to be predicted.
 GIVEN = "given"
-# The layer that `augment` fuses at, before which all models are the same, so that they read the same files.
-FUSION_LAYER = -2
 
 
 def train_with_captions(
@@ -53,21 +49,10 @@ def train_with_captions(
     torch.manual_seed(plan.seed)
     model = augment(load_decoder(base), 1, 0, unfreeze="block")
     before = base_weights(model)
-    training = _train(plan, model, documents, None, progress)
+    training = _train(plan, model, documents, progress)
     if plan.validation is not None:
         training.numbers |= mix(training, before, SHARES)
     training.write(plan.out, tokenizer)
-    return training
-
-
-def train_late_fusion(
-    plan: TrainingPlan, retrieval: CorpusRetrieval, kb: ImageKnowledgeBase, progress: bool
-) -> ImageTrainer:
-    """Trains late fusion on `retrieval`; nothing of the base trains, so nothing is mixed."""
-    torch.manual_seed(plan.seed)
-    model = add_late_fusion(str(plan.base), kb.dim, retrieval.k)
-    training = _train(plan, model, retrieval, kb, progress)
-    save_late_fusion(model, Path(plan.out))
     return training
 
 
@@ -118,29 +103,27 @@ class _WithoutCaptions:
         return batch
 
 
-def _train(plan: TrainingPlan, model: Any, documents: Any, kb: Any, progress: bool) -> ImageTrainer:
+def _train(plan: TrainingPlan, model: Any, documents: Any, progress: bool) -> ImageTrainer:
     trained, evaluated, callbacks, below = documents, None, [], str(plan.cache_below)
     if plan.validation is not None:
         share = validation_of(plan.validation)
         if not isinstance(share, float):
             raise ValmError(f"validation in a study is the share of the documents to hold out, not {share}")
         trained, held_out = hold_out(documents, share, plan.seed)
-        evaluated = cache_below(model, held_out, below, layer=FUSION_LAYER, progress=False)
+        evaluated = cache_below(model, held_out, below, progress=False)
         patience = PATIENCE if plan.patience is None else plan.patience
         callbacks = [Patience(patience)] if patience else []
     training = trainer(
         model,
-        cache_below(model, trained, below, layer=FUSION_LAYER, progress=False),
-        kb,
+        cache_below(model, trained, below, progress=False),
+        None,
         tokenizer=own_tokenizer(str(plan.base)),
         arguments=training_arguments(plan.out, **plan.training_fields()),
         eval_dataset=evaluated,
-        fusion_lr=None if kb is None else plan.fusion_lr,
         limit_softmax=plan.limit_softmax,
         callbacks=callbacks,
     )
-    if kb is None:
-        training.data_collator = _WithoutCaptions(training.data_collator)
+    training.data_collator = _WithoutCaptions(training.data_collator)
     show_progress(training, "train", progress)
     training.train()
     return training

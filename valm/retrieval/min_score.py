@@ -1,8 +1,8 @@
 """`min_score`: a token whose best image is found with less certainty than this sees none of its K images.
 
 Retrieval always finds something. Prose has few words that a picture shows, and there the nearest images only disturb.
-In a finished model of the small study (docs/results/study.md, seed 0) a cut at 0.62, nothing trained again, brought the
-perplexity of photo captions from 1.32 to 0.65 times that of the text-only twin, and 44.6 of 45.2 points on questions
+In a finished model of the first study (studies/color/archive.md, seed 0) a cut at 0.62, nothing trained again, brought
+the perplexity of photo captions from 1.32 to 0.65 times that of the text-only twin, and 44.6 of 45.2 points on questions
 about colours stayed.
 """
 

@@ -16,9 +16,8 @@ KB = types.SimpleNamespace(item=lambda image: types.SimpleNamespace(uri=PICTURES
 
 
 def test_a_caption_says_its_colour_only_where_it_may():
-    assert [Captions(KB, PICTURES, False)(image) for image in (0, 1)] == ["apple", "A man."]
-    assert [Captions(KB, PICTURES, True)(image) for image in (0, 1)] == ["red apple", "A man."]
-    assert Captions(KB, PICTURES, True, {"apple"})(0) == "apple"
+    assert [Captions(KB, PICTURES)(image) for image in (0, 1)] == ["red apple", "A man."]
+    assert Captions(KB, PICTURES, {"apple"})(0) == "apple"
 
 
 def test_a_question_stands_behind_the_captions_of_its_last_tokens_images():
@@ -36,7 +35,7 @@ def test_a_question_stands_behind_the_captions_of_its_last_tokens_images():
 
     retriever.find = find
     asked = validation_questions(THINGS)
-    found = captioned(asked, retriever, Captions(KB, PICTURES, True))
+    found = captioned(asked, retriever, Captions(KB, PICTURES))
     line = captions_line(["red apple"])
     assert found.texts == tuple(tuple(line + text for text in row) for row in asked.texts)
     assert (found.right, found.candidates) == (asked.right, asked.candidates)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from studies.color import config as study_config
-from studies.color.config import read_config
+from studies.color.config import ARMS, read_config
 from valm.errors import ValmError
 
 SMALL = """\
@@ -14,7 +14,7 @@ pictures: {openmoji: , folder: {limit: 3}}
 clip: {steps: 2}
 text: {glosses: {}}
 training: {steps: 3}
-arms: [twin, valm]
+arms: [twin, cut]
 seeds: [3]
 """
 
@@ -28,7 +28,7 @@ def config_of(tmp_path, text=SMALL):
 def test_fields_and_defaults(tmp_path):
     config = config_of(tmp_path)
     assert config.pictures == {"openmoji": {}, "folder": {"limit": 3}}
-    assert (config.arms, config.seeds, config.images) == (("twin", "valm"), (3,), 4)
+    assert (config.arms, config.seeds, config.images) == (("twin", "cut"), (3,), 4)
     assert "memory_color" in config.tests
 
 
@@ -42,36 +42,23 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
     assert config.recipe != before
 
 
-def test_the_arms_of_a_seed_and_their_settings(tmp_path):
-    changed = SMALL.replace(
-        "seeds: [3]", "seeds: [3, 4]\nsome_seeds: {twin: [4]}\ntraining_of: {valm: {steps: , lr: 1}}"
-    )
-    config = config_of(tmp_path, changed)
-    assert [list(config.arms_of(seed)) for seed in (3, 4)] == [["valm"], ["twin", "valm"]]
-    assert config.training_settings("valm") == {"lr": 1}
-    assert config.training_settings("twin") == {"steps": 3}
-    assert config.recipe != config_of(tmp_path).recipe
-
-
 def test_the_studies_of_the_repository_are_read():
     folder = Path(study_config.__file__).parent
     full = read_config(folder / "full.yaml")
-    assert (len(full.arms_of(5)), len(full.arms_of(9)), full.seeds) == (12, 6, (5, 6, 7, 8, 9))
-    assert read_config(folder / "small.yaml").arms == ("twin", "valm", "blind")
+    assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS), (10, 11, 12, 13, 14))
+    assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
+    assert read_config(folder / "gpu.yaml").recipe != full.recipe
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("arms: [twin, valm]", "arms: [twin, valn]", "arms[1]: Value error, no known arm: 'valn', did you mean valm?"),
-        ("seeds: [3]", "some_seeds: {twim: [3]}", "no known arm: 'twim', did you mean twin?"),
-        ("seeds: [3]", "training_of: {twin: 3}", "training_of.twin: Input should be an object, got 3"),
+        ("arms: [twin, cut]", "arms: [twim, cut]", "arms[0]: Value error, no known arm: 'twim', did you mean twin?"),
         ("seeds: [3]", "seed: [3]", "seed: Unexpected keyword argument"),
         ("limit: 3", "limit: -1", "greater than or equal to 1, got -1"),
         ("limit: 3", "number: 3", "pictures.folder.number: Extra inputs are not permitted"),
         ("text: {glosses: {}}", "text: {lambada: {}}", "text.lambada: Extra inputs are not permitted"),
         ("clip: {steps: 2}", "clip: {steps: 2026-01-01}", "date is not JSON"),
-        ("clip: {steps: 2}", "clip: {steps: 2}\ncolorless_clip: {drawn: 0}", "greater than or equal to 1, got 0"),
         ("name: tiny\n", "", "name: Field required"),
     ],
 )

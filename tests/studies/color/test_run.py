@@ -1,6 +1,7 @@
 """A whole study of tiny models: every stage, killed and gone on, and what its results say."""
 
 import dataclasses
+import itertools
 import json
 import warnings
 from types import SimpleNamespace
@@ -14,10 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from studies.color import run, seed_scores
-from studies.color.comparisons import retrieval_tests
-from studies.color.config import CUTS, EXCHANGES, read_config
+from studies.color.config import ARMS, DOSES, EXCHANGES, read_config
 from studies.color.results import read_results
-from studies.color.run import as_options, losses, run_study
+from studies.color.run import as_options, best_step, run_study
 from studies.color.study import Study
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
@@ -32,10 +32,6 @@ from valm.store.files import write_json
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
 THINGS = ["kettle", "bucket", "ladder", "hammer", "pencil", "wallet", "banjo", "violin", "canoe", "tractor"]
 THINGS += ["apple", "sky"]  # items of the test sets
-
-
-# Arms of the second study, and those that they are compared with.
-LATER = ["base", "twin", "valm", "cut", "context", "colored-context", "late", "colorless-valm", "colorless-blind"]
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +60,10 @@ def world(tmp_path_factory):
         "pictures": {"things": {"folder": str(root / "pictures")}},
         "clip": {"model": str(root / "clip.json"), "steps": 2, "batch_size": 8},
         "text": {"templates": {"count": 30}},
-        "colorless_clip": {"drawn": 2},
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0}
         | {"validation": 0.2},
-        "training_of": {"random": {"validation": None}},
-        "arms": [*LATER, "blind", "random"],
-        "some_seeds": {"natural-twin": [4]},
+        "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
         "seeds": [3],
@@ -95,20 +88,21 @@ def test_a_whole_study(world):
         run_study(study_of(world, killed))
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
-    assert [line[:2] for line in lines] == [["train", "--base"]] * 2  # Blind, and random: all else was finished
-    assert ("--validation" in lines[0], "--validation" in lines[1]) == (True, False)
+    assert [line[:2] for line in lines] == [["train", "--base"]]  # Blind: all else was finished
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
     results = read_results(files.values())
     assert {of for of, _ in results.measures} == {"validation", "memory_color", "color_terms"}
-    seen = {images for arm, images in results.arms if arm == "valm"}
-    assert seen == {"retrieved", "random", "off", "taken-out", *EXCHANGES, *CUTS}
-    assert {images for arm, images in results.arms if arm == "base"} == {"none", "captions", "colored-captions"}
-    assert {arm for arm, _ in results.arms} == {*LATER, "blind", "random"}
-    # hidden states of what is trained on and of what is held out, once for all arms with the same text, and the same
-    # again for each of the contexts; for random, which holds nothing out; of questions, without captions and with them
-    assert len(list((world / "out/below").iterdir())) == 9
+    assert set(results.arms) == {(name, images) for name, arm in ARMS.items() for images in arm.tests}
+    doses = {(of, images) for (_, images), of in ((row.arm, row.of) for row in results.rows) if images in DOSES}
+    assert {of for of, _ in doses} == {"memory_color", "color_terms"}
+    tables = [(world / f"out/pictures/seed-3-{dose}.csv").read_text().splitlines() for dose in DOSES]
+    assert all(set(fewer) <= set(more) for more, fewer in itertools.pairwise(tables))
+    # hidden states of what is trained on and of what is held out, once for all arms, and the same behind captions; of
+    # questions, without captions and with them
+    assert len(list((world / "out/below").iterdir())) == 6
+    assert EXCHANGES[0] in {measure for _, measure in results.measures}
     answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
     asked = {(row.of, row.measure): row.asked for row in results.rows}
@@ -123,9 +117,9 @@ def test_a_whole_study(world):
         "sky": True,
         "cloud": False,
     }
-    tests = {(test.arm, test.title.split(", ")[1]): test.found.items for test in retrieval_tests(results)}
-    assert tests["valm", "pictures added"] == 2
-    assert len(results.seeds[0]["losses"]["random"]) == 2
+    assert items.pixels.tolist() == ["", "green", "yellow", ""]
+    assert results.difference(("cut", "retrieved"), ("cut", "taken-out"), "memory_color")
+    assert set(results.seeds[0]["training"]["random"]) >= {"steps", "eval_perplexity"}
     stages = set(results.seeds[0]["seconds"])
     assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
     assert any(stage.startswith("scores of twin") for stage in stages)
@@ -180,7 +174,7 @@ def asked(world, tmp_path, monkeypatch):
     monkeypatch.setattr(seed_scores.Scoring, "write", write)
     monkeypatch.setattr(seed_scores.Scoring, "results", results)
 
-    def ask(*tests, arms=("twin", "valm")):
+    def ask(*tests, arms=("twin", "cut")):
         config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms)
         (file,) = run_study(Study(config, tmp_path, main, world / "data", progress=False)).values()
         rows = json.loads(file.read_text())["rows"]
@@ -194,12 +188,12 @@ def asked(world, tmp_path, monkeypatch):
 
 def test_what_was_asked_is_not_asked_again_unless_its_set_has_other_contents(asked):
     first, second = ("validation", "memory_color"), ("validation", "color_terms")
-    assert asked.ask(*first) == (set(first), ["twin", "valm"])
-    assert asked.ask(*second) == (set(second), ["twin", "valm"])
-    for arms in (("twin", "valm"), ("twin",)):
+    assert asked.ask(*first) == (set(first), ["twin", "cut"])
+    assert asked.ask(*second) == (set(second), ["twin", "cut"])
+    for arms in (("twin", "cut"), ("twin",)):
         assert asked.ask(*first, arms=arms) == (set(first), [])
     asked.contents["memory_color"] = "another thing"
-    assert asked.ask(*first)[1] == ["twin", "valm"]
+    assert asked.ask(*first)[1] == ["twin", "cut"]
     del asked.contents["memory_color"]
     assert asked.ask(*first)[1] == []
 
@@ -218,9 +212,9 @@ def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
             asked.ask("validation", "memory_color", "object_shape")
     asked.lacking.clear()
     both = {"validation", "object_shape"}
-    assert asked.ask(*sorted(both, reverse=True)) == (both, ["twin", "twin", "valm"])
+    assert asked.ask(*sorted(both, reverse=True)) == (both, ["twin", "twin", "cut"])
     sets, arms = asked.ask("validation", "memory_color", "object_shape")
-    assert sets == {*both, "memory_color"} and arms == ["twin", "valm"]
+    assert sets == {*both, "memory_color"} and arms == ["twin", "cut"]
 
 
 def test_other_code_in_one_folder_is_noted(asked, monkeypatch):
@@ -254,9 +248,9 @@ def test_settings_become_options():
     ]  # fmt: skip
 
 
-def test_the_losses_are_those_of_the_last_checkpoint(tmp_path):
-    for step, history in ((9, [{"loss": 3.0}]), (10, [{"loss": 3.0}, {"eval_loss": 2.0}, {"loss": 1.23456}])):
+def test_the_step_of_the_model_is_the_best_one_of_the_last_checkpoint(tmp_path):
+    for step, found in ((9, {"global_step": 9}), (10, {"global_step": 10, "best_global_step": 4})):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        write_json(folder / "trainer_state.json", {"log_history": history})
-    assert losses(tmp_path) == [3.0, 1.23456]
+        write_json(folder / "trainer_state.json", found)
+        assert best_step(tmp_path) == (9 if step == 9 else 4)

@@ -88,7 +88,7 @@ def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have
     assert set(measured) == {"raw", "calibrated", "exchanged"}  # the other colour is the same one
     answers = np.array(asked.right)
     answers[1, :2] = asked.candidates.index("blue")
-    row = {"arm": "valm", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}
+    row = {"arm": "cut", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}
     prompts = len(asked.prompts)
     raw, exchanged = counted(row, measured)
     assert (raw["measure"], raw["hits"]) == ("raw", [prompts, prompts - 2, prompts])
@@ -116,13 +116,3 @@ def test_an_arm_is_asked_what_each_test_asks(scorer):
     retrieved, off = (row["hits"] for row in rows if row["measure"] == "nats")
     assert retrieved != off
     assert said[0] == "valm, retrieved, validation"
-
-
-def test_a_test_may_have_a_cut_that_the_model_has_not(scorer):
-    asked = {"validation": validation_questions(THINGS)}
-    cuts = {"retrieved": None, "cut": 0.5, "cut-random": -0.5, "random": None}  # all scores are 0
-    tests = [Evaluation(images, asked, {"prose": TEXTS}, EveryImage(), cut) for images, cut in cuts.items()]
-    rows = score_arm("valm", scorer, tests, print)
-    nats = {row["images"]: row["hits"] for row in rows if row["measure"] == "nats"}
-    assert nats["retrieved"] == nats["cut-random"] == nats["random"] != nats["cut"]
-    assert scorer.model.fusion_options.min_score is None

@@ -69,7 +69,6 @@ def test_a_planted_leak_is_dropped_and_counted(pictures, glosses):
     text = drawn(pictures)
     everything = [
         *text.training,
-        *text.natural,
         *(line for kind in ("glosses", "prose") for line in text.heldout[kind]),
     ]
     assert not set(glosses) & set(everything)
@@ -139,7 +138,6 @@ def test_a_seed_decides_everything_and_nothing_held_out_is_trained_on(pictures, 
     assert one.heldout["glosses"] != two.heldout["glosses"]
     for kind in ("glosses", "prose"):
         assert one.heldout[kind] and not set(one.heldout[kind]) & set(one.training)
-    assert set(one.natural) < set(one.training)
 
 
 def test_repeats_do_not_bring_held_out_texts_into_training(pictures, monkeypatch):
@@ -150,7 +148,7 @@ def test_repeats_do_not_bring_held_out_texts_into_training(pictures, monkeypatch
     text = drawn(pictures)
     read = {line for lines in text.heldout.values() for line in lines}
     assert read & set(repeated) and read & set(topics["a"].split("\n\n"))
-    assert not read & {*text.training, *text.natural}
+    assert not read & set(text.training)
     assert text.counts["prose: left"] == 40
     assert text.counts["training"] == len(text.training)
 
@@ -165,7 +163,7 @@ def test_files(pictures, glosses, tmp_path):
         assert next(csv.reader(file)) == ["Index", "Descriptor", "Item", "Color"]
     assert json.loads((tmp_path / "text/counts.json").read_text()) == text.counts
     assert {file.name for file in (tmp_path / "text").iterdir()} == {
-        "train.jsonl", "natural.jsonl", "heldout-glosses.jsonl", "heldout-prose.jsonl", "heldout-captions.jsonl",
+        "train.jsonl", "heldout-glosses.jsonl", "heldout-prose.jsonl", "heldout-captions.jsonl",
         "captions.json", "validation.csv", "counts.json",
     }  # fmt: skip
 
