@@ -86,7 +86,7 @@ class TrainingOptions:
             elif action.nargs == 0:
                 if not isinstance(value, bool):
                     raise ValmError(f"the config {file} has {key}: {short(value)}, expected true or false")
-                options += [action.option_strings[-1]] if value == action.const else []  # which --no-mix has as False
+                options += [action.option_strings[-1]] if value else []
             else:
                 options.append(f"{action.option_strings[-1]}={_as_text(file, key, value)}")
         return options, fields

@@ -2,8 +2,8 @@
 
 Retrieval always finds something. Prose has few words that a picture shows, and there the nearest images only disturb.
 In a finished model of the first study (studies/color/archive.md, seed 0) a cut at 0.62, nothing trained again, brought
-the perplexity of photo captions from 1.32 to 0.65 times that of the text-only twin, and 44.6 of 45.2 points on questions
-about colours stayed.
+the perplexity of photo captions from 1.32 to 0.65 times that of the text-only twin, and 44.6 of 45.2 points on
+questions about colours stayed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Mixes the trained weights of a pretrained decoder with those that it began with, as much as held-out text asks for.
+"""Mixes the trained weights of a pretrained decoder with those that it began with: in a given share, or as much as
+held-out text asks for (WiSE-FT, Wortsman et al. 2022).
 
 A layer that trains on little text forgets how other text goes on; a share of its first weights gives some of that back.
 """
@@ -25,22 +26,27 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _trained(model)}
 
 
-def mix(training: ImageTrainer, base: Mapping[str, Tensor], shares: Sequence[float]) -> dict[str, float]:
-    """Makes each trained weight (1 - share) × itself + share × the base's, with the share of the least held-out loss.
+def mix(training: ImageTrainer, base: Mapping[str, Tensor], share: float | None = None) -> dict[str, float]:
+    """Makes each trained weight (1 - share) × itself + share × the base's.
 
     The new parameters stay as they are. All processes call it, and choose the same.
 
     Args:
-        training: after its `train()`, with documents to evaluate on.
+        training: after its `train()`, with documents to evaluate on; with a share, these may be missing.
         base: the `base_weights` of its model before that.
-        shares: to choose from, 0 first; of equally good ones the first is chosen.
+        share: default: that of SHARES with the least held-out loss, the first of equally good ones.
 
     Returns:
-        For the model card: `eval_loss` and `eval_perplexity` of the mixed model; the perplexities of the base, of the
-        trained model and, if it sees images, of the mixed model without them; if there was a choice, `base_share`.
+        For the model card: `base_share`, if anything can be mixed; and of the held-out documents `eval_loss` and
+        `eval_perplexity` of the mixed model, and the perplexities of the base, of the trained model and, if it sees
+        images, of the mixed model without them.
     """
     model: Any = training.model
     trained = base_weights(model)
+    if training.eval_dataset is None:
+        assert share is not None
+        _set(model, trained, base, share)
+        return {"base_share": share}
 
     def loss(share: float) -> float:
         _set(model, trained, base, share)
@@ -48,8 +54,8 @@ def mix(training: ImageTrainer, base: Mapping[str, Tensor], shares: Sequence[flo
 
     with _without_images(model):
         of_base = loss(1.0)  # the new parameters have no part in it
-    losses = {share: loss(share) for share in shares}
-    chosen = min(losses, key=lambda share: losses[share])
+    losses = {share: loss(share) for share in _shares(base, share)}
+    chosen = min(losses, key=lambda share: losses[share]) if share is None else share
     with _without_images(model):
         without_images = loss(chosen)  # and the model stays so
     perplexities = {
@@ -59,9 +65,16 @@ def mix(training: ImageTrainer, base: Mapping[str, Tensor], shares: Sequence[flo
     }
     if model.fusion_options.num_images > 0:
         perplexities["eval_perplexity_without_images"] = without_images
-    found = {"base_share": chosen} if len(shares) > 1 else {}
+    found = {"base_share": chosen} if base else {}
     found["eval_loss"] = losses[chosen]
     return found | {name: math.exp(min(value, 700)) for name, value in perplexities.items()}
+
+
+def _shares(base: Mapping[str, Tensor], share: float | None) -> Sequence[float]:
+    """Those whose loss is looked at, 0 first, which is the trained model."""
+    if not base:
+        return SHARES[:1]
+    return SHARES if share is None else tuple(dict.fromkeys((0.0, share)))
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

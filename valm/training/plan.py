@@ -163,10 +163,12 @@ class TrainingPlan:
     patience: int | None = option(
         "with --validation: stop after so many evaluations that were no better; 0: never (default: 3)", least=0
     )
-    mix: bool = option(
-        "with --base, --unfreeze and --validation: do not mix the trained weights with the base's at the end, in the "
-        "share that predicts the validation documents best (`valm.training.mix`)",
-        True,
+    mix: float | None = option(
+        "with --base and --unfreeze: share of the base's weights in the model at the end (`valm.training.mix`) "
+        "(default: with --validation, that which predicts its documents best, else 0)",
+        least=0,
+        below=1,
+        metavar="SHARE",
     )
 
     def check(self) -> None:
@@ -182,8 +184,8 @@ class TrainingPlan:
             raise ValmError("--patience looks at the evaluations: give --validation too")
         if self.patience and not self.training_fields()["load_best_model_at_end"]:
             raise ValmError("--patience keeps the best checkpoint: leave --load_best_model_at_end as it is, or give 0")
-        if not self.mix and (self.base is None or self.validation is None):
-            raise ValmError("--no-mix is of a pretrained decoder that is evaluated: give --base and --validation too")
+        if self.mix is not None and self.unfreeze is None:
+            raise ValmError("--mix is of a base that trains too: give --base and --unfreeze")
         for name in BASE_FIELDS if self.base is None else ():
             if getattr(self, name) is not None:
                 raise ValmError(f"--{name.replace('_', '-')} is of a pretrained decoder: give --base too")

@@ -32,7 +32,7 @@ from valm.training.callbacks import Patience, ended_by_signals, show_progress
 from valm.training.data import Documents, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
-from valm.training.mix import SHARES, base_weights, mix
+from valm.training.mix import base_weights, mix
 from valm.training.plan import TrainingPlan, validation_of
 from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
@@ -71,7 +71,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     torch.manual_seed(settings.seed)
     model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
     sees = model.fusion_options
-    base = None if plan.base is None or held_out is None else base_weights(model)
+    base = None if plan.base is None or (held_out is None and not plan.mix) else base_weights(model)
     training = trainer(
         model,
         documents,
@@ -87,9 +87,9 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         callbacks=[Patience(patience)] if (patience := plan.stops_after()) else None,
     )
     if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-        if plan.mix and base:
+        if plan.mix != 0 and base:
             raise ValmError(
-                "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
+                "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --mix 0"
             )
         base = None
     in_file = plan.validation is not None and isinstance(validation_of(plan.validation), Path)
@@ -106,7 +106,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         with ended_by_signals(training):
             training.train(resume_from_checkpoint=checkpoint)
         if base is not None:
-            training.numbers = mix(training, base, SHARES if plan.mix and base else SHARES[:1])
+            training.numbers = mix(training, base, plan.mix)
             note_numbers(out, training)
         training.write(out, tokenizer, command=command)
     return training

@@ -64,13 +64,6 @@ def test_values_that_an_option_can_have(tmp_path):
     assert found.fields == expected
 
 
-@pytest.mark.parametrize("content, mix", [("mix: false", False), ("mix: true", True), ("seed: 1", True)])
-def test_a_flag_that_is_on_by_itself(tmp_path, content, mix):
-    (tmp_path / "train.yaml").write_text(content)
-    arguments = build_parser().parse_args(["train", "a.txt", "--out", "out", "--config", str(tmp_path / "train.yaml")])
-    assert chosen_plan(arguments).mix is mix
-
-
 def test_any_value_of_any_name_is_taken_or_one_sentence(tmp_path, capsys):
     """Of a sample. What the parser refuses with its usage, it refuses without a file too."""
     values = ["[1]", "{a: 1}", "[]", "true", "evil", "-1", ".nan", "1.5", "''", "2020-01-01", "1.0e+999", "--x"]

@@ -120,7 +120,7 @@ def test_a_training_on_the_tokens_of_the_text_is_evaluated_on_all(world, base, t
 
 @pytest.mark.parametrize("twin", [None, "text", pytest.param("blind", marks=pytest.mark.slow)])
 def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, twin):
-    """As the terminal, _run.json and the card say; again where all steps are done; and not with --no-mix."""
+    """As the terminal, _run.json and the card say; again where all steps are done; and not with --mix 0."""
     out = tmp_path / "model"
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
     train += [] if twin is None else ["--twin", twin]
@@ -161,8 +161,8 @@ def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, t
     assert run(*train, "--resume") == 0
     assert (out / "model.safetensors").read_bytes() == before
     capsys.readouterr()
-    assert run(*train, "--no-mix", "--resume") == 0
-    assert "mixed with the base" not in capsys.readouterr().out
+    assert run(*train, "--mix", 0, "--resume") == 0
+    assert "mixed with the base, whose share is 0" in capsys.readouterr().out
     assert all(torch.equal(weight, trained[name]) for name, weight in load_file(out / "model.safetensors").items())
 
 

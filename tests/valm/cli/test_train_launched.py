@@ -86,7 +86,7 @@ def test_divided_weights_are_not_mixed(world, base, tmp_path, capsys, monkeypatc
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
     assert run(*train, "--unfreeze", "block", "--validation", 0.3, "--out", tmp_path / "model") == 1
     assert (
-        "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --no-mix"
+        "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --mix 0"
         in capsys.readouterr().err
     )
     assert not list(tmp_path.glob("model/*"))

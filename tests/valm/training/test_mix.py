@@ -53,7 +53,7 @@ def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unf
     expected = SHARES[np.argmin(losses)]
     assert expected > 0
     made.model.load_state_dict(after)
-    found = mix(made, before, SHARES)
+    found = mix(made, before)
     assert found["base_share"] == expected
     np.testing.assert_allclose(found["eval_loss"], min(losses), rtol=1e-5)
     np.testing.assert_allclose(found["eval_perplexity"], math.exp(min(losses)), rtol=1e-5)
@@ -73,27 +73,39 @@ def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unf
 
 def test_of_equal_shares_the_smallest_is_chosen(tmp_path):
     made, before = trained(tmp_path, learning_rate=0.0)
-    assert mix(made, before, SHARES)["base_share"] == 0
+    assert mix(made, before)["base_share"] == 0
 
 
-def test_without_a_choice_nothing_is_mixed_and_no_share_is_said(tmp_path):
+def test_a_frozen_base_is_not_mixed_and_no_share_is_said(tmp_path):
     made, before = trained(tmp_path, unfreeze="")
     after = state(made.model)
-    found = mix(made, before, SHARES[:1])
+    found = mix(made, before)
     assert before == {} and "base_share" not in found
     assert all(torch.equal(weight, after[name]) for name, weight in made.model.state_dict().items())
     assert found["eval_perplexity_base"] == found["eval_perplexity_without_images"] != found["eval_perplexity"]
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_share_that_is_given(tmp_path, held_out):
+    made, before = trained(tmp_path)
+    after = state(made.model)
+    if not held_out:
+        made.eval_dataset = None
+    found = mix(made, before, 0.4)
+    assert found["base_share"] == 0.4 and ("eval_perplexity_trained" in found) == held_out
+    for name, weight in before.items():
+        torch.testing.assert_close(made.model.get_parameter(name).data, 0.6 * after[name] + 0.4 * weight)
+
+
 def test_the_weights_keep_their_type_where_evaluations_are_narrow(tmp_path):
     made, before = trained(tmp_path, bf16_full_eval=True)
-    mix(made, before, SHARES)
+    mix(made, before)
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
 
 
 def test_a_mixed_model_is_saved_as_an_adapter_too(tmp_path):
     made, before = trained(tmp_path / "run")
-    assert mix(made, before, SHARES)["base_share"] > 0
+    assert mix(made, before)["base_share"] > 0
     save_adapter(made.model, tmp_path / "adapter")
     loaded = load_adapter(plain_llama(), tmp_path / "adapter")
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())

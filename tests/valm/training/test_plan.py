@@ -36,11 +36,8 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
         (TEXT | {"context": 0}, "--context is 0, expected at least 1"),
         (TEXT | {"validation": 0.5, "patience": -1}, "--patience is -1, expected at least 0"),
-        (
-            TEXT | {"validation": 0.5, "mix": False},
-            "--no-mix is of a pretrained decoder that is evaluated: give --base",
-        ),
-        (TEXT | {"base": "base", "mix": False}, "--no-mix is of a pretrained decoder that is evaluated: give --base"),
+        (TEXT | {"base": "base", "mix": 0.5}, "--mix is of a base that trains too: give --base and --unfreeze"),
+        (TEXT | {"base": "base", "mix": 1.0}, "--mix is 1.0, expected at least 0 and below 1"),
         (TEXT | {"model": "smal"}, "--model is 'smal', did you mean small.; sizes are tiny .4x128x8., small"),
         (TEXT | {"model": "1x32x4"}, "--model is 1x32x4: there must be at least 2 layers"),
         (TEXT | {"model": "3x32x5"}, "--model is 3x32x5: its 5 heads do not divide the width 32 evenly"),
