@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from studies.color.config import ARMS, COLORED_CAPTIONS, EXCHANGES, VALIDATION
 from studies.color.results import (
+    APART,
     CALIBRATED,
     NATS,
     RAW,
@@ -38,16 +39,17 @@ EQUAL = 0.03
 
 
 class Items(NamedTuple):
-    """Some items of a set, under a title for tables."""
+    """Some items of a set, under a title for tables. calibrated: how their answers are, in `answers`."""
 
     title: str
     of: str
     keep: Keep = every
+    calibrated: str = CALIBRATED
 
 
 VALIDATION_THINGS = Items("validation things", VALIDATION)
-WITH_PICTURE = Items("MemoryColor, with a picture", PRIMARY, pictured)
-WITHOUT_PICTURE = Items("MemoryColor, without", PRIMARY, unpictured)
+WITH_PICTURE = Items("MemoryColor, with a picture", PRIMARY, pictured, APART)
+WITHOUT_PICTURE = Items("MemoryColor, without", PRIMARY, unpictured, APART)
 ALL_OF_PRIMARY, ALL_OF_VICOMTE = Items("MemoryColor", PRIMARY), Items("ViComTe colour", VICOMTE)
 SECONDARY = (
     WITH_PICTURE,
@@ -101,7 +103,7 @@ def times(found: Found) -> str:
 
 def raw_and_calibrated(results: Results, arm: ArmTest, items: Items) -> str:
     """Both accuracies in percent."""
-    found = [results.accuracy(arm, items.of, measure, items.keep) for measure in (RAW, CALIBRATED)]
+    found = [results.accuracy(arm, items.of, measure, items.keep) for measure in (RAW, items.calibrated)]
     return "–" if None in found else " / ".join(f"{100 * one.value:.1f}" for one in found if one is not None)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, TWIN, VALM, WITH_PICTURE, WITHOUT_PICTURE, arm_title
 from studies.color.config import DOSES
-from studies.color.results import CALIBRATED, RAW, Results
+from studies.color.results import APART, RAW, Results
 from studies.plots import FAINT, INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def dose(results: Results) -> Figure:
 
 
 def _curve(axes: Axes, results: Results) -> None:
-    for measure, color in zip((RAW, CALIBRATED), SERIES, strict=False):
+    for measure, color in zip((RAW, APART), SERIES, strict=False):
         found = {
             percent: one
             for percent, images in PICTURES.items()
@@ -53,7 +53,7 @@ def _gains(axes: Axes, results: Results) -> None:
     rows = []
     for arm in (TWIN, BLIND, VALM, CUT):
         for items, color in ((WITH_PICTURE, SERIES[0]), (WITHOUT_PICTURE, SERIES[1])):
-            for measure in (RAW, CALIBRATED):
+            for measure in (RAW, APART):
                 found = results.difference(arm, BASE, PRIMARY, measure, items.keep)
                 if found is not None:
                     kind = "with a picture" if items is WITH_PICTURE else "without"

@@ -37,7 +37,7 @@ from studies.color.config import COLORED_CAPTIONS, EXCHANGES
 from studies.color.figures import dose
 from studies.color.hypotheses import SEEDS, hypotheses
 from studies.color.questions import CAPTIONS_KIND
-from studies.color.results import CALIBRATED, RAW, Results
+from studies.color.results import APART, CALIBRATED, RAW, Results, every
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.store.files import output_file, read_text, writable_folder
@@ -109,9 +109,9 @@ def secondary(results: Results) -> str:
     """VaLM with the cut beside the other arms on all other sets and some of their items."""
     rows = []
     for items in SECONDARY:
-        for measure in (RAW, CALIBRATED):
+        for measure in (RAW, CALIBRATED, APART):
             found = [results.difference(*pair, items.of, measure, items.keep) for pair in PAIRS.values()]
-            if any(found):
+            if any(found) and (measure != APART or items.keep is not every):
                 rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
     for exchange in EXCHANGES:
         for items in (ALL_OF_PRIMARY, VALIDATION_THINGS):
@@ -131,7 +131,7 @@ def summary(results: Results) -> str:
     planned = "" if len(results.seeds) >= SEEDS else f" of {SEEDS}"
     rows = []
     for items in (ALL_OF_PRIMARY, WITH_PICTURE, WITHOUT_PICTURE, VALIDATION_THINGS):
-        for measure in (RAW, CALIBRATED):
+        for measure in (RAW, items.calibrated):
             found = [results.difference(*PAIRS[pair], items.of, measure, items.keep) for pair in pairs]
             rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
     for text in results.texts():

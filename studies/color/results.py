@@ -20,9 +20,10 @@ from valm.evaluation.statistics import paired, ratio
 from valm.store.files import Count, read_json
 from valm_kernels.json_files import short
 
-# What is counted of an item: right answers, also with each candidate's probability divided by its mean over the items;
-# of a text its nats. The tests of EXCHANGES count answers with the colour that the images then have.
-RAW, CALIBRATED, NATS = "raw", "calibrated", "nats"
+# What is counted of an item: right answers, also with each candidate's probability divided by its mean over the items,
+# or over those that have a picture as the item has or has not; of a text its nats. The tests of EXCHANGES count answers
+# with the colour that the images then have.
+RAW, CALIBRATED, APART, NATS = "raw", "calibrated", "calibrated apart", "nats"
 # What the tokens of a row saw.
 SEEN = {images for arm in ARMS.values() for images in arm.tests}
 _Number = Annotated[float, Field(ge=0)]
@@ -65,7 +66,6 @@ class SeedJson(TypedDict):
     missing: list[str]
     asked: list[AskedJson]
     rows: list[RowJson]
-    training: dict[str, dict[str, float]]
     versions: dict[str, str]
     hardware: str
     threads: Count

@@ -33,7 +33,7 @@ from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, RECI
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
 from studies.color.seed_scores import Scoring
-from studies.color.study import STUDY_FILE, TRAINING_FILE, Study
+from studies.color.study import STUDY_FILE, Study
 from studies.color.text import read_texts, study_text
 from studies.color.training import study_plan, train_with_captions
 from studies.color.words import Names
@@ -46,8 +46,6 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
 from valm.store.settings import check_same
-from valm.training.image_trainer import STATE_FILE
-from valm.training.run_note import RUN_FILE
 
 RESULTS_FILE = "results.json"
 # The tables of the pictures that show an item of MemoryColor or ColorTerms, and of the rest.
@@ -226,8 +224,7 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
         *as_options(study.config.training),
         *(["--allow-download"] if study.config.allow_download else []),
     )
-    measured = read_json(out / RUN_FILE, "the note on a training", dict[str, Any]).get("numbers", {})
-    _note_training(out, measured | {"steps": best_step(out)})
+    _remove_checkpoints(out)
 
 
 def _train_with_captions(study: Study, name: str, base: str, seed: int) -> None:
@@ -239,13 +236,12 @@ def _train_with_captions(study: Study, name: str, base: str, seed: int) -> None:
     things = {thing.text for thing in load_memory_color(text / "validation.csv")}
     captions = Captions(ImageKnowledgeBase.open(folder / KB_OTHERS), read_pictures(study.pictures), things)
     plan = study_plan(out, base, seed, study.out / "below", study.config.training)
-    done = train_with_captions(plan, read_texts(text / "train.jsonl"), retrieval, captions, study.progress)
-    _note_training(out, done.model_numbers())
+    train_with_captions(plan, read_texts(text / "train.jsonl"), retrieval, captions, study.progress)
+    _remove_checkpoints(out)
 
 
-def _note_training(out: Path, numbers: dict[str, float]) -> None:
-    """Notes what was measured of a model, and removes the checkpoints, which are as large as the model."""
-    write_json(out / TRAINING_FILE, {"numbers": numbers})
+def _remove_checkpoints(out: Path) -> None:
+    """Each is as large as the model."""
     for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
 
@@ -261,10 +257,3 @@ def as_options(settings: dict[str, Any]) -> list[str]:
         if value is not True:
             options.append(str(value))
     return options
-
-
-def best_step(folder: Path) -> int:
-    """The step after which the training in `folder` has its model."""
-    states = sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=lambda file: int(file.parent.name.split("-")[1]))
-    state = read_json(states[-1], "the state of a training", dict[str, Any])
-    return state.get("best_global_step") or state["global_step"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from studies.color.config import ARMS, EXCHANGES
-from studies.color.results import CALIBRATED, NATS, RAW, RowJson
+from studies.color.results import APART, CALIBRATED, NATS, RAW, RowJson
 from valm.clip.tokenizer import begin_id
 from valm.evaluation.metrics import log_prior
 from valm.evaluation.questions import FAIR, Documents, Questions
@@ -18,17 +18,29 @@ from valm.evaluation.scoring import Progress, answer_tokens
 from valm.training.cache_below import FUSION_INPUT, cache_below, fusion_input
 
 
-def answers_of(scorer: CausalScorer, asked: Questions, progress: Progress = None) -> dict[str, np.ndarray]:
+def answers_of(
+    scorer: CausalScorer, asked: Questions, pictured: np.ndarray | None = None, progress: Progress = None
+) -> dict[str, np.ndarray]:
     """The number of the most probable candidate for each item and prompt, (items, prompts).
+
+    Args:
+        pictured: whether each item has a picture, (items,).
 
     Returns:
         By measure: RAW, and if each item has one right answer for all prompts, CALIBRATED: each candidate's probability
-        divided by its mean over the items.
+        divided by its mean over the items. With `pictured` also APART, the mean over the items that have a picture or
+        over those that have none: images change the mean of the former, and in CALIBRATED the answers about the latter.
     """
     scores = scorer.answers(asked, progress)[0].double().numpy()  # (items, prompts, candidates)
     found = {RAW: scores.argmax(-1)}
     if _one_right(asked):
         found[CALIBRATED] = (scores - log_prior(scores)).argmax(-1)
+    if pictured is not None:
+        apart = scores.copy()
+        for some in (pictured, ~pictured):
+            if some.any():
+                apart[some] -= log_prior(scores[some])
+        found[APART] = apart.argmax(-1)
     return found
 
 
@@ -45,13 +57,14 @@ class Counted(NamedTuple):
 
 
 def measures(asked: Questions, colors: Sequence[Mapping[str, str | None]]) -> dict[str, Counted]:
-    """What the measures count: RAW, CALIBRATED where it is asked, and of EXCHANGES those that change a colour.
+    """What the measures count: RAW, CALIBRATED and APART where asked, and of EXCHANGES those that change a colour.
 
     Args:
         colors: of the pictures of each item (`Conditions.colors_of`), or nothing.
     """
     right, every = np.array(asked.right), list(range(len(asked.right)))
-    found = {measure: Counted(every, right) for measure in (RAW, CALIBRATED)[: 1 + _one_right(asked)]}
+    asked_for = (RAW, CALIBRATED, APART) if _one_right(asked) else (RAW,)
+    found = {measure: Counted(every, right) for measure in asked_for}
     candidates = list(asked.candidates)
     for exchange in EXCHANGES:
         changed = {
@@ -138,12 +151,17 @@ class Evaluation(NamedTuple):
 
 
 def score_arm(
-    name: str, scorer: CausalScorer, tests: Sequence[Evaluation], say: Callable[[str], object]
+    name: str,
+    scorer: CausalScorer,
+    tests: Sequence[Evaluation],
+    say: Callable[[str], object],
+    pictured: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of one arm: the answers to each set, or the nats of each kind of text, in each of its tests.
 
     Args:
         say: called with a line about what is being scored.
+        pictured: of some sets, as in `answers_of`.
     """
     rows = []
     for test in tests:
@@ -152,7 +170,7 @@ def score_arm(
         row = {"arm": name, "images": test.images}
         for of, one in test.asked.items():
             say(f"{name}, {test.images}, {of}")
-            for measure, answers in answers_of(scorer, one).items():
+            for measure, answers in answers_of(scorer, one, (pictured or {}).get(of)).items():
                 rows.append(row | {"of": of, "measure": measure, "answers": answers.tolist()})
         for of, documents in test.texts.items():
             say(f"{name}, {test.images}, {of}")

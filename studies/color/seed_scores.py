@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from studies.color.captions import Captions, captioned
@@ -33,7 +34,7 @@ from studies.color.scoring import (
     score_arm,
     text_rows,
 )
-from studies.color.study import STUDY_FILE, TRAINING_FILE, Study, Training
+from studies.color.study import STUDY_FILE, Study
 from studies.color.text import read_texts
 from studies.demo.run import hardware, versions
 from valm.clip.clip import Clip
@@ -116,6 +117,15 @@ class Scoring:
         return {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
 
     @cached_property
+    def pictured(self) -> dict[str, np.ndarray]:
+        """Whether the knowledge base has a picture of each item, of the sets of which some items have none."""
+        return {
+            of: np.array([bool(self.conditions.pictures_of(item)) for item in one.items])
+            for of, one in self.asked.items()
+            if of in COLOR_SETS[:2]
+        }
+
+    @cached_property
     def with_captions(self) -> dict[str, Questions]:
         """Those of `small`, before each question the captions of the images that its last token retrieves."""
         caption = Captions(self.conditions.kb, self.pictures)
@@ -139,7 +149,7 @@ class Scoring:
         for known in filter(None, (plain, behind)):  # of which most arms need the first alone
             read_from_fusion(scorer.model, known, study.out / "below", progress=study.progress)
         say = partial(print, flush=True) if study.progress else _silent
-        write_json(file, score_arm(name, scorer, tests, say), indent=None)
+        write_json(file, score_arm(name, scorer, tests, say, self.pictured), indent=None)
         del scorer
         gc.collect()
 
@@ -166,11 +176,6 @@ class Scoring:
         study, folder = self.study, self.folder
         answers = [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])]
         asked, counts = self._asked()
-        trained = {
-            name: read_json(folder / name / TRAINING_FILE, "the numbers of a training", Training)
-            for name in rows
-            if ARMS[name].made != BASE
-        }
         note = read_json(study.out / STUDY_FILE, "the note on a study", dict[str, Any], "run the study again")
         return {
             "study": study.config.name,
@@ -180,7 +185,6 @@ class Scoring:
             "missing": self.missing,
             "asked": asked,
             "rows": [one for row in answers for one in ([row] if "hits" in row else counted(row, counts[row["of"]]))],
-            "training": {name: one["numbers"] for name, one in trained.items()},
             "counts": read_json(folder / "text" / "counts.json", "the counts of the text", dict[str, Any]),
             "versions": versions(VERSIONS) | {"sources": " ".join(note["sources"])},
             "hardware": hardware(),

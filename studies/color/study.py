@@ -7,22 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
 from studies.color.config import HELDOUT, VALIDATION, StudyConfig
 from valm.errors import ValmError
 
 STUDY_FILE = "study.json"
-# In the folder of a model: a `Training`.
-TRAINING_FILE = "training.json"
-
-
-class Training(TypedDict):
-    """What was measured of a model (`ImageTrainer.model_numbers`)."""
-
-    numbers: dict[str, float]
-
-
 # Runs a command line of `valm` and returns its exit status.
 Command = Callable[[list[str]], int]
 

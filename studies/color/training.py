@@ -1,7 +1,6 @@
 """Trains the arm that `valm train` does not have: captions as text before a document.
 
-It takes the options of a study's `training`, holds out the same documents as `valm train --validation` would, and ends
-with the weights that predict these best.
+It takes the options of a study's `training`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,13 @@ from studies.color.captions import Captions, captions_line
 from studies.color.words import COLOR_WORDS, word_spans
 from valm.clip.tokenizer import own_tokenizer, prompt_ids
 from valm.corpus.retrieved import CorpusRetrieval
-from valm.errors import ValmError
 from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
 from valm.training.cache_below import cache_below
-from valm.training.callbacks import Patience, show_progress
+from valm.training.callbacks import show_progress
 from valm.training.collate import IGNORED
-from valm.training.data import hold_out
-from valm.training.image_trainer import ImageTrainer
-from valm.training.mix import SHARES, base_weights, mix
-from valm.training.plan import PATIENCE, TrainingPlan, validation_of
+from valm.training.mix import base_weights, mix
+from valm.training.plan import TrainingPlan
 from valm.training.train import trainer, training_arguments
 
 # Of a document with captions before it, whose tokens are nothing to be predicted.
@@ -37,7 +33,7 @@ GIVEN = "given"
 
 def train_with_captions(
     plan: TrainingPlan, texts: Sequence[str], retrieval: CorpusRetrieval, caption: Captions, progress: bool
-) -> ImageTrainer:
+) -> None:
     """Trains a text-only twin on `texts`, before each the captions of the images that `retrieval` has for it."""
     base = str(plan.base)
     tokenizer = own_tokenizer(base)
@@ -49,11 +45,20 @@ def train_with_captions(
     torch.manual_seed(plan.seed)
     model = augment(load_decoder(base), 1, 0, unfreeze="block")
     before = base_weights(model)
-    training = _train(plan, model, documents, progress)
-    if plan.validation is not None:
-        training.numbers |= mix(training, before, SHARES)
+    training = trainer(
+        model,
+        cache_below(model, documents, str(plan.cache_below), progress=False),
+        None,
+        tokenizer=tokenizer,
+        arguments=training_arguments(plan.out, **plan.training_fields()),
+        limit_softmax=plan.limit_softmax,
+    )
+    training.data_collator = _WithoutCaptions(training.data_collator)
+    show_progress(training, "train", progress)
+    training.train()
+    if plan.mix:
+        mix(training, before, plan.mix)
     training.write(plan.out, tokenizer)
-    return training
 
 
 def study_plan(out: Path, base: str, seed: int, below: Path, settings: dict[str, Any]) -> TrainingPlan:
@@ -101,29 +106,3 @@ class _WithoutCaptions:
         for row, document in enumerate(documents):
             batch["labels"][row, np.flatnonzero(document[GIVEN])] = IGNORED
         return batch
-
-
-def _train(plan: TrainingPlan, model: Any, documents: Any, progress: bool) -> ImageTrainer:
-    trained, evaluated, callbacks, below = documents, None, [], str(plan.cache_below)
-    if plan.validation is not None:
-        share = validation_of(plan.validation)
-        if not isinstance(share, float):
-            raise ValmError(f"validation in a study is the share of the documents to hold out, not {share}")
-        trained, held_out = hold_out(documents, share, plan.seed)
-        evaluated = cache_below(model, held_out, below, progress=False)
-        patience = PATIENCE if plan.patience is None else plan.patience
-        callbacks = [Patience(patience)] if patience else []
-    training = trainer(
-        model,
-        cache_below(model, trained, below, progress=False),
-        None,
-        tokenizer=own_tokenizer(str(plan.base)),
-        arguments=training_arguments(plan.out, **plan.training_fields()),
-        eval_dataset=evaluated,
-        limit_softmax=plan.limit_softmax,
-        callbacks=callbacks,
-    )
-    training.data_collator = _WithoutCaptions(training.data_collator)
-    show_progress(training, "train", progress)
-    training.train()
-    return training

@@ -12,6 +12,7 @@ PICTURED = np.arange(ITEMS) % 2 == 0
 # Hits of PROMPTS: always, 8 times of 9, never, and where "red" is right.
 ALL, MOST, NONE = (np.full(ITEMS, count) for count in (PROMPTS, PROMPTS - 1, 0))
 RED = PROMPTS * (RIGHT == "red")
+CALIBRATIONS = ("calibrated", "calibrated apart")
 BASE, TWIN, CUT = ("base", "none"), ("twin", "none"), ("cut", "retrieved")
 # What each arm hits with what it sees; a picture has another colour after an exchange, but that of the first item.
 HITS = {
@@ -27,11 +28,11 @@ HITS = {
 
 
 def rows(hits, sets=("memory_color", "validation")):
-    """Rows of the results; calibrated answers are the raw ones."""
+    """Rows of the results; calibrated answers are the raw ones, apart or not."""
     found = []
     for (arm, images), measured in hits.items():
         for of in sets:
-            for measure, counts in (measured | {"calibrated": measured["raw"]}).items():
+            for measure, counts in (measured | dict.fromkeys(CALIBRATIONS, measured["raw"])).items():
                 some = counts[1:] if measure in EXCHANGES else counts
                 row = {"arm": arm, "images": images, "of": of, "measure": measure, "hits": some.tolist()}
                 found.append(row)
@@ -58,7 +59,7 @@ def asked_texts(of):
 def result(seed, pictured=PICTURED):
     """The validation things are each seed's own. pictured: of these."""
     things, own = ([f"{of} {number}" for number in range(ITEMS)] for of in ("thing", str(seed)))
-    measures = ("raw", "calibrated", *EXCHANGES)
+    measures = ("raw", *CALIBRATIONS, *EXCHANGES)
     return {
         "study": "synthetic",
         "recipe": "abc",
@@ -73,7 +74,6 @@ def result(seed, pictured=PICTURED):
             *rows(HITS),
             *(text_row(*arm, nats) for arm, nats in ((BASE, 5.0), (TWIN, 4.0), (CUT, 3.9))),
         ],
-        "training": {"cut": {"steps": 480, "base_share": 0.25, "eval_perplexity": 12.5}},
         "versions": {"torch": "2.13"},
         "hardware": "a processor",
         "threads": 2,

@@ -17,6 +17,7 @@ from studies.color.scoring import (
 )
 from tests.checks.families import open_images
 from tests.valm.other_tokenizers import gpt2_like
+from valm.evaluation.metrics import log_prior
 from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.sets import Item
 from valm.model.augment import augment
@@ -77,7 +78,12 @@ def test_answers_are_the_likeliest_candidates(scorer):
     found = answers_of(scorer, asked)
     assert found["raw"].tolist() == scores.argmax(-1).tolist()
     assert found["calibrated"].shape == found["raw"].shape
-    assert (found["calibrated"] != found["raw"]).any()
+    assert (found["calibrated"] != found["raw"]).any() and set(found) == {"raw", "calibrated"}
+    pictured = np.array([True, False, False])
+    apart = answers_of(scorer, asked, pictured)["calibrated apart"]
+    for some in (pictured, ~pictured):
+        alone = scores[some].double().numpy()
+        assert (apart[some] == (alone - log_prior(alone)).argmax(-1)).all()
 
 
 def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have():
@@ -85,7 +91,7 @@ def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have
     colors = [dict.fromkeys(("retrieved", "exchanged", "other-colors")) for _ in THINGS]
     colors[1] = {"retrieved": "red", "exchanged": "blue", "other-colors": "red"}
     measured = measures(asked, colors)
-    assert set(measured) == {"raw", "calibrated", "exchanged"}  # the other colour is the same one
+    assert set(measured) == {"raw", "calibrated", "calibrated apart", "exchanged"}  # the other colour is the same one
     answers = np.array(asked.right)
     answers[1, :2] = asked.candidates.index("blue")
     row = {"arm": "cut", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}

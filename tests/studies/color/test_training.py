@@ -39,9 +39,8 @@ def test_a_documents_images_are_those_before_its_first_colour():
 
 
 def test_the_settings_of_a_study_are_a_plan(tmp_path):
-    settings = {"steps": 2, "lr": "1e-3", "logit_bias": 0, "validation": 0.2, "train_sampling_strategy": "random"}
+    settings = {"steps": 2, "lr": "1e-3", "logit_bias": 0, "mix": 0.5, "train_sampling_strategy": "random"}
     plan = study_plan(tmp_path, "base", 3, tmp_path / "below", settings)
-    assert (plan.lr, plan.seed, plan.base, plan.validation) == (0.001, 3, "base", 0.2)
+    assert (plan.lr, plan.seed, plan.base, plan.mix) == (0.001, 3, "base", 0.5)
     fields = plan.training_fields()
     assert (fields["max_steps"], fields["logging_steps"], fields["train_sampling_strategy"]) == (2, 1, "random")
-    assert fields["load_best_model_at_end"]  # as `valm train` does
