@@ -212,19 +212,11 @@ class Scoring:
                         "pixels": [colors[item]["retrieved"] or "" for item in items if colors],
                     }
                 )
-        nothing: AskedJson = {
-            "of": "",
-            "measure": NATS,
-            "items": [],
-            "tries": [],
-            "answers": [],
-            "pictured": [],
-            "pixels": [],
-        }
+        nothing: Any = {"measure": NATS, "answers": [], "pictured": [], "pixels": []}
         for of, texts in self.texts.items():
             names = [f"{of} {number}" for number in range(len(texts))]
             tokens = [len(row) - 1 for row in text_rows(self.tokenizer, texts)]  # the first is begin
-            asked.append({**nothing, "of": of, "items": names, "tries": tokens})
+            asked.append(nothing | {"of": of, "items": names, "tries": tokens})
         return asked, counts
 
 
