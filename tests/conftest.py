@@ -16,6 +16,7 @@ import pytest
 MOST_SECONDS = 2  # of a processor, for a test that is not slow
 OF_A_CARD = ("test_gpu.py", "test_cuda_gpu.py")
 SEED = os.environ.get("VALM_TEST_SEED")
+MINUTES = 1200  # a timeout in seconds
 
 # Modules and tests stay until the end. Python's collector would walk through them many times while they are made, and
 # again at each full collection of a test.
@@ -38,7 +39,9 @@ def pytest_report_header() -> str | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shuffles modules, and the tests in each: a module's fixtures are still made once."""
+    """Those that may take minutes go first, as the other processes would wait for one that is last. With SEED, shuffles
+    modules, and the tests in each: a module's fixtures are still made once."""
+    items.sort(key=lambda item: all(mark.args[0] < MINUTES for mark in item.iter_markers("timeout")))
     if SEED:
         generator = random.Random(SEED)
         generator.shuffle(items)
