@@ -37,11 +37,15 @@ def pytest_report_header() -> str | None:
     return SEED and f"modules, and the tests in each, are in the random order VALM_TEST_SEED={SEED}"
 
 
+def may_take_minutes(item: pytest.Item) -> bool:
+    return any(mark.args[0] >= MINUTES for mark in item.iter_markers("timeout"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that may take minutes go first, as the other processes would wait for one that is last. With SEED, shuffles
     modules, and the tests in each: a module's fixtures are still made once."""
-    items.sort(key=lambda item: all(mark.args[0] < MINUTES for mark in item.iter_markers("timeout")))
+    items.sort(key=may_take_minutes, reverse=True)
     if SEED:
         generator = random.Random(SEED)
         generator.shuffle(items)

@@ -16,6 +16,16 @@ class Item(NamedTuple):
     path: Path
     number: int
 
+    def iter_markers(self, name: str) -> list[pytest.Mark]:
+        return [pytest.mark.timeout(3600).mark] if self.number == LONG else []
+
+
+LONG = 7
+
+
+def is_long(item):
+    return item.number == LONG
+
 
 @pytest.fixture
 def run_tests(tmp_path):
@@ -56,7 +66,8 @@ def test_a_seed_orders_modules_and_the_tests_in_each(run_tests, monkeypatch):
         return tests
 
     first, second = order("1"), order("2")
-    assert order(None) == usual and usual != first != second and sorted(first) == sorted(second) == usual
+    assert order(None) == [*filter(is_long, usual), *itertools.filterfalse(is_long, usual)]  # which are as they were
+    assert usual != first != second and sorted(first) == sorted(second) == usual
     assert order("1") == first  # all workers of pytest-xdist must have one order
     modules = [path for path, _ in itertools.groupby(first, key=lambda test: test.path)]
     assert len(modules) == 8 and modules != sorted(modules)

@@ -28,7 +28,7 @@ def test_kb_info_names_size_and_encoder(world, capsys):
 def test_kb_info_as_json(world, capsys):
     assert run("kb", "info", world / "kb", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
-    files = [file for file in (world / "kb").iterdir() if file.name != "manifest.json"]
+    files = [file for file in (world / "kb").iterdir() if file.is_file() and file.name != "manifest.json"]
     assert facts["images"] == facts["captions"] == 6 and facts["thumbnails"] and facts["skipped"] == 0
     assert facts["bytes"] == sum(file.stat().st_size for file in files)
 
