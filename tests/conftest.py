@@ -16,7 +16,7 @@ import pytest
 MOST_SECONDS = 2  # of a processor, for a test that is not slow
 OF_A_CARD = ("test_gpu.py", "test_cuda_gpu.py")
 SEED = os.environ.get("VALM_TEST_SEED")
-MINUTES = 1200  # a timeout in seconds
+LONG_TIMEOUT = 1200  # seconds
 
 # Modules and tests stay until the end. Python's collector would walk through them many times while they are made, and
 # again at each full collection of a test.
@@ -38,7 +38,7 @@ def pytest_report_header() -> str | None:
 
 
 def may_take_minutes(item: pytest.Item) -> bool:
-    return any(mark.args[0] >= MINUTES for mark in item.iter_markers("timeout"))
+    return any(mark.args[0] >= LONG_TIMEOUT for mark in item.iter_markers("timeout"))
 
 
 @pytest.hookimpl(trylast=True)

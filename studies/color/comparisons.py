@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from studies.color.config import ARMS, COLORED_CAPTIONS, EXCHANGES, VALIDATION
+from studies.color.config import ARMS, COLORED_CAPTIONS, VALIDATION
 from studies.color.results import (
     APART,
     CALIBRATED,
@@ -63,7 +63,7 @@ SECONDARY = (
 )
 
 
-def follows(results: Results, items: Items, exchange: str = EXCHANGES[0]) -> Found | None:
+def follows(results: Results, items: Items, exchange: str) -> Found | None:
     """How much more often the arm with the cut answers the exchanged colour with the exchanged images than with the
     original ones, which no model without a knowledge base can."""
     return results.difference((CUT[0], exchange), CUT, items.of, exchange, items.keep)
@@ -109,12 +109,10 @@ def raw_and_calibrated(results: Results, arm: ArmTest, items: Items) -> str:
 
 def cell(found: Found | None, form: Callable[[Found], str], results: Results) -> str:
     """A number in a table of `results`, with its seeds where they are not all."""
-    return "–" if found is None else form(found) + fewer_seeds(found, results)
-
-
-def fewer_seeds(found: Found, results: Results) -> str:
+    if found is None:
+        return "–"
     fewer = len(found.seeds) < len(results.numbers)
-    return f" (seeds {', '.join(map(str, found.seeds))})" if fewer else ""
+    return form(found) + (f" (seeds {', '.join(map(str, found.seeds))})" if fewer else "")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

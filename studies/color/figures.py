@@ -35,6 +35,8 @@ def _curve(axes: Axes, results: Results) -> None:
             for percent, images in PICTURES.items()
             if (one := results.accuracy((CUT[0], images), PRIMARY, measure, WITH_PICTURE.keep))
         }
+        if not found:  # as where validation things alone were asked
+            continue
         values, lows, highs = 100 * np.array([one[:3] for one in found.values()]).T
         axes.plot(list(found), values, "o-", color=color, label=f"VaLM with the cut, {measure}")
         axes.fill_between(list(found), lows, highs, color=color, alpha=0.15, linewidth=0)

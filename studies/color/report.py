@@ -47,7 +47,7 @@ MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.D
 FIGURE = "study-dose.png"
 
 
-def write_page(results: Results, page: str | os.PathLike, images: str | os.PathLike | None = None) -> None:
+def write_page(results: Results, page: str | os.PathLike, images: str | os.PathLike) -> None:
     """Writes the tables between the marks of `page`, and the figure FIGURE into `images`.
 
     A mark is `<!-- study: TABLE of STUDY -->`, and its table ends at `<!-- end -->`; those of other studies stay.
@@ -69,9 +69,8 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
         raise ValmError(f"{path} has no table of the study {study}: mark its place by lines {mark} and <!-- end -->")
     with output_file(path) as temporary:
         temporary.write_text(MARK.sub(filled, text), encoding="utf-8")
-    if images is not None:
-        with atomic_path(writable_folder(images) / FIGURE) as temporary:
-            dose(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
+    with atomic_path(writable_folder(images) / FIGURE) as temporary:
+        dose(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
 
 def state(results: Results) -> str:

@@ -176,10 +176,13 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[
     def add(items: str, kb: str) -> None:
         study.valm("kb", "add", folder / KB_OTHERS, study.pictures / items, *table, "--out", folder / kb, *hub)
 
+    def add_dose(dose: str) -> None:
+        add(_dose_table(study, seed, dose), f"{KB}-{dose}")
+
     stage(KB, lambda: add(ITEMS, KB))
     doses = [dose for dose in DOSES if any(dose in arm.tests for arm in arms)]
     for dose in doses:
-        stage(f"{KB}-{dose}", partial(add, _dose_table(study, seed, dose), f"{KB}-{dose}"))
+        stage(f"{KB}-{dose}", partial(add_dose, dose))
     options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", folder / RETRIEVAL, *hub)
     stage(RETRIEVAL, lambda: study.valm("retrieve", folder / "text" / "train.jsonl", *options))
 

@@ -16,7 +16,6 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.min_score import choose_min_score
 from valm.retrieval.retriever import Retriever
 
-NO_SCORES = "has no retrieval scores: retrieve it again, `valm retrieve CORPUS --kb KB --out FOLDER` writes them"
 # Captions that are read, of images evenly spaced in the knowledge base.
 CAPTIONS = 1000
 # Texts that are read ahead, to find the images of equally long ones together.

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from valm.corpus.min_score import NO_SCORES
 from valm.errors import ValmError
 from valm.retrieval.min_score import cut
 from valm.training.plan import TWINS
@@ -245,7 +244,10 @@ def _one_token(count: int, number: int, document: dict[str, Any]) -> dict[str, A
 
 def _cut(min_score: float, number: int, document: dict[str, Any]) -> dict[str, Any]:
     if "image_scores" not in document:
-        raise ValmError(f"document {number}, for a model with a min_score, {NO_SCORES}")
+        raise ValmError(
+            f"document {number}, for a model with a min_score, has no retrieval scores: retrieve it again, "
+            "`valm retrieve CORPUS --kb KB --out FOLDER` writes them"
+        )
     scores = torch.from_numpy(document["image_scores"])
     ids, scores = cut(torch.from_numpy(document["image_ids"]), scores, min_score)
     return document | {"image_ids": ids.numpy(), "image_scores": scores.numpy()}

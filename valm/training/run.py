@@ -66,7 +66,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     dataset, tokenizer = _open_corpus(plan)
-    min_score = _min_score(plan, kb, dataset, settings.device)
+    min_score = _min_score(plan, kb, dataset)
     documents, held_out = _split(plan, kb, dataset, tokenizer, min_score, settings.seed)
     torch.manual_seed(settings.seed)
     model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
@@ -128,22 +128,17 @@ def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrain
     return f"training {what} with {sees}: {sizes}; {len(documents):,} documents, {steps} steps of {rows}"
 
 
-def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any, device: torch.device) -> float | None:
+def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any) -> float | None:
     """The `min_score` of the documents, also of those of a twin that has images."""
     if kb is None or plan.min_score is None or plan.twin in ("text", "blind"):
         return None
     if not isinstance(plan.min_score, str):
         return plan.min_score
     settings = dict(dataset.query_settings)
-    encoder = open_encoder(
-        kb,
-        tokenizer=dataset.tokenizer,
-        clip=dataset.clip(plan.allow_download),
-        allow_download=plan.allow_download,
-        device=device,
-        dtype=getattr(torch, settings.pop("precision")),
-        **settings,
-    )
+    precision = getattr(torch, settings.pop("precision"))
+    of_clip = {"clip": dataset.clip(plan.allow_download), "allow_download": plan.allow_download}
+    with _retrieving():  # on the CPU, where all processes of a training choose the same, and int8 runs
+        encoder = open_encoder(kb, tokenizer=dataset.tokenizer, dtype=precision, **of_clip, **settings)
     texts = {"questions": plan.questions, "ordinary_text": plan.ordinary_text}
     found = find_min_score(Retriever(encoder, kb, dataset.k), **texts)
     print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)

@@ -34,6 +34,16 @@ def test_a_page_gets_every_table_and_the_figure_of_its_study(tmp_path):
     assert Image.open(tmp_path / FIGURE).size[0] > 400
 
 
+def test_the_figure_and_tables_of_validation_things_alone(tmp_path):
+    found = result(0)
+    found["rows"] = [one for one in found["rows"] if one["of"] != "memory_color"]
+    (tmp_path / "seed.json").write_text(json.dumps(found))
+    (tmp_path / "study.md").write_text("".join(MARK.format(name, "UNWRITTEN") for name in TABLES))
+    write_page(read_results([tmp_path / "seed.json"]), tmp_path / "study.md", tmp_path)
+    assert row(answers(read_results([tmp_path / "seed.json"])), "VaLM with the cut")[:2] == ["88.9 / 88.9", "–"]
+    assert "UNWRITTEN" not in (tmp_path / "study.md").read_text() and (tmp_path / FIGURE).exists()
+
+
 def test_a_page_without_a_place_for_the_study_is_named(tmp_path):
     page = tmp_path / "study.md"
     page.write_text(MARK.format("nothing", ""))
