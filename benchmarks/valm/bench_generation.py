@@ -20,7 +20,7 @@ from valm_kernels import FlatIPIndex
 
 TOWER, K = "ViT-B/32", 4
 # Tokens of the prompt, and new ones.
-SHORT, LONG, ON_CUDA = sized(((32, 16), (64, 64), (32, 128)), ((8, 2), (8, 3), (8, 2)))
+SHORT, LONG, ON_CUDA = sized(((32, 16), (32, 64), (32, 128)), ((8, 2), (8, 3), (8, 2)))
 STORED = sized(100_000, 100)
 
 
@@ -31,20 +31,23 @@ def kb(tmp_path_factory: pytest.TempPathFactory) -> ImageKnowledgeBase:
     return knowledge_base_of([vectors], tmp_path_factory.mktemp("generation") / "kb", clip(TOWER))
 
 
-@pytest.mark.parametrize("name", ["GPT-2*", "VaLM", pytest.param("VaLM, tower in int8", marks=INT8)])
+@pytest.mark.parametrize(
+    "name", ["GPT-2*", "VaLM", "VaLM, tower in bfloat16", pytest.param("VaLM, tower in int8", marks=INT8)]
+)
 @pytest.mark.parametrize(
     "length", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.full)]
 )
 def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
-    if device.type != "cpu" and ("int8" in name or length == LONG):
-        pytest.skip("int8 and this length are for CPUs")
+    if device.type != "cpu" and ("tower in" in name or length == LONG):
+        pytest.skip("a tower of its own precision and this length are for CPUs")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     prompt, new = length if device.type == "cpu" else ON_CUDA
     ids = token_rows(prose(), 1, prompt).to(device)
     model = valm_model(kb.dim, 0 if name == "GPT-2*" else K).to(device, dtype)
     if name != "GPT-2*":
         index = FlatIPIndex(kb.vectors(), device=device)
-        encoder = ContextEncoder(clip(TOWER).to(device), dtype=torch.int8 if "int8" in name else dtype)
+        of_tower = getattr(torch, name.rpartition(" ")[2]) if "tower in" in name else dtype
+        encoder = ContextEncoder(clip(TOWER).to(device), dtype=of_tower)
         model.set_retriever(Retriever(encoder, kb, K, index, cache_tokens=0))
 
     def check(tokens: torch.Tensor) -> None:

@@ -33,12 +33,12 @@ from benchmarks.valm.inputs import (
 from benchmarks.valm_kernels import roofline
 from valm.clip.clip import Clip
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.context import QUERIES, ContextEncoder
+from valm.retrieval.context import CPU_CALL_TOKENS, QUERIES, ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index
 from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
 from valm.retrieval.index_tuning import build_index, context_queries, recall
-from valm.retrieval.retriever import Retriever
+from valm.retrieval.retriever import Retrieved, Retriever
 from valm_kernels import ip_topk, merge_topk
 
 TOKENS = sized(512, 96)
@@ -197,9 +197,35 @@ def bench_search(measure, indexed, name):
     )
 
 
+class ProductsAndSearch:
+    """A retriever whose text tower has nothing but linear layers: the least that retrieval takes, whatever is saved of
+    attention, normalisation and Python."""
+
+    def __init__(self, retriever: Retriever, ids: torch.Tensor):
+        encoder = retriever.encoder
+        self.k, self.dim, self.index = retriever.k, retriever.dim, retriever.index
+        self.found, self.queries = retriever(ids), encoder(ids)
+        self.layers = encoder.tower.linear
+        runs = encoder.runs(ids)
+        streams = [sum(len(run.ids) for run in runs)]
+        if encoder.query == "eot":
+            streams.append(sum(len(run.wanted) for run in runs))
+        self.calls = torch.randn(sum(streams), encoder.tower.positions.shape[1]).split(CPU_CALL_TOKENS)
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Retrieved:
+        for rows in self.calls:
+            for block in self.layers:
+                for layer in (block.attention_in, block.attention_out, block.mlp_in):
+                    out = layer(rows)
+                block.mlp_out(out)
+        self.index.search(self.queries.flatten(0, 1), self.k)
+        return self.found
+
+
 RETRIEVING = [
-    pytest.param(f"{query}, tower in {dtype}", marks=INT8 if dtype == "int8" else ())
-    for dtype in ("float32", "bfloat16", "int8")
+    pytest.param(f"{query}, {what} in {dtype}", marks=INT8 if dtype == "int8" else ())
+    for what, dtypes in (("tower", ("float32", "bfloat16", "int8")), ("products and search", ("int8",)))
+    for dtype in dtypes
     for query in ("state", "eot")
 ]
 
@@ -216,12 +242,14 @@ def bench_whole_model(measure, indexed, tower, name):
     pictures: dict[str, torch.Tensor] = {}
     retriever = None
     if name != "GPT-2*":
-        dtype = getattr(torch, name.rpartition(" ")[2]) if "tower in" in name else torch.float32
+        dtype = torch.float32 if name == "pictures given" else getattr(torch, name.rpartition(" ")[2])
         encoder = ContextEncoder(clip(tower), query="eot" if name.startswith("eot") else "state", dtype=dtype)
         retriever = Retriever(encoder, kb, K, cache_tokens=0)
     if name == "pictures given":
         found = retriever(ids)
         retriever, pictures = None, {"image_pool": found.image_pool, "image_index": found.image_index}
+    if "products" in name:
+        retriever = ProductsAndSearch(retriever, ids)
     model.set_retriever(retriever)
 
     def check(logits):
