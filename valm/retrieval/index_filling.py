@@ -69,7 +69,11 @@ def partial_folder(kb: ImageKnowledgeBase, factory: str, seed: int) -> Iterator[
             except FileNotFoundError:  # another build took it for what a killed one has left
                 continue
             remove_leftovers(folder)
-            yield folder
+            try:
+                yield folder
+            finally:
+                with suppress(OSError):  # unless something is done
+                    folder.rmdir()
             return
 
 
