@@ -90,6 +90,13 @@ PYBIND11_MODULE(_native, m) {
         valm::scale_products(isa, threads, at<int32_t>(products), count, width, at<float>(step), at<float>(zero),
                              at<float>(scale), at<float>(sum), at<float>(bias));
     });
+    m.def("linear_rows",
+          [](const std::string& isa, int threads, uintptr_t rows, int64_t count, int64_t width, uintptr_t weight,
+             int64_t outputs, uintptr_t scale, uintptr_t sum, uintptr_t bias, uintptr_t out) {
+              const py::gil_scoped_release release;
+              valm::linear_rows(isa, threads, at<float>(rows), count, width, at<int8_t>(weight), outputs,
+                                at<float>(scale), at<float>(sum), at<float>(bias), at<int32_t>(out));
+          });
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;

@@ -1,4 +1,5 @@
-"""What a linear layer in int8 does on CPU before and after its integer products, each in one pass over memory."""
+"""What a linear layer in int8 does on CPU before and after its integer products, each in one pass over memory; and all
+of it for a few rows."""
 
 from __future__ import annotations
 
@@ -28,13 +29,7 @@ def round_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: rows are something else, or W is 0.
     """
-    if rows.dtype != torch.float32 or rows.dim() != 2 or rows.device.type != "cpu" or rows.shape[1] == 0:
-        raise ValueError(
-            f"rows must be float32 (n, W) on CPU with W > 0, got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
-        )
-    if rows.requires_grad and torch.is_grad_enabled():
-        raise ValueError("rounding has no gradient: call it under torch.no_grad()")
-    rows = rows.contiguous()
+    rows = _checked(rows)
     rounded = torch.empty_like(rows, dtype=torch.int8)
     step, zero = rows.new_empty(2, len(rows))
     native().round_rows(
@@ -65,20 +60,11 @@ def scale_products_(products: Tensor, step: Tensor, zero: Tensor, scale: Tensor,
         ValueError: a tensor is of another dtype or shape, not contiguous or not on CPU.
     """
     rows, columns = products.shape[0], products.shape[-1]
-    given = {
-        "products": (products, torch.int32, (rows, columns)),
-        "step": (step, torch.float32, (rows,)),
-        "zero": (zero, torch.float32, (rows,)),
-        "scale": (scale, torch.float32, (columns,)),
-        "sum": (sum, torch.float32, (columns,)),
-        "bias": (bias, torch.float32, (columns,)),
-    }
-    for name, (tensor, dtype, shape) in given.items():
-        if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be {dtype} {shape} on CPU and contiguous, got {tensor.dtype} {tuple(tensor.shape)} with "
-                f"strides {tensor.stride()} on {tensor.device}"
-            )
+    _check("products", products, torch.int32, (rows, columns))
+    for name, tensor in (("step", step), ("zero", zero)):
+        _check(name, tensor, torch.float32, (rows,))
+    for name, tensor in (("scale", scale), ("sum", sum), ("bias", bias)):
+        _check(name, tensor, torch.float32, (columns,))
     native().scale_products(
         cpu_isa(),
         torch.get_num_threads(),
@@ -92,3 +78,60 @@ def scale_products_(products: Tensor, step: Tensor, zero: Tensor, scale: Tensor,
         bias.data_ptr(),
     )
     return products.view(torch.float32)
+
+
+@survives_fork
+def linear_rows(rows: Tensor, weight: Tensor, scale: Tensor, sum: Tensor, bias: Tensor) -> Tensor:
+    """`round_rows`, the products with the weights and `scale_products_` in one call, with the same bits.
+
+    The weights are read once, whose time is that of a few rows; many rows are faster by PyTorch's products.
+
+    Args:
+        rows: (n, W) float32 on CPU, without a gradient.
+        weight: (N, W) int8, contiguous.
+        scale, sum, bias: (N,) float32, of the weights.
+
+    Returns:
+        (n, N) float32.
+
+    Raises:
+        ValueError: a tensor is of another dtype or shape or not on CPU, or one of the weights not contiguous.
+    """
+    rows = _checked(rows)
+    outputs, width = weight.shape[0], rows.shape[1]
+    _check("weight", weight, torch.int8, (outputs, width))
+    for name, tensor in (("scale", scale), ("sum", sum), ("bias", bias)):
+        _check(name, tensor, torch.float32, (outputs,))
+    out = rows.new_empty(len(rows), outputs)
+    native().linear_rows(
+        cpu_isa(),
+        torch.get_num_threads(),
+        rows.data_ptr(),
+        *rows.shape,
+        weight.data_ptr(),
+        outputs,
+        scale.data_ptr(),
+        sum.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def _checked(rows: Tensor) -> Tensor:
+    """The rows, contiguous."""
+    if rows.dtype != torch.float32 or rows.dim() != 2 or rows.device.type != "cpu" or rows.shape[1] == 0:
+        raise ValueError(
+            f"rows must be float32 (n, W) on CPU with W > 0, got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+        )
+    if rows.requires_grad and torch.is_grad_enabled():
+        raise ValueError("rounding has no gradient: call it under torch.no_grad()")
+    return rows.contiguous()
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be {dtype} {shape} on CPU and contiguous, got {tensor.dtype} {tuple(tensor.shape)} with "
+            f"strides {tensor.stride()} on {tensor.device}"
+        )

@@ -1,5 +1,5 @@
 // What an int8 linear layer does before and after its integer products: rounding the rows that come in, and scaling the
-// products. Names are those of valm_kernels/int8_rows.py.
+// products; and all of the layer for a few rows. Names are those of valm_kernels/int8_rows.py.
 #pragma once
 
 #include <cstdint>
@@ -19,5 +19,13 @@ void round_rows(const std::string& isa, int threads, const float* rows, int64_t 
 // of the weights.
 void scale_products(const std::string& isa, int threads, int32_t* products, int64_t count, int64_t width,
                     const float* step, const float* zero, const float* scale, const float* sum, const float* bias);
+
+// Both, with the products of rows (count, width) and rounded weights (outputs, width) between them. The time is that of
+// reading the weights, and a few rows share it.
+//
+// out: (count, outputs) float32, in the memory of integers
+void linear_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width,
+                 const int8_t* weight, int64_t outputs, const float* scale, const float* sum, const float* bias,
+                 int32_t* out);
 
 }  // namespace valm

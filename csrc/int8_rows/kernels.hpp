@@ -54,5 +54,16 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
     }
 }
 
+[[maybe_unused]] void multiply(const int8_t* rows, int64_t count, int64_t width, const int8_t* weight, int64_t first,
+                               int64_t last, int64_t outputs, int32_t* products) {
+    for (int64_t n = first; n < last; ++n) {
+        for (int64_t i = 0; i < count; ++i) {
+            int32_t sum = 0;
+            for (int64_t e = 0; e < width; ++e) sum += rows[i * width + e] * weight[n * width + e];
+            products[i * outputs + n] = sum;
+        }
+    }
+}
+
 }  // namespace
 }  // namespace valm

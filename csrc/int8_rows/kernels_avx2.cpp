@@ -3,7 +3,7 @@
 
 namespace valm {
 
-const Int8RowKernels int8_rows_avx2 = {round_row, scale_row};
+const Int8RowKernels int8_rows_avx2 = {round_row, scale_row, multiply};
 
 }  // namespace valm
 #endif

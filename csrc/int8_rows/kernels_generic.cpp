@@ -2,6 +2,6 @@
 
 namespace valm {
 
-const Int8RowKernels int8_rows_generic = {round_row, scale_row};
+const Int8RowKernels int8_rows_generic = {round_row, scale_row, multiply};
 
 }  // namespace valm

@@ -307,6 +307,20 @@ void check_int8_rows(const std::string& isa) {
             const double expected = bias[e] + double{step[row]} * scale[e] * products[i] + double{zero[row]} * sum[e];
             check(std::abs(found - expected) < 1e-3, "scale_products");
         }
+
+        constexpr int64_t kRows = 7, kOutputs = 131;
+        std::vector<int8_t> weight(kOutputs * kWidth);
+        for (size_t e = 0; e < weight.size(); ++e) weight[e] = static_cast<int8_t>(e * 37 % 255 - 127);
+        const std::vector<float> of_weights = uniforms(3 * kOutputs);
+        const float *scales = of_weights.data(), *sums = scales + kOutputs, *biases = sums + kOutputs;
+        std::vector<int32_t> whole(kRows * kOutputs), parts(kRows * kOutputs);
+        valm::linear_rows(isa, 2, rows.data(), kRows, kWidth, weight.data(), kOutputs, scales, sums, biases,
+                          whole.data());
+        for (int64_t i = 0; i < kRows * kOutputs; ++i)
+            for (int64_t e = 0; e < kWidth; ++e)
+                parts[i] += rounded[i / kOutputs * kWidth + e] * weight[i % kOutputs * kWidth + e];
+        valm::scale_products(isa, 2, parts.data(), kRows, kOutputs, step.data(), zero.data(), scales, sums, biases);
+        check(whole == parts, "linear_rows");
     });
     std::printf("rows of int8 layers on %s\n", isa.c_str());
 }

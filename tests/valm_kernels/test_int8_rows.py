@@ -1,4 +1,4 @@
-"""Rounding rows and scaling integer products, held against the operations of PyTorch that they replace."""
+"""Rounding rows, scaling integer products, and a whole layer, against the operations of PyTorch that they replace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.optional_hypothesis import given, settings, st
 from tests.valm_kernels.guard_pages import guarded, needs_guard_pages
-from valm_kernels.int8_rows import round_rows, scale_products_
+from valm_kernels.int8_rows import linear_rows, round_rows, scale_products_
 from valm_kernels.native import native
 
 ISAS = native().cpu_isas()
@@ -69,6 +69,39 @@ def test_rounding_is_bit_for_bit_that_of_torch(isa, count, width, size, kind, se
         assert_same(round_rows(rows), rounded_by_torch(rows))
 
 
+def layer(count: int, width: int, outputs: int, seed: int) -> list[Tensor]:
+    """Rows, and the weights, scale, sum and bias of a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (outputs, width), generator=generator).to(torch.int8)
+    floats = [torch.randn(outputs, generator=generator) for _ in range(3)]
+    return [torch.randn(count, width, generator=generator), weight, *floats]
+
+
+def in_three_calls(rows: Tensor, weight: Tensor, *of_weights: Tensor) -> Tensor:
+    rounded, step, zero = round_rows(rows)
+    return scale_products_((rounded.long() @ weight.long().T).int(), step, zero, *of_weights)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(count=st.integers(0, 9), width=WIDTHS, outputs=st.integers(0, 140), seed=st.integers(0, 1000))
+def test_a_layer_in_one_call_has_the_bits_of_three(isa, count, width, outputs, seed):
+    tensors = layer(count, width, outputs, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VALM_KERNELS_ISA", isa)
+        assert torch.equal(linear_rows(*tensors), in_three_calls(*tensors))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_layer_of_the_largest_products(isa, monkeypatch):
+    monkeypatch.setenv("VALM_KERNELS_ISA", isa)
+    for ends in ([0.0, 1.0], [-1.0, 0.0]):  # nearly all 127, or -128
+        rows, weight = torch.full((2, 3072), ends[1]), torch.full((5, 3072), -127, dtype=torch.int8)
+        rows[:, 0] = ends[0]
+        tensors = [rows, weight, *torch.ones(3, 5)]
+        assert torch.equal(linear_rows(*tensors), in_three_calls(*tensors))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("width", [1, 7, 16, 40, 131])
 def test_what_is_not_finite_stays_in_its_row(isa, width, monkeypatch):
@@ -85,6 +118,9 @@ def test_what_is_not_finite_stays_in_its_row(isa, width, monkeypatch):
             products, _, _, *weights = drawn(3, width, 33, 0)
             out = scale_products_(products, step, zero, *weights)
             assert out[1].isnan().all() and out[::2].isfinite().all()
+            _, *of_layer = layer(3, width, 33, 0)
+            out = linear_rows(rows, *of_layer)
+            assert out[1].isnan().all() and torch.equal(out[::2], linear_rows(good, *of_layer)[::2])
 
 
 def test_a_range_that_is_too_large_for_float32_is_seen():
@@ -120,17 +156,21 @@ def test_nothing_is_read_or_written_beside_a_tensor(isa, width, side, monkeypatc
     tensors = drawn(3, 40, width, 0)
     found = scale_products_(*(guarded(each, side) for each in tensors))
     assert torch.equal(found, scale_products_(*tensors))
+    for outputs in (3, 40):
+        tensors = layer(3, width, outputs, 0)
+        assert torch.equal(linear_rows(*(guarded(each, side) for each in tensors)), linear_rows(*tensors))
 
 
 def test_threads_do_not_change_a_bit():
     rows = torch.randn(777, 131, generator=torch.Generator().manual_seed(0))
     products, *factors = drawn(777, 131, 77, 1)
+    of_layer = layer(5, 131, 777, 2)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append((*round_rows(rows), scale_products_(products.clone(), *factors)))
+            found.append((*round_rows(rows), scale_products_(products.clone(), *factors), linear_rows(*of_layer)))
     finally:
         torch.set_num_threads(before)
     assert_same(*found)
@@ -141,20 +181,25 @@ def test_rows_that_are_not_contiguous():
     rows = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     for view in (rows.T, rows[::3, 5:], rows[:, ::2], rows[:1].expand(6, 30)):
         assert_same(round_rows(view), rounded_by_torch(view.contiguous()))
+        _, *of_layer = layer(0, view.shape[1], 9, 1)
+        assert torch.equal(linear_rows(view, *of_layer), linear_rows(view.contiguous(), *of_layer))
 
 
 @pytest.mark.parametrize(
     "rows", [torch.zeros(2, 3).double(), torch.zeros(3), torch.zeros(2, 0), torch.zeros(2, 3, device="meta")]
 )
 def test_other_rows_are_refused(rows):
-    with pytest.raises(ValueError, match=r"rows must be float32 \(n, W\) on CPU with W > 0, got torch\.float"):
-        round_rows(rows)
+    for function in (round_rows, lambda rows: linear_rows(rows, *layer(0, 3, 4, 0)[1:])):
+        with pytest.raises(ValueError, match=r"rows must be float32 \(n, W\) on CPU with W > 0, got torch\.float"):
+            function(rows)
 
 
 def test_a_gradient_is_refused():
     rows = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(ValueError, match="no gradient"):
         round_rows(rows)
+    with pytest.raises(ValueError, match="no gradient"):
+        linear_rows(rows, *layer(0, 3, 4, 0)[1:])
     with torch.no_grad():
         round_rows(rows)
 
@@ -169,3 +214,13 @@ def test_other_products_and_factors_are_refused(place, name):
         with pytest.raises(ValueError, match=rf"{name} must be torch\.(int32|float32) \("):
             scale_products_(*good[:place], tensor, *good[place + 1 :])
     scale_products_(*good)
+
+
+@pytest.mark.parametrize("place, name", list(enumerate(["weight", "scale", "sum", "bias"], 1)))
+def test_other_layers_are_refused(place, name):
+    good = layer(4, 6, 5, 0)
+    other = good[place]
+    doubled = other.repeat_interleave(2, -1)
+    for tensor in (other.double(), doubled[..., ::2], other.to("meta"), doubled):
+        with pytest.raises(ValueError, match=rf"{name} must be torch\.(int8|float32) \("):
+            linear_rows(*good[:place], tensor, *good[place + 1 :])

@@ -36,6 +36,8 @@ BOUNDS = torch.tensor([0, 1000, 4096])
 IDS = torch.arange(100)
 NUMBERS = torch.arange(5000)
 PRODUCTS = torch.arange(5000 * 32, dtype=torch.int32).reshape(5000, 32)
+LONG_ROWS = ROWS.reshape(32, 5000)
+WEIGHT = (127 * ROWS).to(torch.int8).reshape(32, 5000)
 
 
 def search() -> torch.Tensor:
@@ -59,6 +61,10 @@ def scale_int8() -> torch.Tensor:
     products = torch.from_numpy(PRODUCTS.numpy().copy())
     factors = (ROWS[:, 0].contiguous(), ROWS[:, 1].contiguous(), *ROWS[:3])
     return int8_rows.scale_products_(products, *factors)[:100]
+
+
+def multiply_int8() -> torch.Tensor:
+    return int8_rows.linear_rows(LONG_ROWS[:5], WEIGHT, *ROWS[:3])
 
 
 def search_an_index() -> torch.Tensor:
@@ -92,10 +98,11 @@ OPERATIONS = {
     "image weights": attend_and_weigh,
     "round_rows": round_to_int8,
     "scale_products_": scale_int8,
+    "linear_rows": multiply_int8,
 }
 # Of the operations in a forked child: what PyTorch does alone, or beside native code.
 FORKED = OPERATIONS | {"matmul": multiply, "visual_fusion_attn_varlen": attend_packed}
-NATIVE = ("ip_topk_cpu", "ip_scores_cpu", "image_attn_forward", "round_rows", "scale_products")
+NATIVE = ("ip_topk_cpu", "ip_scores_cpu", "image_attn_forward", "round_rows", "scale_products", "linear_rows")
 
 
 @pytest.fixture(params=OPERATIONS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from valm.errors import ValmError
-from valm_kernels.int8_rows import round_rows, scale_products_
+from valm_kernels.int8_rows import linear_rows, round_rows, scale_products_
 from valm_kernels.memory_maps import memory_limit
 
 Linear = Callable[[Tensor], Tensor]
@@ -100,17 +100,20 @@ class Int8Linear(torch.nn.Module):
         super().__init__()
         weight = weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        rounded = (weight / scale[:, None]).round().to(torch.int8)
-        self.weight = rounded.T.contiguous()  # (W, N)
+        self.weight = (weight / scale[:, None]).round().to(torch.int8)  # (N, W)
         self.scale = scale  # (N,)
-        self.sum = rounded.sum(1) * scale  # (N,), of each output channel's weights
+        self.sum = self.weight.sum(1) * scale  # (N,), of each output channel's weights
         self.bias = bias.detach().float()
 
     def forward(self, states: Tensor) -> Tensor:
         """float32 states (..., W) to (..., N)."""
-        rounded, step, zero = round_rows(states.flatten(0, -2))
-        products = torch._int_mm(rounded, self.weight)
-        out = scale_products_(products, step, zero, self.scale, self.sum, self.bias)
+        rows = states.flatten(0, -2)
+        if len(rows) <= FEW_ROWS:
+            out = linear_rows(rows, self.weight, self.scale, self.sum, self.bias)
+        else:
+            rounded, step, zero = round_rows(rows)
+            products = torch._int_mm(rounded, self.weight.T)
+            out = scale_products_(products, step, zero, self.scale, self.sum, self.bias)
         return out.unflatten(0, states.shape[:-1])
 
 
