@@ -78,7 +78,8 @@ def mypy(file: Path, *options: str) -> list[tuple[int, str]]:
         text=True,
     )
     assert run.returncode in (0, 1), run.stdout + run.stderr
-    errors = re.findall(rf"^{re.escape(str(file))}:(\d+): error: .*\[([\w-]+)\]$", run.stdout, re.MULTILINE)
+    # by its name alone: for a file that has not changed, the cache repeats errors with the folder of an earlier run
+    errors = re.findall(rf"^.*\b{re.escape(file.name)}:(\d+): error: .*\[([\w-]+)\]$", run.stdout, re.MULTILINE)
     return [(int(line), code) for line, code in errors]
 
 
