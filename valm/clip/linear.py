@@ -85,7 +85,7 @@ def pack_layers(model: torch.nn.Module) -> None:
             layer.forward = PackedLinear(weight, layer.bias)
 
 
-class Int8Linear(torch.nn.Module):
+class Int8Linear:
     """x @ weight.T + bias, with weights rounded to int8 per output channel and x per row, summed exactly in int32.
 
     A row's result does not depend on the others in a batch. A row of x is rounded to 256 steps from its least to its
@@ -97,7 +97,6 @@ class Int8Linear(torch.nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor):
-        super().__init__()
         weight = weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         self.weight = (weight / scale[:, None]).round().to(torch.int8)  # (N, W)
@@ -105,7 +104,7 @@ class Int8Linear(torch.nn.Module):
         self.sum = self.weight.sum(1) * scale  # (N,), of each output channel's weights
         self.bias = bias.detach().float()
 
-    def forward(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor) -> Tensor:
         """float32 states (..., W) to (..., N)."""
         rows = states.flatten(0, -2)
         if len(rows) <= FEW_ROWS:
