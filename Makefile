@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*
 
 help:
 	@echo "make demo         train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
-	@echo "make study-small  one seed of the study (studies/color/plan.md), under an hour, into $(STUDY_OUTPUT)/"
+	@echo "make study-small  one seed of the study (studies/color/plan.md), 20 minutes, into $(STUDY_OUTPUT)/"
 	@echo "make test         the quick tests, after each change"
 	@echo "make check        the slow tests, which the workflow runs every night"
 	@echo "make lint         ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
