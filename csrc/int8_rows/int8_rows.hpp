@@ -20,8 +20,8 @@ void round_rows(const std::string& isa, int threads, const float* rows, int64_t 
 void scale_products(const std::string& isa, int threads, int32_t* products, int64_t count, int64_t width,
                     const float* step, const float* zero, const float* scale, const float* sum, const float* bias);
 
-// Both, with the products of rows (count, width) and rounded weights (outputs, width) between them. The time is that of
-// reading the weights, and a few rows share it.
+// A whole layer: round_rows, the products with the rounded weights (outputs, width), and scale_products. For few rows,
+// which share the time of reading the weights.
 //
 // out: (count, outputs) float32, in the memory of integers
 void linear_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width,

@@ -54,6 +54,7 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
     }
 }
 
+// Unused where an instruction set has its own.
 [[maybe_unused]] void multiply(const int8_t* rows, int64_t count, int64_t width, const int8_t* weight, int64_t first,
                                int64_t last, int64_t outputs, int32_t* products) {
     for (int64_t n = first; n < last; ++n) {

@@ -24,17 +24,18 @@ __m128i sums_of(const __m512i* x) {
     return _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
 }
 
-// Of the two factors one has no sign: the weights are read as 128 more than they are.
+// The instruction takes one factor without a sign. So 128 is added to the weights, by turning their sign bits, and 128
+// times the sum of a row is too much in each of its products.
 template <int kSomeRows>
 void multiply_rows(const int8_t* rows, int64_t width, const int8_t* weight, int64_t first, int64_t last,
                    int64_t outputs, int32_t* products) {
     const __m512i sign = _mm512_set1_epi8(-128);
-    int32_t more[kSomeRows];
+    int32_t excess[kSomeRows];
     for (int i = 0; i < kSomeRows; ++i) {
         __m512i sum = _mm512_setzero_si512();
         for (int64_t e = 0; e < width; e += kBytes)
             sum = _mm512_dpbusd_epi32(sum, sign, load(rows + i * width, e, width));
-        more[i] = _mm512_reduce_add_epi32(sum);
+        excess[i] = _mm512_reduce_add_epi32(sum);
     }
     for (int64_t n = first; n < last; n += kOutputs) {
         const int64_t some = last - n < kOutputs ? last - n : kOutputs;
@@ -52,7 +53,7 @@ void multiply_rows(const int8_t* rows, int64_t width, const int8_t* weight, int6
         }
         const __mmask8 wanted = static_cast<__mmask8>((1 << some) - 1);
         for (int i = 0; i < kSomeRows; ++i) {
-            const __m128i found = _mm_sub_epi32(sums_of(sums[i]), _mm_set1_epi32(more[i]));
+            const __m128i found = _mm_sub_epi32(sums_of(sums[i]), _mm_set1_epi32(excess[i]));
             _mm_mask_storeu_epi32(products + i * outputs + n, wanted, found);
         }
     }
