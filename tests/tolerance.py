@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -41,11 +43,20 @@ def assert_accurate(
 
 # Of sums in the precision itself; 16-bit kernels sum in float32 and round once.
 ROUNDINGS = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
+# Between two float32 products of the same unit vectors, computed in other batches.
+UNIT_VECTORS = 2**-22
 
 
-def assert_agree(actual: Tensor, expected: Tensor, name: str = "") -> None:
+def assert_agree(actual: Tensor | ArrayLike, expected: Tensor | ArrayLike, name: str = "") -> None:
     """Two ways to compute the same, such as with a cache and without: they differ by rounding, at most by ROUNDINGS
-    units in the last place of the largest value, in the coarser precision of the two."""
+    units in the last place of the largest value, in the coarser precision of the two.
+
+    What is no tensor was computed in float32, such as the losses of a log. A single number is expected everywhere.
+    """
+    actual, expected = (
+        one if isinstance(one, Tensor) else torch.from_numpy(np.asarray(one, np.float32)) for one in (actual, expected)
+    )
+    expected = expected.expand(actual.shape) if expected.dim() == 0 else expected
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     finite = expected.isfinite()
     assert actual[~finite].double().equal(expected[~finite].double()), f"{name}: wrong where it should be infinite"

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.tolerance import assert_agree
 from tests.valm.other_tokenizers import gpt2_like, qwen_like
 from tests.valm.retrieval.indexed import make_kb_of_directions
 from tests.valm.store.manifests import contents, edit_manifest
@@ -66,7 +67,7 @@ def test_scores_are_those_of_the_search(corpus, documents, retriever):
         found = corpus[index]
         assert found["input_ids"].tolist() == document and found["image_ids"].tolist() == ids[0].tolist()
         assert (ids[0, 0] == -1).all() and (ids[0, 1:] >= 0).all() and found["image_scores"].dtype == np.float32
-        np.testing.assert_allclose(found["image_scores"], scores[0].numpy(), rtol=0, atol=1e-5)
+        assert_agree(found["image_scores"], scores[0].numpy())
     for wrong in (-1, len(documents)):
         with pytest.raises(IndexError, match=f"documents go from 0 to 15, got {wrong}"):
             corpus[wrong]

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import valm
+from tests.tolerance import assert_agree
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.three_images import retriever_in
 from valm.errors import ValmError
@@ -101,7 +102,7 @@ def test_a_masked_model_has_one_mask_for_each_token_of_an_answer(folders, name, 
             log_probs = model(read)[output][0].log_softmax(-1)
             masks = (read[0] == tokenizer.mask_token_id).nonzero()[:, 0]
             expected = sum(log_probs[at, id] for at, id in zip(masks, ids, strict=True))
-            torch.testing.assert_close(found[number], expected, rtol=1e-4, atol=1e-4)
+            assert_agree(found[number], expected)
     with pytest.raises(NotApplicable, match="no probability of a text"):
         scorer.documents(Documents("lambada", FAIR, ("a b",), True), None)
 
@@ -124,7 +125,7 @@ def test_a_causal_model_scores_answers_alone_and_documents(folders):
     read = [tokenizer.bos_token_id, *tokenizer(" yellow")["input_ids"]]
     log_probs = model(torch.tensor([read])).logits[0, :-1].log_softmax(-1)
     expected = log_probs.gather(-1, torch.tensor(read[1:])[:, None]).sum()
-    torch.testing.assert_close(alone[0], expected, rtol=1e-4, atol=1e-4)
+    assert_agree(alone[0], expected)
     text = "The banana is yellow"
     fair = scorer.documents(Documents("lambada", FAIR, (text,), True), None)
     published = scorer.documents(Documents("lambada", PUBLISHED, (text,), True), None)
@@ -132,7 +133,7 @@ def test_a_causal_model_scores_answers_alone_and_documents(folders):
     assert (fair["words"], fair["bytes"]) == (4, len(text))
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     last = model(ids[:, :-1]).logits[0, -1].log_softmax(-1)
-    assert published["word_nats"] == pytest.approx(-last[ids[0, -1]].item(), rel=1e-4)
+    assert_agree(published["word_nats"], -last[ids[0, -1]].item())
 
 
 def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp_path, clip):
@@ -151,7 +152,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     scorer.switch("off", None)
     without, _ = scorer.answers(asked, None)
     expected, _ = original.answers(asked, None)
-    torch.testing.assert_close(without, expected, rtol=1e-4, atol=1e-4)
+    assert_agree(without, expected)
     assert not torch.allclose(seen, expected, rtol=1e-3)
     scorer.switch("on", None)
     torch.testing.assert_close(scorer.answers(asked, None)[0], seen)
@@ -223,7 +224,7 @@ def test_each_item_is_asked_with_its_own_choices(folders, name):
     assert scores[0, :, 2].isneginf().all()
     for item, candidates in enumerate(choices):
         expected, _ = scorer.answers(questions(candidates=candidates))
-        torch.testing.assert_close(scores[item, :, : len(candidates)], expected[item], rtol=1e-5, atol=1e-5)
+        assert_agree(scores[item, :, : len(candidates)], expected[item])
 
 
 def test_a_model_without_a_head_is_refused(folders, tmp_path):

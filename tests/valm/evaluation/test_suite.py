@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tolerance import assert_agree
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import model_for, model_of
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
@@ -188,7 +189,7 @@ def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path
     (plain, _), (turned, _) = (
         scorer.answers(what_is_asked(SETS["sst2"], FAIR, data), None) for data in (world / "data", tmp_path)
     )
-    torch.testing.assert_close(plain, turned.flip(0), rtol=1e-5, atol=1e-5)
+    assert_agree(plain, turned.flip(0))
 
 
 def test_checkpoints_of_several_seeds_are_one_row(world):

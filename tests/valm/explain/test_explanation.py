@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tolerance import assert_agree
 from tests.valm.model.decoders import tiny_gpt2
 from tests.valm.other_tokenizers import gpt2_like, llama_like
 from valm.clip.tokenizer import prompt_ids
@@ -25,14 +26,14 @@ def test_an_explanation_holds_what_the_model_computes(model, tokenizer, kb):
     np.testing.assert_array_equal(explanation.text_weights, text[0])
     np.testing.assert_array_equal(explanation.image_weights, images[0])
     np.testing.assert_array_equal(explanation.scores, found.scores[0])
-    np.testing.assert_allclose(explanation.text_weights[2].sum(-1) + explanation.image_weights[2].sum(-1), 1, rtol=1e-5)
+    assert_agree(explanation.text_weights[2].sum(-1) + explanation.image_weights[2].sum(-1), 1)
     ids_of_last = found.image_ids[found.image_index[0, -1]].tolist()
     assert [image.caption for image in explanation.images_of(-1)] == [kb.item(id).uri for id in ids_of_last]
     assert explanation.images_of(-1)[0].thumbnail is not None and explanation.note == ""
     probabilities = model(ids).logits[0, -1].softmax(-1)
     for word, probability in zip(explanation.answers, explanation.probabilities, strict=True):
         (id,) = tokenizer(word, add_special_tokens=False).input_ids
-        assert probability == pytest.approx(probabilities[id].item(), rel=1e-5)
+        assert_agree(probability, probabilities[id].item())
     assert list(explanation.probabilities) == sorted(explanation.probabilities, reverse=True)
 
 
@@ -52,13 +53,13 @@ def test_given_answers_may_have_several_tokens(model, tokenizer):
     explanation = explain(model, tokenizer, TEXT, answers=answers)
     expected = answer_log_probs(model, tokenizer, [TEXT], answers)[0].exp()
     assert explanation.answers == tuple(answers)
-    np.testing.assert_allclose(explanation.probabilities, expected, rtol=1e-4)
+    assert_agree(explanation.probabilities, expected)
 
 
 def test_a_note_says_what_images_there_are(make_model, model, tokenizer):
     none = explain(make_model(0), tokenizer, TEXT)
     assert "K = 0" in none.note and none.images == ()
-    np.testing.assert_allclose(none.text_weights.sum(-1), 1, rtol=1e-5)
+    assert_agree(none.text_weights.sum(-1), 1)
     off = explain(model, tokenizer, TEXT, with_images=False)
     assert "switched off" in off.note and off.image_index.shape == (7, 0)
     pool, index = torch.zeros(0, model.fusion_options.image_dim), torch.zeros(1, 7, 0, dtype=torch.int64)
@@ -81,7 +82,7 @@ def test_another_tokenizer_is_explained_too(clip, kb, make_tokenizer):
     explanation = explain(model, own, "A red apple")
     assert explanation.image_weights.max() > 0
     total = explanation.text_weights.sum(-1) + explanation.image_weights.sum(-1)
-    np.testing.assert_allclose(total, 1, rtol=1e-5)
+    assert_agree(total, 1)
     ids = torch.tensor([prompt_ids(own, "A red apple")])  # as in training
     assert len(explanation.tokens) == ids.shape[1] and explanation.tokens[-1] == "apple"
     assert all(token == token.strip() != "" for token in explanation.tokens)
@@ -89,9 +90,9 @@ def test_another_tokenizer_is_explained_too(clip, kb, make_tokenizer):
     assert explanation.answers
     for word, probability in zip(explanation.answers, explanation.probabilities, strict=True):
         id = own(f": {word}", add_special_tokens=False).input_ids[-1]
-        assert probability == pytest.approx(probabilities[id].item(), rel=1e-4)
+        assert_agree(probability, probabilities[id].item())
     given = explain(model, own, "A red apple", answers=explanation.answers[:3])
-    np.testing.assert_allclose(given.probabilities, explanation.probabilities[:3], rtol=1e-4)
+    assert_agree(given.probabilities, explanation.probabilities[:3])
 
 
 def test_another_retriever_changes_images_and_answers(model, tokenizer):
@@ -112,7 +113,7 @@ def test_readers_side_by_side_have_the_same_answers(model, make_model, tokenizer
     for explanation, own in zip(together.values(), alone, strict=True):
         shared = dict(zip(explanation.answers, explanation.probabilities, strict=True))
         for word, probability in zip(own.answers, own.probabilities, strict=True):
-            assert shared.get(word, probability) == pytest.approx(probability, rel=1e-4)
+            assert_agree(shared.get(word, probability), probability)
         assert own.answers[0] in shared
 
 

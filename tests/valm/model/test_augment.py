@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import valm
 from tests.checks.families import tiny
+from tests.tolerance import assert_agree
 from tests.valm.model.decoders import (
     IMAGE_DIM,
     IMAGES,
@@ -33,10 +34,6 @@ from valm.errors import ValmError
 from valm.model.augment import augment, fusion_module
 from valm.model.probe import attention_path, decoder_layers
 from valm_kernels import sort_image_slots
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def logits(model, **arguments):
@@ -68,7 +65,7 @@ def test_closed_images_leave_the_logits_as_they_were():
         with torch.no_grad():
             assert fusion_module(model)(torch.zeros(1, IMAGE_DIM)).logit_bias.tolist() == [-10] * 4
             fusion_module(model).logit_bias_delta.fill_(-20.0)
-        close(logits(model), expected)
+        assert_agree(logits(model), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2"])
@@ -86,12 +83,12 @@ def test_ln_img_starts_as_the_layers_own_norm(family):
     if family in norms:
         norm = getattr(layer, norms[family])
         weight = norm.weight + 1 if family == "gemma2" else norm.weight
-        close(module.norm.weight, weight)
+        assert_agree(module.norm.weight, weight)
         if family == "gpt2":
-            close(module.norm.bias, norm.bias)
+            assert_agree(module.norm.bias, norm.bias)
     else:  # no norm before it: the scale of what it reads
         scale = read[0].square().mean(-1).sqrt().median().item()
-        close(module.norm.weight, torch.full((64,), scale), 1e-3)
+        assert_agree(module.norm.weight, torch.full((64,), scale))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +147,7 @@ def test_a_trainer_trains_it_with_its_default_arguments(tmp_path):
     Trainer(model, arguments, train_dataset=[row] * 8, data_collator=collate).train()
     assert loss_of(model.eval()).item() != before
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
-    close(logits(loaded), logits(model))
+    assert_agree(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +168,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make, reentrant):
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert gradient.any(), name
-        close(gradients[1][name], gradient)
+        assert_agree(gradients[1][name], gradient)
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -250,7 +247,7 @@ def test_retrieval_scores_are_added_to_the_logits_of_images(make):
         without = make()
         without.load_state_dict(model.state_dict(), strict=False)
         fusion_module(without).logit_bias_delta.add_(module(images["image_pool"]).score_scale * 0.6)
-        close(without(ids, **images).logits, flat)
+        assert_agree(without(ids, **images).logits, flat)
     assert (varied - flat).abs().max() > 1e-2
     model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
@@ -339,7 +336,7 @@ def test_a_mask_of_numbers_hides_as_one_of_bools():
     model, ids, images = augmented(), random_ids(2, 5), random_images(2, 5)
     for hidden in (-torch.inf, torch.finfo(torch.float32).min, -1e4):
         mask = torch.full((2, 1, 5, 5), hidden).triu(1)
-        close(model(ids, **images, attention_mask=mask).logits, model(ids, **images).logits)
+        assert_agree(model(ids, **images, attention_mask=mask).logits, model(ids, **images).logits)
 
 
 @each_model
@@ -348,7 +345,7 @@ def test_hidden_states_and_embeddings_are_the_bases(make):
     out = model(ids, **images, output_hidden_states=True)
     assert len(out.hidden_states) == 4
     embeds = model.get_input_embeddings()(ids)
-    close(model(inputs_embeds=embeds, **images).logits, out.logits)
+    assert_agree(model(inputs_embeds=embeds, **images).logits, out.logits)
     model.set_retriever(HashRetriever())
     with pytest.raises(ValueError, match="reads token ids"):
         model(inputs_embeds=embeds)
@@ -381,7 +378,7 @@ def test_it_compiles_to_one_graph(make):
     for attention_mask in (None, mask, holes):
         expected = model(ids, attention_mask=attention_mask, **images).logits
         present = slice(None) if attention_mask is None else attention_mask.bool()
-        close(compiled(ids, attention_mask=attention_mask, **images).logits[present], expected[present])
+        assert_agree(compiled(ids, attention_mask=attention_mask, **images).logits[present], expected[present])
     compiled(ids, **images).logits.sum().backward()
     assert fusion_module(model).norm.weight.grad.any()
 
@@ -397,7 +394,7 @@ def test_a_batch_is_one_graph(make, holes):
     given = {"attention_mask": mask} if holes else {}
     seen = mask.bool() if holes else slice(None)
     found = torch.compile(model, fullgraph=True, backend="eager")(ids, **given, **images).logits
-    close(found[seen], model(ids, **given, **images).logits[seen])
+    assert_agree(found[seen], model(ids, **given, **images).logits[seen])
 
 
 @pytest.mark.slow
@@ -409,10 +406,10 @@ def test_a_compiled_model_sees_the_images_of_a_retriever_that_is_set_later():
         without = compiled(ids).logits
     model.set_retriever(HashRetriever())
     with_images = compiled(ids).logits
-    close(with_images, model(ids).logits)
+    assert_agree(with_images, model(ids).logits)
     assert (with_images - without).abs().max() > 1e-2
     model.set_retriever(None)
-    close(compiled(ids).logits, without)
+    assert_agree(compiled(ids).logits, without)
 
 
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
@@ -422,7 +419,7 @@ def test_offloaded_weights_are_there_when_they_are_read(tmp_path, offload):
     arguments = {"offload_dir": tmp_path} if offload is disk_offload else {}
     offload(model, execution_device=torch.device("cpu"), **arguments)
     assert fusion_module(model).k_bias.device.type == "meta"
-    close(logits(model), expected)
+    assert_agree(logits(model), expected)
 
 
 def with_hook(path):

@@ -6,15 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tolerance import assert_accurate
+from tests.tolerance import UNIT_VECTORS, assert_accurate, assert_agree
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import padded
 from valm.retrieval import context
 from valm.retrieval.context import QUERIES, ContextEncoder
 
-# Two units in the last place of float32 at 1. The text tower runs in float64 where two ways of asking for the same
-# query are compared, so nothing but the last rounding may differ.
-TOLERANCE = 2 * 2**-23
 VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs AVX-512 VNNI")
 TOKENS = st.integers(0, 47)
 ROWS = st.lists(st.lists(TOKENS, min_size=1, max_size=60), min_size=1, max_size=4)
@@ -46,7 +43,8 @@ def alone(encoder, row):
 
 
 def close(found, expected):
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
+    """The text tower runs in float64 where two ways to the same query are compared, and rounds at the end."""
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=UNIT_VECTORS)
 
 
 @fixed
@@ -221,7 +219,7 @@ def test_segments_are_encoded_together(clip, pool, monkeypatch):
     calls.clear()
     apart = encoder(ids, mask)
     assert calls == [[10, 10], [10, 8], [4]]
-    assert torch.allclose(together, apart, atol=1e-12)
+    assert_agree(together, apart)
 
 
 @pytest.mark.parametrize("query", QUERIES)

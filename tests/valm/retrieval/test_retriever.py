@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from tests.tolerance import UNIT_VECTORS
 from tests.valm.retrieval.test_alignment import gpt2_like
 from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import TEXTS, make_clip
@@ -56,7 +57,7 @@ def test_the_pictures_are_the_nearest(retriever, batch):
     assert real.sum() == mask.sum() - len(ids)  # without the first tokens
     global_ids = found.image_ids[found.image_index]
     assert torch.equal(global_ids[real], expected.indices[real])
-    assert torch.allclose(found.scores[real].double(), expected.values[real], rtol=0, atol=2**-22)
+    assert torch.allclose(found.scores[real].double(), expected.values[real], rtol=0, atol=UNIT_VECTORS)
 
 
 def test_padding_has_no_pictures(retriever, batch):
@@ -95,7 +96,7 @@ def test_the_cache_changes_nothing(exact_retriever, data):
     queries = exact_retriever.encoder(ids, mask)
     expected_ids, expected_scores = exact_retriever.nearest(queries)
     assert torch.equal(found_ids, expected_ids)
-    assert torch.allclose(found_scores, expected_scores, rtol=0, atol=2**-22)
+    assert torch.allclose(found_scores, expected_scores, rtol=0, atol=UNIT_VECTORS)
     assert cache.hits + cache.misses - served == queries.any(-1).sum()
     assert cache.tokens <= cache.capacity
 
@@ -139,7 +140,7 @@ def test_texts_are_read_with_the_encoders_tokenizer(exact_retriever):
     for row, ids in enumerate(rows):
         expected_ids, expected_scores = exact_retriever.find(torch.tensor([ids]))
         assert torch.equal(found_ids[row, : len(ids)], expected_ids[0])
-        assert torch.allclose(found_scores[row, : len(ids)], expected_scores[0], rtol=0, atol=2**-22)
+        assert torch.allclose(found_scores[row, : len(ids)], expected_scores[0], rtol=0, atol=UNIT_VECTORS)
         assert (found_ids[row, len(ids) :] == -1).all()
     assert torch.equal(exact_retriever(TEXTS).scores, found_scores)
     with pytest.raises(ValueError, match=r"got a text; give \['a red apple lies on '\]"):
@@ -195,7 +196,7 @@ def test_a_prompt_and_what_follows_it(exact_retriever):
         steps = [slice(0, 30), *(slice(n, n + 1) for n in range(30, ids.shape[1]))]
         for at in steps:
             found = exact_retriever.step(ids[:, at], state)
-            assert torch.allclose(found.scores, whole_scores[:, at], rtol=0, atol=2**-22)
+            assert torch.allclose(found.scores, whole_scores[:, at], rtol=0, atol=UNIT_VECTORS)
             seen = found.image_index >= 0
             assert torch.equal(found.image_ids[found.image_index[seen]], whole_ids[:, at][seen])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.threads import THREADS, at_once
+from tests.tolerance import UNIT_VECTORS
 from tests.valm.retrieval.indexed import K, make_indexed, random_directions
 from tests.valm.retrieval.test_alignment import gpt2_like
 from tests.valm.tiny_clip import TEXTS
@@ -19,8 +20,6 @@ from valm.retrieval.segment_cache import SegmentCache
 
 WORDS = " ".join(TEXTS).split()
 ROUNDS = 3
-# Another batch rounds a query elsewhere.
-ROUNDING = 2**-22
 
 
 def random_texts(seed: int) -> list[str]:
@@ -74,7 +73,7 @@ def test_a_retriever(encoder, make_kb, monkeypatch, cache_tokens):
         for number, texts in enumerate(batches[thread]):
             ids, scores = retriever.find(texts)
             assert torch.equal(ids, expected[thread][number][0])
-            torch.testing.assert_close(scores, expected[thread][number][1], rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(scores, expected[thread][number][1], rtol=0, atol=UNIT_VECTORS)
             some = np.random.default_rng(number).integers(0, 30, 9)
             assert np.array_equal(kb.gather(some), vectors[some])
             assert [kb.item(int(id)) for id in some] == [items[id] for id in some]
@@ -99,7 +98,7 @@ def test_queries_of_an_encoder(encoder):
 
     def use():
         for one, queries in zip(ids, expected, strict=True):
-            torch.testing.assert_close(encoder(one), queries, rtol=0, atol=ROUNDING)
+            torch.testing.assert_close(encoder(one), queries, rtol=0, atol=UNIT_VECTORS)
 
     at_once(*[use] * THREADS)
 

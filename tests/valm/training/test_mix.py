@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tolerance import assert_agree
 from tests.valm.training.documents import Vectors, documents, new_trainer
 from tests.valm.training.test_train import plain_llama
 from valm.model.adapter import load_adapter, save_adapter
@@ -55,19 +56,19 @@ def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unf
     made.model.load_state_dict(after)
     found = mix(made, before)
     assert found["base_share"] == expected
-    np.testing.assert_allclose(found["eval_loss"], min(losses), rtol=1e-5)
-    np.testing.assert_allclose(found["eval_perplexity"], math.exp(min(losses)), rtol=1e-5)
-    np.testing.assert_allclose(found["eval_perplexity_trained"], math.exp(losses[0]), rtol=1e-5)
+    assert_agree(found["eval_loss"], min(losses))
+    assert_agree(found["eval_perplexity"], math.exp(min(losses)))
+    assert_agree(found["eval_perplexity_trained"], math.exp(losses[0]))
     for name, weight in made.model.state_dict().items():
         mixed = (1 - expected) * after[name] + expected * before[name] if name in before else after[name]
         torch.testing.assert_close(weight, mixed)
     assert ("eval_perplexity_without_images" in found) == (num_images > 0)
     base = new_trainer(tmp_path, model=plain_llama(), kb=None, eval_dataset=HELD_OUT).evaluate()
-    np.testing.assert_allclose(found["eval_perplexity_base"], base["eval_perplexity"], rtol=1e-5)
+    assert_agree(found["eval_perplexity_base"], base["eval_perplexity"])
     if num_images:
         blind = [document | {"image_ids": np.full_like(document["image_ids"], -1)} for document in HELD_OUT]
         without = made.evaluate(blind)["eval_perplexity"]
-        np.testing.assert_allclose(found["eval_perplexity_without_images"], without, rtol=1e-5)
+        assert_agree(found["eval_perplexity_without_images"], without)
         assert abs(without / found["eval_perplexity"] - 1) > 1e-3
 
 

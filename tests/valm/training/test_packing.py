@@ -2,12 +2,12 @@
 
 import logging
 
-import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.checks.families import tiny
+from tests.tolerance import assert_agree
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.model.augment import augment
 from valm.model.probe import keeps_apart
@@ -51,7 +51,7 @@ def test_a_packed_training_has_the_losses_of_a_padded_one(kind, images, tmp_path
             tmp_path / str(row_length), model, row_length, Vectors() if images else None
         )
         assert collator.row_length == row_length
-    np.testing.assert_allclose(found[24], found[None], rtol=1e-5)
+    assert_agree(found[24], found[None])
 
 
 def test_a_family_that_mixes_documents_is_padded(tmp_path, caplog):
