@@ -24,10 +24,13 @@ def build_parser() -> CommandParser:
     )
     run.add_argument("--seed", type=int, action="append", help="run this one of its seeds only; may be repeated")
     run.add_argument("--results", type=Path, help="folder into which the results of each seed are copied")
-    report = command(study_commands, "report", run_report, "write the tables and the figure of a page from results")
+    report = command(study_commands, "report", run_report, "write the tables and the figure of pages from results")
     report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
     report.add_argument(
-        "--page", type=Path, default=Path("docs/results/study.md"), help="Markdown file with marks for tables"
+        "--page",
+        type=Path,
+        action="append",
+        help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md and README.md)",
     )
     report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figure")
     return study
@@ -68,11 +71,15 @@ def run_run(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from studies.color.report import write_page
+    from studies.color.report import write_figure, write_page
     from studies.color.results import read_results
 
-    write_page(read_results(arguments.results), arguments.page, arguments.figures)
-    print(f"written to {arguments.page} and {arguments.figures}")
+    results = read_results(arguments.results)
+    pages = arguments.page or [Path("docs/results/study.md"), Path("README.md")]
+    for page in pages:
+        write_page(results, page)
+    write_figure(results, arguments.figures)
+    print(f"written to {', '.join(map(str, pages))} and {arguments.figures}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/results/study.md, from the results of its seeds: no number there is typed."""
+"""The tables and the figure of docs/results/study.md and the README, from the results of seeds: no number is typed."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.D
 FIGURE = "study-dose.png"
 
 
-def write_page(results: Results, page: str | os.PathLike, images: str | os.PathLike) -> None:
-    """Writes the tables between the marks of `page`, and the figure FIGURE into `images`.
+def write_page(results: Results, page: str | os.PathLike) -> None:
+    """Writes the tables between the marks of `page`.
 
     A mark is `<!-- study: TABLE of STUDY -->`, and its table ends at `<!-- end -->`; those of other studies stay.
 
@@ -69,6 +69,10 @@ def write_page(results: Results, page: str | os.PathLike, images: str | os.PathL
         raise ValmError(f"{path} has no table of the study {study}: mark its place by lines {mark} and <!-- end -->")
     with output_file(path) as temporary:
         temporary.write_text(MARK.sub(filled, text), encoding="utf-8")
+
+
+def write_figure(results: Results, images: str | os.PathLike) -> None:
+    """Writes FIGURE into the folder `images`."""
     with atomic_path(writable_folder(images) / FIGURE) as temporary:
         dose(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
@@ -128,14 +132,13 @@ def summary(results: Results) -> str:
         return "No seed has both models yet."
     pairs = list(PAIRS)[:3]
     planned = "" if len(results.seeds) >= SEEDS else f" of {SEEDS}"
+    asked = [(items, items.calibrated) for items in (ALL_OF_PRIMARY, WITH_PICTURE, WITHOUT_PICTURE)]
     rows = []
-    for items in (ALL_OF_PRIMARY, WITH_PICTURE, WITHOUT_PICTURE, VALIDATION_THINGS):
-        for measure in (RAW, items.calibrated):
-            found = [results.difference(*PAIRS[pair], items.of, measure, items.keep) for pair in pairs]
-            rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
-    for text in results.texts():
-        ratios = [perplexity_ratio(results, *PAIRS[pair], text) for pair in pairs]
-        rows.append([f"perplexity of {text}, ×", *(cell(one, times, results) for one in ratios)])
+    for items, measure in [(ALL_OF_PRIMARY, RAW), *asked, (VALIDATION_THINGS, RAW)]:
+        found = [results.difference(*PAIRS[pair], items.of, measure, items.keep) for pair in pairs]
+        rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
+    ratios = [perplexity_ratio(results, *PAIRS[pair], CAPTIONS_KIND) for pair in pairs]
+    rows.append([f"perplexity of {CAPTIONS_KIND}, ×", *(cell(one, times, results) for one in ratios)])
     seeds = ", ".join(map(str, results.numbers))
     return table([f"VaLM with the cut, points [95 %], seeds {seeds}{planned}", *pairs], rows)
 

@@ -152,14 +152,6 @@ class Results:
         """Those of every row, in their order."""
         return list(dict.fromkeys(row.arm for row in self.rows))
 
-    @cached_property
-    def measures(self) -> list[tuple[str, str]]:
-        """(set or text, measure) of every row, in their order."""
-        return list(dict.fromkeys((row.of, row.measure) for row in self.rows))
-
-    def texts(self) -> list[str]:
-        return [of for of, measure in self.measures if measure == NATS]
-
     def having(self, *asked: tuple[str, ArmTest]) -> Results:
         """The seeds in which each (set or text, arm) was asked."""
         found = {(row.seed, row.of, row.arm) for row in self.rows}

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from studies.color.hypotheses import holm, hypotheses
-from studies.color.report import FIGURE, TABLES, answers, secondary, summary, write_page
+from studies.color.report import FIGURE, TABLES, answers, secondary, summary, write_figure, write_page
 from studies.color.results import read_results
 from tests.studies.color.synthetic import PICTURED, RIGHT, result, without, write
 from valm.errors import ValmError
@@ -25,7 +25,9 @@ def test_a_page_gets_every_table_and_the_figure_of_its_study(tmp_path):
     page = tmp_path / "study.md"
     other = "<!-- study: state of other -->\nOLD\n<!-- end -->\n"
     page.write_text("# A study\n\n" + "\n".join(MARK.format(name, "UNWRITTEN") for name in TABLES) + other)
-    write_page(read_results(write(tmp_path)), page, tmp_path)
+    results = read_results(write(tmp_path))
+    write_page(results, page)
+    write_figure(results, tmp_path)
     text = page.read_text()
     assert "UNWRITTEN" not in text and other in text
     assert text.count("<!-- end -->") == len(TABLES) + 1
@@ -39,8 +41,10 @@ def test_the_figure_and_tables_of_validation_things_alone(tmp_path):
     found["rows"] = [one for one in found["rows"] if one["of"] != "memory_color"]
     (tmp_path / "seed.json").write_text(json.dumps(found))
     (tmp_path / "study.md").write_text("".join(MARK.format(name, "UNWRITTEN") for name in TABLES))
-    write_page(read_results([tmp_path / "seed.json"]), tmp_path / "study.md", tmp_path)
-    assert row(answers(read_results([tmp_path / "seed.json"])), "VaLM with the cut")[:2] == ["88.9 / 88.9", "–"]
+    results = read_results([tmp_path / "seed.json"])
+    write_page(results, tmp_path / "study.md")
+    write_figure(results, tmp_path)
+    assert row(answers(results), "VaLM with the cut")[:2] == ["88.9 / 88.9", "–"]
     assert "UNWRITTEN" not in (tmp_path / "study.md").read_text() and (tmp_path / FIGURE).exists()
 
 
@@ -48,10 +52,10 @@ def test_a_page_without_a_place_for_the_study_is_named(tmp_path):
     page = tmp_path / "study.md"
     page.write_text(MARK.format("nothing", ""))
     with pytest.raises(ValmError, match="a table 'nothing', expected one of state"):
-        write_page(read_results(write(tmp_path)), page, tmp_path)
+        write_page(read_results(write(tmp_path)), page)
     page.write_text(MARK.format("state", "").replace("synthetic", "other"))
     with pytest.raises(ValmError, match=r"no table of the study synthetic: .* <!-- study: state of synthetic -->"):
-        write_page(read_results(write(tmp_path)), page, tmp_path)
+        write_page(read_results(write(tmp_path)), page)
 
 
 def test_answers_are_raw_and_calibrated_by_picture(tmp_path):

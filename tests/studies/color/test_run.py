@@ -92,7 +92,7 @@ def test_a_whole_study(world):
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
     results = read_results(files.values())
-    assert {of for of, _ in results.measures} == {"validation", "memory_color", "color_terms"}
+    assert {row.of for row in results.rows} == {"validation", "memory_color", "color_terms"}
     assert set(results.arms) == {(name, images) for name, arm in ARMS.items() for images in arm.tests}
     doses = {(of, images) for (_, images), of in ((row.arm, row.of) for row in results.rows) if images in DOSES}
     assert {of for of, _ in doses} == {"memory_color", "color_terms"}
@@ -100,7 +100,7 @@ def test_a_whole_study(world):
     assert all(set(fewer) <= set(more) for more, fewer in itertools.pairwise(tables))
     # hidden states of what is trained on, alone and behind captions, and of questions, alone and behind captions
     assert len(list((world / "out/below").iterdir())) == 4
-    assert EXCHANGES[0] in {measure for _, measure in results.measures}
+    assert EXCHANGES[0] in {row.measure for row in results.rows}
     answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
     asked = {(row.of, row.measure): row.asked for row in results.rows}
