@@ -16,15 +16,16 @@ from tests.bare_python import bare_python, path_without
 ROOT = Path(__file__).parent.parent
 
 
-def build(tmp_path: Path, python: str | Path = sys.executable, **environment: str) -> subprocess.CompletedProcess:
-    """Build the extension into tmp_path, from this tree, under the given environment."""
-    return subprocess.run(
-        [python, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
+def setup_py(command: list, python: str | Path = sys.executable, **environment: str) -> subprocess.CompletedProcess:
+    """Runs setup.py of this tree under the given environment."""
+    environment = {**os.environ, **environment}
+    return subprocess.run([python, "setup.py", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def build(tmp_path: Path, *python: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Builds the extension into tmp_path."""
+    places = ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+    return setup_py(["build_ext", *places], *python, **environment)
 
 
 def in_module(tmp_path: Path, expression: str) -> str:
@@ -142,13 +143,8 @@ def test_cuda_on_without_nvcc_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_a_build_without_a_compiler_ends_in_one_sentence(tmp_path):
     """And soon: no file is copied first."""
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build", "--build-base", tmp_path / "build"],
-        cwd=ROOT,
-        env={**os.environ, "PATH": str(tmp_path), "CXX": "", "VALM_KERNELS_CUDA": "off"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {"PATH": str(tmp_path), "CXX": "", "VALM_KERNELS_CUDA": "off"}
+    done = setup_py(["build", "--build-base", tmp_path / "build"], **environment)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("The native code of valm needs a compiler for C++17, but there is no 'c++' here: install")

@@ -39,8 +39,8 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     return names
 
 
-def imports(file: Path) -> Iterator[str]:
-    """What a file imports, also inside functions and for type checkers, `from a import b` as "a.b".
+def imports(file: Path, late: bool = True) -> Iterator[str]:
+    """What a file imports, `from a import b` as "a.b"; where `late`, also inside functions and for type checkers.
 
     In valm imports have the full name. In valm_kernels they are relative, because a kernel hub gives each copy of it a
     name of its own, and begin with a dot here.
@@ -52,24 +52,9 @@ def imports(file: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
-        pending.extend(ast.iter_child_nodes(node))
-
-
-def at_import(file: Path) -> set[str]:
-    """The packages that the import of a file imports: not those inside functions or for type checkers."""
-    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
-    found = set()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.partition(".")[0])
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if not isinstance(node, ast.FunctionDef | ast.Lambda):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if late or not (for_types or isinstance(node, ast.FunctionDef | ast.Lambda)):
             pending.extend(ast.iter_child_nodes(node))
-    return found
 
 
 def unit(name: str) -> str:
@@ -155,7 +140,8 @@ def test_the_kernels_are_imported_with_torch_alone():
     allowed = {"triton": {"triton"}, "storage.py": {"numpy"}}
     for file in modules(ROOT, "valm_kernels").values():
         here = allowed.get(file.parent.name, allowed.get(file.name, set()))
-        assert at_import(file) - sys.stdlib_module_names <= {"torch"} | here, file
+        packages = {name.partition(".")[0] for name in imports(file, late=False) if not name.startswith(".")}
+        assert packages - sys.stdlib_module_names <= {"torch"} | here, file
 
 
 def test_valm_uses_the_public_names_of_the_kernels():

@@ -23,9 +23,10 @@ from benchmarks.valm_kernels import bench_long_attention
 from benchmarks.valm_kernels.bench_long_attention import DECODING, SIZES, TEXT_ONLY
 from benchmarks.valm_kernels.bench_visual_fusion import CASES
 from tests.bare_python import bare_python, path_without
+from tests.valm.killed import still_running
 
 # In the place of what a step runs: notes its call, ends a test of flash attention and the test "b", adds a row to the
-# file of --results, and writes tiles. Where it is told to die it does so in "b", the first time.
+# file of --results, and writes tiles. Where it is told to die it does so in "b".
 STAND_IN = """
 import json, os, pathlib, sys
 
@@ -57,24 +58,18 @@ if "measure" in sys.argv:
     pathlib.Path(folder, "tiles.json").write_text(TILES)
 if "benchmarks.valm_kernels.measure_crossover" in sys.argv:
     pathlib.Path(folder, "crossover.json").write_text(CROSSOVER)
-if dies == "always" or dies == "first" and first:
+if dies == "always":
     os.kill(os.getpid(), 9)
 if ended:
     add(ended, f"{run},b,passed,0.1,\\n", header)
 """
+CARD = {"capability": 90, "head_dim": 64, "device": "a card", "triton": "3.6.0"}
 TILES = [
-    {
-        **{"kernel": "forward", "bytes": 2, "capability": 90, "head_dim": 64, "device": "a card", "triton": "3.6.0"},
-        **{"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3, "ms": 0.04, "table_ms": 0.05},
-    }
+    {"kernel": "forward", "bytes": 2, "ms": 0.04, "table_ms": 0.05}
+    | {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3}
+    | CARD
 ]
-
-CROSSOVER = [
-    {
-        **{"capability": 90, "head_dim": 64, "keys": 2048, "longest": 8192},
-        **{"device": "a card", "torch": "2.13.0", "triton": "3.6.0"},
-    }
-]
+CROSSOVER = [{"keys": 2048, "longest": 8192, "torch": "2.13.0"} | CARD]
 
 
 def row_of(group, name, ms, gpu_ms, least):
@@ -92,11 +87,9 @@ def stand_in(steps, folder, dies="never"):
     for name, entries in (("TILES", TILES), ("CROSSOVER", CROSSOVER)):
         code = code.replace(f"{name})", f"{json.dumps(entries)!r})")
     code = code.replace("NONE", repr(gpu_steps.NONE_MEASURED)).replace("FLASH", gpu_steps.FLASH_TESTS)
+    start = (sys.executable, "-Sc", code)
     return [
-        replace(
-            step,
-            commands=tuple((sys.executable, "-Sc", code, step.name, str(folder), dies, *one) for one in step.commands),
-        )
+        replace(step, commands=tuple((*start, step.name, str(folder), dies, *one) for one in step.commands))
         for step in steps
     ]
 
@@ -159,9 +152,8 @@ def test_the_whole_plan_runs_to_its_end(card, check, capfd):
     assert check() == 0
     ended = read_steps(folder)
     assert list(ended) == [step.name for step in plan(folder, 90, 2)]
-    assert {name: outcome.outcome for name, outcome in ended.items() if outcome.outcome != "passed"} == dict.fromkeys(
-        MODEL, "skipped"
-    )
+    others = {name: outcome.outcome for name, outcome in ended.items() if outcome.outcome != "passed"}
+    assert others == dict.fromkeys(MODEL, "skipped")
     called = calls(folder)
     assert [name for name, _ in called].count("tests") == 2 and [name for name, _ in called].count("sanitizers") == 4
     # what is measured is tested, and used once that has passed
@@ -210,22 +202,12 @@ def test_dies_in_every_step_and_resumes(card, check):
 
 
 def test_a_process_that_was_killed_is_started_again(card):
-    begun = str(card / "begun")
-    once = (
-        f"import os; there = os.path.exists({begun!r}); open({begun!r}, 'w').close(); there or os.kill(os.getpid(), 9)"
-    )
-    always = "import os; os.kill(os.getpid(), 9)"
+    begun, always = str(card / "begun"), "import os; os.kill(os.getpid(), 9)"
+    once = f"import os\nif not os.path.exists({begun!r}):\n    open({begun!r}, 'w').close()\n    {always}"
     steps = [Step(name, 9, ((sys.executable, "-Sc", code),)) for name, code in (("once", once), ("always", always))]
     run_steps(steps, card, time.monotonic())
     assert [outcome.outcome for outcome in read_steps(card).values()] == ["passed", "failed"]
     assert "ended with exit status -9" in read_steps(card)["always"].note
-
-
-@pytest.mark.slow
-def test_a_process_that_died_is_started_again(card, check):
-    folder = card / "results" / "1"
-    assert check("first") == 0
-    assert [name for name, _ in calls(folder)].count("attention") == 2
 
 
 @pytest.mark.slow
@@ -337,27 +319,15 @@ def test_processes_of_a_step_end_with_it(card):
     sleeper = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     starter = f"import subprocess, sys; subprocess.run([sys.executable, '-Sc', {sleeper!r}])"
     run_steps([Step("slow", 5, (command(starter),))], card, time.monotonic() - gpu_check.LIMIT_S + 5)
-    pid = int(started.read_text())
-    end = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < end:  # until the system has ended it
-        time.sleep(0.1)
-    assert not is_running(pid)
-
-
-def is_running(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(state) and not state.startswith("Z")
+    assert still_running([int(started.read_text())]) == []
 
 
 @pytest.mark.slow
 def test_a_step_takes_what_those_before_have_left_and_no_more(card, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
-    steps = [
-        Step("quick", 2, (command("pass"),)),
-        Step("slow", 1, (command("import time; time.sleep(60)"),)),
-        Step("last", 2, (command("pass"),)),
-    ]
-    run_steps(steps, card, time.monotonic())
+    sleeper = "import time; time.sleep(60)"
+    planned = (("quick", 2, "pass"), ("slow", 1, sleeper), ("last", 2, "pass"))
+    run_steps([Step(name, budget, (command(code),)) for name, budget, code in planned], card, time.monotonic())
     assert [outcome.outcome for outcome in read_steps(card).values()] == ["passed", "failed", "passed"]
     assert re.fullmatch(r"not done in [234] s", read_steps(card)["slow"].note)
 
@@ -365,10 +335,7 @@ def test_a_step_takes_what_those_before_have_left_and_no_more(card, monkeypatch)
 def test_why_a_step_was_not_run(card, monkeypatch):
     monkeypatch.setattr(gpu_check, "LIMIT_S", 6)
     sleeper = command("import time; time.sleep(60)")
-    steps = [
-        Step("absent", 2, (("no-such-sanitizer",),)),
-        Step("skipped", 100, (sleeper,), skipped="no reason"),
-    ]
+    steps = [Step("absent", 2, (("no-such-sanitizer",),)), Step("skipped", 100, (sleeper,), skipped="no reason")]
     run_steps(steps, card, time.monotonic())
     ended = read_steps(card)
     assert [outcome.outcome for outcome in ended.values()] == ["failed", "skipped"]
@@ -377,40 +344,31 @@ def test_why_a_step_was_not_run(card, monkeypatch):
     assert read_steps(card)["late"].note == "not run: 6 s are over, run it again"
 
 
-def test_failed_tests_fail_a_step_and_give_their_reasons(card):
+FAIL_AND_SKIP = [("a", "passed", ""), ("b", "failed", "1 is not 2"), ("c", "skipped", "no faiss")]
+
+
+@pytest.mark.parametrize(
+    ("tests", "exits", "note"),
+    [
+        (FAIL_AND_SKIP, 0, "1 passed, 1 failed, 1 skipped"),
+        # one that killed its process, also where the process that went on after it ended well
+        ([("a", "passed", ""), ("b", outcomes.STARTED, "")], 0, "1 passed; not ended: b"),
+        # none passed, as where the processes find no card, and skip all
+        ([(test, "skipped", "needs a CUDA device") for test in "ab"], 5, "2 skipped; no test passed"),
+        ([], 5, "no test passed"),
+    ],
+)
+def test_a_step_of_tests_fails_unless_all_have_ended_well(card, tests, exits, note):
     path = card / f"{slug('some tests')}.outcomes.csv"
-    for test, outcome, note in (("a", "passed", ""), ("b", "failed", "1 is not 2"), ("c", "skipped", "no faiss")):
-        outcomes.write(path, Ended(1, test, outcome, 0.1, note))
-    step = Step("some tests", 9, ((*command("pass"), "--outcomes", str(path)),), tests=True)
-    run_steps([step], card, time.monotonic())
+    for test, outcome, reason in tests:
+        outcomes.write(path, Ended(1, test, outcome, 0.1, reason))
+    once = (*command(f"import sys; sys.exit({exits})"), "--outcomes", str(path))
+    run_steps([Step("some tests", 9, (once,), tests=True)], card, time.monotonic())
     assert read_steps(card)["some tests"].outcome == "failed"
-    assert read_steps(card)["some tests"].note == "1 passed, 1 failed, 1 skipped"
-    assert gpu_check.why_skipped_or_failed(card) == [
-        "some-tests: 1 failed: 1 is not 2",
-        "some-tests: 1 skipped: no faiss",
-    ]
-
-
-def test_a_test_that_killed_its_process_fails_the_step(card):
-    """Also where the process that went on after it ended well."""
-    path = card / "tests.outcomes.csv"
-    outcomes.write(path, Ended(1, "a", "passed", 0.1))
-    outcomes.write(path, Ended(1, "b", outcomes.STARTED))
-    run_steps([Step("tests", 9, ((*command("pass"), "--outcomes", str(path)),), tests=True)], card, time.monotonic())
-    assert read_steps(card)["tests"].outcome == "failed"
-    assert read_steps(card)["tests"].note == "1 passed; not ended: b"
-
-
-@pytest.mark.parametrize("skipped", [0, 2])
-def test_no_test_that_passed_is_no_success(card, skipped):
-    """As where the processes find no card, and skip all."""
-    path = card / "tests.outcomes.csv"
-    for test in range(skipped):
-        outcomes.write(path, Ended(1, f"test {test}", "skipped", 0, "needs a CUDA device"))
-    step = Step("tests", 9, ((*command("import sys; sys.exit(5)"), "--outcomes", str(path)),), tests=True)
-    run_steps([step], card, time.monotonic())
-    assert read_steps(card)["tests"].outcome == "failed"
-    assert read_steps(card)["tests"].note == ("2 skipped; no test passed" if skipped else "no test passed")
+    assert read_steps(card)["some tests"].note == note
+    if tests is FAIL_AND_SKIP:
+        reasons = ["some-tests: 1 failed: 1 is not 2", "some-tests: 1 skipped: no faiss"]
+        assert gpu_check.why_skipped_or_failed(card) == reasons
 
 
 def test_without_a_card_nothing_runs(card, monkeypatch, capfd):
@@ -423,20 +381,15 @@ def test_without_a_card_nothing_runs(card, monkeypatch, capfd):
 def test_budgets_of_all_steps_fit_in_ten_minutes(card):
     steps = plan(card, 90, 16)
     assert sum(step.budget_s for step in steps) <= gpu_check.LIMIT_S < 600
-    assert [len(step.commands) for step in steps if step.name in ("tests", "compile tiles", "sanitizers")] == [
-        16,
-        16,
-        4,
-    ]
+    processes = {step.name: len(step.commands) for step in steps}
+    assert [processes[name] for name in ("tests", "compile tiles", "sanitizers")] == [16, 16, 4]
 
 
 def test_steps_name_files_and_options_that_exist(card):
-    for step in plan(card, 90, 1):
-        for one in step.commands:
-            files = [argument for argument in one if argument.startswith(("benchmarks/", "tests/", "setup.py"))]
-            assert all((gpu_report.ROOT / file).exists() for file in files)
-    measured = [command for step in plan(card, 90, 1) for command in step.commands if "--results" in command]
-    assert len(measured) == 6
+    commands = [command for step in plan(card, 90, 1) for command in step.commands]
+    files = [word for words in commands for word in words if word.startswith(("benchmarks/", "tests/", "setup.py"))]
+    assert all((gpu_report.ROOT / file).exists() for file in files)
+    assert sum("--results" in command for command in commands) == 6
 
 
 @pytest.mark.slow  # another Python, which imports PyTorch again and again
@@ -500,12 +453,11 @@ def test_page_before_anything_is_measured(monkeypatch, tmp_path):
 
 
 def test_page_compares_the_gpus_own_time(monkeypatch, tmp_path):
-    path = tmp_path / "gpu.csv"
-    monkeypatch.setattr(gpu_report, "RESULTS", path)
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "gpu.csv")
     forward = "forward B4 H12 T1024 K8 D64 bfloat16"
-    outcomes.append_row(path, row_of(forward, "ours", 0.11, 0.05, 0.0376))
-    outcomes.append_row(path, row_of(forward, "text-only flash attention", 0.06, 0.02, 0.0075))
-    outcomes.append_row(path, row_of(forward, "eager concat", 0.3, None, 0.0376))
+    outcomes.append_row(gpu_report.RESULTS, row_of(forward, "ours", 0.11, 0.05, 0.0376))
+    outcomes.append_row(gpu_report.RESULTS, row_of(forward, TEXT_ONLY, 0.06, 0.02, 0.0075))
+    outcomes.append_row(gpu_report.RESULTS, row_of(forward, "eager concat", 0.3, None, 0.0376))
     page = gpu_report.page()
     assert f"| {forward} | ours | 0.11 | 0.05 | 1.00 | 0.0376 | 1.33 | 12.5 |  |" in page
     assert "|  | text-only flash attention | 0.06 | 0.02 | 0.40 | 0.0075 | 2.67 | 12.5 |  |" in page

@@ -50,9 +50,8 @@ def test_all_it_launches_was_compiled_for_the_tiles():
     """So that its step takes no time for the compiler."""
 
     def variants(case, arch=90):
-        return {
-            (launch.kernel.fn.__name__, specialise(launch, arch).key) for launch in launches(case, arch, None, None)
-        }
+        work = launches(case, arch, None, None)
+        return {(launch.kernel.fn.__name__, specialise(launch, arch).key) for launch in work}
 
     compiled = set().union(*(variants(case) for case, kernel, _ in works(90) if kernel is None))
     needed = set().union(*(variants(case) for *_, case in cases()))
@@ -81,10 +80,7 @@ def test_the_package_reads_what_was_measured(card, monkeypatch, tmp_path):
     times |= {(64, 4096, TWO): 0.8, (64, 8192, TWO): 0.7, (256, 8192, TWO): RuntimeError("out of memory")}
     measure(tmp_path)
     # at 256 a time is missing
-    assert crossover.read_measured(tmp_path / "crossover.json") == {
-        (90, 64): (4096, 8192),
-        (90, 128): (None, 8192),
-    }
+    assert crossover.read_measured(tmp_path / "crossover.json") == {(90, 64): (4096, 8192), (90, 128): (None, 8192)}
     assert len(measured) == len(list(cases()))
     entry = json.loads((tmp_path / "crossover.json").read_text())[0]
     assert (entry["device"], entry["torch"]) == ("a card", torch.__version__)
@@ -98,9 +94,8 @@ def test_no_length_without_all_times_or_from_other_results(card, monkeypatch, tm
     times, measured = card
     times |= {(64, length, ONE): RuntimeError("CUDA out of memory") for length in LENGTHS}
     times |= {(128, length, TWO): 0.5 for length in LENGTHS}
-    monkeypatch.setattr(
-        measure_crossover, "has_results_of_one_kernel", lambda case, inputs: (case.head_dim, case.keys) != (128, 512)
-    )
+    agrees = "has_results_of_one_kernel"
+    monkeypatch.setattr(measure_crossover, agrees, lambda case, _: (case.head_dim, case.keys) != (128, 512))
     monkeypatch.setattr("sys.argv", ["measure_crossover", str(tmp_path)])
     for _ in range(3):  # twice, and then no more
         with pytest.raises(SystemExit, match=r"times are missing:\n(.*\n)*flash.* at 512 keys of 128: other results"):

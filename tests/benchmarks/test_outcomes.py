@@ -38,9 +38,8 @@ def run(pytester, monkeypatch):
 def test_each_test_is_noted_and_passed_ones_are_not_run_again(run):
     code, ended = run("--run-number", "1")
     assert code == 1
-    assert {name: test.outcome for name, test in ended.items()} == {
-        **{"a": "passed", "b": "failed", "c": "skipped", "d": "passed", "e": "passed"}
-    }
+    expected = {"a": "passed", "b": "failed", "c": "skipped", "d": "passed", "e": "passed"}
+    assert {name: test.outcome for name, test in ended.items()} == expected
     assert ended["b"].note.startswith("AssertionError: not equal") and ended["c"].note == "no such thing"
     code, ended = run("--run-number", "2")
     assert code == 1

@@ -22,8 +22,5 @@ def test_rows_are_read_by_their_case(tmp_path):
 
 
 def test_the_plot_has_a_panel_for_each_size():
-    assert [axes.get_title() for axes in figure(read(RESULTS)).axes] == [
-        "50,000 rows",
-        "200,000 rows",
-        "1,000,000 rows",
-    ]
+    titles = [axes.get_title() for axes in figure(read(RESULTS)).axes]
+    assert titles == ["50,000 rows", "200,000 rows", "1,000,000 rows"]

@@ -51,9 +51,8 @@ def test_candidates_are_few_and_near(entry):
 
 def test_half_of_the_rows_is_tried_with_half_of_the_warps():
     """Two such programs share a multiprocessor, and no product is computed twice."""
-    assert Tiles(64, 64, 4, 3) in candidates(tiles_for("forward", 90, 64, torch.float16))
-    assert Tiles(64, 64, 4, 3) in candidates(tiles_for("query", 90, 64, torch.float16))
-    assert Tiles(64, 64, 4, 3) in candidates(tiles_for("key", 90, 64, torch.float16))
+    for kernel in ("forward", "query", "key"):
+        assert Tiles(64, 64, 4, 3) in candidates(tiles_for(kernel, 90, 64, torch.float16))
     assert Tiles(128, 64, 8, 3) in candidates(tiles_for("query", 80, 64, torch.float16))
 
 
@@ -67,12 +66,12 @@ def test_a_candidate_is_launched_with_its_tiles_and_nothing_else():
     for case in cases():
         if case.head_dim != 64:
             continue
-        everything = launches(case, 90, None, None)
+        everything = [launch.kernel for launch in launches(case, 90, None, None)]
         for kernel in case.kernels:
             (launch,) = launches(case, 90, kernel, Tiles(32, 16, 4, 2))
             values = specialise(launch, 90).values
             assert (values["BLOCK_M"], values["BLOCK_N"]) == (32, 16) and launch.keywords["num_warps"] == 4
-            assert launch.kernel in [other.kernel for other in everything]
+            assert launch.kernel in everything
 
 
 # Under the interpreter, on small inputs in an element type that it multiplies.
@@ -137,6 +136,17 @@ def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatc
     assert set(notes.values()) == {tune_tiles.COMPILED}
 
 
+def tiles_of(kernel):
+    """The candidates of a kernel, the table's first."""
+    return [tiles for name, tiles in pairs(CASE, 90) if name == kernel]
+
+
+def measured(folder):
+    """What `measure` writes of the candidates that were compiled in `folder`, by kernel; each has a time."""
+    assert measure(folder, folder / "compiled.csv") == []
+    return {entry["kernel"]: entry for entry in json.loads((folder / "tiles.json").read_text())}
+
+
 @pytest.fixture
 def card(one_case, monkeypatch, tmp_path):
     """A card on which a launch takes `times` milliseconds by kernel and tiles, or 1; every candidate is compiled."""
@@ -167,14 +177,10 @@ def card(one_case, monkeypatch, tmp_path):
 
 def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_path):
     times, launched = card
-    of_query = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"]
-    of_key = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "key"]
-    times |= {
-        ("query", of_query[2]): 0.8,
-        ("query", of_query[1]): RuntimeError("out of resources"),
-        ("key", of_key[1]): 0.98,
-    }
-    measure(tmp_path, tmp_path / "compiled.csv")
+    of_query, of_key = map(tiles_of, ("query", "key"))
+    times |= {("query", of_query[2]): 0.8, ("query", of_query[1]): RuntimeError("out of resources")}
+    times["key", of_key[1]] = 0.98
+    entry = measured(tmp_path)["query"]
     assert launched == pairs(CASE, 90)
     monkeypatch.setenv("VALM_KERNELS_TILES", str(tmp_path / "tiles.json"))
     tiles_module.measured_tiles.cache_clear()
@@ -184,11 +190,10 @@ def test_the_fastest_tiles_are_those_that_kernels_take(card, monkeypatch, tmp_pa
         tiles_module.measured_tiles.cache_clear()
     # a gain of 2 % may be chance
     assert found == {("query", 2, 90, 64): of_query[2], ("key", 2, 90, 64): of_key[0]}
-    entry = json.loads((tmp_path / "tiles.json").read_text())[0]
     assert (entry["ms"], entry["table_ms"], entry["candidates"]) == (0.8, 1.0, len(of_query) - 1)
-    measure(tmp_path, tmp_path / "compiled.csv")
+    measured(tmp_path)
     assert launched[len(pairs(CASE, 90)) :] == [("query", of_query[1])]  # which failed, once more
-    measure(tmp_path, tmp_path / "compiled.csv")
+    measured(tmp_path)
     assert len(launched) == len(pairs(CASE, 90)) + 1
 
 
@@ -210,7 +215,7 @@ def test_an_entry_without_a_time_ends_in_an_error(card, monkeypatch, tmp_path, c
 def test_an_error_of_the_card_while_results_are_compared(card, monkeypatch, tmp_path):
     """Those tiles are not taken, and the next process goes on."""
     times, _ = card
-    _, bad, second, *_ = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"]
+    _, bad, second, *_ = tiles_of("query")
     times |= {("query", bad): 0.5, ("query", second): 0.8}
     lost = []
 
@@ -229,15 +234,13 @@ def test_an_error_of_the_card_while_results_are_compared(card, monkeypatch, tmp_
     monkeypatch.setattr(tune_tiles, "are_close", are_close)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        measure(tmp_path, tmp_path / "compiled.csv")
-    assert measure(tmp_path, tmp_path / "compiled.csv") == []
-    (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
-    assert entry["ms"] == 0.8
+        measured(tmp_path)
+    assert measured(tmp_path)["query"]["ms"] == 0.8
 
 
 def test_tiles_whose_comparison_ends_no_process_are_given_up(card, monkeypatch, tmp_path):
     times, _ = card
-    hangs = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"][1]
+    hangs = tiles_of("query")[1]
     times[("query", hangs)] = 0.5
     begun = []
 
@@ -250,10 +253,8 @@ def test_tiles_whose_comparison_ends_no_process_are_given_up(card, monkeypatch, 
     monkeypatch.setattr(tune_tiles, "are_close", are_close)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            measure(tmp_path, tmp_path / "compiled.csv")
-    assert measure(tmp_path, tmp_path / "compiled.csv") == []
-    (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
-    assert entry["ms"] == 1.0
+            measured(tmp_path)
+    assert measured(tmp_path)["query"]["ms"] == 1.0
 
 
 def test_the_tests_for_a_card_launch_every_entry_of_the_table(monkeypatch):
@@ -275,7 +276,7 @@ def test_the_tests_for_a_card_launch_every_entry_of_the_table(monkeypatch):
 
 def test_tiles_with_other_results_are_not_taken(card, monkeypatch, tmp_path):
     times, _ = card
-    table, wrong, second, *_ = [tiles for kernel, tiles in pairs(CASE, 90) if kernel == "query"]
+    table, wrong, second, *_ = tiles_of("query")
     times |= {("query", wrong): 0.5, ("query", second): 0.8}
 
     def run(case, inputs):
@@ -283,8 +284,7 @@ def test_tiles_with_other_results_are_not_taken(card, monkeypatch, tmp_path):
         return [torch.ones(2), torch.tensor([1.0, 1.04 if tiles == wrong else 1.0 if tiles == table else 1.02])]
 
     monkeypatch.setattr(Case, "run", run)
-    measure(tmp_path, tmp_path / "compiled.csv")
-    (entry,) = [entry for entry in json.loads((tmp_path / "tiles.json").read_text()) if entry["kernel"] == "query"]
+    entry = measured(tmp_path)["query"]
     assert (entry["ms"], entry["block_m"], entry["block_n"]) == (0.8, second.block_m, second.block_n)
     assert "other results" in read_rows(tmp_path / "candidates.csv")[tune_tiles.key(CASE, "query", wrong)][1]
 
@@ -309,8 +309,5 @@ def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tm
 def test_only_what_was_compiled_is_measured(card, tmp_path):
     _, launched = card
     (tmp_path / "compiled.csv").unlink()
-    measure(tmp_path, tmp_path / "compiled.csv")
-    assert launched == [
-        ("query", tiles_for("query", 90, 64, torch.bfloat16)),
-        ("key", tiles_for("key", 90, 64, torch.bfloat16)),
-    ]
+    measured(tmp_path)
+    assert launched == [(kernel, tiles_for(kernel, 90, 64, torch.bfloat16)) for kernel in ("query", "key")]

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -206,87 +206,87 @@ def test_index(clip, tmp_path, old):
     assert kill_everywhere(write, check, tmp_path, prepare) >= 3
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_flat_index(tmp_path, old):
+class Saved(NamedTuple):
+    """Two values of one kind, how one is saved, whether a folder has it, and what is said of a folder without any."""
+
+    values: list[Any]
+    save: Callable[[Any, Path], object]
+    has: Callable[[Path, Any], bool]
+    missing: str
+
+
+def flat_indexes(tokenizer: Any, folder: Path) -> Saved:
     rows = [torch.from_numpy(np.random.default_rng(seed).normal(size=(40, 16)).astype(np.float32)) for seed in (0, 1)]
-    indexes = [FlatIPIndex(one, "int8") for one in rows]
 
-    def write(out: Path) -> None:
-        indexes[1].save(out)
+    def has(out: Path, index: FlatIPIndex) -> bool:
+        return torch.equal(FlatIPIndex.load(out, verify=True).dequantised(), index.dequantised())
 
-    def prepare(out: Path) -> None:
-        if old:
-            indexes[0].save(out)
-
-    def check(out: Path, done: bool) -> None:
-        try:
-            found = FlatIPIndex.load(out, verify=True)
-        except FileNotFoundError:
-            assert not old and not done
-        else:
-            possible = indexes[1:] if done or not old else indexes
-            assert any(torch.equal(found.dequantised(), one.dequantised()) for one in possible)
-        write(out)
-        assert torch.equal(FlatIPIndex.load(out).dequantised(), indexes[1].dequantised())
-        assert not list(out.glob("*.tmp"))
-
-    assert kill_everywhere(write, check, tmp_path, prepare) >= 5
+    return Saved([FlatIPIndex(one, "int8") for one in rows], FlatIPIndex.save, has, "is not a saved index")
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_clip(tokenizer, tmp_path, old):
-    whole, clip, before = tmp_path / "whole", make_clip(tokenizer), make_clip(tokenizer, seed=1)
-    clip.save(whole)
+def clips(tokenizer: Any, folder: Path) -> Saved:
+    def has(out: Path, clip: Clip) -> bool:
+        return Clip.load(out).weights_hash == clip.weights_hash
 
-    def prepare(out: Path) -> None:
-        if old:
-            before.save(out)
-
-    def check(out: Path, done: bool) -> None:
-        try:
-            found = Clip.load(out).weights_hash
-            assert found == clip.weights_hash or (old and not done and found == before.weights_hash)
-        except (ValmError, OSError):
-            assert not done and not old
-        clip.save(out)
-        assert contents(out) == contents(whole)
-
-    assert kill_everywhere(clip.save, check, tmp_path, prepare) >= 3
+    return Saved([make_clip(tokenizer, seed) for seed in (1, 0)], Clip.save, has, "")
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_adapter(tmp_path, old):
-    tiny_llama().save_pretrained(tmp_path / "base")
+def adapters(tokenizer: Any, folder: Path) -> Saved:
+    tiny_llama().save_pretrained(folder / "base")
 
     def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return AutoModelForCausalLM.from_pretrained(folder / "base")
 
     def adapter(value: float) -> Any:
         made = augment(base(), IMAGE_DIM, IMAGES)
         torch.nn.init.constant_(fusion_module(made).k_bias, value)
         return made
 
-    models = [adapter(1.0), adapter(2.0)]
+    def has(out: Path, model: Any) -> bool:
+        return torch.equal(fusion_module(load_adapter(base(), out)).k_bias, fusion_module(model).k_bias)
+
+    return Saved([adapter(1.0), adapter(2.0)], save_adapter, has, "is no adapter")
+
+
+def checkpoints(tokenizer: Any, folder: Path) -> Saved:
+    def save(model: Any, out: Path) -> None:
+        save_checkpoint(model, TOKENIZER, out)
+
+    def has(out: Path, model: Any) -> bool:
+        return all(map(torch.equal, load(out)[0].parameters(), model.parameters()))
+
+    return Saved([tiny_model(seed, vocab_size=len(TOKENIZER)) for seed in (0, 1)], save, has, "")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in (".tmp", ".new")]
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("kind", "changes"), [(flat_indexes, 5), (clips, 3), (adapters, 10)])
+def test_saves(tokenizer, tmp_path, kind, changes, old):
+    """The folder has the old one, if there was one, or the new one."""
+    saved, whole = kind(tokenizer, tmp_path), tmp_path / "whole"
+    before, after = saved.values
+    saved.save(after, whole)
 
     def prepare(out: Path) -> None:
         if old:
-            save_adapter(models[0], out)
+            saved.save(before, out)
 
     def write(out: Path) -> None:
-        save_adapter(models[1], out)
-
-    def value(out: Path) -> float:
-        return fusion_module(load_adapter(base(), out)).k_bias[0, 0].item()
+        saved.save(after, out)
 
     def check(out: Path, done: bool) -> None:
         try:
-            assert value(out) == 2.0 or (old and not done and value(out) == 1.0)
-        except ValmError as error:
-            assert "is no adapter" in str(error) and not old and not done
+            assert saved.has(out, after) or (old and not done and saved.has(out, before))
+        except (ValmError, OSError) as error:
+            assert saved.missing in str(error) and not old and not done
         write(out)
-        assert value(out) == 2.0 and not list(out.glob("*.tmp")) and not list(out.glob("*.new"))
+        assert saved.has(out, after) and not leftovers(out)
+        assert kind is not clips or contents(out) == contents(whole)
 
-    assert kill_everywhere(write, check, tmp_path, prepare) >= 10
+    assert kill_everywhere(write, check, tmp_path, prepare) >= changes
 
 
 def test_checkpoints_of_a_training(tmp_path):
@@ -390,33 +390,16 @@ def test_two_builds_at_once(builds, tmp_path):
             assert contents(tmp_path / f"{name}-other-{number}") in wholes and sorted(map(bool, ends)) == [False, True]
 
 
-def test_two_saves_at_once(tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", [flat_indexes, checkpoints, clips])
+def test_two_saves_at_once(tokenizer, tmp_path, kind):
     """One of the two is there, whole."""
-    rows = [torch.from_numpy(np.random.default_rng(seed).normal(size=(40, 16)).astype(np.float32)) for seed in (0, 1)]
-    indexes = [FlatIPIndex(one, "int8") for one in rows]
-    models = [tiny_model(seed, vocab_size=len(TOKENIZER)) for seed in (0, 1)]
-    clips = [make_clip(tokenizer, seed) for seed in (0, 1)]
-
-    def same_index(out: Path, index: FlatIPIndex) -> bool:
-        return torch.equal(FlatIPIndex.load(out, verify=True).dequantised(), index.dequantised())
-
-    def same_model(out: Path, model: Any) -> bool:
-        return all(map(torch.equal, load(out)[0].parameters(), model.parameters()))
-
-    def same_clip(out: Path, clip: Clip) -> bool:
-        return Clip.load(out).weights_hash == clip.weights_hash
-
-    for name, values, save, is_same in (
-        ("index", indexes, lambda out, value: value.save(out), same_index),
-        ("model", models, lambda out, value: save_checkpoint(value, TOKENIZER, out), same_model),
-        ("clip", clips, lambda out, value: value.save(out), same_clip),
-    ):
-        writes = [lambda out, save=save, value=value: save(out, value) for value in values]
-        for number in range(5):
-            out = tmp_path / f"{name}-{number}"
-            assert write_together(out, *writes) == ["", ""]
-            assert any(is_same(out, value) for value in values)
-            assert not [path for path in out.iterdir() if path.suffix in (".tmp", ".new")]
+    saved = kind(tokenizer, tmp_path)
+    writes = [lambda out, value=value: saved.save(value, out) for value in saved.values]
+    for number in range(5):
+        out = tmp_path / str(number)
+        assert write_together(out, *writes) == ["", ""]
+        assert any(saved.has(out, value) for value in saved.values)
+        assert not leftovers(out)
 
 
 def test_two_indexes_at_once(clip, tmp_path):

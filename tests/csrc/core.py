@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
+X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
@@ -37,6 +39,15 @@ def build(compiler: str, folder: Path, *flags: str, x86: bool, sources: Sequence
     program = folder / "driver"
     _run(compiler, "-pthread", *flags, *objects, "-o", str(program))
     return program
+
+
+def lines_of(*command: str | Path, **environment: str) -> list[str]:
+    """What a program prints that finds no difference."""
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-10000:]
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "ok"
+    return lines
 
 
 def _run(*command: str) -> None:

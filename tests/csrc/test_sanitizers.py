@@ -6,26 +6,17 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.csrc.core import build
+from tests.csrc.core import X86, build, lines_of
 
-X86 = platform.machine() in ("x86_64", "AMD64")
 CLANG = shutil.which("clang++") or shutil.which("clang++-14")
 
 # Two cores compile for minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def run(program: Path, **environment: str) -> None:
-    done = subprocess.run([program], env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-10000:]
-    assert done.stdout.splitlines()[-1] == "ok"
 
 
 def archer() -> str | None:
@@ -39,11 +30,11 @@ def archer() -> str | None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_memory_and_arithmetic(tmp_path):
     flags = ["-fopenmp", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    run(build("g++", tmp_path, *flags, x86=X86))
+    lines_of(build("g++", tmp_path, *flags, x86=X86))
 
 
 @pytest.mark.skipif(archer() is None, reason="needs Clang with its OpenMP (Debian: clang-14, libomp-14-dev)")
 def test_races(tmp_path):
     """Not with GCC: its OpenMP waits where ThreadSanitizer does not see it, so every barrier would be a race."""
     program = build(CLANG, tmp_path, "-fopenmp", "-g", "-fsanitize=thread", "-Wno-error", x86=X86)
-    run(program, OMP_TOOL_LIBRARIES=archer(), TSAN_OPTIONS="ignore_noninstrumented_modules=1")
+    lines_of(program, OMP_TOOL_LIBRARIES=archer(), TSAN_OPTIONS="ignore_noninstrumented_modules=1")

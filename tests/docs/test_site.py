@@ -48,22 +48,20 @@ def site(tmp_path_factory):
         pytest.importorskip(package, reason="needs the extra [docs]")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", out]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    )
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
 def test_what_is_loaded_from_elsewhere_is_found():
-    assert loads('<img src="https://a.b/c.png"><script src=//a.b/c.js></script><a href="https://a.b">x</a>') == [
-        "img https://a.b/c.png",
-        "script //a.b/c.js",
-    ]
-    assert loads('<link rel="stylesheet" href="http://a.b/c.css"><link rel="canonical" href="https://a.b/">') == [
-        "link http://a.b/c.css"
-    ]
-    assert loads('<div data-md-component="source"></div><img src="../a.png">') == ["div data-md-component=source"]
+    for page, found in (
+        ('<img src="https://a.b/c.png"><a href="https://a.b">x</a>', "img https://a.b/c.png"),
+        ("<script src=//a.b/c.js></script>", "script //a.b/c.js"),
+        ('<link rel="stylesheet" href="http://a.b/c"><link rel="canonical" href="//a.b">', "link http://a.b/c"),
+        ('<div data-md-component="source"></div><img src="../a.png">', "div data-md-component=source"),
+    ):
+        assert loads(page) == [found]
 
 
 @pytest.mark.slow  # what builds the site comes with the extra `check`
@@ -93,10 +91,8 @@ def test_a_browser_asks_no_other_server_and_cuts_off_no_code(site, browser):
             for path in ("", "how-to/training/", "reference/valm_kernels/", "results/benchmarks/"):
                 page.goto(address + path, wait_until="networkidle")
                 assert page.evaluate("document.documentElement.scrollWidth") == width, path
-                cut = (
-                    "[...document.querySelectorAll('pre > code')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
-                )
-                assert page.evaluate(cut) == 0, path
+                code = "[...document.querySelectorAll('pre > code')]"
+                assert page.evaluate(f"{code}.filter(e => e.scrollWidth > e.clientWidth + 1).length") == 0, path
             page.close()
         server.shutdown()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []

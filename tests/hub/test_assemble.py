@@ -66,15 +66,15 @@ def run(kernel: Path, code: str, before: str = "", **environment: str) -> str:
 
 def test_what_a_card_has_measured_comes_along(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    for name in ("__init__.py", "visual_fusion/measured_crossover.json", "visual_fusion/triton/measured_tiles.json"):
+    measured = ("visual_fusion/measured_crossover.json", "visual_fusion/triton/measured_tiles.json")
+    for name in ("__init__.py", *measured):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("[]")
     monkeypatch.setattr("hub.assemble.PACKAGE", package)
     assemble(tmp_path / "hub")
     variant = tmp_path / "hub" / "build" / f"torch-{BACKENDS[0]}"
     noted = json.loads((variant / "metadata.json").read_text())["digest"]["files"]
-    for name in ("visual_fusion/measured_crossover.json", "visual_fusion/triton/measured_tiles.json"):
-        assert (variant / name).exists() and name in noted
+    assert all((variant / name).exists() and name in noted for name in measured)
 
 
 @pytest.mark.slow  # it starts processes
@@ -94,9 +94,8 @@ kernel.show_config()
 assert not [name for name in sys.modules if name.split(".")[0] == "valm_kernels"]
 """
     printed = run(kernel, code, before="import sys; sys.modules['numpy'] = sys.modules['triton'] = None")
-    assert (
-        printed.count("has no native code, as kernel hubs have Python code alone: choose impl='reference'") == 4
-    )  # one of them by show_config
+    refusal = "has no native code, as kernel hubs have Python code alone: choose impl='reference'"
+    assert printed.count(refusal) == 4  # one of them by show_config
 
 
 @pytest.mark.slow  # it starts processes
@@ -135,9 +134,8 @@ def test_the_library_kernels_loads_it(kernel, tmp_path, monkeypatch):
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "hub-kernel").symlink_to(kernel)
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs" / "how-to" / "install.md").read_text(), re.DOTALL | re.MULTILINE
-    )
+    page = (ROOT / "docs" / "how-to" / "install.md").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     names = {}
     exec(example, names)
     loaded, out = names["valm_kernels"], names["out"]
@@ -162,10 +160,8 @@ def test_kernels_reads_its_files(kernel):
 def test_metadata_agree_with_build_toml(kernel):
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
     general = tomllib.loads((kernel / "build.toml").read_text())["general"]
-    assert (general["name"], general["version"], general["license"], tuple(general["backends"])) == (
-        *(NAME, VERSION, LICENSE),
-        BACKENDS,
-    )
+    assert (general["name"], general["version"], general["license"]) == (NAME, VERSION, LICENSE)
+    assert tuple(general["backends"]) == BACKENDS
     card = (kernel / "CARD.md").read_text()
     assert f'get_kernel("{general["hub"]["repo-id"]}", version={VERSION}' in card
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.upstream.quantised import SIZES, check_adapters, logits, opened, save_bases, with_images
+from tests.upstream.quantised import SIZES, check_adapters, check_training, logits, opened, save_bases, with_images
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, augmented, random_ids, random_images, tiny_llama
 from valm.errors import ValmError
-from valm.model.adapter import load_adapter, save_adapter
+from valm.model.adapter import save_adapter
 from valm.model.augment import augment, fusion_module
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes (extra compat)")
@@ -66,16 +66,7 @@ def test_the_fusion_trains(tmp_path, quantised):
 
 
 def test_a_quantised_layer_does_not_train(tmp_path):
-    save_bases(tmp_path)
-    with pytest.raises(
-        ValmError, match=r"^unfreeze='block' trains .*proj\.weight, but that is quantised \(Int8Params\)"
-    ):
-        augment(opened(tmp_path / "base", **in_8_bits()), IMAGE_DIM, IMAGES, unfreeze="block")
-    model = augment(opened(tmp_path / "base", **in_8_bits(["model.layers.1"])), IMAGE_DIM, IMAGES, unfreeze="block")
-    save_adapter(model, tmp_path / "adapter")
-    load_adapter(opened(tmp_path / "base", **in_8_bits(["model.layers.1"])), tmp_path / "adapter")
-    with pytest.raises(ValmError, match=r"trains .*proj\.weight, but that is quantised"):
-        load_adapter(opened(tmp_path / "base", **in_8_bits()), tmp_path / "adapter")
+    check_training(tmp_path, in_8_bits, "Int8Params")
 
 
 def test_a_whole_folder_opens_in_8_bits(tmp_path):

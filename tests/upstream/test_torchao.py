@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from tests.upstream.quantised import check_adapters, logits, opened, save_bases, with_images
-from tests.valm.model.decoders import IMAGE_DIM, IMAGES, random_ids, random_images
+from tests.upstream.quantised import check_adapters, check_training, logits, opened, save_bases, with_images
+from tests.valm.model.decoders import random_ids, random_images
 from valm.errors import ValmError
-from valm.model.adapter import load_adapter, save_adapter
-from valm.model.augment import augment, fusion_module
+from valm.model.adapter import save_adapter
+from valm.model.augment import fusion_module
 from valm.model.sketch import other_tensor, project, sketch
 
 quantization = pytest.importorskip("torchao.quantization", reason="needs the package torchao (extra compat)")
@@ -44,15 +44,7 @@ def test_the_fusion_trains_and_a_whole_folder_opens(tmp_path):
 
 
 def test_a_quantised_layer_does_not_train(tmp_path):
-    save_bases(tmp_path)
-    for unfreeze in ("block", "all"):
-        with pytest.raises(ValmError, match=rf"^unfreeze='{unfreeze}' trains .*proj\.weight, but that is quantised"):
-            augment(opened(tmp_path / "base", **int8()), IMAGE_DIM, IMAGES, unfreeze=unfreeze)
-    model = augment(opened(tmp_path / "base", **int8(["model.layers.1"])), IMAGE_DIM, IMAGES, unfreeze="block")
-    save_adapter(model, tmp_path / "adapter")
-    load_adapter(opened(tmp_path / "base", **int8(["model.layers.1"])), tmp_path / "adapter")
-    with pytest.raises(ValmError, match=r"trains self_attn\.q_proj\.weight, but that is quantised \(Int8Tensor\)"):
-        load_adapter(opened(tmp_path / "base", **int8()), tmp_path / "adapter")
+    check_training(tmp_path, int8, "Int8Tensor")
 
 
 def test_a_change_of_a_quantised_weight_is_found(tmp_path):

@@ -1,7 +1,7 @@
 """Tiny models, batches, and a retriever whose images depend on the text alone, for the tests of valm."""
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from valm.model.config import FusionOptions, ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
@@ -11,19 +11,9 @@ BOS, EOS, VOCAB = 62, 63, 64
 
 
 def tiny_config(**arguments) -> ValmConfig:
-    defaults = {
-        "vocab_size": VOCAB,
-        "n_positions": 32,
-        "n_embd": 32,
-        "n_layer": 3,
-        "n_head": 4,
-        "image_dim": 24,
-        "num_images": 3,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": EOS,
-    }
-    return ValmConfig(**(defaults | arguments))
+    defaults = {"n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": 4, "image_dim": 24, "num_images": 3}
+    tokens = {"vocab_size": VOCAB, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
+    return ValmConfig(**(defaults | tokens | arguments))
 
 
 def tiny_model(seed: int = 0, **arguments) -> VaLMForCausalLM:
@@ -45,6 +35,14 @@ def model_of(tokenizer: PreTrainedTokenizerFast, **arguments) -> VaLMForCausalLM
 def model_for(retriever, **arguments) -> VaLMForCausalLM:
     """A `model_of` the retriever's tokenizer that takes its images."""
     return model_of(retriever.encoder.tokenizer, image_dim=retriever.dim, num_images=retriever.k, **arguments)
+
+
+def llama_of(tokenizer: PreTrainedTokenizerFast, **more) -> LlamaForCausalLM:
+    """A decoder of others with three layers, for the tokens of `tokenizer`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads, **more))
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:

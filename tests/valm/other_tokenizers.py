@@ -16,14 +16,11 @@ def gpt2_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=sorted(alphabet), special_tokens=[end], show_progress=False
-    )
-    tokenizer.train_from_iterator(lines, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, padding_side="left"
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"vocab_size": vocab_size, "initial_alphabet": alphabet, "special_tokens": [end]}
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(**options, show_progress=False))
+    roles = {"bos_token": end, "eos_token": end, "pad_token": end}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, padding_side="left")
 
 
 CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -33,13 +30,8 @@ def chat_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
     """As SmolLM2-Instruct's: bos begins each turn of a chat, and only the chat template puts it before a text."""
     backend = gpt2_like(lines, vocab_size - 2).backend_tokenizer
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT,
-    )
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, chat_template=CHAT)
 
 
 def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
@@ -59,17 +51,10 @@ def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="</s>",
-        padding_side="left",
-    )
+    steps = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, padding_side="left")
 
 
 def qwen_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:

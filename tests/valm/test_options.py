@@ -27,10 +27,14 @@ class Plan:
     inner: list[int] = dataclasses.field(default_factory=list)
 
 
-def plan_of(*words):
+def given(dataclass, *words):
     parser = argparse.ArgumentParser()
-    add_fields(parser, Plan)
-    return Plan(**given_fields(Plan, parser.parse_args(words)))
+    add_fields(parser, dataclass)
+    return given_fields(dataclass, parser.parse_args(words))
+
+
+def plan_of(*words):
+    return Plan(**given(Plan, *words))
 
 
 def test_what_is_not_given_is_the_default():
@@ -64,9 +68,7 @@ def test_paths_are_paths():
     class Places:
         folder: str | os.PathLike | None = option("where")
 
-    parser = argparse.ArgumentParser()
-    add_fields(parser, Places)
-    assert given_fields(Places, parser.parse_args(["--folder", "a"])) == {"folder": Path("a")}
+    assert given(Places, "--folder", "a") == {"folder": Path("a")}
 
 
 def test_the_items_of_a_repeated_option_add_up():
@@ -74,7 +76,5 @@ def test_the_items_of_a_repeated_option_add_up():
     class Lists:
         words: Sequence[str] = option("which", ("none",), parse=lambda text: tuple(text.split(",")))
 
-    parser = argparse.ArgumentParser()
-    add_fields(parser, Lists)
-    assert given_fields(Lists, parser.parse_args([])) == {}
-    assert given_fields(Lists, parser.parse_args(["--words", "a,b", "--words", "c"])) == {"words": ["a", "b", "c"]}
+    assert given(Lists) == {}
+    assert given(Lists, "--words", "a,b", "--words", "c") == {"words": ["a", "b", "c"]}

@@ -46,9 +46,8 @@ def test_a_damaged_text_is_decoded():
 def test_a_byte_order_mark_tells_the_encoding(encoding):
     content = "a café".encode(encoding)
     assert decoded(content) == "a café"
-    assert f"is {encoding.upper()}, expected UTF-8: convert it, such as by `iconv -f {encoding.upper()}" in why_no_text(
-        content
-    )
+    why = f"is {encoding.upper()}, expected UTF-8: convert it, such as by `iconv -f {encoding.upper()}"
+    assert why in why_no_text(content)
 
 
 def test_binary_files_need_not_be_converted():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.optional_hypothesis import given, settings, st
+from tests.threads import torch_threads
 from tests.valm_kernels.guard_pages import guarded, needs_guard_pages
 from valm_kernels.int8_rows import linear_rows, round_rows, scale_products_
 from valm_kernels.native import native
@@ -165,14 +166,10 @@ def test_threads_do_not_change_a_bit():
     rows = torch.randn(777, 131, generator=torch.Generator().manual_seed(0))
     products, *factors = drawn(777, 131, 77, 1)
     of_layer = layer(5, 131, 777, 2)
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for threads in (1, 2):
+        with torch_threads(threads):
             found.append((*round_rows(rows), scale_products_(products.clone(), *factors), linear_rows(*of_layer)))
-    finally:
-        torch.set_num_threads(before)
     assert_same(*found)
     assert_same(found[0][:3], rounded_by_torch(rows))
 
@@ -196,31 +193,25 @@ def test_other_rows_are_refused(rows):
 
 def test_a_gradient_is_refused():
     rows = torch.randn(2, 3, requires_grad=True)
-    with pytest.raises(ValueError, match="no gradient"):
-        round_rows(rows)
-    with pytest.raises(ValueError, match="no gradient"):
-        linear_rows(rows, *layer(0, 3, 4, 0)[1:])
+    for function in (round_rows, lambda rows: linear_rows(rows, *layer(0, 3, 4, 0)[1:])):
+        with pytest.raises(ValueError, match="no gradient"):
+            function(rows)
     with torch.no_grad():
         round_rows(rows)
 
 
-@pytest.mark.parametrize("place, name", list(enumerate(["products", "step", "zero", "scale", "sum", "bias"])))
-def test_other_products_and_factors_are_refused(place, name):
-    good = drawn(4, 5, 6, 0)
-    other = good[place]
-    doubled = other.repeat_interleave(2, -1)
-    wrong = [other.double(), doubled[..., ::2], other.to("meta"), other[None] if name == "products" else doubled]
-    for tensor in wrong:
-        with pytest.raises(ValueError, match=rf"{name} must be torch\.(int32|float32) \("):
-            scale_products_(*good[:place], tensor, *good[place + 1 :])
-    scale_products_(*good)
-
-
-@pytest.mark.parametrize("place, name", list(enumerate(["weight", "scale", "sum", "bias"], 1)))
-def test_other_layers_are_refused(place, name):
-    good = layer(4, 6, 5, 0)
-    other = good[place]
-    doubled = other.repeat_interleave(2, -1)
-    for tensor in (other.double(), doubled[..., ::2], other.to("meta"), doubled):
-        with pytest.raises(ValueError, match=rf"{name} must be torch\.(int8|float32) \("):
-            linear_rows(*good[:place], tensor, *good[place + 1 :])
+@pytest.mark.parametrize(
+    ("function", "good", "first", "names"),
+    [
+        (scale_products_, drawn(4, 5, 6, 0), 0, ["products", "step", "zero", "scale", "sum", "bias"]),
+        (linear_rows, layer(4, 6, 5, 0), 1, ["weight", "scale", "sum", "bias"]),
+    ],
+)
+def test_other_arguments_are_refused(function, good, first, names):
+    for place, name in enumerate(names, first):
+        other = good[place]
+        doubled = other.repeat_interleave(2, -1)
+        for wrong in (other.double(), doubled[..., ::2], other.to("meta"), other[None] if place == 0 else doubled):
+            with pytest.raises(ValueError, match=rf"{name} must be {other.dtype} \("):
+                function(*good[:place], wrong, *good[place + 1 :])
+    function(*good)

@@ -24,7 +24,6 @@ from valm_kernels import (
     visual_fusion_attn_varlen,
 )
 from valm_kernels.native import _module, cpu_isa, native
-from valm_kernels.topk import cpu as topk_cpu
 from valm_kernels.visual_fusion import cpu as attention_cpu
 
 # made before a fork: PyTorch's own operations wait for threads too
@@ -40,20 +39,8 @@ LONG_ROWS = ROWS.reshape(32, 5000)
 WEIGHT = (127 * ROWS).to(torch.int8).reshape(32, 5000)
 
 
-def search() -> torch.Tensor:
-    return ip_topk(ROWS[17], ROWS, 3).scores
-
-
-def score() -> torch.Tensor:
-    return ip_scores(ROWS[:100], ROWS, IDS, IDS)
-
-
 def attend() -> torch.Tensor:
     return visual_fusion_attn(*QKV, IMAGES, IMAGES)
-
-
-def round_to_int8() -> torch.Tensor:
-    return int8_rows.round_rows(ROWS)[0][:100]
 
 
 def scale_int8() -> torch.Tensor:
@@ -61,10 +48,6 @@ def scale_int8() -> torch.Tensor:
     products = torch.from_numpy(PRODUCTS.numpy().copy())
     factors = (ROWS[:, 0].contiguous(), ROWS[:, 1].contiguous(), *ROWS[:3])
     return int8_rows.scale_products_(products, *factors)[:100]
-
-
-def multiply_int8() -> torch.Tensor:
-    return int8_rows.linear_rows(LONG_ROWS[:5], WEIGHT, *ROWS[:3])
 
 
 def search_an_index() -> torch.Tensor:
@@ -77,31 +60,26 @@ def search_an_index() -> torch.Tensor:
     return merge_topk([found, found], [0, 1], 200).scores[:9]
 
 
-def multiply() -> torch.Tensor:
-    return ip_topk(ROWS[:600], ROWS, 3, impl="matmul").scores[:9]
-
-
 def attend_packed() -> torch.Tensor:
     q, k, v = (x[0].transpose(0, 1) for x in PACKED)
     return visual_fusion_attn_varlen(q, k, v, None, None, BOUNDS)[:9]
 
 
-def attend_and_weigh() -> torch.Tensor:
-    return visual_fusion_attn(*QKV, IMAGES, IMAGES, return_image_weights=True)[1]
-
-
 OPERATIONS = {
     "FlatIPIndex": search_an_index,
-    "ip_topk": search,
-    "ip_scores": score,
+    "ip_topk": lambda: ip_topk(ROWS[17], ROWS, 3).scores,
+    "ip_scores": lambda: ip_scores(ROWS[:100], ROWS, IDS, IDS),
     "visual_fusion_attn": attend,
-    "image weights": attend_and_weigh,
-    "round_rows": round_to_int8,
+    "image weights": lambda: visual_fusion_attn(*QKV, IMAGES, IMAGES, return_image_weights=True)[1],
+    "round_rows": lambda: int8_rows.round_rows(ROWS)[0][:100],
     "scale_products_": scale_int8,
-    "linear_rows": multiply_int8,
+    "linear_rows": lambda: int8_rows.linear_rows(LONG_ROWS[:5], WEIGHT, *ROWS[:3]),
 }
 # Of the operations in a forked child: what PyTorch does alone, or beside native code.
-FORKED = OPERATIONS | {"matmul": multiply, "visual_fusion_attn_varlen": attend_packed}
+FORKED = OPERATIONS | {
+    "matmul": lambda: ip_topk(ROWS[:600], ROWS, 3, impl="matmul").scores[:9],
+    "visual_fusion_attn_varlen": attend_packed,
+}
 NATIVE = ("ip_topk_cpu", "ip_scores_cpu", "image_attn_forward", "round_rows", "scale_products", "linear_rows")
 
 
@@ -122,10 +100,8 @@ def test_the_environment_moves_every_operation(monkeypatch, operation, isa):
 
         return call
 
-    functions = {name: getattr(native(), name) for name in dir(native()) if not name.startswith("_")}
-    watching = {name: watched(f) if name in NATIVE else f for name, f in functions.items()}
-    for module in (topk_cpu, attention_cpu, int8_rows):
-        monkeypatch.setattr(module, "native", lambda: SimpleNamespace(**watching))
+    for name in NATIVE:
+        monkeypatch.setattr(native(), name, watched(getattr(native(), name)))
     monkeypatch.setenv("VALM_KERNELS_ISA", isa)
     operation()
     assert seen == [isa]

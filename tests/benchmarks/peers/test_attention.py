@@ -1,13 +1,7 @@
 import pytest
 import torch
 
-from benchmarks.peers.attention import (
-    eager_concat,
-    flash_implementation,
-    flash_merge,
-    flash_merge_compiled,
-    text_only,
-)
+from benchmarks.peers.attention import eager_concat, flash_implementation, flash_merge, flash_merge_compiled, text_only
 from tests.tolerance import assert_agree
 
 

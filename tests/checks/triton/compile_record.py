@@ -38,14 +38,7 @@ from triton.runtime.jit import create_function_from_signature
 from tests.checks.triton.loops import Spills, products_in_ptx, products_of_amd, spills_in_sass, spills_of_amd
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_image_scores
-from valm_kernels.visual_fusion.triton import (
-    backward,
-    backward_key,
-    backward_pool,
-    backward_query,
-    forward,
-    joined,
-)
+from valm_kernels.visual_fusion.triton import backward, backward_key, backward_pool, backward_query, forward, joined
 from valm_kernels.visual_fusion.triton import launch as launchers
 
 TABLE = Path(__file__).parents[3] / "benchmarks" / "records" / "triton_compile.csv"
@@ -243,14 +236,6 @@ def specialise(launch: Launch, arch: int | str) -> Specialisation:
     return Specialisation(f"{specialization}{options}", source, parsed.__dict__, values)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """A kernel as the compiler left it."""
-
-    ptx: str
-    report: Report
-
-
 @cache
 def compile_case(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> Report:
     """Compiles one row of the table; raises what Triton raises where that fails."""
@@ -260,7 +245,8 @@ def compile_case(kernel: str, call: str, arch: int | str, head_dim: int, dtype: 
         inputs, options = without(inputs, "first_key"), {"with_lse": False, "with_flash": True}
     else:
         options = {}
-    return compile_kernel(*row_key(kernel, call, arch, head_dim, dtype)[:2], arch, inputs, **options).report
+    _, report = compile_kernel(*row_key(kernel, call, arch, head_dim, dtype)[:2], arch, inputs, **options)
+    return report
 
 
 def row_key(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> tuple[str, str, str]:
@@ -276,9 +262,10 @@ def compile_kernel(
     with_lse: bool = True,
     with_image_scores: bool = False,
     with_flash: bool = False,
-) -> Compiled:
+) -> tuple[str, Report]:
     """Compiles `kernel` as it would be launched for `inputs`, in the backward with the gradients of lse and of the
-    image scores or without; with flash attention for the text as impl="flash+triton" launches it."""
+    image scores or without; with flash attention for the text as impl="flash+triton" launches it. Its PTX, for NVIDIA's
+    cards, and the report."""
     special = specialise(record(kernel, arch, inputs, with_lse, with_image_scores, with_flash), arch)
     compiled = triton.compile(special.source, target=target(arch), options=special.options)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -300,7 +287,7 @@ def compile_kernel(
         products=round(issued / _products_needed(kernel, values), 2) if issued else None,
         **usage,
     )
-    return Compiled(compiled.asm.get("ptx", ""), report)
+    return compiled.asm.get("ptx", ""), report
 
 
 def _products_needed(kernel: str, values: dict[str, Any]) -> int:

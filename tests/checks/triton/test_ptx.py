@@ -11,14 +11,7 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles nothing in an interpreting process", allow_module_level=True)
 
-from tests.checks.triton.compile_record import (
-    BIASES,
-    DTYPES,
-    IMAGES,
-    compile_kernel,
-    meta_inputs,
-    without,
-)
+from tests.checks.triton.compile_record import BIASES, DTYPES, IMAGES, compile_kernel, meta_inputs, without
 from tests.checks.triton.ptx import Code, loops, whole
 from valm_kernels.visual_fusion.triton.tiles import block_d
 
@@ -66,15 +59,14 @@ def cases():
 def test_data_moves_in_vectors_and_ahead_of_use(kernel, call, arch, head_dim, group, dtype):
     pooled, absent = CALLS[call]
     inputs = without(meta_inputs(head_dim, DTYPES[dtype], pooled, group=group), *absent)
-    compiled = compile_kernel(kernel, call, arch, inputs, with_lse=False)
-    report, code = compiled.report, whole(compiled.ptx)
-    itemsize = DTYPES[dtype].itemsize
+    ptx, report = compile_kernel(kernel, call, arch, inputs, with_lse=False)
+    code, of_loops, itemsize = whole(ptx), loops(ptx), DTYPES[dtype].itemsize
     if (kernel, dtype) != ("key", "float32"):  # test_compile.py has what these spill
         assert report.text_loop_spills == 0
     if itemsize == 2:
         # a program reads each bias once, where that is fewer numbers than it has threads
         assert code.loads[2] <= 4 and not code.stores[2]
-        assert not any(loop.loads[2] for loop in loops(compiled.ptx))
+        assert not any(loop.loads[2] for loop in of_loops)
 
     def copies(rows):
         """Of two tiles, by each thread of a program."""
@@ -83,15 +75,15 @@ def test_data_moves_in_vectors_and_ahead_of_use(kernel, call, arch, head_dim, gr
     # Triton has no transposing load of 32 bits from shared memory, and so copies nothing ahead there that a product
     # reads transposed: in the backward a tile of a query's text and both of a key's. They are loaded in vectors too.
     through_registers = itemsize == 4 and kernel != "forward"
-    assert through_registers or not any(loop.loads[16] for loop in loops(compiled.ptx))
+    assert through_registers or not any(loop.loads[16] for loop in of_loops)
     if through_registers and kernel == "query":
-        assert all(loop.async_copies[16] for loop in loops(compiled.ptx) if loop.products)
-    tiles = Counter(loop.async_copies[16] + loop.loads[16] for loop in loops(compiled.ptx))
+        assert all(loop.async_copies[16] for loop in of_loops if loop.products)
+    tiles = Counter(loop.async_copies[16] + loop.loads[16] for loop in of_loops)
     of_text = copies(report.block_m if kernel == "key" else report.block_n)
     assert tiles[of_text] >= (3 if call in ("first_key", "biases") and kernel != "key" else 2)
     if inputs.image_k is not None and kernel != "key":
         assert tiles[copies(report.block_m)] >= 1
-    for loop in loops(compiled.ptx):
+    for loop in of_loops:
         if loop.async_copies[16] and (kernel, arch, head_dim, dtype) not in NOT_AHEAD:
             assert loop.copy_distance >= LONG
 

@@ -70,10 +70,7 @@ def result(seed, pictured=PICTURED):
             *(asked("validation", own, measure, pictured) for measure in measures),
             asked_texts("prose"),
         ],
-        "rows": [
-            *rows(HITS),
-            *(text_row(*arm, nats) for arm, nats in ((BASE, 5.0), (TWIN, 4.0), (CUT, 3.9))),
-        ],
+        "rows": [*rows(HITS), *(text_row(*arm, nats) for arm, nats in ((BASE, 5.0), (TWIN, 4.0), (CUT, 3.9)))],
         "versions": {"torch": "2.13"},
         "hardware": "a processor",
         "threads": 2,

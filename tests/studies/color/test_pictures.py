@@ -45,9 +45,8 @@ def test_a_folder_with_captions_and_names(tmp_path):
     Image.new("RGB", (300, 200), "green").save(folder / "scene.jpg")
     (folder / "scene.txt").write_text("Two dogs run over a wide meadow.\nDogs on grass.\n")
     (folder / "damaged.png").write_bytes(b"no image")
-    pictures = {
-        p.caption: p for p in collect_pictures({"stamps": {"folder": folder}}, tmp_path / "out", progress=False)
-    }
+    found = collect_pictures({"stamps": {"folder": folder}}, tmp_path / "out", progress=False)
+    pictures = {picture.caption: picture for picture in found}
     tomato, boat = pictures["A tomato."], pictures["sail boat"]
     assert (tomato.thing, tomato.color, tomato.exchanged_color) == ("tomato", "red", "blue")
     assert (boat.thing, boat.color, boat.exchanged_color) == ("sail boat", "blue", "red")

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from studies.color import run, seed_scores
@@ -20,6 +19,7 @@ from studies.color.results import read_results
 from studies.color.run import as_options, run_study
 from studies.color.study import Study
 from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
 from valm.cli import main
@@ -47,11 +47,8 @@ def world(tmp_path_factory):
     training = {"sub": "chair", "obj": "brown"}
     (root / "data/vicomte/color_single_train.jsonl").write_text(json.dumps(training))
     tokenizer = gpt2_like()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 512}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes, **ids)
-    LlamaForCausalLM(config).save_pretrained(root / "model")
+    llama_of(tokenizer, max_position_embeddings=512, **ids).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     (root / "clip.json").write_text(json.dumps({"model_cfg": TINY}))
     study = {
@@ -109,12 +106,8 @@ def test_a_whole_study(world):
     right = np.array(answers["answers"]) == [[COLOR_WORDS.index(color)] for color in things.values()]
     assert results.accuracy(("valm", "retrieved"), "validation").value == pytest.approx(right.mean())
     items = asked["memory_color", "raw"]
-    assert dict(zip(items.items, items.pictured, strict=True)) == {
-        "banana": False,
-        "apple": True,
-        "sky": True,
-        "cloud": False,
-    }
+    pictured = {"banana": False, "apple": True, "sky": True, "cloud": False}
+    assert dict(zip(items.items, items.pictured, strict=True)) == pictured
     assert items.pixels.tolist() == ["", "green", "yellow", ""]
     assert results.difference(("cut", "retrieved"), ("cut", "taken-out"), "memory_color")
     stages = set(results.seeds[0]["seconds"])
@@ -240,6 +233,5 @@ def test_validation_asks_no_test_set(world):
 def test_settings_become_options():
     settings = {"batch_size": 24, "limit_softmax": True, "lr_scheduler_type": "cosine", "logit_bias": -3}
     settings |= {"cache_images": False}
-    assert as_options(settings) == [
-        "--batch-size", "24", "--limit-softmax", "--lr_scheduler_type", "cosine", "--logit-bias", "-3",
-    ]  # fmt: skip
+    expected = "--batch-size 24 --limit-softmax --lr_scheduler_type cosine --logit-bias -3"
+    assert as_options(settings) == expected.split()

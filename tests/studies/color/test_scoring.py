@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from studies.color.questions import validation_questions
 from studies.color.scoring import (
@@ -17,6 +16,7 @@ from studies.color.scoring import (
 )
 from tests.checks.families import open_images
 from tests.tolerance import assert_agree
+from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import gpt2_like
 from valm.evaluation.metrics import log_prior
 from valm.evaluation.scorers import CausalScorer
@@ -42,11 +42,8 @@ class EveryImage:
 @pytest.fixture
 def scorer():
     tokenizer = gpt2_like()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 128}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes, **ids)
-    model = LlamaForCausalLM(config).eval()
+    model = llama_of(tokenizer, max_position_embeddings=128, **ids).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -113,13 +110,9 @@ def test_an_arm_is_asked_what_each_test_asks(scorer):
         Evaluation("off", asked, {"prose": TEXTS}, NoImages(2, 24)),
     ]
     rows = score_arm("valm", scorer, tests, said.append)
-    assert [(row["images"], row["of"]) for row in rows if row["measure"] != "calibrated"] == [
-        ("retrieved", "validation"),
-        ("retrieved", "large"),
-        ("retrieved", "prose"),
-        ("off", "validation"),
-        ("off", "prose"),
-    ]
+    asked_for = [("retrieved", of) for of in ("validation", "large", "prose")]
+    asked_for += [("off", of) for of in ("validation", "prose")]
+    assert [(row["images"], row["of"]) for row in rows if row["measure"] != "calibrated"] == asked_for
     retrieved, off = (row["hits"] for row in rows if row["measure"] == "nats")
     assert retrieved != off
     assert said[0] == "valm, retrieved, validation"

@@ -67,10 +67,7 @@ def test_captions_name_the_thing_in_running_text_without_colours(pictures, gloss
 
 def test_a_planted_leak_is_dropped_and_counted(pictures, glosses):
     text = drawn(pictures)
-    everything = [
-        *text.training,
-        *(line for kind in ("glosses", "prose") for line in text.heldout[kind]),
-    ]
+    everything = [*text.training, *(line for kind in ("glosses", "prose") for line in text.heldout[kind])]
     assert not set(glosses) & set(everything)
     assert text.counts["glosses: dropped, a test item beside a colour"] == 2
     assert text.counts["glosses: left"] == 30

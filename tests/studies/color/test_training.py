@@ -16,9 +16,8 @@ def test_the_loss_is_of_the_document_and_not_of_its_captions():
     whole = tokenizer.decode(document["input_ids"], skip_special_tokens=True)
     assert whole == "Here are pictures of sky.\nthe sky is blue"
     assert list(document["input_ids"]).count(begin_id(tokenizer)) == (2 if ids[0] == ids[-1] else 1)
-    batch = _WithoutCaptions(Collator(tokenizer, None))(
-        [document, {"input_ids": np.array(ids), GIVEN: np.zeros(len(ids), bool)}]
-    )
+    alone = {"input_ids": np.array(ids), GIVEN: np.zeros(len(ids), bool)}
+    batch = _WithoutCaptions(Collator(tokenizer, None))([document, alone])
     predicted = batch["labels"] != IGNORED
     assert predicted[0].sum() == predicted[1].sum() == len(ids) - 1
     assert (batch["labels"][0][predicted[0]] == torch.tensor(ids[1:])).all()

@@ -2,14 +2,7 @@
 
 import random
 
-from studies.demo.corpus import (
-    ARTICLES,
-    LEADS,
-    TAILS,
-    begins_a_sentence,
-    caption,
-    training_sentences,
-)
+from studies.demo.corpus import ARTICLES, LEADS, TAILS, begins_a_sentence, caption, training_sentences
 from studies.demo.things import COLORS
 from valm.evaluation.questions import COLOR_PROMPTS
 

@@ -4,7 +4,10 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 from contextlib import contextmanager
+
+import pytest
 
 from valm.cli import main
 
@@ -15,6 +18,11 @@ SIZE = ["--model", "3x32x4", "--context", "32", *STEPS]
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def wrong_inputs(said):
+    """Parametrizes a test by command lines, in which {world} and {tmp} are the folders, and what is `said` of each."""
+    return pytest.mark.parametrize(("command", "message"), said.items(), ids=said)
 
 
 @contextmanager
@@ -28,11 +36,14 @@ def serving(model, *options):
             process.kill()
 
 
+def asked(address, **fields):
+    """The answer to a request for a completion, open."""
+    body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(f"{address}/completions", body, headers), timeout=120)
+
+
 def evaluations(folder):
     """What each evaluation of the training in `folder` found, from its last checkpoint."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return [
-        entry
-        for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]
-        if "eval_loss" in entry
-    ]
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "eval_loss" in entry]

@@ -1,14 +1,14 @@
 """A tiny CLIP's world, in which each command runs, and the check of what a command says of wrong input."""
 
 import os
+import shlex
 import shutil
 
 import pytest
-import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.valm.cli.commands import SIZE, THINGS, run
+from tests.valm.cli.commands import SIZE, THINGS, run, serving
+from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import chat_like
 from tests.valm.tiny_clip import make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
@@ -42,14 +42,18 @@ def world(tmp_path_factory):
 def base(world):
     """A pretrained chat model with a tokenizer of its own, and the corpus retrieved with that."""
     tokenizer = chat_like(["the color of the coal is black"], vocab_size=300)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_attention_heads=4, num_key_value_heads=2)
-    LlamaForCausalLM(config).save_pretrained(world / "base")
+    llama_of(tokenizer, max_position_embeddings=64).save_pretrained(world / "base")
     tokenizer.save_pretrained(world / "base")
     retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", world / "base", "-k", "2"]
     assert run(*retrieve, "--out", world / "base-retrieval") == 0
     return world / "base"
+
+
+@pytest.fixture(scope="module")
+def address(world):
+    """Of a server that the tests of a module share."""
+    with serving(world / "valm", "--max-waiting", "200") as (_, address):
+        yield address
 
 
 @pytest.fixture
@@ -73,21 +77,46 @@ def alone(copy_of):
 
 
 @pytest.fixture
-def sentence(world, tmp_path, capsys):
-    """Checks that a command fails with one sentence and leaves no model or knowledge base behind.
+def output_of(capsys):
+    """Runs a command that succeeds; returns what it prints."""
 
-    In its arguments and what the sentence must say, {world} and {tmp} are the folders. The latter has
-    an empty.txt without text.
+    def output_of(*arguments):
+        capsys.readouterr()
+        assert run(*arguments) == 0
+        return capsys.readouterr().out
+
+    return output_of
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Runs a command that fails; returns what it says of that."""
+
+    def error_of(*arguments):
+        capsys.readouterr()
+        assert run(*arguments) == 1
+        return capsys.readouterr().err
+
+    return error_of
+
+
+@pytest.fixture
+def sentence(world, tmp_path, error_of):
+    """Checks that a command line fails with one sentence and leaves no model or knowledge base behind; returns it.
+
+    In the line and in what the sentence must say, {world} and {tmp} are the folders. The latter has an empty.txt
+    without text.
     """
     (tmp_path / "empty.txt").write_text("\n\n")
 
-    def check(arguments, expected):
+    def check(command, expected):
         before = set(os.listdir(tmp_path))
-        assert run(*(argument.format(world=world, tmp=tmp_path) for argument in arguments)) == 1
-        error = capsys.readouterr().err.strip().splitlines()[-1]
+        words = (word.format(world=world, tmp=tmp_path) for word in shlex.split(command))
+        error = error_of(*words).strip().splitlines()[-1]
         assert error.startswith("valm: error: ") and expected.format(world=world, tmp=tmp_path) in error
         left = set(os.listdir(tmp_path)) - before
         assert not any((tmp_path / name / "config.json").exists() for name in left)
         assert not any((tmp_path / name / "manifest.json").exists() for name in left)
+        return error
 
     return check

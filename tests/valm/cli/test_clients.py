@@ -4,26 +4,19 @@ import importlib.util
 import json
 import re
 import sys
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import valm
-from tests.valm.cli.commands import THINGS, run, serving
+from tests.valm.cli.commands import THINGS, asked, run, serving
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs the extra [serve]"),
 ]
 PROMPT, TASK = "the color of the", "valm_memory_color"
-
-
-@pytest.fixture(scope="module")
-def address(world):
-    with serving(world / "valm", "--max-waiting", "200") as (_, address):
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +65,12 @@ def test_local_completions_of_lm_eval(world, address, tmp_path, capsys):
 
     write_tasks(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False, metadata={"data": str(world / "sets")})
-    served = LocalCompletionsAPI(
-        base_url=f"{address}/completions",
-        model="valm",
-        tokenizer=str(world / "valm"),
-        tokenizer_backend="huggingface",
-        add_bos_token=True,
-        max_length=32,
-        batch_size=4,
-        num_concurrent=3,
-    )
-    found = [
-        simple_evaluate(model=model, tasks=[TASK], task_manager=manager, bootstrap_iters=0)
-        for model in (served, ValmLM(str(world / "valm"), batch_size=8))
-    ]
+    options = {"tokenizer": str(world / "valm"), "tokenizer_backend": "huggingface", "add_bos_token": True}
+    options |= {"max_length": 32, "batch_size": 4, "num_concurrent": 3}
+    served = LocalCompletionsAPI(base_url=f"{address}/completions", model="valm", **options)
+    models = (served, ValmLM(str(world / "valm"), batch_size=8))
+    options = {"tasks": [TASK], "task_manager": manager, "bootstrap_iters": 0}
+    found = [simple_evaluate(model=model, **options) for model in models]
     of_server, of_class = ([sample["filtered_resps"] for sample in one["samples"][TASK]] for one in found)
     assert len(of_server) == len(THINGS) * 9  # prompts
     for ours, others in zip(of_server, of_class, strict=True):
@@ -99,15 +84,16 @@ def test_local_completions_of_lm_eval(world, address, tmp_path, capsys):
 def test_16_streams_of_which_half_leave(world, generated):
     """Their rows are free again, the others are answered, and SIGTERM ends what is left in time."""
     with serving(world / "valm", "--max-batch", "4") as (process, address):
-        streams = [asked(address, stream=True, max_tokens=20, seed=number) for number in range(16)]
+        fields = {"prompt": PROMPT, "stream": True, "max_tokens": 20}
+        streams = [asked(address, **fields, seed=number) for number in range(16)]
         for stream in streams[::2]:
             stream.readline()
             stream.close()
         for stream in streams[1::2]:
             assert stream.read().rstrip().endswith(b"data: [DONE]")
-        answer = json.load(asked(address, max_tokens=3, temperature=0))
+        answer = json.load(asked(address, prompt=PROMPT, max_tokens=3, temperature=0))
         assert answer["choices"][0]["text"] == generated
-        running = [asked(address, stream=True, max_tokens=20) for _ in range(16)]
+        running = [asked(address, **fields) for _ in range(16)]
         process.terminate()
         ends = [stream.read().rstrip() for stream in running]
         assert all(end.endswith(b"data: [DONE]") or b"server_stopping" in end for end in ends)
@@ -119,7 +105,7 @@ def test_memory_is_flat_over_1000_requests(world):
     with serving(world / "valm") as (process, address):
 
         def ask(number):
-            with asked(address, max_tokens=3, seed=number) as answer:
+            with asked(address, prompt=PROMPT, max_tokens=3, seed=number) as answer:
                 answer.read()
 
         resident = []
@@ -129,10 +115,3 @@ def test_memory_is_flat_over_1000_requests(world):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 resident.append(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]))
     assert max(resident[1:]) - resident[0] < 10_000  # kB
-
-
-def asked(address, **fields):
-    """The answer to PROMPT, open."""
-    body = json.dumps({"prompt": PROMPT, **fields}).encode()
-    request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
-    return urllib.request.urlopen(request, timeout=120)

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import shutil
 import time
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.valm.cli.commands import THINGS, run
+from tests.valm.cli.commands import THINGS, run, wrong_inputs
 from tests.valm.tiny_clip import TINY
 from valm.clip.clip import Clip
 from valm.training import steps_checkpoint
@@ -15,13 +16,12 @@ from valm.training.clip_run import TRAINING_FILE
 from valm.training.steps_checkpoint import StepsCheckpoint
 
 
-def test_a_clip_is_trained_and_checked(world, tmp_path, capsys):
+def test_a_clip_is_trained_and_checked(world, tmp_path, output_of):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     train = ["clip", "train", world / "pictures", "--steps", 3, "--batch-size", 6, "--lr", 3e-3]
-    assert run(*train, "--model", tmp_path / "tiny.json", "--out", tmp_path / "clip") == 0
-    assert "6 images; loss" in capsys.readouterr().out
-    assert run("clip", "check", world / "pictures", "--clip", tmp_path / "clip") == 0
-    assert "text to image  recall@1" in capsys.readouterr().out
+    assert "6 images; loss" in output_of(*train, "--model", tmp_path / "tiny.json", "--out", tmp_path / "clip")
+    checked = output_of("clip", "check", world / "pictures", "--clip", tmp_path / "clip")
+    assert "text to image  recall@1" in checked
 
 
 def test_a_text_side_is_trained_beside_a_frozen_image_side(world, tmp_path):
@@ -69,10 +69,8 @@ def killed_training(world, tmp_path, monkeypatch):
     return train
 
 
-def test_a_killed_training_resumes(killed_training, tmp_path, capsys, caplog):
-    capsys.readouterr()
-    assert run(*killed_training, "--out", tmp_path / "small") == 0
-    out = capsys.readouterr().out
+def test_a_killed_training_resumes(killed_training, tmp_path, output_of, caplog):
+    out = output_of(*killed_training, "--out", tmp_path / "small")
     assert "has the first 2 of 5 steps: resuming there" in caplog.text
     assert "6 images; loss" in out and "text to image among 6 images trained on: recall @1 " in out
     assert not (tmp_path / "small" / TRAINING_FILE).exists()
@@ -101,18 +99,15 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "said"),
     [
-        (["--lr", "1e-2"], "holds another training: its --lr is 0.001, here it is 0.01"),
-        pytest.param(
-            ["--vocabulary", "{world}/corpus.txt"],
-            "holds another training: its --vocabulary is ",
-            marks=pytest.mark.slow,
-        ),
+        ("--lr 1e-2", "--lr is 0.001, here it is 0.01"),
+        pytest.param("--vocabulary {world}/corpus.txt", "--vocabulary is ", marks=pytest.mark.slow),
     ],
 )
-def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, options, message):
-    sentence([*map(str, killed_training), "--out", "{tmp}/small", *options], message)
+def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, option, said):
+    training = shlex.join(map(str, killed_training))
+    sentence(f"{training} --out {{tmp}}/small {option}", f"holds another training: its {said}")
 
 
 def test_the_words_of_another_text_are_tokens_too(world, tmp_path):
@@ -124,63 +119,47 @@ def test_the_words_of_another_text_are_tokens_too(world, tmp_path):
 ABSENT = "not more than half of the 2 images that its training held out are here: all 6 are looked at"
 
 
-def test_images_are_held_out(world, tmp_path, capsys):
+def test_images_are_held_out(world, tmp_path, output_of):
     train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 1]
-    assert run(*train, "--held-out", 0.34, "--out", tmp_path / "clip") == 0
-    out = capsys.readouterr().out
+    out = output_of(*train, "--held-out", 0.34, "--out", tmp_path / "clip")
     assert "4 images; loss" in out and "among 4 images trained on" in out and "among 2 images held out" in out
     assert "by the images that were held out where PICTURES has them" in out
-    for folder, seen in (("pictures", "on the 2 pictures that its training held out, of 6"), ("others", ABSENT)):
-        if folder == "others":  # other images of the same names
-            shutil.copytree(world / "pictures", tmp_path / folder)
-            for name in THINGS:
-                Image.new("RGB", (9, 9)).save(tmp_path / folder / f"{name}.png")
-        where = world if folder == "pictures" else tmp_path
-        assert run("clip", "check", where / folder, "--clip", tmp_path / "clip") == 0
-        out = capsys.readouterr().out
-        assert seen in out and out.count("held out") == 1
+    shutil.copytree(world / "pictures", tmp_path / "others")
+    for name in THINGS:  # other images of the same names
+        Image.new("RGB", (9, 9)).save(tmp_path / "others" / f"{name}.png")
+    seen = "on the 2 pictures that its training held out, of 6"
+    for folder, said in ((world / "pictures", seen), (tmp_path / "others", ABSENT)):
+        out = output_of("clip", "check", folder, "--clip", tmp_path / "clip")
+        assert said in out and out.count("held out") == 1
 
 
-def wrong_inputs():
-    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
-    train = ["clip", "train", "{world}/pictures", "--out", "{tmp}/clip"]
-    return {
-        "neither model nor tower": (train, "give --model, --image-tower, or both"),
-        "nothing is frozen": (
-            [*train, "--model", "ViT-B-32", "--cache-images"],
-            "--cache-images is for a frozen image tower",
-        ),
-        "a vocabulary of another model": (
-            [*train, "--model", "ViT-B-32", "--vocabulary", "{world}/corpus.txt"],
-            "--vocabulary is for --model small",
-        ),
-        "one image held out": ([*train, "--model", "small", "--held-out", "0.1"], "--held-out 0.1 of 6 images is 1"),
-        "no image held out": ([*train, "--model", "small", "--held-out", "0.01"], "--held-out 0.01 of 6 images is 0"),
-        "all images held out": (
-            [*train, "--model", "small", "--held-out", "1"],
-            "--held-out is 1.0, expected at least 0 and below 1",
-        ),
-        "no option": ([*train, "--resume"], "has no option --resume: the same command goes on"),
-        "no such architecture": ([*train, "--model", "ViT-Z"], "there is no CLIP architecture ViT-Z"),
-        "a misspelt one": ([*train, "--model", "smal"], "or a JSON file, did you mean small?"),
-        "no such tower": ([*train, "--image-tower", "{tmp}/none"], "no CLIP at"),
-        "no such configuration": ([*train, "--model", "{tmp}/none.json"], "none.json"),
-        "no pictures": (["clip", "train", "{tmp}/none", *train[3:], "--model", "ViT-B-32"], "{tmp}/none"),
-        "output of another run": ([*train[:-1], "{world}/clip", "--model", "ViT-B-32"], "is not empty"),
-        "option of another format": (
-            [*train, "--model", "ViT-B-32", "--streaming"],
-            "--streaming is for --format dataset",
-        ),
+OUT = "--out {tmp}/clip "
+TRAIN = "clip train {world}/pictures " + OUT
+NEW, SMALL = TRAIN + "--model ViT-B-32 ", TRAIN + "--model small "
+
+
+@wrong_inputs(
+    {
+        TRAIN: "give --model, --image-tower, or both",
+        TRAIN + "--resume": "has no option --resume: the same command goes on",
+        TRAIN + "--model ViT-Z": "there is no CLIP architecture ViT-Z",
+        TRAIN + "--model smal": "or a JSON file, did you mean small?",
+        TRAIN + "--model {tmp}/none.json": "none.json",
+        TRAIN + "--image-tower {tmp}/none": "no CLIP at",
+        NEW + "--cache-images": "--cache-images is for a frozen image tower",
+        NEW + "--vocabulary {world}/corpus.txt": "--vocabulary is for --model small",
+        NEW + "--out {world}/clip": "is not empty",
+        NEW + "--streaming": "--streaming is for --format dataset",
+        SMALL + "--held-out 0.1": "--held-out 0.1 of 6 images is 1",
+        SMALL + "--held-out 0.01": "--held-out 0.01 of 6 images is 0",
+        SMALL + "--held-out 1": "--held-out is 1.0, expected at least 0 and below 1",
+        "clip train {tmp}/none --model ViT-B-32 " + OUT: "{tmp}/none",
     }
+)
+def test_wrong_input_is_one_sentence(sentence, command, message):
+    sentence(command, message)
 
 
-@pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, name):
-    arguments, expected = wrong_inputs()[name]
-    sentence(arguments, expected)
-
-
-@pytest.mark.parametrize("option", [["--lr", "-1"], ["--lr", "nan"], ["--held-out", "-1"], ["--max-logit-scale", "0"]])
+@pytest.mark.parametrize("option", ["--lr -1", "--lr nan", "--held-out -1", "--max-logit-scale 0"])
 def test_numbers_out_of_range_are_refused(option, sentence):
-    train = ["clip", "train", "{world}/pictures", "--out", "{tmp}/clip", "--model", "ViT-B-32"]
-    sentence([*train, *option], f"{option[0]} is ")
+    sentence(NEW + option, f"{option.split()[0]} is ")

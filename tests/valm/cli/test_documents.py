@@ -1,7 +1,5 @@
 """Every command and Python example of README.md and docs/ is run, or at least understood."""
 
-import ast
-import importlib
 import json
 import os
 import re
@@ -32,11 +30,7 @@ from valm.training import training_arguments
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "studies" / "color" / "plan.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PARSERS = {
-    "valm ": build_parser,
-    "python -m studies.demo ": demo_parser,
-    "python -m studies.color ": color_parser,
-}
+PARSERS = {"valm ": build_parser, "python -m studies.demo ": demo_parser, "python -m studies.color ": color_parser}
 TUTORIALS = ["attention", "search", "knowledge-base"]
 
 
@@ -116,9 +110,9 @@ def write_photographs(folder: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_own_pictures_in_ten_minutes(tmp_path):
     write_photographs(tmp_path / "pictures")
-    seconds = {}
-    write_configs(ROOT / "docs" / "tutorials" / "own-pictures.md", tmp_path)
-    for command in commands(ROOT / "docs" / "tutorials" / "own-pictures.md"):
+    seconds, page = {}, ROOT / "docs" / "tutorials" / "own-pictures.md"
+    write_configs(page, tmp_path)
+    for command in commands(page):
         begin = time.monotonic()
         words = shlex.split(command, comments=True)
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
@@ -163,18 +157,6 @@ def test_the_examples_of_the_readme_run(workshop, capsys):
     assert examples
     exec(compile("\n".join(examples), "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.startswith("the color of the banana")
-
-
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda example: example.stem)
-def test_every_example_imports_what_there_is(example):
-    names = [
-        node for node in ast.walk(ast.parse(example.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
-    ]
-    for node in names:
-        module = node.module if isinstance(node, ast.ImportFrom) else None
-        for name in node.names:
-            found = importlib.import_module(module or name.name)
-            assert module is None or hasattr(found, name.name), f"{example.name}: {module} has no {name.name}"
 
 
 def run_example(monkeypatch, name: str, *arguments: str) -> None:

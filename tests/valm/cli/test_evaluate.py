@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.valm.cli.commands import run
+from tests.valm.cli.commands import run, wrong_inputs
 from tests.valm.evaluation.small_sets import write_sets
 from valm.clip.text_tower import fastest_dtype
 from valm.evaluation.sets import SETS
@@ -17,25 +17,17 @@ def color(world):
     return ("--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair")
 
 
-@pytest.fixture(scope="session")
-def sets(world, tmp_path_factory):
-    root = tmp_path_factory.mktemp("sets")
-    write_sets(root)
-    return shutil.copytree(world / "sets", root, dirs_exist_ok=True)
-
-
-def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
-    out, other = tmp_path / "out", tmp_path / "pictures"
-    sets = shutil.copytree(sets, tmp_path / "sets")
+def test_eval_prints_and_writes_the_tables(world, tmp_path, output_of):
+    out, other, sets = (tmp_path / name for name in ("out", "pictures", "sets"))
+    write_sets(sets)
+    shutil.copytree(world / "sets", sets, dirs_exist_ok=True)
     for name, lines in (("memory_color", 2), ("vicomte_color", 1)):  # one thing of each is enough
         table = sets / SETS[name].file
         table.write_text("\n".join(table.read_text().splitlines()[:lines]))
     other.mkdir()
     Image.new("RGB", (32, 32), "purple").save(other / "purple.png")
-    arguments = ["eval", world / "valm", world / "gpt2", "--data", sets]
-    arguments += ["--controls", f"off,{other}", "--out", out]
-    assert run(*arguments, "--tasks", "memory_color,vicomte_color") == 0
-    printed = capsys.readouterr().out
+    models = ["eval", world / "valm", world / "gpt2", "--data", sets, "--controls", f"off,{other}", "--out", out]
+    printed = output_of(*models, "--tasks", "memory_color,vicomte_color")
     assert f"written to {out / 'report.html'}" in printed
     results = json.loads((out / "results.json").read_text())
     names = ["valm", "valm, no images", "valm, images of pictures", "gpt2"]
@@ -53,31 +45,26 @@ def test_eval_prints_and_writes_the_tables(world, sets, tmp_path, capsys):
     assert len(list((out / "cache").iterdir())) == 4 * 3
 
 
-def test_eval_with_another_min_score(world, color, tmp_path, capsys):
+def test_eval_with_another_min_score(world, color, tmp_path, output_of):
     """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
-    models = ("eval", world / "valm", world / "gpt2", "--limit", 2)
+    models, options = (world / "valm", world / "gpt2"), ["--limit", 2, *color, "--json", "--out", tmp_path]
     with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
-        assert run(*models, *color, "--min-score", "2", "--controls", "off", "--json", "--out", tmp_path) == 0
-    cut, off, _ = json.loads(capsys.readouterr().out)["rows"]
+        printed = output_of("eval", *models, *options, "--min-score", "2", "--controls", "off")
+    cut, off, _ = json.loads(printed)["rows"]
     assert cut["metrics"] == off["metrics"] and "2 images a token with a retrieval score from 2" in cut["kind"]
     scored = set((tmp_path / "cache").iterdir())
-    assert run("eval", world / "valm", "--limit", 2, *color, "--json", "--out", tmp_path) == 0
-    (whole,) = json.loads(capsys.readouterr().out)["rows"]
+    results = json.loads(output_of("eval", world / "valm", *options))
+    (whole,) = results["rows"]
     assert whole["kind"].endswith("2 images a token")
     assert len(set((tmp_path / "cache").iterdir()) - scored) == 1  # not from the scores of the other
+    assert results == json.loads((tmp_path / "results.json").read_text())
 
 
-def test_eval_as_json_is_the_results_file(world, sets, color, tmp_path, capsys):
-    assert run("eval", world / "gpt2", *color, "--out", tmp_path, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
-
-
-def test_another_evaluation_into_the_same_folder_loses_nothing(world, tmp_path, capsys):
-    arguments = ["eval", world / "gpt2", "--tasks", "memory_color", "--data", world / "sets", "--protocol", "published"]
-    arguments += ["--out", tmp_path]
-    assert run(*arguments) == 0
+def test_another_evaluation_into_the_same_folder_loses_nothing(world, color, tmp_path, capsys, output_of):
+    arguments = ["eval", world / "gpt2", *color, "--out", tmp_path]
+    printed = output_of(*arguments)
+    assert "| MemoryColor | fair | 6 × 9 |" in printed and "published protocol" not in printed
     before = (tmp_path / "results.json").read_bytes()
-    capsys.readouterr()
     assert run(*arguments, "--limit", 2) == 0
     printed = capsys.readouterr()
     assert f"the report that was in {tmp_path} is now in {tmp_path / 'earlier-1'}" in printed.err
@@ -87,77 +74,45 @@ def test_another_evaluation_into_the_same_folder_loses_nothing(world, tmp_path, 
     assert not (tmp_path / "earlier-2").exists()
 
 
-@pytest.mark.parametrize("model", ["valm", "gpt2"])
-def test_one_protocol_of_one_task(world, color, capsys, model):
-    assert run("eval", world / model, *color) == 0
-    printed = capsys.readouterr().out
-    assert "| MemoryColor | fair | 6 × 9 |" in printed and "published protocol" not in printed
-
-
-def test_ones_own_questions_are_asked_alone_or_beside_the_sets(world, color, tmp_path, capsys):
+def test_ones_own_questions_are_asked_alone_or_beside_the_sets(world, color, tmp_path, output_of):
     same, other = tmp_path / "fruit.csv", tmp_path / "more.csv"
-    same.write_text(
-        "question,answer,choices\nthe color of the apple is,red,red|green|blue\nthe apple is,green,blue|red|green\n"
-    )
-    other.write_text('question,answer,choices\nthe sky is,blue,red|blue\n"the apple, is",red,red | green | blue\n')
-    models = ("eval", world / "valm", world / "gpt2")
-    out = tmp_path / "out"
-    assert run(*models, "--ask", f"{same},{other}", "--controls", "off", "--out", out) == 0
-    printed = capsys.readouterr().out
+    head = "question,answer,choices\n"
+    same.write_text(f"{head}the color of the apple is,red,red|green|blue\nthe apple is,green,blue|red|green\n")
+    other.write_text(f'{head}the sky is,blue,red|blue\n"the apple, is",red,red | green | blue\n')
+    models, out = (world / "valm", world / "gpt2"), tmp_path / "out"
+    printed = output_of("eval", *models, "--ask", f"{same},{other}", "--controls", "off", "--out", out)
     assert "## Your questions, accuracy in percent, fair protocol" in printed
     assert "| model | Your questions: fruit, 2 items | Your questions: more, 2 items |" in printed
     assert "<h3>Your questions: fruit " in (out / "report.html").read_text()
     results = json.loads((out / "results.json").read_text())
-    assert [row["model"] for row in results["rows"]] == [
-        name for name in ("valm", "valm, no images", "gpt2") for _ in "ab"
-    ]
+    assert [row["model"] for row in results["rows"]] == ["valm"] * 2 + ["valm, no images"] * 2 + ["gpt2"] * 2
     assert len(results["pairs"]) == 4
     fruit, more = (row["metrics"] for row in results["rows"][:2])
     assert "calibrated" in fruit and "calibrated_mean" in fruit and "calibrated" not in more
     assert fruit["baselines"]["constants"] == {"red": 0.5, "green": 0.5}
     assert more["baselines"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert run("eval", world / "gpt2", *color, "--ask", same, "--json") == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    rows = json.loads(output_of("eval", world / "gpt2", *color, "--ask", same, "--json"))["rows"]
     assert [row["task"] for row in rows] == ["memory_color", "ask-fruit"]
 
 
-def wrong_inputs():
-    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
-    color = ["--tasks", "memory_color", "--data", "{world}/sets"]
-    return {
-        "unknown task": (["eval", "{world}/gpt2", "--tasks", "colour"], "did you mean 'color'"),
-        "data missing": (["eval", "{world}/gpt2", "--tasks", "size", "--data", "{tmp}"], "get it from https://"),
-        "model missing": (["eval", "{tmp}/none", *color], "there is no model folder {tmp}/none"),
-        "no model": (["eval", "{world}/pictures", *color], "the folder {world}/pictures holds no model"),
-        "no pictures to replace by": (
-            ["eval", "{world}/valm", *color, "--controls", "off,{tmp}"],
-            "no images in {tmp}",
-        ),
-        "no control": (
-            ["eval", "{world}/valm", *color, "--controls", "of"],
-            "of is no folder of images; give off, random",
-        ),
-        "an option that went": (["eval", "{world}/valm", *color, "--no-images"], "--no-images: --controls off adds"),
-        "no such questions": (["eval", "{world}/gpt2", "--ask", "{tmp}/none.csv"], "{tmp}/none.csv"),
-        "no questions": (["eval", "{world}/gpt2", "--ask", "{tmp}/empty.txt"], "empty.txt has the columns"),
-        "output is a file": (["eval", "{world}/gpt2", *color, "--out", "{tmp}/empty.txt"], "is a file"),
-        "one model twice": (["eval", "{world}/gpt2", "{world}/gpt2/", *color], "is given twice: leave one out"),
+@wrong_inputs(
+    {
+        "eval {world}/gpt2 --tasks size --data {tmp}": "get it from https://",
+        "eval {world}/gpt2 --ask {tmp}/none.csv": "{tmp}/none.csv",
+        "eval {world}/gpt2 --ask {tmp}/empty.txt": "empty.txt has the columns",
+        "eval {world}/gpt2 --tasks memory_color --data {world}/sets --out {tmp}/empty.txt": "is a file",
     }
+)
+def test_wrong_input_is_one_sentence(sentence, command, message):
+    sentence(command, message)
 
 
-@pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, name):
-    arguments, expected = wrong_inputs()[name]
-    sentence(arguments, expected)
-
-
-def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(copy_of, world, capsys):
-    root = copy_of("valm")  # without the knowledge base that it notes
-    (root / "valm" / "_retrieval.json").unlink()
-    asked = ["eval", root / "valm", "--tasks", "memory_color", "--data", world / "sets", "--controls", "off"]
-    assert run(*asked, "--out", root / "out") == 1
-    assert "nothing says where they are: give their knowledge base as kb (--kb)\n" in capsys.readouterr().err
-    assert list((root / "out").iterdir()) == []
+@pytest.mark.usefixtures("alone")
+def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(world, tmp_path, error_of):
+    asked = ["eval", tmp_path / "alone", "--tasks", "memory_color", "--data", world / "sets", "--controls", "off"]
+    error = error_of(*asked, "--out", tmp_path / "out")
+    assert "nothing says where they are: give their knowledge base as kb (--kb)\n" in error
+    assert list((tmp_path / "out").iterdir()) == []
     assert run(*asked, "--limit", 1, "--kb", world / "kb") == 0
 
 
@@ -174,8 +129,7 @@ def test_queries_are_in_the_fastest_precision_of_a_processor(amx, vnni, expected
 
 def test_the_report_says_the_precision_of_queries_that_there_are(world, color, tmp_path):
     line = "Retrieval queries in bfloat16."
-    color = [*color, "--limit", 1]
-    color += ["--query-dtype", "bfloat16", "--controls", "off", "--out", tmp_path]
+    color = [*color, "--limit", 1, "--query-dtype", "bfloat16", "--controls", "off", "--out", tmp_path]
     assert run("eval", world / "gpt2", *color) == 0
     assert line not in (tmp_path / "results.md").read_text()
     assert run("eval", world / "gpt2", world / "valm", *color) == 0

@@ -1,22 +1,21 @@
 import pytest
 from PIL import Image
 
-from tests.valm.cli.commands import run
+from tests.valm.cli.commands import run, wrong_inputs
 from tests.valm.tiny_clip import make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 
 PROMPT = "the color of the apple is"
 
 
-def test_explain_writes_a_page(world, tmp_path, capsys):
+def test_explain_writes_a_page(world, tmp_path, output_of):
     page = tmp_path / "page.html"
     page.symlink_to("there.html")
-    assert run("explain", world / "valm", PROMPT, "--out", page) == 0
+    assert str(page) in output_of("explain", world / "valm", PROMPT, "--out", page)
     text = page.read_text()
     assert "<h1><bdi>the color of the apple is</bdi>" in text and 'alt="a ' in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "there.html"]
     assert page.is_symlink()
-    assert str(page) in capsys.readouterr().out
 
 
 def test_beside_it_stand_other_images_and_another_model(world, tmp_path):
@@ -38,31 +37,23 @@ def test_two_models_of_one_name_are_told_apart(world, copy_of, tmp_path):
     assert "<bdi>gpt2</bdi></h2>" in text and f"<bdi>{tmp_path.name}/gpt2</bdi></h2>" in text
 
 
-def wrong_inputs():
-    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
-    valm, gpt2, page = ["explain", "{world}/valm"], ["explain", "{world}/gpt2"], ["--out", "{tmp}/page.html"]
-    return {
-        "empty prompt": ([*valm, "", *page], "the prompt is empty"),
-        "long prompt": ([*valm, "the apple " * 30, *page], "this model reads 32 at most"),
-        "no retriever": (["explain", "{tmp}/alone", PROMPT, *page], "has no retriever: give it a knowledge base"),
-        "another CLIP": ([*valm, PROMPT, "--clip", "{tmp}/clip", *page], "was built with the CLIP"),
-        "no pictures": ([*valm, PROMPT, "--replace", "{tmp}/alone", *page], "no images in {tmp}/alone"),
-        "nothing to replace": (
-            [*gpt2, PROMPT, "--replace", "{world}/pictures", *page],
-            "this model sees no images (K = 0), so there are none to replace",
-        ),
-        "no answer": ([*valm, PROMPT, "--answers", "red,,blue", *page], "the answer '' has no tokens"),
-        "no such folder": ([*valm, PROMPT, "--out", "{tmp}/none/page.html"], "{tmp}/none"),
+PAGE = " --out {tmp}/page.html "
+VALM, GPT2 = f"explain {{world}}/valm '{PROMPT}'" + PAGE, f"explain {{world}}/gpt2 '{PROMPT}'" + PAGE
+
+
+@wrong_inputs(
+    {
+        f"explain {{tmp}}/alone '{PROMPT}'" + PAGE: "has no retriever: give it a knowledge base",
+        VALM + "--clip {tmp}/clip": "was built with the CLIP",
+        VALM + "--replace {tmp}/alone": "no images in {tmp}/alone",
+        VALM + "--answers red,,blue": "the answer '' has no tokens",
+        VALM + "--out {tmp}/none/page.html": "{tmp}/none",
+        GPT2 + "--replace {world}/pictures": "this model sees no images (K = 0), so there are none to replace",
     }
-
-
-@pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, copy_of, name):
-    arguments, expected = wrong_inputs()[name]
-    root = copy_of("valm")
-    (root / "valm").rename(root / "alone")
-    (root / "alone" / "_retrieval.json").unlink()
-    if "{tmp}/clip" in arguments:
-        make_clip(prune_tokenizer(clip_tokenizer(), ["the color of the apple is"]), seed=5).save(root / "clip")
-    sentence(arguments, expected)
-    assert not (root / "page.html").exists()
+)
+@pytest.mark.usefixtures("alone")
+def test_wrong_input_is_one_sentence(sentence, tmp_path, command, message):
+    if "{tmp}/clip" in command:
+        make_clip(prune_tokenizer(clip_tokenizer(), [PROMPT]), seed=5).save(tmp_path / "clip")
+    sentence(command, message)
+    assert not (tmp_path / "page.html").exists()

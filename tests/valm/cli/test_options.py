@@ -1,36 +1,46 @@
 import pytest
 
-from valm.cli import main
+from tests.valm.cli.commands import run
+
+
+@pytest.mark.parametrize("option", ["--thumbnails -5", "--batch-size 0", "--columns x"])
+def test_fields_that_cannot_be(sentence, option):
+    """They are found before the CLIP that is not there."""
+    sentence(f"kb build {{world}}/pictures --clip x --out {{tmp}}/x {option}", option.split()[0] + " ")
 
 
 @pytest.mark.parametrize(
-    "option",
-    [["--thumbnails", "-5"], ["--batch-size", "0"], ["--columns", "x"]],
-    ids=lambda o: o[0],
+    ("command", "message"),
+    [
+        ("generate model x --temperature 0", "0 is not a number above 0"),
+        ("generate model x --temperature nan", "nan is not a number above 0"),
+        ("generate model x --top-p 1.5", "1.5 is not above 0 and at most 1"),
+        ("generate model x -k 0", "0 is not at least 1"),
+        ("generate model x --seed -1", "-1 is not from 0 to 4294967295"),
+        ("serve model --port 70000", "argument --port: 70000 is not from 0 to 65535"),
+        ("train corpus.txt --out model --steps few", "--steps: invalid int value: 'few'; `valm train --help` has all"),
+    ],
 )
-def test_fields_that_cannot_be(world, sentence, option):
-    """They are found before the CLIP that is not there."""
-    sentence(["kb", "build", "{world}/pictures", "--clip", "x", "--out", "{tmp}/x", *option], f"{option[0]} ")
+def test_a_value_that_an_option_cannot_have_is_one_sentence(command, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*command.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
 
 
-def commands_with_device():
-    """name -> arguments of every command that loads a model."""
-    return {
-        "kb build": ["kb", "build", "{world}/pictures", "--clip", "{world}/clip", "--out", "{tmp}/kb"],
-        "kb index": ["kb", "index", "{world}/kb", "--factory", "IVF1,Flat"],
-        "kb search": ["kb", "search", "{world}/kb", "x"],
-        "clip check": ["clip", "check", "{world}/pictures", "--clip", "{world}/clip"],
-        "retrieve": ["retrieve", "{world}/corpus.txt", "--kb", "{world}/kb", "--out", "{tmp}/out"],
-        "eval": ["eval", "{world}/valm", "--tasks", "memory_color", "--data", "{world}/sets"],
-        "generate": ["generate", "{world}/valm", "x"],
-    }
-
-
-@pytest.mark.parametrize("name", commands_with_device())
-def test_a_device_that_is_not_there_is_one_sentence(world, tmp_path, capsys, name):
-    arguments = [argument.format(world=world, tmp=tmp_path) for argument in commands_with_device()[name]]
+@pytest.mark.parametrize(
+    "command",
+    [
+        "kb build {world}/pictures --clip {world}/clip --out {tmp}/kb",
+        "kb index {world}/kb --factory IVF1,Flat",
+        "kb search {world}/kb x",
+        "clip check {world}/pictures --clip {world}/clip",
+        "retrieve {world}/corpus.txt --kb {world}/kb --out {tmp}/out",
+        "eval {world}/valm --tasks memory_color --data {world}/sets",
+        "generate {world}/valm x",
+    ],
+)
+def test_a_device_that_is_not_there_is_one_sentence(sentence, command):
     for device in ("cuda:99", "gpu"):
-        assert main([*arguments, "--device", device]) == 1
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith(f"valm: error: there is no device '{device}' here (")
+        error = sentence(f"{command} --device {device}", f"valm: error: there is no device '{device}' here (")
         assert error.endswith("); drop --device, or give cpu")

@@ -12,32 +12,23 @@ import socket
 import subprocess
 import sys
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from tests.valm.cli.commands import THINGS, run, serving
+from tests.valm.cli.commands import THINGS, asked, run, serving, wrong_inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs the extra [serve]")
 NEW = 3
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "serve.md"
 
 
-@pytest.fixture(scope="module")
-def address(world):
-    with serving(world / "valm", "--max-waiting", "200") as (_, address):
-        yield address
-
-
-def ask(address, prompt, **fields):
+def ask(address, prompt):
     """The status and the text, or the error's code."""
-    body = json.dumps({"prompt": prompt, "max_tokens": NEW} | fields).encode()
-    request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with asked(address, prompt=prompt, max_tokens=NEW) as answer:
             return answer.status, json.load(answer)["choices"][0]["text"]
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)["error"]["code"]
@@ -58,7 +49,7 @@ def generated(world):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_commands_of_the_page_get_what_generate_says(address, generated):
     """Completions and chats, streamed and not, by the curl commands of docs/how-to/serve.md."""
-    asked = []
+    tried = []
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if not line.startswith("curl "):
             continue
@@ -78,10 +69,9 @@ def test_the_commands_of_the_page_get_what_generate_says(address, generated):
         text = "".join(choice.get("text", part["content"]) for choice, part in zip(choices, texts, strict=True))
         prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         assert prompt + text == generated[prompt] and body["max_tokens"] == NEW
-        asked.append((words[1].removeprefix(address), "stream" in body))
-    assert sorted(asked) == [
-        (path, stream) for path in ("/chat/completions", "/completions") for stream in (False, True)
-    ]
+        tried.append((words[1].removeprefix(address), "stream" in body))
+    paths = ("/chat/completions", "/completions")
+    assert sorted(tried) == [(path, stream) for path in paths for stream in (False, True)]
 
 
 @pytest.mark.slow
@@ -100,10 +90,10 @@ def test_a_signal_loses_no_request(world, generated, number):
     with serving(world / "valm") as (process, address):
         prompts = list(generated) * 3
         with ThreadPoolExecutor(len(prompts)) as pool:
-            asked = {pool.submit(answer_or_nobody, address, prompt): prompt for prompt in prompts}
-            first = next(as_completed(asked))
+            answers = {pool.submit(answer_or_nobody, address, prompt): prompt for prompt in prompts}
+            first = next(as_completed(answers))
             process.send_signal(number)
-            found = [(each.result(), generated[prompt].removeprefix(prompt)) for each, prompt in asked.items()]
+            found = [(each.result(), generated[prompt].removeprefix(prompt)) for each, prompt in answers.items()]
         assert process.wait(60) == 0
         said = process.stderr.read()  # before it was ready, what libraries say that are there, such as torchao
     assert said.splitlines()[-1] == "stopped" and "Traceback" not in said
@@ -118,13 +108,12 @@ def test_half_requests_take_neither_all_files_nor_the_log(world):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))  # which the server inherits
-    try:
-        served = serving(world / "valm")
-        process, address = served.__enter__()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    try:
+    with contextlib.ExitStack() as served:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))  # which the server inherits
+        try:
+            process, address = served.enter_context(serving(world / "valm"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         port = int(address.split(":")[2].partition("/")[0])
         halves = []
         for _ in range(140):
@@ -139,8 +128,6 @@ def test_half_requests_take_neither_all_files_nor_the_log(world):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert len(process.stderr.read().splitlines()) < 12
-    finally:
-        served.__exit__(None, None, None)
 
 
 def answer_or_nobody(address, prompt):
@@ -155,9 +142,7 @@ def answer_or_nobody(address, prompt):
 def test_the_next_signal_stops_at_once(world):
     """And tells it in the stream."""
     with serving(world / "valm") as (process, address):
-        body = json.dumps({"prompt": "the", "max_tokens": 28, "stream": True}).encode()
-        request = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with asked(address, prompt="the", max_tokens=28, stream=True) as answer:
             assert answer.readline().startswith(b"data: ")
             process.send_signal(signal.SIGTERM)
             process.send_signal(signal.SIGTERM)
@@ -172,30 +157,23 @@ def test_a_model_without_images(world):
         assert ask(address, "the color of the sea")[0] == 200
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (["serve", "{tmp}/none"], "no checkpoint folder {tmp}/none"),
-        (["serve", "{tmp}/alone"], "takes 2 images a token, but has no retriever: give it a knowledge base (--kb)"),
-        (["serve", "{world}/valm", "--kb", "{tmp}/none"], "{tmp}/none"),
-        (["serve", "{world}/valm", "--host", "300.0.0.1"], "the model cannot be served at 300.0.0.1, port 8000"),
-    ],
+@wrong_inputs(
+    {
+        "serve {tmp}/none": "no checkpoint folder {tmp}/none",
+        "serve {tmp}/alone": "takes 2 images a token, but has no retriever: give it a knowledge base (--kb)",
+        "serve {world}/valm --kb {tmp}/none": "{tmp}/none",
+        "serve {world}/valm --host 300.0.0.1": "the model cannot be served at 300.0.0.1, port 8000",
+    }
 )
 @pytest.mark.usefixtures("alone")
-def test_wrong_input_is_one_sentence(sentence, arguments, expected):
-    sentence(arguments, expected)
-
-
-def test_a_port_that_cannot_be(capsys):
-    with pytest.raises(SystemExit):
-        run("serve", "none", "--port", 70000)
-    assert "argument --port: 70000 is not from 0 to 65535" in capsys.readouterr().err
+def test_wrong_input_is_one_sentence(sentence, command, message):
+    sentence(command, message)
 
 
 def test_a_taken_port_is_one_sentence(sentence):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        sentence(["serve", "{world}/valm", "--port", port], f"the model cannot be served at 127.0.0.1, port {port}")
+        port = taken.getsockname()[1]
+        sentence(f"serve {{world}}/valm --port {port}", f"the model cannot be served at 127.0.0.1, port {port}")
 
 
 def test_without_the_extra_it_says_what_is_missing(sentence, monkeypatch):
@@ -205,4 +183,4 @@ def test_without_the_extra_it_says_what_is_missing(sentence, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("valm.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    sentence(["serve", "{world}/valm"], "valm serve needs the package uvicorn: pip install -e '.[serve]'")
+    sentence("serve {world}/valm", "valm serve needs the package uvicorn: pip install -e '.[serve]'")

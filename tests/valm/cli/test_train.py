@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.tolerance import assert_agree
-from tests.valm.cli.commands import SIZE, STEPS, evaluations, run
+from tests.valm.cli.commands import SIZE, STEPS, evaluations, run, wrong_inputs
 from tests.valm.other_tokenizers import gpt2_like
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -19,13 +19,7 @@ from valm.training import trainer, training_arguments
 from valm.training.collate import Collator
 
 
-@pytest.fixture(scope="module")
-def other_tokenizer(world):
-    gpt2_like(["the color of the coal is black"], vocab_size=300).save_pretrained(world / "gpt2-tokenizer")
-    return world / "gpt2-tokenizer"
-
-
-def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
+def test_images_only_from_a_score_on(world, base, tmp_path, capsys, error_of):
     """The same number beside a corpus and beside what was retrieved of it, in the model and in its twins' data."""
     questions = tmp_path / "questions.txt"
     questions.write_text("the color of the apple is\nthe color of the sea is")
@@ -49,18 +43,17 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys):
     captions = kept["random"]
     assert captions is not None and captions != scores[0]
     assert kept == {"random": captions, "shuffled": captions, "blind": None, "text": None}
-    capsys.readouterr()
-    assert run(*train, "--out", tmp_path / "stored", "--min-score", "0.9", "--resume") == 1
-    assert "its --min-score is" in capsys.readouterr().err
+    blind, _ = load(tmp_path / "blind")
+    assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
+    other = error_of(*train, "--out", tmp_path / "stored", "--min-score", "0.9", "--resume")
+    assert "its --min-score is" in other
     early = ["train", "--kb", world / "kb", "--base", base, world / "corpus.txt", "--out", tmp_path / "early"]
-    assert run(*early, *auto, "--questions", tmp_path / "none") == 1
-    assert f"--questions: there is no {tmp_path / 'none'}" in capsys.readouterr().err
+    missing = error_of(*early, *auto, "--questions", tmp_path / "none")
+    assert f"--questions: there is no {tmp_path / 'none'}" in missing
     assert not list(tmp_path.glob("early*retrieval"))
-    assert run("train", world / "corpus.txt", "--min-score", "1", "--out", tmp_path / "o") == 1
-    assert "--min-score is of a model with images: give its --kb too" in capsys.readouterr().err
 
 
-def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, tmp_path, capsys):
+def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, tmp_path, error_of):
     """Of both the same block, from the same inputs, which are computed once."""
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
     options += ["--logit-bias", "-1", "--fusion-lr", "1e-2", "--cache-below", tmp_path / "below", "--save_steps", 1]
@@ -90,25 +83,20 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
     expected = load_file(tmp_path / "twin" / "model.safetensors")
     for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items():
         assert_agree(weight, expected[name])
-    capsys.readouterr()
-    assert run(*train, "--fusion-lr", "1e-3", "--out", tmp_path / "model", "--resume") == 1
-    assert "holds another training: its --fusion-lr is 0.01, here it is 0.001" in capsys.readouterr().err
-    assert run(*train, "--context", 8, "--out", tmp_path / "model", "--resume") == 1
-    assert "holds another training: its --context is 512, here it is 8" in capsys.readouterr().err
+    again = ["--out", tmp_path / "model", "--resume"]
+    for option, value, was in (("--fusion-lr", 0.001, 0.01), ("--context", 8, 512)):
+        said = f"holds another training: its {option} is {was}, here it is {value}"
+        assert said in error_of(*train, option, value, *again)
     shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
     weights["model.embed_tokens.weight"][3] += 0.01
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    other = [*train, "--base", tmp_path / "other", "--out", tmp_path / "model", "--resume"]
-    assert run(*other) == 1
-    error = "holds the training of another base model: {} had other values"
-    assert error.format("model.embed_tokens.weight") in capsys.readouterr().err
-    assert run(*train, "--out", tmp_path / "model", "--resume") == 0
-    capsys.readouterr()
-    assert run("train", *options[:4], *SIZE, "--out", tmp_path / "model", "--resume") == 1
-    error = "holds the training of a pretrained decoder (--base); choose another folder"
-    assert error in capsys.readouterr().err
+    said = "holds the training of another base model: model.embed_tokens.weight had other values"
+    assert said in error_of(*train, "--base", tmp_path / "other", *again)
+    assert run(*train, *again) == 0
+    said = "holds the training of a pretrained decoder (--base); choose another folder"
+    assert said in error_of("train", *options[:4], *SIZE, *again)
 
 
 def test_a_training_on_the_tokens_of_the_text_is_evaluated_on_all(world, base, tmp_path):
@@ -120,7 +108,7 @@ def test_a_training_on_the_tokens_of_the_text_is_evaluated_on_all(world, base, t
 
 
 @pytest.mark.parametrize("twin", [None, "text", pytest.param("blind", marks=pytest.mark.slow)])
-def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, twin):
+def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, output_of, twin):
     """As the terminal, _run.json and the card say; again where all steps are done; and not with --mix 0."""
     out = tmp_path / "model"
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
@@ -128,8 +116,7 @@ def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, t
     train += ["--unfreeze", "block", "--steps", 8, "--batch-size", 4, "--lr", 0.1, "--lr_scheduler_type", "constant"]
     train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", -3]
     train += ["--validation", world / "base-retrieval"]
-    assert run(*train) == 0
-    said = capsys.readouterr().out
+    said = output_of(*train)
     numbers = json.loads((out / "_run.json").read_text())["numbers"]
     share = numbers["base_share"]
     assert share > 0 or twin == "blind"
@@ -143,34 +130,30 @@ def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, capsys, t
     assert (numbers["eval_perplexity"] < numbers["eval_perplexity_trained"]) == (share > 0)
     for name in ("base_share", "eval_perplexity", "eval_perplexity_base"):
         assert f"| {name} | {numbers[name]:.4g} |" in (out / "README.md").read_text()
-    of_base, trained, written = (
-        load_file(folder / "model.safetensors") for folder in (base, out / f"checkpoint-{best['step']}", out)
-    )
+    folders = (base, out / f"checkpoint-{best['step']}", out)
+    of_base, trained, written = (load_file(folder / "model.safetensors") for folder in folders)
     for name, weight in written.items():
         mixed = (1 - share) * trained[name] + share * of_base.get(name, trained[name])
         torch.testing.assert_close(weight, mixed)
     # what was written has the perplexity that was said
     model, tokenizer = load(out)
     corpus, kb = CorpusRetrieval.open(world / "base-retrieval"), ImageKnowledgeBase.open(world / "kb")
-    arguments = training_arguments(tmp_path / "check", use_cpu=True, report_to="none")
-    check = trainer(
-        model, corpus, kb if twin is None else None, tokenizer=tokenizer, arguments=arguments, eval_dataset=corpus
-    )
+    options = {"arguments": training_arguments(tmp_path / "check", use_cpu=True, report_to="none")}
+    options |= {"tokenizer": tokenizer, "eval_dataset": corpus}
+    check = trainer(model, corpus, kb if twin is None else None, **options)
     assert_agree(check.evaluate()["eval_perplexity"], numbers["eval_perplexity"])
     before = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").unlink()
     assert run(*train, "--resume") == 0
     assert (out / "model.safetensors").read_bytes() == before
-    capsys.readouterr()
-    assert run(*train, "--mix", 0, "--resume") == 0
-    assert "mixed with the base, whose share is 0" in capsys.readouterr().out
+    assert "mixed with the base, whose share is 0" in output_of(*train, "--mix", 0, "--resume")
     assert all(torch.equal(weight, trained[name]) for name, weight in load_file(out / "model.safetensors").items())
 
 
-def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, capsys):
+def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, output_of):
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    assert run(*train, "--validation", 0.3, "--out", tmp_path / "model") == 0
-    said = re.findall(r"held-out perplexity \d+\.\d\d (.*)", capsys.readouterr().out)
+    printed = output_of(*train, "--validation", 0.3, "--out", tmp_path / "model")
+    said = re.findall(r"held-out perplexity \d+\.\d\d (.*)", printed)
     assert said == ["of the base", "after the training", "the same without images"]
     assert "base_share" not in json.loads((tmp_path / "model" / "_run.json").read_text())["numbers"]
 
@@ -224,12 +207,12 @@ def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
         (["--query-dtype", "bfloat16"], "its precision is bfloat16, not float32"),
     ],
 )
-def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_path, capsys, option, message):
+def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_path, error_of, option, message):
     retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", base, "-k", "2", *option]
     assert run(*retrieve, "--out", tmp_path / "held-out") == 0
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    assert run(*train, "--validation", tmp_path / "held-out", "--out", tmp_path / "model") == 1
-    assert f"was retrieved otherwise than the corpus: {message}" in capsys.readouterr().err
+    error = error_of(*train, "--validation", tmp_path / "held-out", "--out", tmp_path / "model")
+    assert f"was retrieved otherwise than the corpus: {message}" in error
 
 
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
@@ -241,14 +224,7 @@ def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
     assert tokenizer.chat_template is None and not model.retriever.encoder.alignment.one_document
 
 
-def test_a_blind_twin_of_a_pretrained_decoder(world, base, tmp_path):
-    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--context", "8"]
-    assert run("train", "--base", base, *options, "--out", tmp_path / "blind", "--twin", "blind") == 0
-    blind, _ = load(tmp_path / "blind")
-    assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
-
-
-def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp_path, capsys):
+def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp_path, error_of):
     """Where the knowledge base does not find it, `valm retrieve` was told where it is."""
     kb = ["--kb", shutil.copytree(world / "kb", tmp_path / "moved" / "kb")]
     retrieved = ["retrieve", world / "corpus.txt", *kb, "--clip", world / "clip", "--query-dtype", "bfloat16"]
@@ -258,13 +234,12 @@ def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp
     assert json.loads((tmp_path / "blind" / "config.json").read_text())["retrieval"]["precision"] == "bfloat16"
     (tmp_path / "retrieval" / "_clip.json").unlink()
     for command in (train, ["train", world / "corpus.txt", *kb, *SIZE]):
-        assert run(*command, "--out", tmp_path / "never") == 1
-        error = capsys.readouterr().err
+        error = error_of(*command, "--out", tmp_path / "never")
         assert "which is no folder beside it: give its folder or name (--clip), or allow" in error
         assert "-k, --clip and --query-dtype are of `valm retrieve`, whose result --retrieval takes" in error
 
 
-def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, capsys):
+def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, error_of):
     """The text-only twin trains as without it, as it sees none anyway."""
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
     train = ["train", "--base", base, *options]
@@ -275,15 +250,14 @@ def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path,
     weights = {path.name: load_file(path / "model.safetensors") for path in tmp_path.iterdir() if path.name != "below"}
     assert all(torch.equal(weights["plain-twin"][name], weight) for name, weight in weights["dropout-twin"].items())
     assert any(not torch.equal(weights["plain"][name], weight) for name, weight in weights["dropout"].items())
-    capsys.readouterr()
-    assert run(*train, *dropout, "--out", tmp_path / "blind", "--twin", "blind") == 1
-    assert "retrieves as it trains: leave --image-dropout out" in capsys.readouterr().err
-    assert run(*train, *dropout, "--image-dropout", 0.25, "--out", tmp_path / "dropout", "--resume") == 1
-    assert "holds another training: its --image-dropout is 0.5, here it is 0.25" in capsys.readouterr().err
+    blind = error_of(*train, *dropout, "--out", tmp_path / "blind", "--twin", "blind")
+    assert "retrieves as it trains: leave --image-dropout out" in blind
+    other = error_of(*train, *dropout, "--image-dropout", 0.25, "--out", tmp_path / "dropout", "--resume")
+    assert "holds another training: its --image-dropout is 0.5, here it is 0.25" in other
 
 
 @pytest.mark.parametrize("of", ["base", "new"])
-def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
+def test_retrieval_scores_train_a_scale(world, base, tmp_path, error_of, of):
     retrieval = tmp_path / "retrieval"
     tokenizer = ["--tokenizer", base] if of == "base" else []
     retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "-k", "2", *tokenizer]
@@ -298,22 +272,22 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, capsys, of):
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     if of == "base":
         return
-    capsys.readouterr()
     assert run(*retrieve, "--no-scores", "--out", tmp_path / "bare") == 0
     unscored = ["train", "--retrieval", tmp_path / "bare", "--kb", world / "kb", *SIZE, "--out", tmp_path / "unscored"]
-    assert run(*unscored, "--score-scale", 0.5) == 1
-    assert "the documents have none: retrieve them again (`valm retrieve` writes scores)" in capsys.readouterr().err
-    assert run(*unscored, "--min-score", 0.5) == 1
-    assert "for a model with a min_score, has no retrieval scores: retrieve it again" in capsys.readouterr().err
+    said = "the documents have none: retrieve them again (`valm retrieve` writes scores)"
+    assert said in error_of(*unscored, "--score-scale", 0.5)
+    said = "for a model with a min_score, has no retrieval scores: retrieve it again"
+    assert said in error_of(*unscored, "--min-score", 0.5)
     at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
     assert run(*at_once, "--out", tmp_path / "at-once") == 0
 
 
-def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, capsys):
+def test_a_model_with_a_tokenizer_of_its_own(world, tmp_path, output_of):
     """Trained with pictures, saved and loaded, asked, and let go on: as one with CLIP's."""
     corpus, kb = world / "corpus.txt", ["--kb", world / "kb"]
     size = [*SIZE, "--context", "64"]  # of this tokenizer prompts have more tokens
-    other = ["--tokenizer", other_tokenizer]
+    other = ["--tokenizer", tmp_path / "tokenizer"]
+    gpt2_like(["the color of the coal is black"], vocab_size=300).save_pretrained(tmp_path / "tokenizer")
     assert run("retrieve", corpus, *kb, *other, "--out", tmp_path / "retrieval", "-k", "2") == 0
     retrieval = ["--retrieval", tmp_path / "retrieval"]
     assert run("train", *retrieval, *kb, "--out", tmp_path / "valm", *size) == 0
@@ -324,21 +298,17 @@ def test_a_model_with_a_tokenizer_of_its_own(world, other_tokenizer, tmp_path, c
     assert ids[0, 0] == tokenizer.bos_token_id
     cached, again = (model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
     assert torch.equal(cached, again)
-    capsys.readouterr()
-    assert run("generate", tmp_path / "valm", "the color of the apple", "--max-new-tokens", 4) == 0
-    assert capsys.readouterr().out.startswith("the color of the apple")
-    assert run("eval", tmp_path / "valm", "--tasks", "memory_color", "--data", world / "sets", "--limit", 1) == 0
-    assert "accuracy" in capsys.readouterr().out
+    said = output_of("generate", tmp_path / "valm", "the color of the apple", "--max-new-tokens", 4)
+    assert said.startswith("the color of the apple")
+    asked = ["--tasks", "memory_color", "--data", world / "sets", "--limit", 1]
+    assert "accuracy" in output_of("eval", tmp_path / "valm", *asked)
     # and the baseline without pictures
     assert run("train", corpus, *other, "--out", tmp_path / "gpt2", *size) == 0
-    capsys.readouterr()
-    assert run("train", corpus, "--tokenizer", world / "pictures", "--out", tmp_path / "never", *size) == 1
-    assert "cannot be read" in capsys.readouterr().err
 
 
-def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, capsys):
-    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--out", tmp_path / "four"]
-    assert run(*retrieve) == 0
+def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, output_of):
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb"]
+    assert run(*retrieve, "--out", tmp_path / "four") == 0
     train, out = ["train", "--kb", world / "kb", *SIZE], tmp_path / "model"
     assert run(*train, "--retrieval", tmp_path / "four", "--out", tmp_path / "retrieved") == 0
     assert run(*train, world / "corpus.txt", "--out", out) == 0
@@ -352,12 +322,9 @@ def test_training_on_a_retrieval_is_training_on_its_corpus(world, tmp_path, caps
     assert (tmp_path / "model-retrieval" / "manifest.json").is_file()
     shutil.rmtree(out)
     assert run("train", "--retrieval", world / "retrieval", "--out", out, *SIZE) == 0
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
-        world / "gpt2" / "model.safetensors"
-    ).read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (world / "gpt2" / "model.safetensors").read_bytes()
     # killed, and run again
-    assert run("retrieve", world / "corpus.txt", "--kb", world / "kb", "--out", world / "retrieval", "-k", "2") == 0
-    assert "6 documents" in capsys.readouterr().out
+    assert "6 documents" in output_of(*retrieve, "--out", world / "retrieval", "-k", "2")
 
 
 def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatch):
@@ -372,8 +339,7 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
     retrieval = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE]
     for twin in (None, "text", "random", "blind", "shuffled"):
         seen[twin] = []
-        option = [] if twin is None else ["--twin", twin]
-        assert run(*retrieval, *option, "--out", tmp_path / str(twin)) == 0
+        assert run(*retrieval, *(["--twin", twin] if twin else []), "--out", tmp_path / str(twin)) == 0
     assert len(seen[None]) >= 3 and all(batches == seen[None] for batches in seen.values())
     weights = {twin: load_file(tmp_path / str(twin) / "model.safetensors") for twin in seen}
     # the text twin is GPT-2*, of which a model with images has every weight besides its own
@@ -387,8 +353,7 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert blind.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     # a run goes on as the twin that it was only
-    again = [*retrieval, "--twin", "shuffled", "--out", tmp_path / "random", "--resume"]
-    assert run(*again) == 1
+    assert run(*retrieval, "--twin", "shuffled", "--out", tmp_path / "random", "--resume") == 1
 
 
 @pytest.mark.parametrize(
@@ -419,121 +384,78 @@ def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
     assert not list((tmp_path / "model").glob("checkpoint-*"))
 
 
-def test_a_loss_that_is_not_finite_ends_with_status_1_and_no_model(sentence):
-    train = ["train", "{world}/corpus.txt", "--tokenizer", "{world}/clip", "--out", "{tmp}/model", *SIZE]
-    sentence([*train, "--lr", "1e30", "--lr_scheduler_type", "constant"], "the loss is nan at step 2 (rows ")
-
-
-def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path, capsys):
+def test_a_text_of_its_own_is_measured_as_it_goes_and_the_best_checkpoint_becomes_the_model(world, tmp_path, output_of):
     train = ["train", world / "corpus.txt", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
-    check = ["--validation", world / "corpus.txt", "--save_steps", 1]
-    assert run(*train, *check) == 0
+    printed = output_of(*train, "--validation", world / "corpus.txt", "--save_steps", 1)
     found = evaluations(tmp_path / "model")
     assert [entry["step"] for entry in found] == [1, 2, 3]
     assert all(entry["eval_perplexity"] > 1 for entry in found)
     best = min(found, key=lambda entry: entry["eval_loss"])["step"]
     perplexity = f"held-out perplexity {found[best - 1]['eval_perplexity']:.2f} of the best checkpoint, at step {best}"
-    assert f"{perplexity}, which is the model\n" in capsys.readouterr().out
-    weights = [
-        load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / f"model/checkpoint-{best}")
-    ]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert f"{perplexity}, which is the model\n" in printed
+    out = tmp_path / "model"
+    written, saved = (load_file(path / "model.safetensors") for path in (out, out / f"checkpoint-{best}"))
+    assert all(torch.equal(written[name], saved[name]) for name in written)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model-retrieval", "model-validation-retrieval"}
     model, _ = load(tmp_path / "model")
     assert model.retriever is not None
 
 
-def test_a_fraction_is_held_out_and_training_stops_when_nothing_gets_better(world, tmp_path):
-    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
-    check = ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 0]
-    assert run(*train, *check) == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2]
+OUT = " ".join(["--out {tmp}/model", *SIZE])
+TRAIN, CACHED = "train {world}/corpus.txt " + OUT, "train --retrieval {world}/retrieval " + OUT
+OF_BASE = " ".join(["--out {tmp}/model --base {world}/base", *STEPS])
+WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
 
 
-def wrong_inputs():
-    """name -> (arguments, what the sentence must say); {world} and {tmp} are the folders."""
-    train = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", *SIZE]
-    cached = ["train", "--retrieval", "{world}/retrieval", "--out", "{tmp}/model", *SIZE]
-    base = ["train", "{world}/corpus.txt", "--out", "{tmp}/model", "--base", "{world}/base", *STEPS]
-    with_kb = ["train", "--retrieval", "{world}/base-retrieval", "--kb", "{world}/kb", *base[2:]]
-    return {
-        "no such base": ([*base[:4], "--base", "{tmp}/none", *STEPS], "cannot be read: there is no folder {tmp}/none"),
-        "base that lacks weights": ([*with_kb, "--base", "{tmp}/hole"], "has no weights for lm_head.weight"),
-        "twin that trains nothing": ([*with_kb, "--twin", "text"], "no new parameters to train: give --unfreeze"),
-        "no such layer": ([*with_kb, "--layer", "3"], "layer must be one of the 3 layers of LlamaForCausalLM, got 3"),
-        "inputs of a layer that change": (
-            [*with_kb, "--unfreeze", "all", "--cache-below", "{tmp}/below"],
-            "is below layer 1 and trains, so the layer's input cannot be cached",
-        ),
-        "retrieval of another tokenizer": (
-            [*base[:1], "--retrieval", "{world}/retrieval", "--kb", "{world}/kb", *base[2:]],
-            "tokenizer",
-        ),
-        "corpus missing": (["train", "{tmp}/none.txt", "--out", "{tmp}/model"], "none.txt"),
-        "corpus without text": (["train", "{tmp}/empty.txt", *train[2:]], "no documents"),
-        "corpus without text for a base": (
-            ["train", "{tmp}/empty.txt", *base[2:], "--unfreeze", "block"],
-            "no documents",
-        ),
-        "options that do not go together": ([*train, "--patience", "1"], "--patience looks at the evaluations"),
-        "option of images without any": ([*train, "--twin", "blind"], "--twin is of a model with images"),
-        "option of a dataset beside a retrieval": (
-            [*cached, "--streaming"],
-            "--streaming is of a Hugging Face dataset",
-        ),
-        "corpus not text": (["train", "{world}/pictures/sea.png", "--out", "{tmp}/model"], "has NUL bytes"),
-        "impossible heads": ([*train, "--model", "3x32x5"], "its 5 heads do not divide the width 32 evenly"),
-        "no such size": ([*train, "--model", "smal"], "--model is 'smal', did you mean small?"),
-        "short option that went": ([*train, "-k", "2"], "has no option -k: `valm retrieve` decides it"),
-        "option that went": ([*train, "--clip", "{world}/clip"], "no option --clip: `valm retrieve` decides it"),
-        "option that went in the config": (
-            [*train, "--config", "{tmp}/gone.yaml"],
-            "field 'layers': --model is the size: a name, or LAYERSxWIDTHxHEADS",
-        ),
-        "output of another training": ([*train[:3], "{world}/gpt2", *SIZE], "is not empty"),
-        "unknown option": ([*train, "--lerning_rate", "1"], "no option --lerning_rate, did you mean --learning_rate?"),
-        "impossible field": ([*train, "--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
-        "unknown field in the config": ([*train, "--config", "{tmp}/wrong.yaml"], "'learning_rat', did you mean learn"),
-        "impossible value in the config": (
-            [*train, "--config", "{tmp}/value.yaml"],
-            "argument --batch-size: invalid",
-        ),
-        "validation missing": ([*train, "--validation", "{tmp}/none.txt"], "--validation: there is no {tmp}/none.txt"),
-        "validation of another kind": ([*train, "--validation", "{world}/retrieval"], "and the corpus is none: give a"),
-        "validation as text beside a retrieval": ([*cached, "--validation", "{world}/corpus.txt"], "retrieve --valid"),
-        "nothing held out": ([*train, "--validation", "1.5"], "above 0 and below 1, got 1.5"),
-        "config missing": ([*train, "--config", "{tmp}/none.yaml"], "{tmp}/none.yaml: No such file"),
-        "config that is none": ([*train, "--config", "{world}/corpus.txt"], "is no list of options"),
-        "not a retrieval": ([*cached[:2], "{world}/kb", *cached[3:]], "is not the manifest of a corpus retrieval"),
-        "retrievals one level below": (
-            [*cached[:2], "{tmp}/both", *cached[3:]],
-            "{tmp}/both is not a corpus retrieval: it has no manifest.json; name one of those in it: {tmp}/both/eot, "
-            "{tmp}/both/state",
-        ),
-        "no such retrieval": ([*cached[:2], "{tmp}/none", *cached[3:]], "--retrieval: there is no {tmp}/none"),
-        "setting of a retrieval": ([*cached, "--tokenizer", "{world}/clip"], "`valm retrieve` has the same option"),
-        "output is a file": ([*train[:3], "{world}/corpus.txt"], "{world}/corpus.txt"),
+@wrong_inputs(
+    {
+        "train {world}/corpus.txt " + OF_BASE + " --base {tmp}/none": "cannot be read: there is no folder {tmp}/none",
+        WITH_KB + " --twin text": "no new parameters to train: give --unfreeze",
+        WITH_KB + " --layer 3": "layer must be one of the 3 layers of LlamaForCausalLM, got 3",
+        WITH_KB + " --unfreeze all --cache-below {tmp}/x": "1 and trains, so the layer's input cannot be cached",
+        "train --retrieval {world}/retrieval --kb {world}/kb " + OF_BASE: "tokenizer",
+        "train {tmp}/empty.txt " + OUT: "no documents",
+        "train {tmp}/empty.txt --unfreeze block " + OF_BASE: "no documents",
+        "train {world}/pictures/sea.png --out {tmp}/model": "has NUL bytes",
+        CACHED + " --streaming": "--streaming is of a Hugging Face dataset",
+        CACHED + " --tokenizer {world}/clip": "`valm retrieve` has the same option",
+        CACHED + " --validation {world}/corpus.txt": "retrieve --valid",
+        CACHED + " --retrieval {world}/kb": "is not the manifest of a corpus retrieval",
+        TRAIN + " --min-score 1": "--min-score is of a model with images: give its --kb too",
+        TRAIN + " --seed -1": "--seed is -1, expected at least",
+        TRAIN + " -k 2": "has no option -k: `valm retrieve` decides it",
+        TRAIN + " --clip {world}/clip": "no option --clip: `valm retrieve` decides it",
+        TRAIN + " --tokenizer {world}/pictures": "cannot be read",
+        TRAIN + " --lerning_rate 1": "no option --lerning_rate, did you mean --learning_rate?",
+        TRAIN + " --lr_scheduler_type cosin": "invalid choice: 'cosin'",
+        TRAIN + " --config {tmp}/none.yaml": "{tmp}/none.yaml: No such file",
+        TRAIN + " --validation {tmp}/none.txt": "--validation: there is no {tmp}/none.txt",
+        TRAIN + " --validation {world}/retrieval": "and the corpus is none: give a",
+        TRAIN + " --validation 1.5": "above 0 and below 1, got 1.5",
+        TRAIN + " --out {world}/corpus.txt": "{world}/corpus.txt",
+        TRAIN + " --tokenizer {world}/clip --lr 1e30 --lr_scheduler_type constant": "the loss is nan at step 2 (rows ",
     }
+)
+@pytest.mark.usefixtures("base")
+def test_wrong_input_is_one_sentence(sentence, command, message):
+    sentence(command, message)
 
 
-@pytest.mark.parametrize("name", wrong_inputs())
-def test_wrong_input_is_one_sentence(sentence, name, base, world, tmp_path):
-    (tmp_path / "wrong.yaml").write_text("learning_rat: 1")
-    (tmp_path / "value.yaml").write_text("batch_size: many")
-    (tmp_path / "gone.yaml").write_text("layers: 3")
-    arguments, expected = wrong_inputs()[name]
-    if "{tmp}/both" in arguments:
-        for below in ("retrieval/eot", "retrieval/state", "kb/kb"):
-            shutil.copytree(world / below.partition("/")[0], tmp_path / "both" / below.partition("/")[2])
-    if "{tmp}/hole" in arguments:
-        shutil.copytree(base, tmp_path / "hole")
-        weights = load_file(base / "model.safetensors")
-        del weights["lm_head.weight"]
-        save_file(weights, tmp_path / "hole/model.safetensors")
-    sentence(arguments, expected)
+def test_a_base_that_lacks_weights_is_one_sentence(sentence, base, tmp_path):
+    shutil.copytree(base, tmp_path / "hole")
+    weights = load_file(base / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "hole/model.safetensors")
+    sentence(WITH_KB + " --base {tmp}/hole", "has no weights for lm_head.weight")
+
+
+def test_a_folder_of_retrievals_is_one_sentence(sentence, world, tmp_path):
+    for store, copy in (("retrieval", "eot"), ("retrieval", "state"), ("kb", "kb")):
+        shutil.copytree(world / store, tmp_path / "both" / copy)
+    said = "{tmp}/both is not a corpus retrieval: it has no manifest.json; name one of those in it: "
+    sentence(CACHED + " --retrieval {tmp}/both", said + "{tmp}/both/eot, {tmp}/both/state")
 
 
 def test_a_retrieval_from_another_knowledge_base_is_one_sentence(sentence, world, tmp_path):
     run("kb", "merge", world / "kb", world / "kb", "--out", tmp_path / "kb")
-    options = ["--retrieval", "{world}/retrieval", "--kb", "{tmp}/kb"]
-    sentence(["train", *options, "--out", "{tmp}/model", *SIZE], "from another knowledge base")
+    sentence(CACHED + " --kb {tmp}/kb", "from another knowledge base")

@@ -13,15 +13,14 @@ from tests.valm.killed import exit_code, forked, needs_fork
 from valm.training.image_trainer import ImageTrainer
 
 
-def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
+def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, error_of):
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--save_steps", 1]
     out = ["--out", tmp_path / "model"]
-    assert run(*train, "--out", tmp_path / "model", "--resume") == 0  # nothing to resume yet
+    assert run(*train, *out, "--resume") == 0  # nothing to resume yet
     expected = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
     shutil.rmtree(tmp_path / "model" / "checkpoint-3")
-    assert run(*train, *out) == 1
-    assert "is not empty: choose another, or give --resume" in capsys.readouterr().err
+    assert "is not empty: choose another, or give --resume" in error_of(*train, *out)
     assert run(*train, *out, "--resume", "--logging_steps", 1) == 0
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(written[name], weight) for name, weight in expected.items())
@@ -31,13 +30,11 @@ def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, capsys):
         (["--batch-size", 2], "--batch-size of all processes together is 4, here it is 2"),
         (["--weight_decay", 1], "--weight_decay is not given, here it is 1"),
     ):
-        assert run(*train, *other, *out, "--resume") == 1
-        assert f"holds another training: its {name}" in capsys.readouterr().err
-    assert run(*train, "--out", world / "kb", "--resume") == 1
-    assert "holds no training that could be resumed" in capsys.readouterr().err
+        assert f"holds another training: its {name}" in error_of(*train, *other, *out, "--resume")
+    assert "holds no training that could be resumed" in error_of(*train, "--out", world / "kb", "--resume")
 
 
-def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, capsys):
+def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, error_of):
     """Whatever the name of its file."""
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("the sea is blue\nthe sun is red")
@@ -47,12 +44,11 @@ def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, capsy
     assert run(*train, "--validation", renamed, "--steps", 4, "--resume") == 0
     renamed.write_text("the sea is green\nthe sun is red")
     for other in (renamed, 0.5):
-        capsys.readouterr()
-        assert run(*train, "--validation", other, "--steps", 5, "--resume") == 1
-        assert "holds another training: its --validation is " in capsys.readouterr().err
+        error = error_of(*train, "--validation", other, "--steps", 5, "--resume")
+        assert "holds another training: its --validation is " in error
 
 
-def test_a_resumed_training_takes_more_steps(world, tmp_path, capsys, caplog):
+def test_a_resumed_training_takes_more_steps(world, tmp_path, error_of, caplog):
     """At a constant learning rate they are those of a training that was begun with them."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--lr_scheduler_type", "constant"]
     assert run(*train, "--steps", 6, "--out", tmp_path / "begun") == 0
@@ -61,10 +57,8 @@ def test_a_resumed_training_takes_more_steps(world, tmp_path, capsys, caplog):
     assert "goes on to step 6, not to step 3 as before" in caplog.text and "constant schedule over 6" in caplog.text
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("begun", "more")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert run(*train, "--steps", 4, "--out", tmp_path / "more", "--resume") == 1
-    assert (
-        "is at step 6, but the training is to end at step 4: give at least 6 steps (--steps" in capsys.readouterr().err
-    )
+    error = error_of(*train, "--steps", 4, "--out", tmp_path / "more", "--resume")
+    assert "is at step 6, but the training is to end at step 4: give at least 6 steps (--steps" in error
     steps = train.index("--steps")
     epochs = [*train[:steps], *train[steps + 2 :], "--num_train_epochs", 8]
     assert run(*epochs, "--out", tmp_path / "more", "--resume") == 0
@@ -79,17 +73,16 @@ def test_a_resumed_training_saves_and_evaluates_as_now_asked(world, tmp_path):
     assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [2, 3]
     assert run(*train, "--save_steps", 1, "--steps", 5, "--patience", 8, "--use_cpu", "--resume") == 0
     assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [2, 3, 4, 5]
-    assert sorted(path.name for path in (tmp_path / "model").glob("checkpoint-*")) == [
-        f"checkpoint-{step}" for step in (2, 3, 4, 5)
-    ]
+    kept = {path.name for path in (tmp_path / "model").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{step}" for step in (2, 3, 4, 5)}
 
 
-def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path, capsys):
+def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path, error_of):
     """Not by a field that follows from it."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     assert run(*train) == 0
-    assert run(*train, "--validation", 0.3, "--resume") == 1
-    assert "holds another training: its --validation is not given, here it is '0.3'" in capsys.readouterr().err
+    said = "holds another training: its --validation is not given, here it is '0.3'"
+    assert said in error_of(*train, "--validation", 0.3, "--resume")
 
 
 @pytest.mark.slow
@@ -134,10 +127,8 @@ def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, c
     assert run(*train, "--resume") == 0
     assert f"no better than that of step {best}: no step is added to the {last} of before" in caplog.text
     assert evaluations(folder) == ended and not (folder / f"checkpoint-{last + 1}").exists()
-    written, expected, other = (
-        (path / "model.safetensors").read_bytes()
-        for path in (folder, folder / f"checkpoint-{best}", folder / f"checkpoint-{last}")
-    )
+    paths = (folder, folder / f"checkpoint-{best}", folder / f"checkpoint-{last}")
+    written, expected, other = ((path / "model.safetensors").read_bytes() for path in paths)
     assert written == expected != other
 
 
@@ -146,7 +137,7 @@ def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, c
     [(["--adam_beta1", "2"], []), (["--lr", "1e30"], ["--resume"])],
     ids=["no step", "no checkpoint"],
 )
-def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, wrong, again):
+def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, error_of, wrong, again):
     """It has nothing that another one could go on from, or lose."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     (tmp_path / "model" / "runs").mkdir(parents=True)  # of TensorBoard
@@ -156,6 +147,4 @@ def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, capsys, w
     expected = load_file(world / "gpt2" / "model.safetensors")
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(written[name], weight) for name, weight in expected.items())
-    capsys.readouterr()
-    assert run(*train, "--lr", 1, *again) == 1
-    assert ("its --lr is 0.0005, here it is 1" if again else "is not empty") in capsys.readouterr().err
+    assert ("its --lr is 0.0005, here it is 1" if again else "is not empty") in error_of(*train, "--lr", 1, *again)

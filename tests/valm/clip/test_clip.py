@@ -162,17 +162,23 @@ def test_errors_name_the_folder(clip, tmp_path):
     assert "has no weights" in damaged("open_clip_model.safetensors", None)
     assert "cannot be read" in damaged("tokenizer.json", b"{}")
     assert "model_cfg: Field required" in damaged("open_clip_config.json", b"{}")
-    config = json.loads((whole / "open_clip_config.json").read_text())
-    config["model_cfg"]["embed_dim"] = 8
-    assert "cannot be read" in damaged("open_clip_config.json", json.dumps(config).encode())
+    for part, name, value in (("model_cfg", "embed_dim", 8), ("preprocess_cfg", "resize_mode", "x")):
+        config = json.loads((whole / "open_clip_config.json").read_text())
+        config[part][name] = value
+        assert "cannot be read" in damaged("open_clip_config.json", json.dumps(config).encode())
+
+
+def edit_config(folder, part, **changes):
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"][part].update(changes)
+    file.write_text(json.dumps(config))
 
 
 def test_another_tokenizer_is_refused(clip, tmp_path):
     clip.save(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    edit_config(tmp_path, "text_cfg", hf_tokenizer_name="bert-base-uncased")
     with pytest.raises(ValmError, match="tokenizer of bert-base-uncased"):
         Clip.load(tmp_path)
 
@@ -194,9 +200,7 @@ def test_unwritable_output(clip, tmp_path):
 )
 def test_a_folder_reaches_neither_the_network_nor_other_folders(clip, tmp_path, monkeypatch, part, name, value):
     clip.save(tmp_path)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["model_cfg"][part][name] = value
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    edit_config(tmp_path, part, **{name: value})
     asked = []
     monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
     with pytest.raises(ValmError, match=f"names {name}: a CLIP folder must have all"):
@@ -204,19 +208,10 @@ def test_a_folder_reaches_neither_the_network_nor_other_folders(clip, tmp_path, 
     assert asked == []
 
 
-def test_an_odd_image_transform_is_one_sentence(clip, tmp_path):
-    clip.save(tmp_path)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["preprocess_cfg"]["resize_mode"] = "x"
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValmError, match=r"the CLIP .* cannot be read"):
-        Clip.load(tmp_path)
-
-
 def test_a_clip_that_cannot_be_downloaded_is_said_once(monkeypatch, caplog):
     def create_model(*arguments, **options):
-        logging.error("Failed to download weights, because of this and that")
-        raise RuntimeError("Failed to download weights, because of this and that")
+        logging.error("Failed to download weights")
+        raise RuntimeError("Failed to download weights")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
     with pytest.raises(ValmError, match=r"^the CLIP ViT-B-32:laion2b_e16 is in no cache and cannot be downloaded: "):

@@ -2,6 +2,7 @@ import open_clip
 import pytest
 import torch
 
+from tests.valm.retrieval.test_context import prefixes
 from tests.valm.tiny_clip import TINY, make_clip
 from valm.clip.clip import Clip
 from valm.clip.text_tower import TextTower
@@ -93,10 +94,7 @@ def test_towers_of_full_size(architecture):
     torch.manual_seed(0)
     clip = Clip.create({**open_clip.get_model_config(architecture), "vision_cfg": TINY["vision_cfg"]})
     words = clip.tokenizer(LONG_TEXT, add_special_tokens=False)["input_ids"][:25]
-    rows = torch.full((len(words), 77), clip.tokenizer.eos_token_id)
-    rows[:, 0] = clip.tokenizer.bos_token_id
-    for n in range(len(words)):
-        rows[n, 1 : 2 + n] = torch.tensor(words[: n + 1])
+    rows = prefixes(clip, words)[1:]
     encoder = ContextEncoder(clip)
     found = encoder(torch.tensor([words]))[0]
     cache = encoder.new_cache(1)

@@ -67,11 +67,6 @@ def test_ids_equal_open_clips_on_any_cleaned_text(text):
         assert ids_of(tokenizer, text) == simple.encode(text)
 
 
-def test_decoding_gives_the_words_back():
-    ids = tokenizer("A Sunflower is yellow.")["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "a sunflower is yellow ."
-
-
 def test_pruned_tokenizer_cuts_its_texts_as_before_and_others_still():
     pruned = prune_tokenizer(tokenizer, TEXTS)
     assert len(pruned) < 800
@@ -93,11 +88,8 @@ def test_saved_folder_opens_with_auto_tokenizer(pruned, tmp_path):
     opened = AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         assert opened(text)["input_ids"] == original(text)["input_ids"]
-    assert (opened.bos_token, opened.eos_token, opened.pad_token) == (
-        "<|startoftext|>",
-        "<|endoftext|>",
-        "<|endoftext|>",
-    )
+    sot, eot = "<|startoftext|>", "<|endoftext|>"
+    assert (opened.bos_token, opened.eos_token, opened.pad_token) == (sot, eot, eot)
     assert opened.padding_side == "left"
 
 

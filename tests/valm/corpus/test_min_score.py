@@ -1,5 +1,6 @@
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,28 +51,19 @@ def test_the_captions_of_the_knowledge_base(retriever, monkeypatch):
         find_min_score(retriever)
 
 
-def test_it_is_set_where_a_model_retrieves(retriever):
-    class Model:
-        def __init__(self, retrieves, retriever=None):
-            self.fusion_options = SimpleNamespace(retrieves=retrieves)
-            self.retriever, self.found = retriever, []
-
-        def set_min_score(self, value):
-            self.found.append(value)
-
-    seeing = Model(True, retriever)
+def test_it_is_set_where_a_model_retrieves():
+    seeing, twin = (Mock(**{"fusion_options.retrieves": retrieves}) for retrieves in (True, False))
     set_min_score(seeing, 0.5, "model")
-    assert seeing.found == [0.5]
-    without = Model(False)
+    seeing.set_min_score.assert_called_once_with(0.5)
     with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
-        set_min_score(without, 0.5, "twin")
-    assert without.found == []
+        set_min_score(twin, 0.5, "twin")
+    twin.set_min_score.assert_not_called()
 
 
 def test_a_long_text_is_read_whole(retriever, tmp_path):
     """In batches: the documents of one are padded to its longest."""
-    (tmp_path / "long.txt").write_text("\n".join([TEXTS[0], " ".join(TEXTS * 4)] * 70))
-    file = tmp_path / "long.txt"
-    found = find_min_score(retriever, ordinary_text=file)
-    rows = [retriever.find([text])[1][0].numpy() for text in (TEXTS[0], " ".join(TEXTS * 4))] * 70
+    texts = [TEXTS[0], " ".join(TEXTS * 4)]
+    (tmp_path / "long.txt").write_text("\n".join(texts * 70))
+    found = find_min_score(retriever, ordinary_text=tmp_path / "long.txt")
+    rows = [retriever.find([text])[1][0].numpy() for text in texts] * 70
     assert found == pytest.approx(choose_min_score(text=rows), abs=1.1e-4) and torch.tensor(found).isfinite()

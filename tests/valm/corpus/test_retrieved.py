@@ -3,7 +3,9 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +29,7 @@ from valm.store.shards import run_here
 from valm_kernels import FlatIPIndex
 
 LINES = [*TEXTS, "a dog.", "a red apple lies on", TEXTS[1] + TEXTS[0], "the sky", "blue grass", TEXTS[0][:30]] * 2
+retrieve = partial(retrieve_corpus, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,7 @@ def documents(tokenizer):
 @pytest.fixture(scope="module")
 def corpus(documents, retriever, tmp_path_factory):
     """In several shards."""
-    out = tmp_path_factory.mktemp("corpus")
-    return retrieve_corpus(iter(documents), retriever, out, part_bytes=200, progress=False)
+    return retrieve(iter(documents), retriever, tmp_path_factory.mktemp("corpus"), part_bytes=200)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,11 @@ def text_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "corpus.txt"
     file.write_text("\n".join(LINES))
     return file
+
+
+def interrupted(documents):
+    yield from documents
+    raise KeyboardInterrupt
 
 
 def test_scores_are_those_of_the_search(corpus, documents, retriever):
@@ -78,18 +85,15 @@ def test_scores_are_those_of_the_search(corpus, documents, retriever):
 
 
 def test_without_scores(documents, retriever, tmp_path):
-    def retrieve(scores):
-        return retrieve_corpus(documents[:2], retriever, tmp_path, scores=scores, progress=False)
-
-    found = retrieve(False)
+    found = retrieve(documents[:2], retriever, tmp_path, scores=False)
     assert not found.has_scores and found[0].keys() == {"input_ids", "image_ids"}
     with pytest.raises(ValmError, match="its scores is "):
-        retrieve(True)
+        retrieve(documents[:2], retriever, tmp_path)
 
 
 def test_batching_changes_nothing(corpus, documents, retriever, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieved, "BATCH_TOKENS", 1)
-    one_by_one = retrieve_corpus(documents, retriever, tmp_path / "out", progress=False)
+    one_by_one = retrieve(documents, retriever, tmp_path / "out")
     assert len(one_by_one.manifest["shards"]) == 1
     for one, other in zip(one_by_one, corpus, strict=True):
         assert np.array_equal(one["image_ids"], other["image_ids"])
@@ -99,19 +103,19 @@ def test_texts_as_they_come(corpus, retriever, tmp_path):
     file = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"story": [*LINES, "", " "]}), file, row_group_size=5)
     for name, texts in (("out", iter(LINES)), ("table", read_documents([file], column="story"))):
-        found = retrieve_corpus(texts, retriever, tmp_path / name, part_bytes=150, progress=False)
+        found = retrieve(texts, retriever, tmp_path / name, part_bytes=150)
         assert len(found.manifest["shards"]) > 3
         for one, other in zip(found, corpus, strict=True):
             assert np.array_equal(one["input_ids"], other["input_ids"])
             assert np.array_equal(one["image_ids"], other["image_ids"])
     with pytest.raises(ValmError, match="the corpus has changed since"):
-        retrieve_corpus(iter(["new", *LINES]), retriever, tmp_path / "out", part_bytes=150, progress=False)
+        retrieve(iter(["new", *LINES]), retriever, tmp_path / "out", part_bytes=150)
 
 
 def test_a_tokenizer_without_bos(clip, kb, tmp_path):
     tokenizer = qwen_like()
     retriever = Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2)
-    found = retrieve_corpus(TEXTS, retriever, tmp_path, progress=False)
+    found = retrieve(TEXTS, retriever, tmp_path)
     assert found.tokenizer.get_vocab() == tokenizer.get_vocab() and found.tokenizer.bos_token is None
     document = found[0]
     assert document["input_ids"][0] == document["input_ids"][-1] == tokenizer.eos_token_id
@@ -141,26 +145,19 @@ def test_documents_of_one_image_are_known(retriever, tmp_path):
     """Whatever the shard, and where a text has no token."""
     texts = [Caption("red", "a"), "blue", Caption("\u200b", "b"), Caption("green", "b"), Caption("a red", "a")]
     tokens = tokenize_documents(texts, retriever.encoder.tokenizer)
-    found = retrieve_corpus(texts, retriever, tmp_path / "out", part_bytes=8)
+    found = retrieve(texts, retriever, tmp_path / "out", part_bytes=8)
     first, none, *other, last = found.groups().tolist()
     assert len(found) == len(tokens) and len(found.manifest["shards"]) > 1
     assert first == last > 0 == none and {*other} == {other[0]} and other[0] not in (0, first)
 
 
-class FindsOne:
-    """An index that finds the best image only."""
-
-    def __init__(self, index):
-        self.index = index
-
-    def search(self, queries, k):
-        scores, ids = self.index.search(queries, k)
+def test_no_image_is_minus_one_and_all_ones_in_the_file(documents, retriever, tmp_path):
+    def finds_one(queries, k):
+        scores, ids = retriever.index.search(queries, k)
         return scores.index_fill(-1, torch.arange(1, k), -torch.inf), ids.index_fill(-1, torch.arange(1, k), -1)
 
-
-def test_no_image_is_minus_one_and_all_ones_in_the_file(documents, retriever, tmp_path):
-    few = Retriever(retriever.encoder, retriever.kb, 2, FindsOne(retriever.index))
-    found = retrieve_corpus(documents[:1], few, tmp_path / "corpus", progress=False)
+    few = Retriever(retriever.encoder, retriever.kb, 2, SimpleNamespace(search=finds_one))
+    found = retrieve(documents[:1], few, tmp_path / "corpus")
     assert (found[0]["image_ids"][1:, 0] >= 0).all() and (found[0]["image_ids"][:, 1] == -1).all()
     stored = np.load(found.path / "image_ids-00000.npy")
     assert stored.dtype == np.uint32 and (stored[:, 1] == 2**32 - 1).all()
@@ -173,41 +170,30 @@ def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path
     texts = [" ".join(random.choice(" ".join(TEXTS).split(), random.integers(1, 40))) for _ in range(100)]
     documents = tokenize_documents(random.choice(texts, 400).tolist(), tokenizer)
 
-    def retrieve(documents, out):
+    def retrieve_to(out, documents):
         retriever = Retriever(ContextEncoder(clip, dtype=torch.bfloat16), kb, 4)
-        return retrieve_corpus(documents, retriever, tmp_path / out, part_bytes=4000, progress=False)
+        return retrieve(documents, retriever, tmp_path / out, part_bytes=4000)
 
-    def interrupted():
-        yield from documents[:200]
-        raise KeyboardInterrupt
-
-    whole = retrieve(documents, "whole")
+    whole = retrieve_to("whole", documents)
     with pytest.raises(KeyboardInterrupt):
-        retrieve(interrupted(), "resumed")
+        retrieve_to("resumed", interrupted(documents[:200]))
     assert 2 < len(list((tmp_path / "resumed").glob("shard-*.json"))) < len(whole.manifest["shards"]) - 2
-    assert contents(retrieve(documents, "resumed").path) == contents(whole.path)
+    assert contents(retrieve_to("resumed", documents).path) == contents(whole.path)
 
 
 def test_what_is_there_is_not_retrieved_again(documents, retriever, tmp_path, monkeypatch):
-    def retrieve(documents, out):
-        return retrieve_corpus(iter(documents), retriever, out, part_bytes=200, progress=False)
-
-    def interrupted():
-        yield from documents[:9]
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        retrieve(interrupted(), tmp_path / "out")
-    there = len(list((tmp_path / "out").glob("shard-*.json")))
+        retrieve(interrupted(documents[:9]), retriever, tmp_path, part_bytes=200)
+    there = len(list(tmp_path.glob("shard-*.json")))
     assert there > 1
     counted = []
     nearest = Retriever.nearest
     monkeypatch.setattr(Retriever, "nearest", lambda self, queries: counted.append(1) or nearest(self, queries))
-    finished = retrieve(documents, tmp_path / "out")
+    finished = retrieve(iter(documents), retriever, tmp_path, part_bytes=200)
     assert len(counted) == len(finished.manifest["shards"]) - there  # each of these is one batch
     counted.clear()
     before = contents(finished.path)
-    assert len(retrieve(documents, tmp_path / "out")) == len(documents)  # only opened
+    assert len(retrieve(iter(documents), retriever, tmp_path, part_bytes=200)) == len(documents)  # only opened
     assert not counted and contents(finished.path) == before
 
 
@@ -223,44 +209,36 @@ def test_other_processes_get_the_texts(text_file, retriever, tmp_path):
             work(number, part, progress)
 
     found = [
-        retrieve_corpus(read_documents([file]), retriever, tmp_path / name, part_bytes=150, progress=False, run=run)
+        retrieve(read_documents([file]), retriever, tmp_path / name, part_bytes=150, run=run)
         for name, run in (("here", run_here), ("there", elsewhere))
     ]
     assert len(found[0].manifest["shards"]) > 3 and contents(found[0].path) == contents(found[1].path)
 
 
 def test_another_corpus_is_refused(documents, retriever, tmp_path):
-    def retrieve(documents, name="out", part_bytes=200):
-        return retrieve_corpus(documents, retriever, tmp_path / name, part_bytes=part_bytes, progress=False)
+    def retrieve_to(name, documents, part_bytes=200):
+        return retrieve(documents, retriever, tmp_path / name, part_bytes=part_bytes)
 
-    def interrupted():
-        yield from documents[:9]
-        raise KeyboardInterrupt
-
-    def fails(documents, part, *arguments):
+    def fails(part, *arguments):
         with pytest.raises(ValmError, match=rf"the corpus has changed since .* was begun \(its part {part}\)"):
-            retrieve(documents, *arguments)
+            retrieve_to(*arguments)
 
     with pytest.raises(KeyboardInterrupt):
-        retrieve(interrupted())
+        retrieve_to("out", interrupted(documents[:9]))
     changed = [documents[0][::-1], *documents[1:]]
-    fails(changed, 0)
-    finished = retrieve(documents)
-    fails(changed, 0)
-    fails(documents[: finished.manifest["shards"][0]["documents"]], 1)
+    fails(0, "out", changed)
+    finished = retrieve_to("out", documents)
+    fails(0, "out", changed)
+    fails(1, "out", documents[: finished.manifest["shards"][0]["documents"]])
     # also where the last part was full, so that all parts are as they were
-    before = contents(retrieve(documents[:3], "full", 1).path)
-    fails(documents[:4], 3, "full", 1)
-    assert contents(tmp_path / "full") == before and len(retrieve(documents[:3], "full", 1)) == 3
+    before = contents(retrieve_to("full", documents[:3], 1).path)
+    fails(3, "full", documents[:4], 1)
+    assert contents(tmp_path / "full") == before and len(retrieve_to("full", documents[:3], 1)) == 3
 
 
 def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retriever, make_kb, tmp_path):
     file = shutil.copy(text_file, tmp_path / "corpus.txt")
-
-    def retrieve(retriever=retriever, **options):
-        return retrieve_corpus(read_documents([file]), retriever, tmp_path / "out", progress=False, **options)
-
-    retrieve()
+    retrieve(read_documents([file]), retriever, tmp_path / "out")
     for name, encoder, kb, k, options in (
         ("query", ContextEncoder(clip, query="state"), retriever.kb, 4, {}),
         ("knowledge_base", ContextEncoder(clip), make_kb(21), 4, {}),
@@ -268,11 +246,11 @@ def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retr
         ("part_bytes", ContextEncoder(clip), retriever.kb, 4, {"part_bytes": 100}),
     ):
         with pytest.raises(ValmError, match=f"holds another corpus retrieval: its {name} is "):
-            retrieve(Retriever(encoder, kb, k), **options)
+            retrieve(read_documents([file]), Retriever(encoder, kb, k), tmp_path / "out", **options)
     for lines in ("\n".join(LINES).replace("sky", "sea"), "\n".join(LINES[1:])):  # the first is as long as before
         file.write_text(lines)
         with pytest.raises(ValmError, match="the corpus has changed"):
-            retrieve()
+            retrieve(read_documents([file]), retriever, tmp_path / "out")
 
 
 def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
@@ -282,15 +260,11 @@ def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
     first.add_tokens([], special_tokens=True)
     first.backend_tokenizer.add_special_tokens(["the"])
     assert first.eos_token_id != other.eos_token_id
-
-    def retrieve(tokenizer, name="out"):
-        retriever = Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2)
-        return retrieve_corpus(LINES[:3], retriever, tmp_path / name, progress=False)
-
-    corpus = retrieve(first)
+    retrievers = [Retriever(ContextEncoder(clip, tokenizer=tokenizer), kb, 2) for tokenizer in (first, other)]
+    corpus = retrieve(LINES[:3], retrievers[0], tmp_path)
     corpus.check_tokenizer(first)
     with pytest.raises(ValmError, match="its eos is "):
-        retrieve(other)
+        retrieve(LINES[:3], retrievers[1], tmp_path)
     with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\); retrieve it again"):
         corpus.check_tokenizer(other)
 
@@ -300,15 +274,15 @@ def test_the_plan_says_what_searched(documents, clip, kb, tmp_path):
         def search(self, queries, k):
             return FlatIPIndex(kb.vectors()).search(queries, k)
 
-    def retrieve(index, name):
+    def entry(index, name):
         retriever = Retriever(ContextEncoder(clip), kb, 2, index)
-        return retrieve_corpus(documents[:2], retriever, tmp_path / name, progress=False).manifest["plan"]["index"]
+        return retrieve(documents[:2], retriever, tmp_path / name).manifest["plan"]["index"]
 
-    assert retrieve(None, "exact") == retrieve(FlatIPIndex(kb.vectors()), "exact") == "exact"
-    assert retrieve(FlatIPIndex(kb.vectors(), dtype="int8"), "int8") == "exact, int8"
-    assert retrieve(Own(), "own").endswith(".Own")
+    assert entry(None, "exact") == entry(FlatIPIndex(kb.vectors()), "exact") == "exact"
+    assert entry(FlatIPIndex(kb.vectors(), dtype="int8"), "int8") == "exact, int8"
+    assert entry(Own(), "own").endswith(".Own")
     with pytest.raises(ValmError, match="its index is "):
-        retrieve(Own(), "exact")
+        entry(Own(), "exact")
 
 
 def test_another_process_searches_with_the_same_index(documents, retriever, tmp_path):
@@ -321,7 +295,7 @@ def test_another_process_searches_with_the_same_index(documents, retriever, tmp_
             work(number, part, progress, retriever=other)
 
     with pytest.raises(ValmError, match=r"the index of .* has been made or removed since the retrieval .* began"):
-        retrieve_corpus(documents[:2], retriever, tmp_path / "out", progress=False, run=elsewhere)
+        retrieve(documents[:2], retriever, tmp_path / "out", run=elsewhere)
 
 
 def test_a_corpus_stays_open_wherever_the_process_works_later(corpus, monkeypatch):
@@ -332,7 +306,7 @@ def test_a_corpus_stays_open_wherever_the_process_works_later(corpus, monkeypatc
 
 
 def test_halves_of_characters_in_texts_of_python(retriever, tmp_path):
-    found = retrieve_corpus(["a \ud800 b"], retriever, tmp_path / "out", progress=False)
+    found = retrieve(["a \ud800 b"], retriever, tmp_path / "out")
     assert "\ufffd" in found.tokenizer.decode(found[0]["input_ids"])
 
 
@@ -374,28 +348,28 @@ def test_the_bar_knows_how_many_parts_the_files_have(text_file, retriever, tmp_p
             estimates.append(bar.shards)
             work(*shard, bar)
 
-    def retrieve(run):
+    def retrieve_by(run):
         documents = read_documents([tmp_path / "corpus.txt"])
-        return retrieve_corpus(documents, retriever, tmp_path / "out", part_bytes=16000, progress=False, run=run)
+        return retrieve(documents, retriever, tmp_path / "out", part_bytes=16000, run=run)
 
     with pytest.raises(KeyboardInterrupt):
-        retrieve(some)
-    count = len(retrieve(watched).manifest["shards"])
+        retrieve_by(some)
+    count = len(retrieve_by(watched).manifest["shards"])
     assert count > 4 and len(estimates) == count - finished
     assert estimates == pytest.approx([count - finished] * len(estimates), abs=1) and estimates[-1] == count - finished
 
 
 def test_wrong_input(documents, retriever, tmp_path):
-    with pytest.raises(ValmError, match="the corpus has no documents"):
-        retrieve_corpus([], retriever, tmp_path / "out", progress=False)
-    assert contents(tmp_path / "out") == {}
-    with pytest.raises(ValmError, match="the corpus has an empty document"):
-        retrieve_corpus([[1], []], retriever, tmp_path / "out", progress=False)
     (tmp_path / "blank.txt").write_text("\n \n")
-    with pytest.raises(ValmError, match="the corpus has no documents"):
-        retrieve_corpus(read_documents([tmp_path / "blank.txt"]), retriever, tmp_path / "blank", progress=False)
-    with pytest.raises(ValmError, match="is not empty"):
-        retrieve_corpus(documents, retriever, tmp_path)
+    for wrong, name, message in (
+        ([], "none", "the corpus has no documents"),
+        ([[1], []], "out", "the corpus has an empty document"),
+        (read_documents([tmp_path / "blank.txt"]), "blank", "the corpus has no documents"),
+        (documents, "", "is not empty"),
+    ):
+        with pytest.raises(ValmError, match=message):
+            retrieve(wrong, retriever, tmp_path / name)
+    assert contents(tmp_path / "none") == {}
 
 
 def test_damage_is_named(corpus, tmp_path):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import valm
 from tests.tolerance import assert_agree
 from tests.valm.evaluation.small_sets import write_sets
-from tests.valm.models import model_for
+from tests.valm.models import llama_of, model_for
 from tests.valm.other_tokenizers import LINES, chat_like, gpt2_like
 from tests.valm.three_images import retriever_in
 from tests.valm.tiny_clip import make_clip
@@ -107,10 +107,7 @@ def test_rolling_text_has_one_bos(models):
 def test_a_chat_prompt_has_one_bos(tmp_path):
     """And a text without a template begins with bos, as documents do, whatever the base's tokenizer does by itself."""
     tokenizer = chat_like()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-    )
-    twin = valm.augment(LlamaForCausalLM(config), 1, 0, unfreeze="block")
+    twin = valm.augment(llama_of(tokenizer), 1, 0, unfreeze="block")
     save_checkpoint(twin, tokenizer, tmp_path)
     model = ValmLM(str(tmp_path), batch_size=1)
     chat = model.apply_chat_template([{"role": "user", "content": "the sky"}])

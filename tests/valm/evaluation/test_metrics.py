@@ -54,9 +54,8 @@ def test_preferred_sees_through_a_fondness_for_yes():
 
 
 def test_perplexity_per_token_word_and_byte():
-    of_texts = {
-        "nats": [6, 4], "tokens": [3, 2], "words": [2, 3], "bytes": [12, 8], "word_nats": [2, 3], "known": [1, 0],
-    }  # fmt: skip
+    of_texts = {"nats": [6, 4], "tokens": [3, 2], "words": [2, 3], "bytes": [12, 8]}
+    of_texts |= {"word_nats": [2, 3], "known": [1, 0]}
     scores = {name: np.array([values], float) for name, values in of_texts.items()}
     found = document_metrics(Documents("lambada", FAIR, ("", ""), True), scores)
     assert found["perplexity"]["value"] == pytest.approx(np.exp(2))

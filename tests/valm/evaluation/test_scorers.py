@@ -49,26 +49,19 @@ def questions(protocol=FAIR, candidates=("yellow", "reddish", "blue")) -> Questi
     return Questions("memory_color", protocol, ("banana", "sky"), ("", ""), texts, candidates, right)
 
 
-def bert_tokenizer() -> BertTokenizerFast:
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    return BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)})
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, clip):
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tokenizer = gpt2_like()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, **ids)
-    ).save_pretrained(root / "gpt2")
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, **ids)
+    GPT2LMHeadModel(config).save_pretrained(root / "gpt2")
     tokenizer.save_pretrained(root / "gpt2")
-    bert = bert_tokenizer()
-    sizes = {
-        "vocab_size": len(bert), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 64, "max_position_embeddings": 40,
-    }  # fmt: skip
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    bert = BertTokenizerFast(vocab={word: number for number, word in enumerate(vocabulary)})
+    sizes = {"vocab_size": len(bert), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 40}
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(root / "bert")
     bert.save_pretrained(root / "bert")
     visual = VisualBertConfig(**sizes, visual_embedding_dim=8)
@@ -194,14 +187,12 @@ def test_a_long_prompt_loses_its_beginning(folders):
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 20, "pad_token_id": 0}
     roberta = MaskedScorer(RobertaForMaskedLM(RobertaConfig(**sizes, **layers)), bert.tokenizer)
     for scorer in (bert, roberta, open_scorer(str(folders / "clip"), Settings())):
-        asked = questions()
-        long = dataclasses.replace(
-            asked, texts=tuple(tuple("a red sky " * 90 + text for text in row) for row in asked.texts)
-        )
-        longer = dataclasses.replace(asked, texts=tuple(tuple("blue " + text for text in row) for row in long.texts))
-        found, same = (scorer.answers(one, None)[0] for one in (long, longer))
-        assert torch.equal(found, same) and found.isfinite().all()
-        assert not torch.equal(found[0], found[1])
+        found = []
+        for begin in ("a red sky " * 90, "blue " + "a red sky " * 90):
+            texts = tuple(tuple(begin + text for text in row) for row in questions().texts)
+            found.append(scorer.answers(dataclasses.replace(questions(), texts=texts), None)[0])
+        assert torch.equal(*found) and found[0].isfinite().all()
+        assert not torch.equal(found[0][0], found[0][1])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])

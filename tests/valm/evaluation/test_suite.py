@@ -122,9 +122,7 @@ def test_damaged_scores_are_scored_again(world, tmp_path, calls):
 def test_every_model_is_opened_once_and_hashed_only_for_a_cache(world, tmp_path, monkeypatch):
     opened, hashed = [], []
     own_open, own_hash = suite.open_scorer, scorers.model_fingerprint
-    monkeypatch.setattr(
-        suite, "open_scorer", lambda source, settings: opened.append(source) or own_open(source, settings)
-    )
+    monkeypatch.setattr(suite, "open_scorer", lambda source, more: opened.append(source) or own_open(source, more))
     monkeypatch.setattr(scorers, "model_fingerprint", lambda *model: hashed.append(model) or own_hash(*model))
     models = {"both": [str(world / "seed0"), str(world / "seed1")], "one": [str(world / "seed1")]}
     evaluate(models, settings(world, "memory_color"), progress=False)
@@ -136,31 +134,20 @@ def test_every_model_is_opened_once_and_hashed_only_for_a_cache(world, tmp_path,
 def test_no_model_is_opened_where_something_is_missing(world, tmp_path, monkeypatch):
     """What can be known without a model."""
     monkeypatch.setattr(suite, "open_scorer", lambda *_, **__: pytest.fail("it was opened"))
-    (tmp_path / "empty").mkdir()
-    for models, arguments, message in [
-        ([f"{world}/seed0", f"{tmp_path}/none"], {}, "there is no model folder .*none"),
-        (
-            [f"{world}/seed0", f"{tmp_path}/empty"],
-            {},
-            "the folder .*empty holds no model: it has neither config.json nor",
-        ),
-        ([f"{world}/seed0"], {"tasks": "sst2", "data": tmp_path}, "SST-2 is not here"),
-        (
-            [f"{world}/seed0"],
-            {"controls": ["of"]},
-            "--controls: of is no folder of images; give off, random or a folder",
-        ),
-        ([f"{world}/seed0"], {"controls": [str(tmp_path / "empty")]}, "no images in"),
-        ([f"{world}/seed0"], {"limit": 0}, "--limit is 0, expected at least 1"),
-        ([f"{world}/seed0"], {"protocol": "unfair"}, "--protocol must be one of fair, published, both, got 'unfair'"),
-        (
-            [f"{world}/seed0"],
-            {"tasks": "vicomte_size", "protocol": "published"},
-            "none of the tasks has the protocol",
-        ),
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for others, arguments, message in [
+        ([f"{tmp_path}/none"], {}, "there is no model folder .*none"),
+        ([f"{empty}"], {}, "the folder .*empty holds no model: it has neither config.json nor"),
+        ([], {"tasks": "sst2", "data": tmp_path}, "SST-2 is not here"),
+        ([], {"controls": ["of"]}, "--controls: of is no folder of images; give off, random or a folder"),
+        ([], {"controls": [str(empty)]}, "no images in"),
+        ([], {"limit": 0}, "--limit is 0, expected at least 1"),
+        ([], {"protocol": "unfair"}, "--protocol must be one of fair, published, both, got 'unfair'"),
+        ([], {"tasks": "vicomte_size", "protocol": "published"}, "none of the tasks has the protocol"),
     ]:
         with pytest.raises(ValmError, match=message):
-            evaluate(named(models), settings(world, **arguments), progress=False)
+            evaluate(named([f"{world}/seed0", *others]), settings(world, **arguments), progress=False)
 
 
 def test_other_data_are_scored_anew(world, tmp_path, calls):
@@ -186,9 +173,8 @@ def test_no_batch_size_and_no_order_changes_a_score(world, monkeypatch, tmp_path
     file = tmp_path / "nlu/sst2_dev.txt"
     file.write_text("\n".join(reversed(file.read_text().splitlines())))
     scorer = scorers.open_scorer(str(world / "seed0"), Settings())
-    (plain, _), (turned, _) = (
-        scorer.answers(what_is_asked(SETS["sst2"], FAIR, data), None) for data in (world / "data", tmp_path)
-    )
+    sets = (what_is_asked(SETS["sst2"], FAIR, data) for data in (world / "data", tmp_path))
+    plain, turned = (scorer.answers(one, None)[0] for one in sets)
     assert_agree(plain, turned.flip(0))
 
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -66,18 +68,10 @@ def test_images_in_place_of_others_are_seen_by_the_same_tokens(make_model, token
 
 def test_without_thumbnails_the_caption_is_all(clip, tmp_path, monkeypatch):
     """No file is read by the name that a knowledge base has for it: whoever wrote it may name any."""
-    paint(tmp_path / "pictures", here="red")
-    kb = build(
-        FolderSource(tmp_path / "pictures"), tmp_path / "kb", clip, Encoding(thumbnails=0, workers=0), progress=False
-    )
+    source = FolderSource(paint(tmp_path / "pictures", here="red"))
+    kb = build(source, tmp_path / "kb", clip, Encoding(thumbnails=0, workers=0), progress=False)
     monkeypatch.chdir(tmp_path / "pictures")
-
-    class OfKb:
-        pass
-
-    retriever = OfKb()
-    retriever.kb = kb
-    assert show_images(retriever, [0]) == [ShownImage("here.png", None)]
+    assert show_images(SimpleNamespace(kb=kb), [0]) == [ShownImage("here.png", None)]
 
 
 def test_images_of_an_unknown_retriever_have_their_numbers():

@@ -35,19 +35,10 @@ def tars(tmp_path):
     """Two archives as img2dataset writes them, with a broken picture, a second picture of a sample, odd names."""
     folder = tmp_path / "tars"
     folder.mkdir()
-    write_tar(
-        folder / "00000.tar",
-        [
-            ("000.png", png(0)),
-            ("000.txt", b"a red  apple\n"),
-            ("000.json", b'{"caption": "a red apple", "url": "x"}'),
-            ("001.png", b"broken"),
-            ("002.json", b'{"caption": null}'),
-            ("002.png", png(2)),
-            ("002.mask.png", png(99)),
-        ],
-    )
-    write_tar(
-        folder / "00001.tar", [("../../escape.png", png(3)), ("b/004.json", b'{"caption": "4"}'), ("b/004.png", png(4))]
-    )
+    caption = b'{"caption": "a red apple", "url": "x"}'
+    first = [("000.png", png(0)), ("000.txt", b"a red  apple\n"), ("000.json", caption), ("001.png", b"broken")]
+    first += [("002.json", b'{"caption": null}'), ("002.png", png(2)), ("002.mask.png", png(99))]
+    second = [("../../escape.png", png(3)), ("b/004.json", b'{"caption": "4"}'), ("b/004.png", png(4))]
+    write_tar(folder / "00000.tar", first)
+    write_tar(folder / "00001.tar", second)
     return folder

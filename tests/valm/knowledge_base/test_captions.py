@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -111,11 +112,7 @@ def test_a_file_name_alone_is_of_one_image(tmp_path):
 
 def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
-
-    def denied(path, *_):
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr("builtins.open", denied)
+    monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     with pytest.raises(ValmError, match=r"cannot read .*a\.txt: Input/output error"):
         read_captions(tmp_path, ["a.png"])
 

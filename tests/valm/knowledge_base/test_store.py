@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.valm.knowledge_base.inputs import COUNT, build_folder
-from tests.valm.store.manifests import contents, edit_manifest
+from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import make_clip
 from valm.clip.clip import WEIGHTS_FILE, Clip
 from valm.errors import ValmError
@@ -21,9 +22,7 @@ from valm_kernels import memory_maps
 
 
 def test_vectors_and_items(kb, folder, clip):
-    assert (len(kb), kb.dim) == (COUNT, clip.embed_dim)
-    assert kb.vectors().shape == (COUNT, clip.embed_dim)
-    assert kb.vectors().dtype == np.float16
+    assert (len(kb), kb.dim) == kb.vectors().shape == (COUNT, clip.embed_dim) and kb.vectors().dtype == np.float16
     expected = clip.encode_images([Image.open(folder / f"p{index:02d}.png") for index in range(COUNT)]).numpy()
     # half of float16's spacing below 1, and float32 noise of another batch size
     assert np.abs(kb.vectors().astype(np.float32) - expected).max() <= 2**-12 + 1e-5
@@ -64,12 +63,6 @@ def test_one_shard_is_not_copied(folder, clip, tmp_path):
     assert not kb.vectors().flags.owndata and kb.thumbnail(0) is None
 
 
-def test_encoder_check(kb, clip, tokenizer):
-    kb.check_encoder(clip)
-    with pytest.raises(ValmError, match=r"was built with the CLIP tiny \(weights [0-9a-f]{12}\), not with tiny"):
-        kb.check_encoder(make_clip(tokenizer, seed=1))
-
-
 def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
     saved = make_clip(tokenizer)
     with pytest.raises(ValmError, match="does not say where its CLIP is"):
@@ -82,7 +75,7 @@ def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
     moved = ImageKnowledgeBase.open(tmp_path / "moved" / "kb")
     assert moved.load_clip().weights_hash == clip.weights_hash
     make_clip(tokenizer, seed=1).save(tmp_path / "moved" / "clip")
-    with pytest.raises(ValmError, match="was built with the CLIP tiny"):
+    with pytest.raises(ValmError, match=r"was built with the CLIP tiny \(weights [0-9a-f]{12}\), not with tiny"):
         moved.load_clip(tmp_path / "moved" / "clip")
     (tmp_path / "moved" / "clip").rename(tmp_path / "elsewhere")
     with pytest.raises(ValmError, match="which is no folder beside it"):
@@ -107,9 +100,7 @@ def test_weights_that_changed_are_not_loaded_unless_the_user_names_them(folder, 
 
 @pytest.fixture
 def copied(kb, tmp_path):
-    for name, content in contents(kb.path).items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
+    return shutil.copytree(kb.path, tmp_path, dirs_exist_ok=True)
 
 
 def test_a_folder_that_has_become_another_is_named(kb, copied):
@@ -156,12 +147,6 @@ def test_damage_is_found_when_opening(copied):
     fails(rf"vectors-00001\.npy has {len(content) - 10} bytes instead of {len(content)}")
     file.unlink()
     fails(r"vectors-00001\.npy is missing")
-    edit_manifest(copied, version=99)
-    fails("has format version 99, this valm reads 2")
-    edit_manifest(copied, format="other")
-    fails("is not the manifest of a knowledge base")
-    (copied / "manifest.json").write_text("{")
-    fails("is damaged")
     (copied / "manifest.json").unlink()
     fails(r"is not a knowledge base: it has no manifest\.json")
 

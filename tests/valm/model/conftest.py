@@ -13,11 +13,21 @@ def retriever(clip, tmp_path_factory):
 
 
 @pytest.fixture
-def saved(retriever, tmp_path):
-    """A checkpoint folder, ids, and the logits that its model gives with its images."""
+def seeing(retriever):
+    """A VaLM with this retriever."""
     model = model_for(retriever)
     model.set_retriever(retriever)
-    tokenizer = retriever.encoder.tokenizer
-    save_checkpoint(model, tokenizer, tmp_path / "model")
-    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
-    return tmp_path / "model", ids, model(ids).logits.detach()
+    return model
+
+
+@pytest.fixture
+def apple(retriever):
+    """The ids of a text."""
+    return retriever.encoder.tokenizer("a red apple", return_tensors="pt")["input_ids"]
+
+
+@pytest.fixture
+def saved(seeing, apple, tmp_path):
+    """A checkpoint folder, ids, and the logits that its model gives with its images."""
+    save_checkpoint(seeing, seeing.retriever.encoder.tokenizer, tmp_path / "model")
+    return tmp_path / "model", apple, seeing(apple).logits.detach()

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from tests.tolerance import assert_agree
-from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images
+from tests.valm.model.decoders import IMAGE_DIM, augmented
 from tests.valm.training.test_processes import launch
 from valm.errors import ValmError
 from valm.model import attention as fusion
@@ -67,9 +67,9 @@ def test_joint_attention_in_float64_by_hand(sink, scored):
     if sink is not None:
         scores.append(sink[head, None].double())
     weights = torch.cat(scores).softmax(0)
-    values = [value[batch, head // 2, : token + 1]]
-    values.append((images.values + images.terms.v_bias[:, None])[head // 2, index[index >= 0]])
-    expected = weights[: token + 1 + len(image)] @ torch.cat(values).double()
+    image_value = (images.values + images.terms.v_bias[:, None])[head // 2, index[index >= 0]]
+    values = torch.cat([value[batch, head // 2, : token + 1], image_value])
+    expected = weights[: len(values)] @ values.double()
     assert_agree(out[batch, head, token], expected)
 
 
@@ -155,12 +155,3 @@ def test_a_static_cache_goes_through_the_kernel(monkeypatch, length, masked):
 def test_a_mask_of_another_implementation_is_refused():
     with pytest.raises(ValmError, match='attn_implementation="sdpa"'):
         fusion.visible_keys(torch.ones(2, 5))
-
-
-def test_images_stand_at_the_tokens_position_wherever_the_text_is():
-    """A rotated query against unrotated images would depend on the absolute position."""
-    model, ids, images = augmented(), random_ids(1, 6), random_images(1, 6)
-    positions = torch.arange(6)[None]
-    here = model(ids, position_ids=positions, **images).logits
-    far = model(ids, position_ids=positions + 50, **images).logits
-    assert_agree(here, far)

@@ -16,13 +16,11 @@ def card_of(folder):
     return ModelCard.load(folder / "README.md")
 
 
-def test_a_checkpoint_has_a_card(tmp_path, retriever):
-    model, kb = model_for(retriever), retriever.kb
-    model.set_retriever(retriever)
-    numbers = {"loss": 1.23456, "eval_perplexity": 17.0}
+def test_a_checkpoint_has_a_card(tmp_path, retriever, seeing):
+    kb, numbers = retriever.kb, {"loss": 1.23456, "eval_perplexity": 17.0}
     command = "valm train /data/me/x --seed 1 --kb=secret/kb/"
-    save_checkpoint(model, retriever.encoder.tokenizer, tmp_path / "it", numbers=numbers, command=command)
-    card = card_of(tmp_path / "it")
+    save_checkpoint(seeing, retriever.encoder.tokenizer, tmp_path, numbers=numbers, command=command)
+    card = card_of(tmp_path)
     assert card.data.library_name == "valm" and card.data.pipeline_tag == "text-generation"
     assert kb.fingerprint in card.text and kb.manifest["clip"]["weights_hash"] in card.text
     assert "| loss | 1.235 |" in card.text and "| eval_perplexity | 17 |" in card.text
@@ -50,8 +48,8 @@ def test_an_augmented_model_names_its_base(tmp_path):
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_a_card_names_the_arguments_of_images(tmp_path, scale):
     write_card(tiny_model(score_scale=scale), tmp_path)
-    assert "`image_index`" in card_of(tmp_path).text
-    assert ("`image_scores`" in card_of(tmp_path).text) == (scale is not None)
+    card = card_of(tmp_path).text
+    assert "`image_index`" in card and ("`image_scores`" in card) == (scale is not None)
 
 
 def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path):
@@ -85,9 +83,8 @@ def test_a_loaded_model_says_what_it_lacks(tmp_path, clip):
     with pytest.warns(UserWarning, match=r"knowledge base .*kb is not there: give it as kb \(--kb\)"):
         load(tmp_path / "it")
     (tmp_path / "it" / "_retrieval.json").unlink()
-    with pytest.warns(
-        UserWarning, match=r"nothing says where the model's knowledge base kb \(SHA-256 \w{12}\) is: give"
-    ):
+    without_place = r"nothing says where the model's knowledge base kb \(SHA-256 \w{12}\) is: give"
+    with pytest.warns(UserWarning, match=without_place):
         load(tmp_path / "it")
     shutil.rmtree(tmp_path / "clip")
     with pytest.warns(UserWarning, match=r"CLIP .*clip is not there: give it as clip \(--clip\)"):

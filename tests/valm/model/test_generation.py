@@ -181,12 +181,8 @@ def test_a_returned_cache_has_the_retrievers_state(model, name, use_cache):
     assert (blind - expected).abs().max() > 0.1  # the images matter
 
 
-def pickled(cache):
-    return pickle.loads(pickle.dumps(cache))
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_a_returned_cache_can_be_copied_and_its_rows_selected(model, copied):
     ids = random_ids(2, 9)
     expected = model(ids, use_cache=False).logits[:, 4:]
@@ -257,9 +253,8 @@ def test_reading_in_parts_equals_reading_at_once(model, make, found, positions):
             cache = output.cache
             outputs.append(output.logits)
         assert_agree(torch.cat(outputs, 1)[present], expected[present])
-    with pytest.raises(
-        ValueError, match=r"a column for each of the 9 tokens in the cache and of these 1, got 1 columns"
-    ):
+    message = "a column for each of the 9 tokens in the cache and of these 1, got 1 columns"
+    with pytest.raises(ValueError, match=message):
         read(8, 9, 1, cache)
 
 

@@ -96,24 +96,22 @@ def test_a_model_without_its_images_says_so_once_or_raises():
 def test_a_retriever_that_reads_more_tokens_than_the_model_has_is_refused(retriever):
     """Made without the model's tokenizer, it would read its ids as CLIP's."""
     model = augment(tiny_llama(), image_dim=retriever.dim, num_images=retriever.k)
-    with pytest.raises(
-        ValmError, match=r"encoder reads \d+ tokens, and this model has 64: give its ContextEncoder the"
-    ):
+    with pytest.raises(ValmError, match=r"encoder reads \d+ tokens, and this model has 64: give its ContextEncoder"):
         model.set_retriever(retriever)
 
 
 def test_a_retriever_without_a_tokenizer_is_for_clips_vocabulary_only(retriever):
     """The ids of a larger one would be read as CLIP's. A padded one has as many tokens as CLIP's tokenizer."""
     tokenizer, kb = retriever.encoder.tokenizer, retriever.kb
-    for rows, accepted in ((0, True), (127, True), (500, False)):
-        model = augment(tiny_llama(vocab_size=len(tokenizer) + rows), retriever.dim, retriever.k)
-        if accepted:
+    for rows in (0, 127, 500):
+        vocab_size = len(tokenizer) + rows
+        model = augment(tiny_llama(vocab_size=vocab_size), retriever.dim, retriever.k)
+        if rows < 128:
             model.set_retriever(retriever)
-            continue
-        for other in (retriever, Retriever(ContextEncoder(kb.load_clip()), kb, retriever.k)):
-            with pytest.raises(ValmError, match=rf"this model has {len(tokenizer) + rows}: give its .* \(tokenizer=\)"):
-                model.set_retriever(other)
-        model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))
+    for other in (retriever, Retriever(ContextEncoder(kb.load_clip()), kb, retriever.k)):
+        with pytest.raises(ValmError, match=rf"this model has {vocab_size}: give its .* \(tokenizer=\)"):
+            model.set_retriever(other)
+    model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))
 
 
 def tiny_llava(seed):

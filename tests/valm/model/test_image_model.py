@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments, pipeline
 
 from tests.valm.model.decoders import augmented, tiny_llama
-from tests.valm.models import model_for, tiny_model
+from tests.valm.models import tiny_model
 from valm import load
 from valm.model.adapter import save_adapter
 from valm.model.augment import augment
@@ -17,13 +17,11 @@ from valm.retrieval.retriever import Retriever
 
 
 @pytest.mark.parametrize("of_llama", [False, True])
-def test_the_number_of_images_may_change(retriever, tmp_path, of_llama):
-    tokenizer = retriever.encoder.tokenizer
-    model = model_for(retriever)
+def test_the_number_of_images_may_change(retriever, seeing, apple, tmp_path, of_llama):
+    tokenizer, model, ids = retriever.encoder.tokenizer, seeing, apple
     if of_llama:
         model = augment(tiny_llama(vocab_size=len(tokenizer)), retriever.dim, retriever.k, logit_bias=0.0)
-    model.set_retriever(retriever)
-    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
+        model.set_retriever(retriever)
     before = model(ids).logits
     for k in (1, 3):
         model.set_num_images(k)
@@ -58,47 +56,32 @@ def test_a_pipeline_generates_with_images(saved, retriever):
     assert isinstance(generate.model.retriever, Retriever)
 
 
-def test_saving_a_loaded_model_elsewhere_notes_its_images_again(saved, tmp_path):
-    folder, ids, expected = saved
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "deep" / "copy")
-    for file in folder.glob("tokenizer*"):
-        (tmp_path / "deep" / "copy" / file.name).write_bytes(file.read_bytes())
-    loaded, _ = load(tmp_path / "deep" / "copy")
-    torch.testing.assert_close(loaded(ids).logits, expected)
-
-
-def test_a_trainers_checkpoint_finds_its_images(retriever, tmp_path, monkeypatch):
-    model = model_for(retriever)
-    model.set_retriever(retriever)
-    tokenizer = retriever.encoder.tokenizer
-    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
+def test_a_trainers_checkpoint_finds_its_images(seeing, apple, tmp_path, monkeypatch):
     arguments = TrainingArguments(
         str(tmp_path), max_steps=1, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no"
     )
-    rows = [{"input_ids": ids[0], "labels": ids[0]}] * 8
-    Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
-    expected = model.eval()(ids).logits
+    rows = [{"input_ids": apple[0], "labels": apple[0]}] * 8
+    tokenizer = seeing.retriever.encoder.tokenizer
+    Trainer(seeing, arguments, train_dataset=rows, processing_class=tokenizer).train()
+    expected = seeing.eval()(apple).logits
     assert (tmp_path / "_retrieval.json").is_file() and not (tmp_path / "checkpoint-1" / "_retrieval.json").exists()
     monkeypatch.chdir(tmp_path / "checkpoint-1")
     (tmp_path / "best").symlink_to("checkpoint-1")
     for folder in (tmp_path / "checkpoint-1", tmp_path / "best", "."):
         loaded, _ = load(folder)
-        torch.testing.assert_close(loaded(ids).logits, expected)
+        torch.testing.assert_close(loaded(apple).logits, expected)
         assert isinstance(loaded.retriever, Retriever)
     loaded.save_pretrained(tmp_path / "again" / "checkpoint-2")
     assert (tmp_path / "again" / "_retrieval.json").is_file()
 
 
-def test_a_trainers_checkpoint_that_was_copied_alone_says_what_it_lacks(retriever, tmp_path):
-    model = model_for(retriever)
-    model.set_retriever(retriever)
-    model.save_pretrained(tmp_path / "checkpoint-1")
+def test_a_trainers_checkpoint_that_was_copied_alone_says_what_it_lacks(retriever, seeing, tmp_path):
+    seeing.save_pretrained(tmp_path / "checkpoint-1")
     retriever.encoder.tokenizer.save_pretrained(tmp_path / "checkpoint-1")
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "elsewhere" / "checkpoint-1")
     lacks = r"nothing says where the model's knowledge base kb \(SHA-256 \w{12}\) is: give it as kb \(--kb\)$"
     with pytest.warns(UserWarning, match=f"^{lacks}"):
-        loaded, _ = load(tmp_path / "elsewhere" / "checkpoint-1")
-    loaded.strict = True
+        loaded, _ = load(tmp_path / "elsewhere" / "checkpoint-1", strict=True)
     with pytest.raises(ValueError, match="has no retriever"):
         loaded(torch.tensor([[1, 2]]))
     loaded, _ = load(tmp_path / "elsewhere" / "checkpoint-1", kb=retriever.kb.path)
@@ -106,10 +89,10 @@ def test_a_trainers_checkpoint_that_was_copied_alone_says_what_it_lacks(retrieve
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_folder_that_is_named_as_a_trainers_checkpoint(retriever, tmp_path, adapter):
+def test_a_folder_that_is_named_as_a_trainers_checkpoint(retriever, seeing, apple, tmp_path, adapter):
     """It finds its own images, whatever stands in the folder above."""
     (tmp_path / "_retrieval.json").write_text('{"knowledge_base": "gone", "base": "gone"}')
-    folder, tokenizer = tmp_path / "checkpoint-7", retriever.encoder.tokenizer
+    folder, tokenizer, model = tmp_path / "checkpoint-7", retriever.encoder.tokenizer, seeing
     if adapter:
         tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
@@ -118,11 +101,8 @@ def test_a_folder_that_is_named_as_a_trainers_checkpoint(retriever, tmp_path, ad
         model.set_retriever(retriever)
         save_adapter(model, folder)
     else:
-        model = model_for(retriever)
-        model.set_retriever(retriever)
         save_checkpoint(model, tokenizer, folder)
-    ids = tokenizer("a red apple", return_tensors="pt")["input_ids"]
-    torch.testing.assert_close(load(folder)[0](ids).logits, model(ids).logits)
+    torch.testing.assert_close(load(folder)[0](apple).logits, model(apple).logits)
 
 
 def test_adapters_of_transformers_are_saved_beside_what_is_there(tmp_path, monkeypatch):
@@ -135,11 +115,3 @@ def test_adapters_of_transformers_are_saved_beside_what_is_there(tmp_path, monke
     model.save_pretrained(tmp_path, max_shard_size="1GB")
     assert saved == [{"max_shard_size": "1GB"}]
     assert [file.name for file in tmp_path.iterdir()] == ["image_fusion.json"]
-
-
-def test_load_can_be_strict(tmp_path, clip):
-    model = tiny_model(vocab_size=len(clip.tokenizer))
-    save_checkpoint(model, clip.tokenizer, tmp_path)
-    loaded, _ = load(tmp_path, strict=True)
-    with pytest.raises(ValueError, match="has no retriever"):
-        loaded(torch.tensor([[1, 2]]))

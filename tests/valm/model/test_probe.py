@@ -67,24 +67,16 @@ def test_the_only_layer_is_the_fusion_layer():
         augment(tiny_gpt2(num_hidden_layers=1), IMAGE_DIM, 0, unfreeze="all")
 
 
-@pytest.mark.parametrize("n_positions", [2, 5])
-def test_a_model_of_few_positions(n_positions):
-    model = augment(tiny_gpt2_of(n_positions), IMAGE_DIM, IMAGES)
-    assert len(LimitedSoftmax(model, [{"input_ids": [3, 5]}]).tokens) == 2
-
-
-def test_a_model_of_one_position_is_refused():
-    with pytest.raises(ValmError, match="GPT2LMHeadModel reads texts of 1 token: it must read at least 2"):
-        augment(tiny_gpt2_of(1), IMAGE_DIM, IMAGES)
-
-
 def tiny_gpt2_of(n_positions):
     return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=n_positions)).eval()
 
 
-def test_a_hybrid_sees_images_in_its_last_layer_with_attention():
-    with pytest.warns(UserWarning, match="layer -1"):
-        assert augment(tiny("qwen3_next"), IMAGE_DIM, IMAGES).config.fusion["layer"] == -1
+def test_models_of_few_positions():
+    for n_positions in (2, 5):
+        model = augment(tiny_gpt2_of(n_positions), IMAGE_DIM, IMAGES)
+        assert len(LimitedSoftmax(model, [{"input_ids": [3, 5]}]).tokens) == 2
+    with pytest.raises(ValmError, match="GPT2LMHeadModel reads texts of 1 token: it must read at least 2"):
+        augment(tiny_gpt2_of(1), IMAGE_DIM, IMAGES)
 
 
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])

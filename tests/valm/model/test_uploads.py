@@ -29,14 +29,13 @@ def model(request, clip, tmp_path):
     tokenizer = retriever.encoder.tokenizer
     if request.param == "valm":
         model = model_for(retriever)
-    else:
-        tiny_llama(vocab_size=len(tokenizer)).save_pretrained(root / "base")
-        tokenizer.save_pretrained(root / "base")
-        model = augment(AutoModelForCausalLM.from_pretrained(root / "base"), retriever.dim, retriever.k)
-    model.set_retriever(retriever)
-    if request.param == "valm":
+        model.set_retriever(retriever)
         save_checkpoint(model, tokenizer, root / "model")
-        model, _ = load(root / "model")
+        return load(root / "model")[0]
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    model = augment(AutoModelForCausalLM.from_pretrained(root / "base"), retriever.dim, retriever.k)
+    model.set_retriever(retriever)
     return model
 
 

@@ -1,7 +1,10 @@
 """A knowledge base of given vectors, with an index, for the tests of both."""
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from valm.knowledge_base.format import (
@@ -16,6 +19,12 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.index_tuning import build_index
 
 COUNT, K = 3000, 4
+make_index = partial(build_index, k=K, progress=False)
+
+
+def slow(*values):
+    """A case of a `parametrize` that is slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_directions(count, dim, seed, centres=40):
@@ -24,6 +33,10 @@ def random_directions(count, dim, seed, centres=40):
     middle = np.random.default_rng(99).normal(size=(centres, dim))
     rows = middle[generator.integers(0, centres, count)] + 0.7 * generator.normal(size=(count, dim))
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def queries(kb, count=400, seed=1) -> torch.Tensor:
+    return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
 
 
 def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase:
@@ -39,6 +52,5 @@ def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase
 
 def make_indexed(clip, out, **arguments) -> ImageKnowledgeBase:
     kb = make_kb_of_directions(clip, out)
-    queries = torch.from_numpy(random_directions(400, kb.dim, seed=1)).float()
-    build_index(kb, queries, k=K, progress=False, **arguments)
+    make_index(kb, queries(kb), **arguments)
     return kb

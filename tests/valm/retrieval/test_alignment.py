@@ -7,7 +7,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.tolerance import assert_agree
 from tests.valm.other_tokenizers import chat_like, gpt2_like, llama_like, qwen_like
-from tests.valm.retrieval.test_context import close
+from tests.valm.retrieval.indexed import slow
+from tests.valm.retrieval.test_context import alone, check_steps, close, queries_in_a_padded_batch
 from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import clip_tokenizer, prompt_ids, prune_tokenizer, tokenize_documents
 from valm.errors import ValmError
@@ -18,37 +19,10 @@ from valm.retrieval.segments import Reading, SegmentState
 # Text as it comes: words that CLIP has and has not, contractions, what its reading changes or joins with characters
 # before (signs over letters, a capital that becomes two characters, ligatures), characters of several tokens, blanks.
 BITS = [
-    *(
-        "banana",
-        "ban",
-        "apples",
-        "the",
-        "isn't",
-        "'r",
-        "'re",
-        "'",
-        "!'s",
-        "The",
-        "1984",
-        "...",
-        "?!",
-        '."',
-        "-",
-        "&amp;",
-    ),
-    *("<b>", "http://x.org/a_b", "<|endoftext|", " ", " ", " ", " ", " ", "\n", "\t"),
-    *(
-        "\u2019ll",
-        "\u0130",
-        "SIX\u00df",
-        "caf\u00e9",
-        "cafe\u0301",
-        "\u0323",
-        "b\u0301\u0323",
-        "\u1100\u1161",
-        "\u0958",
-    ),
-    *("\ufb01", "\u4f60\u597d", "\U0001f600", "\U0001f469\u200d\U0001f680", "\u00e3\u00a4", "\u00a0", "\u3000", "\x1f"),
+    *("banana", "ban", "apples", "the", "isn't", "'r", "'re", "'", "!'s", "The", "1984", "...", "?!", '."', "-"),
+    *("&amp;", "<b>", "http://x.org/a_b", "<|endoftext|", " ", " ", " ", " ", " ", "\n", "\t", "\u2019ll"),
+    *("\u0130", "SIX\u00df", "caf\u00e9", "cafe\u0301", "\u0323", "b\u0301\u0323", "\u1100\u1161", "\u0958", "\ufb01"),
+    *("\u4f60\u597d", "\U0001f600", "\U0001f469\u200d\U0001f680", "\u00e3\u00a4", "\u00a0", "\u3000", "\x1f"),
 ]
 ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=6)
 TEXT = st.lists(st.sampled_from(BITS) | ANY, max_size=16).map("".join)
@@ -57,13 +31,13 @@ SHORT_WORDS = TEXT.filter(lambda text: all(len(word) < LONGEST_WORD for word in 
 fixed = settings(max_examples=12, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module", params=[gpt2_like, pytest.param(llama_like, marks=pytest.mark.slow), chat_like])
+@pytest.fixture(scope="module", params=[gpt2_like, slow(llama_like), chat_like])
 def other(request):
     """The tokenizer of a language model."""
     return request.param()
 
 
-@pytest.fixture(scope="module", params=["eot", pytest.param("state", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["eot", slow("state")])
 def encoder(request, clip, other):
     return ContextEncoder(clip, tokenizer=other, query=request.param, dtype=torch.float64)
 
@@ -92,7 +66,7 @@ def test_a_query_is_that_of_the_text_so_far(encoder, other, text):
     ids = other(text, add_special_tokens=False)["input_ids"]
     if not ids:
         return
-    found = encoder(torch.tensor([ids]))[0]
+    found = alone(encoder, ids)
     own = ContextEncoder(encoder.clip, query=encoder.query, dtype=torch.float64)
     assert not found[0].any()
     cut = [encoder.clip.tokenizer(text_so_far(other, ids[: n + 1]))["input_ids"] for n in range(len(ids))]
@@ -100,7 +74,7 @@ def test_a_query_is_that_of_the_text_so_far(encoder, other, text):
     if known:
         rows, mask = left_padded([cut[n] for n in known])
         assert close(found[known], own(rows, mask)[:, -1])
-    around = encoder(torch.tensor([[other.bos_token_id, *ids, other.eos_token_id]]))[0]
+    around = alone(encoder, [other.bos_token_id, *ids, other.eos_token_id])
     assert close(around[2:-1], found[1:])
     assert not around[0].any() and around[1].any()
     if other.bos_token_id == other.eos_token_id:
@@ -110,7 +84,7 @@ def test_a_query_is_that_of_the_text_so_far(encoder, other, text):
         if other.chat_template is None:
             tokens = [*tokens, encoder.clip.tokenizer.eos_token_id]
         if len(tokens) > 1:
-            assert close(around[-1], own(torch.tensor([tokens]))[0, -1])
+            assert close(around[-1], alone(own, tokens)[-1])
 
 
 # Tokens drawn at random are mostly no text: characters that are never whole, words cut anywhere.
@@ -132,44 +106,15 @@ def to_ids(other, row):
 @given(rows=ROWS, data=st.data())
 def test_a_query_is_the_same_in_a_padded_batch_and_as_a_prefix(encoder, other, rows, data):
     rows = [to_ids(other, row) for row in rows]
-    length = max(map(len, rows)) + data.draw(st.integers(0, 3))
-    ids = torch.full((len(rows), length), 5)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    before = [data.draw(st.integers(0, length - len(row))) for row in rows]
-    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
-        ids[n, start : start + len(row)] = torch.tensor(row)
-        mask[n, start : start + len(row)] = 1
-    queries = encoder(ids, mask)
-    assert (queries[mask == 0] == 0).all()
-    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
+    for row, found in zip(rows, queries_in_a_padded_batch(encoder, rows, [5], data), strict=True):
         prefix = data.draw(st.integers(1, len(row)))
-        assert close(queries[n, start : start + prefix], encoder(torch.tensor([row[:prefix]]))[0])
+        assert close(found[:prefix], alone(encoder, row[:prefix]))
 
 
 @fixed
 @given(rows=ROWS, data=st.data())
 def test_a_query_is_the_same_step_by_step(encoder, other, rows, data):
-    """Rows of a batch with paddings between, read in steps of any length, and exchanged as beam search does."""
-    rows = [to_ids(other, row) for row in rows]
-    expected = [encoder(torch.tensor([row]))[0] for row in rows]
-    cache = encoder.new_cache(len(rows))
-    order = list(range(len(rows)))  # which row stands in which place
-    done = [0] * len(rows)
-    while any(done[row] < len(rows[row]) for row in order):
-        width = data.draw(st.sampled_from([1, 1, 1, 2, 7, 30]))
-        ids = torch.full((len(rows), width), 5)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for place, row in enumerate(order):
-            given = rows[row][done[row] : done[row] + width]
-            ids[place, width - len(given) :] = torch.tensor(given, dtype=torch.int64)
-            mask[place, width - len(given) :] = True
-        queries = encoder.step(ids, cache, mask)
-        for place, row in enumerate(order):
-            assert close(queries[place, mask[place]], expected[row][done[row] : done[row] + width])
-        done = [min(at + width, len(row)) for at, row in zip(done, rows, strict=True)]
-        beam_idx = data.draw(st.permutations(range(len(rows))))
-        order = [order[place] for place in beam_idx]
-        cache.reorder(torch.tensor(beam_idx))
+    check_steps(encoder, [to_ids(other, row) for row in rows], 5, data)
 
 
 def test_a_word_is_seen_where_it_ends_and_not_before(clip):
@@ -177,18 +122,17 @@ def test_a_word_is_seen_where_it_ends_and_not_before(clip):
     other = gpt2_like(["ban ban ban anas anas"], vocab_size=262)
     ban, ana = (other(text, add_special_tokens=False)["input_ids"] for text in ("ban", "ana"))
     encoder = ContextEncoder(clip, tokenizer=other, dtype=torch.float64)
-    found = encoder(torch.tensor([[other.bos_token_id, *ban, *ana]]))[0]
-    expected = clip.encode_texts(["ban", "banana"])
-    assert_agree(found[[len(ban), -1]], expected)
+    found = alone(encoder, [other.bos_token_id, *ban, *ana])
+    assert_agree(found[[len(ban), -1]], clip.encode_texts(["ban", "banana"]))
 
 
 def test_documents_do_not_see_each_other_without_a_chat_template(encoder, other):
     """With one, what begins them may begin each turn of a chat."""
     texts = ["a red apple lies on the wooden table", "the sky is blue"]
     documents = [[other.bos_token_id, *other(text, add_special_tokens=False)["input_ids"]] for text in texts]
-    together = encoder(torch.tensor([documents[0] + documents[1]]))[0]
-    alone = torch.cat([encoder(torch.tensor([document]))[0] for document in documents])
-    assert close(together, alone) is (other.chat_template is None)
+    together = alone(encoder, documents[0] + documents[1])
+    apart = torch.cat([alone(encoder, document) for document in documents])
+    assert close(together, apart) is (other.chat_template is None)
 
 
 def test_the_images_of_an_answer_depend_on_the_question(clip):
@@ -198,7 +142,7 @@ def test_the_images_of_an_answer_depend_on_the_question(clip):
     for texts in (("banana", "is"), ("table", "is")):
         turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
         chat = other.apply_chat_template(turns, tokenize=False)
-        found = encoder(torch.tensor([other(chat, add_special_tokens=False)["input_ids"]]))[0, -1]
+        found = alone(encoder, other(chat, add_special_tokens=False)["input_ids"])[-1]
         text = " ".join(word for turn in zip(roles, texts, strict=True) for word in turn)
         assert_agree(found, clip.encode_texts([text])[0])
 
@@ -208,7 +152,7 @@ def test_special_tokens_end_words_and_have_no_text(clip):
     other.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     encoder = ContextEncoder(clip, tokenizer=other, dtype=torch.float64)
     found, expected = (
-        encoder(torch.tensor([other(text, add_special_tokens=False)["input_ids"]]))[0, -1]
+        alone(encoder, other(text, add_special_tokens=False)["input_ids"])[-1]
         for text in ("the ban<|turn|>ana", "the ban ana")
     )
     assert close(found, expected)
@@ -221,10 +165,9 @@ def test_most_tokens_cost_nothing_of_their_own(clip, monkeypatch):
     calls = []
     run = encoder.tower.run
     monkeypatch.setattr(encoder.tower, "run", lambda *read, **options: calls.append(read[1]) or run(*read, **options))
-    ids = other("the sky is blue and the grass is green", add_special_tokens=False)["input_ids"]
-    encoder(torch.tensor([ids]))
-    words = len(clip.tokenizer("the sky is blue and the grass is green", add_special_tokens=False)["input_ids"])
-    assert calls[0] == [1 + words]
+    text = "the sky is blue and the grass is green"
+    alone(encoder, other(text, add_special_tokens=False)["input_ids"])
+    assert calls[0] == [1 + len(clip.tokenizer(text, add_special_tokens=False)["input_ids"])]
     assert all(length <= 4 for lengths in calls[1:] for length in lengths)
 
 
@@ -249,9 +192,9 @@ def test_text_without_blanks_takes_no_more_than_its_length(clip, other, text):
 def test_a_word_without_end_is_read_without_looking_ahead(encoder, other):
     """Longer than LONGEST_WORD, in a prefix and token by token."""
     ids = other("abc1" * 60, add_special_tokens=False)["input_ids"]
-    whole = encoder(torch.tensor([ids]))[0]
+    whole = alone(encoder, ids)
     for length in (1, 40, 90, len(ids) - 1):
-        assert close(encoder(torch.tensor([ids[:length]]))[0], whole[:length])
+        assert close(alone(encoder, ids[:length]), whole[:length])
     cache = encoder.new_cache(1)
     stepped = [encoder.step(torch.tensor([some]), cache)[0] for some in (ids[:50], ids[50:51], ids[51:90], ids[90:])]
     assert close(torch.cat(stepped), whole)
@@ -268,13 +211,11 @@ def test_a_clips_own_vocabulary_is_read_directly(clip):
 def test_a_pruned_vocabulary_over_the_whole_one(tokenizer):
     """Of the texts it was pruned for each token is one of CLIP's; others are read as CLIP reads them."""
     whole = make_clip(clip_tokenizer())
-    encoder = ContextEncoder(whole, tokenizer=tokenizer, dtype=torch.float64)
-    own = ContextEncoder(whole, dtype=torch.float64)
-    ids, clip_ids = (t(TEXTS[0], return_tensors="pt")["input_ids"] for t in (tokenizer, clip_tokenizer()))
-    assert close(encoder(ids), own(clip_ids))
-    ids, clip_ids = (t("a crocodile", return_tensors="pt")["input_ids"] for t in (tokenizer, clip_tokenizer()))
-    assert ids.shape[1] > clip_ids.shape[1]
-    assert close(encoder(ids)[0, -1], own(clip_ids)[0, -1])
+    encoders = [ContextEncoder(whole, tokenizer=one, dtype=torch.float64) for one in (tokenizer, None)]
+    found, expected = (alone(encoder, encoder.tokenizer(TEXTS[0])["input_ids"]) for encoder in encoders)
+    assert close(found, expected)
+    found, expected = (alone(encoder, encoder.tokenizer("a crocodile")["input_ids"]) for encoder in encoders)
+    assert len(found) > len(expected) and close(found[-1], expected[-1])
 
 
 def test_the_text_of_each_token():
@@ -296,9 +237,9 @@ def test_the_text_of_each_token():
 def test_a_tokenizer_without_bos_begins_documents_with_eos(clip):
     """The queries of Qwen's tokenizer are those of GPT-2's with the same tokens."""
     gpt2, qwen = gpt2_like(), qwen_like()
-    ids = torch.tensor([tokenize_documents([TEXTS[0]], qwen)[0]])
-    assert ids.tolist() == [tokenize_documents([TEXTS[0]], gpt2)[0]]
-    assert torch.equal(ContextEncoder(clip, tokenizer=qwen)(ids), ContextEncoder(clip, tokenizer=gpt2)(ids))
+    (ids,) = tokenize_documents([TEXTS[0]], qwen)
+    assert [ids] == tokenize_documents([TEXTS[0]], gpt2)
+    assert torch.equal(*(alone(ContextEncoder(clip, tokenizer=one), ids) for one in (qwen, gpt2)))
 
 
 def test_tokenizers_that_cannot_be_followed_are_refused(clip):
@@ -316,7 +257,7 @@ def test_tokenizers_that_cannot_be_followed_are_refused(clip):
         token_bytes(tokenizer)
     other = gpt2_like()
     with pytest.raises(ValueError, match=f"input_ids has {len(other)}, but the tokenizer has {len(other)} tokens"):
-        ContextEncoder(clip, tokenizer=other)(torch.tensor([[len(other)]]))
+        alone(ContextEncoder(clip, tokenizer=other), [len(other)])
 
 
 def test_a_vocabulary_may_have_holes_in_its_ids(clip):
@@ -328,9 +269,8 @@ def test_a_vocabulary_may_have_holes_in_its_ids(clip):
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     encoder = ContextEncoder(clip, tokenizer=tokenizer)
-    text = "a red apple"
-    queries = encoder(torch.tensor([[300, *tokenizer(text)["input_ids"]]]))
-    expected = ContextEncoder(clip)(torch.tensor([prompt_ids(clip.tokenizer, text)]))
-    torch.testing.assert_close(queries[0, -1], expected[0, -1])
+    queries = alone(encoder, [300, *tokenizer("a red apple")["input_ids"]])
+    expected = alone(ContextEncoder(clip), prompt_ids(clip.tokenizer, "a red apple"))
+    torch.testing.assert_close(queries[-1], expected[-1])
     with pytest.raises(ValueError, match="input_ids has 301, but the tokenizer has 301 tokens"):
-        encoder(torch.tensor([[301]]))
+        alone(encoder, [301])

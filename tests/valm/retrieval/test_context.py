@@ -47,13 +47,10 @@ def close(found, expected):
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=UNIT_VECTORS)
 
 
-@fixed
-@given(rows=ROWS, data=st.data())
-def test_a_query_is_the_same_in_a_padded_batch(encoder, pool, rows, data):
-    encoder = with_drawn_rule(encoder, data)
-    rows = [[pool[number] for number in row] for row in rows]
+def queries_in_a_padded_batch(encoder, rows, padding, data):
+    """The queries of each of `rows`, with some `padding` before and behind it."""
     length = max(map(len, rows)) + data.draw(st.integers(0, 3))
-    ids = torch.tensor(pool)[torch.arange(len(rows) * length).reshape(len(rows), -1) % len(pool)]
+    ids = torch.tensor(padding)[torch.arange(len(rows) * length).reshape(len(rows), -1) % len(padding)]
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     before = [data.draw(st.integers(0, length - len(row))) for row in rows]
     for n, (row, start) in enumerate(zip(rows, before, strict=True)):
@@ -61,8 +58,16 @@ def test_a_query_is_the_same_in_a_padded_batch(encoder, pool, rows, data):
         mask[n, start : start + len(row)] = 1
     queries = encoder(ids, mask)
     assert (queries[mask == 0] == 0).all()
-    for n, (row, start) in enumerate(zip(rows, before, strict=True)):
-        assert close(queries[n, start : start + len(row)], alone(encoder, row))
+    return [queries[n, start : start + len(row)] for n, (row, start) in enumerate(zip(rows, before, strict=True))]
+
+
+@fixed
+@given(rows=ROWS, data=st.data())
+def test_a_query_is_the_same_in_a_padded_batch(encoder, pool, rows, data):
+    encoder = with_drawn_rule(encoder, data)
+    rows = [[pool[number] for number in row] for row in rows]
+    for row, found in zip(rows, queries_in_a_padded_batch(encoder, rows, pool, data), strict=True):
+        assert close(found, alone(encoder, row))
 
 
 @fixed
@@ -76,19 +81,15 @@ def test_a_query_does_not_depend_on_the_future(encoder, pool, row, future, data)
     assert close(alone(encoder, row[:length] + future)[:length], whole[:length])
 
 
-@fixed
-@given(rows=ROWS, data=st.data())
-def test_a_query_is_the_same_step_by_step(encoder, pool, rows, data):
+def check_steps(encoder, rows, padding, data):
     """Rows of a batch with paddings between, read in steps of any length, and exchanged as beam search does."""
-    encoder = with_drawn_rule(encoder, data)
-    rows = [[pool[number] for number in row] for row in rows]
     expected = [alone(encoder, row) for row in rows]
     cache = encoder.new_cache(len(rows))
     order = list(range(len(rows)))  # which row stands in which place
     done = [0] * len(rows)
     while any(done[row] < len(rows[row]) for row in order):
         width = data.draw(st.sampled_from([1, 1, 1, 2, 7, 30]))
-        ids = torch.full((len(rows), width), pool[0])
+        ids = torch.full((len(rows), width), padding)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for place, row in enumerate(order):
             given = rows[row][done[row] : done[row] + width]
@@ -101,6 +102,13 @@ def test_a_query_is_the_same_step_by_step(encoder, pool, rows, data):
         beam_idx = data.draw(st.permutations(range(len(rows))))
         order = [order[place] for place in beam_idx]
         cache.reorder(torch.tensor(beam_idx))
+
+
+@fixed
+@given(rows=ROWS, data=st.data())
+def test_a_query_is_the_same_step_by_step(encoder, pool, rows, data):
+    encoder = with_drawn_rule(encoder, data)
+    check_steps(encoder, [[pool[number] for number in row] for row in rows], pool[0], data)
 
 
 def test_beams_that_share_a_past_go_their_own_ways(encoder, pool):
@@ -170,8 +178,7 @@ def test_state_queries_are_the_towers_states(clip, tokenizer):
 def test_queries_are_unit_vectors_that_training_may_use(clip, pool):
     queries = ContextEncoder(clip)(torch.tensor([pool[:30]]))
     assert torch.allclose(queries[:, 1:].norm(dim=-1), torch.ones(1, 29))
-    assert not queries.requires_grad
-    assert not queries.is_inference()
+    assert not queries.requires_grad and not queries.is_inference()
 
 
 def test_documents_do_not_see_each_other(encoder, clip, pool):
@@ -235,21 +242,24 @@ def test_queries_in_a_batch_and_token_by_token_are_as_accurate_as_alone(clip, po
         assert_accurate("queries", found[mask.bool()], by_itself, truth)
 
 
-def test_wrong_arguments(clip, pool):
-    with pytest.raises(ValueError, match="query must be one of 'eot', 'state', got 'mean'"):
-        ContextEncoder(clip, query="mean")
-    with pytest.raises(ValueError, match="overlap must be from 0 to 17"):
-        ContextEncoder(clip, overlap=18)
-    with pytest.raises(ValueError, match="min_tokens must be at least 1"):
-        ContextEncoder(clip, min_tokens=0)
+def test_wrong_arguments(clip):
+    for options, message in (
+        ({"query": "mean"}, "query must be one of 'eot', 'state', got 'mean'"),
+        ({"overlap": 18}, "overlap must be from 0 to 17"),
+        ({"min_tokens": 0}, "min_tokens must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ContextEncoder(clip, **options)
     encoder = ContextEncoder(clip)
-    for wrong in (torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3)):
-        with pytest.raises(ValueError, match=r"input_ids must be \(B, T\) int64"):
-            encoder(wrong)
-    with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(1, 3\), got \(1, 2\)"):
-        encoder(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="input_ids has -1, but the CLIP tiny has 589 tokens"):
-        encoder(torch.tensor([[1, -1]]))
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    for wrong, message in (
+        ((ids[0],), r"input_ids must be \(B, T\) int64"),
+        ((ids.float(),), r"input_ids must be \(B, T\) int64"),
+        ((ids, torch.ones(1, 2)), r"attention_mask must have the shape of input_ids \(1, 3\), got \(1, 2\)"),
+        ((ids - 1,), "input_ids has -1, but the CLIP tiny has 589 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder(*wrong)
     assert encoder(torch.tensor([[1, -1]]), torch.tensor([[1, 0]])).shape == (1, 2, 16)  # padding may be anything
     with pytest.raises(ValueError, match="input_ids has 2 rows, the cache 1"):
-        encoder.step(torch.zeros(2, 3, dtype=torch.int64), encoder.new_cache(1))
+        encoder.step(ids.expand(2, 3), encoder.new_cache(1))

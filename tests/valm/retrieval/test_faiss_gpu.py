@@ -3,21 +3,21 @@
 import dataclasses
 import pickle
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from tests.threads import THREADS, at_once
-from tests.valm.retrieval.indexed import K, make_kb_of_directions, random_directions
+from tests.valm.retrieval.indexed import K, make_index, make_kb_of_directions, queries, slow
 from valm.cli import main
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, PRODUCT_CODES
 from valm.retrieval.faiss_index import FaissIndex, open_index
-from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
-from valm.retrieval.index_tuning import _searches, build_index
+from valm.retrieval.index_tuning import _searches
 from valm.retrieval.retriever import Retriever
 
 faiss = pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
@@ -73,12 +73,8 @@ def kb(clip, tmp_path):
     return make_kb_of_directions(clip, tmp_path / "kb", caption="a red apple\nthe blue sky")
 
 
-def queries(kb, count=60, seed=1):
-    return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
-
-
 def build(kb, factory, **arguments):
-    return build_index(kb, queries(kb), factory, k=K, target_recall=0.5, progress=False, **arguments)
+    return make_index(kb, queries(kb, 60), factory, target_recall=0.5, **arguments)
 
 
 def test_one_gpu_or_all_of_them(kb, two_gpus):
@@ -169,19 +165,9 @@ def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, clip, two_gpus, monk
     assert not two_gpus
 
 
-@pytest.mark.parametrize(
-    "factory",
-    ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,SQ4", "IVF32,SQfp16", pytest.param("IVF32,PQ1", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("factory", ["Flat", "IVF32,Flat", "IVF32,SQ8", "IVF32,SQ4", "IVF32,SQfp16", slow("IVF32,PQ1")])
 def test_what_a_gpu_holds(kb, two_gpus, factory):
     assert build(kb, factory, device="cuda").search(queries(kb, 3), K).indices.shape == (3, K)
-
-
-def test_codes_differ_between_cpu_and_gpus_only_where_they_must():
-    assert choose_factory(1_000_000, 768, "cuda") == "PCA256,IVF4096,SQ8"
-    assert choose_factory(1_000_000, 128, "cuda") == "IVF4096,SQ8"
-    assert choose_factory(200_000_000, 768, "cuda") == choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
-    assert choose_factory(1000, 768, "cuda") is None
 
 
 def test_product_codes_fit_the_shared_memory_of_a_block():
@@ -204,12 +190,10 @@ def test_cells_and_candidates_are_limited(kb, two_gpus):
         index.search(queries(kb, 2), MAX_SELECTED // 16 + 1)
 
 
-def test_tuning_tries_only_what_a_gpu_can_do(kb, two_gpus, monkeypatch):
-    ivf = SimpleNamespace(nlist=65536)
-    monkeypatch.setattr(faiss, "try_extract_index_ivf", lambda index: ivf)
+def test_tuning_tries_only_what_a_gpu_can_do(monkeypatch):
+    monkeypatch.setattr(faiss, "try_extract_index_ivf", lambda index: SimpleNamespace(nlist=65536))
     assert _searches(None, MAX_SELECTED)[-1] == "nprobe=2048"
     assert _searches(None, None)[-1] == "nprobe=65536"
-    monkeypatch.undo()
 
 
 def test_a_faiss_without_gpus_searches_on_the_cpu(kb):
@@ -221,11 +205,8 @@ def test_a_faiss_without_gpus_searches_on_the_cpu(kb):
 
 def test_too_little_memory_is_named(kb, two_gpus, monkeypatch):
     build(kb, "IVF32,Flat")
-
-    def move(index, co, gpus):
-        raise RuntimeError("Error in virtual void* faiss::gpu::allocMemory\ncudaMalloc error out of memory [2]")
-
-    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", move)
+    error = RuntimeError("Error in virtual void* faiss::gpu::allocMemory\ncudaMalloc error out of memory [2]")
+    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", Mock(side_effect=error))
     with pytest.raises(ValmError, match=r"on cuda:1 \(cudaMalloc error out of memory \[2\]\): search on the CPU"):
         FaissIndex.open(kb, "cuda:1")
 

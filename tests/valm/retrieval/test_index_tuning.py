@@ -2,14 +2,15 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from tests.valm.killed import exit_code, exit_code_if_killed, forked, needs_fork
+from tests.valm.killed import exit_code, forked, needs_fork
 from tests.valm.other_tokenizers import gpt2_like
-from tests.valm.retrieval.indexed import COUNT, K, make_indexed, make_kb_of_directions, random_directions
+from tests.valm.retrieval.indexed import COUNT, K, make_index, make_indexed, make_kb_of_directions, queries, slow
 from tests.valm.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -18,11 +19,11 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index, verify_index
 from valm.retrieval.index_factory import choose_factory
 from valm.retrieval.index_parameters import index_parameters
-from valm.retrieval.index_tuning import build_index, captions, context_queries, recall
+from valm.retrieval.index_tuning import captions, context_queries, recall
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import folder_lock
 
-pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
+faiss = pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
 
 
 @pytest.fixture
@@ -30,25 +31,15 @@ def kb(clip, tmp_path):
     return make_kb_of_directions(clip, tmp_path / "kb", caption="a red apple\nthe blue sky")
 
 
-def queries(kb, count=400, seed=1):
-    return torch.from_numpy(random_directions(count, kb.dim, seed)).float()
-
-
 @pytest.mark.parametrize(
     "factory",
     [
-        "IVF32,Flat",
-        pytest.param("IVF32,SQ8", marks=pytest.mark.slow),
-        "PCA8,IVF32,PQ8x4fs",
-        pytest.param("OPQ8,IVF16,PQ8x4fs", marks=pytest.mark.slow),
-        "IVF32_HNSW8,SQ8",
-        pytest.param("HNSW8", marks=pytest.mark.slow),
-        "HNSW8,SQ8",
-        "SQ8",
+        *("IVF32,Flat", "PCA8,IVF32,PQ8x4fs", "IVF32_HNSW8,SQ8", "HNSW8,SQ8", "SQ8"),
+        *map(slow, ("IVF32,SQ8", "OPQ8,IVF16,PQ8x4fs", "HNSW8")),
     ],
 )
 def test_the_target_recall_is_reached_and_told(kb, factory):
-    index = build_index(kb, queries(kb), k=K, target_recall=0.9, factory=factory, asked="directions", progress=False)
+    index = make_index(kb, queries(kb), factory, target_recall=0.9, asked="directions")
     parameters = index.parameters
     asked = queries(kb, seed=2)
     found = index.search(asked, K)
@@ -65,23 +56,20 @@ def test_the_target_recall_is_reached_and_told(kb, factory):
     assert parameters.file["bytes"] == (kb.path / "index.faiss").stat().st_size
 
 
-@pytest.mark.parametrize("target", [pytest.param(0.7, marks=pytest.mark.slow), 0.9])
+@pytest.mark.parametrize("target", [slow(0.7), 0.9])
 def test_the_target_is_reached_on_queries_that_were_not_tuned_on(kb, target):
     """Whichever they are, and also where they are harder: of all directions, the others near those of the pictures."""
     for seed in range(1, 5):
-        index = build_index(kb, queries(kb, 200, seed), "IVF64,Flat", k=K, target_recall=target, progress=False)
+        index = make_index(kb, queries(kb, 200, seed), "IVF64,Flat", target_recall=target)
         assert index.parameters.recall >= target
     hard = torch.nn.functional.normalize(torch.randn(100, kb.dim, generator=torch.Generator().manual_seed(0)), dim=-1)
     mixed = torch.cat([queries(kb, 100), hard])
-    index = build_index(kb, mixed, "IVF64,Flat", k=K, target_recall=target, progress=False)
+    index = make_index(kb, mixed, "IVF64,Flat", target_recall=target)
     assert index.parameters.recall >= target
 
 
 def test_more_recall_is_a_longer_search(kb):
-    less, more = (
-        build_index(kb, queries(kb), k=K, target_recall=target, factory="IVF64,Flat", progress=False)
-        for target in (0.5, 0.99)
-    )
+    less, more = (make_index(kb, queries(kb), "IVF64,Flat", target_recall=target) for target in (0.5, 0.99))
     assert int(less.parameters.search.removeprefix("nprobe=")) < int(more.parameters.search.removeprefix("nprobe="))
     assert less.parameters.recall < more.parameters.recall
 
@@ -90,94 +78,57 @@ def test_tuning_scores_each_candidate_of_a_query_once(kb, monkeypatch):
     scored, searches = [], []
     scores, search = ImageKnowledgeBase.scores, FaissIndex.search
 
-    def noted(kb, queries, query_ids, ids):
-        scored.extend(zip(query_ids.tolist(), ids.tolist(), strict=True))
-        return scores(kb, queries, query_ids, ids)
+    def noted(read, queries, query_ids, ids):
+        if read is not kb:  # but what tuning reads
+            scored.extend(zip(query_ids.tolist(), ids.tolist(), strict=True))
+        return scores(read, queries, query_ids, ids)
 
     def compared(index, queries, k):
         found = search(index, queries, k)
         searches.append(search(FaissIndex(kb, index._index, index.parameters), queries, k))
-        assert torch.equal(found.indices, searches[-1].indices) and torch.equal(found.scores, searches[-1].scores)
+        assert all(map(torch.equal, found, searches[-1]))
         return found
 
-    with monkeypatch.context() as patched:
-        patched.setattr(FaissIndex, "search", compared)
-        build_index(kb, queries(kb), "IVF32,SQ8", k=K, target_recall=0.9, progress=False)
-    assert len(searches) > 3
+    monkeypatch.setattr(FaissIndex, "search", compared)
     monkeypatch.setattr(ImageKnowledgeBase, "scores", noted)
-    build_index(kb, queries(kb), "IVF32,SQ8", k=K, target_recall=0.9, progress=False)
+    make_index(kb, queries(kb), "IVF32,SQ8", target_recall=0.9)
+    assert len(searches) > 3
     assert len(scored) == len(set(scored)) > len(queries(kb))
 
 
 def test_what_cannot_be_indexed_is_refused(kb):
-    with pytest.raises(ValmError, match="needs queries to be tuned and measured on, got 1"):
-        build_index(kb, queries(kb, 1), "IVF8,Flat", progress=False)
-    with pytest.raises(ValmError, match="faiss makes no index of 16 dimensions from the factory string 'IVFFF'"):
-        build_index(kb, queries(kb), factory="IVFFF", progress=False)
-    with pytest.raises(ValmError, match="5,000 cells needs as many images, the knowledge base has 3,000"):
-        build_index(kb, queries(kb), factory="IVF5000,Flat", progress=False)
-    with pytest.raises(ValmError, match=r"k must be from 1 to 1,024, got 1,025: a search finds no more of "):
-        build_index(kb, queries(kb), factory="Flat", k=1025, progress=False)
-    with pytest.raises(ValmError, match=r"faiss cannot fill an index of the factory string 'IDMap,Flat': "):
-        build_index(kb, queries(kb), factory="IDMap,Flat", progress=False)
+    for count, factory, k, message in (
+        (1, "IVF8,Flat", K, "needs queries to be tuned and measured on, got 1"),
+        (400, "IVFFF", K, "faiss makes no index of 16 dimensions from the factory string 'IVFFF'"),
+        (400, "IVF5000,Flat", K, "5,000 cells needs as many images, the knowledge base has 3,000"),
+        (400, "Flat", 1025, "k must be from 1 to 1,024, got 1,025: a search finds no more of "),
+        (400, "IDMap,Flat", K, "faiss cannot fill an index of the factory string 'IDMap,Flat': "),
+    ):
+        with pytest.raises(ValmError, match=message):
+            make_index(kb, queries(kb, count), factory, k=k)
     assert not list(kb.path.glob("*.partial"))
-    before = open_index(kb)
-    assert isinstance(before, FlatIPIndex)
+    assert isinstance(open_index(kb), FlatIPIndex)
 
 
 def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monkeypatch):
-    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,Flat", progress=False)
+    make_index(kb, queries(kb), "IVF16,Flat", target_recall=0.5)
     before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
     monkeypatch.setattr("valm.retrieval.index_tuning.CANDIDATES", (1,))
     with pytest.raises(ValmError, match=r"finds 0\.\d+ ± .* however long it searches, .* not surely the 0\.99"):
-        build_index(kb, queries(kb), k=K, factory="IVF16,PQ1x4", target_recall=0.99, progress=False)
+        make_index(kb, queries(kb), "IVF16,PQ1x4", target_recall=0.99)
     assert {file.name: file.read_bytes() for file in kb.path.iterdir() if file.suffix != ".partial"} == before
     # for a lower target nothing is made again
     monkeypatch.setattr(index_filling.NearestCell, "__call__", lambda *_: pytest.fail("made again"))
-    build_index(kb, queries(kb), k=K, factory="IVF16,PQ1x4", target_recall=0.01, progress=False)
+    make_index(kb, queries(kb), "IVF16,PQ1x4", target_recall=0.01)
     assert not list(kb.path.glob("*.partial"))
 
 
-@pytest.mark.slow
-@needs_fork
-def test_a_killed_build_leaves_the_old_index_or_none_and_goes_on(clip, tmp_path):
-    kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
-
-    def build():
-        opened = ImageKnowledgeBase.open(kb.path)
-        build_index(opened, queries(opened), k=K, target_recall=0.5, factory="PCA8,IVF8,PQ8x4", progress=False)
-
-    factories, steps = [], []
-    for _ in range(4):  # each before its third change of a name
-        killed = exit_code_if_killed(build, 2, calls=((os, "replace"), (Path, "unlink")))
-        assert killed == -signal.SIGKILL
-        opened = open_index(ImageKnowledgeBase.open(kb.path))
-        factories.append(opened.parameters.factory if isinstance(opened, FaissIndex) else None)
-        steps.append({file.name for folder in kb.path.glob("index-*.partial") for file in folder.glob("*[!p]")})
-    trained, added = "added-0.faiss", f"added-{COUNT}.faiss"
-    assert steps == [{trained, "done.json"}, *3 * [{trained, added, "done.json"}]]
-    # without its parameters from just before the new file is there
-    assert factories == ["IVF16,Flat", "IVF16,Flat", None, None]
-    build()
-    assert not list(kb.path.glob("*.tmp")) and not list(kb.path.glob("*.partial"))
-    other = make_kb_of_directions(clip, tmp_path / "other")
-    build_index(other, queries(other), k=K, target_recall=0.5, factory="PCA8,IVF8,PQ8x4", progress=False)
-    assert (kb.path / "index.faiss").read_bytes() == (other.path / "index.faiss").read_bytes()
-
-
 @pytest.mark.parametrize(
-    "factory",
-    [
-        pytest.param("IVF16,PQ8x4", marks=pytest.mark.slow),
-        "PCA8,IVF16,Flat",
-        pytest.param("PCA8,IVF32_HNSW8,SQ8", marks=pytest.mark.slow),
-        "PCA8,IVF32,PQ8x4fs",
-    ],
+    "factory", [slow("IVF16,PQ8x4"), "PCA8,IVF16,Flat", slow("PCA8,IVF32_HNSW8,SQ8"), "PCA8,IVF32,PQ8x4fs"]
 )
 def test_an_interrupted_build_loses_a_part(clip, tmp_path, monkeypatch, factory):
     monkeypatch.setattr(index_filling, "ROWS", 1500)
     monkeypatch.setattr(index_filling, "MIN_PART", 1500)
-    arguments = {"k": K, "target_recall": 0.5, "factory": factory, "progress": False}
     calls, stops = [], set()
     search = index_filling.NearestCell.__call__
 
@@ -189,21 +140,20 @@ def test_an_interrupted_build_loses_a_part(clip, tmp_path, monkeypatch, factory)
 
     monkeypatch.setattr(index_filling.NearestCell, "__call__", interrupted)
     kb = make_kb_of_directions(clip, tmp_path / "kb")
-    build_index(kb, queries(kb), **arguments)
+    make_index(kb, queries(kb), factory, target_recall=0.5)
     assert calls == [1500] * 2
     expected, calls[:] = (kb.path / "index.faiss").read_bytes(), []
     kb = make_kb_of_directions(clip, tmp_path / "again")
     stops |= {1, 3}
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
-            build_index(kb, queries(kb), **arguments)
-    build_index(kb, queries(kb), **arguments)
+            make_index(kb, queries(kb), factory, target_recall=0.5)
+    make_index(kb, queries(kb), factory, target_recall=0.5)
     assert len(calls) == 4
     assert (kb.path / "index.faiss").read_bytes() == expected
 
 
 def test_the_nearest_cells_are_those_that_faiss_finds():
-    faiss = pytest.importorskip("faiss")
     generator = np.random.default_rng(0)
     centroids = generator.normal(size=(300, 24)).astype(np.float32) * generator.uniform(0.2, 3, (300, 1))
     vectors = generator.normal(size=(5000, 24)).astype(np.float32)
@@ -213,17 +163,8 @@ def test_the_nearest_cells_are_those_that_faiss_finds():
     assert np.array_equal(found, index.search(vectors, 1)[1][:, 0])
 
 
-@pytest.mark.parametrize(
-    "factory",
-    [
-        "IVF16,SQ8",
-        pytest.param("PCA8,IVF16,PQ8", marks=pytest.mark.slow),
-        "IVF16,PQ8x4fs",
-        "PCA8,IVF32,PQ4x4fsr_64",
-    ],
-)
+@pytest.mark.parametrize("factory", ["IVF16,SQ8", slow("PCA8,IVF16,PQ8"), "IVF16,PQ8x4fs", "PCA8,IVF32,PQ4x4fsr_64"])
 def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, factory):
-    faiss = pytest.importorskip("faiss")
     packed = tmp_path / "packed"
     file, _ = index_filling.filled_index(kb, factory, tmp_path, packed, 0, torch.device("cpu"), progress=False)
     assert (file == packed) == ("x4fs" in factory)
@@ -237,23 +178,22 @@ def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, fact
 @pytest.mark.parametrize("factory, parts", [("IVF16,Flat", [0, 1]), ("Flat", [1]), ("IVF16,PQ8x4fs", [0, 1, 1])])
 def test_an_index_is_written_once_if_it_is_not_packed(kb, monkeypatch, factory, parts):
     """Beside once when it is trained."""
-    pytest.importorskip("faiss")
     written, write = [], index_filling._write_index
     monkeypatch.setattr(index_filling, "_write_index", lambda *what: (written.append(what[0].ntotal), write(*what)))
-    build_index(kb, queries(kb), k=K, target_recall=0.1, factory=factory, progress=False)
+    make_index(kb, queries(kb), factory, target_recall=0.1)
     assert written == [part * len(kb) for part in parts]
     assert verify_index(kb) == [] and (kb.path / "index.faiss").stat().st_nlink == 1
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", pytest.param("HNSW8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("factory", ["IVF16,Flat", slow("HNSW8")])
 def test_another_build_removes_what_a_killed_one_left(kb, factory):
     left = kb.path / "index-0123456789abcdef.partial"
     left.mkdir()
     (left / "added-0.faiss").touch()
     with folder_lock(left, 0):  # its process still lives
-        build_index(kb, queries(kb), k=K, target_recall=0.5, factory=factory, progress=False)
+        make_index(kb, queries(kb), factory, target_recall=0.5)
     assert left.exists()
-    build_index(kb, queries(kb), k=K, target_recall=0.5, factory=factory, progress=False)
+    make_index(kb, queries(kb), factory, target_recall=0.5)
     assert not list(kb.path.glob("*.partial"))
 
 
@@ -261,41 +201,19 @@ def interrupted(kb, monkeypatch, factory="PCA8,IVF16,SQ8", step=(index_tuning, "
     """The folder of a build that was interrupted when all vectors had been added, or at `step`, and how to go on."""
 
     def build():
-        return build_index(kb, queries(kb), factory, k=K, target_recall=0.5, progress=False)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
+        return make_index(kb, queries(kb), factory, target_recall=0.5)
 
     with monkeypatch.context() as patched:
-        patched.setattr(*step, interrupt)
+        patched.setattr(*step, Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build()
     (folder,) = kb.path.glob("*.partial")
     return folder, build
 
 
-def change_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def empty(file):
-    file.write_bytes(b"")
-
-
-def take_that_of_another_factory(file):
-    (other,) = (file.parents[2] / "other").glob(f"*.partial/{file.name}")
-    shutil.copy(other, file)
-
-
-def build_in(folder, factory="PCA8,IVF16,SQ8"):
+def build_in(folder):
     kb = ImageKnowledgeBase.open(folder)
-    build_index(kb, queries(kb), factory, k=K, target_recall=0.1, progress=False)
+    make_index(kb, queries(kb), "PCA8,IVF16,SQ8", target_recall=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -307,42 +225,37 @@ def undamaged(clip, tmp_path_factory):
     return folder, (whole / "index.faiss").read_bytes()
 
 
+TRAINED, ADDED, DONE = "added-0.faiss", f"added-{COUNT}.faiss", "done.json"
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        *((name, change_a_bit) for name in ("added-0.faiss", f"added-{COUNT}.faiss", "done.json")),
-        ("added-0.faiss", cut),
-        ("done.json", empty),
-        (f"added-{COUNT}.faiss", take_that_of_another_factory),
-        *(
-            pytest.param(name, damage, marks=pytest.mark.slow)
-            for name, damage in (
-                ("added-0.faiss", empty),
-                ("added-0.faiss", take_that_of_another_factory),
-                (f"added-{COUNT}.faiss", cut),
-                (f"added-{COUNT}.faiss", empty),
-                ("done.json", cut),
-                ("done.json", take_that_of_another_factory),
-            )
-        ),
+        *((TRAINED, "a bit"), (TRAINED, "cut"), slow(TRAINED, "empty"), slow(TRAINED, "another's")),
+        *((ADDED, "a bit"), slow(ADDED, "cut"), slow(ADDED, "empty"), (ADDED, "another's")),
+        *((DONE, "a bit"), slow(DONE, "cut"), (DONE, "empty"), slow(DONE, "another's")),
     ],
 )
 def test_a_damaged_file_of_an_interrupted_build_is_made_anew(undamaged, tmp_path, monkeypatch, name, damage):
     folder, index = undamaged
-    killed, other = (shutil.copytree(folder, tmp_path / copy) for copy in ("killed", "other"))
-    step = (index_filling.NearestCell, "__call__") if name == "added-0.faiss" else (index_tuning, "_exact")
-    for left, factory in ((killed, "PCA8,IVF16,SQ8"), (other, "PCA8,IVF16,SQ4")):
-        if left == killed or damage == take_that_of_another_factory:
-            interrupted(ImageKnowledgeBase.open(left), monkeypatch, factory, step)
-    (file,) = killed.glob(f"*.partial/{name}")
+    step = (index_filling.NearestCell, "__call__") if name == TRAINED else (index_tuning, "_exact")
+
+    def left_by(factory):
+        kb = ImageKnowledgeBase.open(shutil.copytree(folder, tmp_path / factory))
+        return interrupted(kb, monkeypatch, factory, step)[0] / name
+
+    file = left_by("PCA8,IVF16,SQ8")
     before = file.read_bytes()
-    damage(file)
+    changed = bytearray(before)
+    changed[len(before) // 2] ^= 16
+    contents = {"a bit": changed, "cut": before[:-1], "empty": b""}
+    file.write_bytes(left_by("PCA8,IVF16,SQ4").read_bytes() if damage == "another's" else contents[damage])
     assert file.read_bytes() != before
-    build_in(killed)
-    assert (killed / "index.faiss").read_bytes() == index
+    build_in(file.parents[1])
+    assert (file.parents[1] / "index.faiss").read_bytes() == index
 
 
-@pytest.mark.parametrize("name", [f"added-{COUNT}.faiss", "done.json"])
+@pytest.mark.parametrize("name", [ADDED, DONE])
 def test_a_link_out_of_the_folder_of_a_killed_build_is_refused(kb, monkeypatch, name):
     folder, build = interrupted(kb, monkeypatch)
     target = kb.path / "elsewhere"
@@ -352,14 +265,7 @@ def test_a_link_out_of_the_folder_of_a_killed_build_is_refused(kb, monkeypatch, 
         build()
 
 
-@pytest.mark.parametrize(
-    "factory",
-    [
-        pytest.param("IVF16,Flat", marks=pytest.mark.slow),
-        pytest.param("PCA8,IVF16,PQ4x4", marks=pytest.mark.slow),
-        "IVF16,PQ8x4fs",
-    ],
-)
+@pytest.mark.parametrize("factory", [slow("IVF16,Flat"), slow("PCA8,IVF16,PQ4x4"), "IVF16,PQ8x4fs"])
 def test_what_is_left_of_a_folder_makes_the_same_index(clip, tmp_path, monkeypatch, factory):
     """A process that was killed while it removed the folder may leave any of its files."""
     kb = make_indexed(clip, tmp_path / "whole", factory=factory, target_recall=0.5)
@@ -377,12 +283,7 @@ def test_what_is_left_of_a_folder_makes_the_same_index(clip, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"factory": "IVF8,Flat"},
-        {"seed": 1},
-        {"fingerprint": "of the knowledge base after kb add"},
-        {"MAX_TRAIN": 2000, "MIN_TRAIN": 2000},
-    ],
+    [{"factory": "IVF8,Flat"}, {"seed": 1}, {"fingerprint": "after kb add"}, {"MAX_TRAIN": 2000, "MIN_TRAIN": 2000}],
     ids=str,
 )
 def test_another_plan_has_a_folder_of_its_own(kb, monkeypatch, change):
@@ -410,24 +311,18 @@ def test_a_folder_that_another_build_removes_before_it_is_locked_is_made_again(k
 def test_one_process_at_a_time_makes_an_index(kb, monkeypatch):
     monkeypatch.setattr(index_filling, "WAIT_SECONDS", 0.1)
     with index_filling.partial_folder(kb, "IVF16,Flat", 0) as folder, pytest.raises(TimeoutError, match="another"):
-        build_index(kb, queries(kb), "IVF16,Flat", k=K, progress=False)
+        make_index(kb, queries(kb), "IVF16,Flat")
     assert not folder.exists()
     folder.symlink_to(kb.path.parent)
     with pytest.raises(PermissionError, match="is a link that leads out of its folder"):
-        build_index(kb, queries(kb), "IVF16,Flat", k=K, progress=False)
+        make_index(kb, queries(kb), "IVF16,Flat")
 
 
 @pytest.mark.parametrize(
-    "factory",
-    [
-        "IVF16,Flat,RFlat",
-        pytest.param("IVF16,PQ4+4", marks=pytest.mark.slow),
-        "PCA8,IVF16,SQ8,RFlat",
-        "PCA4,IVF16,Flat",
-    ],
+    "factory", ["IVF16,Flat,RFlat", slow("IVF16,PQ4+4"), "PCA8,IVF16,SQ8,RFlat", "PCA4,IVF16,Flat"]
 )
 def test_all_kinds_are_filled(kb, factory):
-    index = build_index(kb, queries(kb), factory, k=K, target_recall=0.3, progress=False)
+    index = make_index(kb, queries(kb), factory, target_recall=0.3)
     assert len(index) == COUNT and index.parameters.recall > 0.3
 
 
@@ -445,11 +340,11 @@ def test_a_vector_that_is_no_number_is_not_indexed(kb, monkeypatch, sampled):
     first = sorted(kb.path.glob("vectors-*.npy"))[0]
     np.lib.format.open_memmap(first, mode="r+")[rows[7]] = np.nan
     with pytest.raises(ValmError, match="is damaged: a vector is not finite; build it again"):
-        build_index(ImageKnowledgeBase.open(kb.path), queries(kb), "IVF16,Flat", progress=False)
+        make_index(ImageKnowledgeBase.open(kb.path), queries(kb), "IVF16,Flat")
 
 
 def test_progress_names_every_step(kb, capfd):
-    build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,Flat")
+    make_index(kb, queries(kb), "IVF16,Flat", target_recall=0.5, progress=True)
     bars = capfd.readouterr().err
     for name in ("train", "add", "search exactly"):
         assert f"{name}: 100%" in bars
@@ -515,8 +410,11 @@ def test_factories_by_size():
     assert choose_factory(1_000_000, 128) == "IVF4096,PQ128x4fs"
     assert choose_factory(1_000_000, 768) == "PCA256,IVF4096,PQ256x4fs"
     assert choose_factory(20_000_000, 256) == "IVF16384,PQ256x4fs"
+    assert choose_factory(1000, 768, "cuda") is None
+    assert choose_factory(1_000_000, 128, "cuda") == "IVF4096,SQ8"
+    assert choose_factory(1_000_000, 768, "cuda") == "PCA256,IVF4096,SQ8"
     assert choose_factory(20_000_000, 256, "cuda") == "OPQ64,IVF16384,PQ64"
-    assert choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
+    assert choose_factory(200_000_000, 768, "cuda") == choose_factory(200_000_000, 768) == "OPQ64,IVF65536,PQ64"
 
 
 def test_an_index_made_again_is_the_same_one(clip, tmp_path):
@@ -524,7 +422,7 @@ def test_an_index_made_again_is_the_same_one(clip, tmp_path):
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,PQ8x4fs", target_recall=0.5)
     before = {name: (kb.path / name).read_bytes() for name in ("index.faiss", "index.json")}
     for _ in range(3):
-        build_index(kb, queries(kb), k=K, target_recall=0.5, factory="IVF16,PQ8x4fs", progress=False)
+        make_index(kb, queries(kb), "IVF16,PQ8x4fs", target_recall=0.5)
         assert {name: (kb.path / name).read_bytes() for name in before} == before
 
 
@@ -544,7 +442,7 @@ def test_a_full_disk_leaves_the_old_index(clip, tmp_path, monkeypatch, full_at):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() reports EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
-            build_index(kb, queries(kb), k=K, target_recall=0.1, factory=factory, progress=False)
+            make_index(kb, queries(kb), factory, target_recall=0.1)
         except (ValmError, OSError) as error:
             os._exit(3 if str(kb.path / full_at) in str(error) else 4)
 

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from tests.tolerance import UNIT_VECTORS
-from tests.valm.retrieval.test_alignment import gpt2_like
+from tests.valm.other_tokenizers import gpt2_like
+from tests.valm.retrieval.test_alignment import left_padded
 from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import TEXTS, make_clip
-from valm.clip.tokenizer import prompt_ids
+from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
 from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
@@ -40,12 +41,21 @@ def exact_retriever(clip, make_kb, request):
 @pytest.fixture(scope="module")
 def batch(tokenizer):
     """Two texts, the shorter one padded on the left."""
-    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
-    length = max(map(len, rows))
-    ids = torch.tensor([[5] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = left_padded([tokenizer(text)["input_ids"] for text in TEXTS])
     assert not mask.all()
     return ids, mask
+
+
+def note_segments(encoder, monkeypatch):
+    """The keys of the segments that `encoder` encodes from now on."""
+    encode, keys = encoder.encode, []
+
+    def noted(runs, shape):
+        keys.extend(run.key() for run in runs)
+        return encode(runs, shape)
+
+    monkeypatch.setattr(encoder, "encode", noted)
+    return keys
 
 
 def test_the_pictures_are_the_nearest(retriever, batch):
@@ -86,10 +96,7 @@ def test_the_cache_changes_nothing(exact_retriever, data):
     words = tokenizer("red apple lies on the wooden table. sky blue! dogs run; yellow bus.")["input_ids"]
     text = st.lists(st.sampled_from([*words, tokenizer.bos_token_id, tokenizer.eos_token_id]), min_size=1, max_size=60)
     texts = data.draw(st.lists(text, min_size=1, max_size=3))
-    rows = data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=4))
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    ids, mask = padded(data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=4)))
     cache = exact_retriever.cache
     served = cache.hits + cache.misses
     found_ids, found_scores = exact_retriever.find(ids, mask)
@@ -105,13 +112,7 @@ def test_the_cache_changes_nothing(exact_retriever, data):
 def test_equal_segments_are_encoded_once(retriever, batch, monkeypatch, cache_tokens):
     ids, mask = batch
     counting = Retriever(retriever.encoder, retriever.kb, K, cache_tokens=cache_tokens)
-    encode, encoded = counting.encoder.encode, []
-
-    def counted(runs, shape):
-        encoded.extend(run.key() for run in runs)
-        return encode(runs, shape)
-
-    monkeypatch.setattr(counting.encoder, "encode", counted)
+    encoded = note_segments(counting.encoder, monkeypatch)
     once = counting(ids, mask)
     segments = len(encoded)
     assert segments == len(set(encoded)) and counting.cache.hit_rate == 0
@@ -166,19 +167,15 @@ def test_a_conversation_reads_each_segment_once(clip, make_kb, monkeypatch, toke
     """And what it finds is, bit by bit, what it finds without a cache."""
     encoder = ContextEncoder(clip, tokenizer=tokenizer_of_model and tokenizer_of_model())
     cached, uncached = (Retriever(encoder, make_kb(30), K, cache_tokens=tokens) for tokens in (200, 0))
-    encode, read = encoder.encode, []
-
-    def counted(runs, shape):
-        read.extend(run.key() for run in runs)
-        return encode(runs, shape)
-
+    read = []
     turns = [prompt_ids(encoder.tokenizer, " ".join([*TEXTS, *TEXTS][:n])) for n in (1, 2, 4)]
     assert turns[1][: len(turns[0])] == turns[0]
     for ids in turns:
         prompt = torch.tensor([ids])
-        monkeypatch.setattr(encoder, "encode", counted)
-        found = cached.step(prompt, cached.start(1))
-        monkeypatch.setattr(encoder, "encode", encode)
+        with monkeypatch.context() as patched:
+            keys = note_segments(encoder, patched)
+            found = cached.step(prompt, cached.start(1))
+        read += keys
         expected = uncached.step(prompt, uncached.start(1))
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
         whole = uncached(prompt)
@@ -268,19 +265,15 @@ def test_an_index_of_another_knowledge_base_is_refused(retriever, make_kb):
 
 
 def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):
-    with pytest.raises(ValmError, match=r"k must be from 1 to the 30 images of .*, got 31"):
-        Retriever(retriever.encoder, retriever.kb, 31)
-    with pytest.raises(ValmError, match="k must be from 1"):
-        Retriever(retriever.encoder, retriever.kb, 0)
+    for k in (0, 31):
+        with pytest.raises(ValmError, match=rf"k must be from 1 to the 30 images of .*, got {k}"):
+            Retriever(retriever.encoder, retriever.kb, k)
     with pytest.raises(ValmError, match="k must be from 1"):
         retriever.search("a", 0)
     monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
-    with pytest.raises(ValmError, match="k must be from 1 to 5, got 6"):
-        retriever.search("a", 6)
-    with pytest.raises(
-        ValmError, match=r"k must be from 1 to 5, got 100,000: a search finds no more of the 30 images of"
-    ):
-        retriever.search("a", 100_000)
+    for k in (6, 100_000):
+        with pytest.raises(ValmError, match=f"k must be from 1 to 5, got {k:,}: a search finds no more of the 30"):
+            retriever.search("a", k)
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         Retriever(ContextEncoder(make_clip(tokenizer, seed=1)), retriever.kb, K)
 

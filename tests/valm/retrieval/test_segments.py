@@ -27,22 +27,16 @@ def segments(ids, rule):
     return [(run.ids, len(run.wanted)) for run in read(ids, rule).runs]
 
 
-def test_a_segment_ends_when_it_is_full():
-    assert segments([SOT, *range(1, 9)], rule()) == [
-        ([SOT, 1, 2, 3, 4, 5, 6], 7),
-        ([SOT, 5, 6, 7, 8], 2),  # the two carried over are not asked for again
-    ]
+def segments_of(reading):
+    return [(run.ids, run.start, run.wanted) for run in reading.runs]
 
 
-def test_a_segment_ends_after_a_sentence():
+def test_a_segment_ends_when_it_is_full_and_after_a_sentence():
+    # the two carried over are not asked for again
+    assert segments([SOT, *range(1, 9)], rule()) == [([SOT, 1, 2, 3, 4, 5, 6], 7), ([SOT, 5, 6, 7, 8], 2)]
     assert segments([1, 2, STOP, 3, STOP, 4], rule()) == [([SOT, 1, 2, STOP], 3), ([SOT, 2, STOP, 3, STOP, 4], 3)]
     # tokens carried over do not count as its own
     assert segments([1, STOP, 2, STOP, 3], rule()) == [([SOT, 1, STOP, 2, STOP], 4), ([SOT, 2, STOP, 3], 1)]
-
-
-def test_all_of_a_segment_shorter_than_the_overlap_is_carried_over():
-    short = rule(overlap=5, min_tokens=1)
-    assert segments([1, 2, STOP, 3], short) == [([SOT, 1, 2, STOP], 3), ([SOT, 1, 2, STOP, 3], 1)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -101,10 +95,6 @@ def test_a_fork_goes_on_from_its_place():
     (fork,) = reading.forks
     assert (fork.ids, fork.start, fork.wanted) == ([SOT, 9, 10, 11], 0, [(9, 3)])
     assert reading.state.text == [1, 2, 3, 4, 9]
-
-
-def segments_of(reading):
-    return [(run.ids, run.start, run.wanted) for run in reading.runs]
 
 
 def test_sentence_ends_of_clip():

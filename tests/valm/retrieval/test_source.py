@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,18 +30,12 @@ OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would
 OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), and its images are now those of .*\)"
 
 
-class OwnRetriever:
-    """A class of the user's, which finds nothing."""
-
-    def __init__(self, k, dim):
-        self.k, self.dim = k, dim
-
-
 def knowledge_base(root, name, clip_name, colors):
+    pictures = root / f"{name}-pictures"
+    pictures.mkdir()
     for number, color in enumerate(colors):
-        (root / f"{name}-pictures").mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32), color).save(root / f"{name}-pictures" / f"{number}.png")
-    build(FolderSource(root / f"{name}-pictures"), root / name, Clip.load(root / clip_name), progress=False)
+        Image.new("RGB", (32, 32), color).save(pictures / f"{number}.png")
+    build(FolderSource(pictures), root / name, Clip.load(root / clip_name), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +347,7 @@ def test_what_a_retriever_of_ones_own_found_is_not_found_elsewhere(copy):
     model.set_retriever(NoImages(1, model.fusion_options.image_dim))  # text alone: the images stay known
     save_checkpoint(model, tokenizer, copy / "saved")
     assert load(copy / "saved", strict=True)[0].retriever.kb.path.name == "kb"
-    model.set_retriever(OwnRetriever(1, model.fusion_options.image_dim))
+    model.set_retriever(SimpleNamespace(k=1, dim=model.fusion_options.image_dim))
     save_checkpoint(model, tokenizer, copy / "saved")
     assert load(copy / "saved")[0].retriever is None
 

@@ -10,8 +10,8 @@ import torch
 
 from tests.threads import THREADS, at_once
 from tests.tolerance import UNIT_VECTORS
-from tests.valm.retrieval.indexed import K, make_indexed, random_directions
-from tests.valm.retrieval.test_alignment import gpt2_like
+from tests.valm.other_tokenizers import gpt2_like
+from tests.valm.retrieval.indexed import K, make_indexed, queries, slow
 from tests.valm.tiny_clip import TEXTS
 from valm.retrieval import alignment
 from valm.retrieval.context import ContextEncoder
@@ -57,7 +57,7 @@ def test_a_segment_cache_counts_what_it_has():
     assert cache.hits + cache.misses == 5000 * THREADS
 
 
-@pytest.mark.parametrize("cache_tokens", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache_tokens", [60, slow(1000)])
 def test_a_retriever(encoder, make_kb, monkeypatch, cache_tokens):
     """Whole texts, and token by token with a state for each thread, beside the knowledge base itself."""
     monkeypatch.setattr(alignment, "WORD_CACHE", 20)
@@ -92,17 +92,6 @@ def test_a_retriever(encoder, make_kb, monkeypatch, cache_tokens):
     assert cache.hits + cache.misses == searched
 
 
-def test_queries_of_an_encoder(encoder):
-    ids = [encoder.tokenizer(random_texts(seed)[0], return_tensors="pt")["input_ids"] for seed in range(ROUNDS)]
-    expected = [encoder(one) for one in ids]
-
-    def use():
-        for one, queries in zip(ids, expected, strict=True):
-            torch.testing.assert_close(encoder(one), queries, rtol=0, atol=UNIT_VECTORS)
-
-    at_once(*[use] * THREADS)
-
-
 def test_a_faiss_index(clip, tmp_path):
     pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
     from valm.retrieval.faiss_index import FaissIndex
@@ -110,11 +99,11 @@ def test_a_faiss_index(clip, tmp_path):
     for factory in ("IVF100,Flat", "IVF64,PQ8x4fs"):
         kb = make_indexed(clip, tmp_path / factory, target_recall=0.5, factory=factory)
         index = FaissIndex.open(kb)
-        queries = [torch.from_numpy(random_directions(20, kb.dim, seed)).float() for seed in range(ROUNDS)]
-        expected = [index.search(some, K) for some in queries]
+        asked = [queries(kb, 20, seed) for seed in range(ROUNDS)]
+        expected = [index.search(some, K) for some in asked]
 
-        def use(index=index, queries=queries, expected=expected):
-            for some, right in zip(queries, expected, strict=True):
+        def use(index=index, asked=asked, expected=expected):
+            for some, right in zip(asked, expected, strict=True):
                 assert all(map(torch.equal, index.search(some, K), right))
 
         at_once(*[use] * THREADS)

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 import pytest
@@ -138,10 +139,8 @@ def test_chat(server, tiny):
 
 def test_a_chat_template_writes_the_prompt(server, tiny, monkeypatch):
     model, tokenizer = tiny
-    template = (
-        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}dogs{% endif %}"
-    )
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template + "{% if add_generation_prompt %}dogs{% endif %}")
     body = {"messages": [{"role": "developer", "content": "a boat"}], "max_tokens": 9}
     _, answer = server.ask("/v1/chat/completions", body)
     text, before, _ = expected(model, tokenizer, "system a boat dogs", 9)
@@ -192,9 +191,8 @@ def test_log_probabilities(server, tiny):
     found = choice["logprobs"]
     assert choice["text"] == tokenizer.decode(ids, skip_special_tokens=True) and len(found["tokens"]) == len(ids)
     assert found["token_logprobs"][0] is None is found["top_logprobs"][0]
-    assert found["token_logprobs"][1:] == pytest.approx(
-        [float(wanted[n, id]) for n, id in enumerate(ids[1:])], abs=1e-4
-    )
+    own = [float(wanted[n, id]) for n, id in enumerate(ids[1:])]
+    assert found["token_logprobs"][1:] == pytest.approx(own, abs=1e-4)
     assert max(found["top_logprobs"][1].values()) == pytest.approx(float(wanted[0].max()), abs=1e-4)
     places, text = found["text_offset"], choice["text"]
     assert places[:2] == [0, 0]  # the token that begins a text has none
@@ -318,18 +316,15 @@ def test_pages_elsewhere_ask_nothing(server, headers, allowed):
 
 def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
     body = {"prompt": "x", "max_tokens": 2}
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(of_letters.ask("/v1/completions", body))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: len(of_letters.engine._open) == 2)
-    connection, response = of_letters.open("/v1/completions", body)
-    with closing(connection):
-        assert response.status == 429 and response.headers["Retry-After"] == "1"
-        assert "1 requests wait already: try again later" in response.read().decode()
-    letters.go.release(4)
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(of_letters.ask, "/v1/completions", body) for _ in range(2)]
+        wait_for(lambda: len(of_letters.engine._open) == 2)
+        connection, response = of_letters.open("/v1/completions", body)
+        with closing(connection):
+            assert response.status == 429 and response.headers["Retry-After"] == "1"
+            assert "1 requests wait already: try again later" in response.read().decode()
+        letters.go.release(4)
+        found = [each.result() for each in asked]
     assert [(status, answer["choices"][0]["text"]) for status, answer in found] == [(200, "ab")] * 2
 
 
@@ -381,17 +376,15 @@ def test_a_failure_is_told_and_survived(of_letters, letters):
 
 def test_the_end_is_told_in_either_way(of_letters, letters):
     connection, response = of_letters.open("/v1/completions", {"prompt": "x", "stream": True})
-    status = []
-    thread = threading.Thread(target=lambda: status.append(of_letters.ask("/v1/completions", {"prompt": "x"})))
-    thread.start()
-    wait_for(lambda: len(of_letters.engine._open) == 2)
-    with closing(connection):
+    with ThreadPoolExecutor(1) as pool, closing(connection):
+        asked = pool.submit(of_letters.ask, "/v1/completions", {"prompt": "x"})
+        wait_for(lambda: len(of_letters.engine._open) == 2)
         of_letters.engine.end()
         letters.go.release(1)
         event = response.read().decode()
-    thread.join(60)
+        status, answer = asked.result()
     assert json.loads(event.strip().removeprefix("data: "))["error"]["code"] == "server_stopping"
-    assert status[0][0] == 503 and status[0][1]["error"]["code"] == "server_stopping"
+    assert status == 503 and answer["error"]["code"] == "server_stopping"
 
 
 def wait_for(condition):

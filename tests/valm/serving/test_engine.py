@@ -66,17 +66,15 @@ def test_one_at_a_time_where_a_cache_cannot_be_padded(served, monkeypatch):
     model, tokenizer = served
     prompts = prompts_of(tokenizer)[:3]
     expected = served_together(model, tokenizer, prompts, max_batch=1)
-    monkeypatch.setattr(engine_module, "can_join", lambda model, positions: False)
-    monkeypatch.setattr(Batch, "join", joins_nothing(Batch.join))
-    assert served_together(model, tokenizer, prompts) == expected
+    join = Batch.join
 
-
-def joins_nothing(join):
-    def checked(self, other):
+    def joins_nothing(self, other):
         assert len(self) == 0
         join(self, other)
 
-    return checked
+    monkeypatch.setattr(engine_module, "can_join", lambda model, positions: False)
+    monkeypatch.setattr(Batch, "join", joins_nothing)
+    assert served_together(model, tokenizer, prompts) == expected
 
 
 def test_a_conversation_is_answered_as_without_a_cache(served):

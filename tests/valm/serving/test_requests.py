@@ -68,10 +68,7 @@ def test_one_prompt_or_several_and_what_has_no_effect():
         ([{"role": "tool", "content": "x"}], "messages"),
         ([{"role": "user"}], "messages"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages"),
-        (
-            [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}],
-            "has no 'tool_calls' in messages: leave it",
-        ),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}], "has no 'tool_calls' in messages: leave"),
     ],
 )
 def test_wrong_messages_are_an_error(messages, error):

@@ -1,9 +1,13 @@
 """The files of a store, and manifests that a test changes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from valm.errors import ValmError
 from valm.store.shards import sealed
 
 
@@ -15,3 +19,17 @@ def edit_manifest(folder: Path, name: str = "manifest.json", **changes: Any) -> 
     """Changes entries of the file `name`, with a checksum that agrees, as whoever may write the folder could."""
     file = folder / name
     file.write_text(json.dumps(sealed(json.loads(file.read_text()) | changes)))
+
+
+def check_every_bit_counts(file: Path, read: Callable[[], object], count: int) -> None:
+    """That `read` refuses the JSON `file` with one changed bit, of which it tries `count`, unless it says the same."""
+    whole = file.read_bytes()
+    for bit in np.random.default_rng(0).choice(8 * len(whole), count, replace=False).tolist():
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            read()
+        except ValmError:
+            continue
+        assert json.loads(changed) == json.loads(whole), f"bit {bit}: {bytes(changed)!r}"

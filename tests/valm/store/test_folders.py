@@ -74,10 +74,8 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="files have modes")
 def test_a_file_system_without_modes_is_written(tmp_path, monkeypatch):
-    def refused(file, *_, **__):
-        raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
-
-    monkeypatch.setattr(Path, "chmod", refused)
+    refused = PermissionError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(Path, "chmod", Mock(side_effect=refused))
     with replaced_files(tmp_path / "own", "the model") as temporary:
         save_file({"a": torch.zeros(1)}, temporary / "model.safetensors")
     tiny_model().save_pretrained(tmp_path / "by transformers")

@@ -28,21 +28,20 @@ def calls_of_openers():
     """Each call of one of OPENERS in the package, and whether it is told not to run code. `from_pretrained` of our own
     classes hands on the arguments that it was called with."""
     for file in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         handed_on = {
             call
-            for function in ast.walk(tree)
+            for function in nodes
             if isinstance(function, ast.FunctionDef) and function.name == "from_pretrained"
             for call in ast.walk(function)
         }
-        for call in ast.walk(tree):
-            name = getattr(call.func, "attr", getattr(call.func, "id", "")) if isinstance(call, ast.Call) else ""
-            by_name = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and name == "from_pretrained"
-            if (
-                name in OPENERS and call not in handed_on and not by_name
-            ):  # by its name alone it is valm.store.pretrained's
-                given = {keyword.arg: keyword.value for keyword in call.keywords}
-                off = given.get("trust_remote_code")
+        for call in nodes:
+            if not isinstance(call, ast.Call) or call in handed_on:
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            by_name = isinstance(call.func, ast.Name) and name == "from_pretrained"  # valm.store.pretrained's own
+            if name in OPENERS and not by_name:
+                off = {keyword.arg: keyword.value for keyword in call.keywords}.get("trust_remote_code")
                 yield f"{file.relative_to(PACKAGE)}:{call.lineno}", isinstance(off, ast.Constant) and off.value is False
 
 
@@ -52,6 +51,10 @@ def test_every_call_says_that_no_code_is_run():
     assert [place for place, off in calls.items() if not off] == []
 
 
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 @pytest.fixture
 def code_base(tmp_path, monkeypatch):
     """A Llama and a tokenizer whose files say that only their own code opens them, and a user who would say yes."""
@@ -59,12 +62,10 @@ def code_base(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     (folder / "own.py").write_text(f"open({os.fspath(ran)!r}, 'w')\n")
-    config = json.loads((folder / "config.json").read_text())
     own = {name: f"own.{name}" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModelForMaskedLM")}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
+    edit_json(folder / "config.json", model_type="own", auto_map=own)
+    own = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map=own)
     asked = []
     monkeypatch.setattr("builtins.input", lambda *shown: asked.append(shown) or "y")
     yield folder
@@ -102,10 +103,9 @@ def sharded(tmp_path):
 
 
 def rename_shard(index, new):
-    found = json.loads(index.read_text())
-    first = sorted(found["weight_map"].values())[0]
-    found["weight_map"] = {key: new if name == first else name for key, name in found["weight_map"].items()}
-    index.write_text(json.dumps(found))
+    shards = json.loads(index.read_text())["weight_map"]
+    first = min(shards.values())
+    edit_json(index, weight_map={key: new if name == first else name for key, name in shards.items()})
     return index.parent / first
 
 
@@ -122,14 +122,9 @@ def test_shards_outside_of_the_folder_are_not_read(sharded, tmp_path, absolute, 
         OPENED[door](sharded.parent)
 
 
-def set_config(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-
-
 def test_weights_that_the_config_names_elsewhere_are_not_read(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
-    set_config(tmp_path / "base", transformers_weights="../outside.safetensors")
+    edit_json(tmp_path / "base" / "config.json", transformers_weights="../outside.safetensors")
     with pytest.raises(ValmError, match=r"config\.json names .*outside\.safetensors.*leads out of its folder"):
         load_decoder(tmp_path / "base")
 
@@ -180,9 +175,8 @@ def test_a_gguf_file_is_an_option(tmp_path, source, folder, file):
 def test_a_gguf_file_of_the_hub_may_be_cached_alone(monkeypatch, caplog):
     monkeypatch.setattr(pretrained, "try_to_load_from_cache", lambda name, file: file if file == "file.gguf" else None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: (args, options))
-    args, options = from_pretrained(
-        AutoModelForCausalLM, "maker/model", "it", gguf_file="file.gguf", local_files_only=True
-    )
+    given = {"gguf_file": "file.gguf", "local_files_only": True}
+    args, options = from_pretrained(AutoModelForCausalLM, "maker/model", "it", **given)
     assert args == ("maker/model",) and options["gguf_file"] == "file.gguf" and not options["trust_remote_code"]
     with pytest.raises(ValmError, match="there is no folder maker/model, and it is not in the cache of"):
         from_pretrained(AutoModelForCausalLM, "maker/model", "it", local_files_only=True)

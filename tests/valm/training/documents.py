@@ -60,18 +60,33 @@ def new_model(**arguments):
     return VaLMForCausalLM(tiny_config(vocab_size=len(TOKENIZER), **ids, **arguments))
 
 
-def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, image_dropout=0.0, **fields):
-    """A trainer of `new_model` on `documents`: six steps of three, every loss logged and nothing printed."""
+# Arguments of `trainer` that a `new_trainer` hands on.
+OPTIONS = ("row_length", "cache_below", "fusion_lr", "limit_softmax", "image_dropout", "compute_loss_func")
+
+
+def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, tokenizer=TOKENIZER, **fields):
+    """A trainer of `new_model` on `documents`: six steps of three, every loss logged and nothing printed.
+
+    fields: of its training arguments, and OPTIONS.
+    """
     defaults = {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 3e-3, "logging_steps": 1}
     defaults |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    options = {name: fields.pop(name) for name in OPTIONS if name in fields}
     made = trainer(
         new_model() if model is None else model,
         documents() if dataset is None else dataset,
         Vectors() if kb == "default" else kb,
-        tokenizer=TOKENIZER,
+        tokenizer=tokenizer,
         arguments=training_arguments(folder, **(defaults | fields)),
         eval_dataset=eval_dataset,
-        image_dropout=image_dropout,
+        **options,
     )
     made.remove_callback(PrinterCallback)
+    return made
+
+
+def trained(folder, *, resume=None, **arguments):
+    """A `new_trainer` that has trained, or gone on from a checkpoint (True: the newest)."""
+    made = new_trainer(folder, **arguments)
+    made.train(resume_from_checkpoint=resume)
     return made

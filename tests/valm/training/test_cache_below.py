@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import AdamW
-from transformers import Gemma2Config, Gemma2ForCausalLM, PrinterCallback
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tests.tolerance import assert_agree
 from tests.valm.model.decoders import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2, tiny_llama
 from tests.valm.models import BOS, tiny_model
-from tests.valm.training.documents import Vectors
+from tests.valm.training.documents import Vectors, trained
 from valm.errors import ValmError
 from valm.model.probe import decoder_layers
 from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below, fusion_layer
 from valm.training.collate import Collator
-from valm.training.train import trainer, training_arguments
 
 
 class Tokenizer:
@@ -219,20 +218,9 @@ def test_a_trainer_with_the_cache(tmp_path):
     """Trains and evaluates from the fusion layer on, with the losses it has without."""
     runs = []
     data = documents()
+    given = {"dataset": data, "eval_dataset": data[:5], "tokenizer": Tokenizer(), "max_steps": 4, "learning_rate": 1e-2}
     for folder in (None, tmp_path / "cache"):
-        fields = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-        fields |= {"max_steps": 4, "per_device_train_batch_size": 3, "logging_steps": 1, "learning_rate": 1e-2}
-        made = trainer(
-            augmented(unfreeze="block"),
-            data,
-            Vectors(),
-            tokenizer=Tokenizer(),
-            arguments=training_arguments(tmp_path / "out", **fields),
-            eval_dataset=data[:5],
-            cache_below=folder,
-        )
-        made.remove_callback(PrinterCallback)
-        made.train()
+        made = trained(tmp_path / "out", model=augmented(unfreeze="block"), cache_below=folder, **given)
         runs.append([*made.losses(), made.evaluate()["eval_loss"]])
     assert len(runs[0]) == 5 and abs(runs[0][0] - runs[0][3]) > 1e-3
     assert_agree(runs[0], runs[1])

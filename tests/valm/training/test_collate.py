@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tolerance import assert_agree
-from tests.valm.models import tiny_model
+from tests.valm.models import model_of
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.training.documents import TOKENIZER, Vectors, documents
 from valm.errors import ValmError
@@ -117,9 +117,7 @@ def test_packing_changes_no_loss(row_length, ends):
         made = [{"input_ids": [end, 5, 6, end]}, {"input_ids": [end, 7, end]}, {"input_ids": [end, 8]}]
         for document in made:
             document["image_ids"] = np.arange(3 * len(document["input_ids"])).reshape(-1, 3)
-    model = tiny_model(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    model = model_of(tokenizer)
     rows = Collator(tokenizer, Vectors(), row_length)(made)
     each = [Collator(tokenizer, Vectors())([document]) for document in made]
     lengths = [(batch["labels"] != IGNORED).sum() for batch in each]

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from tests.tolerance import assert_agree
 from tests.valm.models import HashRetriever
-from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer
+from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer, trained
 from tests.valm.training.process import unequal_documents
 from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
@@ -148,10 +148,8 @@ DOCUMENTS = [{"input_ids": list(range(number + 1))} for number in range(40)]
 @given(st.integers(2, 40), st.floats(0.001, 0.999), st.integers(0, 9))
 def test_every_document_is_trained_on_or_held_out(count, fraction, seed):
     kept, held = hold_out(DOCUMENTS[:count], fraction, seed)
-    numbers = [
-        len(document["input_ids"]) - 1 for part in (kept, held) for document in (part[i] for i in range(len(part)))
-    ]
-    assert sorted(numbers) == list(range(count))
+    lengths = [len(part[number]["input_ids"]) for part in (kept, held) for number in range(len(part))]
+    assert sorted(lengths) == list(range(1, count + 1))
     assert len(held) == min(count - 1, max(1, round(fraction * count)))
     assert kept.lengths().tolist() == [len(kept[i]["input_ids"]) for i in range(len(kept))]
     assert np.array_equal(hold_out(DOCUMENTS[:count], fraction, seed)[1].numbers, held.numbers)
@@ -182,9 +180,8 @@ def scored():
     for document in documents():
         scores = random.uniform(0, 0.7, document["image_ids"].shape).astype(np.float32)
         scores[0] = 0.5
-        made.append(
-            document | {"image_scores": np.where(document["image_ids"] < 0, -np.inf, scores).astype(np.float32)}
-        )
+        scores[document["image_ids"] < 0] = -np.inf
+        made.append(document | {"image_scores": scores})
     return made
 
 
@@ -217,16 +214,14 @@ def test_a_twin_has_images_where_the_model_has(scored, kind):
 
 
 def test_the_trainer_cuts_by_the_models_min_score(scored, tmp_path):
-    def weights(name, model, dataset):
-        made = new_trainer(tmp_path / name, model=model, dataset=dataset, max_steps=2)
-        made.train()
-        return {key: tensor.clone() for key, tensor in made.model.state_dict().items()}
+    def weights(model, dataset):
+        return trained(tmp_path, model=model, dataset=dataset, max_steps=2).model.state_dict()
 
-    cut = weights("cut", new_model(min_score=0.5), scored)
-    given = weights("given", new_model(), list(with_min_score(scored, 0.5)))
-    uncut = weights("uncut", new_model(), scored)
-    assert all((cut[name] == given[name]).all() for name in cut)
-    assert any((cut[name] != uncut[name]).any() for name in cut)
+    cut = weights(new_model(min_score=0.5), scored)
+    given = weights(new_model(), list(with_min_score(scored, 0.5)))
+    uncut = weights(new_model(), scored)
+    assert all(torch.equal(cut[name], given[name]) for name in cut)
+    assert not all(torch.equal(cut[name], uncut[name]) for name in cut)
 
 
 def test_a_min_score_that_hides_every_image_is_said(scored):
@@ -245,9 +240,9 @@ def test_a_step_without_any_image_has_gradients_of_all_parameters(scored, tmp_pa
     assert len(batch["image_pool"]) == 0
     made.model.train()
     made.model(**batch).loss.backward()
-    trained = {name: tensor for name, tensor in made.model.named_parameters() if tensor.requires_grad}
-    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trained.values())
-    seen = {name for name, tensor in trained.items() if tensor.grad.any()}
+    trains = {name: tensor for name, tensor in made.model.named_parameters() if tensor.requires_grad}
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in trains.values())
+    seen = {name for name, tensor in trains.items() if tensor.grad.any()}
     assert not any(FUSION_NAME in name for name in seen) and bool(seen) == (unfreeze == "block")
     made.model.zero_grad()
     made.train()
@@ -291,7 +286,7 @@ def blinded(dropout, passes, size):
 
 
 def test_each_pass_takes_the_images_of_other_documents():
-    made = documents(count=50)
+    made = [one | {"image_scores": np.full(one["image_ids"].shape, 0.5)} for one in documents(count=50)]
     dropout = with_image_dropout(made, 0.3, seed=1)
     found = blinded(dropout, passes=40, size=50)
     assert len(dropout) == 50 and abs(found.mean() - 0.3) < 0.05
@@ -303,6 +298,7 @@ def test_each_pass_takes_the_images_of_other_documents():
         assert after["input_ids"] == before["input_ids"]
         hidden = found.flat[number]
         assert (after["image_ids"] == (-1 if hidden else before["image_ids"])).all()
+        assert (after["image_scores"] == (-np.inf if hidden else 0.5)).all()
 
 
 def test_nobody_draws_from_a_global_generator():
@@ -311,43 +307,23 @@ def test_nobody_draws_from_a_global_generator():
     assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpys).all()
 
 
-@pytest.mark.parametrize("row_length", [None, 40])
-def test_images_that_nobody_sees_are_in_no_batch(row_length):
-    made = documents()
-    for document in made:
-        document["image_scores"] = np.where(document["image_ids"] == -1, -np.inf, 0.5).astype(np.float32)
-    dropout = with_image_dropout(made, 0.5, seed=1)
-    hidden = blinded(dropout, passes=1, size=8)[0]
-    assert hidden.any() and not hidden.all()
-    batch = Collator(TOKENIZER, Vectors(), row_length, scores=True)([dropout[number] for number in range(8)])
-    seen = np.concatenate([one["image_ids"].ravel() for one, none in zip(made, hidden, strict=True) if not none])
-    assert len(batch["image_pool"]) == len(np.unique(seen[seen != -1]))
-    assert ((batch["image_scores"] == -torch.inf) == (batch["image_index"] == -1)).all()
-    assert (batch["image_index"] >= 0).sum() == (seen != -1).sum()
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The losses of a training of more than two passes."""
-    made = new_trainer(tmp_path_factory.mktemp("run"), image_dropout=0.5, max_steps=7)
-    made.train()
-    return made.losses()
+    return trained(tmp_path_factory.mktemp("run"), image_dropout=0.5, max_steps=7).losses()
 
 
 def test_a_resumed_training_drops_the_images_of_the_same_documents(tmp_path, uninterrupted):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7}
-    new_trainer(tmp_path, image_dropout=0.5, **saving).train()
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "image_dropout": 0.5}
+    trained(tmp_path, **saving)
     for step in (6, 7):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    resumed = new_trainer(tmp_path, image_dropout=0.5, **saving)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.losses() == uninterrupted
+    assert trained(tmp_path, resume=True, **saving).losses() == uninterrupted
 
 
 @pytest.mark.slow
 def test_workers_drop_the_images_of_the_same_documents(tmp_path, uninterrupted):
-    made = new_trainer(tmp_path, image_dropout=0.5, max_steps=7, dataloader_num_workers=2)
-    made.train()
+    made = trained(tmp_path, image_dropout=0.5, max_steps=7, dataloader_num_workers=2)
     assert made.losses() == uninterrupted
 
 
@@ -359,8 +335,7 @@ def test_accumulation_changes_no_loss(tmp_path, image_dropout):
     for size in (4, 2, 1):
         model = new_model(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        made = new_trainer(tmp_path, model=model, dataset=unequal_documents(8), image_dropout=image_dropout, **sizes)
-        made.train()
+        made = trained(tmp_path, model=model, dataset=unequal_documents(8), image_dropout=image_dropout, **sizes)
         runs.append(made.losses())
     assert_agree(runs[1:], [runs[0]] * 2)
 
@@ -370,20 +345,15 @@ def test_the_trainer_counts_passes(tmp_path, monkeypatch):
     read = []
     get = Documents.__getitem__
     monkeypatch.setattr(Documents, "__getitem__", lambda self, number: read.append(number) or get(self, number))
-    made = new_trainer(tmp_path, image_dropout=0.5, per_device_train_batch_size=8, max_steps=3)
-    made.train()
-    assert [sorted(read[first : first + 8]) for first in (0, 8, 16)] == [
-        [*range(first, first + 8)] for first in (0, 8, 16)
-    ]
+    made = trained(tmp_path, image_dropout=0.5, per_device_train_batch_size=8, max_steps=3)
+    for first in (0, 8, 16):
+        assert sorted(read[first : first + 8]) == list(range(first, first + 8))
     assert sorted(made._order.rows(8, 16)) == list(range(8))  # as errors name them
 
 
 def test_evaluation_sees_all_images(tmp_path):
-    held_out = documents(count=5, seed=1)
-    without, with_dropout = (
-        new_trainer(tmp_path, eval_dataset=held_out, image_dropout=share).evaluate()["eval_loss"] for share in (0, 0.9)
-    )
-    assert without == with_dropout
+    made = [new_trainer(tmp_path, eval_dataset=documents(count=5), image_dropout=share) for share in (0, 0.9)]
+    assert made[0].evaluate()["eval_loss"] == made[1].evaluate()["eval_loss"]
 
 
 def retrieving():
@@ -400,11 +370,7 @@ def retrieving():
         (lambda: new_model(num_images=0), {"kb": None}, "and this VaLMForCausalLM sees none, or retrieves as it tra"),
         (retrieving, {"kb": None}, "retrieves as it trains: leave --image-dropout out"),
         (augmented, {}, "all of these are frozen: let some train .--unfreeze block or all., or leave"),
-        (
-            new_model,
-            {"train_sampling_strategy": "group_by_length"},
-            'documents that have a length and train_sampling_strategy "random"',
-        ),
+        (new_model, {"train_sampling_strategy": "group_by_length"}, 'a length and train_sampling_strategy "random"'),
     ],
 )
 def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.tolerance import assert_agree
-from tests.valm.training.documents import Vectors, documents, new_trainer
+from tests.valm.training.documents import Vectors, documents, new_trainer, trained
 from tests.valm.training.test_train import plain_llama
 from valm.model.adapter import load_adapter, save_adapter
 from valm.model.augment import augment
@@ -19,14 +19,12 @@ for document in HELD_OUT:
 OVERFITTED = {"max_steps": 20, "learning_rate": 3e-2}
 
 
-def trained(folder, num_images=3, unfreeze="block", **fields):
+def overfitted(folder, num_images=3, unfreeze="block", **fields):
     """A finished training and the weights of before."""
     model = augment(plain_llama(), image_dim=24, num_images=num_images, logit_bias=0.0, unfreeze=unfreeze)
     before = base_weights(model)
     kb = Vectors() if num_images else None
-    made = new_trainer(folder, model=model, kb=kb, eval_dataset=HELD_OUT, **(OVERFITTED | fields))
-    made.train()
-    return made, before
+    return trained(folder, model=model, kb=kb, eval_dataset=HELD_OUT, **(OVERFITTED | fields)), before
 
 
 def state(model):
@@ -43,7 +41,7 @@ def state(model):
     ],
 )
 def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unfreeze):
-    made, before = trained(tmp_path, num_images, unfreeze)
+    made, before = overfitted(tmp_path, num_images, unfreeze)
     after = state(made.model)
     assert before and not any(FUSION_NAME in name for name in before)
     losses = []
@@ -73,12 +71,12 @@ def test_the_share_of_the_least_held_out_loss_is_mixed(tmp_path, num_images, unf
 
 
 def test_of_equal_shares_the_smallest_is_chosen(tmp_path):
-    made, before = trained(tmp_path, learning_rate=0.0)
+    made, before = overfitted(tmp_path, learning_rate=0.0)
     assert mix(made, before)["base_share"] == 0
 
 
 def test_a_frozen_base_is_not_mixed_and_no_share_is_said(tmp_path):
-    made, before = trained(tmp_path, unfreeze="")
+    made, before = overfitted(tmp_path, unfreeze="")
     after = state(made.model)
     found = mix(made, before)
     assert before == {} and "base_share" not in found
@@ -88,7 +86,7 @@ def test_a_frozen_base_is_not_mixed_and_no_share_is_said(tmp_path):
 
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_share_that_is_given(tmp_path, held_out):
-    made, before = trained(tmp_path)
+    made, before = overfitted(tmp_path)
     after = state(made.model)
     if not held_out:
         made.eval_dataset = None
@@ -99,13 +97,13 @@ def test_a_share_that_is_given(tmp_path, held_out):
 
 
 def test_the_weights_keep_their_type_where_evaluations_are_narrow(tmp_path):
-    made, before = trained(tmp_path, bf16_full_eval=True)
+    made, before = overfitted(tmp_path, bf16_full_eval=True)
     mix(made, before)
     assert {parameter.dtype for parameter in made.model.parameters()} == {torch.float32}
 
 
 def test_a_mixed_model_is_saved_as_an_adapter_too(tmp_path):
-    made, before = trained(tmp_path / "run")
+    made, before = overfitted(tmp_path / "run")
     assert mix(made, before)["base_share"] > 0
     save_adapter(made.model, tmp_path / "adapter")
     loaded = load_adapter(plain_llama(), tmp_path / "adapter")

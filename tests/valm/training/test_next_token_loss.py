@@ -1,15 +1,14 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import BartConfig, BartForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import BartConfig, BartForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.tolerance import assert_agree
-from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer
+from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer, trained
+from tests.valm.training.test_train import plain_llama
 from valm.errors import ValmError
 from valm.evaluation.language import token_log_probs
 from valm.model.augment import augment
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
-from valm.training.train import trainer, training_arguments
 
 SIZES = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64}
 
@@ -21,12 +20,6 @@ def bart():
     return BartForCausalLM(BartConfig(**SIZES, **sizes, dropout=0.0))
 
 
-def llama(**more):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **sizes, **more))
-
-
 def of_next_tokens(model, texts):
     """The mean loss of the tokens of `texts`."""
     return -torch.cat(token_log_probs(model.eval(), texts, 8)[0]).mean().item()
@@ -34,7 +27,7 @@ def of_next_tokens(model, texts):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_is_that_of_transformers(smoothing):
-    model, labels = llama(), torch.randint(0, len(TOKENIZER), (2, 9))
+    model, labels = plain_llama(), torch.randint(0, len(TOKENIZER), (2, 9))
     labels[0, 5:] = -100
     outputs = model(labels.clamp(min=0), labels=labels)
     expected = outputs.loss
@@ -51,8 +44,9 @@ def test_models_whose_loss_is_another_one_are_found():
         MixtralConfig(**SIZES, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                       intermediate_size=32, num_local_experts=2, output_router_logits=True)
     )  # fmt: skip
-    assert [has_next_token_loss(model) for model in (llama(), new_model(), mixture, bart())] == [True] * 3 + [False]
-    model = llama().train()
+    assert all(has_next_token_loss(model) for model in (plain_llama(), new_model(), mixture))
+    assert not has_next_token_loss(bart())
+    model = plain_llama().train()
     state = torch.get_rng_state()
     has_next_token_loss(model)
     assert model.training and torch.equal(torch.get_rng_state(), state)
@@ -60,8 +54,7 @@ def test_models_whose_loss_is_another_one_are_found():
 
 def test_smoothed_labels_are_of_the_next_token(tmp_path):
     """The Trainer shifts them for the classes alone that it knows by name."""
-    made = new_trainer(tmp_path, max_steps=60, eval_dataset=documents(), label_smoothing_factor=0.1)
-    made.train()
+    made = trained(tmp_path, max_steps=60, eval_dataset=documents(), label_smoothing_factor=0.1)
     unsmoothed = new_trainer(tmp_path / "other", model=made.model, eval_dataset=documents())
     assert_agree(made.evaluate()["eval_loss"], unsmoothed.evaluate()["eval_loss"])
     assert made.evaluate()["eval_loss"] < 2.2  # 4.0 for what the shift of another class makes of it
@@ -72,25 +65,21 @@ def test_smoothed_labels_are_of_the_next_token(tmp_path):
 def test_a_decoder_of_barts_kind_learns_the_next_token(tmp_path, augmented):
     model = augment(bart(), num_images=0, image_dim=1, unfreeze="all") if augmented else bart()
     texts = [document["input_ids"] for document in documents()]
-    made = new_trainer(
-        tmp_path, model=model, kb=None, eval_dataset=documents(), max_steps=60, per_device_train_batch_size=8
-    )
-    made.train()
+    sizes = {"max_steps": 60, "per_device_train_batch_size": 8}
+    made = trained(tmp_path, model=model, kb=None, eval_dataset=documents(), **sizes)
     found = made.evaluate()["eval_loss"]
     assert_agree(found, of_next_tokens(made.model, texts))
     assert found < 0.6 * of_next_tokens(bart(), texts)
 
 
 def test_its_softmax_is_not_limited(tmp_path):
-    arguments = training_arguments(tmp_path, use_cpu=True)
     with pytest.raises(ValmError, match="needs the loss of next tokens, and BartForCausalLM computes another"):
-        trainer(bart(), documents(), tokenizer=TOKENIZER, arguments=arguments, limit_softmax=True)
+        new_trainer(tmp_path, model=bart(), kb=None, limit_softmax=True)
 
 
 def test_a_loss_of_the_user_stays(tmp_path):
     def zero(outputs, labels, num_items_in_batch=None):
-        return F.mse_loss(outputs.logits, outputs.logits)
+        return outputs.logits.sum() * 0
 
-    arguments = training_arguments(tmp_path, use_cpu=True)
-    made = trainer(bart(), documents(), tokenizer=TOKENIZER, arguments=arguments, compute_loss_func=zero)
+    made = new_trainer(tmp_path, model=bart(), kb=None, compute_loss_func=zero)
     assert made.compute_loss_func is zero

@@ -39,19 +39,18 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}])
 def test_two_processes_train_as_one_does(tmp_path, alone, fields):
-    expected = alone
     two = run(tmp_path / "two", **({"per_device_train_batch_size": 2} | fields))
-    assert [one["processes"] for one in two] == [2, 2] and expected["processes"] == 1
-    assert all(len(one["losses"]) == STEPS for one in (*two, expected))
-    assert_agree(two[0]["losses"], expected["losses"])
-    assert_agree([one["eval_loss"] for one in two], expected["eval_loss"])
+    assert [one["processes"] for one in two] == [2, 2] and alone["processes"] == 1
+    assert all(len(one["losses"]) == STEPS for one in (*two, alone))
+    assert_agree(two[0]["losses"], alone["losses"])
+    assert_agree([one["eval_loss"] for one in two], alone["eval_loss"])
     # the rows of each step are those of one process, each read by one of the two
     rows = np.concatenate([np.reshape(one["read"][: STEPS * 2], (STEPS, 2)) for one in two], axis=1)
-    assert np.array_equal(np.sort(rows), np.sort(np.reshape(expected["read"][: STEPS * 4], (STEPS, 4))))
+    assert np.array_equal(np.sort(rows), np.sort(np.reshape(alone["read"][: STEPS * 4], (STEPS, 4))))
     assert sorted(rows.reshape(-1)[:20].tolist()) == sorted({*rows.reshape(-1)[:20].tolist()})
     model, _ = load(tmp_path / "two" / "model")
     check = new_trainer(tmp_path, model=model, eval_dataset=unequal_documents(7, seed=1))
-    assert_agree(check.evaluate()["eval_loss"], expected["eval_loss"])
+    assert_agree(check.evaluate()["eval_loss"], alone["eval_loss"])
 
 
 def test_two_processes_go_on_as_if_they_had_not_stopped(tmp_path, alone):

@@ -75,16 +75,9 @@ def test_another_training_does_not_resume(tmp_path):
         with pytest.raises(ValmError, match=message):
             StepsCheckpoint(tmp_path / "state", new_model(), settings)
     model = torch.nn.Linear(2, 2)
+    checkpoint = StepsCheckpoint(tmp_path / "state", model, {"lr": 0.1, "seed": 1})
     with pytest.raises(ValmError, match=r"cannot resume from .*state: Error.* in loading state_dict"):
-        take_steps(
-            model.parameters(),
-            [],
-            steps=STEPS,
-            lr=0.1,
-            weight_decay=0.0,
-            progress=None,
-            checkpoint=StepsCheckpoint(tmp_path / "state", model, {"lr": 0.1, "seed": 1}),
-        )
+        train(model, checkpoint)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):

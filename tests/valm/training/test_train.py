@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, modeling_utils
 
 from tests.valm.models import tiny_model
-from tests.valm.training.documents import TOKENIZER, Read, Vectors, documents, new_model, new_trainer
+from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer, trained
 from valm.clip.tokenizer import tokenize_documents
 from valm.corpus.retrieved import retrieve_corpus
 from valm.errors import ValmError
@@ -19,15 +19,13 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.training.callbacks import ProgressBar, show_progress
 from valm.training.collate import Collator
-from valm.training.train import trainer, training_arguments
+from valm.training.train import training_arguments
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_training_step_says_where_documents_begin(tmp_path, packed):
     """By positions, and without a mask, which would be one of all pairs of tokens."""
-    arguments = new_trainer(tmp_path, max_steps=1).args
-    length = 32 if packed else None
-    made = trainer(new_model(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=arguments, row_length=length)
+    made = new_trainer(tmp_path, max_steps=1, row_length=32 if packed else None)
     given, inside = [], []
     made.model.register_forward_pre_hook(lambda _, __, inputs: given.append(inputs), with_kwargs=True)
     block = made.model.transformer.h[0]
@@ -42,30 +40,18 @@ def test_a_training_step_says_where_documents_begin(tmp_path, packed):
 def test_nothing_is_said_of_padding_that_no_token_sees(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
-    new_trainer(tmp_path, model=new_model(pad_token_id=Collator(TOKENIZER, None).pad), max_steps=1).train()
+    trained(tmp_path, model=new_model(pad_token_id=Collator(TOKENIZER, None).pad), max_steps=1)
     assert said == []
 
 
 def test_the_same_seed_gives_the_same_losses_and_weights(tmp_path):
     runs = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        made = new_trainer(tmp_path / name, seed=seed)
-        made.train()
+        made = trained(tmp_path / name, seed=seed)
         runs.append((made.losses(), made.model.state_dict()))
     assert len(runs[0][0]) == 6
     assert runs[0][0] == runs[1][0] != runs[2][0]
     assert all(torch.equal(runs[0][1][name], weight) for name, weight in runs[1][1].items())
-
-
-def test_gpt2_and_valm_see_the_same_documents_in_the_same_order(tmp_path):
-    read = []
-    for model, kb in ((new_model(), Vectors()), (new_model(num_images=0), None)):
-        dataset = Read(documents())
-        new_trainer(tmp_path, model=model, kb=kb, dataset=dataset).train()
-        read.append(dataset.read[-18:])
-    assert read[0] == read[1]
-    assert sorted(read[0][:8]) == list(range(8))  # every document once before any comes again
-    assert read[0][:8] != read[0][8:16]
 
 
 def test_training_learns_and_writes_a_checkpoint_that_gives_the_same_logits(tmp_path, capfd):
@@ -79,10 +65,8 @@ def test_training_learns_and_writes_a_checkpoint_that_gives_the_same_logits(tmp_
     model = made.model.eval()
     loaded, tokenizer = load(tmp_path)
     ids = tokenizer("the color of the sun is", return_tensors="pt")["input_ids"]
-    pool, index = torch.randn(5, 24), torch.randint(-1, 5, (1, ids.shape[1], 3))
-    assert torch.equal(
-        loaded(ids, image_pool=pool, image_index=index).logits, model(ids, image_pool=pool, image_index=index).logits
-    )
+    images = {"image_pool": torch.randn(5, 24), "image_index": torch.randint(-1, 5, (1, ids.shape[1], 3))}
+    assert torch.equal(loaded(ids, **images).logits, model(ids, **images).logits)
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
@@ -104,6 +88,19 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
         ({}, {"dataset": []}, "no documents"),
         ({}, {"model": tiny_model(vocab_size=5)}, "vocab_size is 5"),
         ({}, {"fsdp": True}, "fsdp divides a model among several GPUs, and would do nothing on CPUs: leave"),
+        ({}, {"lerning_rate": 1}, r"no field 'lerning_rate', did you mean learning_rate\?"),
+        ({}, {"lr_scheduler_type": "cosin"}, "do not fit: cosin is not a valid SchedulerType"),
+        (
+            {"num_images": 0},
+            {"kb": None, "fusion_lr": 1.0},
+            "parameters that see images, and this VaLMForCausalLM has none",
+        ),
+        # label smoothing reads the logits of the labels, by their numbers in the whole vocabulary
+        (
+            {},
+            {"label_smoothing_factor": 0.1, "limit_softmax": True},
+            r"label_smoothing_factor is 0\.1, but limit_softmax .*: set it to 0.*--limit-softmax",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_named(tmp_path, arguments, given, message):
@@ -168,20 +165,16 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.1}
     model = augmented()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    made = new_trainer(tmp_path, model=model, **saving)
-    made.train()
+    made = trained(tmp_path, model=model, **saving)
     changed = {name for name, weight in made.model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed and all("image_fusion" in name for name in changed)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = new_trainer(tmp_path, model=augmented(), **saving)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.losses() == made.losses()
+    assert trained(tmp_path, resume=True, model=augmented(), **saving).losses() == made.losses()
     loaded, _ = load(tmp_path / "checkpoint-4")
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
     made.write(tmp_path / "model", TOKENIZER)
     assert type(load(tmp_path / "model")[0]).__name__ == "LlamaForCausalLM"
-    packed = trainer(augmented(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=made.args, row_length=16)
-    assert packed.data_collator.row_length == 16
+    assert new_trainer(tmp_path, model=augmented(), row_length=16).data_collator.row_length == 16
 
 
 @pytest.mark.parametrize(
@@ -194,43 +187,16 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, other, reason):
     saving = {"save_strategy": "steps", "max_steps": 2}
-    new_trainer(tmp_path, **saving).train()
+    trained(tmp_path, **saving)
     with pytest.raises(ValmError, match=reason):
-        new_trainer(tmp_path, model=other(), **saving).train(resume_from_checkpoint=True)
+        trained(tmp_path, resume=True, model=other(), **saving)
 
 
 def test_a_decoder_without_images_is_trained_and_written(tmp_path):
-    made = new_trainer(tmp_path / "run", model=plain_llama(), kb=None, max_steps=1)
-    made.train()
+    made = trained(tmp_path / "run", model=plain_llama(), kb=None, max_steps=1)
     made.write(tmp_path / "model", TOKENIZER)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "make, fields, options, message",
-    [
-        (new_model, {"lerning_rate": 1}, {}, r"no field 'lerning_rate', did you mean learning_rate\?"),
-        (new_model, {"lr_scheduler_type": "cosin"}, {}, "do not fit: cosin is not a valid SchedulerType"),
-        # label smoothing reads the logits of the labels, by their numbers in the whole vocabulary
-        (
-            new_model,
-            {"label_smoothing_factor": 0.1},
-            {"kb": Vectors(), "limit_softmax": True},
-            r"label_smoothing_factor is 0\.1, but limit_softmax .*: set it to 0.*--limit-softmax",
-        ),
-        (
-            lambda: new_model(num_images=0),
-            {},
-            {"fusion_lr": 1.0},
-            "of the parameters that see images, and this VaLMForCausalLM has none",
-        ),
-    ],
-)
-def test_arguments_that_cannot_be_are_one_sentence(tmp_path, make, fields, options, message):
-    with pytest.raises(ValmError, match=message):
-        arguments = training_arguments(tmp_path, use_cpu=True, **fields)
-        trainer(make(), documents(), tokenizer=TOKENIZER, arguments=arguments, **options)
 
 
 def test_a_part_of_a_retrieved_corpus_is_checked_too(tmp_path, clip, make_kb):
@@ -263,38 +229,30 @@ def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
 def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
     """Of 0 they stay as they are; and a resumed training has both rates."""
 
-    def new_training(fusion_lr, **fields):
-        model = augmented(unfreeze="block")
-        defaults = {"max_steps": 4, "per_device_train_batch_size": 3, "logging_steps": 1, "save_strategy": "no"}
-        made = training_arguments(tmp_path, **(defaults | {"disable_tqdm": True, "use_cpu": True} | fields))
-        training = trainer(model, documents(), Vectors(), tokenizer=TOKENIZER, arguments=made, fusion_lr=fusion_lr)
-        return training, {name: parameter.clone() for name, parameter in model.named_parameters()}
+    def train(**arguments):
+        return trained(tmp_path, model=augmented(unfreeze="block"), max_steps=4, **arguments)
 
-    def moved(training, before):
-        return {
-            name for name, parameter in training.model.named_parameters() if not torch.equal(parameter, before[name])
-        }
+    def other(model, before):
+        return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
-    trained = {name for name, parameter in new_training(None)[0].model.named_parameters() if parameter.requires_grad}
-    fusion = {name for name in trained if ".image_fusion." in name}
-    assert fusion and fusion != trained
-    for fusion_lr, lr, expected in ((0.0, 1e-2, trained - fusion), (1e-2, 0.0, fusion), (None, 1e-2, trained)):
-        training, before = new_training(fusion_lr, learning_rate=lr)
-        training.train()
-        assert moved(training, before) == expected
-    whole, _ = new_training(1e-2, learning_rate=1e-3, save_strategy="steps", save_steps=2)
-    whole.train()
+    base = augmented(unfreeze="block")
+    before = base.state_dict()
+    trains = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    fusion = {name for name in trains if ".image_fusion." in name}
+    assert fusion and fusion != trains
+    for fusion_lr, lr, expected in ((0.0, 1e-2, trains - fusion), (1e-2, 0.0, fusion), (None, 1e-2, trains)):
+        assert other(train(fusion_lr=fusion_lr, learning_rate=lr).model, before) == expected
+    saving = {"fusion_lr": 1e-2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    whole = train(**saving)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed, _ = new_training(1e-2, learning_rate=1e-3, save_strategy="steps", save_steps=2)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = train(resume=True, **saving)
     assert resumed.losses() == whole.losses()
-    assert not moved(resumed, dict(whole.model.named_parameters()))
+    assert not other(resumed.model, whole.model.state_dict())
 
 
 def test_a_resumed_training_follows_the_schedule_of_its_own_steps(tmp_path):
     def rates(folder, steps, resume=None):
-        made = new_trainer(folder, max_steps=steps, save_strategy="steps", save_steps=3)
-        made.train(resume_from_checkpoint=resume)
+        made = trained(folder, resume=resume, max_steps=steps, save_strategy="steps", save_steps=3)
         return [entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry]
 
     begun, short = rates(tmp_path / "begun", 6), rates(tmp_path / "more", 3)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.optional_hypothesis import given, settings, st
-from tests.valm_kernels.topk.databases import normals
-from valm_kernels import FlatIPIndex, TopK, ip_scores, ip_topk
+from tests.valm_kernels.topk.databases import assert_same, normals
+from valm_kernels import FlatIPIndex, ip_scores, ip_topk
 from valm_kernels.topk import reference
 
 SIZES = {
@@ -18,12 +18,6 @@ SIZES = {
     "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     "seed": st.integers(0, 99),
 }
-
-
-def assert_same(actual: TopK, expected: tuple) -> None:
-    """Bit for bit."""
-    assert torch.equal(actual[1], expected[1])
-    assert torch.equal(actual[0], expected[0])
 
 
 def test_the_score_is_the_float64_sum_rounded_once():
@@ -84,11 +78,8 @@ def test_allowed_rows_by_flags_or_numbers(impl):
     assert expected.indices[0].sort().values.tolist() == [-1, -1, 3, 5, 41, 70]
     apart = flags.repeat_interleave(2)[::2]  # stride 2
     for allowed in (numbers, numbers.numpy(), flags.numpy(), apart, apart.numpy()):
-        found = ip_topk(queries, database, 6, allowed=allowed, impl=impl)
-        assert torch.equal(found.indices, expected.indices)
-        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=0, equal_nan=True)
-        found = FlatIPIndex(database).search(queries, 6, allowed=allowed)
-        assert torch.equal(found.indices, expected.indices)
+        assert_same(ip_topk(queries, database, 6, allowed=allowed, impl=impl), expected)
+        assert_same(FlatIPIndex(database).search(queries, 6, allowed=allowed), expected)
     nothing = ip_topk(queries[:1], database, 2, allowed=numbers[:0], impl=impl)
     assert nothing.indices.tolist() == [[-1, -1]] and (nothing.scores == -torch.inf).all()
 
@@ -156,14 +147,8 @@ def test_empty_and_non_finite_queries(impl):
     assert_same((result.scores[[0, 3]], result.indices[[0, 3]]), (clean.scores[[0, 3]], clean.indices[[0, 3]]))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_non_finite_row_is_refused_with_its_number(value):
-    database = normals(3000, 400)
-    database[2777, 399] = value
-    with pytest.raises(ValueError, match=r"row 2777 holds NaN or infinity"):
-        ip_topk(normals(2, 400), database, 1)
-    finite = torch.full((20, 64), 3e38)  # its float32 sum overflows, its numbers do not
-    assert ip_topk(torch.zeros(64), finite, 1).scores.item() == 0
+def test_a_row_whose_float32_sum_overflows_is_finite():
+    assert ip_topk(torch.zeros(64), torch.full((20, 64), 3e38), 1).scores.item() == 0
 
 
 def test_numpy_in_numpy_out():
@@ -171,10 +156,9 @@ def test_numpy_in_numpy_out():
     expected = ip_topk(queries, database, 3)
     frozen = database.numpy()[::-1]
     frozen.flags.writeable = False
-    result = ip_topk(queries.numpy(), frozen, 3)
-    assert isinstance(result.scores, np.ndarray) and isinstance(result.indices, np.ndarray)
-    assert np.array_equal(result.scores, expected.scores.numpy())
-    assert np.array_equal(result.indices, 39 - expected.indices.numpy())
+    scores, indices = ip_topk(queries.numpy(), frozen, 3)
+    assert isinstance(scores, np.ndarray) and isinstance(indices, np.ndarray)
+    assert_same((torch.from_numpy(scores), torch.from_numpy(39 - indices)), expected)
 
 
 Q, D = torch.ones(2, 16), torch.ones(5, 16)
@@ -245,11 +229,7 @@ def test_pair_scores_are_those_of_arrays_and_of_what_is_not_finite(tmp_path):
         ({"query_ids": torch.tensor([0])}, ValueError, "query_ids has 1 ids, row_ids 2"),
         ({"row_ids": torch.tensor([0.0, 1.0])}, TypeError, r"row_ids has dtype torch\.float32, expected int64"),
         ({"row_ids": np.array([0, 1], np.int32)}, TypeError, r"row_ids has dtype torch\.int32, expected int64"),
-        (
-            {"row_ids": np.array([True, False])},
-            TypeError,
-            r"row_ids must hold .* int64, where they are ids\), but has numpy dtype bool",
-        ),
+        ({"row_ids": np.array([True, False])}, TypeError, r"row_ids must hold .* ids\), but has numpy dtype bool"),
         ({"row_ids": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"row_ids must have shape \(n,\)"),
         ({"row_ids": [0, 1]}, TypeError, "row_ids must be a torch tensor or a numpy array"),
         ({"row_ids": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "row_ids is on meta"),

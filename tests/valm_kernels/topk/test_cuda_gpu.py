@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from tests.csrc.topk.cuda.problems import ADVERSARIAL, adversarial
+from tests.valm_kernels.topk import databases
+from tests.valm_kernels.topk.databases import DTYPES, normals
 from valm_kernels import FlatIPIndex, TopK, ip_topk
 from valm_kernels.topk import cuda, reference, streaming
 from valm_kernels.topk.index import store
@@ -20,8 +22,7 @@ pytestmark = [
 
 
 def assert_same(actual: TopK | tuple, expected: TopK | tuple) -> None:
-    assert torch.equal(actual[1].cpu(), expected[1].cpu())
-    torch.testing.assert_close(actual[0].cpu(), expected[0].cpu(), rtol=0, atol=0, equal_nan=True)
+    databases.assert_same(*([part.cpu() for part in result] for result in (actual, expected)))
 
 
 def needs_native_code() -> None:

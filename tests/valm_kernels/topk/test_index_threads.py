@@ -12,16 +12,15 @@ import pytest
 import torch
 
 from tests.threads import THREADS, at_once
-from tests.valm_kernels.topk.databases import normals
+from tests.valm_kernels.topk.databases import DTYPES, assert_same, normals
 from valm_kernels import FlatIPIndex
 from valm_kernels.topk import cpu
 from valm_kernels.topk import index as index_module
 
 DIM, K, BASE, ADDED, CHANGES = 24, 5, 2000, 500, 12
-STORED = ("float32", "float16", "bfloat16", "int8")
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", [{}, {"pack": False}, {"streamed": True}], ids=str)
 def test_a_search_returns_the_rows_that_it_began_with(dtype, option):
     """While another thread adds: the result is that of one of the states between the search's begin and end."""
@@ -68,25 +67,20 @@ def test_no_change_is_lost():
     assert len(index) == 1 + len(rows) // 2
     kept = ids[1::2]
     expected = FlatIPIndex(rows[kept], ids=kept).search(rows[kept], 1)
-    found = index.search(rows[kept], 1, allowed=kept)
-    assert torch.equal(found.indices, expected.indices) and torch.equal(found.scores, expected.scores)
+    assert_same(index.search(rows[kept], 1, allowed=kept), expected)
 
 
 def test_searches_at_once_pack_added_rows_once(monkeypatch):
     packed = []
-
-    def pack(*rows):
-        packed.append(rows)
-        return cpu.pack(*rows)
-
-    monkeypatch.setitem(index_module.PACKERS, "cpu", pack)
+    monkeypatch.setitem(index_module.PACKERS, "cpu", lambda *rows: packed.append(rows) or cpu.pack(*rows))
     database, queries = normals(BASE, DIM), normals(3, DIM, seed=1)
     index = FlatIPIndex(database[: BASE // 4])
     index.add(database[BASE // 4 :])  # too many to be packed around the first ones' centre
     found = at_once(*[lambda: index.search(queries, K)] * THREADS)
     assert len(packed) == 2
     expected = FlatIPIndex(database).search(queries, K)
-    assert all(all(map(torch.equal, result, expected)) for result in found)
+    for result in found:
+        assert_same(result, expected)
 
 
 CALLS = {
@@ -132,7 +126,7 @@ def test_a_signal_handler_uses_the_index_that_it_interrupts(monkeypatch, interru
     CALLS[handled](expected, new[1])
     queries = torch.cat([database, *new])
     assert len(index) == len(expected)
-    assert all(map(torch.equal, index.search(queries, K), expected.search(queries, K)))
+    assert_same(index.search(queries, K), expected.search(queries, K))
 
 
 def test_a_failed_change_stops_no_other():
@@ -153,8 +147,7 @@ def test_a_copy_changes_alone(duplicate):
     other.add(database[50:])
     for one, size in ((index, 50), (other, 60)):
         assert len(one) == size
-        expected = FlatIPIndex(database[:size], "int8").search(queries, K)
-        assert all(map(torch.equal, one.search(queries, K), expected))
+        assert_same(one.search(queries, K), FlatIPIndex(database[:size], "int8").search(queries, K))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -5,27 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.valm_kernels.topk.databases import assert_same
 from valm_kernels import FlatIPIndex, ip_scores, ip_topk
 from valm_kernels.int8_rows import round_rows
 from valm_kernels.topk import cpu
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck(dtype):
-    arguments = (torch.randn(3, 16).to(dtype), torch.randn(40, 16).to(dtype), None, 5)
-    torch.library.opcheck(torch.ops.valm_kernels.ip_topk, arguments)
-
-
-@pytest.mark.parametrize("equal_rows", [False, True])
-def test_opcheck_packed(equal_rows):
-    database = torch.randn(1, 16).repeat(40, 1) if equal_rows else torch.randn(40, 16)
-    arguments = (torch.randn(3, 16), database, None, 5, None, False, *cpu.pack(database, None))
-    torch.library.opcheck(torch.ops.valm_kernels.ip_topk, arguments)
+ROWS = torch.randn(40, 16)
+EQUAL_ROWS = ROWS[:1].repeat(40, 1)
+ARGUMENTS = {  # behind the queries
+    "float32": (ROWS, None, 5),
+    "float16": (ROWS.half(), None, 5),
+    "packed": (ROWS, None, 5, None, False, *cpu.pack(ROWS, None)),
+    "packed, with equal rows": (EQUAL_ROWS, None, 5, None, False, *cpu.pack(EQUAL_ROWS, None)),
+    "streamed": (torch.ones(40, 16, dtype=torch.int8), torch.rand(40), 5, None, True),
+}
 
 
-def test_opcheck_streamed():
-    arguments = (torch.randn(3, 16), torch.ones(40, 16, dtype=torch.int8), torch.rand(40), 5, None, True)
-    torch.library.opcheck(torch.ops.valm_kernels.ip_topk, arguments)
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_opcheck(case):
+    queries = torch.randn(3, 16, dtype=torch.float16 if case == "float16" else torch.float32)
+    torch.library.opcheck(torch.ops.valm_kernels.ip_topk, (queries, *ARGUMENTS[case]))
 
 
 def test_compiles_as_one_graph_of_any_size():
@@ -35,9 +34,7 @@ def test_compiles_as_one_graph_of_any_size():
 
     for n_queries in (4, 9):
         queries, database = torch.randn(2, n_queries, 16), torch.randn(50, 16)
-        result, expected = search(queries, database), ip_topk(queries * 2, database, 3)
-        assert torch.equal(result.indices, expected.indices)
-        assert torch.equal(result.scores, expected.scores)
+        assert_same(search(queries, database), ip_topk(queries * 2, database, 3))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -45,9 +42,7 @@ def test_an_index_is_searched_inside_a_compiled_graph(streamed):
     index = FlatIPIndex(torch.randn(60, 16), "bfloat16", streamed=streamed)
     queries = torch.randn(5, 16)
     compiled = torch.compile(lambda q: index.search(q + 1, 4), fullgraph=True, backend="eager")
-    result, expected = compiled(queries), index.search(queries + 1, 4)
-    assert torch.equal(result.indices, expected.indices)
-    assert torch.equal(result.scores, expected.scores)
+    assert_same(compiled(queries), index.search(queries + 1, 4))
 
 
 SEARCHES = {
@@ -64,8 +59,7 @@ def test_searches_inside_transforms(search):
     search = search(FlatIPIndex(database), database)
     expected = search(queries)
     for transform in (torch.func.vmap, torch.func.functionalize):
-        found = transform(search)(queries)
-        assert torch.equal(found.indices, expected.indices) and torch.equal(found.scores, expected.scores)
+        assert_same(transform(search)(queries), expected)
     found, tangent = torch.func.jvp(lambda q: search(q).scores, (queries,), (queries,))
     assert torch.equal(found, expected.scores) and not tangent.any()
     assert not search(queries.clone().requires_grad_()).scores.requires_grad

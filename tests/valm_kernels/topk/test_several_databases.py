@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.valm_kernels.topk.databases import normals
+from tests.threads import torch_threads
+from tests.valm_kernels.topk.databases import assert_same, normals
 from valm_kernels import ip_topk
 from valm_kernels.native import native
 from valm_kernels.topk import cuda
@@ -18,26 +19,20 @@ from valm_kernels.topk import cuda
 def test_each_is_searched_as_if_alone(isa, threads, dtype, monkeypatch):
     """Fewer databases than threads, and more; few queries, and many; a query that is not finite; equal rows."""
     monkeypatch.setenv("VALM_KERNELS_ISA", isa)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for leading, n_queries in (((2, 3), 20), ((1,), 20), ((3,), 2), ((2,), 0)):
-            count = torch.Size(leading).numel()
-            queries = normals(count * n_queries, 24).view(*leading, n_queries, 24).to(dtype)
-            databases = normals(count * 90, 24, seed=1).view(*leading, 90, 24).to(dtype)
-            databases[..., 40:50, :] = databases[..., 3:4, :]
-            if n_queries:
-                queries[..., 1, 5] = torch.inf
+    for leading, n_queries in (((2, 3), 20), ((1,), 20), ((3,), 2), ((2,), 0)):
+        count = torch.Size(leading).numel()
+        queries = normals(count * n_queries, 24).view(*leading, n_queries, 24).to(dtype)
+        databases = normals(count * 90, 24, seed=1).view(*leading, 90, 24).to(dtype)
+        databases[..., 40:50, :] = databases[..., 3:4, :]
+        if n_queries:
+            queries[..., 1, 5] = torch.inf
+        with torch_threads(threads):
             found = ip_topk(queries, databases, 7)
-            assert found.scores.shape == found.indices.shape == (*leading, n_queries, 7)
-            for at in np.ndindex(leading):
-                alone = ip_topk(queries[at], databases[at], 7, impl="reference")
-                assert torch.equal(found.indices[at], alone.indices)
-                torch.testing.assert_close(found.scores[at], alone.scores, rtol=0, atol=0, equal_nan=True)
-            by_reference = ip_topk(queries, databases, 7, impl="reference")
-            assert torch.equal(found.indices, by_reference.indices)
-    finally:
-        torch.set_num_threads(before)
+        assert_same(ip_topk(queries, databases, 7, impl="reference"), found)
+        assert found.scores.shape == (*leading, n_queries, 7)
+        for at in np.ndindex(leading):
+            alone = ip_topk(queries[at], databases[at], 7, impl="reference")
+            assert_same((found.scores[at], found.indices[at]), alone)
 
 
 def test_strided_databases_and_arrays():
@@ -52,9 +47,7 @@ def test_on_a_gpu_one_after_the_other(monkeypatch):
     """By the search in PyTorch, which needs no GPU."""
     monkeypatch.setattr(cuda, "has_code", lambda device: False)
     queries, databases = normals(12, 32).view(3, 4, 32), normals(150, 32, seed=1).view(3, 50, 32)
-    scores, indices = cuda.search(queries, databases, None, None, 5)
-    expected = ip_topk(queries, databases, 5)
-    assert torch.equal(indices, expected.indices) and torch.equal(scores, expected.scores)
+    assert_same(cuda.search(queries, databases, None, None, 5), ip_topk(queries, databases, 5))
 
 
 def test_is_an_operator():
@@ -69,13 +62,9 @@ def test_is_an_operator():
 def test_a_row_that_is_not_finite_is_named(threads, n_queries):
     databases = normals(200, 16).view(2, 2, 50, 16).clone()
     databases[1, 0, 4, 3] = databases[1, 1, 2, 3] = torch.nan
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with pytest.raises(ValueError, match=r"database row 4 of database 2 \(of 4, from 0\) holds NaN"):
-            ip_topk(normals(4 * n_queries, 16).view(2, 2, n_queries, 16), databases, 3)
-    finally:
-        torch.set_num_threads(before)
+    message = r"database row 4 of database 2 \(of 4, from 0\) holds NaN"
+    with torch_threads(threads), pytest.raises(ValueError, match=message):
+        ip_topk(normals(4 * n_queries, 16).view(2, 2, n_queries, 16), databases, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from tests.valm_kernels.visual_fusion.problems import Problem
+from tests.valm_kernels.visual_fusion.problems import Problem, gradients_of
 from valm_kernels import visual_fusion_attn
 
 NAMES = ("q", "k", "v", "image_k", "image_v", "image_v_bias", "image_k_bias", "image_logit_bias")
@@ -36,11 +37,7 @@ def gradients(
     """The gradient of each of NAMES, and out."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES}
     out, lse = visual_fusion_attn(**(inputs | leaves), impl=impl, return_lse=True)
-    results, cotangents = [out], [grad_out.to(out.dtype)]
-    if grad_lse is not None:
-        results, cotangents = [out, lse], [*cotangents, grad_lse]
-    found = torch.autograd.grad(results, list(leaves.values()), cotangents)
-    return dict(zip(NAMES, found, strict=True)), out.detach()
+    return gradients_of((out, lse), (grad_out, grad_lse), leaves), out.detach()
 
 
 def errors(problem: Problem, dtype: torch.dtype, mean: int) -> dict[str, tuple[float, float]]:
@@ -74,14 +71,11 @@ def main() -> None:
         print("| --- | --- | --- | --- | --- |")
         cells = defaultdict(list)
         for column, problems in (("usual", USUAL), ("few", FEW_KEYS)):
-            for dtype in dtypes:
-                for problem in problems:
-                    for mean in (0, 1):
-                        for seed in SEEDS:
-                            found = errors(replace(problem, seed=seed), dtype, mean)
-                            for name, (now, exact) in found.items():
-                                cells[name, column].append(now)
-                                cells[name, column, "exact"].append(exact)
+            for dtype, problem, mean, seed in product(dtypes, problems, (0, 1), SEEDS):
+                found = errors(replace(problem, seed=seed), dtype, mean)
+                for name, (now, exact) in found.items():
+                    cells[name, column].append(now)
+                    cells[name, column, "exact"].append(exact)
         for name in NAMES:
             columns = [(name, "usual"), (name, "usual", "exact"), (name, "few"), (name, "few", "exact")]
             ranges = [f"{min(cells[key]):.1f} to {max(cells[key]):.1f}" for key in columns]

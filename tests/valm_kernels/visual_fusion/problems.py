@@ -189,21 +189,40 @@ FIRST_KEYS = {
 }
 
 
+def differentiable(inputs: dict[str, Tensor | bool | None]) -> dict[str, Tensor]:
+    """The tensors that have a gradient."""
+    names = DIFFERENTIABLE if inputs["image_k"] is not None else ("q", "k", "v")
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
 def solve(
     inputs: dict[str, Tensor | bool | None], impl: str, cotangents: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor]:
     """out, lse and the gradient of every input by `impl`. Cotangents: of out, of lse (None: lse unused) and, where the
     image weights are asked for, of these."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE if inputs.get(name) is not None}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in differentiable(inputs).items()}
     names = ("out", "lse", "image_weights")[: len(cotangents)]
     results = visual_fusion_attn(
         **{**inputs, **leaves}, impl=impl, return_lse=True, return_image_weights="image_weights" in names
     )
-    used = {name: leaf for name, leaf in leaves.items() if inputs["image_k"] is not None or name in ("q", "k", "v")}
+    detached = {name: result.detach() for name, result in zip(names, results, strict=True)}
+    return detached | gradients_of(results, cotangents, leaves)
+
+
+def gradients_of(
+    results: tuple[Tensor, ...], cotangents: tuple[Tensor | None, ...], leaves: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """By name of the leaf; a result without cotangent is unused."""
     pairs = [(r, c.to(r)) for r, c in zip(results, cotangents, strict=True) if c is not None]
-    outputs, grad_outputs = ([pair[i] for pair in pairs] for i in (0, 1))
-    gradients = torch.autograd.grad(outputs, list(used.values()), grad_outputs)
-    return {n: r.detach() for n, r in zip(names, results, strict=True)} | dict(zip(used, gradients, strict=True))
+    outputs, grad_outputs = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """`expected` may have more names."""
+    for name, tensor in found.items():
+        assert tensor.equal(expected[name]), name
 
 
 def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor | None, ...]:
@@ -215,9 +234,7 @@ def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor | None, 
     return grad_out, grad_lse if with_lse else None, *of_weights
 
 
-def assert_solves(
-    impl: str, problem: Problem, dtype: torch.dtype, with_lse: bool = True, device: str = "cpu"
-) -> dict[str, Tensor]:
+def assert_solves(impl: str, problem: Problem, dtype: torch.dtype, with_lse: bool = True, device: str = "cpu") -> None:
     """Checks `impl` on `device` on the problem in `dtype`, forward and backward, against float64 on the CPU."""
     grads = cotangents(problem, with_lse)
     truth = solve(problem.inputs(torch.float64), "reference", grads)
@@ -231,7 +248,6 @@ def assert_solves(
     for name, tensor in actual.items():
         units = of_lse if impl == "triton" and name in DIFFERENTIABLE and dtype == torch.float32 else 1
         assert_result_accurate(name, tensor, eager[name], truth[name], dtype, units)
-    return actual
 
 
 def assert_result_accurate(
@@ -257,9 +273,9 @@ def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
         assert found_part.isnan().equal(expected_part.isnan())
 
 
-def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem, dtype: torch.dtype) -> None:
+def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem) -> None:
     """Checks that an image whose image_score_bias is -inf counts as one that is absent."""
-    inputs = replace(problem, score_bias=True).inputs(dtype)
+    inputs = replace(problem, score_bias=True).inputs(torch.float32)
     excluded = torch.rand(inputs["image_score_bias"].shape, generator=torch.Generator().manual_seed(3)) < 0.4
     excluded[:, -1] = True
     by_bias = {**inputs, "image_score_bias": inputs["image_score_bias"].masked_fill(excluded, -torch.inf)}
@@ -267,9 +283,8 @@ def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem, dtype: tor
     if problem.pool_size is None:
         absent["image_mask"] = inputs["image_mask"] & ~excluded
     else:
-        absent["image_index"] = inputs["image_index"].masked_fill(
-            excluded[:, None] if problem.by_head else excluded, -1
-        )
+        of_heads = excluded[:, None] if problem.by_head else excluded
+        absent["image_index"] = inputs["image_index"].masked_fill(of_heads, -1)
     found, expected = (solve(case, impl, cotangents(problem)) for case in (by_bias, absent))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=name)
@@ -282,22 +297,20 @@ def assert_masked_images_may_be_anything(impl: str) -> None:
     expected = solve(inputs, impl, cotangents(problem))
     absent = ~inputs["image_mask"][:, None, :, :, None]  # (B, 1, Tq, K, 1)
     filled = {name: inputs[name].masked_fill(absent, torch.nan) for name in ("image_k", "image_v")}
-    for name, tensor in solve({**inputs, **filled}, impl, cotangents(problem)).items():
-        assert tensor.equal(expected[name]), name
+    assert_identical(solve({**inputs, **filled}, impl, cotangents(problem)), expected)
     for name in ("image_k", "image_v"):
         assert not (expected[name] * absent).any(), name
 
 
-def assert_unused_keys_may_be_anything(impl: str, problem: Problem, dtype: torch.dtype) -> None:
+def assert_unused_keys_may_be_anything(impl: str, problem: Problem) -> None:
     """Checks that NaN in the keys and values from cache_seqlens on changes nothing, and that their gradients are 0."""
-    inputs = problem.inputs(dtype)
+    inputs = problem.inputs(torch.float32)
     grads = cotangents(problem)
     expected = solve(inputs, impl, grads)
     unused = torch.arange(problem.num_keys) >= inputs["cache_seqlens"][:, None]  # (B, Tk)
     assert unused.any()
     filled = {name: inputs[name].masked_fill(unused[:, None, :, None], torch.nan) for name in ("k", "v")}
-    for name, tensor in solve({**inputs, **filled}, impl, grads).items():
-        assert tensor.equal(expected[name]), name
+    assert_identical(solve({**inputs, **filled}, impl, grads), expected)
     for name in ("k", "v"):
         assert not expected[name].transpose(1, 2)[unused].any(), name
 

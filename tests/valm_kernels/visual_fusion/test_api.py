@@ -1,34 +1,19 @@
 import inspect
-import os
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.valm_kernels.visual_fusion.problems import Problem, solve
+from tests.valm_kernels.visual_fusion.test_checks import DENSE, ONE_ROW, POOLED, zeros
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api
-
-DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
-ONE_ROW = replace(DENSE, batch=1)
-POOLED = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3, pool_size=6)
-
-TENSORS = ("q", "k", "v", "image_k", "image_v", "image_q", "image_index", "image_mask", "image_k_bias", "image_v_bias")
-TENSORS += ("image_logit_bias", "image_score_bias", "first_key", "cache_seqlens")
-
-without_interpreter = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton's interpreter serves CPU tensors"
-)
-
-
-def zeros(*shape, dtype=torch.float32, device=None):
-    return torch.zeros(shape, dtype=dtype, device=device)
+from valm_kernels.visual_fusion.inputs import TENSOR_NAMES
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("name", TENSOR_NAMES[:14])  # without image_slots and cu_seqlens
 def test_last_dimension_of_any_stride(name, impl):
     """Not an error: whatever the memory of an argument, the result is that of its values."""
     problem = POOLED if name == "image_index" else DENSE
@@ -69,40 +54,37 @@ def test_cu_seqlens_of_any_stride(impl):
     assert not visual_fusion_attn(**inputs, impl=impl).allclose(expected)
 
 
-def test_an_implementation_that_there_is_not():
-    with pytest.raises(ValueError, match=r"impl must be one of 'auto', .*'cpu', 'reference', got 'flash'"):
-        visual_fusion_attn(**DENSE.inputs(torch.float32), impl="flash")
+HERE, ON_META = zeros(1, 1, 2, 8), zeros(1, 1, 2, 8, device="meta")
 
 
-def test_cpu_implementation_refuses_other_devices():
-    q = zeros(1, 1, 2, 8, device="meta")
-    with pytest.raises(ValueError, match='impl="cpu" needs CPU tensors, but q is on meta'):
-        visual_fusion_attn(q, q, q, None, None, impl="cpu")
-
-
-@without_interpreter
-def test_triton_refuses_cpu_tensors():
-    with pytest.raises(ValueError, match='impl="triton" needs CUDA tensors, but q is on cpu'):
-        visual_fusion_attn(**DENSE.inputs(torch.float32), impl="triton")
-
-
-def test_auto_refuses_other_devices():
-    q = zeros(1, 1, 2, 8, device="meta")
-    with pytest.raises(ValueError, match='impl="auto" serves CPU and CUDA tensors, but q is on meta; use impl="ref'):
-        visual_fusion_attn(q, q, q, None, None)
+@pytest.mark.parametrize(
+    ("impl", "q", "interpret", "error", "message"),
+    [
+        ("flash", HERE, "0", ValueError, r"impl must be one of 'auto', .*'cpu', 'reference', got 'flash'"),
+        ("cpu", ON_META, "0", ValueError, 'impl="cpu" needs CPU tensors, but q is on meta'),
+        ("auto", ON_META, "0", ValueError, 'CPU and CUDA tensors, but q is on meta; use impl="reference"'),
+        ("triton", HERE, "0", ValueError, 'impl="triton" needs CUDA tensors, but q is on cpu'),
+        ("triton", HERE.double(), "1", TypeError, 'impl="triton" does not take float64'),
+    ],
+)
+def test_what_an_implementation_does_not_serve(monkeypatch, impl, q, interpret, error, message):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(api, "HAS_TRITON", True)
+    with pytest.raises(error, match=message):
+        visual_fusion_attn(q, q, q, None, None, impl=impl)
 
 
 def test_reference_serves_every_device():
     """Also one that has no autocast."""
-    q = zeros(1, 1, 2, 8, device="meta")
-    assert visual_fusion_attn(q, q, q, None, None, impl="reference").shape == q.shape
+    out = visual_fusion_attn(ON_META, ON_META, ON_META, None, None, impl="reference")
+    assert out.shape == ON_META.shape and out.device == ON_META.device
 
 
 def test_triton_has_to_be_installed(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(api, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
-        visual_fusion_attn(**DENSE.inputs(torch.float32), impl="triton")
+        visual_fusion_attn(HERE, HERE, HERE, None, None, impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -127,12 +109,6 @@ def test_old_gpus_are_named(monkeypatch, capability, hip, message):
         visual_fusion_attn(q, q, q, None, None)
     for cached in caches:
         cached.cache_clear()
-
-
-def test_triton_refuses_float64(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(TypeError, match='impl="triton" does not take float64'):
-        visual_fusion_attn(**DENSE.inputs(torch.float64), impl="triton")
 
 
 def test_auto_is_the_cpu_implementation_for_cpu_tensors():
@@ -182,13 +158,9 @@ def test_image_weights_without_images(impl):
 @pytest.mark.parametrize("softcap", [None, 2**-60, 2**60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_the_ends_of_scale_and_softcap_results_are_finite(impl, scale, softcap, dtype):
-    inputs = POOLED.inputs(dtype)
-    leaves = [
-        tensor.requires_grad_() for tensor in inputs.values() if torch.is_tensor(tensor) and tensor.is_floating_point()
-    ]
-    out = visual_fusion_attn(**inputs, scale=scale, softcap=softcap, impl=impl)
-    out.float().sum().backward()
-    assert all(tensor.isfinite().all() for tensor in (out, *(leaf.grad for leaf in leaves)))
+    options = {"scale": scale, "softcap": softcap}
+    results = solve(POOLED.inputs(dtype) | options, impl, (torch.ones(2, 4, 5, 8), None))
+    assert all(tensor.isfinite().all() for tensor in results.values())
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -210,10 +182,7 @@ def test_autocast_runs_in_its_dtype(impl, dtype):
     with torch.autocast("cpu", dtype=dtype):
         out, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    cast = {
-        name: t.to(dtype) if name in ("q", "k", "v", "image_k", "image_v", "image_q") else t
-        for name, t in inputs.items()
-    }
+    cast = inputs | {name: inputs[name].to(dtype) for name in TENSOR_NAMES[:6]}
     assert out.equal(visual_fusion_attn(**cast, impl=impl))
     gradients = torch.autograd.grad(out.float().square().sum(), (inputs["q"], inputs["image_logit_bias"]))
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]

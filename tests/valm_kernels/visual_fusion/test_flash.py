@@ -81,15 +81,17 @@ def test_documents_are_handed_over_as_cuda_takes_them(monkeypatch, problem, dtyp
     assert inputs.cu_seqlens is not None
     inputs = inputs._replace(cu_seqlens=inputs.cu_seqlens.to(dtype))
     grad_out = torch.randn_like(inputs.q)
-    expected = flash.text_forward(inputs)
-    gradients = flash.text_backward(grad_out, *expected, inputs)
+
+    def solve():
+        results = flash.text_forward(inputs)
+        return *results, *flash.text_backward(grad_out, *results, inputs)
+
+    expected = solve()
     monkeypatch.setattr(flash, "_on_cpu", lambda _: False)
     monkeypatch.setattr(flash, "_packed_flash", packed_forward)
     monkeypatch.setattr(flash, "_packed_flash_backward", packed_backward)
-    found = flash.text_forward(inputs)
+    found = solve()
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
-    found_gradients = flash.text_backward(grad_out, *found, inputs)
-    assert all(a.equal(b) for a, b in zip(found_gradients, gradients, strict=True))
     if problem.tokens_first:  # the rows are joined without a copy, and nothing need be copied afterwards
         assert all(flash._one_row(x).data_ptr() == x.data_ptr() for x in inputs[:3])
         assert found[0].stride() == inputs.q.stride()
@@ -159,15 +161,27 @@ def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(mon
     assert (impl_for(monkeypatch, 2048, 128), impl_for(monkeypatch, 2047, 128)) == ("flash+triton", "triton")
 
 
-@pytest.mark.slow  # it starts a process
-def test_a_file_named_by_the_environment_takes_the_place_of_the_measured_lengths(tmp_path):
-    entry = {"capability": 90, "head_dim": 64, "keys": 512, "longest": 8192}
+ENTRY = {"capability": 90, "head_dim": 64, "keys": None, "longest": 8192}
+ENTRY |= dict.fromkeys(("device", "torch", "triton"), "any")
+
+
+@pytest.fixture
+def measured_file(tmp_path):
     path = tmp_path / "crossover.json"
-    path.write_text(json.dumps([entry | dict.fromkeys(("device", "torch", "triton"), "any")]))
+    path.write_text(json.dumps([ENTRY, ENTRY | {"head_dim": 128, "keys": 512}]))
+    return path
+
+
+def test_measured_lengths_are_read(measured_file):
+    assert crossover.read_measured(measured_file) == {(90, 64): (None, 8192), (90, 128): (512, 8192)}
+
+
+@pytest.mark.slow  # it starts a process
+def test_a_file_named_by_the_environment_takes_the_place_of_the_measured_lengths(measured_file):
     code = "from valm_kernels.visual_fusion import crossover; print(crossover.MEASURED)"
-    environment = os.environ | {"VALM_KERNELS_CROSSOVER": str(path)}
+    environment = os.environ | {"VALM_KERNELS_CROSSOVER": str(measured_file)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "{(90, 64): (512, 8192)}\n"
+    assert found.stdout == "{(90, 64): (None, 8192), (90, 128): (512, 8192)}\n"
 
 
 def test_the_capability_is_that_of_the_card(monkeypatch):
@@ -189,27 +203,14 @@ def test_torch_compile_asks_for_the_measured_length(monkeypatch):
     assert [int(compiled(torch.zeros(keys, 16)).sum()) for keys in (4, 5, 6)] == [0, 80, 96]
 
 
-ENTRY = {
-    "capability": 90,
-    "head_dim": 64,
-    "keys": None,
-    "longest": 8192,
-    "device": "a card",
-    "torch": "2.13.0",
-    "triton": "3.7.1",
-}
-
-
-def test_measured_lengths_are_read(tmp_path):
-    file = tmp_path / "crossover.json"
-    file.write_text(json.dumps([ENTRY, ENTRY | {"head_dim": 128, "keys": 512}]))
-    assert crossover.read_measured(file) == {(90, 64): (None, 8192), (90, 128): (512, 8192)}
-
-
 def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):
     assert impl_for(monkeypatch, 1, 64, text_alone=True) == "flash+triton"
     assert impl_for(monkeypatch, 16, 64, torch.float32, text_alone=True) == "triton"
     assert impl_for(monkeypatch, 16, 64, text_alone=True, windows=True) == "triton"
+    assert impl_for(monkeypatch, 1, 64, keys=8192, text_alone=True) == "flash+triton"
+    assert impl_for(monkeypatch, 2, 64, keys=8192, text_alone=True) == "triton"  # not as many queries as keys
+    assert impl_for(monkeypatch, 1, 64, keys=8192) == "triton"
+    assert impl_for(monkeypatch, 2, 64, keys=8192, causal=False) == "flash+triton"
 
 
 @pytest.mark.parametrize(
@@ -252,23 +253,17 @@ def test_what_does_not_serve_the_device_is_not_chosen(monkeypatch, active, capab
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active, raising=False)
-    for cached in (flash.serves, api._too_old):
+    caches = (flash.serves, api._too_old)
+    for cached in caches:
         cached.cache_clear()
     assert impl_for(monkeypatch, 4096, head_dim) == chosen
     if chosen == "triton":
         with pytest.raises(ValueError, match=f"does not serve head dimension {head_dim} on cuda"):
             impl_for(monkeypatch, 4096, head_dim, impl="flash+triton")
-    for cached in (flash.serves, api._too_old):
+    for cached in caches:
         cached.cache_clear()
 
 
 def test_a_prefix_is_taken_without_a_causal_mask():
     assert flash.refusal(checked(replace(GROUPED, prefix=3, causal=False))) is None
     assert flash.refusal(checked(replace(GROUPED, num_queries=1, prefix=3))) is None  # which a single query needs not
-
-
-def test_a_single_query_takes_flash_attention_for_text_alone(monkeypatch):
-    assert impl_for(monkeypatch, 1, 64, keys=8192, text_alone=True) == "flash+triton"
-    assert impl_for(monkeypatch, 1, 64, keys=8192) == "triton"
-    assert impl_for(monkeypatch, 2, 64, keys=8192, text_alone=True) == "triton"
-    assert impl_for(monkeypatch, 2, 64, keys=8192, causal=False) == "flash+triton"

@@ -33,30 +33,24 @@ def test_a_pool_and_an_index_of_nothing():
     assert sort_image_slots(torch.zeros(1, 2, 0, dtype=torch.int64), 2).tolist() == [0, 0, 0]
 
 
+INDEX = torch.zeros(1, 1, 1, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
-    ("index", "error", "message"),
+    ("index", "pool_size", "error", "message"),
     [
-        ([[[0]]], TypeError, "image_index must be an int32 or int64 tensor, got list"),
-        (torch.zeros(1, 1, 1), TypeError, "int32 or int64 tensor, got torch.float32"),
-        (
-            torch.zeros(1, 1, dtype=torch.int64),
-            ValueError,
-            r"image_index must have 3 dimensions .* or 4, .* got shape \(1, 1\)",
-        ),
-        (torch.zeros(1, 1, 1, dtype=torch.int64, device="meta"), ValueError, "must be on the CPU, but is on meta"),
-        (torch.full((1, 1, 1), 2), ValueError, "a row of the pool from 0 to 1, got 2"),
-        (torch.full((1, 1, 1), -2), ValueError, "a row of the pool from 0 to 1, got -2"),
+        ([[[0]]], 2, TypeError, "image_index must be an int32 or int64 tensor, got list"),
+        (INDEX.float(), 2, TypeError, "int32 or int64 tensor, got torch.float32"),
+        (INDEX[0], 2, ValueError, r"image_index must have 3 dimensions .* or 4, .* got shape \(1, 1\)"),
+        (INDEX.to("meta"), 2, ValueError, "must be on the CPU, but is on meta"),
+        (INDEX + 2, 2, ValueError, "a row of the pool from 0 to 1, got 2"),
+        (INDEX - 2, 2, ValueError, "a row of the pool from 0 to 1, got -2"),
+        *((INDEX, pool_size, TypeError, "pool_size must be an int") for pool_size in (5.0, True, "5")),
     ],
 )
-def test_wrong_index_raises(index, error, message):
+def test_wrong_arguments_raise(index, pool_size, error, message):
     with pytest.raises(error, match=message):
-        sort_image_slots(index, 2)
-
-
-@pytest.mark.parametrize("pool_size", [5.0, True, "5"])
-def test_a_pool_of_no_whole_number_of_images_raises(pool_size):
-    with pytest.raises(TypeError, match="pool_size must be an int"):
-        sort_image_slots(torch.zeros(1, 1, 1, dtype=torch.int64), pool_size)
+        sort_image_slots(index, pool_size)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -9,27 +9,26 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.csrc.topk.cuda.problems import ADVERSARIAL, DTYPES, adversarial, normals
+from tests.csrc.topk.cuda.problems import ADVERSARIAL, adversarial
 from tests.csrc.topk.cuda.simulator import ORDERS, build, copy_sources
 from tests.pairwise import pairwise
+from tests.valm_kernels.topk.databases import DTYPES, assert_same, normals
 from valm_kernels.topk import api, cuda, index, reference
 from valm_kernels.topk.index import store
 
 
+@pytest.fixture(params=ORDERS)
+def simulator(request, simulate, library):
+    """The card of a test, once for each order of its threads."""
+    return simulate(library, request.param)
+
+
 def assert_exact(
-    queries: torch.Tensor,
-    rows: torch.Tensor,
-    k: int,
-    row_scale: torch.Tensor | None = None,
-    *,
-    prepared: bool = False,
+    queries: torch.Tensor, rows: torch.Tensor, k: int, row_scale: torch.Tensor | None = None, *, prepared: bool = False
 ) -> None:
     """Of a raw tensor, or with norms found beforehand as an index has them."""
     packed = cuda.pack(rows, row_scale) if prepared else None
-    scores, indices = cuda.search(queries, rows, row_scale, packed, k)
-    expected_scores, expected_indices = reference.ip_topk(queries, rows, row_scale, k)
-    assert torch.equal(indices, expected_indices)
-    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=0, equal_nan=True)
+    assert_same(cuda.search(queries, rows, row_scale, packed, k), reference.ip_topk(queries, rows, row_scale, k))
 
 
 SHAPES = (  # queries, rows, elements, k
@@ -57,41 +56,28 @@ H100, A100, CONSUMER = (kib * 1024 for kib in (227, 163, 99))  # shared memory o
 
 
 @pytest.mark.parametrize(
-    ("shared_bytes", "dtype", "dim", "n_queries", "k", "queries", "stages"),
+    ("shared_bytes", "dtype", "dim", "n_queries", "k", "queries", "stages", "streamed"),
     [
-        (H100, "float16", 768, 64, 8, 64, 4),
-        (H100, "int8", 768, 64, 8, 64, 4),
-        (H100, "float32", 768, 64, 8, 32, 4),
-        (H100, "float32", 512, 64, 8, 64, 4),
-        (H100, "float32", 768, 1, 8, 16, 3),  # two blocks share a multiprocessor
-        (H100, "float32", 2048, 64, 128, 16, 4),
-        (A100, "float16", 768, 64, 8, 64, 2),
-        (CONSUMER, "float16", 768, 64, 8, 32, 2),
+        (H100, "float16", 768, 64, 8, 64, 4, 0),
+        (H100, "int8", 768, 64, 8, 64, 4, 0),
+        (H100, "float32", 768, 64, 8, 32, 4, 0),
+        (H100, "float32", 512, 64, 8, 64, 4, 0),
+        (H100, "float32", 768, 1, 8, 16, 3, 0),  # two blocks share a multiprocessor
+        (H100, "float32", 2048, 64, 128, 16, 4, 0),
+        (A100, "float16", 768, 64, 8, 64, 2, 0),
+        (CONSUMER, "float16", 768, 64, 8, 32, 2, 0),
+        # queries that do not fit stay in device memory
+        (A100, "float32", 2048, 1, 16, 32, 4, 1),
+        (CONSUMER, "float32", 1024, 1, 8, 32, 4, 1),
+        (CONSUMER, "bfloat16", 1280, 64, 64, 32, 4, 1),
+        (CONSUMER, "int8", 2048, 64, 128, 32, 2, 1),
+        (CONSUMER, "float32", 2048, 1000, 128, 32, 2, 1),
     ],
 )
-def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries, k, queries, stages):
+def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries, k, queries, stages, streamed):
     simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
     figures = simulator.plan(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
-    assert figures[:3] == (1, queries, stages) and figures[4] == 0
-    assert figures[3] <= shared_bytes
-
-
-@pytest.mark.parametrize(
-    ("shared_bytes", "dtype", "dim", "n_queries", "k", "stages"),
-    [
-        (A100, "float32", 2048, 1, 16, 4),
-        (CONSUMER, "float32", 1024, 1, 8, 4),
-        (CONSUMER, "bfloat16", 1280, 64, 64, 4),
-        (CONSUMER, "int8", 2048, 64, 128, 2),
-        (CONSUMER, "float32", 2048, 1000, 128, 2),
-    ],
-)
-def test_queries_that_do_not_fit_stay_in_device_memory(
-    simulate, library, shared_bytes, dtype, dim, n_queries, k, stages
-):
-    simulator = simulate(library, multiprocessors=132, shared_bytes=shared_bytes)
-    figures = simulator.plan(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
-    assert figures[:3] == (1, 32, stages) and figures[4] == 1
+    assert figures[:3] == (1, queries, stages) and figures[4] == streamed
     assert figures[3] <= shared_bytes
 
 
@@ -132,16 +118,8 @@ def test_any_shape_on_any_device(
     assert_exact(normals(n_queries, dim, seed=seed + 1), rows, min(k, n_rows), row_scale, prepared=prepared)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_random_schedules(simulate, library, seed):
-    simulate(library, "random", seed=seed, multiprocessors=5)
-    assert_exact(normals(20, 64, seed=seed), normals(1300, 64, seed=9).half(), 10)
-
-
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_queries(simulate, library, order, dtype):
-    simulator = simulate(library, order)
+def test_16_bit_queries(simulator, dtype):
     assert_exact(normals(5, 64).to(dtype), normals(600, 64, seed=1).to(dtype), 8)
     assert simulator.redone == 0
 
@@ -150,7 +128,7 @@ def test_16_bit_queries(simulate, library, order, dtype):
 def test_adversarial_rows(simulate, library, order, dtype, kind):
     simulator = simulate(library, order)
     stored, row_scale = store(adversarial(kind, 600, 40, dtype), dtype, torch.device("cpu"))
-    queries = normals(2, 40)
+    queries = torch.stack([normals(40), normals(40, seed=3)])  # "ascending" is sorted by the first
     assert_exact(queries, stored, 8, row_scale, prepared=order == "random")
     if kind in ("equal", "duplicates"):
         assert simulator.redone == 2  # more ties than a candidate list has room for
@@ -170,10 +148,8 @@ def test_many_adversarial_rows(simulate, library, dtype, kind, prepared):
     assert_exact(normals(17, 16), stored, 8, row_scale, prepared=prepared)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adversarial_queries(simulate, library, order, dtype):
-    simulate(library, order)
+def test_adversarial_queries(simulator, dtype):
     queries = normals(12, 40)
     queries[0] = 0
     queries[1] *= 1e-38
@@ -252,40 +228,32 @@ def test_anisotropic_rows_keep_their_proof(simulate, library, order, dtype):
     assert simulator.redone == 0
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_zero_query_needs_no_second_scan(simulate, library, order):
-    simulator = simulate(library, order)
+def test_a_zero_query_needs_no_second_scan(simulator):
     assert_exact(torch.zeros(1, 64), normals(900, 64).half(), 16)
     assert simulator.redone == 0
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_rows_that_are_not_finite_are_never_returned(simulate, library, order, dtype):
-    simulate(library, order)
+def test_rows_that_are_not_finite_are_never_returned(simulator, dtype):
     queries, rows = normals(3, 24), normals(300, 24, seed=1).to(DTYPES[dtype])
     clean = torch.arange(300) % 3 == 0
     broken = rows.clone()
     broken[~clean, 5] = torch.tensor([torch.nan, torch.inf, -torch.inf] * 67)[: int((~clean).sum())].to(rows.dtype)
     scores, indices = cuda.search(queries, broken, None, None, 120)
     expected_scores, expected_indices = reference.ip_topk(queries, rows[clean], None, 100)
-    assert torch.equal(scores[:, :100], expected_scores)
-    assert torch.equal(indices[:, :100], expected_indices * 3)
+    assert_same((scores[:, :100], indices[:, :100]), (expected_scores, 3 * expected_indices))
     assert (scores[:, 100:] == -torch.inf).all() and (indices[:, 100:] == -1).all()
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["random", "duplicates"])
-def test_only_allowed_rows_are_returned(simulate, library, order, kind):
+def test_only_allowed_rows_are_returned(simulator, kind):
     """From the first pass, and from the exact scan, which equal rows need."""
-    simulator = simulate(library, order)
     queries, rows = normals(3, 24), normals(300, 24, seed=1)
     if kind == "duplicates":
         rows = rows[torch.arange(300) % 3]
     allowed = torch.arange(300) % 7 > 2
     found = cuda.search(queries, rows, None, None, 8, allowed)
-    expected = reference.ip_topk(queries, rows, None, 8, allowed)
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+    assert_same(found, reference.ip_topk(queries, rows, None, 8, allowed))
     assert (simulator.redone > 0) == (kind == "duplicates")
     few = cuda.search(queries, rows, None, None, 8, torch.arange(300) == 5)
     assert few[1].tolist() == [[5] + [-1] * 7] * 3 and (few[0][:, 1:] == -torch.inf).all()
@@ -303,19 +271,15 @@ def test_many_nearly_equal_rows_need_no_scan(simulate, library, order, dtype, n_
     assert simulator.redone == 0
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_nearly_equal_rows_of_one_part_are_scanned(simulate, library, order):
+def test_nearly_equal_rows_of_one_part_are_scanned(simulator):
     """Its list has room for 32 of them."""
-    simulator = simulate(library, order)
     rows = normals(600, 32, seed=1)
     rows[:100] = 3 * normals(1, 32, seed=2) + 1e-4 * normals(100, 32, seed=3)
     assert_exact(normals(1, 32, seed=2), rows.half(), 8)
     assert simulator.redone == 1
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_rows_that_are_not_finite_in_the_exact_scan(simulate, library, order):
-    simulator = simulate(library, order)
+def test_rows_that_are_not_finite_in_the_exact_scan(simulator):
     rows = torch.ones(300, 16)
     rows[::2, 3] = torch.inf
     scores, indices = cuda.search(torch.ones(1, 16), rows, None, None, 4)
@@ -372,10 +336,8 @@ def test_queries_too_long_for_shared_memory_are_scanned_exactly(simulate, librar
     assert simulator.redone == n_queries - 1
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("k", [129, 1024])
-def test_more_rows_than_a_first_pass_finds_are_scored_exactly(simulate, library, order, k):
-    simulator = simulate(library, order)
+def test_more_rows_than_a_first_pass_finds_are_scored_exactly(simulator, k):
     queries, rows = normals(5, 40), normals(2200, 40, seed=1).half()
     queries[3, 0] = torch.nan
     assert_exact(queries, rows, k)
@@ -384,38 +346,30 @@ def test_more_rows_than_a_first_pass_finds_are_scored_exactly(simulate, library,
     assert simulator.redone == 0
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_queries_of_several_launches(simulate, library, order, monkeypatch):
-    simulate(library, order)
+def test_queries_of_several_launches(simulator, monkeypatch):
     monkeypatch.setattr(cuda, "QUERIES_PER_LAUNCH", 4)
     assert_exact(normals(10, 16), normals(100, 16, seed=1), 3)
     scores, indices = cuda.search(normals(0, 16), normals(100, 16), None, None, 3)
     assert scores.shape == indices.shape == (0, 3)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_views_are_copied_where_the_kernels_cannot_read_them(simulate, library, order):
-    simulate(library, order)
+def test_views_are_copied_where_the_kernels_cannot_read_them(simulator):
     queries, rows = normals(40, 5).T, normals(300, 42, seed=1).half()
     assert_exact(queries, rows[:, 1:41], 3)
     assert_exact(queries, rows.flatten()[1 : 1 + 200 * 40].view(200, 40), 3)
 
 
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sums_that_overflow_on_the_way_lose_no_row(simulate, library, order, dtype, sign):
+def test_sums_that_overflow_on_the_way_lose_no_row(simulator, dtype, sign):
     """The best row's score is finite, the tensor cores' sum of its first elements is not."""
-    simulate(library, order)
     rows = torch.zeros(200, 40)
     rows[:, 1] = torch.linspace(1, 3e36, 200)
     rows[7, [0, 32]] = sign * torch.tensor([-2e38, 2e38 + sign * 1e37])
     assert_exact(torch.full((1, 40), 1.9), rows.to(DTYPES[dtype]), 1)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_row_norms_are_upper_bounds(simulate, library, order):
-    simulate(library, order)
+def test_row_norms_are_upper_bounds(simulator):
     for dtype in DTYPES:
         rows, row_scale = store(normals(100, 40) * torch.logspace(-3, 3, 100)[:, None], dtype, torch.device("cpu"))
         exact = reference.dequantise(rows, row_scale).double().norm(dim=1)
@@ -428,8 +382,7 @@ def test_norms_are_found_once(simulate, library, monkeypatch):
     queries, rows = normals(3, 24), normals(200, 24, seed=1)
     row_norms = cuda.pack(rows, None)
     monkeypatch.setattr(simulator, "cuda_row_norms", None)
-    expected = reference.ip_topk(queries, rows, None, 4)
-    assert torch.equal(cuda.search(queries, rows, None, row_norms, 4)[1], expected[1])
+    assert_same(cuda.search(queries, rows, None, row_norms, 4), reference.ip_topk(queries, rows, None, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -452,8 +405,7 @@ def test_an_index_fills_up_its_rows_once(simulate, library, monkeypatch, tmp_pat
         return cuda.search(queries, rows, row_scale, cuda.RowNorms(*tensors[5:]), k, allowed)
 
     monkeypatch.setattr(torch.ops.valm_kernels, "ip_topk", search)
-    found = added.search(queries, 6)
-    assert torch.equal(found.indices, expected[1]) and torch.equal(found.scores, expected[0])
+    assert_same(added.search(queries, 6), expected)
     assert used == [added._stored.rows.data_ptr()]
     assert added.bytes_per_row == 16 * itemsize + 4 + (4 if dtype == "int8" else 0)
     added.save(tmp_path)
@@ -468,9 +420,3 @@ def test_dispatch_by_what_is_packed():
     scores, indices = api.search(queries, rows, None, 4, cuda.RowNorms(norms))
     assert scores.shape == indices.shape == (2, 3, 4)
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64
-
-
-def test_native_code_without_cuda_says_so(monkeypatch):
-    monkeypatch.setattr(cuda, "native", lambda: type("Native", (), {"built_with_cuda": False}))
-    with pytest.raises(ImportError, match="built without CUDA"):
-        cuda.code()

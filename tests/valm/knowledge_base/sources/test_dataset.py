@@ -1,5 +1,6 @@
 import io
 import signal
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -115,12 +116,8 @@ def test_a_stream_of_another_length_is_refused(dataset, clip, tmp_path, monkeypa
     build(DatasetSource(stream.take(4), shard_size=2), tmp_path / "longer", clip, progress=False)
     with pytest.raises(ValmError, match=r"has become longer since .* was built"):
         build(DatasetSource(stream, shard_size=2), tmp_path / "longer", clip, progress=False)
-
-    def stops(*arguments, **options):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("valm.knowledge_base.build.finish_knowledge_base", stops)
+        patched.setattr("valm.knowledge_base.build.finish_knowledge_base", Mock(side_effect=KeyboardInterrupt))
         build(DatasetSource(stream, shard_size=2), tmp_path / "shorter", clip, progress=False)
     with pytest.raises(ValmError, match="has become shorter"):
         build(DatasetSource(stream.take(4), shard_size=2), tmp_path / "shorter", clip, progress=False)

@@ -1,8 +1,7 @@
 import shutil
+from functools import partial
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from tests.valm.knowledge_base.inputs import write_embeddings
@@ -14,9 +13,8 @@ from valm.knowledge_base.sources.embeddings import EmbeddingSource
 def test_embeddings(clip, tmp_path):
     vectors = np.random.default_rng(0).normal(size=(5, clip.embed_dim)).astype(np.float16)
     vectors[1], vectors[3, 2] = 0, np.nan
-    write_embeddings(
-        tmp_path, 10, vectors[:2], url=["http://a", "http://b"], caption=["a", None], original_width=[3, 4]
-    )
+    columns = {"url": ["http://a", "http://b"], "caption": ["a", None], "original_width": [3, 4]}
+    write_embeddings(tmp_path, 10, vectors[:2], **columns)
     write_embeddings(tmp_path, 2, vectors[2:], image_path=["c.jpg", "d.jpg", "e.jpg"])
     kb = build(EmbeddingSource(tmp_path), tmp_path / "kb", clip, progress=False)
     items = [kb.item(index) for index in range(len(kb))]
@@ -30,40 +28,27 @@ def test_embeddings(clip, tmp_path):
 
 
 def test_wrong_embeddings(clip, tmp_path):
-    vectors = np.ones((2, clip.embed_dim), np.float16)
-    two = {"url": ["a", "b"]}
-
-    def fails(message, change=lambda: None):
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        write_embeddings(tmp_path, 0, vectors, **two)
+    vectors, two = np.ones((2, clip.embed_dim), np.float16), {"url": ["a", "b"]}
+    of_vectors, of_metadata = tmp_path / "img_emb", tmp_path / "metadata"
+    table = of_metadata / "metadata_0.parquet"
+    write = partial(write_embeddings, tmp_path, 0)
+    unreadable = r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet"
+    twice = r"metadata/metadata\.parquet and metadata_0\.parquet both have the number 0; give each"
+    alone = r"metadata_1\.parquet has no embeddings: expected img_emb/img_emb_1\.npy"
+    for message, change in (
+        ("no embeddings in", (of_vectors / "img_emb_0.npy").unlink),
+        (r"img_emb_0\.npy has 2 vectors, but .*parquet 1 rows", partial(write, vectors, url=["a"])),
+        (r"holds float16 \(2, 3\), expected floats \(N, 16\) for this CLIP", partial(write, vectors[:, :3], **two)),
+        (unreadable, lambda: table.write_bytes(b"PAR1")),
+        (twice, (of_metadata / "metadata.parquet").touch),
+        (r"img_emb_0\.npy and img_emb_00\.npy both", lambda: np.save(of_vectors / "img_emb_00.npy", vectors)),
+        (r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet", table.unlink),
+        (alone, lambda: shutil.copy(table, of_metadata / "metadata_1.parquet")),
+        (unreadable, partial(write, vectors, caption=[{"a": 1}] * 2)),
+        (unreadable, partial(write, vectors, caption=[["a"]] * 2)),
+    ):
+        shutil.rmtree(tmp_path)
+        write(vectors, **two)
         change()
         with pytest.raises(ValmError, match=message):
             build(EmbeddingSource(tmp_path), tmp_path / "kb", clip, progress=False)
-
-    of_vectors, of_metadata = tmp_path / "img_emb", tmp_path / "metadata"
-    table = of_metadata / "metadata_0.parquet"
-    fails("no embeddings in", (of_vectors / "img_emb_0.npy").unlink)
-    fails(
-        r"img_emb_0\.npy has 2 vectors, but .*parquet 1 rows", lambda: write_embeddings(tmp_path, 0, vectors, url=["a"])
-    )
-    fails(
-        r"holds float16 \(2, 3\), expected floats \(N, 16\) for this CLIP",
-        lambda: write_embeddings(tmp_path, 0, vectors[:, :3], **two),
-    )
-    fails(r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet", lambda: table.write_bytes(b"PAR1"))
-    fails(
-        r"metadata/metadata\.parquet and metadata_0\.parquet both have the number 0; give each",
-        lambda: (of_metadata / "metadata.parquet").write_bytes(b""),
-    )
-    fails(r"img_emb_0\.npy and img_emb_00\.npy both", lambda: np.save(of_vectors / "img_emb_00.npy", vectors))
-    fails(r"img_emb_0\.npy has no metadata: expected metadata/metadata_0\.parquet", table.unlink)
-    fails(
-        r"metadata_1\.parquet has no embeddings: expected img_emb/img_emb_1\.npy",
-        lambda: pq.write_table(pa.table(two), of_metadata / "metadata_1.parquet"),
-    )
-    odd = {"struct": [{"a": 1}] * 2, "list": [["a"]] * 2}
-    for captions in odd.values():
-        fails(
-            r"cannot read .*img_emb_0\.npy and .*metadata_0\.parquet: ",
-            lambda captions=captions: pq.write_table(pa.table({"caption": captions}), table),
-        )

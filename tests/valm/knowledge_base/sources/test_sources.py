@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -15,14 +16,6 @@ from valm.knowledge_base.sources import fingerprint_files
 from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
-
-
-class NoProgress:
-    def begin(self, units):
-        pass
-
-    def advance(self, units, skipped=0):
-        pass
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "huggingface", "table"])
@@ -45,7 +38,7 @@ def test_another_process_may_encode_its_images(kind, tars, clip, tmp_path, monke
     shards = list(source.shards({}))
     assert pickle.dumps(shards) and len(shards) == source.count
     monkeypatch.chdir("/")
-    shards = [shard(clip, Encoding(thumbnails=0), NoProgress()) for shard in shards]
+    shards = [shard(clip, Encoding(thumbnails=0), Mock()) for shard in shards]
     encoded = [(item["uri"], item["caption"]) for shard in shards for item in shard.items.to_pylist()]
     skipped = {entry["uri"] for shard in shards for entry in shard.skipped}
     assert [(record.uri, record.caption) for record in source.images() if record.uri not in skipped] == encoded
@@ -69,10 +62,7 @@ def test_names_captions_and_sizes_count(tmp_path):
 def test_a_file_that_cannot_be_looked_at_is_an_error_unless_no_file_can_have_its_name(tmp_path, monkeypatch):
     long = Record("x", "", tmp_path / ("x" * 300))
     assert fingerprint_records([long]) == fingerprint_records([Record("x", "", None)])
-
-    def denied(path, **_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    monkeypatch.setattr(Path, "stat", denied)
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(Path, "stat", Mock(side_effect=denied))
     with pytest.raises(ValmError, match=r"cannot read .*/a: Permission denied; once it can be read"):
         fingerprint_records([Record("x", "", tmp_path / "a")])

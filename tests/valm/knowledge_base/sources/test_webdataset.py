@@ -2,6 +2,7 @@ import errno
 import io
 import os
 import tarfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -158,15 +159,11 @@ def test_captions_and_doubles_in_archives(clip, tmp_path):
 
 
 def test_an_archive_that_cannot_be_read_now_is_an_error(tars, clip, tmp_path, monkeypatch):
-    def failing(path, *_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(ValmError, match=r"cannot read .*00000\.tar: .*denied.*; once"),
-    ):
-        patched.setattr(tarfile, "open", failing)
-        build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    with monkeypatch.context() as patched:
+        patched.setattr(tarfile, "open", Mock(side_effect=denied))
+        with pytest.raises(ValmError, match=r"cannot read .*00000\.tar: .*denied.*; once"):
+            build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)
     assert len(build(WebdatasetSource(tars), tmp_path / "kb", clip, progress=False)) == 4
 
 

@@ -1,6 +1,8 @@
-"""Tiles so small that the problems cross their borders, for the interpreter."""
+"""Tiles so small that the problems cross their borders, for the interpreter, and which of the tests are quick there."""
 
+from collections.abc import Collection, Iterable
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -10,10 +12,7 @@ from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 
 def use_small_tiles(
-    monkeypatch: pytest.MonkeyPatch,
-    problem: Problem,
-    launch: ModuleType = launch,
-    forward: ModuleType = forward,
+    monkeypatch: pytest.MonkeyPatch, problem: Problem, launch: ModuleType = launch, forward: ModuleType = forward
 ) -> None:
     """Gives every kernel tiles of about a third of the problem, and decoding splits of 32 keys.
 
@@ -24,3 +23,8 @@ def use_small_tiles(
     monkeypatch.setattr(backward_key, "SCAN", 64)
     monkeypatch.setattr(forward, "multiprocessors", lambda _: 8)
     monkeypatch.setattr(forward, "MIN_KEYS_PER_SPLIT", 32)
+
+
+def quick_or_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """The names as parameters, slow but for the quick ones."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

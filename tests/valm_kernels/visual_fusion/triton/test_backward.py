@@ -9,50 +9,32 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
-from tests.valm_kernels.visual_fusion import transforms
 from tests.valm_kernels.visual_fusion.problems import (
     BEYOND_32_BITS,
     CACHES,
-    DIFFERENTIABLE,
     PROBLEMS,
     Problem,
+    assert_identical,
     assert_minus_infinity_is_weight_zero,
     assert_solves,
     assert_unseen_gradient_of_lse_is_ignored,
     assert_unused_keys_may_be_anything,
+    differentiable,
     far_apart,
 )
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
-from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
+from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, use_small_tiles
 from valm_kernels import sort_image_slots, visual_fusion_attn
 from valm_kernels.visual_fusion.triton import backward_pool
 
-# Between them they take every branch of the kernels; the other problems are slow here.
-QUICK = {
-    "dense",
-    "pooled",
-    "no images",
-    "one token",
-    "decode few",
-    "prefix",
-    "not causal",
-    "multi-query",
-    "odd head",
-    "odd wide head",
-    "documents with prefix",
-    "random first_key with prefix",
-    "group of three",
-    "group of three, pooled",
-    "large group",
-    "striped first_key",
-    "image_q",
-    "image_score_bias",
-    "image weights, pooled",
-    "cache_seqlens, documents",
-    "by head, all options",
-    "by head, popular images",
-}
+# Between them they take every branch of the kernels; test_guarded_interpreter.py has all problems, and is slow.
+QUICK = (
+    *("dense", "pooled", "no images", "one token", "decode few", "prefix", "not causal", "multi-query", "odd head"),
+    *("odd wide head", "documents with prefix", "random first_key with prefix", "group of three"),
+    *("group of three, pooled", "large group", "striped first_key", "image_q", "image_score_bias"),
+    *("image weights, pooled", "cache_seqlens, documents", "by head, all options", "by head, popular images"),
+)
 
 
 def of_half_the_heads(problem: Problem) -> Problem:
@@ -62,11 +44,7 @@ def of_half_the_heads(problem: Problem) -> Problem:
     return replace(problem, query_heads=problem.query_heads // 2, kv_heads=problem.kv_heads // 2)
 
 
-def quick_or_slow(names, quick):
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", quick_or_slow(PROBLEMS, QUICK))
+@pytest.mark.parametrize("name", QUICK)
 def test_agrees_with_float64_reference(monkeypatch, name):
     problem = of_half_the_heads(PROBLEMS[name])
     use_small_tiles(monkeypatch, problem)
@@ -87,9 +65,16 @@ def test_one_slot_of_each_head(monkeypatch):
     assert_solves("triton", problem, torch.float32)
 
 
+def prepared(monkeypatch, problem):
+    """Its inputs and a gradient of out, for small tiles."""
+    use_small_tiles(monkeypatch, problem)
+    inputs = problem.inputs(torch.float32)
+    return inputs, torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+
+
 def gradients(inputs, grad_out):
-    """Gradients by name of all floating inputs for a given gradient of the output."""
-    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if torch.is_tensor(t) and t.is_floating_point()}
+    """Gradients by name of all inputs that have one, for a given gradient of the output."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in differentiable(inputs).items()}
     out = visual_fusion_attn(**{**inputs, **leaves}, impl="triton")
     return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad_out), strict=True))
 
@@ -99,9 +84,7 @@ def test_each_gradient_alone(monkeypatch, layout):
     """What is computed for one input does not depend on which others need a gradient."""
     problem = Problem(batch=1, query_heads=2, kv_heads=1, num_queries=20, image_q=True, score_bias=True, gaps=False)
     problem = replace(problem, pool_size=5 if layout == "pooled" else None)
-    use_small_tiles(monkeypatch, problem)
-    inputs = problem.inputs(torch.float32)
-    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    inputs, grad_out = prepared(monkeypatch, problem)
     together = gradients(inputs, grad_out)
     for name, expected in together.items():
         leaf = inputs[name].detach().requires_grad_()
@@ -128,26 +111,19 @@ def test_popular_images(monkeypatch, pool_size):
 def test_sorted_slots_change_nothing(monkeypatch, index_dtype, by_head):
     """The gradients are the same to the last bit, also those of popular images."""
     monkeypatch.setattr(backward_pool, "BLOCK_SLOTS", 8)
-    problem = Problem(batch=1, num_queries=11, pool_size=5, by_head=by_head)
-    use_small_tiles(monkeypatch, problem)
-    inputs = problem.inputs(torch.float32)
+    inputs, grad_out = prepared(monkeypatch, Problem(batch=1, num_queries=11, pool_size=5, by_head=by_head))
     inputs["image_index"] = inputs["image_index"].to(index_dtype)
-    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
     with guarded():
         expected = gradients(inputs, grad_out)
         inputs["image_slots"] = sort_image_slots(inputs["image_index"], 5)
-        found = gradients(inputs, grad_out)
-    for name, gradient in found.items():
-        assert torch.equal(gradient, expected[name]), name
+        assert_identical(gradients(inputs, grad_out), expected)
 
 
 def test_first_key_skips_whole_tiles(monkeypatch):
     """Queries that see no key of a tile are not read for it, and keys that a query tile does not see neither."""
     problem = Problem(batch=1, num_queries=96, num_images=0, biases=False)
-    use_small_tiles(monkeypatch, problem)  # tiles of 32
-    inputs = problem.inputs(torch.float32)
+    inputs, grad_out = prepared(monkeypatch, problem)  # tiles of 32
     inputs["first_key"] = torch.arange(96)[None].int() // 32 * 32  # three documents of a tile each
-    grad_out = torch.ones(1, 4, 96, 16)
     expected = gradients(inputs, grad_out)
     inputs["q"][:, :, :32] = torch.nan
     inputs["v"][:, :, :32] = torch.nan
@@ -160,10 +136,7 @@ def test_first_key_skips_whole_tiles(monkeypatch):
 def test_slots_without_images(monkeypatch, layout):
     """Where no slot holds an image the result is that without images, and their gradients are zero; so it is with a
     pool of no images."""
-    problem = replace(PROBLEMS[layout], batch=1, biases=False, num_queries=20)
-    use_small_tiles(monkeypatch, problem)
-    inputs = problem.inputs(torch.float32)
-    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
+    inputs, grad_out = prepared(monkeypatch, replace(PROBLEMS[layout], batch=1, biases=False, num_queries=20))
     text = gradients({**inputs, "image_k": None, "image_v": None, "image_index": None, "image_mask": None}, grad_out)
     slots = "image_mask" if layout == "dense" else "image_index"
     inputs[slots] = torch.full_like(inputs[slots], False if layout == "dense" else -1)
@@ -172,8 +145,7 @@ def test_slots_without_images(monkeypatch, layout):
         cases.append({**inputs, "image_k": inputs["image_k"][:, :0], "image_v": inputs["image_v"][:, :0]})
     for case in cases:
         found = gradients(case, grad_out)
-        for name in ("q", "k", "v"):
-            assert torch.equal(found[name], text[name]), name
+        assert_identical(text, found)
         assert not found["image_k"].any() and not found["image_v"].any()
 
 
@@ -192,11 +164,9 @@ def test_opcheck(monkeypatch, name):
     use_small_tiles(monkeypatch, problem)
     for strided in (False, True):
         inputs = problem.inputs(torch.float32)
-        for key in DIFFERENTIABLE:
-            if inputs.get(key) is not None:
-                if strided:
-                    inputs[key] = inputs[key].transpose(-1, 0).contiguous().transpose(-1, 0)
-                inputs[key].requires_grad_()
+        for key, tensor in differentiable(inputs).items():
+            laid_out = tensor.transpose(-1, 0).contiguous().transpose(-1, 0) if strided else tensor
+            inputs[key] = laid_out.requires_grad_()
         torch.library.opcheck(forward_op, op_arguments(inputs, "triton", with_image_scores=name == "pooled"))
 
 
@@ -205,18 +175,12 @@ def test_any_strides(monkeypatch, layout):
     problem = replace(PROBLEMS[layout], query_heads=2, kv_heads=1, num_queries=20)
     use_small_tiles(monkeypatch, problem)
     inputs = problem.inputs(torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    row = torch.randn(16, generator=generator)
+    row = torch.randn(16, generator=torch.Generator().manual_seed(0))
     plain = gradients(inputs, row.expand_as(inputs["q"]).contiguous())
-    strided = {
-        n: torch.stack([t, t], -1)[..., 0] if torch.is_tensor(t) and t.is_floating_point() else t
-        for n, t in inputs.items()
-    }
+    strided = inputs | {name: torch.stack([x, x], -1)[..., 0] for name, x in differentiable(inputs).items()}
     if layout == "pooled":
         strided["image_index"] = inputs["image_index"].int().transpose(0, 2).contiguous().transpose(0, 2)
-    assert inputs.keys() == strided.keys()
-    for name, gradient in gradients(strided, row.expand_as(inputs["q"])).items():
-        assert torch.equal(gradient, plain[name]), name
+    assert_identical(gradients(strided, row.expand_as(inputs["q"])), plain)
 
 
 @pytest.mark.parametrize("layout", quick_or_slow(["dense", "pooled"], ["dense"]))
@@ -226,38 +190,32 @@ def test_rows_and_heads_beyond_32_bits(layout):
     expected = gradients(inputs, grad_out)
     for name, far in far_apart({**inputs, "grad_out": grad_out}):
         found = gradients({**inputs, name: far}, grad_out) if name in inputs else gradients(inputs, far)
-        for key, gradient in found.items():
-            assert torch.equal(gradient, expected[key]), (name, key)
+        assert_identical(found, expected)
 
 
 @pytest.mark.parametrize("name", quick_or_slow(["dense", "pooled"], ["dense"]))
 def test_image_score_bias_of_minus_infinity(monkeypatch, name):
     problem = replace(PROBLEMS[name], batch=1, num_queries=20)
     use_small_tiles(monkeypatch, problem)
-    assert_minus_infinity_is_weight_zero("triton", problem, torch.float32)
+    assert_minus_infinity_is_weight_zero("triton", problem)
 
 
 @pytest.mark.parametrize("name", quick_or_slow(CACHES, ["cache_seqlens, decode"]))
 def test_unused_keys_may_be_anything(monkeypatch, name):
     problem = of_half_the_heads(CACHES[name])
     use_small_tiles(monkeypatch, problem)
-    assert_unused_keys_may_be_anything("triton", problem, torch.float32)
+    assert_unused_keys_may_be_anything("triton", problem)
 
 
 @pytest.mark.parametrize("length", [pytest.param(-5, marks=pytest.mark.slow), 200])
 def test_cache_seqlens_out_of_range_count_as_the_nearest(monkeypatch, length):
     """Not an error, as looking would wait for the device, and no access beyond the keys."""
-    problem = Problem(num_queries=4, prefix=33)
-    use_small_tiles(monkeypatch, problem)
-    inputs = problem.inputs(torch.float32)
-    grad_out = torch.ones(2, 4, 4, 16)
+    inputs, grad_out = prepared(monkeypatch, Problem(num_queries=4, prefix=33))
     nearest, beyond = (
         {**inputs, "cache_seqlens": torch.tensor([20, n], dtype=torch.int32)} for n in (min(max(length, 0), 37), length)
     )
     with guarded():
-        expected, found = gradients(nearest, grad_out), gradients(beyond, grad_out)
-    for name, gradient in found.items():
-        assert torch.equal(gradient, expected[name]), name
+        assert_identical(gradients(beyond, grad_out), gradients(nearest, grad_out))
 
 
 BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias")
@@ -267,20 +225,9 @@ BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias", "image_score_bias"
 def test_each_bias_alone(monkeypatch, bias):
     """An absent bias is one of zeros, for the result and for every other gradient."""
     problem = Problem(batch=1, query_heads=2, kv_heads=1, num_queries=20, score_bias=True)
-    use_small_tiles(monkeypatch, problem)
-    inputs = problem.inputs(torch.float32)
+    inputs, grad_out = prepared(monkeypatch, problem)
     others = {*BIASES} - {bias}
-    grad_out = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(0))
     zeros = gradients({**inputs, **{name: torch.zeros_like(inputs[name]) for name in others}}, grad_out)
     alone = gradients({name: t for name, t in inputs.items() if name not in others}, grad_out)
     assert set(zeros) - set(alone) == others
-    for name, gradient in alone.items():
-        assert torch.equal(gradient, zeros[name]), name
-
-
-@pytest.mark.slow  # the operator's registration is the same for each impl; test_op.py has it
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_transforms():
-    problem = Problem(batch=1, query_heads=1, kv_heads=1, num_queries=2, head_dim=8, num_images=1, gaps=False)
-    transforms.assert_transforms("triton", problem)
-    transforms.assert_raises_where_it_has_no_derivative("triton", problem)
+    assert_identical(alone, zeros)

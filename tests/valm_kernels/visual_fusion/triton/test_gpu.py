@@ -7,10 +7,7 @@ from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import flash
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 LARGE = {

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from triton.runtime.errors import InterpreterError
 
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded, tf32x3
-from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
+from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, use_small_tiles
 from valm_kernels.visual_fusion import op
 from valm_kernels.visual_fusion.triton import forward
 
@@ -81,144 +82,68 @@ def test_tf32x3_is_nearly_float32():
     assert np.abs((a.astype(np.float16) @ b.astype(np.float16)).astype(np.float64) - exact).max() > 100 * error
 
 
-# (file, text, replacement, problem): what a mask or clamp protects, taken away. Each has to be found by the guard or by
-# the comparison with the reference.
-SMALL = {"batch": 1, "num_queries": 20, "num_images": 2}
+def mutant(text, replacement, **options):
+    return text, replacement, replace(Problem(batch=1, num_queries=20, num_images=2), **options)
+
+
+# What a mask or clamp protects, taken away. Each has to be found by the guard or by the comparison with the reference.
 MUTANTS = {
-    "keys past the last": (
-        "primitives.py",
-        "m_n = m_n & (o_n < Tk)[:, None]",
-        "pass",
-        Problem(**SMALL),
+    "keys past the last": mutant("m_n = m_n & (o_n < Tk)[:, None]", "pass"),
+    "rows past the last": mutant("o_t = tl.minimum(o_t, Tq - 1)", "o_t = o_t"),
+    "heads past the last": mutant("tl.minimum(o_g, G - 1)", "o_g", query_heads=3, kv_heads=1),
+    "columns past the last": mutant("(tl.arange(0, BLOCK_D) < D)[None, :], other", "True, other", head_dim=13),
+    "slots without an image": mutant(
+        "m_image = m_image[:, None] & (", "m_image = (m_image | True)[:, None] & (", pool_size=4
     ),
-    "rows past the last": ("primitives.py", "o_t = tl.minimum(o_t, Tq - 1)", "o_t = o_t", Problem(**SMALL)),
-    "heads past the last": (
-        "primitives.py",
-        "tl.minimum(o_g, G - 1)",
-        "o_g",
-        Problem(**SMALL, query_heads=3, kv_heads=1),
-    ),
-    "columns past the last": (
-        "primitives.py",
-        "mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)",
-        "mask=True, other=0.0)",
-        Problem(**SMALL, head_dim=13),
-    ),
-    "slots without an image": (
-        "primitives.py",
-        "m_image = m_image[:, None] & (",
-        "m_image = (m_image | True)[:, None] & (",
-        Problem(**SMALL, pool_size=4),
-    ),
-    "first_key out of range": (
-        "primitives.py",
+    "first_key out of range": mutant(
         "tl.minimum(tl.maximum(tl.load(first_key + i_b * Tq + o_t), 0), Tk)",
         "tl.load(first_key + i_b * Tq + o_t)",
-        Problem(**SMALL, first_key="extreme"),
+        first_key="extreme",
     ),
-    "keys before first_key": (
-        "primitives.py",
-        "(o_n[None, :] >= b_first[:, None]) & ",
-        "",
-        Problem(**SMALL, first_key="documents"),
+    "keys before first_key": mutant("(o_n[None, :] >= b_first[:, None]) & ", "", first_key="documents"),
+    "queries that see a part of the keys": mutant(
+        "full = tl.maximum(full, tl.max(b_full, 0))", "pass", first_key="random"
     ),
-    "queries that see a part of the keys": (
-        "backward_key.py",
-        "full = tl.maximum(full, tl.max(b_full, 0))",
-        "pass",
-        Problem(**SMALL, first_key="random"),
+    "keys past the last, gradient": mutant("(o_n < n_keys)[:, None]", "(o_n >= 0)[:, None]"),
+    "output columns past the last": mutant(
+        "m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]", "m_row[:, None]", head_dim=13
     ),
-    "keys past the last, gradient": (
-        "backward_key.py",
-        "m_n = (o_n < n_keys)[:, None] & (",
-        "m_n = (o_n >= 0)[:, None] & (",
-        Problem(**SMALL),
+    "splits past the last": mutant("mask=o_s < n_splits, other", "mask=o_s >= 0, other", num_queries=1, prefix=100),
+    "delta of rows past the last": mutant("b_delta, mask=m_row)", "b_delta)"),
+    "coefficients of rows past the last": mutant("b_b, mask=m_row)", "b_b)", pool_size=4),
+    "gradient of image_score_bias past the last": mutant("b_dscore, mask=o_t1 < Tq)", "b_dscore)", score_bias=True),
+    "gradients of keys past cache_seqlens": mutant(
+        "b_dv = tl.where(m_n, b_dv, 0.0)", "pass", prefix=7, seqlens=True, causal=False
     ),
-    "output columns past the last": (
-        "forward.py",
-        "m_o = m_row[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]",
-        "m_o = m_row[:, None]",
-        Problem(**SMALL, head_dim=13),
+    "gradients of tiles past cache_seqlens": mutant("mask=m_stored)", "mask=m_n)", prefix=7, seqlens=True),
+    "cache_seqlens of another row": mutant(
+        "tl.load(cache_seqlens + i_b)", "tl.load(cache_seqlens)", batch=2, prefix=7, seqlens=True
     ),
-    "splits past the last": (
-        "forward.py",
-        "mask=o_s < n_splits, other",
-        "mask=o_s >= 0, other",
-        Problem(batch=1, num_queries=1, prefix=100, num_images=2),
+    "gradient of image scores of rows past the last": mutant(
+        "mask=m_row & m_image, other", "mask=m_image, other", weights=True
     ),
-    "delta of rows past the last": (
-        "backward_query.py",
-        "tl.store(results.delta + o_row, b_delta, mask=m_row)",
-        "tl.store(results.delta + o_row, b_delta)",
-        Problem(**SMALL),
+    "bias of a slot without an image": mutant(
+        "tl.where(m_image, b_t, float", "tl.where(m_image | (b_t != b_t), b_t, float", score_bias=True
     ),
-    "coefficients of rows past the last": (
-        "backward_query.py",
-        "tl.store(results.image_b + o_coefficient, b_b, mask=m_row)",
-        "tl.store(results.image_b + o_coefficient, b_b)",
-        Problem(**SMALL, pool_size=4),
-    ),
-    "gradient of image_score_bias past the last": (
-        "backward_query.py",
-        "b_dscore, mask=o_t1 < Tq)",
-        "b_dscore)",
-        Problem(**SMALL, score_bias=True),
-    ),
-    "gradients of keys past cache_seqlens": (
-        "backward_key.py",
-        "b_dv = tl.where(m_n, b_dv, 0.0)",
-        "pass",
-        Problem(**SMALL, prefix=7, seqlens=True, causal=False),
-    ),
-    "gradients of tiles past cache_seqlens": (
-        "backward_key.py",
-        "mask=m_stored)",
-        "mask=m_n)",
-        Problem(**SMALL, prefix=7, seqlens=True),
-    ),
-    "cache_seqlens of another row": (
-        "primitives.py",
-        "tl.load(cache_seqlens + i_b)",
-        "tl.load(cache_seqlens)",
-        Problem(**{**SMALL, "batch": 2}, prefix=7, seqlens=True),
-    ),
-    "gradient of image scores of rows past the last": (
-        "backward_query.py",
-        "mask=m_row & m_image, other=0.0",
-        "mask=m_image, other=0.0",
-        Problem(**SMALL, weights=True),
-    ),
-    "bias of a slot without an image": (
-        "forward.py",
-        'tl.where(m_image, b_t, float("-inf"))',
-        'tl.where(m_image | (b_t != b_t), b_t, float("-inf"))',
-        Problem(**SMALL, score_bias=True),
-    ),
-    "dense gradients past the last": (
-        "backward_query.py",
-        "m_t1 = (o_t1 < Tq)[:, None] & ",
-        "m_t1 = (o_t1 >= 0)[:, None] & ",
-        Problem(**SMALL),
-    ),
+    "dense gradients past the last": mutant("m_t1 = (o_t1 < Tq)[:, None] & ", "m_t1 = (o_t1 >= 0)[:, None] & "),
 }
 QUICK_MUTANTS = {"keys past the last", "output columns past the last"}
 
 
-@pytest.mark.parametrize(
-    "mutant", [m if m in QUICK_MUTANTS else pytest.param(m, marks=pytest.mark.slow) for m in MUTANTS]
-)
-def test_mutants_are_found(monkeypatch, tmp_path, mutant):
-    file, text, replacement, problem = MUTANTS[mutant]
-    source = Path(forward.__file__).parent
-    package = f"mutant_{mutant.replace(' ', '_').replace(',', '')}"
-    folder = Path(shutil.copytree(source, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")))
-    assert text in (folder / file).read_text(), f"{file} has changed: {text!r} is not in it"
-    for path in folder.glob("*.py"):
+@pytest.mark.parametrize("name", quick_or_slow(MUTANTS, QUICK_MUTANTS))
+def test_mutants_are_found(monkeypatch, tmp_path, name):
+    text, replacement, problem = MUTANTS[name]
+    package = f"mutant_{name.replace(' ', '_').replace(',', '')}"
+    folder = tmp_path / package
+    shutil.copytree(Path(forward.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    sources = {path: path.read_text() for path in folder.glob("*.py")}
+    assert sum(text in code for code in sources.values()) == 1, f"the kernels have changed: {text!r} is not in one file"
+    for path, code in sources.items():
         # what it imports from folders above is the package's own
-        code = re.sub(r"^from \.\.\.(?=\w)", "from valm_kernels.", path.read_text(), flags=re.MULTILINE)
+        code = re.sub(r"^from \.\.\.(?=\w)", "from valm_kernels.", code, flags=re.MULTILINE)
         code = re.sub(r"^from \.\.(?=[ \w])", "from valm_kernels.visual_fusion.", code, flags=re.MULTILINE)
         code = code.replace("visual_fusion. import", "visual_fusion import")
-        path.write_text(code.replace(text, replacement) if path.name == file else code)
+        path.write_text(code.replace(text, replacement))
     monkeypatch.syspath_prepend(tmp_path)
     modules = {name: importlib.import_module(f"{package}.{name}") for name in ("launch", "forward", "backward")}
     try:

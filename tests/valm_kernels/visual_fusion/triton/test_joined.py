@@ -13,22 +13,13 @@ from tests.tolerance import assert_agree
 from tests.valm_kernels.visual_fusion import test_varlen as varlen
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_passes_nan_on, assert_solves
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
-from tests.valm_kernels.visual_fusion.triton.small_tiles import use_small_tiles
+from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, use_small_tiles
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import flash
 from valm_kernels.visual_fusion.triton import joined
 
-QUICK = {
-    "dense",
-    "pooled",
-    "no images",
-    "not causal",
-    "group of three",
-    "decode",
-    "image_q",
-    "cu_seqlens",
-    "cu_seqlens, rows",
-}
+QUICK = ("dense", "pooled", "no images", "not causal", "group of three", "decode", "image_q")
+QUICK += ("cu_seqlens", "cu_seqlens, rows")
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +40,7 @@ def served() -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in served()]
-)
+@pytest.mark.parametrize("name", quick_or_slow(served(), QUICK))
 def test_agrees_with_float64_reference(monkeypatch, name, dtype):
     use_small_tiles(monkeypatch, PROBLEMS[name])
     monkeypatch.setattr(joined.triton_backward, "key_gradients", lambda *_: pytest.fail("reads keys in Triton"))
@@ -59,19 +48,17 @@ def test_agrees_with_float64_reference(monkeypatch, name, dtype):
         assert_solves(flash.NAME, PROBLEMS[name], dtype, with_lse=False)
 
 
-@pytest.mark.parametrize(("name", "with_lse"), [("pooled", True), ("image weights", False)])
-def test_gradient_of_lse_is_computed_by_triton(monkeypatch, name, with_lse):
+@pytest.mark.parametrize(
+    ("name", "with_lse", "deterministic"),
+    [("pooled", True, False), ("image weights", False, False), ("pooled", False, True)],
+)
+def test_gradients_that_triton_computes(monkeypatch, name, with_lse, deterministic):
+    """Where lse has a gradient, which flash attention does not take; and where determinism is asked for, as the order
+    in which its backward adds up dq may differ from run to run."""
     use_small_tiles(monkeypatch, PROBLEMS[name])
-    monkeypatch.setattr(flash, "text_backward", lambda *_: pytest.fail("has no gradient of lse"))
+    monkeypatch.setattr(flash, "text_backward", lambda *_: pytest.fail("is flash attention's"))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     assert_solves(flash.NAME, PROBLEMS[name], torch.float16, with_lse)
-
-
-def test_gradients_are_those_of_triton_where_determinism_is_asked(monkeypatch):
-    """The order in which flash attention's backward adds up dq may differ from run to run."""
-    monkeypatch.setattr(flash, "text_backward", lambda *_: pytest.fail("is not deterministic"))
-    use_small_tiles(monkeypatch, PROBLEMS["pooled"])
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert_solves(flash.NAME, PROBLEMS["pooled"], torch.float16, with_lse=False)
 
 
 @pytest.mark.parametrize("name", ["q", "image_k", "image_v"])

@@ -24,15 +24,16 @@ from valm_kernels.visual_fusion.triton import backward, forward
 ARCH = 90
 
 
+def inputs_of(problem):
+    given = problem.inputs(torch.float16)
+    return Inputs(*(given.get(name) for name in TENSOR_NAMES), True, 0.1, None)
+
+
 def decoding_step(num_keys, **options):
     """The inputs of one step of a generation: one query, `num_keys` cached keys in memory for many."""
     problem = Problem(batch=1, num_queries=1, prefix=num_keys - 1, head_dim=72, num_images=1, gaps=False, **options)
-    inputs = problem.inputs(torch.float16)
-    for name in ("k", "v"):
-        cache = torch.zeros(1, 1024, problem.kv_heads, 72, dtype=torch.float16).transpose(1, 2)
-        inputs[name] = cache[:, :, :num_keys]
-    tensors = (inputs.get(name) for name in TENSOR_NAMES)
-    return Inputs(*tensors, True, 72**-0.5, None)
+    cache = torch.zeros(1, 1024, problem.kv_heads, 72, dtype=torch.float16).transpose(1, 2)[:, :, :num_keys]
+    return inputs_of(problem)._replace(k=cache, v=cache)
 
 
 def static_step(num_keys, **options):
@@ -80,12 +81,9 @@ def test_generation_in_a_static_cache_launches_the_same_at_every_step(pool_size)
         for num_keys in steps:
             forward.forward(static_step(num_keys, pool_size=pool_size))
     for name in keys:
-        numbers = {str([a for a in flat(launch) if not isinstance(a, torch.Tensor)]) for launch in found[name].launches}
-        assert len(found[name].launches) == len(steps) and len(numbers) == 1
-
-
-def flat(launch):
-    return [*launch.arguments, *launch.keywords.values()]
+        given = [[*launch.arguments, *launch.keywords.values()] for launch in found[name].launches]
+        numbers = {str([x for x in arguments if not isinstance(x, torch.Tensor)]) for arguments in given}
+        assert len(given) == len(steps) and len(numbers) == 1
 
 
 def launched(inputs, *needed):
@@ -121,8 +119,7 @@ def test_nothing_is_computed_for_gradients_that_nobody_needs():
 def test_a_batch_may_be_larger_than_the_second_dimension_of_a_grid():
     """CUDA launches at most 65,535 programs along it."""
     problem = Problem(batch=2**16, num_queries=1, head_dim=8, num_images=1, pool_size=2, first_key="left_padding")
-    inputs = problem.inputs(torch.float16)
-    inputs = Inputs(*(inputs.get(name) for name in TENSOR_NAMES), True, 1.0, None)
+    inputs = inputs_of(problem)
     lse = torch.empty(inputs.q.shape[:3])
     with recorders(ARCH) as found:
         forward.forward(inputs)
