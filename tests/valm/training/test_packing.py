@@ -45,12 +45,11 @@ def test_a_packed_training_has_the_losses_of_a_padded_one(decoder, images, tmp_p
 
 def test_a_family_that_mixes_documents_is_padded():
     """Jamba's layers without attention have a state that goes on."""
-    for dtype in (torch.float32, torch.bfloat16):
-        found = {
-            family: tiny(family).to(dtype) for family in ("jamba", "opt", "gpt_oss", "llama", "gemma3_text", "gpt2")
-        }
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        families = ("jamba", "opt", "gpt_oss", "llama", "gemma2", "gemma3_text", "gpt2")
+        found = {family: tiny(family).to(dtype) for family in families}
         apart = [family for family, model in found.items() if keeps_apart(model, model.forward)]
-        assert apart == ["llama", "gemma3_text", "gpt2"], dtype
+        assert apart == ["llama", "gemma2", "gemma3_text", "gpt2"], dtype
 
 
 def test_the_log_says_who_is_padded(tmp_path, caplog, monkeypatch):
