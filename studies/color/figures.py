@@ -46,7 +46,7 @@ def _curve(axes: Axes, results: Results) -> None:
                 axes.axhline(100 * one.value, color=color, linestyle=line, label=f"{arm_title(other)}, {measure}")
     axes.set_xlabel("pictures of the items that are left, %")
     axes.set_ylabel(f"right, {WITH_PICTURE.title}, %")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     quiet(axes)
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from studies.color.hypotheses import holm, hypotheses
-from studies.color.report import FIGURE, TABLES, answers, secondary, summary, write_figure, write_page
+from studies.color.report import FIGURE, TABLES, answers, exchanged, secondary, summary, write_figure, write_page
 from studies.color.results import read_results
 from tests.studies.color.synthetic import PICTURED, RIGHT, result, without, write
 from valm.errors import ValmError
@@ -80,7 +80,7 @@ def test_what_an_interval_decides_stands_behind_it(tmp_path):
     base, twin, blind, random = row(table, "MemoryColor, with a picture, raw")
     assert base == twin == random and base.endswith(", more")
     assert blind == "+0.0 [+0.0, +0.0], no difference"
-    assert row(table, "MemoryColor, follows exchanged images")[0].startswith("+100.0")
+    assert row(exchanged(read_results(write(tmp_path))), "red and blue exchanged")[0].startswith("+100.0")
     agree = RIGHT != "green"
     difference = 100 * (8 / 9 - RED[agree].mean())
     assert row(table, "MemoryColor, pixels as people say, raw")[0].startswith(f"+{difference:.1f} [")
