@@ -126,4 +126,4 @@ def set_title(of: str) -> str:
 
 
 def arm_title(arm: ArmTest) -> str:
-    return ARMS[arm[0]].title + (", given captions" if arm == ("base", COLORED_CAPTIONS) else "")
+    return ARMS[arm[0]].title + (", with colours in context" if arm == ("base", COLORED_CAPTIONS) else "")

@@ -125,8 +125,8 @@ def exchanged(results: Results) -> str:
     for exchange, title in zip(EXCHANGES, ("red and blue exchanged", "pictures of another colour"), strict=True):
         found = [follows(results, items, exchange) for items in (ALL_OF_PRIMARY, VALIDATION_THINGS)]
         rows.append([title, *(cell(one, decided, results) for one in found)])
-    head = ["VaLM with the cut answers the new colour more often by, points [95 %]"]
-    return table([*head, ALL_OF_PRIMARY.title, VALIDATION_THINGS.title], rows)
+    head = "VaLM with the cut answers the new colour more often by, points [95 %]"
+    return table([head, ALL_OF_PRIMARY.title, VALIDATION_THINGS.title], rows)
 
 
 def summary(results: Results) -> str:

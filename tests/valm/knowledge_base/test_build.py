@@ -95,7 +95,7 @@ def test_the_plan_has_all_settings_that_the_result_depends_on(folder, clip):
 
 
 def test_the_workers_of_a_build_end_with_it(folder, clip, tmp_path, monkeypatch):
-    """That this works is tested in test_processes.py."""
+    """That this works is tested in test_encode.py."""
     (tmp_path / "called").mkdir()
     monkeypatch.setattr(encode, "end_with_parent", lambda worker: (tmp_path / "called" / str(worker)).touch())
     source = FolderSource(folder, shard_size=100)

@@ -19,7 +19,7 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.training.callbacks import ProgressBar, show_progress
 from valm.training.collate import Collator
-from valm.training.train import training_arguments
+from valm.training.train import trainer, training_arguments
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -220,7 +220,7 @@ def test_a_part_of_a_retrieved_corpus_is_checked_too(tmp_path, clip, make_kb):
 
 def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
     arguments = training_arguments(tmp_path, use_cpu=True)
-    made = new_trainer(tmp_path)
+    made = trainer(new_model(), documents(), Vectors(), tokenizer=TOKENIZER, arguments=arguments)
     assert arguments.remove_unused_columns and not made.args.remove_unused_columns
     assert made.args.accelerator_config.dispatch_batches is False
     assert arguments.accelerator_config.dispatch_batches is None
