@@ -149,7 +149,8 @@ def as_float32(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 LARGE = sized(Case(4, 12, 1024, 8, 64), Case(2, 2, 16, 3, 16))
-SMALL = sized(Case(1, 12, 512, 4, 64), Case(1, 2, 8, 2, 16))
+# PyTorch 2.13's FlexAttention is wrong for 8 queries on a CPU that has AVX2 and no AVX-512.
+SMALL = sized(Case(1, 12, 512, 4, 64), Case(1, 2, 16, 2, 16))
 CASES = [LARGE, replace(LARGE, dtype=torch.bfloat16), SMALL]
 IMPLEMENTATIONS = ["ours", "ours, pooled", "ours, no images", *TEXT_ONLY, *DENSE]
 
