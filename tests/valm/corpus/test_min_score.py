@@ -1,6 +1,5 @@
 import re
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from valm.corpus import min_score
 from valm.corpus.min_score import find_min_score
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.min_score import choose_min_score, set_min_score
+from valm.retrieval.min_score import choose_min_score
 from valm.retrieval.retriever import Retriever
 
 
@@ -49,15 +48,6 @@ def test_the_captions_of_the_knowledge_base(retriever, monkeypatch):
     monkeypatch.setattr(kb, "item", lambda image: SimpleNamespace(caption=""))
     with pytest.raises(ValmError, match=re.escape(f"{kb.path} has no captions to choose min_score from: name texts")):
         find_min_score(retriever)
-
-
-def test_it_is_set_where_a_model_retrieves():
-    seeing, twin = (Mock(**{"fusion_options.retrieves": retrieves}) for retrieves in (True, False))
-    set_min_score(seeing, 0.5, "model")
-    seeing.set_min_score.assert_called_once_with(0.5)
-    with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
-        set_min_score(twin, 0.5, "twin")
-    twin.set_min_score.assert_not_called()
 
 
 def test_a_long_text_is_read_whole(retriever, tmp_path):

@@ -1,11 +1,13 @@
 """All K images of a token or none, by its best score."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 
 from valm.errors import ValmError
-from valm.retrieval.min_score import choose_min_score, cut
+from valm.retrieval.min_score import choose_min_score, cut, set_min_score
 
 K = 3
 
@@ -41,3 +43,12 @@ def test_nothing_to_choose_a_cut_from():
     for nothing in ({"questions": documents[:0]}, {"text": []}, {"text": [np.full((1, K), -np.inf)]}):
         with pytest.raises(ValmError, match=f"the {next(iter(nothing))} to choose min_score from has no token"):
             choose_min_score(**nothing)
+
+
+def test_it_is_set_where_a_model_retrieves():
+    seeing, twin = (Mock(**{"fusion_options.retrieves": retrieves}) for retrieves in (True, False))
+    set_min_score(seeing, 0.5, "model")
+    seeing.set_min_score.assert_called_once_with(0.5)
+    with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
+        set_min_score(twin, 0.5, "twin")
+    twin.set_min_score.assert_not_called()
