@@ -8,7 +8,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "image_attn/lanes.hpp"
+#include "image_attn/problem.hpp"
+#include "simd/lanes.hpp"
 
 namespace valm {
 namespace {

@@ -5,15 +5,9 @@
 #include <string>
 
 #include "image_attn/image_attn.hpp"
+#include "simd/half.hpp"
 
 namespace valm {
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
 
 // Inlined into its caller always, so that no copy for one instruction set can be linked into another's code.
 #define VALM_INLINE inline __attribute__((always_inline))

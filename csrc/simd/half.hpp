@@ -1,4 +1,5 @@
-// 16-bit floats to float32 and back, one by one and by vectors. Local to the including file, as simd/vector.hpp.
+// 16-bit floats to float32 and back, one by one and by vectors. The functions are local to the including
+// file, as simd/vector.hpp.
 #pragma once
 
 #if defined(__SSE2__)
@@ -8,6 +9,14 @@
 #include "simd/vector.hpp"
 
 namespace valm {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
 namespace {
 
 inline float half_to_float(uint16_t half) {

@@ -1,5 +1,5 @@
-// What the image kernels do with vectors: reading and writing rows of any dtype, and exp. Local to the including file,
-// as simd/vector.hpp.
+// What kernels do with vectors: reading and writing rows of any dtype, and exp. Local to the including file, as
+// simd/vector.hpp.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,6 @@
 #include <immintrin.h>
 #endif
 
-#include "image_attn/problem.hpp"
 #include "simd/half.hpp"
 #include "simd/vector.hpp"
 
