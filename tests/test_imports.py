@@ -104,10 +104,16 @@ def folders(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 def private_imports(root: Path) -> set[str]:
     """What valm imports of valm_kernels beside its public names."""
     public = {f"valm_kernels.{name}" for name in valm_kernels.__all__} | {"valm_kernels"}
-    # how files are written and read and threads share an object, in both; and the passes of int8 layers, which are no
+    # how files are written and read and threads share an object, in both; and what int8 layers do, which is no
     # public operation
     files = ("valm_kernels.atomic_files", "valm_kernels.checksums", "valm_kernels.json_files")
-    shared = (*files, "valm_kernels.memory_maps", "valm_kernels.locks", "valm_kernels.int8_rows")
+    shared = (
+        *files,
+        "valm_kernels.memory_maps",
+        "valm_kernels.locks",
+        "valm_kernels.int8_rows",
+        "valm_kernels.text_block",
+    )
     found = {target for file in modules(root, "valm").values() for target in imports(file)}
     return {t for t in found if t.partition(".")[0] == "valm_kernels" and not t.startswith(shared)} - public
 

@@ -32,6 +32,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
+from valm_kernels.int8_rows import has_avx2
 
 TOWERS = {
     name: dict(zip(("embed_dim", "width", "heads", "layers"), sized(real, (16, 32, 2, 1)), strict=True))
@@ -44,7 +45,7 @@ TOWERS = {
 IDS = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
 GPT2_BASE = sized({}, {"n_layer": 2, "n_embd": 32, "n_head": 2})
 PICTURES = sized(1_000_000, 400)
-INT8 = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8 needs AVX-512 VNNI")
+INT8 = pytest.mark.skipif(not has_avx2(), reason="int8 needs AVX2")
 # Context queries of each kind that the pictures of the large knowledge base are made from.
 REAL_VECTORS = sized(32_768, 512)
 PERTURBATION = 0.25

@@ -16,21 +16,20 @@ constexpr int64_t kNumbersPerThread = 32768;
 // Outputs of a layer that a thread computes at once.
 constexpr int64_t kOutputsAtOnce = 64;
 
-const Int8RowKernels& kernels(const std::string& isa) {
+}  // namespace
+
+const Int8RowKernels& int8_row_kernels(const std::string& isa) {
     return kernels_for<Int8RowKernels>(isa, {
 #if defined(__x86_64__)
                                                 {Isa::kAvx512Vnni, &int8_rows_avx512vnni},
-                                                {Isa::kAvx512, &int8_rows_avx512},
                                                 {Isa::kAvx2, &int8_rows_avx2},
 #endif
                                                 {Isa::kGeneric, &int8_rows_generic}});
 }
 
-}  // namespace
-
 void round_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width, int8_t* rounded,
                 float* step, float* zero) {
-    const Int8RowKernels& chosen = kernels(isa);
+    const Int8RowKernels& chosen = int8_row_kernels(isa);
 #pragma omp parallel for num_threads(threads) if (count * width > kNumbersPerThread)
     for (int64_t i = 0; i < count; ++i)
         chosen.round_row(rows + i * width, width, rounded + i * width, step + i, zero + i);
@@ -38,7 +37,7 @@ void round_rows(const std::string& isa, int threads, const float* rows, int64_t 
 
 void scale_products(const std::string& isa, int threads, int32_t* products, int64_t count, int64_t width,
                     const float* step, const float* zero, const float* scale, const float* sum, const float* bias) {
-    const Int8RowKernels& chosen = kernels(isa);
+    const Int8RowKernels& chosen = int8_row_kernels(isa);
 #pragma omp parallel for num_threads(threads) if (count * width > kNumbersPerThread)
     for (int64_t i = 0; i < count; ++i)
         chosen.scale_row(products + i * width, width, step[i], zero[i], scale, sum, bias);
@@ -47,17 +46,15 @@ void scale_products(const std::string& isa, int threads, int32_t* products, int6
 void linear_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width,
                  const int8_t* weight, int64_t outputs, const float* scale, const float* sum, const float* bias,
                  int32_t* out) {
-    const Int8RowKernels& chosen = kernels(isa);
+    const Int8RowKernels& chosen = int8_row_kernels(isa);
     std::vector<int8_t> rounded(count * width);
     std::vector<float> step(count), zero(count);
-    for (int64_t i = 0; i < count; ++i)
-        chosen.round_row(rows + i * width, width, rounded.data() + i * width, &step[i], &zero[i]);
+    round_rows(isa, threads, rows, count, width, rounded.data(), step.data(), zero.data());
 #pragma omp parallel for num_threads(threads) if (width * outputs > kNumbersPerThread)
     for (int64_t first = 0; first < outputs; first += kOutputsAtOnce)
         chosen.multiply(rounded.data(), count, width, weight, first, std::min(first + kOutputsAtOnce, outputs), outputs,
                         out);
-    for (int64_t i = 0; i < count; ++i)
-        chosen.scale_row(out + i * outputs, outputs, step[i], zero[i], scale, sum, bias);
+    scale_products(isa, threads, out, count, outputs, step.data(), zero.data(), scale, sum, bias);
 }
 
 }  // namespace valm

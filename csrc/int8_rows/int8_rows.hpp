@@ -20,8 +20,7 @@ void round_rows(const std::string& isa, int threads, const float* rows, int64_t 
 void scale_products(const std::string& isa, int threads, int32_t* products, int64_t count, int64_t width,
                     const float* step, const float* zero, const float* scale, const float* sum, const float* bias);
 
-// A whole layer: round_rows, the products with the rounded weights (outputs, width), and scale_products. For few rows,
-// which share the time of reading the weights.
+// A whole layer: round_rows, the products with the rounded weights (outputs, width), and scale_products.
 //
 // out: (count, outputs) float32, in the memory of integers
 void linear_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width,

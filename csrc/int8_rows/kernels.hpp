@@ -3,12 +3,13 @@
 // loops.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
 #include "int8_rows/kernel_table.hpp"
-#include "simd/vector.hpp"
+#include "simd/lanes.hpp"
 
 namespace valm {
 namespace {
@@ -64,6 +65,76 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
             products[i * outputs + n] = sum;
         }
     }
+}
+
+void normalise(const float* row, int64_t width, const float* weight, const float* bias, float eps, float* out) {
+    FloatVector sums = {}, squares = {};
+    int64_t e = 0;
+    for (; e < width; e += Lanes<float>::count) sums += load(row + e, width - e);
+    const float mean = sum_of(sums) / width;
+    for (e = 0; e < width; e += Lanes<float>::count) {
+        const int64_t n = width - e;
+        FloatVector x = load(row + e, n) - mean;
+        if (n < Lanes<float>::count)
+            for (int64_t lane = n; lane < Lanes<float>::count; ++lane) x[lane] = 0;
+        squares += x * x;
+    }
+    const float factor = 1 / std::sqrt(sum_of(squares) / width + eps);
+    for (e = 0; e < width; ++e) out[e] = (row[e] - mean) * factor * weight[e] + bias[e];
+}
+
+// x Phi(x), where Phi(-z) = exp(-z^2 / 2) t p(t) with t = 1 / (1 + 0.4 z / sqrt 2): a polynomial that was fitted to
+// scipy's erfcx(z / sqrt 2) / t for z / sqrt 2 up to 12, with a relative error of 8e-8.
+FloatVector gelu(FloatVector x) {
+    const FloatVector z = x < 0.0f ? -x : x, t = 1.0f / (1.0f + z * 0.282842712f);
+    FloatVector p = FloatVector{} + 0.0220776346f;
+    for (const float c : {-0.0772052156f, 0.0565166552f, 0.0274309275f, 0.0512492783f, 0.0918897613f, 0.102160902f,
+                          0.113053274f, 0.112826821f})
+        p = p * t + c;
+    const FloatVector beyond = p * t * exp_of(z * z * -0.5f);
+    return x < 0.0f ? x * beyond : x - x * beyond;
+}
+
+// x / (1 + exp(-1.702 x))
+FloatVector quick_gelu(FloatVector x) {
+    const FloatVector e = exp_of((x < 0.0f ? x : -x) * 1.702f);
+    return x < 0.0f ? x * e / (1.0f + e) : x / (1.0f + e);
+}
+
+void activate(float* values, int64_t count, Activation activation) {
+    for (int64_t e = 0; e < count; e += Lanes<float>::count) {
+        const FloatVector x = load(values + e, count - e);
+        store(values + e, activation == Activation::kGelu ? gelu(x) : quick_gelu(x), count - e);
+    }
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+    FloatVector sums = {};
+    for (int64_t e = 0; e < n; e += Lanes<float>::count) sums += load(a + e, n - e) * load(b + e, n - e);
+    return sum_of(sums);
+}
+
+// One pass over the tokens: where a score is the highest yet, what was summed is scaled down to it.
+void attend(const SeenTokens& seen, float* out) {
+    const float scale = 1 / std::sqrt(static_cast<float>(seen.dim));
+    float highest = -std::numeric_limits<float>::infinity(), sum = 0;
+    for (int64_t e = 0; e < seen.dim; ++e) out[e] = 0;
+    for (int64_t token = seen.first; token < seen.count + seen.own_count; ++token) {
+        const int64_t own = token - seen.count;
+        const float* key = own < 0 ? seen.keys + token * seen.key_step : seen.own_keys[own];
+        const float* value = own < 0 ? seen.values + token * seen.value_step : seen.own_values[own];
+        const float score = dot(seen.query, key, seen.dim) * scale;
+        if (score > highest) {
+            const float smaller = std::exp(highest - score);
+            for (int64_t e = 0; e < seen.dim; ++e) out[e] *= smaller;
+            sum *= smaller;
+            highest = score;
+        }
+        const float weight = std::exp(score - highest);
+        for (int64_t e = 0; e < seen.dim; ++e) out[e] += weight * value[e];
+        sum += weight;
+    }
+    for (int64_t e = 0; e < seen.dim; ++e) out[e] /= sum;
 }
 
 }  // namespace

@@ -2,6 +2,6 @@
 
 namespace valm {
 
-const Int8RowKernels int8_rows_generic = {round_row, scale_row, multiply};
+const Int8RowKernels int8_rows_generic = {round_row, scale_row, multiply, normalise, activate, attend};
 
 }  // namespace valm

@@ -1,8 +1,9 @@
 // The native CPU code without Python, held against plain loops: top-K search of every stored dtype, packed and not,
-// image attention forward and backward in both layouts, and the rows of int8 layers. Each is called by several threads
-// at once with the same inputs, and each call has threads of its own. Prints what it ran and "ok"; exits with 1 at a
-// difference.
+// image attention forward and backward in both layouts, and the rows of int8 layers; and the step of a text tower, held
+// against that of each text alone. Each is called by several threads at once with the same inputs, and each call has
+// threads of its own. Prints what it ran and "ok"; exits with 1 at a difference.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +16,7 @@
 
 #include "image_attn/image_attn.hpp"
 #include "int8_rows/int8_rows.hpp"
+#include "int8_rows/text_block.hpp"
 #include "simd/half.hpp"
 #include "simd/isa.hpp"
 #include "topk/exact.hpp"
@@ -325,6 +327,42 @@ void check_int8_rows(const std::string& isa) {
     std::printf("rows of int8 layers on %s\n", isa.c_str());
 }
 
+// A text among others has the bits that it has alone.
+void check_text_block(const std::string& isa) {
+    constexpr int64_t kTexts = 3, kStreams = 2, kHeads = 4, kDim = 19, kWidth = kHeads * kDim, kInner = 500, kPast = 37;
+    std::vector<int8_t> weight(kWidth * kInner);
+    for (size_t e = 0; e < weight.size(); ++e) weight[e] = static_cast<int8_t>(e * 37 % 255 - 127);
+    std::vector<float> factors = uniforms(3 * kInner);
+    for (float& factor : factors) factor /= 64 * kWidth;
+    const valm::Int8Layer layer{weight.data(), factors.data(), &factors[kInner], &factors[2 * kInner]};
+    const valm::Norm norm{factors.data(), &factors[kWidth], 1e-5f};
+    const std::vector<float> keys = uniforms(kTexts * kWidth * kPast), values = uniforms(kTexts * kWidth * kPast);
+    const std::vector<float> hidden = uniforms(kStreams * kTexts * kWidth);
+    const int32_t first[kTexts] = {0, 5, kPast};
+    for (const auto activation : {valm::Activation::kGelu, valm::Activation::kQuickGelu}) {
+        const valm::TextBlock block{kWidth, kInner, kHeads, norm, norm, layer, layer, layer, layer, activation};
+        at_once([&] {
+            const std::array<int64_t, 3> steps = {kWidth * kPast, kDim * kPast, kDim};
+            std::vector<float> together = hidden, projected(kStreams * kTexts * 3 * kWidth);
+            valm::text_block_step(isa, 2, block, {keys.data(), values.data(), steps, steps, kPast, first},
+                                  together.data(), kTexts, kStreams, 0, projected.data());
+            for (int64_t text = 0; text < kTexts; ++text) {
+                std::vector<float> alone, of_alone(kStreams * 3 * kWidth);
+                const int64_t past = text * kWidth * kPast, streams[] = {text, kTexts + text};
+                for (const int64_t row : streams)
+                    alone.insert(alone.end(), &hidden[row * kWidth], &hidden[row * kWidth] + kWidth);
+                valm::text_block_step(isa, 2, block, {&keys[past], &values[past], steps, steps, kPast, first + text},
+                                      alone.data(), 1, kStreams, 0, of_alone.data());
+                for (int64_t s = 0; s < kStreams; ++s) {
+                    const float* found = &together[streams[s] * kWidth];
+                    check(std::equal(found, found + kWidth, &alone[s * kWidth]), "text_block_step");
+                }
+            }
+        });
+    }
+    std::printf("blocks of text towers on %s\n", isa.c_str());
+}
+
 // Every 16-bit float that is finite comes back from float32 as it was.
 void check_halves() {
     using namespace valm;
@@ -353,6 +391,7 @@ int main() {
         check_searches(isa);
         check_several_searches(isa);
         check_int8_rows(isa);
+        check_text_block(isa);
         for (const int64_t head_dim : {24, 64}) {
             check_image_attn(isa, head_dim, false);
             check_image_attn(isa, head_dim, true);

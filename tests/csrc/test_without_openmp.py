@@ -19,4 +19,4 @@ def test_every_instruction_set_agrees_with_plain_loops(tmp_path):
     assert "GOMP" not in symbols
     lines = lines_of(program)
     for isa in native().cpu_isas():
-        assert sum(line.endswith(f"on {isa}") for line in lines) == 10
+        assert sum(line.endswith(f"on {isa}") for line in lines) == 11

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from valm.errors import ValmError
-from valm_kernels.int8_rows import linear_rows, round_rows, scale_products_
+from valm_kernels.int8_rows import has_avx2, has_vnni, linear_rows, round_rows, scale_products_
 from valm_kernels.memory_maps import memory_limit
+from valm_kernels.text_block import Int8Layer
 
 Linear = Callable[[Tensor], Tensor]
 FEW_ROWS = 32  # those of a generated token of each text of a batch
@@ -99,32 +100,31 @@ class Int8Linear:
     def __init__(self, weight: Tensor, bias: Tensor):
         weight = weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.weight = (weight / scale[:, None]).round().to(torch.int8)  # (N, W)
-        self.scale = scale  # (N,)
-        self.sum = self.weight.sum(1) * scale  # (N,), of each output channel's weights
-        self.bias = bias.detach().float()
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        # sum: (N,), of each output channel's weights
+        self.layer = Int8Layer(rounded, scale, rounded.sum(1) * scale, bias.detach().float())
 
     def __call__(self, states: Tensor) -> Tensor:
         """float32 states (..., W) to (..., N)."""
         rows = states.flatten(0, -2)
-        if len(rows) <= FEW_ROWS:
-            out = linear_rows(rows, self.weight, self.scale, self.sum, self.bias)
+        if len(rows) <= FEW_ROWS or not has_vnni():
+            out = linear_rows(rows, *self.layer)
         else:
             rounded, step, zero = round_rows(rows)
-            products = torch._int_mm(rounded, self.weight.T)
-            out = scale_products_(products, step, zero, self.scale, self.sum, self.bias)
+            products = torch._int_mm(rounded, self.layer.weight.T)
+            out = scale_products_(products, step, zero, *self.layer[1:])
         return out.unflatten(0, states.shape[:-1])
 
 
 def check_int8(device: torch.device) -> None:
     """
     Raises:
-        ValmError: products of int8 are not faster than those of float32 on `device`.
+        ValmError: no products of int8 are faster than those of float32 on `device`.
     """
     if device.type != "cpu":
         raise ValmError(f"the text tower cannot be int8 on {device}: use bfloat16 there")
-    if not torch.cpu._is_vnni_supported():
+    if not has_avx2():
         raise ValmError(
-            "the text tower cannot be int8: this processor has no AVX-512 VNNI, and PyTorch's int8 products would be "
-            "many times slower than float32"
+            "the text tower cannot be int8: this processor has no AVX2, or VALM_KERNELS_ISA forbids it, and "
+            "products of int8 would be slower than those of float32"
         )

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor
 
 from valm.clip.clip import Clip
 from valm.clip.linear import Int8Linear, Linear, check_int8, linear
 from valm.errors import ValmError
 from valm_kernels import visual_fusion_attn
-
-KeyValues = list[tuple[Tensor, Tensor]]  # of each layer: keys and values (N, H, T, D)
+from valm_kernels.int8_rows import has_vnni
+from valm_kernels.text_block import Int8TextBlock
 
 # New segments are padded to such a length: PyTorch's flash attention on CPUs sums by vectors of 16 numbers, and rounds
 # otherwise where the rest of a row is a part of one. So a segment's states do not depend on the others in a call.
@@ -98,6 +98,7 @@ class TextTower:
             )
             for block in self.blocks
         ]
+        self.next_token_blocks = _next_token_blocks(self.blocks, self.linear)
         self.norm = modules["norm"]
         self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
         self.wide = torch.promote_types(dtype, torch.float32)
@@ -121,9 +122,9 @@ class TextTower:
         positions: Tensor,
         eot_after: Tensor | None = None,
         first_key: Tensor | None = None,
-        past: KeyValues | None = None,
+        past: Tensor | None = None,
         keep: bool = False,
-    ) -> tuple[Tensor, KeyValues]:
+    ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the tokens of N segments, before the last LayerNorm.
 
         Linear layers read the tokens one behind the other; for the attention segments have a row of L tokens each,
@@ -136,19 +137,24 @@ class TextTower:
             eot_after: (A,) int64 on the CPU, ascending numbers of tokens: returns the state of an EOT right after each.
                 They are a second stream: the EOT after position t sees the text up to t and itself, through
                 `visual_fusion_attn` with its own key as the one "image". None returns the states of all tokens.
-            past: keys and values (N, H, P, D) of earlier tokens, in any order, as they contain the positions.
+            past: (layers, 2, N, H, P, D), keys and values of earlier tokens, in any order, as they contain the
+                positions.
             first_key: (N, L) int32, the first of the P + L keys that each token sees; by default all up to itself.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
 
         Returns:
-            States (T, W) or (A, W), and the keys and values (N, H, L, D) or an empty list.
+            States (T, W) or (A, W), and the keys and values (layers, 2, N, H, L, D) if `keep`.
         """
-        rows = _Rows(lengths, eot_after, ROW_MULTIPLE if past is None else 1, ids.device)
         hidden = self.embedding(ids) + self.positions[positions]  # (T, W)
         if eot_after is not None:
             ends = self.embedding.weight[self.eot] + self.positions[positions[eot_after] + 1]
             hidden = torch.cat([hidden, ends])  # (T + A, W)
 
+        whole_streams = eot_after is None or len(eot_after) == len(ids)
+        if self.next_token_blocks and past is not None and max(lengths) == 1 and whole_streams:
+            return self._step(hidden.unflatten(0, (-1, len(ids))), past, first_key)
+
+        rows = _Rows(lengths, eot_after, ROW_MULTIPLE if past is None else 1, ids.device)
         present = []
         for layer, block in enumerate(self.blocks):
             layers = self.linear[layer]
@@ -156,18 +162,29 @@ class TextTower:
             # (3, S, N, H, L, D)
             q, k, v = projected.unflatten(-1, (3, self.heads, self.head_dim)).permute(3, 0, 1, 4, 2, 5)
             if keep:
-                present.append((k[0], v[0]))
+                present.append(torch.stack([k[0], v[0]]))
             streams = q.unbind()
             if eot_after is not None and block is self.blocks[-1]:  # which needs the text no more
                 streams, hidden = streams[1:], hidden[len(ids) :]
-            if past is not None and max(lengths) == 1:
-                mixed = _attend_next(streams, k, v, past[layer], first_key)
+            before = None if past is None else past[layer]
+            if before is not None and max(lengths) == 1:
+                mixed = _attend_next(streams, k, v, before, first_key)
             else:
-                mixed = _attend(streams, k, v, None if past is None else past[layer], first_key)
+                mixed = _attend(streams, k, v, before, first_key)
             hidden += block.ls_1(layers.attention_out(rows.unpad(mixed)))
             wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (T + A or A, 4W)
             hidden += block.ls_2(layers.mlp_out(wide))
-        return hidden, present
+        return hidden, torch.stack(present) if keep else hidden.new_empty(0)
+
+    def _step(self, hidden: Tensor, past: Tensor, first_key: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`run` for one new token of each segment in hidden (S, N, W), and of two streams an EOT behind it."""
+        projected = []
+        for block, (keys, values) in zip(self.next_token_blocks, past.unbind(), strict=True):
+            only_eots = len(hidden) - 1 if block is self.next_token_blocks[-1] else 0
+            projected.append(block.step(hidden, keys, values, first_key=first_key, first_out=only_eots)[0])
+        # (layers, N, 3, H, 1, D)
+        present = torch.stack(projected).unflatten(-1, (3, self.heads, 1, self.head_dim))
+        return hidden[-1], present[:, :, 1:].transpose(1, 2)
 
     def project(self, states: Tensor) -> Tensor:
         """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""
@@ -180,13 +197,14 @@ class TextTower:
 
 
 def _attend(
-    streams: Sequence[Tensor], k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, first_key: Tensor | None
+    streams: Sequence[Tensor], k: Tensor, v: Tensor, past: Tensor | None, first_key: Tensor | None
 ) -> list[Tensor]:
     """The attention (N, H, L, D) of each of `streams`, the text's, the EOTs' or both.
 
     Args:
         streams: queries (N, H, L, D), the last that of the EOTs if there are any.
         k, v: (S, N, H, L, D), of the text and, if S is 2, of the EOTs.
+        past: keys and values (2, N, H, P, D) before them.
     """
     keys, values = k[0], v[0]
     if past is not None:
@@ -201,7 +219,7 @@ def _attend(
 
 
 def _attend_next(
-    streams: Sequence[Tensor], k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], first_key: Tensor | None
+    streams: Sequence[Tensor], k: Tensor, v: Tensor, past: Tensor, first_key: Tensor | None
 ) -> list[Tensor]:
     """As `_attend`, for one new token of each segment: both streams in one call, which for so few queries is faster."""
     keys, values = (torch.cat([old, *new], 2) for old, new in zip(past, (k, v), strict=True))  # (N, H, P + S, D)
@@ -212,13 +230,29 @@ def _attend_next(
     return list(F.scaled_dot_product_attention(torch.cat(list(streams), 2), keys, values, attn_mask=seen).split(1, 2))
 
 
+def _next_token_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> list[Int8TextBlock]:
+    """The blocks of int8 layers as they read a next token, each in one call; none where one has other parts."""
+    found = []
+    for block, of_block in zip(blocks, layers, strict=True):
+        int8_layers = [layer.layer for layer in of_block if isinstance(layer, Int8Linear)]
+        norms, activation = (block.ln_1, block.ln_2), block.mlp.gelu
+        gelu = isinstance(activation, torch.nn.GELU) and activation.approximate == "none"
+        plain = all(isinstance(scale, torch.nn.Identity) for scale in (block.ls_1, block.ls_2)) and all(
+            isinstance(norm, torch.nn.LayerNorm) and norm.bias is not None for norm in norms
+        )
+        if len(int8_layers) < len(of_block) or not plain or not (gelu or isinstance(activation, QuickGELU)):
+            return []
+        found.append(Int8TextBlock(block.attn.num_heads, norms, int8_layers, quick_gelu=not gelu))
+    return found
+
+
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """The precision whose products `device` has fast instructions for (docs/results/queries.md)."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
-    return torch.int8 if device.type == "cpu" and torch.cpu._is_vnni_supported() else torch.float32
+    return torch.int8 if device.type == "cpu" and has_vnni() else torch.float32
 
 
 def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:

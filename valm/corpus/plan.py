@@ -40,7 +40,7 @@ class RetrievalPlan(Execution):
         "do not write the score of each image, which `valm train --min-score` and --score-scale need", True
     )
     query_dtype: str = option(
-        "precision of CLIP's text tower; int8 needs a CPU with AVX-512 VNNI",
+        "precision of CLIP's text tower; int8 needs a CPU with AVX2",
         "float32",
         choices=QUERY_DTYPES,
     )

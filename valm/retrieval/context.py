@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from valm.clip.clip import Clip, in_own_precision
-from valm.clip.text_tower import KeyValues, TextTower
+from valm.clip.text_tower import TextTower
 from valm.retrieval.alignment import Alignment, TextState
 from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
 
@@ -40,8 +40,7 @@ class ContextCache:
         # SOT and the tokens of a segment; no other token sees its EOT. Token p of a segment is at index capacity-1-p,
         # so the last P entries are always the P tokens before the next one.
         self.capacity = len(like) - 1
-        shape = (batch, tower.heads, self.capacity, tower.head_dim)
-        self.past: KeyValues = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in tower.blocks]
+        self.past = like.new_zeros(len(tower.blocks), 2, batch, tower.heads, self.capacity, tower.head_dim)
         self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, of the last cached token
 
     def reorder(self, beam_idx: Tensor) -> None:
@@ -49,17 +48,14 @@ class ContextCache:
         self.states = [self.states[row].copy() for row in beam_idx.tolist()]
         self.texts = [self.texts[row].copy() for row in beam_idx.tolist()]
         index = beam_idx.to(self.last_query.device)
-        self.past = [(keys[index], values[index]) for keys, values in self.past]
+        self.past = self.past[:, :, index]
         self.last_query = self.last_query[index]
 
     def join(self, other: ContextCache) -> None:
         """Adds the rows of another cache of the same encoder behind its own."""
         self.states += other.states
         self.texts += other.texts
-        self.past = [
-            (torch.cat([keys, more_keys]), torch.cat([values, more_values]))
-            for (keys, values), (more_keys, more_values) in zip(self.past, other.past, strict=True)
-        ]
+        self.past = torch.cat([self.past, other.past], 2)
         self.last_query = torch.cat([self.last_query, other.last_query])
 
 
@@ -253,21 +249,16 @@ class ContextEncoder:
         bucket = _Bucket(runs, queries.device)
         past = None
         if cache is not None and bucket.longest:
-            first = cache.capacity - bucket.longest
-            past = [(keys[:, :, first:], values[:, :, first:]) for keys, values in cache.past]
+            past = cache.past[..., cache.capacity - bucket.longest :, :]
             rows = [run.row for run in runs]
             if rows != list(range(len(cache.states))):
-                index = torch.tensor(rows, device=queries.device)
-                past = [(keys[index], values[index]) for keys, values in past]
+                past = past[:, :, torch.tensor(rows, device=queries.device)]
         branches = [(n, branch) for n, run in enumerate(runs) for branch in run.branches]
         present = self._run(bucket, queries, past, cache, keep=cache is not None or bool(branches))
         if not branches:
             return
         if past is not None:
-            present = [
-                (torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2))
-                for (past_keys, past_values), (keys, values) in zip(past, present, strict=True)
-            ]
+            present = torch.cat([past, present], 4)
         parent = {id(branch): n for n, branch in branches}
         for some in _calls([branch for _, branch in branches], CALL_TOKENS):
             branched = _Bucket(some, queries.device)
@@ -275,20 +266,17 @@ class ContextEncoder:
             # a branch's past is at the end; first_key hides what longer ones have before it
             place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
             row, place = n[:, None], place.clamp(min=0)  # (branches, 1), (branches, P)
-            past = [
-                (keys.transpose(1, 2)[row, place].transpose(1, 2), values.transpose(1, 2)[row, place].transpose(1, 2))
-                for keys, values in present
-            ]
+            past = present.transpose(3, 4)[:, :, row, place].transpose(3, 4)
             self._run(branched, queries, past)
 
     def _run(
         self,
         bucket: _Bucket,
         queries: Tensor,
-        past: KeyValues | None,
+        past: Tensor | None,
         cache: ContextCache | None = None,
         keep: bool = False,
-    ) -> KeyValues:
+    ) -> Tensor:
         """Runs `bucket` behind `past`; writes the wanted queries into `queries` (B, T, E), and later context into the
         cache. Returns the keys and values of its tokens if `keep`."""
         runs = list(zip(bucket.begins, bucket.runs, strict=True))
@@ -315,9 +303,7 @@ class ContextEncoder:
         if cache is not None and last:
             kept = [(n, at, run.row, run.start + at) for n, run in enumerate(bucket.runs) for at in range(run.kept)]
             n, at, row, place = torch.tensor(kept, device=queries.device).T
-            for layer, new in zip(cache.past, present, strict=True):
-                for part, new_part in zip(layer, new, strict=True):
-                    part[row, :, cache.capacity - 1 - place] = new_part[n, :, at]
+            cache.past[:, :, row, :, cache.capacity - 1 - place] = present[:, :, n, :, at]
             n, row = torch.tensor([(number[token], row) for token, row in last], device=queries.device).T
             cache.last_query[row] = found[n]
         return present

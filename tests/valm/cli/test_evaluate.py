@@ -121,7 +121,7 @@ def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(world, tmp_path, e
 )
 def test_queries_are_in_the_fastest_precision_of_a_processor(amx, vnni, expected, world, color, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr("valm.clip.text_tower.has_vnni", lambda: vnni)
     out = tmp_path / "report"
     assert run("eval", world / "valm", *color, "--device", "cpu", "--limit", 1, "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected

@@ -20,10 +20,10 @@ class OfOneself(torch.Tensor):
     """As a library of quantised weights has."""
 
 
-@pytest.fixture
-def vnni(monkeypatch):
-    """Any processor computes it, if slowly."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+@pytest.fixture(params=[True, False])
+def vnni(request, monkeypatch):
+    """Any processor computes the products of either way, if slowly."""
+    monkeypatch.setattr(module, "has_vnni", lambda: request.param)
 
 
 def drawn(rows, width, outputs, seed):
@@ -48,13 +48,16 @@ def rounded_in_float64(states, weight, bias):
     width=st.integers(2, 130),
     outputs=st.integers(1, 70),
     one_sided=st.booleans(),
+    vnni=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_only_the_rounding_differs(rows, width, outputs, one_sided, seed):
+def test_only_the_rounding_differs(rows, width, outputs, one_sided, vnni, seed):
     states, weight, bias = drawn(rows, width, outputs, seed)
     if one_sided:
         states = torch.nn.functional.gelu(states)
-    found = Int8Linear(weight, bias)(states)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "has_vnni", lambda: vnni)
+        found = Int8Linear(weight, bias)(states)
     expected = rounded_in_float64(states, weight, bias)
     assert (found - expected).abs().max() < 2e-5 * width**0.5 * states.abs().max()
     exact = states.double() @ weight.double().T + bias
@@ -72,6 +75,7 @@ def test_the_error_on_activations_of_real_size():
         assert (found - exact).norm() / exact.norm() < 0.015
 
 
+@pytest.mark.usefixtures("vnni")
 def test_a_row_does_not_depend_on_the_others():
     states, weight, bias = drawn(263, 48, 33, 1)
     linear = Int8Linear(weight, bias)
@@ -84,6 +88,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert torch.equal(linear(states)[rest], together[rest])
 
 
+@pytest.mark.usefixtures("vnni")
 def test_rows_without_a_range_and_no_rows():
     _, weight, bias = drawn(1, 16, 8, 2)
     linear = Int8Linear(weight, bias)
@@ -96,7 +101,8 @@ def test_rows_without_a_range_and_no_rows():
 
 
 @pytest.mark.parametrize("query", ["eot", "state"])
-def test_queries_of_an_int8_tower(clip, query, vnni):
+@pytest.mark.usefixtures("vnni")
+def test_queries_of_an_int8_tower(clip, query):
     ids = torch.tensor([clip.tokenizer(text, add_special_tokens=False)["input_ids"][:19] for text in TEXTS])
     expected = ContextEncoder(clip, query=query)(ids)
     encoder = ContextEncoder(clip, query=query, dtype=torch.int8)
@@ -111,8 +117,8 @@ def test_queries_of_an_int8_tower(clip, query, vnni):
 
 
 def test_where_it_would_be_slow_it_is_refused(clip, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValmError, match="no AVX-512 VNNI"):
+    monkeypatch.setattr(module, "has_avx2", lambda: False)
+    with pytest.raises(ValmError, match="no AVX2"):
         TextTower(clip, torch.int8)
     with pytest.raises(ValmError, match="cannot be int8 on meta: use bfloat16"):
         check_int8(torch.device("meta"))

@@ -2,12 +2,17 @@ import open_clip
 import pytest
 import torch
 
+from tests.tolerance import assert_accurate
 from tests.valm.retrieval.test_context import prefixes
-from tests.valm.tiny_clip import TINY, make_clip
+from tests.valm.tiny_clip import TEXTS, TINY, make_clip
 from valm.clip.clip import Clip
 from valm.clip.text_tower import TextTower
 from valm.errors import ValmError
-from valm.retrieval.context import ContextEncoder
+from valm.retrieval.context import QUERIES, ContextEncoder
+from valm_kernels.int8_rows import has_avx2
+from valm_kernels.text_block import Int8TextBlock
+
+INT8 = pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
 
 
 def refusal(clip):
@@ -82,6 +87,56 @@ def test_eots_after_some_tokens_are_those_after_all(clip):
         every, _ = tower.run(ids, [7, 5], positions=positions, eot_after=torch.arange(12))
         found, _ = tower.run(ids, [7, 5], positions=positions, eot_after=some)
     torch.testing.assert_close(found, every[some])
+
+
+@INT8
+@pytest.mark.parametrize(
+    ("parts", "in_one_call"),
+    [
+        ({}, True),
+        ({"quick_gelu": True}, True),
+        ({"act_kwargs": {"approximate": "tanh"}}, False),
+        ({"ls_init_value": 0.5}, False),
+        ({"norm_kwargs": {"elementwise_affine": False}}, False),
+    ],
+)
+def test_a_next_token_is_read_in_one_call_by_blocks_of_the_usual_parts(parts, in_one_call, tokenizer):
+    quick_gelu, text_cfg = "quick_gelu" in parts, {**TINY["text_cfg"], **parts}
+    text_cfg.pop("quick_gelu", None)
+    clip = Clip.create({**TINY, "quick_gelu": quick_gelu, "text_cfg": text_cfg}, tokenizer)
+    assert bool(TextTower(clip, torch.int8).next_token_blocks) == in_one_call
+
+
+@INT8
+@pytest.mark.parametrize("query", QUERIES)
+def test_tokens_read_in_one_call_have_the_same_queries(tokenizer, query, monkeypatch):
+    """In rows that start apart."""
+    torch.manual_seed(0)
+    clip = Clip.create(TINY, tokenizer)
+    exact, encoder = (ContextEncoder(clip, query=query, dtype=dtype) for dtype in (torch.float64, torch.int8))
+    ids, mask = torch.zeros(2, 24, dtype=torch.int64), torch.zeros(2, 24, dtype=torch.int64)
+    for row, start in enumerate((0, 5)):
+        tokens = clip.tokenizer(TEXTS[row], add_special_tokens=False)["input_ids"][: 24 - start]
+        ids[row, start : start + len(tokens)], mask[row, start : start + len(tokens)] = torch.tensor(tokens), 1
+    first_keys = []
+    step = Int8TextBlock.step
+
+    def watched(block, hidden, keys, values, *, first_key=None, first_out=0):
+        first_keys.append(first_key)
+        return step(block, hidden, keys, values, first_key=first_key, first_out=first_out)
+
+    monkeypatch.setattr(Int8TextBlock, "step", watched)
+    found = token_by_token(encoder, ids, mask)
+    assert any(first_key is not None for first_key in first_keys)
+    monkeypatch.setattr(encoder.tower, "next_token_blocks", [])
+    eager, truth = (token_by_token(one, ids, mask) for one in (encoder, exact))
+    assert_accurate("queries", found, eager, truth.double())
+
+
+def token_by_token(encoder, ids, mask):
+    cache = encoder.new_cache(len(ids))
+    steps = range(ids.shape[1])
+    return torch.cat([encoder.step(ids[:, at : at + 1], cache, mask[:, at : at + 1]) for at in steps], 1)
 
 
 LONG_TEXT = "The colour of a ripe banana is yellow, and that of the sky over the sea is blue on a clear day, he said."

@@ -11,8 +11,9 @@ from tests.valm.tiny_clip import TEXTS, make_clip
 from valm.clip.tokenizer import padded
 from valm.retrieval import context
 from valm.retrieval.context import QUERIES, ContextEncoder
+from valm_kernels.int8_rows import has_avx2
 
-VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs AVX-512 VNNI")
+INT8 = pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
 TOKENS = st.integers(0, 47)
 ROWS = st.lists(st.lists(TOKENS, min_size=1, max_size=60), min_size=1, max_size=4)
 fixed = settings(max_examples=16, deadline=None, derandomize=True)
@@ -230,7 +231,7 @@ def test_segments_are_encoded_together(clip, pool, monkeypatch):
 
 
 @pytest.mark.parametrize("query", QUERIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.int8, marks=VNNI)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.int8, marks=INT8)])
 def test_queries_in_a_batch_and_token_by_token_are_as_accurate_as_alone(clip, pool, query, dtype):
     encoder, exact = (ContextEncoder(clip, query=query, dtype=of) for of in (dtype, torch.float64))
     rows = [pool[:17], pool[17:22], pool[22:33], pool[3:6]]
