@@ -283,6 +283,8 @@ void check_int8_rows(const std::string& isa) {
     constexpr int64_t kCount = 600, kWidth = 77;
     const std::vector<float> rows = uniforms(kCount * kWidth);
     const std::vector<float> scale = uniforms(kWidth), sum = uniforms(kWidth), bias = uniforms(kWidth);
+    constexpr int64_t kRows = 7, kOutputs = 131;
+    const std::vector<float> of_weights = uniforms(3 * kOutputs);
     at_once([&] {
         std::vector<int8_t> rounded(kCount * kWidth);
         std::vector<float> step(kCount), zero(kCount);
@@ -310,10 +312,8 @@ void check_int8_rows(const std::string& isa) {
             check(std::abs(found - expected) < 1e-3, "scale_products");
         }
 
-        constexpr int64_t kRows = 7, kOutputs = 131;
         std::vector<int8_t> weight(kOutputs * kWidth);
         for (size_t e = 0; e < weight.size(); ++e) weight[e] = static_cast<int8_t>(e * 37 % 255 - 127);
-        const std::vector<float> of_weights = uniforms(3 * kOutputs);
         const float *scales = of_weights.data(), *sums = scales + kOutputs, *biases = sums + kOutputs;
         std::vector<int32_t> whole(kRows * kOutputs), parts(kRows * kOutputs);
         valm::linear_rows(isa, 2, rows.data(), kRows, kWidth, weight.data(), kOutputs, scales, sums, biases,
