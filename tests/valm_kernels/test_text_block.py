@@ -156,6 +156,18 @@ def test_keys_that_are_a_part_of_a_cache():
         assert torch.equal(found, expected)
 
 
+def test_norms_that_are_cast_afterwards_stay_as_they_were():
+    norms, block = [norm_of(16, torch.Generator()) for _ in range(2)], block_of(2, 8, 24)
+    layers = [Int8Layer(*block.weights[first : first + 4]) for first in range(4, 20, 4)]
+    block = Int8TextBlock(2, norms, layers, False)
+    hidden, keys, values = inputs_of(block, 2, 3, 5)
+    found, expected = hidden.clone(), hidden.clone()
+    block.step(expected, keys, values)
+    torch.nn.ModuleList(norms).bfloat16()
+    block.step(found, keys, values)
+    assert torch.equal(found, expected)
+
+
 def test_threads_do_not_change_a_bit():
     block = block_of(8, 64, 2048)
     hidden, keys, values = inputs_of(block, 2, 4, 70)
@@ -222,6 +234,8 @@ def test_other_weights_are_refused():
                 others = [*layers[:place], layers[place]._replace(**{name: wrong}), *layers[place + 1 :]]
                 with pytest.raises(ValueError, match=" must be torch"):
                     Int8TextBlock(2, norms, others, False)
+    with pytest.raises(ValueError, match=r"weight must be torch\.int8 \(16, 16\)"):  # one layer in two places
+        Int8TextBlock(2, norms, [layers[0], layers[3], layers[2], layers[3]], False)
     with pytest.raises(ValueError, match="weight and bias of a norm must be"):
         Int8TextBlock(2, [norms[0], torch.nn.LayerNorm(15)], layers, False)
     with pytest.raises(ValueError, match="a width of 16 is not of 3 heads"):
