@@ -3,10 +3,21 @@ of it for a few rows."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .native import cpu_isa, native, survives_fork
+
+
+class Int8Layer(NamedTuple):
+    """A linear layer as `linear_rows` takes it: weight (N, W) int8; scale, sum and bias (N,) float32."""
+
+    weight: Tensor
+    scale: Tensor
+    sum: Tensor
+    bias: Tensor
 
 
 def has_avx2() -> bool:
@@ -110,9 +121,7 @@ def linear_rows(rows: Tensor, weight: Tensor, scale: Tensor, sum: Tensor, bias: 
     """
     rows = _checked(rows)
     outputs, width = weight.shape[0], rows.shape[1]
-    check_tensor("weight", weight, torch.int8, (outputs, width))
-    for name, tensor in (("scale", scale), ("sum", sum), ("bias", bias)):
-        check_tensor(name, tensor, torch.float32, (outputs,))
+    check_layer(Int8Layer(weight, scale, sum, bias), outputs, width)
     out = rows.new_empty(len(rows), outputs)
     native().linear_rows(
         cpu_isa(),
@@ -138,6 +147,12 @@ def _checked(rows: Tensor) -> Tensor:
     if rows.requires_grad and torch.is_grad_enabled():
         raise ValueError("rounding has no gradient: call it under torch.no_grad()")
     return rows.contiguous()
+
+
+def check_layer(layer: Int8Layer, outputs: int, width: int) -> None:
+    check_tensor("weight", layer.weight, torch.int8, (outputs, width))
+    for name in ("scale", "sum", "bias"):
+        check_tensor(name, getattr(layer, name), torch.float32, (outputs,))
 
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .int8_rows import check_tensor
+from .int8_rows import Int8Layer, check_layer, check_tensor
 from .native import cpu_isa, native, survives_fork
-
-
-class Int8Layer(NamedTuple):
-    """A linear layer as `linear_rows` takes it: weight (N, W) int8; scale, sum and bias (N,) float32."""
-
-    weight: Tensor
-    scale: Tensor
-    sum: Tensor
-    bias: Tensor
 
 
 class Int8TextBlock:
@@ -44,11 +34,7 @@ class Int8TextBlock:
         inputs = (self.width, self.width, self.width, self.inner_width)
         outputs = (3 * self.width, self.width, self.inner_width, self.width)
         for layer, *shape in zip(layers, outputs, inputs, strict=True):
-            count = shape[0]
-            check_tensor("weight", layer.weight, torch.int8, tuple(shape))
-            for name, tensor in layer._asdict().items():
-                if name != "weight":
-                    check_tensor(name, tensor, torch.float32, (count,))
+            check_layer(layer, *shape)
             self.weights += layer
         if self.width % heads:
             raise ValueError(f"a width of {self.width} is not of {heads} heads")

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from valm.errors import ValmError
-from valm_kernels.int8_rows import has_avx2, has_vnni, linear_rows, round_rows, scale_products_
+from valm_kernels.int8_rows import Int8Layer, has_avx2, has_vnni, linear_rows, round_rows, scale_products_
 from valm_kernels.memory_maps import memory_limit
-from valm_kernels.text_block import Int8Layer
 
 Linear = Callable[[Tensor], Tensor]
 FEW_ROWS = 32  # those of a generated token of each text of a batch
