@@ -55,6 +55,13 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
     }
 }
 
+// The weights of the outputs behind the `count` ones from n on, which a kernel prefetches: rows of weights are too
+// short for the processor to see where the next ones are. At the end those from n on themselves.
+[[maybe_unused]] const int8_t* next_weights(const int8_t* weight, int64_t n, int64_t count, int64_t outputs,
+                                            int64_t width) {
+    return weight + (n + 2 * count <= outputs ? n + count : n) * width;
+}
+
 // Unused where an instruction set has its own.
 [[maybe_unused]] void multiply(const int8_t* rows, int64_t count, int64_t width, const int8_t* weight, int64_t first,
                                int64_t last, int64_t outputs, int32_t* products) {

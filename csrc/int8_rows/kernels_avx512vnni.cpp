@@ -39,11 +39,13 @@ void multiply_rows(const int8_t* rows, int64_t width, const int8_t* weight, int6
     }
     for (int64_t n = first; n < last; n += kOutputs) {
         const int64_t some = last - n < kOutputs ? last - n : kOutputs;
+        const int8_t* next = next_weights(weight, n, kOutputs, outputs, width);
         __m512i sums[kSomeRows][kOutputs] = {};
         for (int64_t e = 0; e < width; e += kBytes) {
             __m512i factors[kOutputs];
             for (int m = 0; m < kOutputs; ++m) {
                 const int8_t* factor = weight + (n + (m < some ? m : 0)) * width;
+                __builtin_prefetch(next + e * kOutputs + m * kBytes);
                 factors[m] = _mm512_xor_si512(load(factor, e, width), sign);
             }
             for (int i = 0; i < kSomeRows; ++i) {
