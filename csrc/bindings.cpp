@@ -7,7 +7,7 @@
 
 #include "image_attn/image_attn.hpp"
 #include "int8_rows/int8_rows.hpp"
-#include "int8_rows/text_block.hpp"
+#include "int8_rows/text_blocks.hpp"
 #include "simd/isa.hpp"
 #include "topk/cuda/search.hpp"
 #include "topk/topk.hpp"
@@ -37,7 +37,7 @@ static int64_t interruptible(Function function) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native code of valm_kernels; call it through valm_kernels.";
     // Raise it here and in valm_kernels/native.py whenever a call changes.
-    m.attr("interface_version") = 8;
+    m.attr("interface_version") = 9;
 
     py::class_<valm::Rows>(m, "Rows", py::module_local())
         .def(py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
@@ -100,27 +100,30 @@ PYBIND11_MODULE(_native, m) {
               valm::linear_rows(isa, threads, at<float>(rows), count, width, at<int8_t>(weight), outputs,
                                 at<float>(scale), at<float>(sum), at<float>(bias), at<int32_t>(out));
           });
-    m.def("text_block_step", [](const std::string& isa, int threads, int64_t width, int64_t inner_width, int64_t heads,
-                                bool quick_gelu, const std::array<uintptr_t, 20>& weights,
-                                const std::array<float, 2>& eps, uintptr_t keys, uintptr_t values,
-                                const std::array<int64_t, 3>& key_steps, const std::array<int64_t, 3>& value_steps,
-                                int64_t past, uintptr_t first, uintptr_t hidden, int64_t texts, int64_t streams,
-                                int64_t first_out, uintptr_t projected) {
-        const auto norm = [&](int i) {
-            return valm::Norm{at<float>(weights[2 * i]), at<float>(weights[2 * i + 1]), eps[i]};
-        };
-        const auto layer = [&](int i) {
-            const uintptr_t* of_layer = &weights[4 + 4 * i];
-            return valm::Int8Layer{at<int8_t>(of_layer[0]), at<float>(of_layer[1]), at<float>(of_layer[2]),
-                                   at<float>(of_layer[3])};
-        };
-        const py::gil_scoped_release release;
-        valm::text_block_step(isa, threads,
-                              {width, inner_width, heads, norm(0), norm(1), layer(0), layer(1), layer(2), layer(3),
-                               quick_gelu ? valm::Activation::kQuickGelu : valm::Activation::kGelu},
-                              {at<float>(keys), at<float>(values), key_steps, value_steps, past, at<int32_t>(first)},
-                              at<float>(hidden), texts, streams, first_out, at<float>(projected));
-    });
+    m.def("text_blocks_step",
+          [](const std::string& isa, int threads, int64_t width, int64_t inner_width, int64_t heads, bool quick_gelu,
+             const std::vector<std::array<uintptr_t, 20>>& weights, const std::vector<std::array<float, 2>>& eps,
+             uintptr_t past, const std::array<int64_t, 5>& steps, int64_t count, const std::vector<int64_t>& first,
+             const std::vector<int64_t>& lengths, const std::vector<int64_t>& eot_after, uintptr_t hidden,
+             uintptr_t projected) {
+              const py::gil_scoped_release release;
+              const auto activation = quick_gelu ? valm::Activation::kQuickGelu : valm::Activation::kGelu;
+              std::vector<valm::TextBlock> blocks;
+              for (size_t n = 0; n < weights.size(); ++n) {
+                  const auto norm = [&](int i) {
+                      return valm::Norm{at<float>(weights[n][2 * i]), at<float>(weights[n][2 * i + 1]), eps[n][i]};
+                  };
+                  const auto layer = [&](int i) {
+                      const uintptr_t* of_layer = &weights[n][4 + 4 * i];
+                      return valm::Layer{at<void>(of_layer[0]), at<float>(of_layer[1]), at<float>(of_layer[2]),
+                                         at<float>(of_layer[3])};
+                  };
+                  blocks.push_back({width, inner_width, heads, norm(0), norm(1), layer(0), layer(1), layer(2), layer(3),
+                                    activation});
+              }
+              valm::text_blocks_step(isa, threads, blocks, {at<float>(past), steps, count, first}, {lengths, eot_after},
+                                     at<float>(hidden), at<float>(projected));
+          });
 
 #ifdef VALM_KERNELS_CUDA
     m.attr("built_with_cuda") = true;

@@ -112,7 +112,7 @@ def private_imports(root: Path) -> set[str]:
         "valm_kernels.memory_maps",
         "valm_kernels.locks",
         "valm_kernels.int8_rows",
-        "valm_kernels.text_block",
+        "valm_kernels.text_blocks",
     )
     found = {target for file in modules(root, "valm").values() for target in imports(file)}
     return {t for t in found if t.partition(".")[0] == "valm_kernels" and not t.startswith(shared)} - public

@@ -30,6 +30,11 @@ def has_vnni() -> bool:
     return cpu_isa() in ("avx512vnni", "amxint8")
 
 
+def is_int8_fast() -> bool:
+    """Whether a tower reads in int8 as fast as in float32, and its next tokens faster: not with AVX-512 and no VNNI."""
+    return has_vnni() or cpu_isa() == "avx2"
+
+
 @survives_fork
 def round_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds each row to 256 steps from its least to its largest value: rows ~ zero + step * rounded.

@@ -8,12 +8,17 @@ namespace valm {
 
 enum class Activation { kGelu, kQuickGelu };
 
-// A query of one head (dim) and what it sees: tokens `first` to `count` of the past, and own_count >= 1 new ones.
+// Keys and values of one head, of tokens one behind the other.
+struct TokenSpan {
+    const float *keys, *values;
+    int64_t step, count;
+};
+
+// A query of one head (dim), and the tokens of the past, the new ones and the EOT that it sees; at least one.
 struct SeenTokens {
-    const float *query, *keys, *values;
-    int64_t key_step, value_step, first, count;
-    const float *own_keys[2], *own_values[2];
-    int64_t own_count, dim;
+    const float* query;
+    TokenSpan spans[3];
+    int64_t dim;
 };
 
 struct Int8RowKernels {
@@ -23,6 +28,9 @@ struct Int8RowKernels {
     // products[i * outputs + n] of `count` rounded rows and rows first <= n < last of the weights, each of `width`
     void (*multiply)(const int8_t* rows, int64_t count, int64_t width, const int8_t* weight, int64_t first,
                      int64_t last, int64_t outputs, int32_t* products);
+    // out[i * outputs + n] = bias[n] + row i of `count` rows @ row n of the weights, first <= n < last
+    void (*multiply_floats)(const float* rows, int64_t count, int64_t width, const float* weight, const float* bias,
+                            int64_t first, int64_t last, int64_t outputs, float* out);
     // out = LayerNorm(row), all of `width`
     void (*normalise)(const float* row, int64_t width, const float* weight, const float* bias, float eps, float* out);
     // in place

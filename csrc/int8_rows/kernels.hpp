@@ -57,8 +57,8 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
 
 // The weights of the outputs behind the `count` ones from n on, which a kernel prefetches: rows of weights are too
 // short for the processor to see where the next ones are. At the end those from n on themselves.
-[[maybe_unused]] const int8_t* next_weights(const int8_t* weight, int64_t n, int64_t count, int64_t outputs,
-                                            int64_t width) {
+template <typename T>
+const T* next_weights(const T* weight, int64_t n, int64_t count, int64_t outputs, int64_t width) {
     return weight + (n + 2 * count <= outputs ? n + count : n) * width;
 }
 
@@ -72,6 +72,44 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
             products[i * outputs + n] = sum;
         }
     }
+}
+
+// The sums of a tile of rows and outputs stay in registers.
+template <int kRows>
+void multiply_some_floats(const float* rows, int64_t width, const float* weight, const float* bias, int64_t first,
+                          int64_t last, int64_t outputs, float* out) {
+    constexpr int kOutputs = 4, kLine = 16;
+    for (int64_t n = first; n < last; n += kOutputs) {
+        const int64_t some = last - n < kOutputs ? last - n : kOutputs;
+        const float* factor[kOutputs];
+        for (int m = 0; m < kOutputs; ++m) factor[m] = weight + (n + (m < some ? m : 0)) * width;
+        const float* next = next_weights(weight, n, kOutputs, outputs, width);
+        FloatVector sums[kRows][kOutputs] = {};
+        const auto add_products = [&](int64_t e, int64_t count) {
+            FloatVector factors[kOutputs];
+            for (int m = 0; m < kOutputs; ++m) factors[m] = load(factor[m] + e, count);
+            for (int i = 0; i < kRows; ++i) {
+                const FloatVector row = load(rows + i * width + e, count);
+                for (int m = 0; m < kOutputs; ++m) sums[i][m] += row * factors[m];
+            }
+        };
+        int64_t e = 0;
+        for (; e + Lanes<float>::count <= width; e += Lanes<float>::count) {
+            for (int64_t line = 0; line < kOutputs * Lanes<float>::count; line += kLine)
+                __builtin_prefetch(next + e * kOutputs + line);
+            add_products(e, Lanes<float>::count);
+        }
+        if (e < width) add_products(e, width - e);
+        for (int i = 0; i < kRows; ++i)
+            for (int64_t m = 0; m < some; ++m) out[i * outputs + n + m] = bias[n + m] + sum_of(sums[i][m]);
+    }
+}
+
+void multiply_floats(const float* rows, int64_t count, int64_t width, const float* weight, const float* bias,
+                     int64_t first, int64_t last, int64_t outputs, float* out) {
+    for (; count >= 2; count -= 2, rows += 2 * width, out += 2 * outputs)
+        multiply_some_floats<2>(rows, width, weight, bias, first, last, outputs, out);
+    if (count == 1) multiply_some_floats<1>(rows, width, weight, bias, first, last, outputs, out);
 }
 
 void normalise(const float* row, int64_t width, const float* weight, const float* bias, float eps, float* out) {
@@ -117,7 +155,10 @@ void activate(float* values, int64_t count, Activation activation) {
 
 float dot(const float* a, const float* b, int64_t n) {
     FloatVector sums = {};
-    for (int64_t e = 0; e < n; e += Lanes<float>::count) sums += load(a + e, n - e) * load(b + e, n - e);
+    int64_t e = 0;
+    for (; e + Lanes<float>::count <= n; e += Lanes<float>::count)
+        sums += load(a + e, Lanes<float>::count) * load(b + e, Lanes<float>::count);
+    if (e < n) sums += load(a + e, n - e) * load(b + e, n - e);
     return sum_of(sums);
 }
 
@@ -126,20 +167,20 @@ void attend(const SeenTokens& seen, float* out) {
     const float scale = 1 / std::sqrt(static_cast<float>(seen.dim));
     float highest = -std::numeric_limits<float>::infinity(), sum = 0;
     for (int64_t e = 0; e < seen.dim; ++e) out[e] = 0;
-    for (int64_t token = seen.first; token < seen.count + seen.own_count; ++token) {
-        const int64_t own = token - seen.count;
-        const float* key = own < 0 ? seen.keys + token * seen.key_step : seen.own_keys[own];
-        const float* value = own < 0 ? seen.values + token * seen.value_step : seen.own_values[own];
-        const float score = dot(seen.query, key, seen.dim) * scale;
-        if (score > highest) {
-            const float smaller = std::exp(highest - score);
-            for (int64_t e = 0; e < seen.dim; ++e) out[e] *= smaller;
-            sum *= smaller;
-            highest = score;
+    for (const TokenSpan& span : seen.spans) {
+        for (int64_t token = 0; token < span.count; ++token) {
+            const float* value = span.values + token * span.step;
+            const float score = dot(seen.query, span.keys + token * span.step, seen.dim) * scale;
+            if (score > highest) {
+                const float smaller = std::exp(highest - score);
+                for (int64_t e = 0; e < seen.dim; ++e) out[e] *= smaller;
+                sum *= smaller;
+                highest = score;
+            }
+            const float weight = std::exp(score - highest);
+            for (int64_t e = 0; e < seen.dim; ++e) out[e] += weight * value[e];
+            sum += weight;
         }
-        const float weight = std::exp(score - highest);
-        for (int64_t e = 0; e < seen.dim; ++e) out[e] += weight * value[e];
-        sum += weight;
     }
     for (int64_t e = 0; e < seen.dim; ++e) out[e] /= sum;
 }

@@ -58,7 +58,8 @@ void multiply_avx2(const int8_t* rows, int64_t count, int64_t width, const int8_
 
 }  // namespace
 
-const Int8RowKernels int8_rows_avx2 = {round_row, scale_row, multiply_avx2, normalise, activate, attend};
+const Int8RowKernels int8_rows_avx2 = {round_row, scale_row, multiply_avx2, multiply_floats,
+                                       normalise, activate,  attend};
 
 }  // namespace valm
 #endif

@@ -72,7 +72,8 @@ void multiply_vnni(const int8_t* rows, int64_t count, int64_t width, const int8_
 
 }  // namespace
 
-const Int8RowKernels int8_rows_avx512vnni = {round_row, scale_row, multiply_vnni, normalise, activate, attend};
+const Int8RowKernels int8_rows_avx512vnni = {round_row, scale_row, multiply_vnni, multiply_floats,
+                                             normalise, activate,  attend};
 
 }  // namespace valm
 #endif

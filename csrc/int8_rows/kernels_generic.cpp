@@ -2,6 +2,6 @@
 
 namespace valm {
 
-const Int8RowKernels int8_rows_generic = {round_row, scale_row, multiply, normalise, activate, attend};
+const Int8RowKernels int8_rows_generic = {round_row, scale_row, multiply, multiply_floats, normalise, activate, attend};
 
 }  // namespace valm

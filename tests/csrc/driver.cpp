@@ -16,7 +16,7 @@
 
 #include "image_attn/image_attn.hpp"
 #include "int8_rows/int8_rows.hpp"
-#include "int8_rows/text_block.hpp"
+#include "int8_rows/text_blocks.hpp"
 #include "simd/half.hpp"
 #include "simd/isa.hpp"
 #include "topk/exact.hpp"
@@ -328,34 +328,36 @@ void check_int8_rows(const std::string& isa) {
 }
 
 // A text among others has the bits that it has alone.
-void check_text_block(const std::string& isa) {
-    constexpr int64_t kTexts = 3, kStreams = 2, kHeads = 4, kDim = 19, kWidth = kHeads * kDim, kInner = 500, kPast = 37;
+void check_text_blocks(const std::string& isa) {
+    constexpr int64_t kHeads = 4, kDim = 19, kWidth = kHeads * kDim, kInner = 500, kPast = 37, kOfText = kWidth * kPast;
     std::vector<int8_t> weight(kWidth * kInner);
     for (size_t e = 0; e < weight.size(); ++e) weight[e] = static_cast<int8_t>(e * 37 % 255 - 127);
     std::vector<float> factors = uniforms(3 * kInner);
     for (float& factor : factors) factor /= 64 * kWidth;
-    const valm::Int8Layer layer{weight.data(), factors.data(), &factors[kInner], &factors[2 * kInner]};
+    const std::vector<float> weights = uniforms(kWidth * kInner);
+    const valm::Layer of_int8{weight.data(), factors.data(), &factors[kInner], &factors[2 * kInner]};
+    const valm::Layer of_float{weights.data(), nullptr, nullptr, factors.data()};
     const valm::Norm norm{factors.data(), &factors[kWidth], 1e-5f};
-    const std::vector<float> keys = uniforms(kTexts * kWidth * kPast), values = uniforms(kTexts * kWidth * kPast);
-    const std::vector<float> hidden = uniforms(kStreams * kTexts * kWidth);
-    const int32_t first[kTexts] = {0, 5, kPast};
-    for (const auto activation : {valm::Activation::kGelu, valm::Activation::kQuickGelu}) {
+    const valm::NewTokens tokens{{1, 3, 2}, {0, 2, 3, 5}}, of_text[] = {{{1}, {0}}, {{3}, {1, 2}}, {{2}, {1}}};
+    const std::vector<int64_t> rows[] = {{0, 6}, {1, 2, 3, 7, 8}, {4, 5, 9}}, first = {0, 5, kPast};
+    const std::vector<float> past = uniforms(2 * 2 * 3 * kOfText), hidden = uniforms(10 * kWidth);
+    const std::array<int64_t, 5> steps = {6 * kOfText, 3 * kOfText, kOfText, kDim * kPast, kDim};
+    for (const valm::Layer& layer : {of_int8, of_float}) {
+        const auto activation = layer.is_int8() ? valm::Activation::kGelu : valm::Activation::kQuickGelu;
         const valm::TextBlock block{kWidth, kInner, kHeads, norm, norm, layer, layer, layer, layer, activation};
         at_once([&] {
-            const std::array<int64_t, 3> steps = {kWidth * kPast, kDim * kPast, kDim};
-            std::vector<float> together = hidden, projected(kStreams * kTexts * 3 * kWidth);
-            valm::text_block_step(isa, 2, block, {keys.data(), values.data(), steps, steps, kPast, first},
-                                  together.data(), kTexts, kStreams, 0, projected.data());
-            for (int64_t text = 0; text < kTexts; ++text) {
-                std::vector<float> alone, of_alone(kStreams * 3 * kWidth);
-                const int64_t past = text * kWidth * kPast, streams[] = {text, kTexts + text};
-                for (const int64_t row : streams)
+            std::vector<float> together = hidden, projected(2 * 10 * 3 * kWidth);
+            valm::text_blocks_step(isa, 2, {block, block}, {past.data(), steps, kPast, first}, tokens, together.data(),
+                                   projected.data());
+            for (int64_t text = 0; text < 3; ++text) {
+                std::vector<float> alone;
+                for (const int64_t row : rows[text])
                     alone.insert(alone.end(), &hidden[row * kWidth], &hidden[row * kWidth] + kWidth);
-                valm::text_block_step(isa, 2, block, {&keys[past], &values[past], steps, steps, kPast, first + text},
-                                      alone.data(), 1, kStreams, 0, of_alone.data());
-                for (int64_t s = 0; s < kStreams; ++s) {
-                    const float* found = &together[streams[s] * kWidth];
-                    check(std::equal(found, found + kWidth, &alone[s * kWidth]), "text_block_step");
+                valm::text_blocks_step(isa, 2, {block, block}, {&past[text * kOfText], steps, kPast, {first[text]}},
+                                       of_text[text], alone.data(), projected.data());
+                for (size_t i = 0; i < rows[text].size(); ++i) {
+                    const float* found = &together[rows[text][i] * kWidth];
+                    check(std::equal(found, found + kWidth, &alone[i * kWidth]), "text_blocks_step");
                 }
             }
         });
@@ -391,7 +393,7 @@ int main() {
         check_searches(isa);
         check_several_searches(isa);
         check_int8_rows(isa);
-        check_text_block(isa);
+        check_text_blocks(isa);
         for (const int64_t head_dim : {24, 64}) {
             check_image_attn(isa, head_dim, false);
             check_image_attn(isa, head_dim, true);

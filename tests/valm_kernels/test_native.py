@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.valm_kernels.test_text_block import block_of, inputs_of
+from tests.valm_kernels.test_text_blocks import blocks_of, inputs_of, int8_layer
 from valm_kernels import (
     FlatIPIndex,
     int8_rows,
@@ -38,8 +38,8 @@ NUMBERS = torch.arange(5000)
 PRODUCTS = torch.arange(5000 * 32, dtype=torch.int32).reshape(5000, 32)
 LONG_ROWS = ROWS.reshape(32, 5000)
 WEIGHT = (127 * ROWS).to(torch.int8).reshape(32, 5000)
-BLOCK = block_of(heads=8, head_dim=64, inner=512)
-HIDDEN, *PAST = inputs_of(BLOCK, streams=2, texts=16, past=40)
+BLOCKS = blocks_of(int8_layer, heads=8, head_dim=64, inner=512)
+HIDDEN, PAST = inputs_of(BLOCKS, rows=32, texts=16, past=40)
 
 
 def attend() -> torch.Tensor:
@@ -53,10 +53,8 @@ def scale_int8() -> torch.Tensor:
     return int8_rows.scale_products_(products, *factors)[:100]
 
 
-def step_a_block() -> torch.Tensor:
-    hidden = HIDDEN.clone()
-    BLOCK.step(hidden, *PAST)
-    return hidden[:, :9]
+def step_blocks() -> torch.Tensor:
+    return BLOCKS.step(HIDDEN.clone(), [2] * 16, PAST)[0][:9]
 
 
 def search_an_index() -> torch.Tensor:
@@ -82,7 +80,7 @@ OPERATIONS = {
     "image weights": lambda: visual_fusion_attn(*QKV, IMAGES, IMAGES, return_image_weights=True)[1],
     "round_rows": lambda: int8_rows.round_rows(ROWS)[0][:100],
     "scale_products_": scale_int8,
-    "Int8TextBlock.step": step_a_block,
+    "TextBlocks.step": step_blocks,
     "linear_rows": lambda: int8_rows.linear_rows(LONG_ROWS[:5], WEIGHT, *ROWS[:3]),
 }
 # Of the operations in a forked child: what PyTorch does alone, or beside native code.
@@ -97,7 +95,7 @@ NATIVE = (
     "round_rows",
     "scale_products",
     "linear_rows",
-    "text_block_step",
+    "text_blocks_step",
 )
 
 

@@ -13,11 +13,11 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor
 
 from valm.clip.clip import Clip
-from valm.clip.linear import Int8Linear, Linear, check_int8, linear
+from valm.clip.linear import FEW_ROWS, Int8Linear, Linear, PackedLinear, check_int8, linear
 from valm.errors import ValmError
 from valm_kernels import visual_fusion_attn
-from valm_kernels.int8_rows import has_vnni
-from valm_kernels.text_block import Int8TextBlock
+from valm_kernels.int8_rows import Int8Layer, has_avx2, has_vnni, is_int8_fast
+from valm_kernels.text_blocks import FloatLayer, TextBlock, TextBlocks
 
 # New segments are padded to such a length: PyTorch's flash attention on CPUs sums by vectors of 16 numbers, and rounds
 # otherwise where the rest of a row is a part of one. So a segment's states do not depend on the others in a call.
@@ -37,7 +37,7 @@ class _Rows:
     """Where the attention has T tokens of N segments, and A EOTs: in rows of L, which pad the longest segment to a
     `multiple`, for each of S streams."""
 
-    def __init__(self, lengths: list[int], eot_after: Tensor | None, multiple: int, device: torch.device):
+    def __init__(self, lengths: list[int], eot_after: list[int] | None, multiple: int, device: torch.device):
         count, longest = torch.tensor(lengths), -(-max(lengths) // multiple) * multiple
         padding = torch.arange(len(lengths)) * longest - count.cumsum(0) + count  # before each segment
         place = torch.arange(sum(lengths)) + padding.repeat_interleave(count)
@@ -98,7 +98,9 @@ class TextTower:
             )
             for block in self.blocks
         ]
-        self.next_token_blocks = _next_token_blocks(self.blocks, self.linear)
+        self.native_blocks = _native_blocks(self.blocks, self.linear)
+        # of many rows PyTorch's products are faster, but those of int8 only with VNNI
+        self.native_for_many = self.dtype == torch.int8 and not has_vnni()
         self.norm = modules["norm"]
         self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
         self.wide = torch.promote_types(dtype, torch.float32)
@@ -120,10 +122,11 @@ class TextTower:
         lengths: list[int],
         *,
         positions: Tensor,
-        eot_after: Tensor | None = None,
-        first_key: Tensor | None = None,
+        eot_after: list[int] | None = None,
+        first_key: list[int] | None = None,
         past: Tensor | None = None,
         keep: bool = False,
+        step: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the tokens of N segments, before the last LayerNorm.
 
@@ -134,13 +137,14 @@ class TextTower:
             ids: (T,) int64, those of the first segment, then those of the second, and so on.
             lengths: of each segment the number of its tokens.
             positions: (T,) int64, each token's position in its segment.
-            eot_after: (A,) int64 on the CPU, ascending numbers of tokens: returns the state of an EOT right after each.
+            eot_after: ascending numbers of A tokens: returns the state of an EOT right after each.
                 They are a second stream: the EOT after position t sees the text up to t and itself, through
                 `visual_fusion_attn` with its own key as the one "image". None returns the states of all tokens.
             past: (layers, 2, N, H, P, D), keys and values of earlier tokens, in any order, as they contain the
                 positions.
-            first_key: (N, L) int32, the first of the P + L keys that each token sees; by default all up to itself.
+            first_key: of each segment the first of the P + L keys that its tokens see; by default all.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
+            step: with `keep`, reads few tokens in one call where it can, which is faster and rounds otherwise.
 
         Returns:
             States (T, W) or (A, W), and the keys and values (layers, 2, N, H, L, D) if `keep`.
@@ -150,11 +154,11 @@ class TextTower:
             ends = self.embedding.weight[self.eot] + self.positions[positions[eot_after] + 1]
             hidden = torch.cat([hidden, ends])  # (T + A, W)
 
-        whole_streams = eot_after is None or len(eot_after) == len(ids)
-        if self.next_token_blocks and past is not None and max(lengths) == 1 and whole_streams:
-            return self._step(hidden.unflatten(0, (-1, len(ids))), past, first_key)
+        if self.native_blocks is not None and step and (self.native_for_many or len(hidden) <= FEW_ROWS):
+            return self._step(self.native_blocks, hidden, lengths, eot_after, first_key, past)
 
         rows = _Rows(lengths, eot_after, ROW_MULTIPLE if past is None else 1, ids.device)
+        first = None if first_key is None else torch.tensor(first_key, dtype=torch.int32, device=ids.device)
         present = []
         for layer, block in enumerate(self.blocks):
             layers = self.linear[layer]
@@ -168,23 +172,34 @@ class TextTower:
                 streams, hidden = streams[1:], hidden[len(ids) :]
             before = None if past is None else past[layer]
             if before is not None and max(lengths) == 1:
-                mixed = _attend_next(streams, k, v, before, first_key)
+                mixed = _attend_next(streams, k, v, before, first)
             else:
-                mixed = _attend(streams, k, v, before, first_key)
+                mixed = _attend(streams, k, v, before, first)
             hidden += block.ls_1(layers.attention_out(rows.unpad(mixed)))
             wide = _activate(block.mlp.gelu, layers.mlp_in(block.ln_2(hidden)))  # (T + A or A, 4W)
             hidden += block.ls_2(layers.mlp_out(wide))
         return hidden, torch.stack(present) if keep else hidden.new_empty(0)
 
-    def _step(self, hidden: Tensor, past: Tensor, first_key: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`run` for one new token of each segment in hidden (S, N, W), and of two streams an EOT behind it."""
-        projected = []
-        for block, (keys, values) in zip(self.next_token_blocks, past.unbind(), strict=True):
-            only_eots = len(hidden) - 1 if block is self.next_token_blocks[-1] else 0
-            projected.append(block.step(hidden, keys, values, first_key=first_key, first_out=only_eots)[0])
-        # (layers, N, 3, H, 1, D)
-        present = torch.stack(projected).unflatten(-1, (3, self.heads, 1, self.head_dim))
-        return hidden[-1], present[:, :, 1:].transpose(1, 2)
+    def _step(
+        self,
+        blocks: TextBlocks,
+        hidden: Tensor,
+        lengths: list[int],
+        eot_after: list[int] | None,
+        first_key: list[int] | None,
+        past: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`run` in one call, of hidden (T + A, W), the tokens and the EOTs."""
+        if past is None:
+            past = hidden.new_empty(len(self.blocks), 2, len(lengths), self.heads, 0, self.head_dim)
+        states, projected = blocks.step(hidden, lengths, past, eot_after=eot_after or (), first_key=first_key or ())
+        tokens = projected[:, : sum(lengths)].transpose(0, 1)  # (T, layers, 3 W)
+        if min(lengths) == max(lengths):
+            rows = tokens.unflatten(0, (len(lengths), -1))  # (N, L, layers, 3 W)
+        else:
+            (rows,) = _Rows(lengths, None, 1, hidden.device).pad(tokens)
+        queries_keys_values = rows.unflatten(3, (3, self.heads, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
+        return states, queries_keys_values[:, 1:]
 
     def project(self, states: Tensor) -> Tensor:
         """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""
@@ -209,11 +224,12 @@ def _attend(
     keys, values = k[0], v[0]
     if past is not None:
         keys, values = (torch.cat(both, 2) for both in zip(past, (keys, values), strict=True))
+    first_keys = None if first_key is None else first_key[:, None].repeat(1, k.shape[3])  # (N, L)
     own: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
     if len(k) == 2:
         own.append((k[1].unsqueeze(3), v[1].unsqueeze(3)))  # (N, H, L, 1, D)
     return [
-        visual_fusion_attn(q, keys, values, *images, first_key=first_key)
+        visual_fusion_attn(q, keys, values, *images, first_key=first_keys)
         for q, images in zip(streams, own[-len(streams) :], strict=True)
     ]
 
@@ -226,33 +242,43 @@ def _attend_next(
     place = torch.arange(keys.shape[2], device=keys.device)
     seen = place <= place[-len(streams) :, None]  # (streams, P + S): the text does not see the EOT
     if first_key is not None:
-        seen = seen & (place >= first_key[:, None, None])  # (N, 1, streams, P + S)
+        seen = seen & (place >= first_key[:, None, None, None])  # (N, 1, streams, P + S)
     return list(F.scaled_dot_product_attention(torch.cat(list(streams), 2), keys, values, attn_mask=seen).split(1, 2))
 
 
-def _next_token_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> list[Int8TextBlock]:
-    """The blocks of int8 layers as they read a next token, each in one call; none where one has other parts."""
-    found = []
+def _native_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> TextBlocks | None:
+    """The blocks as they read a few tokens in one call; None where one has other parts."""
+    found, quick_gelu = [], isinstance(blocks[0].mlp.gelu, QuickGELU)
     for block, of_block in zip(blocks, layers, strict=True):
-        int8_layers = [layer.layer for layer in of_block if isinstance(layer, Int8Linear)]
+        native_layers = [layer for layer in map(_native_layer, of_block) if layer is not None]
         norms, activation = (block.ln_1, block.ln_2), block.mlp.gelu
         gelu = isinstance(activation, torch.nn.GELU) and activation.approximate == "none"
         plain = all(isinstance(scale, torch.nn.Identity) for scale in (block.ls_1, block.ls_2)) and all(
             isinstance(norm, torch.nn.LayerNorm) and norm.bias is not None for norm in norms
         )
-        if len(int8_layers) < len(of_block) or not plain or not (gelu or isinstance(activation, QuickGELU)):
-            return []
-        found.append(Int8TextBlock(block.attn.num_heads, norms, int8_layers, quick_gelu=not gelu))
-    return found
+        if len(native_layers) < len(of_block) or not plain or not (gelu or isinstance(activation, QuickGELU)):
+            return None
+        attention_in, attention_out, mlp_in, mlp_out = native_layers
+        found.append(TextBlock(block.ln_1, attention_in, attention_out, block.ln_2, mlp_in, mlp_out))
+    return TextBlocks(found, blocks[0].attn.num_heads, quick_gelu)
+
+
+def _native_layer(layer: Linear) -> FloatLayer | Int8Layer | None:
+    """What `TextBlocks` take; None where it has no products faster than PyTorch's."""
+    if isinstance(layer, Int8Linear):
+        return layer.layer
+    if isinstance(layer, PackedLinear) and layer.weight.dtype == torch.float32 and has_avx2():
+        return None if layer.bias is None else FloatLayer(layer.weight, layer.bias)
+    return None
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The precision whose products `device` has fast instructions for (docs/results/queries.md)."""
+    """The precision in which a text tower is fast on `device` (docs/results/queries.md)."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
-    return torch.int8 if device.type == "cpu" and has_vnni() else torch.float32
+    return torch.int8 if device.type == "cpu" and is_int8_fast() else torch.float32
 
 
 def _activate(activation: torch.nn.Module, states: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -264,7 +265,9 @@ class ContextEncoder:
             branched = _Bucket(some, queries.device)
             n = torch.tensor([parent[id(branch)] for branch in some], device=queries.device)
             # a branch's past is at the end; first_key hides what longer ones have before it
-            place = (bucket.first[n] - branched.first)[:, None] + torch.arange(branched.longest, device=n.device)
+            first = torch.tensor([bucket.first[parent[id(branch)]] for branch in some], device=n.device)
+            own = torch.tensor(branched.first, device=n.device)
+            place = (first - own)[:, None] + torch.arange(branched.longest, device=n.device)
             row, place = n[:, None], place.clamp(min=0)  # (branches, 1), (branches, P)
             past = present.transpose(3, 4)[:, :, row, place].transpose(3, 4)
             self._run(branched, queries, past)
@@ -284,18 +287,18 @@ class ContextEncoder:
         last = [(begin + run.kept - 1, run.row) for begin, run in runs if cache is not None and run.kept]
         asked = sorted({token for token, *_ in wanted + last})
         number = {token: n for n, token in enumerate(asked)}
-        tokens = torch.tensor(asked, dtype=torch.int64)
         reads_eot = self.query == "eot" and bool(asked)
         states, present = self.tower.run(
             bucket.ids,
             bucket.lengths,
             positions=bucket.positions,
-            eot_after=tokens if reads_eot else None,
+            eot_after=asked if reads_eot else None,
             first_key=bucket.first_key,
             past=past,
             keep=keep,
+            step=cache is not None,
         )
-        found = self.tower.project(states if reads_eot else states[tokens.to(states.device)])  # (A, E)
+        found = self.tower.project(states if reads_eot else states[asked])  # (A, E)
         if wanted:
             places = [(number[token], row, position) for token, row, position in wanted]
             n, row, position = torch.tensor(places, device=queries.device).T
@@ -320,15 +323,13 @@ class _Bucket:
     def __init__(self, runs: list[Run], device: torch.device):
         self.runs = runs
         self.lengths = [len(run.ids) for run in runs]
-        lengths, starts = torch.tensor(self.lengths), torch.tensor([run.start for run in runs])
-        self.longest = int(starts.max())
-        begins, first = lengths.cumsum(0) - lengths, self.longest - starts
-        self.begins = begins.tolist()
-        positions = torch.arange(sum(self.lengths)) + (starts - begins).repeat_interleave(lengths)
+        self.begins = list(itertools.accumulate(self.lengths[:-1], initial=0))
+        self.longest = max(run.start for run in runs)
+        self.first = [self.longest - run.start for run in runs]
         # None if every token sees all tokens before it, which is faster
-        self.first_key = first[:, None].expand(-1, max(self.lengths)).int().to(device) if first.any() else None
-        self.ids = torch.tensor([id for run in runs for id in run.ids], device=device)  # (T,)
-        self.positions, self.first = positions.to(device), first.to(device)
+        self.first_key = self.first if any(self.first) else None
+        tokens = [(id, run.start + at) for run in runs for at, id in enumerate(run.ids)]
+        self.ids, self.positions = torch.tensor(tokens, device=device).T  # (T,)
 
 
 def _calls(runs: list[Run], most: int) -> list[list[Run]]:

@@ -116,12 +116,10 @@ def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(world, tmp_path, e
     assert run(*asked, "--limit", 1, "--kb", world / "kb") == 0
 
 
-@pytest.mark.parametrize(
-    ("amx", "vnni", "expected"), [(True, True, "bfloat16"), (False, True, "int8"), (False, False, "float32")]
-)
-def test_queries_are_in_the_fastest_precision_of_a_processor(amx, vnni, expected, world, color, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("amx", "expected"), [(True, "bfloat16"), (False, "int8")])
+def test_queries_are_in_the_fastest_precision_of_a_processor(amx, expected, world, color, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr("valm.clip.text_tower.has_vnni", lambda: vnni)
+    monkeypatch.setattr("valm.clip.text_tower.is_int8_fast", lambda: True)
     out = tmp_path / "report"
     assert run("eval", world / "valm", *color, "--device", "cpu", "--limit", 1, "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["conditions"]["query_dtype"] == expected
@@ -136,6 +134,16 @@ def test_the_report_says_the_precision_of_queries_that_there_are(world, color, t
     assert json.loads((tmp_path / "results.json").read_text())["conditions"]["query_dtype"] == "bfloat16"
     for name in ("results.md", "report.html"):
         assert line in (tmp_path / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("isa", "expected"),
+    [("avx512vnni", torch.int8), ("avx512", torch.float32), ("avx2", torch.int8), ("generic", torch.float32)],
+)
+def test_the_fastest_precision_of_a_processor_without_amx(isa, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("valm_kernels.int8_rows.cpu_isa", lambda: isa)
+    assert fastest_dtype(torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((9, 0), torch.bfloat16)])

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tests.tolerance import assert_accurate
+from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.test_context import prefixes
 from tests.valm.tiny_clip import TEXTS, TINY, make_clip
 from valm.clip.clip import Clip
@@ -10,9 +11,9 @@ from valm.clip.text_tower import TextTower
 from valm.errors import ValmError
 from valm.retrieval.context import QUERIES, ContextEncoder
 from valm_kernels.int8_rows import has_avx2
-from valm_kernels.text_block import Int8TextBlock
+from valm_kernels.text_blocks import TextBlocks
 
-INT8 = pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
+AVX2 = pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
 
 
 def refusal(clip):
@@ -75,21 +76,22 @@ def test_a_segment_in_16_bits_has_the_same_states_beside_a_longer_one(tokenizer,
     ids, places = torch.randint(0, len(tokenizer), (35,)), torch.arange(23)
     with torch.no_grad():
         positions = torch.cat([places[:12], places])
-        alone, _ = tower.run(ids[:12], [12], positions=places[:12], eot_after=places[:12] if eot else None)
-        both, _ = tower.run(ids, [12, 23], positions=positions, eot_after=torch.arange(35) if eot else None)
+        alone, _ = tower.run(ids[:12], [12], positions=places[:12], eot_after=[*range(12)] if eot else None)
+        both, _ = tower.run(ids, [12, 23], positions=positions, eot_after=[*range(35)] if eot else None)
     assert torch.equal(both[:12], alone)
 
 
 def test_eots_after_some_tokens_are_those_after_all(clip):
     tower, ids = TextTower(clip, torch.float64), torch.randint(0, len(clip.tokenizer), (12,))
-    positions, some = torch.cat([torch.arange(7), torch.arange(5)]), torch.tensor([0, 3, 4, 11])
+    positions, some = torch.cat([torch.arange(7), torch.arange(5)]), [0, 3, 4, 11]
     with torch.no_grad():
-        every, _ = tower.run(ids, [7, 5], positions=positions, eot_after=torch.arange(12))
+        every, _ = tower.run(ids, [7, 5], positions=positions, eot_after=[*range(12)])
         found, _ = tower.run(ids, [7, 5], positions=positions, eot_after=some)
     torch.testing.assert_close(found, every[some])
 
 
-@INT8
+@AVX2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize(
     ("parts", "in_one_call"),
     [
@@ -100,35 +102,38 @@ def test_eots_after_some_tokens_are_those_after_all(clip):
         ({"norm_kwargs": {"elementwise_affine": False}}, False),
     ],
 )
-def test_a_next_token_is_read_in_one_call_by_blocks_of_the_usual_parts(parts, in_one_call, tokenizer):
+def test_next_tokens_are_read_in_one_call_by_blocks_of_the_usual_parts(parts, in_one_call, dtype, tokenizer):
     quick_gelu, text_cfg = "quick_gelu" in parts, {**TINY["text_cfg"], **parts}
     text_cfg.pop("quick_gelu", None)
     clip = Clip.create({**TINY, "quick_gelu": quick_gelu, "text_cfg": text_cfg}, tokenizer)
-    assert bool(TextTower(clip, torch.int8).next_token_blocks) == in_one_call
+    assert (TextTower(clip, dtype).native_blocks is not None) == in_one_call
 
 
-@INT8
+@AVX2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("query", QUERIES)
-def test_tokens_read_in_one_call_have_the_same_queries(tokenizer, query, monkeypatch):
+@pytest.mark.parametrize("own_tokens", [True, False])  # others are several of CLIP's, one text's more than another's
+def test_tokens_read_in_one_call_have_the_same_queries(tokenizer, query, dtype, own_tokens, monkeypatch):
     """In rows that start apart."""
     torch.manual_seed(0)
-    clip = Clip.create(TINY, tokenizer)
-    exact, encoder = (ContextEncoder(clip, query=query, dtype=dtype) for dtype in (torch.float64, torch.int8))
+    clip, of_text = Clip.create(TINY, tokenizer), tokenizer if own_tokens else gpt2_like()
+    exact, encoder = (ContextEncoder(clip, tokenizer=of_text, query=query, dtype=one) for one in (torch.float64, dtype))
     ids, mask = torch.zeros(2, 24, dtype=torch.int64), torch.zeros(2, 24, dtype=torch.int64)
     for row, start in enumerate((0, 5)):
-        tokens = clip.tokenizer(TEXTS[row], add_special_tokens=False)["input_ids"][: 24 - start]
+        tokens = of_text(TEXTS[row], add_special_tokens=False)["input_ids"][: 24 - start]
         ids[row, start : start + len(tokens)], mask[row, start : start + len(tokens)] = torch.tensor(tokens), 1
-    first_keys = []
-    step = Int8TextBlock.step
+    calls = []
+    step = TextBlocks.step
 
-    def watched(block, hidden, keys, values, *, first_key=None, first_out=0):
-        first_keys.append(first_key)
-        return step(block, hidden, keys, values, first_key=first_key, first_out=first_out)
+    def watched(blocks, hidden, lengths, past, **options):
+        calls.append((lengths, options["first_key"]))
+        return step(blocks, hidden, lengths, past, **options)
 
-    monkeypatch.setattr(Int8TextBlock, "step", watched)
+    monkeypatch.setattr(TextBlocks, "step", watched)
     found = token_by_token(encoder, ids, mask)
-    assert any(first_key is not None for first_key in first_keys)
-    monkeypatch.setattr(encoder.tower, "next_token_blocks", [])
+    assert any(first_key for _, first_key in calls)
+    assert own_tokens or any(max(lengths) > min(lengths) for lengths, _ in calls)
+    monkeypatch.setattr(encoder.tower, "native_blocks", None)
     eager, truth = (token_by_token(one, ids, mask) for one in (encoder, exact))
     assert_accurate("queries", found, eager, truth.double())
 
