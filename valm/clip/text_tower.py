@@ -16,7 +16,7 @@ from valm.clip.clip import Clip
 from valm.clip.linear import FEW_ROWS, Int8Linear, Linear, PackedLinear, check_int8, linear
 from valm.errors import ValmError
 from valm_kernels import visual_fusion_attn
-from valm_kernels.int8_rows import Int8Layer, has_avx2, has_vnni, is_int8_fast
+from valm_kernels.int8_rows import Int8Layer, has_avx2, is_int8_fast
 from valm_kernels.text_blocks import FloatLayer, TextBlock, TextBlocks
 
 # New segments are padded to such a length: PyTorch's flash attention on CPUs sums by vectors of 16 numbers, and rounds
@@ -99,8 +99,6 @@ class TextTower:
             for block in self.blocks
         ]
         self.native_blocks = _native_blocks(self.blocks, self.linear)
-        # of many rows PyTorch's products are faster, but those of int8 only with VNNI
-        self.native_for_many = self.dtype == torch.int8 and not has_vnni()
         self.norm = modules["norm"]
         self.positions: Tensor = tower.positional_embedding.to(dtype)  # (context_length, W)
         self.wide = torch.promote_types(dtype, torch.float32)
@@ -144,7 +142,7 @@ class TextTower:
                 positions.
             first_key: of each segment the first of the P + L keys that its tokens see; by default all.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
-            step: with `keep`, reads few tokens in one call where it can, which is faster and rounds otherwise.
+            step: with `keep`, reads them in one call where that is faster, which rounds otherwise.
 
         Returns:
             States (T, W) or (A, W), and the keys and values (layers, 2, N, H, L, D) if `keep`.
@@ -154,7 +152,8 @@ class TextTower:
             ends = self.embedding.weight[self.eot] + self.positions[positions[eot_after] + 1]
             hidden = torch.cat([hidden, ends])  # (T + A, W)
 
-        if self.native_blocks is not None and step and (self.native_for_many or len(hidden) <= FEW_ROWS):
+        # in int8 for any number of rows: how they are rounded should not depend on the batch
+        if self.native_blocks is not None and step and (self.dtype == torch.int8 or len(hidden) <= FEW_ROWS):
             return self._step(self.native_blocks, hidden, lengths, eot_after, first_key, past)
 
         rows = _Rows(lengths, eot_after, ROW_MULTIPLE if past is None else 1, ids.device)

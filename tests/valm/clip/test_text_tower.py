@@ -7,6 +7,7 @@ from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.retrieval.test_context import prefixes
 from tests.valm.tiny_clip import TEXTS, TINY, make_clip
 from valm.clip.clip import Clip
+from valm.clip.linear import FEW_ROWS
 from valm.clip.text_tower import TextTower
 from valm.errors import ValmError
 from valm.retrieval.context import QUERIES, ContextEncoder
@@ -136,6 +137,18 @@ def test_tokens_read_in_one_call_have_the_same_queries(tokenizer, query, dtype, 
     monkeypatch.setattr(encoder.tower, "native_blocks", None)
     eager, truth = (token_by_token(one, ids, mask) for one in (encoder, exact))
     assert_accurate("queries", found, eager, truth.double())
+
+
+@AVX2
+def test_in_8_bits_a_text_that_is_read_in_steps_does_not_depend_on_the_batch(tokenizer):
+    torch.manual_seed(0)
+    encoder = ContextEncoder(Clip.create(TINY, tokenizer), dtype=torch.int8)
+    ids, mask = torch.randint(9, 90, (FEW_ROWS, 9)), torch.ones(FEW_ROWS, 9, dtype=torch.int64)
+    together = token_by_token(encoder, ids, mask)
+    for row in (0, 5):
+        alone = token_by_token(encoder, ids[[row]], mask[[row]])
+        # one number that is rounded to another of 256 steps changes a query by more
+        torch.testing.assert_close(together[[row]], alone, rtol=0, atol=1e-6)
 
 
 def token_by_token(encoder, ids, mask):
