@@ -142,10 +142,10 @@ class TextTower:
                 positions.
             first_key: of each segment the first of the P + L keys that its tokens see; by default all.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
-            step: with `keep`, reads them in one call where that is faster, which rounds otherwise.
+            step: reads them in one call where that is faster, which rounds otherwise.
 
         Returns:
-            States (T, W) or (A, W), and the keys and values (layers, 2, N, H, L, D) if `keep`.
+            States (T, W) or (A, W), and the keys and values (layers, 2, N, H, L, D) if `keep` or `step`.
         """
         hidden = self.embedding(ids) + self.positions[positions]  # (T, W)
         if eot_after is not None:

@@ -255,7 +255,8 @@ class ContextEncoder:
             if rows != list(range(len(cache.states))):
                 past = past[:, :, torch.tensor(rows, device=queries.device)]
         branches = [(n, branch) for n, run in enumerate(runs) for branch in run.branches]
-        present = self._run(bucket, queries, past, cache, keep=cache is not None or bool(branches))
+        step = cache is not None
+        present = self._run(bucket, queries, past, cache, keep=step or bool(branches), step=step)
         if not branches:
             return
         if past is not None:
@@ -270,7 +271,7 @@ class ContextEncoder:
             place = (first - own)[:, None] + torch.arange(branched.longest, device=n.device)
             row, place = n[:, None], place.clamp(min=0)  # (branches, 1), (branches, P)
             past = present.transpose(3, 4)[:, :, row, place].transpose(3, 4)
-            self._run(branched, queries, past)
+            self._run(branched, queries, past, step=step)
 
     def _run(
         self,
@@ -279,9 +280,10 @@ class ContextEncoder:
         past: Tensor | None,
         cache: ContextCache | None = None,
         keep: bool = False,
+        step: bool = False,
     ) -> Tensor:
         """Runs `bucket` behind `past`; writes the wanted queries into `queries` (B, T, E), and later context into the
-        cache. Returns the keys and values of its tokens if `keep`."""
+        cache. Returns the keys and values of its tokens if `keep`; `step` as in `TextTower.run`."""
         runs = list(zip(bucket.begins, bucket.runs, strict=True))
         wanted = [(begin + at, run.row, position) for begin, run in runs for position, at in run.wanted if at >= 0]
         last = [(begin + run.kept - 1, run.row) for begin, run in runs if cache is not None and run.kept]
@@ -296,7 +298,7 @@ class ContextEncoder:
             first_key=bucket.first_key,
             past=past,
             keep=keep,
-            step=cache is not None,
+            step=step,
         )
         found = self.tower.project(states if reads_eot else states[asked])  # (A, E)
         if wanted:
