@@ -104,8 +104,8 @@ def folders(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
 def private_imports(root: Path) -> set[str]:
     """What valm imports of valm_kernels beside its public names."""
     public = {f"valm_kernels.{name}" for name in valm_kernels.__all__} | {"valm_kernels"}
-    # how files are written and read and threads share an object, in both; and what int8 layers do, which is no
-    # public operation
+    # how files are written and read and threads share an object, in both; and what is for text towers alone, which is
+    # no public operation
     files = ("valm_kernels.atomic_files", "valm_kernels.checksums", "valm_kernels.json_files")
     shared = (
         *files,

@@ -21,7 +21,7 @@ class Int8Layer(NamedTuple):
 
 
 def has_avx2() -> bool:
-    """Whether `linear_rows` has products faster than those of float32 for a few rows."""
+    """Whether the products here, of int8 and float32, are faster than PyTorch's for a few rows."""
     return cpu_isa() not in ("generic", "tiles")
 
 

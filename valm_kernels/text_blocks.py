@@ -35,7 +35,8 @@ class TextBlock(NamedTuple):
 
 
 class TextBlocks:
-    """The blocks of a text tower, of one size. They read the weights where they are, and so see their changes.
+    """The blocks of a text tower, of one size. They read the weights where they are, and so see their changes. There is
+    no gradient.
 
     Args:
         heads: H, of queries, keys and values alike.
@@ -51,14 +52,13 @@ class TextBlocks:
         if self.width % heads:
             raise ValueError(f"a width of {self.width} is not of {heads} heads")
         self._eps = [(block.attention_norm.eps, block.mlp_norm.eps) for block in blocks]
-        # of each block those of the norms, and then four of each layer
-        self._weights = [_weights(block) for block in blocks]
         self._checked: list[list[int]] = []
         self._addresses()
 
     def _addresses(self) -> list[list[int]]:
-        """Those of the weights, which are checked where they have moved."""
-        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in block] for block in self._weights]
+        """Of each block those of the norms, and then four of each layer. Weights that have moved are checked."""
+        weights = map(_weights, self.blocks)
+        addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in block] for block in weights]
         if addresses != self._checked:
             for block in self.blocks:
                 self._check(block)

@@ -55,13 +55,6 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
     }
 }
 
-// The weights of the outputs behind the `count` ones from n on, which a kernel prefetches: rows of weights are too
-// short for the processor to see where the next ones are. At the end those from n on themselves.
-template <typename T>
-const T* next_weights(const T* weight, int64_t n, int64_t count, int64_t outputs, int64_t width) {
-    return weight + (n + 2 * count <= outputs ? n + count : n) * width;
-}
-
 // Unused where an instruction set has its own.
 [[maybe_unused]] void multiply(const int8_t* rows, int64_t count, int64_t width, const int8_t* weight, int64_t first,
                                int64_t last, int64_t outputs, int32_t* products) {
@@ -83,7 +76,9 @@ void multiply_some_floats(const float* rows, int64_t width, const float* weight,
         const int64_t some = last - n < kOutputs ? last - n : kOutputs;
         const float* factor[kOutputs];
         for (int m = 0; m < kOutputs; ++m) factor[m] = weight + (n + (m < some ? m : 0)) * width;
-        const float* next = next_weights(weight, n, kOutputs, outputs, width);
+        // rows of weights are too short for the processor to see where the next ones are; behind the last nothing
+        // happens
+        const float* next = weight + (n + kOutputs) * width;
         FloatVector sums[kRows][kOutputs] = {};
         const auto add_products = [&](int64_t e, int64_t count) {
             FloatVector factors[kOutputs];

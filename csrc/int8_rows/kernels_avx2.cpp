@@ -25,7 +25,7 @@ void multiply_rows(const int8_t* rows, int64_t width, const int8_t* weight, int6
         const int64_t some = last - n < kOutputs ? last - n : kOutputs;
         const int8_t* factor[kOutputs];
         for (int m = 0; m < kOutputs; ++m) factor[m] = weight + (n + (m < some ? m : 0)) * width;
-        const int8_t* next = next_weights(weight, n, kOutputs, outputs, width);
+        const int8_t* next = weight + (n + kOutputs) * width;  // prefetched, as in multiply_some_floats
         __m256i sums[kSomeRows][kOutputs] = {};
         int64_t e = 0;
         for (; e + kNumbers <= width; e += kNumbers) {

@@ -39,7 +39,7 @@ void multiply_rows(const int8_t* rows, int64_t width, const int8_t* weight, int6
     }
     for (int64_t n = first; n < last; n += kOutputs) {
         const int64_t some = last - n < kOutputs ? last - n : kOutputs;
-        const int8_t* next = next_weights(weight, n, kOutputs, outputs, width);
+        const int8_t* next = weight + (n + kOutputs) * width;  // prefetched, as in multiply_some_floats
         __m512i sums[kSomeRows][kOutputs] = {};
         for (int64_t e = 0; e < width; e += kBytes) {
             __m512i factors[kOutputs];

@@ -9,8 +9,8 @@ namespace valm {
 
 namespace {
 
-// Fewer products of numbers are left to one thread.
-constexpr int64_t kProductsPerThread = 32768;
+// Fewer numbers, or products of them, are left to one thread.
+constexpr int64_t kNumbersPerThread = 32768;
 // Outputs of a float32 layer that a thread computes at once: their weights stay in its cache.
 constexpr int64_t kOutputsAtOnce = 16;
 
@@ -28,14 +28,29 @@ struct Call {
             return;
         }
         const float* weight = static_cast<const float*>(layer.weight);
-#pragma omp parallel for num_threads(threads) if (width * outputs > kProductsPerThread)
+#pragma omp parallel for num_threads(threads) if (width * outputs > kNumbersPerThread)
         for (int64_t first = 0; first < outputs; first += kOutputsAtOnce)
             kernels.multiply_floats(rows, count, width, weight, layer.bias, first,
                                     std::min(first + kOutputsAtOnce, outputs), outputs, out);
     }
+    // function(i) for each of `count` rows
+    template <class Function>
+    void each_row(int64_t count, int64_t width, const Function& function) const {
+#pragma omp parallel for num_threads(threads) if (count * width > kNumbersPerThread)
+        for (int64_t i = 0; i < count; ++i) function(i);
+    }
     void normalise(const float* rows, int64_t count, int64_t width, const Norm& norm, float* out) const {
-        for (int64_t i = 0; i < count; ++i)
+        each_row(count, width, [&](int64_t i) {
             kernels.normalise(rows + i * width, width, norm.weight, norm.bias, norm.eps, out + i * width);
+        });
+    }
+    void activate(float* rows, int64_t count, int64_t width, Activation activation) const {
+        each_row(count, width, [&](int64_t i) { kernels.activate(rows + i * width, width, activation); });
+    }
+    void add(const float* from, int64_t count, int64_t width, float* to) const {
+        each_row(count, width, [&](int64_t i) {
+            for (int64_t e = i * width; e < (i + 1) * width; ++e) to[e] += from[e];
+        });
     }
 };
 
@@ -60,16 +75,12 @@ std::vector<Row> rows_of(const NewTokens& tokens) {
     return rows;
 }
 
-void add(const std::vector<float>& from, float* to) {
-    for (size_t i = 0; i < from.size(); ++i) to[i] += from[i];
-}
-
 // out (rows - first_out, width); `keys` and `values` are those of the past in this block.
 void attend(const Call& call, const TextBlock& block, const PastTokens& past, const float* keys, const float* values,
             const std::vector<Row>& rows, const float* projected, int64_t first_out, float* out) {
     const int64_t dim = block.width / block.heads, row_step = 3 * block.width;
     const int64_t units = (static_cast<int64_t>(rows.size()) - first_out) * block.heads;
-#pragma omp parallel for num_threads(call.threads) if (units * past.count * dim > kProductsPerThread)
+#pragma omp parallel for num_threads(call.threads) if (units * (past.count + 1) * dim > kNumbersPerThread)
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t head = unit % block.heads, number = first_out + unit / block.heads;
         const Row& row = rows[number];
@@ -90,8 +101,9 @@ void attend(const Call& call, const TextBlock& block, const PastTokens& past, co
 
 }  // namespace
 
-void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, const PastTokens& past,
+void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, PastTokens past,
                       const NewTokens& tokens, float* hidden, float* projected) {
+    if (past.count == 0) past.steps = {};  // as there is no address to count from
     const Call call{isa, threads, int8_row_kernels(isa)};
     const std::vector<Row> rows = rows_of(tokens);
     const int64_t count = rows.size(), eots = tokens.eot_after.size();
@@ -109,14 +121,14 @@ void text_blocks_step(const std::string& isa, int threads, const std::vector<Tex
         attend(call, block, past, keys, keys + past.steps[1], rows, projected, first_out, mixed.data());
         added.resize(count_out * width);
         call.multiply(mixed.data(), count_out, width, block.attention_out, width, added.data());
-        add(added, out);
+        call.add(added.data(), count_out, width, out);
 
         call.normalise(out, count_out, width, block.mlp_norm, normed.data());
         inner.resize(count_out * block.inner_width);
         call.multiply(normed.data(), count_out, width, block.mlp_in, block.inner_width, inner.data());
-        call.kernels.activate(inner.data(), inner.size(), block.activation);
+        call.activate(inner.data(), count_out, block.inner_width, block.activation);
         call.multiply(inner.data(), count_out, block.inner_width, block.mlp_out, width, added.data());
-        add(added, out);
+        call.add(added.data(), count_out, width, out);
 
         keys += past.steps[0];
         projected += count * 3 * width;

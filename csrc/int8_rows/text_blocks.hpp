@@ -49,7 +49,7 @@ struct NewTokens {
 // hidden (T + EOTs, width), in place; in the last block tokens stay as they are if there are EOTs.
 //
 // out: projected (blocks, T + EOTs, 3 * width), the queries, keys and values
-void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, const PastTokens& past,
+void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, PastTokens past,
                       const NewTokens& tokens, float* hidden, float* projected);
 
 }  // namespace valm

@@ -165,7 +165,8 @@ def steps(file: str) -> Iterator[list[str]]:
             yield ["tests/csrc/topk/cuda/test_kernels.py"]
             yield ["tests/csrc/topk/cuda"]
             return
-        yield near.get(path.parts[1], ["tests/valm_kernels/test_int8_rows.py"])
+        of_text_towers = ["tests/valm_kernels/test_int8_rows.py", "tests/valm_kernels/test_text_blocks.py"]
+        yield near.get(path.parts[1], of_text_towers)
         yield ["tests/valm_kernels/topk", "tests/valm_kernels/test_native.py", "tests/csrc/test_sanitizers.py"]
         return
     folder = Path("tests") / path.parent

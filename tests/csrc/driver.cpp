@@ -349,6 +349,9 @@ void check_text_blocks(const std::string& isa) {
             std::vector<float> together = hidden, projected(2 * 10 * 3 * kWidth);
             valm::text_blocks_step(isa, 2, {block, block}, {past.data(), steps, kPast, first}, tokens, together.data(),
                                    projected.data());
+            std::vector<float> first_ones = hidden;
+            valm::text_blocks_step(isa, 2, {block, block}, {nullptr, steps, 0, {}}, tokens, first_ones.data(),
+                                   projected.data());
             for (int64_t text = 0; text < 3; ++text) {
                 std::vector<float> alone;
                 for (const int64_t row : rows[text])

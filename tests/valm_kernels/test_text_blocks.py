@@ -200,6 +200,7 @@ def test_weights_that_change_afterwards():
     for parameter in everything.parameters():
         parameter.normal_(generator=generator)  # in place
         parameter.data = parameter.data.clone()  # or in another place
+    norms[0].load_state_dict({name: 2 * tensor for name, tensor in norms[0].state_dict().items()}, assign=True)
     expected = by_torch(blocks, hidden, [1] * 3, past, eot_after=[], first_key=[])[0]
     torch.testing.assert_close(read(), expected, rtol=1e-5, atol=1e-4)
     for part, of in ((norms[1], "weight and bias of a norm"), (modules[2], "weight")):

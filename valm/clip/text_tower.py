@@ -192,13 +192,13 @@ class TextTower:
         if past is None:
             past = hidden.new_empty(len(self.blocks), 2, len(lengths), self.heads, 0, self.head_dim)
         states, projected = blocks.step(hidden, lengths, past, eot_after=eot_after or (), first_key=first_key or ())
-        tokens = projected[:, : sum(lengths)].transpose(0, 1)  # (T, layers, 3 W)
+        width = self.heads * self.head_dim
+        tokens = projected[:, : sum(lengths), width:].transpose(0, 1)  # (T, layers, 2 W), without the queries
         if min(lengths) == max(lengths):
-            rows = tokens.unflatten(0, (len(lengths), -1))  # (N, L, layers, 3 W)
+            rows = tokens.unflatten(0, (len(lengths), -1))  # (N, L, layers, 2 W)
         else:
             (rows,) = _Rows(lengths, None, 1, hidden.device).pad(tokens)
-        queries_keys_values = rows.unflatten(3, (3, self.heads, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
-        return states, queries_keys_values[:, 1:]
+        return states, rows.unflatten(3, (2, self.heads, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
 
     def project(self, states: Tensor) -> Tensor:
         """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""
@@ -252,10 +252,11 @@ def _native_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> TextBloc
         native_layers = [layer for layer in map(_native_layer, of_block) if layer is not None]
         norms, activation = (block.ln_1, block.ln_2), block.mlp.gelu
         gelu = isinstance(activation, torch.nn.GELU) and activation.approximate == "none"
+        same = isinstance(activation, QuickGELU) if quick_gelu else gelu
         plain = all(isinstance(scale, torch.nn.Identity) for scale in (block.ls_1, block.ls_2)) and all(
             isinstance(norm, torch.nn.LayerNorm) and norm.bias is not None for norm in norms
         )
-        if len(native_layers) < len(of_block) or not plain or not (gelu or isinstance(activation, QuickGELU)):
+        if len(native_layers) < len(of_block) or not plain or not same:
             return None
         attention_in, attention_out, mlp_in, mlp_out = native_layers
         found.append(TextBlock(block.ln_1, attention_in, attention_out, block.ln_2, mlp_in, mlp_out))
@@ -263,12 +264,12 @@ def _native_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> TextBloc
 
 
 def _native_layer(layer: Linear) -> FloatLayer | Int8Layer | None:
-    """What `TextBlocks` take; None where it has no products faster than PyTorch's."""
+    """What `TextBlocks` take; None where that is another layer, or slower."""
     if isinstance(layer, Int8Linear):
         return layer.layer
-    if isinstance(layer, PackedLinear) and layer.weight.dtype == torch.float32 and has_avx2():
-        return None if layer.bias is None else FloatLayer(layer.weight, layer.bias)
-    return None
+    if not isinstance(layer, PackedLinear) or layer.weight.dtype != torch.float32 or not has_avx2():
+        return None
+    return FloatLayer(layer.weight, layer.bias) if layer.bias is not None and layer.weight.is_contiguous() else None
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 
 from tests.tolerance import assert_accurate
 from tests.valm.other_tokenizers import gpt2_like
@@ -108,6 +109,17 @@ def test_next_tokens_are_read_in_one_call_by_blocks_of_the_usual_parts(parts, in
     text_cfg.pop("quick_gelu", None)
     clip = Clip.create({**TINY, "quick_gelu": quick_gelu, "text_cfg": text_cfg}, tokenizer)
     assert (TextTower(clip, dtype).native_blocks is not None) == in_one_call
+
+
+def test_blocks_of_other_parts_are_read_as_they_were(tokenizer):
+    clip = make_clip(tokenizer, layers=2)
+    first, second = clip.model.transformer.resblocks
+    second.mlp.gelu = QuickGELU()
+    assert TextTower(clip, torch.float32).native_blocks is None
+    second.mlp.gelu = first.mlp.gelu
+    weight = second.mlp.c_fc.weight
+    weight.data = weight.data.T.contiguous().T
+    assert TextTower(clip, torch.float32).native_blocks is None
 
 
 @AVX2
