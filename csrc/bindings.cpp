@@ -6,9 +6,9 @@
 #include <array>
 
 #include "image_attn/image_attn.hpp"
-#include "int8_rows/int8_rows.hpp"
-#include "int8_rows/text_blocks.hpp"
 #include "simd/isa.hpp"
+#include "text_tower/int8_rows.hpp"
+#include "text_tower/text_blocks.hpp"
 #include "topk/cuda/search.hpp"
 #include "topk/topk.hpp"
 

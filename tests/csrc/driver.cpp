@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "image_attn/image_attn.hpp"
-#include "int8_rows/int8_rows.hpp"
-#include "int8_rows/text_blocks.hpp"
 #include "simd/half.hpp"
 #include "simd/isa.hpp"
+#include "text_tower/int8_rows.hpp"
+#include "text_tower/text_blocks.hpp"
 #include "topk/exact.hpp"
 #include "topk/topk.hpp"
 

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <limits>
 
-#include "int8_rows/kernel_table.hpp"
 #include "simd/lanes.hpp"
+#include "text_tower/kernel_table.hpp"
 
 namespace valm {
 namespace {

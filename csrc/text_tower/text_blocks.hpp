@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "int8_rows/kernel_table.hpp"
+#include "text_tower/kernel_table.hpp"
 
 namespace valm {
 

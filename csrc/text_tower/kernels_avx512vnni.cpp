@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "int8_rows/kernels.hpp"
+#include "text_tower/kernels.hpp"
 
 namespace valm {
 namespace {
@@ -72,8 +72,8 @@ void multiply_vnni(const int8_t* rows, int64_t count, int64_t width, const int8_
 
 }  // namespace
 
-const Int8RowKernels int8_rows_avx512vnni = {round_row, scale_row, multiply_vnni, multiply_floats,
-                                             normalise, activate,  attend};
+const TextTowerKernels text_tower_avx512vnni = {round_row, scale_row, multiply_vnni, multiply_floats,
+                                                normalise, activate,  attend};
 
 }  // namespace valm
 #endif

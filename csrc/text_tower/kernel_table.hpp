@@ -21,7 +21,7 @@ struct SeenTokens {
     int64_t dim;
 };
 
-struct Int8RowKernels {
+struct TextTowerKernels {
     void (*round_row)(const float* row, int64_t width, int8_t* rounded, float* step, float* zero);
     void (*scale_row)(int32_t* products, int64_t width, float step, float zero, const float* scale, const float* sum,
                       const float* bias);
@@ -39,12 +39,12 @@ struct Int8RowKernels {
     void (*attend)(const SeenTokens& seen, float* out);
 };
 
-extern const Int8RowKernels int8_rows_generic;
+extern const TextTowerKernels text_tower_generic;
 #if defined(__x86_64__)
-extern const Int8RowKernels int8_rows_avx2, int8_rows_avx512vnni;
+extern const TextTowerKernels text_tower_avx2, text_tower_avx512vnni;
 #endif
 
 // The kernels that the instruction set of that name runs; one of cpu_isas() of simd/isa.hpp.
-const Int8RowKernels& int8_row_kernels(const std::string& isa);
+const TextTowerKernels& text_tower_kernels(const std::string& isa);
 
 }  // namespace valm

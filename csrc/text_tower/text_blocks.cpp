@@ -1,9 +1,9 @@
-#include "int8_rows/text_blocks.hpp"
+#include "text_tower/text_blocks.hpp"
 
 #include <algorithm>
 #include <vector>
 
-#include "int8_rows/int8_rows.hpp"
+#include "text_tower/int8_rows.hpp"
 
 namespace valm {
 
@@ -17,7 +17,7 @@ constexpr int64_t kOutputsAtOnce = 16;
 struct Call {
     const std::string& isa;
     int threads;
-    const Int8RowKernels& kernels;
+    const TextTowerKernels& kernels;
 
     // out (count, outputs) of rows (count, width)
     void multiply(const float* rows, int64_t count, int64_t width, const Layer& layer, int64_t outputs,
@@ -104,7 +104,7 @@ void attend(const Call& call, const TextBlock& block, const PastTokens& past, co
 void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, PastTokens past,
                       const NewTokens& tokens, float* hidden, float* projected) {
     if (past.count == 0) past.steps = {};  // as there is no address to count from
-    const Call call{isa, threads, int8_row_kernels(isa)};
+    const Call call{isa, threads, text_tower_kernels(isa)};
     const std::vector<Row> rows = rows_of(tokens);
     const int64_t count = rows.size(), eots = tokens.eot_after.size();
     const float* keys = past.data;

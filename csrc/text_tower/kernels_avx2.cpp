@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "int8_rows/kernels.hpp"
+#include "text_tower/kernels.hpp"
 
 namespace valm {
 namespace {
@@ -58,8 +58,8 @@ void multiply_avx2(const int8_t* rows, int64_t count, int64_t width, const int8_
 
 }  // namespace
 
-const Int8RowKernels int8_rows_avx2 = {round_row, scale_row, multiply_avx2, multiply_floats,
-                                       normalise, activate,  attend};
+const TextTowerKernels text_tower_avx2 = {round_row, scale_row, multiply_avx2, multiply_floats,
+                                          normalise, activate,  attend};
 
 }  // namespace valm
 #endif
