@@ -1,5 +1,5 @@
 """Generation by VaLM, which retrieves images for every new token, beside its text-only twin GPT-2*, both of GPT-2's
-base size.
+base size; and its queries alone.
 
 Greedy, one row, with the cache of keys and values. Weights are random, which changes the tokens but not the time.
 """
@@ -60,4 +60,30 @@ def bench_generate(measure, device, kb: ImageKnowledgeBase, length, name):
         check=check,
         # the weights once for each token
         arithmetic=new * roofline.transformer_s(model.num_parameters(), 1, passes=1),
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=INT8)])
+def bench_queries(measure, device, dtype):
+    if device.type != "cpu":
+        pytest.skip("a tower of its own precision is for CPUs")
+    prompt, new = LONG
+    ids = token_rows(prose(), 1, prompt + new)
+    encoder = ContextEncoder(clip(TOWER), dtype=getattr(torch, dtype))
+
+    def read() -> torch.Tensor:
+        cache = encoder.new_cache(1)
+        first = encoder.step(ids[:, :prompt], cache)
+        return torch.cat([first, *(encoder.step(one, cache) for one in ids[:, prompt:].split(1, 1))], 1)
+
+    def check(queries: torch.Tensor) -> None:
+        same = torch.nn.functional.cosine_similarity(queries[:, 1:], encoder(ids)[:, 1:], dim=-1)
+        assert same.min() > 0.9
+
+    measure(
+        group=f"queries of a prompt of {prompt} tokens and of {new} more, one by one, {TOWER}'s size",
+        name=dtype,
+        function=read,
+        check=check,
     )
