@@ -1,4 +1,4 @@
-"""The loss of next tokens, for models and options with which transformers' Trainer would compute another one."""
+"""The loss of next tokens with smoothed labels, and which models compute the loss of next tokens."""
 
 from __future__ import annotations
 

@@ -158,10 +158,13 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
             "logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
-    if arguments.label_smoothing_factor or not has_next_token_loss(inner):
-        if limit_softmax:
-            raise ValmError(f"limit_softmax needs the loss of next tokens, and {type(inner).__name__} computes another")
+    if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
+    elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
+        raise ValmError(
+            f"{type(inner).__name__} computes another loss than that of the next token, as BART does: take another "
+            "decoder, or give compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
+        )
     if image_dropout:
         _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
     corpus = _retrieval(dataset)
