@@ -28,7 +28,7 @@ from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
 from valm.store.files import writable_folder
 from valm.store.shards import open_array
-from valm.training.data import Documents, document_lengths
+from valm.training.data import Documents, Places, at_places, document_lengths
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_own
 
@@ -90,7 +90,7 @@ def cache_below(
 
     Args:
         model: what `valm.augment` returned, a `VaLMForCausalLM`, or with `layer` any decoder of transformers.
-        documents: as `Collator` takes them, none longer than the model's context (see `Blocks`).
+        documents: as `Collator` takes them, none longer than the model's context (see `blocks`).
         folder: created if missing.
         layer: by default the fusion layer.
 
@@ -133,13 +133,10 @@ def fusion_layer(model: Any) -> int:
     raise ValmError(f"{type(model).__name__} has no fusion layer: name a layer")
 
 
-def fusion_input(states: Sequence[np.ndarray], places: Sequence[tuple[int, slice]], shape: tuple[int, int]) -> Tensor:
+def fusion_input(states: Sequence[np.ndarray], places: Places, shape: tuple[int, int]) -> Tensor:
     """The hidden states (T, C) of documents at their places in a batch of `shape` (B, L), as (B, L, C); 0 elsewhere."""
-    batch = np.zeros((*shape, states[0].shape[1]), states[0].dtype)
-    for of_document, place in zip(states, places, strict=True):
-        batch[place] = of_document
-    tensor = torch.from_numpy(batch)
-    return tensor.view(torch.bfloat16) if batch.dtype == np.uint16 else tensor
+    batch = torch.from_numpy(at_places(states, places, shape, 0))
+    return batch.view(torch.bfloat16) if batch.dtype == torch.uint16 else batch
 
 
 class _Reached(Exception):

@@ -12,6 +12,7 @@ from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.training.cache_below import FUSION_INPUT, fusion_input
+from valm.training.data import Places, at_places
 
 # The label that PyTorch's cross entropy ignores.
 IGNORED = -100
@@ -70,41 +71,34 @@ class Collator:
             ValmError: with a knowledge base, a document lacks image_ids, or image_scores that the model uses, or has an
                 image that is not in it; or a token is not in the tokenizer.
         """
-        places, shape = self._places([len(document["input_ids"]) for document in documents])
-        ids = np.full(shape, self.pad, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
-        positions = np.zeros(shape, dtype=np.int64)
-        for document, place in zip(documents, places, strict=True):
-            ids[place] = document["input_ids"]
-            mask[place] = 1
-            positions[place] = np.arange(len(document["input_ids"]))
+        lengths = [len(document["input_ids"]) for document in documents]
+        places, shape = self._places(lengths)
+        ids = at_places([document["input_ids"] for document in documents], places, shape, self.pad, np.int64)
+        positions = at_places([np.arange(length) for length in lengths], places, shape, -1)  # -1 at padding
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             raise ValmError(
                 f"the documents have token ids from {ids.min()} to {ids.max()}, the tokenizer only {self.vocabulary}; "
                 "tokenize or retrieve them again"
             )
-        labels = np.where((mask == 1) & (self.bos_ends | (ids != self.bos)), ids, IGNORED)
-        for row, columns in places:
-            labels[row, columns.start] = IGNORED
-        batch = {"input_ids": ids, "labels": labels}
+        learned = (positions > 0) & (self.bos_ends | (ids != self.bos))
+        batch = {"input_ids": ids, "labels": np.where(learned, ids, IGNORED)}
         if self.row_length is not None:
-            batch["position_ids"] = positions
+            batch["position_ids"] = positions.clip(0)
         if self.mask:
-            batch["attention_mask"] = mask
+            batch["attention_mask"] = (positions >= 0).astype(np.int64)
         if self.kb is not None:
             batch |= self._images(self.kb, documents, places, shape)
-            if self.scores:
-                batch["image_scores"] = self._scores(documents, places, batch["image_index"].shape)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         if FUSION_INPUT in documents[0]:
             states = [document[FUSION_INPUT] for document in documents]
             tensors[FUSION_INPUT] = fusion_input(states, places, shape)
         return tensors
 
-    def _places(self, lengths: list[int]) -> tuple[list[tuple[int, slice]], tuple[int, int]]:
+    def _places(self, lengths: list[int]) -> tuple[Places, tuple[int, int]]:
         """The place of each document, (row, columns), and the shape of the batch."""
         limit = self.row_length or 0
-        row, end, width, places = -1, 0, 0, []
+        row, end, width = -1, 0, 0
+        places: Places = []
         for length in lengths:
             if row < 0 or end + length > limit:
                 row, end = row + 1, 0
@@ -113,32 +107,27 @@ class Collator:
             width = max(width, end)
         return places, (row + 1, width)
 
-    @staticmethod
-    def _scores(documents: list[dict[str, Any]], places: list[tuple[int, slice]], shape: tuple[int, ...]) -> np.ndarray:
-        if any("image_scores" not in document for document in documents):
-            raise ValmError(NO_SCORES)
-        scores = np.full(shape, -np.inf, dtype=np.float32)  # (B, L, K)
-        for document, place in zip(documents, places, strict=True):
-            scores[place] = document["image_scores"]
-        return scores
-
-    @staticmethod
     def _images(
-        kb: ImageKnowledgeBase, documents: list[dict[str, Any]], places: list[tuple[int, slice]], shape: tuple[int, int]
+        self, kb: ImageKnowledgeBase, documents: list[dict[str, Any]], places: Places, shape: tuple[int, int]
     ) -> dict[str, np.ndarray]:
         if any("image_ids" not in document for document in documents):
             raise ValmError(
                 "the documents have no image_ids: retrieve them first, or train without a knowledge base; a Trainer "
                 "that is not made by valm.training.trainer removes them unless it has remove_unused_columns=False"
             )
-        image_ids = np.full((*shape, documents[0]["image_ids"].shape[1]), -1)  # (B, L, K)
-        for document, place in zip(documents, places, strict=True):
-            image_ids[place] = document["image_ids"]
+        if self.scores and any("image_scores" not in document for document in documents):
+            raise ValmError(NO_SCORES)
+        found_ids = [document["image_ids"] for document in documents]
+        image_ids = at_places(found_ids, places, shape, -1, np.int64)  # (B, L, K)
         images, index = np.unique(image_ids, return_inverse=True)
         index = index.reshape(image_ids.shape)
         if images[0] == -1:  # ascending, so "none" comes first
             images, index = images[1:], index - 1
         try:
-            return {"image_pool": kb.gather(images), "image_index": index}
+            found = {"image_pool": kb.gather(images), "image_index": index}
         except IndexError as error:
             raise ValmError(f"the documents' image_ids belong to another knowledge base: {error}") from error
+        if self.scores:
+            scores = [document["image_scores"] for document in documents]
+            found["image_scores"] = at_places(scores, places, shape, -np.inf, np.float32)
+        return found

@@ -6,7 +6,7 @@ A document is a dict as `Collator` takes it. All here are views: a corpus stays 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from valm.training.plan import TWINS
 
 # Makes a document of its number and the document.
 Change = Callable[[int, dict[str, Any]], dict[str, Any]]
+# Row and columns of each document in a batch.
+Places = list[tuple[int, slice]]
 # Documents among which one image is looked for.
 LOOKED_AT = 1000
 
@@ -32,6 +34,7 @@ class Documents(Dataset[dict[str, Any]]):
             counts them.
         min_score: below which `change` hides a token's images.
         of_images: (documents,) as `groups` has them; by default those of `documents`.
+        of_length: as `lengths` has them; by default those of `documents`.
     """
 
     def __init__(
@@ -43,9 +46,10 @@ class Documents(Dataset[dict[str, Any]]):
         passes: bool = False,
         min_score: float | None = None,
         of_images: np.ndarray | None = None,
+        of_length: np.ndarray | None = None,
     ):
         self.documents, self.change, self.numbers = documents, change, numbers
-        self.passes, self.min_score, self.of_images = passes, min_score, of_images
+        self.passes, self.min_score, self.of_images, self.of_length = passes, min_score, of_images, of_length
 
     def __len__(self) -> int:
         return len(self.documents) if self.numbers is None else len(self.numbers)
@@ -59,7 +63,7 @@ class Documents(Dataset[dict[str, Any]]):
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (documents,) int64."""
-        return self._of(document_lengths(self.documents))
+        return self._of(document_lengths(self.documents)) if self.of_length is None else self.of_length
 
     def groups(self) -> np.ndarray:
         """(documents,) int64: those that are texts of one image have the same number, that of none has 0."""
@@ -67,6 +71,17 @@ class Documents(Dataset[dict[str, Any]]):
 
     def _of(self, found: np.ndarray) -> np.ndarray:
         return found if self.numbers is None else found[self.numbers % len(found)]
+
+
+def at_places(
+    values: Sequence[Any], places: Places, shape: tuple[int, int], empty: Any, dtype: Any = None
+) -> np.ndarray:
+    """The values (T, ...) of documents at their places in a batch (B, L), as (B, L, ...); `empty` elsewhere."""
+    first = np.asarray(values[0])
+    batch = np.full((*shape, *first.shape[1:]), empty, dtype or first.dtype)
+    for of_document, place in zip(values, places, strict=True):
+        batch[place] = of_document
+    return batch
 
 
 def document_lengths(documents: Any) -> np.ndarray:
@@ -95,12 +110,7 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Documents, Doc
 
     Raises:
         ValmError: the fraction is not between 0 and 1, or there are not two documents, or all are texts of one image.
-        TypeError: `documents` are blocks, of which one document may have several.
     """
-    if isinstance(documents, Blocks):
-        raise TypeError(
-            "hold_out takes documents, got Blocks: hold documents out first, then cut both parts into blocks"
-        )
     if not 0 < fraction < 1:
         raise ValmError(f"the fraction to hold out must be above 0 and below 1, got {fraction}")
     count = len(documents)
@@ -173,7 +183,7 @@ def evened(documents: Any, multiple: int) -> Documents:
     return Documents(documents, partial(_one_token, len(documents)), numbers)
 
 
-class Blocks(Dataset[dict[str, Any]]):
+def blocks(documents: Any, length: int, sot: int) -> Documents:
     """`documents` (as `Collator` takes them), with those longer than `length` tokens cut into several blocks.
 
     A block is a dict like a document. Each later block begins with SOT again, so that it can be packed behind any
@@ -182,53 +192,20 @@ class Blocks(Dataset[dict[str, Any]]):
 
     Args:
         length: the most tokens of a block.
-        sot: id of SOT.
+        sot: id of SOT. Reading a block of a document that does not begin with it raises ValmError.
 
     Raises:
         ValmError: a block of `length` tokens has no room beside SOT.
     """
-
-    def __init__(self, documents: Any, length: int, sot: int):
-        if length < 2:
-            raise ValmError(f"a block must have at least 2 tokens, SOT and another, got a length of {length}")
-        self.documents, self.length, self.sot = documents, length, sot
-        lengths = document_lengths(documents)
-        # SOT, and length - 1 other tokens in each block
-        counts = np.maximum(1, -(-(lengths - 1) // (length - 1)))
-        self._ends = np.cumsum(counts)
-        self._lengths = np.full(self._ends[-1] if len(lengths) else 0, length)
-        self._lengths[self._ends - 1] = lengths - (counts - 1) * (length - 1)
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of each block, (blocks,) int64."""
-        return self._lengths
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Block `index`.
-
-        Raises:
-            IndexError: the index is out of range.
-            ValmError: a document to be cut does not begin with SOT.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"blocks go from 0 to {len(self) - 1}, got {index}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        document = self.documents[number]
-        tokens = len(document["input_ids"])
-        if tokens <= self.length:
-            return document
-        if document["input_ids"][0] != self.sot:
-            raise ValmError(
-                f"document {number} has {tokens} tokens, more than a block's {self.length}, and cannot be cut: it does "
-                f"not begin with SOT"
-            )
-        first = int(self._ends[number - 1]) if number else 0
-        begin = 1 + (index - first) * (self.length - 1)
-        rows = np.r_[0, begin : min(begin + self.length - 1, tokens)]
-        return {name: np.asarray(values)[rows] for name, values in document.items()}
+    if length < 2:
+        raise ValmError(f"a block must have at least 2 tokens, SOT and another, got a length of {length}")
+    lengths = document_lengths(documents)
+    counts = np.maximum(1, -(-(lengths - 1) // (length - 1)))  # SOT, and length - 1 other tokens in each block
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # among the blocks of its document
+    of_block = np.minimum(length, lengths[owner] - rank * (length - 1))
+    cut_up = partial(_block, len(lengths), length, sot)
+    return Documents(documents, cut_up, owner + rank * len(lengths), of_length=of_block)
 
 
 # The changes are of the module, so that a data loader can send them to its workers.
@@ -240,6 +217,21 @@ def _tokens_alone(number: int, document: dict[str, Any]) -> dict[str, Any]:
 
 def _one_token(count: int, number: int, document: dict[str, Any]) -> dict[str, Any]:
     return document if number < count else {name: values[:1] for name, values in document.items()}
+
+
+def _block(count: int, length: int, sot: int, number: int, document: dict[str, Any]) -> dict[str, Any]:
+    tokens = len(document["input_ids"])
+    if tokens <= length:
+        return document
+    rank, of = divmod(number, count)
+    if document["input_ids"][0] != sot:
+        raise ValmError(
+            f"document {of} has {tokens} tokens, more than a block's {length}, and cannot be cut: it does not begin "
+            "with SOT"
+        )
+    begin = 1 + rank * (length - 1)
+    rows = np.r_[0, begin : min(begin + length - 1, tokens)]
+    return {name: np.asarray(values)[rows] for name, values in document.items()}
 
 
 def _cut(min_score: float, number: int, document: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from valm.retrieval.source import ImageSource
 from valm.text import nearest
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
-from valm.training.data import Blocks, evened, views, with_image_dropout, with_min_score
+from valm.training.data import blocks, evened, views, with_image_dropout, with_min_score
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer, library_errors
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
@@ -108,7 +108,7 @@ def trainer(
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
         dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
-            context, or than row_length, are cut (see `Blocks`). Tokens below the model's `min_score` see no images.
+            context, or than row_length, are cut (see `blocks`). Tokens below the model's `min_score` see no images.
         kb: the knowledge base with the vectors of the documents' images. None for a model without images (image_ids are
             then ignored) and for a model with a retriever.
         arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
@@ -148,7 +148,7 @@ def trainer(
             documents = with_min_score(documents, sees.min_score)
         if limit is None or not hasattr(documents, "__len__"):
             return documents
-        return Blocks(documents, limit, begin_id(tokenizer))
+        return blocks(documents, limit, begin_id(tokenizer))
 
     trained, evaluated = ready(dataset), None if eval_dataset is None else ready(eval_dataset)
     if fusion_lr is not None and not any(FUSION_NAME in name for name, _ in model.named_parameters()):
