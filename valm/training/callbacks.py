@@ -1,19 +1,15 @@
-"""Progress bars of trainings, and when they stop early."""
+"""Progress bars of trainings, and their end by a signal."""
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -25,8 +21,6 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from valm.progress import progress_bar
-
-log = logging.getLogger(__name__)
 
 
 class ProgressBar(TrainerCallback):
@@ -66,7 +60,6 @@ class StopsOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self._asked = self._ends = False
-        self._process = os.getpid()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -83,9 +76,6 @@ class StopsOnSignal(TrainerCallback):
     def _ask(self, *_: Any) -> None:
         self._asked = True
         self.remove()
-        if os.getpid() == self._process:  # not in the workers of a data loader
-            with suppress(OSError):  # a pipe that Ctrl-C has closed too
-                print("ending after this step, with a checkpoint; once more to end at once", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         asked = torch.tensor(int(self._asked), device=args.device)
@@ -99,10 +89,7 @@ class StopsOnSignal(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._ends:
-            ended = f"ended after step {state.global_step}"
-            if args.save_only_model:
-                raise KeyboardInterrupt(f"{ended}; its checkpoint has the model alone, so nothing can go on from there")
-            raise KeyboardInterrupt(f"{ended}: --resume goes on from there")
+            raise KeyboardInterrupt(f"ended after step {state.global_step}, with a checkpoint")
 
 
 @contextmanager
@@ -119,26 +106,3 @@ def ended_by_signals(training: Trainer) -> Iterator[None]:
         yield
     finally:
         stops.remove()
-
-
-class Patience(EarlyStoppingCallback):
-    """Early stopping that, in a resumed training, counts the evaluations before too, with the patience of now. Where
-    these are enough, an `ImageTrainer` takes no step."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **more)
-        best = state.best_global_step
-        if best is not None:
-            self.early_stopping_patience_counter = sum(
-                "eval_loss" in entry and entry["step"] > best for entry in state.log_history
-            )
-            if self.early_stopping_patience_counter >= self.early_stopping_patience:
-                control.should_training_stop = True
-                if state.is_world_process_zero:
-                    log.warning(
-                        f"the last {self.early_stopping_patience_counter} evaluations were no better than that of step "
-                        f"{best}: no step is added to the {state.global_step} of before; a patience above "
-                        f"{self.early_stopping_patience_counter} (--patience) adds some"
-                    )

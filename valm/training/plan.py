@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from valm.errors import ValmError
 from valm.options import MAX_SEED, REQUIRED, check_fields, option
@@ -23,42 +23,10 @@ EVALUATIONS, PATIENCE = 20, 3
 # Fields of a pretrained decoder only.
 BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 TWINS = ("text", "random", "blind", "shuffled")
-
-
-class Size(NamedTuple):
-    """Of a new model: its blocks, the numbers in a hidden state, and the heads that these are divided among."""
-
-    layers: int
-    width: int
-    heads: int
-
-    def __str__(self) -> str:
-        return "x".join(map(str, self))
-
-
-# The demo's models, those of nanoGPT's example on Shakespeare, and GPT-2.
-SIZES = {"tiny": Size(4, 128, 8), "small": Size(6, 384, 6), "base": Size(12, 768, 12)}
-
-
-def size_of(given: str) -> Size:
-    """The size with the name `given`, or that it says, such as 4x256x4.
-
-    Raises:
-        ValmError: it is no size, or none that a model can have.
-    """
-    if given in SIZES:
-        return SIZES[given]
-    if not re.fullmatch(r"\d+x\d+x\d+", given):
-        known = ", ".join(f"{name} ({size})" for name, size in SIZES.items())
-        raise ValmError(
-            f"--model is {given!r}{nearest(given, SIZES)}; sizes are {known}, and LAYERSxWIDTHxHEADS such as 4x256x4"
-        )
-    size = Size(*map(int, given.split("x")))
-    if size.layers < 2:
-        raise ValmError(f"--model is {given}: there must be at least 2 layers, as the last but one sees the images")
-    if size.heads < 1 or size.width < 1 or size.width % size.heads:
-        raise ValmError(f"--model is {given}: its {size.heads} heads do not divide the width {size.width} evenly")
-    return size
+# Options that name a file or a folder.
+PATHS = ("kb", "retrieval", "questions", "ordinary_text")
+# Layers, width and heads of new models: the demo's, that of nanoGPT's example on Shakespeare, and GPT-2.
+SIZES = {"tiny": "4x128x8", "small": "6x384x6", "base": "12x768x12"}
 
 
 def score(text: str) -> float | str:
@@ -223,30 +191,27 @@ class TrainingPlan:
         Raises:
             ValmError: something is not.
         """
-        found = None if self.validation is None else validation_of(self.validation)
-        named = {"--kb": self.kb, "--retrieval": self.retrieval, "--questions": self.questions}
-        named |= {"--ordinary-text": self.ordinary_text, "--validation": found if isinstance(found, Path) else None}
-        for name, path in named.items():
+        validation = None if self.validation is None else validation_of(self.validation)
+        named: list[tuple[str, Any]] = [("--validation", validation if isinstance(validation, Path) else None)]
+        named += [(f"--{name.replace('_', '-')}", getattr(self, name)) for name in PATHS]
+        named += [("the corpus", file) for file in (() if self.corpus is None else self.corpus.files)]
+        for name, path in named:
             if path is not None and not os.path.exists(path):
                 raise ValmError(f"{name}: there is no {path}")
-        for file in () if self.corpus is None else self.corpus.files:
-            if not os.path.exists(file):
-                raise ValmError(f"there is no corpus file {file}")
 
-    def size(self) -> Size:
-        """That of a new model."""
-        return size_of("base" if self.model is None else self.model)
+    def size(self) -> tuple[int, int, int]:
+        """Layers, width and heads of a new model.
 
-    def noted(self) -> dict[str, Any]:
-        """What a resumed training must have too, and neither the Trainer nor the model's config says."""
-        return {
-            "twin": self.twin,
-            "limit_softmax": self.limit_softmax or None,
-            "image_dropout": self.image_dropout or None,
-            "model": str(self.size()) if self.base is None else None,
-            "context": self.context,
-            "validation": None if self.validation is None else str(validation_of(self.validation)),
-        }
+        Raises:
+            ValmError: `model` is no size.
+        """
+        given = "base" if self.model is None else self.model
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", SIZES.get(given, given)):
+            known = ", ".join(f"{name} ({size})" for name, size in SIZES.items())
+            others = f"sizes are {known}, and LAYERSxWIDTHxHEADS such as 4x256x4"
+            raise ValmError(f"--model is {given!r}{nearest(given, SIZES)}; {others}")
+        layers, width, heads = map(int, SIZES.get(given, given).split("x"))
+        return layers, width, heads
 
     def stops_after(self) -> int:
         """How many evaluations without gain end the training; 0: none do."""

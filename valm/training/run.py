@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer
@@ -27,14 +26,14 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.retrieval.source import ImageSource, open_encoder
-from valm.store.files import output_folder
-from valm.training.callbacks import Patience, ended_by_signals, show_progress
+from valm.store.files import writable_folder
+from valm.training.callbacks import ended_by_signals, show_progress
 from valm.training.data import Documents, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.mix import base_weights, mix
 from valm.training.plan import TrainingPlan, validation_of
-from valm.training.run_note import begun_checkpoint, content_of, note_numbers, note_run, only_training
+from valm.training.run_note import begun_checkpoint, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
 
 # Tokens whose queries a blind model keeps from one epoch to the next.
@@ -58,33 +57,29 @@ def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
     plan.check()
     plan.check_paths()
     settings = training_arguments(plan.out, **plan.training_fields())
-    with output_folder(plan.out) as out:
-        return _run(plan, out, settings, command)
+    return _run(plan, writable_folder(plan.out), settings, command)
 
 
 def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: str | None) -> ImageTrainer:
     checkpoint = begun_checkpoint(out, plan.resume, settings.should_save)
-    kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
-    dataset, tokenizer = _open_corpus(plan)
-    min_score = _min_score(plan, kb, dataset)
-    documents, held_out = _split(plan, kb, dataset, tokenizer, min_score, settings.seed)
+    data = _open(plan, settings.seed)
     torch.manual_seed(settings.seed)
-    model = _model(plan, kb, dataset, tokenizer, min_score, settings.device)
+    model = _model(plan, data, settings.device)
     sees = model.fusion_options
-    base = None if plan.base is None or (held_out is None and not plan.mix) else base_weights(model)
+    base = None if plan.base is None or (data.held_out is None and not plan.mix) else base_weights(model)
     training = trainer(
         model,
-        documents,
-        kb if sees.retrieves else None,  # a blind model makes its queries as it trains
-        tokenizer=tokenizer,
+        data.documents,
+        data.kb if sees.retrieves else None,  # a blind model makes its queries as it trains
+        tokenizer=data.tokenizer,
         arguments=settings,
-        eval_dataset=held_out,
+        eval_dataset=data.held_out,
         row_length=plan.context,
         cache_below=plan.cache_below,
         fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=plan.limit_softmax,
         image_dropout=plan.image_dropout if sees.num_images > 0 else 0.0,
-        callbacks=[Patience(patience)] if (patience := plan.stops_after()) else None,
+        callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,
     )
     if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
         if plan.mix != 0 and base:
@@ -92,15 +87,13 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
                 "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --mix 0"
             )
         base = None
-    in_file = plan.validation is not None and isinstance(validation_of(plan.validation), Path)
-    noted = plan.noted() | {"validation_data": content_of(held_out) if in_file else None}
-    note_run(out, training, dataset, noted | plan.training_fields())
+    note_run(out, plan, training, data.corpus, data.held_out)
     if settings.should_log:
-        print(summary(plan, model, documents, training), file=sys.stderr)
+        print(summary(plan, model, data.documents, training), file=sys.stderr)
+        if plan.resume:
+            begins = "at step 0: there is no checkpoint" if checkpoint is None else f"from {Path(checkpoint).name}"
+            print(f"the training in {out} goes on {begins}", file=sys.stderr)
     show_progress(training, "train")
-    if plan.resume and settings.should_log:
-        begins = "at step 0: there is no checkpoint" if checkpoint is None else f"from {Path(checkpoint).name}"
-        print(f"the training in {out} goes on {begins}", file=sys.stderr)
     # saving a model locks the folder itself
     with only_training(out) if settings.should_save else nullcontext():
         with ended_by_signals(training):
@@ -108,120 +101,109 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         if base is not None:
             training.numbers = mix(training, base, plan.mix)
             note_numbers(out, training)
-        training.write(out, tokenizer, command=command)
+        training.write(out, data.tokenizer, command=command)
     return training
 
 
 def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrainer) -> str:
     """One line that says what is trained, and whether it sees images."""
     images = model.fusion_options.num_images
-    of = "its own query as the image of a token" if plan.twin == "blind" else f"{images} images a token of {plan.kb}"
-    sees = of if images else "text alone" + (" (there is no --kb)" if plan.kb is None else "")
-    config = model.config.get_text_config(decoder=True)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    share = "" if trained == count else f", of which {trained:,} train"
-    rows = training.get_total_train_batch_size(training.args)
-    steps = training.args.max_steps if training.args.max_steps > 0 else f"{training.args.num_train_epochs:g} epochs of"
-    what = f"the {plan.twin} twin" if plan.twin else "a model"
-    sizes = f"{config.num_hidden_layers} layers of width {config.hidden_size}, {count:,} parameters{share}"
-    return f"training {what} with {sees}: {sizes}; {len(documents):,} documents, {steps} steps of {rows}"
+    of = "its query as the image of a token" if plan.twin == "blind" else f"{images} images a token of {plan.kb}"
+    sees = of if images else "text alone"
+    count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    data = f"{len(documents):,} documents, {training.get_total_train_batch_size(training.args)} a step"
+    what = "a model" if plan.twin is None else f"the {plan.twin} twin"
+    return f"training {what} with {sees}: {trained:,} of {count:,} parameters; {data}"
 
 
-def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase | None, dataset: Any) -> float | None:
-    """The `min_score` of the documents, also of those of a twin that has images."""
-    if kb is None or plan.min_score is None or plan.twin in ("text", "blind"):
-        return None
+class Data(NamedTuple):
+    """What a training reads.
+
+    Attributes:
+        corpus: all documents. documents, held_out: those to train on and to evaluate on, with the images of the twin.
+        min_score: of the documents, also of those of a twin that has images.
+    """
+
+    kb: ImageKnowledgeBase | None
+    corpus: Any
+    tokenizer: PreTrainedTokenizerFast
+    min_score: float | None
+    documents: Any
+    held_out: Any
+
+
+def _open(plan: TrainingPlan, seed: int) -> Data:
+    """Opens, or retrieves, all that a training reads.
+
+    Raises:
+        ValmError: something does not belong together.
+    """
+    kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
+    corpus, tokenizer = _open_corpus(plan)
+    min_score = None if kb is None or plan.twin in ("text", "blind") else _min_score(plan, kb, corpus)
+
+    def with_images(documents: Any) -> Any:
+        seen = with_min_score(documents, min_score)
+        return seen if plan.twin is None or kb is None else twin(plan.twin, seen, len(kb), seed)
+
+    documents, held_out = with_images(corpus), None
+    if plan.validation is not None:
+        found = validation_of(plan.validation)
+        if isinstance(found, float):
+            documents, held_out = hold_out(documents, found, seed)
+        else:
+            held_out = with_images(_open_validation(plan, corpus, tokenizer, found))
+    return Data(kb, corpus, tokenizer, min_score, documents, held_out)
+
+
+def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: Any) -> float | None:
     if not isinstance(plan.min_score, str):
         return plan.min_score
-    settings = dict(dataset.query_settings)
+    settings = dict(corpus.query_settings)
     precision = getattr(torch, settings.pop("precision"))
-    of_clip = {"clip": dataset.clip(plan.allow_download), "allow_download": plan.allow_download}
-    with _retrieving():  # on the CPU, where all processes of a training choose the same, and int8 runs
-        encoder = open_encoder(kb, tokenizer=dataset.tokenizer, dtype=precision, **of_clip, **settings)
+    of_clip = {"clip": corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
+    # on the CPU, where all processes of a training choose the same, and int8 runs
+    encoder = open_encoder(kb, tokenizer=corpus.tokenizer, dtype=precision, **of_clip, **settings)
     texts = {"questions": plan.questions, "ordinary_text": plan.ordinary_text}
-    found = find_min_score(Retriever(encoder, kb, dataset.k), **texts)
+    found = find_min_score(Retriever(encoder, kb, corpus.k), **texts)
     print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
     return found
 
 
-def _model(
-    plan: TrainingPlan,
-    kb: ImageKnowledgeBase | None,
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    min_score: float | None,
-    device: torch.device,
-) -> Any:
-    """The model or its twin, before the training on `device`."""
+def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
+    """The model or its twin, before the training on `device`: a VaLM with random weights, or a pretrained decoder
+    augmented; without images GPT-2*, or a text-only twin."""
+    kb, blind = data.kb, plan.twin == "blind"
     images: dict[str, Any] = {}
     if kb is not None and plan.twin != "text":
-        blind = plan.twin == "blind"
-        images = {"num_images": 1 if blind else dataset.k, "image_dim": kb.dim, "blind": blind}
-        images["min_score"] = None if blind else min_score
-    model = _new(plan, tokenizer, images) if plan.base is None else _augmented(plan, plan.base, images)
-    if kb is not None and plan.twin == "blind":
-        source = ImageSource.of_knowledge_base(kb, **dataset.query_settings)
-        with _retrieving():
-            of_clip = {"clip": dataset.clip(plan.allow_download), "allow_download": plan.allow_download}
-            retriever = model.finder.open(source, dataset.tokenizer, device=device, **of_clip)
+        images = {"num_images": 1 if blind else data.corpus.k, "image_dim": kb.dim, "blind": blind}
+        images |= {"min_score": data.min_score, "score_scale": plan.score_scale}
+    if plan.base is None:
+        layers, width, heads = plan.size()
+        config = ValmConfig(
+            vocab_size=len(data.tokenizer),
+            n_positions=plan.context,
+            n_layer=layers,
+            n_embd=width,
+            n_head=heads,
+            bos_token_id=begin_id(data.tokenizer),
+            eos_token_id=data.tokenizer.eos_token_id,
+            pad_token_id=data.tokenizer.pad_token_id,
+            **(images or {"num_images": 0, "image_dim": width}),
+        )
+        model: Any = VaLMForCausalLM(config)
+    else:
+        if not images and plan.unfreeze is None:
+            raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
+        given = {"layer": plan.layer, "unfreeze": plan.unfreeze, "logit_bias": plan.logit_bias}
+        said: Any = {name: value for name, value in given.items() if value is not None}
+        model = augment(load_decoder(plan.base), **(images or {"num_images": 0, "image_dim": 1}), **said)
+    if kb is not None and blind:
+        source = ImageSource.of_knowledge_base(kb, **data.corpus.query_settings)
+        of_clip = {"clip": data.corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
+        retriever = model.finder.open(source, data.corpus.tokenizer, device=device, **of_clip)
         model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
     return model
-
-
-def _new(plan: TrainingPlan, tokenizer: PreTrainedTokenizerFast, images: dict[str, Any]) -> Any:
-    """A VaLM with random weights, or without images GPT-2*."""
-    size = plan.size()
-    config = ValmConfig(
-        vocab_size=len(tokenizer),
-        n_positions=plan.context,
-        n_layer=size.layers,
-        n_embd=size.width,
-        n_head=size.heads,
-        bos_token_id=begin_id(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        score_scale=plan.score_scale if images else None,
-        **(images or {"num_images": 0, "image_dim": size.width}),
-    )
-    return VaLMForCausalLM(config)
-
-
-def _augmented(plan: TrainingPlan, base: str, images: dict[str, Any]) -> Any:
-    """The pretrained decoder `base`, augmented, or without images its text-only twin."""
-    given = {"layer": plan.layer, "unfreeze": plan.unfreeze, "logit_bias": plan.logit_bias}
-    said: Any = {name: value for name, value in given.items() if value is not None}
-    if images:
-        said["score_scale"] = plan.score_scale
-    elif plan.unfreeze is None:
-        raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
-    return augment(load_decoder(base), **(images or {"num_images": 0, "image_dim": 1}), **said)
-
-
-def _split(
-    plan: TrainingPlan,
-    kb: ImageKnowledgeBase | None,
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    min_score: float | None,
-    seed: int,
-) -> tuple[Any, Any]:
-    """The documents to train on and those of `validation`, or None, with the images of the twin.
-
-    Raises:
-        ValmError: the two do not belong together.
-    """
-
-    def with_images(documents: Any) -> Any:
-        seen = documents if plan.twin in ("text", "blind") else with_min_score(documents, min_score)
-        return seen if plan.twin is None or kb is None else twin(plan.twin, seen, len(kb), seed)
-
-    if plan.validation is None:
-        return with_images(dataset), None
-    found = validation_of(plan.validation)
-    if isinstance(found, float):
-        return hold_out(with_images(dataset), found, seed)
-    return with_images(dataset), with_images(_open_validation(plan, dataset, tokenizer, found))
 
 
 def _open_validation(
@@ -276,28 +258,10 @@ def _read(corpus: TextCorpus, tokenizer: PreTrainedTokenizerFast) -> Documents:
 
 
 def _retrieve(plan: TrainingPlan, corpus: TextCorpus, name: str) -> CorpusRetrieval:
+    """Retrieves a corpus into a folder beside `out`, which is not published with the model."""
     if launched_processes() > 1:
         raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
-    with _retrieving():
-        return run_retrieval(_retrieval(plan, corpus, name))
-
-
-def _retrieval(plan: TrainingPlan, corpus: TextCorpus, name: str) -> RetrievalPlan:
-    """The retrieval of a corpus into a folder beside `out`, which is not published with the model."""
     assert plan.kb is not None
     out = Path(plan.out).absolute()
     given: Any = {"corpus": corpus, "kb": plan.kb, "tokenizer": plan.base, "allow_download": plan.allow_download}
-    return RetrievalPlan(out=out.with_name(f"{out.name}-{name}"), **given)
-
-
-@contextmanager
-def _retrieving() -> Iterator[None]:
-    """Says of an error that names an option of `valm retrieve` whose it is."""
-    try:
-        yield
-    except ValmError as error:
-        if not any(named in str(error) for named in ("(--clip)", "k must be", "cannot be int8")):
-            raise
-        raise ValmError(
-            f"{error}; -k, --clip and --query-dtype are of `valm retrieve`, whose result --retrieval takes"
-        ) from error
+    return run_retrieval(RetrievalPlan(out=out.with_name(f"{out.name}-{name}"), **given))

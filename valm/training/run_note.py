@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -10,36 +10,30 @@ from typing import Any
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.texts import fingerprint
 from valm.errors import ValmError
-from valm.model.config import WEIGHTS_KEY
 from valm.model.sketch import other_tensor, project
 from valm.store.files import WAIT_SECONDS, read_json, write_json
 from valm.store.settings import check_same
 from valm.training.image_trainer import ImageTrainer, newest_checkpoint
+from valm.training.plan import TrainingPlan, validation_of
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 
 RUN_FILE = "_run.json"  # uploads ignore names that begin so
 LOGS = "runs"  # of TensorBoard
-# Prefixes of fields that a resumed training may change: they change neither the data nor the weights after a step, or
-# say how many steps there are, or which checkpoint becomes the model, or were measured at the end.
+# What a resumed training may change of its plan, or is compared by its content or in another way ...
+FREE = {
+    *("allow_download", "base", "batch_size", "cache_below", "corpus", "fields", "kb", "mix", "ordinary_text", "out"),
+    *("patience", "questions", "resume", "retrieval", "steps", "tokenizer"),
+}
+# ... and, by their prefixes, of TrainingArguments: what changes neither the data nor the weights after a step, or says
+# how many steps there are, or which checkpoint becomes the model, and the parts of `step_rows`.
 FREE_FIELDS = (
-    *("dataloader_", "ddp_", "disable_tqdm", "eval_", "hub_", "load_best_", "log", "max_steps", "num_train_epochs"),
-    *("numbers", "push_", "report_to", "restore_callback_states", "run_name", "save_", "use_cpu"),
+    *("dataloader_", "ddp_", "disable_tqdm", "eval_", "gradient_accumulation", "hub_", "load_best_", "log"),
+    *("max_steps", "num_train_epochs", "per_device_", "push_", "report_to", "restore_callback_states", "run_name"),
+    *("save_", "use_cpu"),
 )
 # The options of what RUN_FILE has under other names.
-OPTIONS = {
-    "learning_rate": "lr",
-    "step_rows": "batch-size",
-    "fusion_lr": "fusion-lr",
-    "limit_softmax": "limit-softmax",
-    "image_dropout": "image-dropout",
-    "validation_data": "validation",
-    "model.n_positions": "context",
-    "model.layer": "layer",
-    "model.unfreeze": "unfreeze",
-    "model.logit_bias": "logit-bias",
-    "model.score_scale": "score-scale",
-    "model.min_score": "min-score",
-}
+OPTIONS = {"data": "data", "step_rows": "--batch-size of all processes together"}
+REMEDY = "choose another folder"
 
 
 def begun_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
@@ -74,86 +68,60 @@ def only_training(out: Path) -> AbstractContextManager[None]:
     return folder_lock(out / RUN_FILE, WAIT_SECONDS)
 
 
-def note_run(out: Path, training: ImageTrainer, dataset: Any, settings: Mapping[str, Any]) -> None:
-    """Notes in the folder `out` what `training` is, unless the same is noted there.
+def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any, held_out: Any) -> None:
+    """Notes in the folder `out` what decides the steps of `training`, unless the same is noted there.
 
     Args:
         dataset: all its documents, with those that are held out.
-        settings: what neither `training` nor its model says, and the fields of TrainingArguments that were given. The
-            first one that differs is named, so what others follow from comes first.
 
     Raises:
-        ValmError: the folder has the note of another one.
+        ValmError: the folder has the note of another one; the message names the first option that differs.
     """
     file = out / RUN_FILE
     model: Any = training.model
-    # what a step reads is `step_rows`, and no number of an evaluation depends on its batches
-    batches = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size")
-    run = {
-        **{name: value for name, value in settings.items() if name not in batches},
-        "base": getattr(model.config, "fusion", {}).get("sketch"),
-        "fusion_lr": training.fusion_lr,
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name not in FREE}
+    fields |= {name: value for name, value in plan.fields.items() if not name.startswith(FREE_FIELDS)}
+    validation = None if plan.validation is None else validation_of(plan.validation)
+    run = fields | {
+        "kb": None if plan.kb is None else "given",  # its content is in the data
+        "model": "x".join(map(str, plan.size())) if plan.base is None else None,
+        "min_score": model.fusion_options.min_score,
+        "validation": content_of(held_out) if isinstance(validation, Path) else validation and str(validation),
         "step_rows": training.get_total_train_batch_size(training.args),
-        **model_settings(model.config),
         "data": content_of(dataset),
+        "base": getattr(model.config, "fusion", {}).get("sketch"),
     }
-    run = {name: value for name, value in run.items() if not name.startswith(FREE_FIELDS)}
     if file.is_file():
-        before = read_json(file, "the note on a training", dict[str, Any], "choose another folder")
-        if before.get("validation_data") is not None and run.get("validation_data") is not None:
-            before["validation"] = run["validation"]  # its content is compared, wherever it is
-        compare(out, model, before, run)
+        before = read_json(file, "the note on a training", dict[str, Any], REMEDY)
+        _compare_bases(out, model, before.pop("base", None), run.pop("base"))
+        before.pop("numbers", None)
+        check_same(f"{out} holds another training", before, run, REMEDY, _option_of)
     elif training.is_world_process_zero():
         with folder_lock(out, SAVE_WAIT_SECONDS):
             if file.exists():
-                raise ValmError(f"another process has started a training in {out}: choose another folder")
+                raise ValmError(f"another process has started a training in {out}: {REMEDY}")
             write_json(file, run)
 
 
 def note_numbers(out: Path, training: ImageTrainer) -> None:
     """Adds to the note in `out` what was measured after `training`."""
     if training.is_world_process_zero():
-        run = read_json(out / RUN_FILE, "the note on a training", dict[str, Any], "choose another folder")
+        run = read_json(out / RUN_FILE, "the note on a training", dict[str, Any], REMEDY)
         write_json(out / RUN_FILE, run | {"numbers": training.numbers})
 
 
-def compare(out: Path, model: Any, before: dict[str, Any], run: dict[str, Any]) -> None:
-    """Compares `run` with what RUN_FILE in `out` says, `before`.
-
-    Raises:
-        ValmError: they differ; the message names the option.
-    """
-    if (run["base"] is None) != (before.get("base") is None):
-        kind = "a pretrained decoder (--base)" if run["base"] is None else "a new model, without --base"
-        raise ValmError(f"{out} holds the training of {kind}; choose another folder")
-    if run["base"] is not None and (other := other_base_tensor(model, before["base"])) is not None:
-        raise ValmError(
-            f"{out} holds the training of another base model: {other} had other values; choose another folder"
-        )
-    there, here = ({name: of[name] for name in of if name not in ("base", "numbers")} for of in (before, run))
-    check_same(f"{out} holds another training", there, here, "choose another folder", option_of)
+def _compare_bases(out: Path, model: Any, before: Any, now: Any) -> None:
+    if (now is None) != (before is None):
+        kind = "a pretrained decoder (--base)" if now is None else "a new model, without --base"
+        raise ValmError(f"{out} holds the training of {kind}; {REMEDY}")
+    if now is not None and (other := other_tensor(project(model, before), before)) is not None:
+        raise ValmError(f"{out} holds the training of another base model: {other} had other values; {REMEDY}")
 
 
-def other_base_tensor(model: Any, noted: Any) -> str | None:
-    """The name of a tensor of the base that is not as RUN_FILE has noted it in a sketch, None if there is none."""
-    return other_tensor(project(model, noted), noted) if isinstance(noted, dict) else "every tensor"
-
-
-def option_of(name: str) -> str:
+def _option_of(name: str) -> str:
     """What a user calls the setting `name` of RUN_FILE."""
-    if name in OPTIONS:
-        return f"--{OPTIONS[name]}" + (" of all processes together" if name == "step_rows" else "")
-    return name if name.startswith("model.") or name == "data" else f"--{name}"
-
-
-def model_settings(config: Any) -> dict[str, Any]:
-    """All that the config says of the model, of an augmented one its base's and the fusion's together."""
-    found = config.to_diff_dict()
-    found.pop("retrieval", None)  # the data have its hashes
-    found |= {**found.pop("base_config", {}), **found.pop("fusion", {})}
-    return {
-        f"model.{name}": found[name] for name in found if "version" not in name and name not in ("sketch", WEIGHTS_KEY)
-    }
+    own = name in TrainingPlan.__dataclass_fields__
+    return OPTIONS.get(name) or f"--{name.replace('_', '-') if own else name}"
 
 
 def content_of(dataset: Any) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import os
-import warnings
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 from valm.clip.tokenizer import begin_id
 from valm.corpus.retrieved import CorpusRetrieval
@@ -26,7 +23,7 @@ from valm.text import nearest
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_image_dropout, with_min_score
-from valm.training.image_trainer import FUSION_NAME, ImageTrainer, library_errors
+from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
@@ -43,22 +40,12 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 
-# The least and the most of fields that TrainingArguments does not check. Beyond them a step fails by a division or in a
-# random generator, whose errors do not name the field.
-BOUNDS = {
-    **dict.fromkeys(("learning_rate", "seed", "data_seed", "neftune_noise_alpha"), (0, math.inf)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
-    "gradient_accumulation_steps": (1, math.inf),
-    "label_smoothing_factor": (0, 1),
-}
-
 
 def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
     """`TrainingArguments` with `DEFAULTS` for the fields that are not given; use_cpu is set where torch has no GPU.
 
     Raises:
-        ValmError: there is no such field, transformers rejects a value, one is out of BOUNDS, or launched processes
-            would not train together.
+        ValmError: there is no such field, transformers rejects a value, or launched processes would not train together.
     """
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in fields:
@@ -71,15 +58,10 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
     }
     if str(fields.get("metric_for_best_model")).endswith("perplexity"):
         own["greater_is_better"] = False  # which transformers takes to be so for losses only
-    with library_errors():
+    try:
         arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | own | fields))
-        for name, (least, most) in BOUNDS.items():
-            value = getattr(arguments, name)
-            if value is not None and not least <= value <= most:
-                limit = f" and at most {most}" if most < math.inf else ""
-                raise ValueError(f"{name} is {value}, expected at least {least}{limit}")
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()  # which raises where its package is not installed, before any work
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValmError(f"the training arguments do not fit: {error}") from error
     check_processes(arguments)
     return arguments
 
@@ -128,8 +110,7 @@ def trainer(
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Raises:
-        ValmError: model, data and knowledge base do not fit together, the Trainer rejects an argument, or launched
-            processes would not train together.
+        ValmError: model, data and knowledge base do not fit together, or launched processes would not train together.
     """
     check_processes(arguments)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
@@ -166,7 +147,7 @@ def trainer(
             "decoder, or give compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
         )
     if image_dropout:
-        _check_dropout(image_dropout, model, inner, dataset, kb, arguments)
+        _check_dropout(model, dataset, kb, arguments)
     corpus = _retrieval(dataset)
     if kb is not None and corpus is not None:  # of what is saved from now on
         inner.finder.set_source(ImageSource.of_knowledge_base(kb, **corpus.query_settings))
@@ -198,18 +179,17 @@ def trainer(
         multiple = changed.eval_batch_size * changed.world_size
         return documents if documents is None or changed.world_size == 1 else evened(documents, multiple)
 
-    with library_errors():
-        return ImageTrainer(
-            fusion_lr=fusion_lr,
-            model=model,
-            args=changed,
-            train_dataset=trained,
-            eval_dataset=even(evaluated),
-            prepared=lambda documents: even(ready(documents)),
-            data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
-            processing_class=with_length(tokenizer, inner),
-            **options,
-        )
+    return ImageTrainer(
+        fusion_lr=fusion_lr,
+        model=model,
+        args=changed,
+        train_dataset=trained,
+        eval_dataset=even(evaluated),
+        prepared=lambda documents: even(ready(documents)),
+        data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
+        processing_class=with_length(tokenizer, inner),
+        **options,
+    )
 
 
 def _retrieval(dataset: Any) -> CorpusRetrieval | None:
@@ -224,30 +204,17 @@ def _tells_apart(model: Any) -> bool:
     return keeps_apart(model, model.base_model.forward)
 
 
-def _check_dropout(
-    share: float, model: Any, inner: Any, dataset: Any, kb: ImageKnowledgeBase | None, arguments: TrainingArguments
-) -> None:
-    """Checks that an image dropout of `share` can have its effect; `inner` is `model` without PEFT.
-
-    Raises:
-        ValmError: it cannot.
-    """
-    if not 0 <= share < 1:
-        raise ValmError(f"image_dropout (--image-dropout) is {share}, expected at least 0 and below 1")
-    if kb is None:
+def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, arguments: TrainingArguments) -> None:
+    countable = hasattr(dataset, "__len__") and arguments.train_sampling_strategy == "random"
+    if kb is None or not countable:
         raise ValmError(
-            f"image_dropout takes images from retrieved documents, and this {type(inner).__name__} sees none, or "
-            "retrieves as it trains: leave --image-dropout out"
+            "image_dropout takes images from retrieved documents that have a length, in random order: leave "
+            "--image-dropout out"
         )
     if all(FUSION_NAME in name for name, parameter in model.named_parameters() if parameter.requires_grad):
         raise ValmError(
             "image_dropout is for weights that change what the model says without images, and all of these are "
             "frozen: let some train (--unfreeze block or all), or leave --image-dropout out"
-        )
-    if not hasattr(dataset, "__len__") or arguments.train_sampling_strategy != "random":
-        raise ValmError(
-            "image_dropout counts the passes over documents in random order: give documents that have a length and "
-            'train_sampling_strategy "random", or leave --image-dropout out'
         )
 
 
@@ -273,12 +240,6 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
         )
     if corpus is not None:
         corpus.check_knowledge_base(kb)
-    else:
-        warnings.warn(
-            "the documents lead to no retrieved corpus, so nothing says that their images are those of this knowledge "
-            "base",
-            stacklevel=3,
-        )
     if options.scored and sized and "image_scores" not in dataset[0]:
         raise ValmError(NO_SCORES)
     found = dataset[0].get("image_ids") if sized else None

@@ -236,7 +236,6 @@ def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp
     for command in (train, ["train", world / "corpus.txt", *kb, *SIZE]):
         error = error_of(*command, "--out", tmp_path / "never")
         assert "which is no folder beside it: give its folder or name (--clip), or allow" in error
-        assert "-k, --clip and --query-dtype are of `valm retrieve`, whose result --retrieval takes" in error
 
 
 def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, error_of):
@@ -251,7 +250,7 @@ def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path,
     assert all(torch.equal(weights["plain-twin"][name], weight) for name, weight in weights["dropout-twin"].items())
     assert any(not torch.equal(weights["plain"][name], weight) for name, weight in weights["dropout"].items())
     blind = error_of(*train, *dropout, "--out", tmp_path / "blind", "--twin", "blind")
-    assert "retrieves as it trains: leave --image-dropout out" in blind
+    assert "leave --image-dropout out" in blind
     other = error_of(*train, *dropout, "--image-dropout", 0.25, "--out", tmp_path / "dropout", "--resume")
     assert "holds another training: its --image-dropout is 0.5, here it is 0.25" in other
 
@@ -359,10 +358,10 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "training a model with text alone (there is no --kb): 3 layers of width 32, "),
-        (["--kb", "{world}/kb"], "training a model with 2 images a token of {world}/kb: 3 layers of width 32, "),
-        (["--kb", "{world}/kb", "--twin", "text"], "training the text twin with text alone: 3 layers of width 32, "),
-        (["--kb", "{world}/kb", "--twin", "blind"], "training the blind twin with its own query as the image of a tok"),
+        ([], "training a model with text alone: "),
+        (["--kb", "{world}/kb"], "training a model with 2 images a token of {world}/kb: "),
+        (["--kb", "{world}/kb", "--twin", "text"], "training the text twin with text alone: "),
+        (["--kb", "{world}/kb", "--twin", "blind"], "training the blind twin with its query as the image of a token: "),
     ],
 )
 def test_a_line_says_what_is_trained_before_it_is(world, tmp_path, capsys, options, said):
@@ -370,7 +369,7 @@ def test_a_line_says_what_is_trained_before_it_is(world, tmp_path, capsys, optio
     given = [option.format(world=world) for option in options]
     assert run("train", "--retrieval", world / "retrieval", *given, *SIZE, "--out", tmp_path / "model") == 0
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("training "))
-    assert line.startswith(said.format(world=world)) and line.endswith(" parameters; 6 documents, 3 steps of 4")
+    assert line.startswith(said.format(world=world)) and line.endswith(" parameters; 6 documents, 4 a step")
 
 
 def test_a_config_file_says_what_the_command_line_does(world, tmp_path):
@@ -433,7 +432,7 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
         TRAIN + " --validation {world}/retrieval": "and the corpus is none: give a",
         TRAIN + " --validation 1.5": "above 0 and below 1, got 1.5",
         TRAIN + " --out {world}/corpus.txt": "{world}/corpus.txt",
-        TRAIN + " --tokenizer {world}/clip --lr 1e30 --lr_scheduler_type constant": "the loss is nan at step 2 (rows ",
+        TRAIN + " --tokenizer {world}/clip --lr 1e30 --lr_scheduler_type constant": "the loss is nan at step 2: ",
     }
 )
 @pytest.mark.usefixtures("base")

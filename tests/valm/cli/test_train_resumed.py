@@ -48,17 +48,14 @@ def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, error
         assert "holds another training: its --validation is " in error
 
 
-def test_a_resumed_training_takes_more_steps(world, tmp_path, error_of, caplog):
+def test_a_resumed_training_takes_more_steps(world, tmp_path):
     """At a constant learning rate they are those of a training that was begun with them."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--lr_scheduler_type", "constant"]
     assert run(*train, "--steps", 6, "--out", tmp_path / "begun") == 0
     assert run(*train, "--steps", 3, "--out", tmp_path / "more") == 0
     assert run(*train, "--steps", 6, "--out", tmp_path / "more", "--resume") == 0
-    assert "goes on to step 6, not to step 3 as before" in caplog.text and "constant schedule over 6" in caplog.text
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("begun", "more")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    error = error_of(*train, "--steps", 4, "--out", tmp_path / "more", "--resume")
-    assert "is at step 6, but the training is to end at step 4: give at least 6 steps (--steps" in error
     steps = train.index("--steps")
     epochs = [*train[:steps], *train[steps + 2 :], "--num_train_epochs", 8]
     assert run(*epochs, "--out", tmp_path / "more", "--resume") == 0
@@ -105,36 +102,9 @@ def test_one_process_at_a_time_trains_in_a_folder(world, tmp_path, capfd, monkey
     assert run(*train, "--resume") == 0  # it has ended
 
 
-def test_evaluations_without_gain_are_counted_on(world, tmp_path):
-    """When a training resumes, the patience is that of now, and of evaluations those before count too."""
-    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", tmp_path / "model"]
-    check = ["--validation", 0.3, "--save_steps", 1, "--lr", 0]
-    assert run(*train, *check, "--patience", 9) == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3]  # two without gain
-    assert run(*train, *check, "--patience", 4, "--steps", 9, "--resume") == 0
-    assert [entry["step"] for entry in evaluations(tmp_path / "model")] == [1, 2, 3, 4, 5]
-
-
-def test_a_training_that_patience_ended_takes_no_further_step(world, tmp_path, caplog):
-    folder = tmp_path / "model"
-    train = ["train", "--retrieval", world / "retrieval", "--kb", world / "kb", *SIZE, "--out", folder, "--steps", 20]
-    train += ["--validation", 0.3, "--patience", 1, "--save_steps", 1, "--lr", 1, "--lr_scheduler_type", "constant"]
-    assert run(*train) == 0
-    ended = evaluations(folder)
-    best, last = (entry["step"] for entry in ended[-2:])
-    assert last < 20 and ended[-1]["eval_loss"] > ended[-2]["eval_loss"]
-    (folder / "model.safetensors").unlink()
-    assert run(*train, "--resume") == 0
-    assert f"no better than that of step {best}: no step is added to the {last} of before" in caplog.text
-    assert evaluations(folder) == ended and not (folder / f"checkpoint-{last + 1}").exists()
-    paths = (folder, folder / f"checkpoint-{best}", folder / f"checkpoint-{last}")
-    written, expected, other = ((path / "model.safetensors").read_bytes() for path in paths)
-    assert written == expected != other
-
-
 @pytest.mark.parametrize(
     ("wrong", "again"),
-    [(["--adam_beta1", "2"], []), (["--lr", "1e30"], ["--resume"])],
+    [(["--lr", "1e30"], []), (["--lr", "1e30"], ["--resume"])],
     ids=["no step", "no checkpoint"],
 )
 def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, error_of, wrong, again):

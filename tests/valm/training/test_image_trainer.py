@@ -102,13 +102,12 @@ def in_front():
 
 @pytest.mark.usefixtures("in_front")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path, uninterrupted, number, capsys):
+def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path, uninterrupted, number):
     before = signal.getsignal(number)
     stopped = new_trainer(tmp_path, **SAVING)
     stopped.add_callback(Asks(3, number))
     with pytest.raises(KeyboardInterrupt, match="ended after step 3"), ended_by_signals(stopped):
         stopped.train()
-    assert "once more to end at once" in capsys.readouterr().err
     assert signal.getsignal(number) == before
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     check_resumed(tmp_path, uninterrupted)
@@ -139,9 +138,9 @@ def test_the_checkpoint_of_an_ended_training_stays(tmp_path, fields):
     better = [3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
     stopped = evaluated(tmp_path, better, **({"save_steps": 1, "max_steps": 6} | fields))
     stopped.add_callback(Asks(4, signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match=r"ended after step \d: --resume") as ended, ended_by_signals(stopped):
+    with pytest.raises(KeyboardInterrupt, match=r"ended after step \d, with a checkpoint") as ended, ended_by_signals(stopped):
         stopped.train()
-    step = str(ended.value).split()[3].rstrip(":")
+    step = str(ended.value).split()[3].rstrip(",")
     assert newest_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
 
 
@@ -150,6 +149,14 @@ def checkpoint(tmp_path):
     """That of the one step of a training."""
     trained(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
     return tmp_path / "run" / "checkpoint-1"
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, part):
+    trained(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    state = tmp_path / "checkpoint-2" / STATE_FILE
+    state.write_bytes(state.read_bytes()[: part * state.stat().st_size // 3])
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def resume(checkpoint):
@@ -162,14 +169,6 @@ def test_a_checkpoint_that_lost_a_file_is_not_resumed_from(checkpoint, name):
     with pytest.raises(
         ValmError, match=r"checkpoint-1 has a model without its optimizer or learning rates, as save_only_model"
     ):
-        resume(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "model.safetensors", STATE_FILE])
-def test_a_file_that_was_cut_is_one_sentence(checkpoint, name):
-    file = checkpoint / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValmError, match=r"cannot resume from .*checkpoint-1: "):
         resume(checkpoint)
 
 
@@ -194,11 +193,8 @@ def test_a_failed_upload_is_not_said_of_the_checkpoint(tmp_path, monkeypatch):
         made.train()
 
 
-@pytest.mark.parametrize(
-    "accumulation, call, place",
-    [(1, 2, "step 3 "), (3, 7, "step 3, batch 2 of its 3 "), (3, 0, "step 1, batch 1 of its 3 ")],
-)
-def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, accumulation, call, place):
+@pytest.mark.parametrize("accumulation, call", [(1, 2), (3, 7), (3, 0)])
+def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, accumulation, call):
     sizes = {"per_device_train_batch_size": 3 // accumulation, "gradient_accumulation_steps": accumulation}
     made = new_trainer(tmp_path, **sizes)
     compute_loss, calls = made.compute_loss, iter(range(99))
@@ -210,11 +206,8 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, accumulation,
     made.compute_loss = with_nan
     before = BeforeSteps()
     made.add_callback(before)
-    with pytest.raises(ValmError, match="the loss is nan") as raised:
+    with pytest.raises(ValmError, match=f"the loss is nan at step {call // accumulation + 1}: "):
         made.train()
-    first = call * 3 // accumulation
-    rows = ", ".join(map(str, made._order.rows(first, first + 3 // accumulation)))
-    assert f"{place}(rows {rows} of the data)" in str(raised.value)
     assert len(before.weights) == call // accumulation + 1 and same(before.weights[-1], weights(made.model))
     assert not any(tmp_path.iterdir())
 
@@ -318,12 +311,12 @@ def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path, mon
     with pytest.raises(ValmError, match="holds the checkpoints of another training: resume it, or choose another"):
         again.train()
     monkeypatch.setattr(again, "_save_rng_state", lambda folder: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(ValmError, match=r"checkpoint-6: no space; .*checkpoint-7 is whole"):
+    with pytest.raises(ValmError, match=r"cannot write the checkpoint .*checkpoint-6: no space"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert not (tmp_path / "checkpoint-6" / STATE_FILE).exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     made = new_trainer(tmp_path, **SAVING)
     save = made._save_rng_state
 
@@ -333,7 +326,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, 
         save(folder)
 
     monkeypatch.setattr(made, "_save_rng_state", full)
-    with pytest.raises(ValmError, match=r"checkpoint-4: .*No space left on device; .*checkpoint-2 is whole: resume"):
+    with pytest.raises(ValmError, match=r"cannot write the checkpoint .*checkpoint-4: .*No space left on device"):
         made.train()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
@@ -352,7 +345,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
         try:
             made.train(resume_from_checkpoint=True)
         except ValmError as error:
-            if "checkpoint-2 is whole: resume from there" in str(error):
+            if "cannot write the checkpoint" in str(error):
                 raise SystemExit(3) from error
 
     for limit in (100, 3000, 60_000, 300_000):
