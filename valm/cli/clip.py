@@ -28,6 +28,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     from valm.training.clip_run import run_clip_plan
 
     trained = run_clip_plan(plan)
+    if trained is None:
+        print(f"{plan.out} is complete; nothing to do")
+        return
     losses = trained.losses
     print(f"{trained.images:,} images; loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last")
     for which, found in (("trained on", trained.trained_on), ("held out", trained.held_out)):

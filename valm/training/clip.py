@@ -1,7 +1,8 @@
 """Training a CLIP on images with captions: open_clip's model class, loss and checkpoint format (Radford et al. 2021).
 
-The loop is ours. open_clip's own, open_clip_train, is a program: importing its data needs webdataset and pandas, its
-checkpoints are pickles, and its largest logit scale is fixed at 100, with which a CLIP of few images overfits.
+transformers' Trainer runs the loop. open_clip's own, open_clip_train, is a program: importing its data needs webdataset
+and pandas, its checkpoints are pickles, and its largest logit scale is fixed at 100, with which a CLIP of few images
+overfits.
 
 Captions are cut after a random word, half of the time by default: a language model retrieves images in the middle of a
 sentence, where a CLIP that has never seen a prefix does not find them.
@@ -10,11 +11,13 @@ sentence, where a CLIP that has never seen a prefix does not find them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import random
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ from open_clip import ClipLoss, list_models
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from valm.clip.clip import Clip
 from valm.errors import ValmError
@@ -36,9 +40,10 @@ from valm.knowledge_base.sources.folder import FolderSource
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
 from valm.text import nearest, one_line, printable
+from valm.training.callbacks import ended_by_signals, show_progress
 from valm.training.clip_plan import MAX_LOGIT_SCALE, SMALL
-from valm.training.steps import Draws, take_steps
-from valm.training.steps_checkpoint import StepsCheckpoint
+from valm.training.image_trainer import ImageTrainer, newest_checkpoint, step_of
+from valm.training.train import training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,8 @@ SHRUNK = 1.5
 SHRUNK_BYTES = 2 << 30
 # Batch size of a frozen image tower.
 CACHE_BATCH = 64
+# A kill costs at most one part in so many of the steps.
+SAVES = 20
 
 
 def train_clip(
@@ -67,51 +74,106 @@ def train_clip(
     lr: float,
     max_logit_scale: float = MAX_LOGIT_SCALE,
     progress: str | None = "CLIP",
-    checkpoint: StepsCheckpoint | None = None,
+    folder: Path | None = None,
 ) -> list[float]:
     """Trains the parameters of `clip` that have requires_grad, in place, and returns the loss of every step.
 
-    The steps are those of `take_steps`. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
+    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine (one cycle), gradients clipped
+    at 1. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
 
     Args:
         clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
-        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts; with a
-            checkpoint those after the ones that it has read.
+        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts; if the
+            training resumes, those after the ones that it has read.
         max_logit_scale: where the learned temperature stops.
         progress: name of the progress bar; None shows none.
-        checkpoint: of `clip.model`, as in `take_steps`.
+        folder: for a checkpoint after each twentieth of the steps (SAVES) and on Ctrl-C or SIGTERM. The training
+            resumes from the newest whole checkpoint there. None writes no checkpoint.
 
     Raises:
-        ValmError: as `take_steps`.
+        ValmError: a loss is not finite, `clip` is on another GPU than the first, or as in `ImageTrainer.train`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM has ended the training, with a checkpoint in `folder`.
     """
+    if clip.device.index:
+        raise ValmError(f"a CLIP trains on the first GPU, got {clip.device}: choose a GPU by CUDA_VISIBLE_DEVICES")
     vars(clip).pop("weights_hash", None)  # that of the weights before
-    model = clip.model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()  # a frozen batch norm updates no statistics
+    model = _Contrast(clip.model, max_logit_scale)
+    optimizer = torch.optim.AdamW(_trained(model), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
+    # at 0.1 x 10 steps OneCycleLR would divide by 0
+    schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.11 if steps == 10 else 0.1)
+    last = None if folder is None else newest_checkpoint(folder)
+    remaining = itertools.islice(batches, steps if last is None else steps - step_of(last))
+    with tempfile.TemporaryDirectory() as nowhere:
+        arguments = _arguments(folder or nowhere, clip, steps, lr, save=folder is not None)
+        with torch.random.fork_rng(devices=[]):  # the Trainer seeds what the model's own dropout goes on with
+            training = _ClipTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=({"images": images, "ids": clip.token_ids(texts)} for images, texts in remaining),
+                optimizers=(optimizer, schedule),
+            )
+        show_progress(training, progress or "", progress is not None)
+        with nullcontext() if folder is None else ended_by_signals(training):
+            training.train(last)
+    model.limit_scale()
+    clip.model.eval().requires_grad_(False)
+    return training.losses()
+
+
+def _arguments(folder: str | Path, clip: Clip, steps: int, lr: float, *, save: bool) -> TrainingArguments:
+    arguments: Any = training_arguments(
+        folder,
+        max_steps=steps,
+        learning_rate=lr,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="steps" if save else "no",
+        save_steps=max(1, steps // SAVES),
+        save_total_limit=1,
+        ignore_data_skip=True,
+        use_cpu=clip.device.type == "cpu",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would contrast the parts of a batch
+    return arguments
+
+
+class _ClipTrainer(ImageTrainer):
+    """An `ImageTrainer` whose dataset is an iterable of batches."""
+
+    def get_train_dataloader(self) -> Any:
+        """Keeps: a CLIP trains by the same Trainer, on batches that its `CaptionedImages` have made."""
+        return self.train_dataset
+
+
+class _Contrast(nn.Module):
+    """A CLIP as a Trainer takes it: its output is the loss of a batch."""
+
+    def __init__(self, clip_model: Any, max_logit_scale: float):
+        super().__init__()
+        self.clip, self.max_scale, self.contrast = clip_model, math.log(max_logit_scale), ClipLoss()
+
+    def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """The contrast of images (B, 3, H, W) and token ids (B, T)."""
+        self.limit_scale()
+        found, texts = self.clip.encode_image(images, normalize=True), self.clip.encode_text(ids, normalize=True)
+        return {"loss": self.contrast(found, texts, self.clip.logit_scale.exp())}
 
     @torch.no_grad()
-    def limit_scale() -> None:
-        model.logit_scale.clamp_(max=math.log(max_logit_scale))
+    def limit_scale(self) -> None:
+        self.clip.logit_scale.clamp_(max=self.max_scale)
 
-    def batch_losses() -> Iterator[Tensor]:
-        contrast = ClipLoss()
-        for images, texts in batches:
-            limit_scale()
-            yield contrast(
-                model.encode_image(images.to(clip.device), normalize=True),
-                model.encode_text(clip.token_ids(texts).to(clip.device), normalize=True),
-                model.logit_scale.exp(),
-            )
+    def train(self, mode: bool = True) -> Any:
+        """As in PyTorch, but frozen parts stay in eval mode: a frozen batch norm updates no statistics."""
+        super().train(mode)
+        for module in self.modules():
+            if any(True for _ in module.parameters()) and not _trained(module):
+                module.eval()
+        return self
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = take_steps(
-        trained, batch_losses(), steps=steps, lr=lr, weight_decay=0.1, progress=progress, checkpoint=checkpoint
-    )
-    limit_scale()
-    model.eval().requires_grad_(False)
-    return losses
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def new_clip(
@@ -243,7 +305,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             raise ValmError(f"a CLIP learns from batches of two images or more, got {size}")
         loader = DataLoader(
             self,
-            batch_sampler=Draws(len(self.records), size, self.seed, skip),
+            batch_sampler=itertools.islice(_draws(len(self.records), size, self.seed), skip, None),
             collate_fn=_stacked,
             num_workers=workers,
             worker_init_fn=end_with_parent,
@@ -256,6 +318,17 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
                 yield batch
             elif empty * size > len(self.records):  # nor would the next round find more
                 raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
+
+
+def _draws(images: int, size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (number of the draw, image), without end. All images come once before any comes again, except for a
+    remainder smaller than a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = itertools.count()
+    while True:
+        order = torch.randperm(images, generator=generator).tolist()
+        for start in range(0, images - size + 1, size):
+            yield [(next(numbers), image) for image in order[start : start + size]]
 
 
 class CachedImages(CaptionedImages):
@@ -304,14 +377,14 @@ class CachedImages(CaptionedImages):
         visual = self.clip.model.visual
         owner, name = (visual, "trunk") if _has_projection(visual) else (self.clip.model, "visual")
         frozen = getattr(owner, name)
-        setattr(owner, name, torch.nn.Identity())
+        setattr(owner, name, nn.Identity())
         try:
             yield
         finally:
             setattr(owner, name, frozen)
 
 
-def _has_projection(visual: torch.nn.Module) -> bool:
+def _has_projection(visual: nn.Module) -> bool:
     """Whether an image tower is one of timm's: open_clip freezes its trunk, and its projection is trained."""
     return isinstance(visual, TimmModel)
 

@@ -65,7 +65,7 @@ class ClipPlan:
         "with --model small: text whose words become tokens too, beside those of the captions", metavar="CORPUS"
     )
     seed: int = option("of weights, order, views, cut captions and --held-out", 0, least=0, below=MAX_SEED)
-    device: str = option("where it trains: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
+    device: str = option("where it trains: cpu, or cuda, the first GPU; auto takes a GPU where torch has one", "auto")
 
     @property
     def small(self) -> bool:

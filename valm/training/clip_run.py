@@ -17,24 +17,25 @@ from valm.clip.device import open_device
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.corpus.texts import TextCorpus, fingerprint
 from valm.errors import ValmError
-from valm.evaluation.clip_check import Retrieval, note_held_out, retrieve
+from valm.evaluation.clip_check import HELD_OUT_FILE, Retrieval, note_held_out, retrieve
 from valm.knowledge_base.encode import decoding_workers, encode_records
 from valm.knowledge_base.records import Encoding, Record, fingerprint_records, written_since
-from valm.store.files import output_folder
+from valm.knowledge_base.sources import Source
+from valm.store.files import read_json, writable_folder, write_json
+from valm.store.folders import remove_folder
+from valm.store.settings import check_same
 from valm.store.shards import ProgressBar
 from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
 from valm.training.clip_plan import LEAST_HELD_OUT, SMALL_HELD_OUT, ClipPlan
-from valm.training.steps_checkpoint import StepsCheckpoint
+from valm.training.image_trainer import newest_checkpoint, step_of
 from valm_kernels.atomic_files import remove_leftovers
 
 log = logging.getLogger(__name__)
 
-# Captions that are tokenized at once.
-CUT_BATCH = 4096
 # How many images, trained on or held out, are looked at in the end.
 MOST_CHECKED = 500
-# In the output folder until the training is finished.
-TRAINING_FILE = "training.checkpoint"
+# In the output folder: what decides the weights; and until the training is finished, its checkpoints.
+SETTINGS_FILE, CHECKPOINTS = "training.json", "training"
 # The options that decide the result, beside the model and the data.
 SETTINGS = ("cache_images", "steps", "batch_size", "lr", "max_logit_scale", "held_out", "seed")
 
@@ -56,47 +57,32 @@ class ClipTraining(NamedTuple):
     held_out: Retrieval | None
 
 
-def run_clip_plan(plan: ClipPlan) -> ClipTraining:
+def run_clip_plan(plan: ClipPlan) -> ClipTraining | None:
     """Trains the CLIP of `plan`, from where a killed training of it was, and writes it to its folder with the list of
-    the images that were held out.
+    the images that were held out. None if the folder holds the finished CLIP.
 
     Raises:
         OSError: the folder cannot be written.
         ValmError: fields do not go together, the folder holds something else, or there is no such model; the images are
             too few; as `train_clip`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM has ended the training, with a checkpoint.
     """
     plan = plan.checked()
-    with output_folder(plan.out) as out:
-        return _train(plan, out)
-
-
-def _train(plan: ClipPlan, out: Path) -> ClipTraining:
     assert plan.steps is not None and plan.max_logit_scale is not None  # as `checked` has it
-    file = out / TRAINING_FILE
+    out = writable_folder(plan.out)
     check_output(out)
     records = captioned(plan.images)
-    data = fingerprint_records(records)
     device = open_device(plan.device)
     tower = None if plan.image_tower is None else Clip.load(plan.image_tower)
     torch.manual_seed(plan.seed)
     tokenizer = _small_tokenizer(plan, records) if plan.small else None
     clip = new_clip(plan.model, tower, tokenizer).to(device)
-    settings: dict[str, Any] = {"images and captions": data}
-    settings["--vocabulary"] = None if tokenizer is None else fingerprint(sorted(tokenizer.get_vocab()))
-    settings |= {f"--{name.replace('_', '-')}": getattr(plan, name) for name in SETTINGS}
-    settings |= {"--model": clip.model_cfg, "image transform": clip.preprocess_cfg()}
-    settings["--image-tower"] = None if tower is None else tower.weights_hash
-    checkpoint = StepsCheckpoint(file, clip.model, settings)
-    if done := len(checkpoint.losses):
+    if _is_finished(out, _settings(plan, records, clip, tower), plan.images):
+        return None
+    last = newest_checkpoint(writable_folder(out / CHECKPOINTS))
+    done = 0 if last is None else step_of(last)
+    if done:
         log.warning(f"{out} has the first {done:,} of {plan.steps:,} steps: resuming there")
-        if changed := written_since(plan.images.files(), file.stat().st_mtime):  # no error: a copy has new times too
-            warnings.warn(
-                f"{changed} has been written since then: if its content is another, begin the training anew in another "
-                "folder",
-                stacklevel=4,
-            )
-    else:
-        _say_what_is_cut(clip, records)
     held_out, records = _split(records, plan)
     workers = 0
     if not plan.cache_images:
@@ -112,12 +98,12 @@ def _train(plan: ClipPlan, out: Path) -> ClipTraining:
             steps=plan.steps,
             lr=plan.lr,
             max_logit_scale=plan.max_logit_scale,
-            checkpoint=checkpoint,
+            folder=out / CHECKPOINTS,
         )
     clip.name = out.resolve().name
     clip.save(out)
     note_held_out(out, clip, held_out)
-    file.unlink(missing_ok=True)
+    remove_folder(out / CHECKPOINTS)
     recalls = (_recall("trained on", records, clip), _recall("held out", held_out, clip))
     return ClipTraining(clip, losses, len(records), *recalls)
 
@@ -126,31 +112,51 @@ def check_output(out: Path) -> None:
     """Checks that a training may write to the folder `out`, and removes what a killed writer left there.
 
     Raises:
-        ValmError: it holds something else than an unfinished training.
+        ValmError: it holds something else than a training.
     """
     remove_leftovers(out)
     found = [file.name for file in out.iterdir()]
-    if found and TRAINING_FILE not in found:
+    if found and SETTINGS_FILE not in found:
         raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose another")
+
+
+def _settings(plan: ClipPlan, records: list[Record], clip: Clip, tower: Clip | None) -> dict[str, Any]:
+    """What decides the weights, as JSON, each under the name that an error gives it."""
+    settings: dict[str, Any] = {"images and captions": fingerprint_records(records)}
+    settings["--vocabulary"] = fingerprint(sorted(clip.tokenizer.get_vocab())) if plan.small else None
+    settings |= {f"--{name.replace('_', '-')}": getattr(plan, name) for name in SETTINGS}
+    settings |= {"--model": clip.model_cfg, "image transform": clip.preprocess_cfg()}
+    settings["--image-tower"] = None if tower is None else tower.weights_hash
+    return settings
+
+
+def _is_finished(out: Path, settings: dict[str, Any], images: Source) -> bool:
+    """Whether `out` holds the finished CLIP of a training with `settings`. If nothing of it is trained, the settings
+    are noted: a training that ended before its first checkpoint binds nobody.
+
+    Raises:
+        ValmError: it holds a training with other settings.
+    """
+    file, checkpoints = out / SETTINGS_FILE, out / CHECKPOINTS
+    finished = (out / HELD_OUT_FILE).exists() and not checkpoints.exists()
+    if not finished and not (checkpoints.exists() and newest_checkpoint(checkpoints)):
+        write_json(file, settings)
+        return False
+    noted = read_json(file, "the settings of a training", dict[str, Any], "choose another folder")
+    check_same(f"{out} holds another training", noted, settings, "choose another folder, or give what it had")
+    if changed := written_since(images.files(), file.stat().st_mtime):  # no error: a copy has new times too
+        warnings.warn(
+            f"{changed} has been written since the training in {out} began: if its content is another, begin the "
+            "training anew in another folder",
+            stacklevel=3,
+        )
+    return finished
 
 
 def _small_tokenizer(plan: ClipPlan, records: list[Record]) -> PreTrainedTokenizerFast:
     """CLIP's tokenizer, pruned to the captions and the vocabulary: most of its 49,408 tokens would never be trained."""
     more = [] if plan.vocabulary is None else TextCorpus([plan.vocabulary]).documents()
     return prune_tokenizer(clip_tokenizer(), [*(record.caption for record in records), *more])
-
-
-def _say_what_is_cut(clip: Clip, records: list[Record]) -> None:
-    """Says how many captions are longer than the text tower's context."""
-    captions = [caption for record in records for caption in record.caption.split("\n")]
-    most = clip.context_length - 2
-    long = [caption for caption in captions if len(caption) > most]  # a token has a character at least
-    cut = 0
-    for begin in range(0, len(long), CUT_BATCH):
-        tokens = clip.tokenizer(long[begin : begin + CUT_BATCH], add_special_tokens=False)["input_ids"]
-        cut += sum(len(ids) > most for ids in tokens)
-    if cut:
-        log.warning(f"{cut:,} of {len(captions):,} captions have more than {most} tokens: they are cut there")
 
 
 def _split(records: list[Record], plan: ClipPlan) -> tuple[list[Record], list[Record]]:

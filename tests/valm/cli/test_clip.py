@@ -2,6 +2,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import time
 
 import pytest
@@ -11,9 +12,9 @@ from PIL import Image
 from tests.valm.cli.commands import THINGS, run, wrong_inputs
 from tests.valm.tiny_clip import TINY
 from valm.clip.clip import Clip
-from valm.training import steps_checkpoint
-from valm.training.clip_run import TRAINING_FILE
-from valm.training.steps_checkpoint import StepsCheckpoint
+from valm.training import clip as clip_training
+from valm.training.clip_run import CHECKPOINTS, SETTINGS_FILE
+from valm.training.image_trainer import ImageTrainer
 
 
 def test_a_clip_is_trained_and_checked(world, tmp_path, output_of):
@@ -33,68 +34,101 @@ def test_a_text_side_is_trained_beside_a_frozen_image_side(world, tmp_path):
     assert Clip.load(tmp_path / "cached").encode_images(torch.zeros(1, 3, 32, 32)).shape == (1, TINY["embed_dim"])
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_an_interrupted_training_leaves_no_empty_folder(world, tmp_path, monkeypatch, capsys, there):
-    """Nor one that was there before is removed."""
+def small_training(world):
+    return ["clip", "train", world / "pictures", "--model", "small", "--steps", 5, "--batch-size", 4]
 
+
+def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    monkeypatch.setattr("valm.training.clip_run.train_clip", interrupted)
-    out = tmp_path / "new" / "clip"
-    if there:
-        out.mkdir(parents=True)
-    assert run("clip", "train", world / "pictures", "--model", tmp_path / "tiny.json", "--out", out) == 130
+    train = [*small_training(world), "--out", tmp_path / "clip"]
+    with monkeypatch.context() as patch:
+        patch.setattr("valm.training.clip_run.train_clip", interrupted)
+        assert run(*train) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert out.is_dir() == out.parent.is_dir() == there
+    assert run(*train, "--lr", 1e-2) == 0
+
+
+def killed(train, out, monkeypatch, step, end):
+    """Runs a training that `end` ends after the checkpoint of `step`."""
+    save = ImageTrainer._save_checkpoint
+
+    def save_and_end(training, *arguments):
+        save(training, *arguments)
+        if training.state.global_step == step:
+            end()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTrainer, "_save_checkpoint", save_and_end)
+        assert run(*train, "--out", out) == 130
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
 def killed_training(world, tmp_path, monkeypatch):
     """Runs a training that is killed after its second checkpoint, in {tmp}/small, and returns the command."""
-    monkeypatch.setattr(steps_checkpoint, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(steps_checkpoint, "SAVE_RATIO", 0.0)
-    save = StepsCheckpoint.save_if_due
-
-    def save_twice(checkpoint, optimizer, losses):
-        save(checkpoint, optimizer, losses)
-        if len(losses) == 2:
-            raise KeyboardInterrupt
-
-    train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 5, "--batch-size", 4]
-    with monkeypatch.context() as patch:
-        patch.setattr(StepsCheckpoint, "save_if_due", save_twice)
-        assert run(*train, "--out", tmp_path / "small") == 130
-    return train
+    killed(small_training(world), tmp_path / "small", monkeypatch, 2, interrupt)
+    return small_training(world)
 
 
 def test_a_killed_training_resumes(killed_training, tmp_path, output_of, caplog):
     out = output_of(*killed_training, "--out", tmp_path / "small")
     assert "has the first 2 of 5 steps: resuming there" in caplog.text
     assert "6 images; loss" in out and "text to image among 6 images trained on: recall @1 " in out
-    assert not (tmp_path / "small" / TRAINING_FILE).exists()
+    assert not (tmp_path / "small" / CHECKPOINTS).exists()
     assert run(*killed_training, "--out", tmp_path / "whole") == 0  # there is nothing to resume
     small, whole = (Clip.load(tmp_path / name) for name in ("small", "whole"))
     assert small.weights_hash == whole.weights_hash
     assert len(small.tokenizer) < 1000
 
 
-def test_captions_that_are_cut_are_counted(world, tmp_path, caplog):
-    shutil.copytree(world / "pictures", tmp_path / "pictures")
-    longest = sorted((tmp_path / "pictures").glob("*.png"))[0].with_suffix(".txt")
-    longest.write_text("a red apple " * 40 + "\na short one")
-    train = ["clip", "train", tmp_path / "pictures", "--model", "small", "--steps", 1, "--batch-size", 2]
+def test_a_training_that_is_killed_at_its_end_is_finished_by_the_same_command(world, tmp_path, monkeypatch):
+    train, out = small_training(world), tmp_path / "clip"
+    with monkeypatch.context() as patch:
+        patch.setattr("valm.training.clip_run.remove_folder", lambda folder: interrupt())
+        assert run(*train, "--out", out) == 130
+    trained = Clip.load(out).weights_hash
+    assert run(*train, "--out", out) == 0
+    assert Clip.load(out).weights_hash == trained and not (out / CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint(world, tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(clip_training, "SAVES", 1)
+    train, step = small_training(world), ImageTrainer.training_step
+
+    def signalled(training, *arguments, **options):
+        if training.state.global_step == 2:
+            os.kill(os.getpid(), number)
+        return step(training, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTrainer, "training_step", signalled)
+        assert run(*train, "--out", tmp_path / "clip") == 130
+    assert (tmp_path / "clip" / CHECKPOINTS / "checkpoint-3").is_dir()
     assert run(*train, "--out", tmp_path / "clip") == 0
-    assert "1 of 7 captions have more than 30 tokens: they are cut there" in caplog.text
+    assert "has the first 3 of 5 steps: resuming there" in caplog.text
+
+
+def test_a_finished_training_is_complete(world, tmp_path, output_of, error_of):
+    train = [*small_training(world), "--out", tmp_path / "clip"]
+    assert run(*train) == 0
+    trained = Clip.load(tmp_path / "clip").weights_hash
+    assert output_of(*train) == f"{tmp_path / 'clip'} is complete; nothing to do\n"
+    assert Clip.load(tmp_path / "clip").weights_hash == trained
+    assert "holds another training: its --seed is 0, here it is 1; choose" in error_of(*train, "--seed", 1)
 
 
 def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_path):
     later = time.time() + 5
-    os.utime(tmp_path / "small" / TRAINING_FILE, (later - 10, later - 10))
+    os.utime(tmp_path / "small" / SETTINGS_FILE, (later - 10, later - 10))
     picture = sorted((world / "pictures").glob("*.png"))[0]
     os.utime(picture, (later - 7, later - 7))
-    with pytest.warns(UserWarning, match=rf"{picture.name} has been written since then: .* begin the training anew"):
+    with pytest.warns(UserWarning, match=rf"{picture.name} has been written since the training .* training anew"):
         assert run(*killed_training, "--out", tmp_path / "small") == 0
 
 
