@@ -18,8 +18,7 @@ from valm.knowledge_base.build import build
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.ray_index import _Rows
-from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.retrieval.segment_cache import SegmentCache
+from valm.retrieval.retriever import BlindRetriever, Retriever, SegmentCache
 from valm_kernels import FlatIPIndex
 
 K = 3

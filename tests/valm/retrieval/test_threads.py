@@ -15,8 +15,7 @@ from tests.valm.retrieval.indexed import K, make_indexed, queries, slow
 from tests.valm.tiny_clip import TEXTS
 from valm.retrieval import alignment
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retriever
-from valm.retrieval.segment_cache import SegmentCache
+from valm.retrieval.retriever import Retriever, SegmentCache
 
 WORDS = " ".join(TEXTS).split()
 ROUNDS = 3
