@@ -35,8 +35,7 @@ from valm.clip.clip import Clip
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import CPU_CALL_TOKENS, QUERIES, ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index
-from valm.retrieval.index_factory import choose_factory
-from valm.retrieval.index_parameters import index_parameters
+from valm.retrieval.index_parameters import choose_factory, index_parameters
 from valm.retrieval.index_tuning import build_index, context_queries, recall
 from valm.retrieval.retriever import Retrieved, Retriever
 from valm_kernels import ip_topk, merge_topk

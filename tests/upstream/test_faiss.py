@@ -3,7 +3,7 @@
 import pytest
 
 from valm.retrieval import faiss_gpu
-from valm.retrieval.index_factory import choose_factory
+from valm.retrieval.index_parameters import choose_factory
 
 faiss = pytest.importorskip("faiss")
 pytestmark = pytest.mark.slow

@@ -25,7 +25,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.images import ImageSource
 from valm.knowledge_base.records import Encoding
 from valm.options import add_fields, given_fields
-from valm.retrieval.index_plan import IndexPlan
+from valm.retrieval.index_parameters import IndexPlan
 from valm.store.files import exists
 from valm.text import printable
 from valm.training.launch import check_alone
@@ -170,7 +170,7 @@ def run_index(arguments: argparse.Namespace) -> None:
     plan = IndexPlan(**given_fields(IndexPlan, arguments))
     kb = ImageKnowledgeBase.open(arguments.kb)
 
-    from valm.retrieval.index_factory import EXACT_BELOW
+    from valm.retrieval.index_parameters import EXACT_BELOW
     from valm.retrieval.index_tuning import index_knowledge_base
 
     device = chosen_device(arguments)

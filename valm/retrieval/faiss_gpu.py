@@ -17,7 +17,7 @@ import torch
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.index_factory import choose_factory, import_faiss, stages
+from valm.retrieval.index_parameters import choose_factory, import_faiss, stages
 
 # The most cells that a query searches, and the most candidates that it gets.
 MAX_SELECTED = 2048

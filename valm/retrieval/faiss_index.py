@@ -19,15 +19,17 @@ from torch import Tensor
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.faiss_gpu import NotOnGPUs, check_candidates, check_for_gpus, faiss_device, on_gpus
-from valm.retrieval.index_factory import EXACT_BELOW, import_faiss, stages
 from valm.retrieval.index_parameters import (
+    EXACT_BELOW,
     INDEX_FILE,
     PARAMETERS_FILE,
     IndexParameters,
+    file_entry,
+    import_faiss,
     index_parameters,
     remedy,
+    stages,
 )
-from valm.store.shards import file_entry
 from valm_kernels import FlatIPIndex, TopK
 from valm_kernels.json_files import check_own
 from valm_kernels.locks import Lock

@@ -24,8 +24,7 @@ from typing_extensions import TypedDict
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
-from valm.retrieval.index_factory import import_faiss, new_index, stages
-from valm.retrieval.index_parameters import INDEX_FILE
+from valm.retrieval.index_parameters import INDEX_FILE, import_faiss, new_index, stages
 from valm.store.files import WAIT_SECONDS, Count, Sha256, read_json, write_json
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import atomic_path, folder_lock, remove_if_abandoned, remove_leftovers

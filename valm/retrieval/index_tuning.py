@@ -24,14 +24,22 @@ from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus, faiss_device
 from valm.retrieval.faiss_index import FaissIndex, read_index, remove_index
-from valm.retrieval.index_factory import choose_factory, import_faiss, new_index, stages
 from valm.retrieval.index_filling import filled_index, partial_folder, remove_partials
-from valm.retrieval.index_parameters import INDEX_FILE, PARAMETERS_FILE, IndexParameters
-from valm.retrieval.index_plan import IndexPlan
+from valm.retrieval.index_parameters import (
+    INDEX_FILE,
+    PARAMETERS_FILE,
+    IndexParameters,
+    IndexPlan,
+    choose_factory,
+    file_entry,
+    import_faiss,
+    new_index,
+    stages,
+)
 from valm.retrieval.retriever import check_k
 from valm.store.files import read_text, write_json
 from valm.store.folders import link, remove_folder
-from valm.store.shards import file_entry, sealed
+from valm.store.shards import sealed
 from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, remove_leftovers, temporary_file

@@ -159,7 +159,7 @@ def test_an_index_built_for_the_cpu_is_refused_on_a_gpu(kb, clip, two_gpus, monk
         retriever = Retriever(ContextEncoder(clip), kb, K)
     assert isinstance(retriever.index, FaissIndex) and retriever.index.device == torch.device("cpu")
     assert isinstance(open_index(kb), FaissIndex)
-    monkeypatch.setattr("valm.retrieval.index_factory.EXACT_BELOW", 100)
+    monkeypatch.setattr("valm.retrieval.index_parameters.EXACT_BELOW", 100)
     with pytest.raises(ValmError, match="factory string 'IVF256,SQ8'"):
         FaissIndex.open(kb, "cuda")
     assert not two_gpus
@@ -219,7 +219,7 @@ def test_a_retriever_searches_where_its_encoder_is(kb, clip, two_gpus, monkeypat
 
 
 def test_kb_index_chooses_an_index_for_gpus(kb, clip, two_gpus, monkeypatch, capsys):
-    monkeypatch.setattr("valm.retrieval.index_factory.EXACT_BELOW", 100)
+    monkeypatch.setattr("valm.retrieval.index_parameters.EXACT_BELOW", 100)
     monkeypatch.setattr("valm.cli.kb.chosen_device", lambda arguments: torch.device("cuda"))
     monkeypatch.setattr(type(kb), "load_clip", lambda self, *_, **__: clip)
     monkeypatch.setattr(type(clip), "to", lambda self, device: self)

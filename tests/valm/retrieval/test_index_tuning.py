@@ -17,8 +17,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval import index_filling, index_tuning
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index, verify_index
-from valm.retrieval.index_factory import choose_factory
-from valm.retrieval.index_parameters import index_parameters
+from valm.retrieval.index_parameters import choose_factory, index_parameters
 from valm.retrieval.index_tuning import captions, context_queries, recall
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import folder_lock
