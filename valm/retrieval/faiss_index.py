@@ -18,7 +18,7 @@ from torch import Tensor
 
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.faiss_gpu import NotOnGPUs, check_candidates, check_for_gpus, faiss_device, on_gpus
+from valm.retrieval.faiss_gpu import faiss_device, on_gpus
 from valm.retrieval.index_parameters import (
     EXACT_BELOW,
     INDEX_FILE,
@@ -30,6 +30,7 @@ from valm.retrieval.index_parameters import (
     remedy,
     stages,
 )
+from valm.text import one_line
 from valm_kernels import FlatIPIndex, TopK
 from valm_kernels.json_files import check_own
 from valm_kernels.locks import Lock
@@ -42,18 +43,14 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
     """The index that searches `kb`: its faiss index if it has one, else exact search; both on `device`.
 
     Only this function decides it. Warns if exact search has to search EXACT_BELOW images or more. A faiss without GPUs
-    (faiss-cpu) searches on the CPU; so does, with a warning, an index that faiss cannot search on GPUs.
+    (faiss-cpu) searches on the CPU.
 
     Raises:
         ValmError: the faiss index is damaged or stale.
         ImportError: there is a faiss index, but faiss is not installed.
     """
     if index_parameters(kb) is not None:
-        try:
-            return FaissIndex.open(kb, faiss_device(device))
-        except NotOnGPUs as error:
-            warnings.warn(f"{error}. The index of {kb.path} is searched on the CPU", stacklevel=2)
-            return FaissIndex.open(kb)
+        return FaissIndex.open(kb, faiss_device(device))
     if len(kb) >= EXACT_BELOW:
         size = f"{2e-9 * len(kb) * kb.dim:,.1f} GB"
         warnings.warn(
@@ -93,10 +90,11 @@ class FaissIndex:
     Args:
         index: a faiss index on the CPU.
         device: where faiss finds the candidates: "cpu", one GPU ("cuda:0"), or all GPUs that faiss sees ("cuda"), each
-            of which holds a part of the index. They are reranked on the CPU, where the knowledge base is.
+            of which holds a part of the index. An index that faiss cannot search there is searched on the CPU, with a
+            warning. Candidates are reranked on the CPU, where the knowledge base is.
 
     Raises:
-        ValmError: faiss cannot search this index on a GPU, or has none.
+        ValmError: faiss has no GPU.
     """
 
     def __init__(
@@ -108,8 +106,17 @@ class FaissIndex:
         self._transforms, self._cells = [], None
         self._gpu = Lock()  # faiss's GPU indexes do not support searches at once
         if self.device.type == "cuda":
-            check_for_gpus(kb, index, parameters.search, parameters.k * parameters.candidates)
-            index = on_gpus(index, self.device)
+            try:
+                index = on_gpus(index, self.device, parameters.search, parameters.k * parameters.candidates)
+            except RuntimeError as error:
+                reason = one_line(str(error).strip().rpartition("\n")[2])
+                warnings.warn(
+                    f"faiss cannot search the index of {kb.path} on {self.device} ({reason}): it is searched on the "
+                    f"CPU; `valm kb index {kb.path} --device cuda` makes one for GPUs",
+                    stacklevel=2,
+                )
+                self.device = torch.device("cpu")
+        if self.device.type == "cuda":
             self._settings = faiss.GpuParameterSpace()
         else:
             self._settings = faiss.ParameterSpace()
@@ -131,8 +138,7 @@ class FaissIndex:
         """The index in the folder of `kb`, memory-mapped, or copied to GPUs (`device` as for the class).
 
         Raises:
-            ValmError: there is none, it is damaged, it belongs to another knowledge base, or faiss cannot search it on
-                a GPU.
+            ValmError: there is none, it is damaged, it belongs to another knowledge base, or faiss has no GPU.
             ImportError: faiss is not installed.
         """
         parameters = index_parameters(kb)
@@ -179,8 +185,6 @@ class FaissIndex:
 
     def _find(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Ids (Q, count) int64 of the candidates for queries (Q, E), -1 = none."""
-        if self.device.type == "cuda":
-            check_candidates(count)
         if not len(queries):
             return np.empty((0, count), np.int64)
         if self.device.type == "cuda":

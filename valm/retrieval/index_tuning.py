@@ -22,7 +22,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.faiss_gpu import MAX_SELECTED, check_for_gpus, faiss_device
+from valm.retrieval.faiss_gpu import faiss_device
 from valm.retrieval.faiss_index import FaissIndex, read_index, remove_index
 from valm.retrieval.index_filling import filled_index, partial_folder, remove_partials
 from valm.retrieval.index_parameters import (
@@ -137,18 +137,16 @@ def build_index(
         device: where it is tuned, and the index returned searches: as for `FaissIndex`.
 
     Raises:
-        ValmError: faiss does not know the factory, cannot search it on `device`, or no setting reaches the target; a
-            vector is not finite; another process makes this index.
+        ValmError: faiss does not know the factory, or no setting reaches the target; a vector is not finite; another
+            process makes this index.
         ImportError: faiss is not installed.
     """
     queries = queries.reshape(-1, kb.dim).float().cpu()
     check_k(k, kb)
     if len(queries) < 2:
         raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
-    index = new_index(kb.dim, factory)
+    new_index(kb.dim, factory)  # before anything is written
     device = torch.device(device)
-    if device.type == "cuda":  # before the training
-        check_for_gpus(kb, index, search="", candidates=k)
     remove_leftovers(kb.path)
     file = kb.path / INDEX_FILE
     with partial_folder(kb, factory, seed) as folder, temporary_file(file) as packed:
@@ -286,15 +284,17 @@ def _tune(
 ) -> IndexParameters:
     """`start` with the search of least `_work` that reaches `start.target` on `truth` (Q, K): on the first half with
     MARGIN to spare, and on the second, whose recall it reports."""
-    limit = MAX_SELECTED if device.type == "cuda" else None
-    searches = _searches(index, limit)
+    searches = _searches(index)
     half = len(queries) // 2
     best, least = None, float("inf")
-    candidates = [number for number in CANDIDATES if limit is None or number * start.k <= limit]
-    searcher = FaissIndex(_ScoredOnce(kb), index, start, device)
+    candidates = CANDIDATES
+    searcher = FaissIndex(_ScoredOnce(kb), index, replace(start, candidates=CANDIDATES[0]), device)
     while searches and candidates:
         tried = replace(start, search=searches[0], candidates=candidates[0])
-        searcher.use(tried)
+        try:
+            searcher.use(tried)
+        except RuntimeError:  # faiss searches no more cells on a GPU
+            break
         found = searcher.search(queries, start.k).indices
         work = _work(index, searches[0], candidates[0] * start.k, kb.dim)
         tuned, margin = recall(found[:half], truth[:half]), MARGIN * _standard_error(found[:half], truth[:half])
@@ -334,15 +334,12 @@ def _work(index: Any, search: str, candidates: int, dim: int) -> float:
     return exact + searched.ntotal * searched.sa_code_size()
 
 
-def _searches(index: Any, limit: int | None) -> list[str]:
-    """faiss's search parameters for `index`, from the fastest to the best; "" if it has none.
-
-    limit: the most cells of an inverted file that a query may search.
-    """
+def _searches(index: Any) -> list[str]:
+    """faiss's search parameters for `index`, from the fastest to the best; "" if it has none."""
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
-        return [f"nprobe={cells}" for cells in _ladder(min(ivf.nlist, limit or ivf.nlist))]
+        return [f"nprobe={cells}" for cells in _ladder(ivf.nlist)]
     if isinstance(stages(index)[1], faiss.IndexHNSW):
         return [f"efSearch={width}" for width in _ladder(index.ntotal)]
     return [""]
