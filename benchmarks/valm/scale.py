@@ -83,7 +83,7 @@ class Run:
 
 
 def run(command: Sequence[str | Path], folder: Path | None = None) -> Run:
-    """Runs `command`, and notes when files appear in `folder`, or in one in it.
+    """Runs `command`, and notes when files appear in `folder`.
 
     Raises:
         RuntimeError: it failed.
@@ -111,11 +111,9 @@ def anonymous_mb(process: int) -> float:
 
 
 def files_below(folder: Path) -> set[str]:
-    found: set[str] = set()
-    for path in (folder, *folder.glob("*.partial")):
-        with suppress(FileNotFoundError):
-            found |= {entry.name for entry in os.scandir(path)}
-    return found
+    with suppress(FileNotFoundError):
+        return {entry.name for entry in os.scandir(folder)}
+    return set()
 
 
 def valm(*arguments: str | Path) -> list[str | Path]:
@@ -201,19 +199,15 @@ def measure_index(folder: Path, images: int, results: Results, factory: str | No
 
 def stages(made: Run) -> dict[str, float]:
     """Seconds of the stages of `valm kb index`, by the files that they end with."""
-    ends = {
-        "queries": "index-*.partial",
-        "trained": "added-0.faiss",
-        "vectors added": "added-[1-9]*.faiss",
-        "exact answers": "index.faiss.*.tmp",
-    }
+
+    def times(pattern: str) -> list[float]:
+        return [seconds for name, seconds in made.seen.items() if fnmatch(name, pattern)]
+
+    begun, written = times("index.faiss.*.tmp"), times("index-*.partial*")  # the latter after each part
+    ends = {"queries": min(begun), "trained": min(written), "vectors added": max(written)}
     found, before = {}, 0.0
-    for stage, pattern in ends.items():
-        times = [seconds for name, seconds in made.seen.items() if fnmatch(name, pattern)]
-        if times:
-            end = max(times) if stage == "vectors added" else min(times)
-            found[f"seconds, {stage}"], before = end - before, end
-    found["seconds, written and tuned"] = made.seconds - before
+    for stage, end in (*ends.items(), ("exact answers, tuned and written", made.seconds)):
+        found[f"seconds, {stage}"], before = end - before, end
     return found
 
 

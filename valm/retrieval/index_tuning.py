@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from valm.progress import progress_bar
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_gpu import faiss_device
 from valm.retrieval.faiss_index import FaissIndex, read_index, remove_index
-from valm.retrieval.index_filling import filled_index, partial_folder, remove_partials
+from valm.retrieval.index_filling import filled_index, partial_file, remove_partials, training_rows
 from valm.retrieval.index_parameters import (
     INDEX_FILE,
     PARAMETERS_FILE,
@@ -37,23 +36,18 @@ from valm.retrieval.index_parameters import (
     stages,
 )
 from valm.retrieval.retriever import check_k
-from valm.store.files import read_text, write_json
-from valm.store.folders import link, remove_folder
+from valm.store.files import WAIT_SECONDS, read_text, write_json
+from valm.store.folders import link
 from valm.store.shards import sealed
 from valm.text import one_line, split_lines
 from valm_kernels import ip_topk, merge_topk
-from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, remove_leftovers, temporary_file
+from valm_kernels.atomic_files import folder_lock, remove_leftovers, temporary_file
 
 # Queries for tuning, and as many again for measuring recall.
 QUERIES = 1024
-# Standard errors by which the tuning half must beat the target; a setting that only just reaches it misses on about
-# half of other samples.
-MARGIN = 1
-# Groups of consecutive queries from whose recalls that error is estimated. Queries of one text are adjacent and
-# similar, so single queries would underestimate it.
-BLOCKS = 16
 # Numbers of candidates per image that tuning tries.
 CANDIDATES = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+# Tuning ends at a search that works so many times as hard as the best one: fewer candidates need a longer search.
 GIVE_UP = 1.5
 # Cost of a randomly read vector byte, in bytes of sequentially scanned codes: 1.26 and 4.5 GB/s, for 400,000 vectors of
 # 768 and 256 numbers on two cores.
@@ -128,8 +122,8 @@ def build_index(
     Args:
         queries: (Q, E) of the kind that will be searched (`context_queries`), with different texts in the two halves:
             the first is for tuning, the second for measuring recall against an exact search.
-        target_recall: share of the true `k` nearest to find, in the first half with a margin of standard errors
-            (MARGIN). Settings that miss it in the second half are rejected too.
+        target_recall: share of the true `k` nearest to find, in the first half with a margin (`_margin`). Settings that
+            miss it in the second half are rejected too.
         factory: a faiss factory string; `choose_factory` has one for each size and device. Tuning sets the cells to
             search of an inverted file ("IVF4096,Flat", "OPQ64,IVF65536,PQ64") or the search width of a graph
             ("HNSW32").
@@ -137,27 +131,24 @@ def build_index(
         device: where it is tuned, and the index returned searches: as for `FaissIndex`.
 
     Raises:
-        ValmError: faiss does not know the factory, or no setting reaches the target; a vector is not finite; another
-            process makes this index.
+        ValmError: faiss does not know the factory, or no setting reaches the target; a vector is not finite.
+        TimeoutError: another process indexes `kb`.
         ImportError: faiss is not installed.
     """
     queries = queries.reshape(-1, kb.dim).float().cpu()
     check_k(k, kb)
     if len(queries) < 2:
         raise ValmError(f"an index needs queries to be tuned and measured on, got {len(queries)}")
-    new_index(kb.dim, factory)  # before anything is written
-    device = torch.device(device)
-    remove_leftovers(kb.path)
+    trained_on = training_rows(kb, new_index(kb.dim, factory))
     file = kb.path / INDEX_FILE
-    with partial_folder(kb, factory, seed) as folder, temporary_file(file) as packed:
+    with folder_lock(kb.path, WAIT_SECONDS), temporary_file(file) as packed:
+        remove_leftovers(kb.path)
+        partial = partial_file(kb, factory, seed)
         try:
-            whole, trained_on = filled_index(kb, factory, folder, packed, seed, device, progress)
+            whole = filled_index(kb, factory, partial, packed, seed=seed, device=device, progress=progress)
         except RuntimeError as error:  # such as of IDMap, which takes no vectors without ids
             reason = one_line(str(error))
             raise ValmError(f"faiss cannot fill an index of the factory string {factory!r}: {reason}") from error
-        truth = _exact(kb, queries, k, progress)
-        half = len(queries) // 2
-        index = read_index(whole)  # tuned as it will be used, memory-mapped
         untuned = IndexParameters(
             knowledge_base=kb.fingerprint,
             factory=factory,
@@ -167,21 +158,17 @@ def build_index(
             k=k,
             recall=0.0,
             target=target_recall,
-            queries=len(queries) - half,
+            queries=len(queries) - len(queries) // 2,
             asked=asked,
             file={**file_entry(whole), "name": INDEX_FILE},
         )
-        parameters = _tune(kb, index, untuned, queries, truth, device)
-        del index
-        with folder_lock(kb.path, SAVE_WAIT_SECONDS):
-            # from here until the new parameters are written, the knowledge base has no index
-            (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
-            link(whole, file)  # and not moved: if this is killed, the next build has all of it
-            write_json(kb.path / PARAMETERS_FILE, sealed(asdict(parameters)))
-            opened = FaissIndex.open(kb, device)
-        with suppress(OSError):  # the index is there
-            remove_folder(folder)
-        return opened
+        parameters = _tuned(kb, read_index(whole), untuned, queries, device, progress)
+        # from here until the new parameters are written, the knowledge base has no index
+        (kb.path / PARAMETERS_FILE).unlink(missing_ok=True)
+        link(whole, file)  # and not moved: if this is killed, the next build has all of it
+        write_json(kb.path / PARAMETERS_FILE, sealed(asdict(parameters)))
+        partial.unlink()
+        return FaissIndex.open(kb, device)
 
 
 def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> list[str]:
@@ -239,12 +226,6 @@ def recall(found: Tensor, truth: Tensor) -> float:
     return (truth[:, :, None] == found[:, None, :]).any(-1).float().mean().item()
 
 
-def _standard_error(found: Tensor, truth: Tensor) -> float:
-    """Standard error of the difference between the recall of these queries and that of as many similar ones."""
-    recalls = [recall(*block) for block in zip(found.chunk(BLOCKS), truth.chunk(BLOCKS), strict=True)]
-    return (2 / len(recalls)) ** 0.5 * float(np.std(recalls))
-
-
 def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> Tensor:
     """The true k nearest (Q, K), shard by shard."""
     results, offsets, start = [], [], 0
@@ -257,63 +238,51 @@ def _exact(kb: ImageKnowledgeBase, queries: Tensor, k: int, progress: bool) -> T
     return merge_topk(results, offsets, k).indices
 
 
-class _ScoredOnce(ImageKnowledgeBase):
-    """A knowledge base that is given the same queries again and again, and reads each vector once for each of them."""
-
-    def __init__(self, kb: ImageKnowledgeBase):
-        super().__init__(kb.path, kb.manifest)
-        self._pairs = np.empty(0, np.int64)  # query and image as one number, rising
-        self._known = np.empty(0, np.float32)
-
-    def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        pairs = query_ids * len(self) + ids
-        new = np.setdiff1d(pairs, self._pairs)
-        places = np.searchsorted(self._pairs, new)
-        self._known = np.insert(self._known, places, super().scores(queries, *np.divmod(new, len(self))))
-        self._pairs = np.insert(self._pairs, places, new)
-        return self._known[np.searchsorted(self._pairs, pairs)]
-
-
-def _tune(
+def _tuned(
     kb: ImageKnowledgeBase,
     index: Any,
     start: IndexParameters,
     queries: Tensor,
-    truth: Tensor,
-    device: torch.device,
+    device: torch.device | str,
+    progress: bool,
 ) -> IndexParameters:
-    """`start` with the search of least `_work` that reaches `start.target` on `truth` (Q, K): on the first half with
-    MARGIN to spare, and on the second, whose recall it reports."""
-    searches = _searches(index)
+    """`start` with the search of least `_work` that reaches `start.target` on the first half of the queries, with a
+    margin to spare, and on the second half, whose recall it reports."""
+    truth = _exact(kb, queries, start.k, progress)
     half = len(queries) // 2
-    best, least = None, float("inf")
-    candidates = CANDIDATES
-    searcher = FaissIndex(_ScoredOnce(kb), index, replace(start, candidates=CANDIDATES[0]), device)
+    searcher = FaissIndex(kb, index, replace(start, candidates=CANDIDATES[0]), device)
+    searches, candidates = _searches(index), list(CANDIDATES)
+    best, least, tuned, measured = None, float("inf"), 0.0, 0.0
     while searches and candidates:
         tried = replace(start, search=searches[0], candidates=candidates[0])
+        work = _work(index, tried.search, tried.candidates * start.k, kb.dim)
+        if work > GIVE_UP * least:
+            break
         try:
             searcher.use(tried)
         except RuntimeError:  # faiss searches no more cells on a GPU
             break
         found = searcher.search(queries, start.k).indices
-        work = _work(index, searches[0], candidates[0] * start.k, kb.dim)
-        tuned, margin = recall(found[:half], truth[:half]), MARGIN * _standard_error(found[:half], truth[:half])
-        measured = recall(found[half:], truth[half:])
-        if tuned - margin < start.target or measured < start.target:
+        tuned, measured = recall(found[:half], truth[:half]), recall(found[half:], truth[half:])
+        if tuned < start.target + _margin(start.target, half) or measured < start.target:
             searches = searches[1:]
-        else:
-            candidates = candidates[1:]
-            if work < least:
-                best, least = replace(tried, recall=measured), work
-        if work > GIVE_UP * least:  # fewer candidates would need an even longer search
-            break
+            continue
+        candidates = candidates[1:]
+        if work < least:
+            best, least = replace(tried, recall=measured), work
     if best is None:
         raise ValmError(
-            f"{start.factory} finds {tuned:.3f} ± {margin:.3f} of the {start.k} nearest however long it searches, and "
-            f"{measured:.3f} for other queries, not surely the {start.target} asked for; use finer codes (a factory "
-            f"with SQ8 or Flat), or a lower target, for which the index that is made is kept"
+            f"{start.factory} finds {tuned:.3f} of the {start.k} nearest however long it searches, and {measured:.3f} "
+            f"for other queries, not surely the {start.target} asked for; use finer codes (a factory with SQ8 or "
+            "Flat), or a lower target, for which the index that is made is kept"
         )
     return best
+
+
+def _margin(target: float, queries: int) -> float:
+    """What the tuning half has to find above the target: a setting that only just reaches the target misses it on about
+    half of other samples. A standard error of a share of so many queries."""
+    return (target * (1 - target) / queries) ** 0.5
 
 
 def _work(index: Any, search: str, candidates: int, dim: int) -> float:

@@ -103,7 +103,7 @@ def test_kb_index(copy_of, output_of, error_of):
     for command in commands:
         assert f"make it anew with `valm kb index {root / 'kb'}`" in error_of(*command).replace("valm/../", "")
     assert "index.faiss" in error_of("verify", root / "kb")
-    (root / "kb" / "index-0123456789abcdef.partial").mkdir()  # of a killed build
+    (root / "kb" / "index-0123456789abcdef.partial").touch()  # of a killed build
     assert "searched exactly" in output_of(*index)
     assert not list((root / "kb").glob("index*"))
 
