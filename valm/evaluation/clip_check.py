@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from open_clip import build_zero_shot_classifier
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -47,7 +46,8 @@ RECALL_AT = (1, 5, 10)
 # Inverse regularisation strengths that the probe tries; large, as features are unit vectors.
 PROBE_C = tuple(10.0**power for power in range(-2, 6))
 PROBE_ITERATIONS = 1000
-MIN_PER_CLASS = 3  # training, validation, test
+PROBE_FOLDS = 3
+MIN_PER_CLASS = 3  # one to test on, and two folds
 
 # Scores of a retrieval held at once.
 BLOCK_SCORES = 1 << 24
@@ -65,7 +65,7 @@ class HeldOut(TypedDict):
 
 @dataclass(frozen=True)
 class Probe:
-    """accuracy: on the held-out images. c: the inverse regularisation that was best on the validation part."""
+    """accuracy: on the images of the test part. c: the inverse regularisation that was best in cross-validation."""
 
     accuracy: Estimate
     majority: float
@@ -80,7 +80,7 @@ class Classification:
 
     Attributes:
         chance: accuracy of a random guess.
-        majority: accuracy of always answering the largest class (in `Probe`: on the held-out images).
+        majority: accuracy of always answering the largest class (in `Probe`: on the images of the test part).
         balanced: mean over classes with images of the zero-shot accuracy in each.
         linear_probe: None if a class has fewer than MIN_PER_CLASS images.
     """
@@ -167,7 +167,7 @@ def check_clip(
             "class folders (two at least, and none beside them) and have no captions"
         )
     if labelled and min(Counter(classes).values()) >= MIN_PER_CLASS:
-        _import_logistic_regression()  # before the images are encoded
+        _need_sklearn()  # before the images are encoded
     held_out, listed = held_out_of(clip, records)
     with ProgressBar("encode", " images", 1, progress) as bar:
         shard = encode_records(held_out or records, clip, Encoding(thumbnails=0, workers=workers), bar)
@@ -239,8 +239,10 @@ def classify(
     if not labels or len(classes) < 2:
         raise ValmError(f"there are {len(labels)} readable images of {len(classes)} classes; it takes one of two")
     gold = np.array([classes.index(label) for label in labels])  # (N,)
-    weights = zero_shot_weights(clip, [name.replace("_", " ").replace("-", " ") for name in classes], templates)
-    right = (features @ weights.cpu()).argmax(-1).numpy() == gold
+    names = [name.replace("_", " ").replace("-", " ") for name in classes]
+    # (E, classes)
+    weights = build_zero_shot_classifier(clip.model, clip.token_ids, names, templates, device=clip.device)
+    right = (features @ weights.float().cpu()).argmax(-1).numpy() == gold
     counts = np.bincount(gold, minlength=len(classes))
     return Classification(
         classes=tuple(classes),
@@ -253,57 +255,39 @@ def classify(
     )
 
 
-def zero_shot_weights(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """A linear classifier from the names of the classes, (E, classes): for each, the mean of its texts' features."""
-    texts = clip.encode_texts([template.replace("{}", name) for name in names for template in templates])
-    return F.normalize(texts.unflatten(0, (len(names), len(templates))).mean(1), dim=-1).T
-
-
 def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     """Logistic regression on features (N, E) with labels (N,) int, at least MIN_PER_CLASS of each.
 
-    A fifth of each class is for testing and a fifth for choosing the regularisation; then it is fitted again on all but
-    the test part.
+    The test part has a fifth of the images, or as many images as there are classes, and the same shares of the classes.
+    The regularisation is chosen by cross-validation on the other images, which are then fitted again.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
     """
-    LogisticRegression, ConvergenceWarning = _import_logistic_regression()
-    train, validation, test = _split(labels, seed)
+    _need_sklearn()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, train_test_split
 
-    def fitted(rows: np.ndarray, c: float) -> Any:
-        with warnings.catch_warnings():
-            # little regularisation converges slowly; the result is measured anyway
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return LogisticRegression(C=c, max_iter=PROBE_ITERATIONS).fit(features[rows], labels[rows])
-
-    scores = [fitted(train, c).score(features[validation], labels[validation]) for c in PROBE_C]
-    c = PROBE_C[int(np.argmax(scores))]  # ties go to the strongest regularisation
-    rest = np.concatenate([train, validation])
-    right = fitted(rest, c).predict(features[test]) == labels[test]
+    tested = max(len(labels) // 5, len(np.unique(labels)))
+    train, test = train_test_split(np.arange(len(labels)), test_size=tested, stratify=labels, random_state=seed)
+    folds = min(PROBE_FOLDS, np.unique(labels[train], return_counts=True)[1].min())
+    regression = LogisticRegression(max_iter=PROBE_ITERATIONS)
+    with warnings.catch_warnings():
+        # little regularisation converges slowly; the result is measured anyway
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # the first of equally good ones: the strongest regularisation
+        search = GridSearchCV(regression, {"C": PROBE_C}, cv=folds).fit(features[train], labels[train])
+    right = search.predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
-    return Probe(accuracy(right[None]), majority, len(rest), len(test), c)
+    return Probe(accuracy(right[None]), majority, len(train), len(test), search.best_params_["C"])
 
 
-def _import_logistic_regression() -> tuple[Any, Any]:
+def _need_sklearn() -> None:
     try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
+        import sklearn  # noqa: F401
     except ImportError as error:
         raise ImportError("a linear probe needs scikit-learn: pip install -e '.[eval]'") from error
-    return LogisticRegression, ConvergenceWarning
-
-
-def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of the images for training, validation and test: the same shares of each class, at least one."""
-    random = np.random.default_rng(seed)
-    train: list[np.ndarray] = []
-    validation: list[np.ndarray] = []
-    test: list[np.ndarray] = []
-    for label in np.unique(labels):
-        rows = random.permutation(np.flatnonzero(labels == label))
-        fifth = max(1, len(rows) // 5)
-        train.append(rows[2 * fifth :])
-        validation.append(rows[:fifth])
-        test.append(rows[fifth : 2 * fifth])
-    return np.concatenate(train), np.concatenate(validation), np.concatenate(test)
 
 
 def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) -> Retrieval:

@@ -3,6 +3,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from dataclasses import asdict
 from itertools import combinations
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ import torch
 from open_clip.loss import ClipLoss
 from PIL import Image
 
-from tests.tolerance import assert_agree
 from tests.valm.tiny_clip import TINY
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
@@ -28,7 +28,6 @@ from valm.evaluation.clip_check import (
     note_held_out,
     ranks,
     retrieve,
-    zero_shot_weights,
 )
 from valm.knowledge_base.sources.folder import FolderSource
 
@@ -102,11 +101,16 @@ def test_an_encoder_that_has_learned_nothing(folder, tokenizer):
     assert found.linear_probe.accuracy.low > found.chance
 
 
-def test_zero_shot_weights_are_the_mean_of_a_classes_texts(trained):
-    weights = zero_shot_weights(trained, ["red", "blue"], ["a {}.", "two {}"])
-    features = trained.encode_texts(["a red.", "two red", "a blue.", "two blue"])
-    expected = torch.stack([features[:2].mean(0), features[2:].mean(0)], dim=1)
-    assert_agree(weights, expected / expected.norm(dim=0))
+def test_zero_shot_compares_with_the_mean_of_a_classes_texts(trained):
+    """With two templates that are far apart, an image that is nearest to one text of a class may be of another."""
+    templates = ["a {}.", "two {}"]
+    texts = trained.encode_texts([template.format(name) for name in ("blue", "dark green") for template in templates])
+    weights = torch.nn.functional.normalize(texts.unflatten(0, (2, 2)).mean(1), dim=-1)  # (2, E)
+    images = torch.nn.functional.normalize(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    for number, name in enumerate(("blue", "dark_green")):
+        own = images[(images @ weights.T).argmax(-1) == number]
+        found = classify(own, [name] * len(own), trained, templates, classes=("blue", "dark_green"))
+        assert len(own) > 5 and found.zero_shot.value == 1
 
 
 def test_the_probe_tests_on_pictures_it_has_not_seen():
@@ -120,6 +124,24 @@ def test_the_probe_tests_on_pictures_it_has_not_seen():
     assert linear_probe(features, labels, seed=0) == probe
     features[:, :4] += 9 * np.eye(4)[labels]
     assert linear_probe(features, labels, seed=0).accuracy.value == 1
+
+
+def test_the_parts_of_the_probe_have_the_shares_of_the_classes():
+    """The smallest class is in both parts; and a class of three images is enough."""
+    features = np.eye(4, dtype=np.float32)[np.repeat(np.arange(4), [100, 40, 10, 5])]
+    probe = linear_probe(features, features.argmax(-1), seed=0)
+    assert (probe.trained_on, probe.tested_on, probe.accuracy.value) == (124, 31, 1)
+    assert probe.majority == 20 / 31
+    few = np.eye(4, dtype=np.float32)[np.repeat(np.arange(4), 3)]
+    probe = linear_probe(few, few.argmax(-1), seed=0)
+    assert (probe.trained_on, probe.tested_on, probe.majority) == (8, 4, 0.25)
+
+
+def test_a_probe_without_scikit_learn_is_one_sentence(folder, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr("valm.evaluation.clip_check.encode_records", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ImportError, match=r"^a linear probe needs scikit-learn: pip install -e '.\[eval\]'$"):
+        check_clip(FolderSource(folder), trained, progress=False)
 
 
 def test_a_class_too_small_for_a_probe(trained):
