@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -155,17 +152,16 @@ class Clip:
                     f"no CLIP at {source!r}: it is neither a folder, nor hf-hub:ORGANISATION/MODEL, nor one of "
                     f"open_clip's ARCHITECTURE:WEIGHTS{known}"
                 )
-        with _load_errors(source):
+        with library_errors(f"the CLIP {source}"):
             model_cfg = open_clip.get_model_config(model_name)
             pretrained = open_clip.get_pretrained_cfg(model_name, weights) if weights else {}
-        if pretrained.get("quick_gelu") and not model_cfg.get("quick_gelu"):  # open_clip only warns
-            raise ValmError(
-                f"the weights {weights} were trained with QuickGELU, which {model_name} does not compute: load "
-                f"{model_name}-quickgelu:{weights}"
-            )
-        tokenizer = _default_tokenizer(model_cfg, source)
-        with _load_errors(source):
-            model = open_clip.create_model(model_name, weights, device=device)
+            if pretrained.get("quick_gelu") and not model_cfg.get("quick_gelu"):  # open_clip only warns
+                raise ValmError(
+                    f"the weights {weights} were trained with QuickGELU, which {model_name} does not compute: load "
+                    f"{model_name}-quickgelu:{weights}"
+                )
+            tokenizer = _default_tokenizer(model_cfg, source)
+            model = open_clip.create_model(model_name, weights, device=device, require_pretrained=True)
         return cls(model, tokenizer, model_cfg, name=source, source=source)
 
     @classmethod
@@ -184,14 +180,12 @@ class Clip:
             outside.append("timm_model_name")
         if outside:  # open_clip or timm would download it, or read it elsewhere
             raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
-        if not any(file.suffix in WEIGHT_SUFFIXES for file in files.iterdir()):
-            raise ValmError(f"the CLIP folder {folder} has no weights; expected {WEIGHTS_FILE}")
-        with _load_errors(str(folder)):
+        with library_errors(f"the CLIP {folder}"):
             if (files / "tokenizer.json").exists():
                 tokenizer = open_tokenizer(files)
             else:
                 tokenizer = _default_tokenizer(config["model_cfg"], str(folder))
-            model = open_clip.create_model(f"local-dir:{files}", device=device)
+            model = open_clip.create_model(f"local-dir:{files}", device=device, require_pretrained=True)
             return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -325,22 +319,3 @@ def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokeni
             f"{name} reads text with the tokenizer of {other}; only CLIPs with CLIP's own BPE are supported"
         )
     return clip_tokenizer()
-
-
-@contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    """`library_errors`, without logging, as open_clip logs through the root logger, which would install a handler in
-    the process, and its errors say the same again."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with library_errors(f"the CLIP {name}"):
-            yield
-    except ValmError as error:
-        if "Failed to download" not in str(error):
-            raise
-        raise ValmError(
-            f"the CLIP {name} is in no cache and cannot be downloaded: check its name and the network, or give a folder"
-        ) from error
-    finally:
-        logging.disable(previous)
