@@ -205,16 +205,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Each text as a document: bos (`begin_id`), its tokens, eos. Texts without any token are skipped.
+    """Each text as a document: bos (`begin_id`), its tokens, eos. A text without tokens gives an empty list.
 
     Raises:
         ValmError: the tokenizer has no eos.
     """
-    return [document for document in token_lists(texts, tokenizer) if document]
-
-
-def token_lists(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Each text as in `tokenize_documents`; empty of one without any token."""
     begin, end = begin_id(tokenizer), tokenizer.eos_token_id
     tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[begin, *ids, end] if ids else [] for ids in tokens]

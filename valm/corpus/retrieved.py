@@ -32,7 +32,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
-from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, token_lists
+from valm.clip.tokenizer import batches_by_length, beginning_with_bos, open_tokenizer, padded, tokenize_documents
 from valm.corpus.texts import MAX_DOCUMENT, TOO_LONG, Caption, FileDocuments, fingerprint
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -458,7 +458,7 @@ def tokenized(texts: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> tuple
     int64."""
     if not texts or not isinstance(texts[0], str):
         return list(texts), np.zeros(len(texts), np.int64)
-    documents = token_lists(texts, tokenizer)
+    documents = tokenize_documents(texts, tokenizer)
     groups = [_group(text) for text, document in zip(texts, documents, strict=True) if document]
     return [document for document in documents if document], np.array(groups, np.int64)
 

@@ -97,7 +97,8 @@ def test_documents_begin_with_sot_and_end_with_eot():
     tokenizer = prune_tokenizer(clip_tokenizer(), ["red blue sea"])
     sot, eot = tokenizer.bos_token_id, tokenizer.eos_token_id
     red, blue, sea = tokenizer("red blue sea", add_special_tokens=False)["input_ids"]
-    assert tokenize_documents(["red blue red", " ", "sea"], tokenizer) == [[sot, red, blue, red, eot], [sot, sea, eot]]
+    documents = tokenize_documents(["red blue red", " ", "sea"], tokenizer)
+    assert documents == [[sot, red, blue, red, eot], [], [sot, sea, eot]]
     assert tokenize_documents([], tokenizer) == []
 
 
