@@ -211,7 +211,10 @@ def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
     what, remedy = f"the tokenizer of the checkpoint {folder}", "; save one there by save_pretrained"
     source, gguf = gguf_option(source)
-    return from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local, **gguf)
+    tokenizer = from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local, **gguf)
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise ValmError(f"{what} has the model_max_length {short(longest)}, expected a number{remedy}")
+    return tokenizer
 
 
 def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, kb: Any, **options: Any) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from valm.errors import ValmError
+from valm_kernels.json_files import short
+
 # What the commands take of a model's generation_config: where texts begin and end.
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -13,9 +16,18 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 def keep_ends_alone(model: Any) -> None:
     """Leaves nothing in the model's generation_config but KEPT. All else there may change which token is the likeliest,
     end a text or change what `generate` returns, and options that are not given are taken from it.
+
+    Raises:
+        ValmError: one of KEPT is no token id.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in KEPT})
+    kept = {name: getattr(model.generation_config, name, None) for name in KEPT}
+    for name, value in kept.items():
+        if not all(id is None or isinstance(id, int) for id in (value if isinstance(value, list) else [value])):
+            raise ValmError(
+                f"the generation_config of {model.name_or_path} has the {name} {short(value)}, expected a token id: "
+                "correct it, or save the model again"
+            )
+    model.generation_config = GenerationConfig(**kept)
 
 
 def sampling_options(sample: bool, temperature: float = 1.0, top_p: float = 1.0) -> dict[str, Any]:

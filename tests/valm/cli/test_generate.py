@@ -175,3 +175,23 @@ def test_a_config_of_another_model_is_one_sentence(copy_of, error_of):
     config["base_config"]["n_embd"] = 64
     (model / "config.json").write_text(json.dumps(config))
     assert "are not those of its config.json" in error_of("generate", model, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("generation_config.json", "eos_token_id", "x"),
+        ("generation_config.json", "eos_token_id", [1, "x"]),
+        ("generation_config.json", "bos_token_id", {"a": 1}),
+        ("generation_config.json", "pad_token_id", "x"),
+        ("tokenizer_config.json", "model_max_length", "x"),
+        ("tokenizer_config.json", "model_max_length", [5]),
+    ],
+)
+def test_a_field_of_another_type_is_one_sentence(copy_of, error_of, name, key, value):
+    model = copy_of("gpt2") / "gpt2"
+    config = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps(config | {key: value}))
+    error = error_of("generate", model, "the sea")
+    assert str(model) in error and error.count("\n") == 1
+    assert key in error or "cannot be read" in error  # of a pad_token_id transformers itself complains
