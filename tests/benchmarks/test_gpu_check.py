@@ -435,12 +435,12 @@ def test_a_benchmark_resumes(tmp_path):
 def test_model_needs_the_versions_that_valm_asks_for(monkeypatch):
     versions = {"transformers": "5.17.0", "open_clip_torch": "3.3.0"}
     monkeypatch.setattr(gpu_steps, "version", lambda name: versions.get(name, "1000"))
-    assert gpu_steps.why_no_model() == "the package valm cannot run here: transformers is 5.17.0, not >=5.24"
+    assert gpu_steps.why_no_model() == "the package valm cannot run here: transformers is 5.17.0, not <5.25,>=5.24"
 
 
 def test_a_model_package_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     (tmp_path / "open_clip.py").write_text("raise ImportError('libfoo.so is missing')")
-    monkeypatch.setattr(gpu_steps, "version", lambda name: "1000")
+    monkeypatch.setattr(gpu_steps, "version", lambda name: "5.24.0" if name == "transformers" else "1000")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert gpu_steps.why_no_model() == "the package valm cannot run here: ImportError: libfoo.so is missing"
 
