@@ -258,8 +258,8 @@ def classify(
 def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     """Logistic regression on features (N, E) with labels (N,) int, at least MIN_PER_CLASS of each.
 
-    The test part has a fifth of the images, or as many images as there are classes, and the same shares of the classes.
-    The regularisation is chosen by cross-validation on the other images, which are then fitted again.
+    The test part contains a fifth of the images, at least as many as there are classes, in the shares of the classes.
+    Cross-validation on the other images chooses the regularisation; then all of these are fitted.
 
     Raises:
         ImportError: scikit-learn is not installed.
