@@ -28,8 +28,9 @@ HERE = Path(__file__).parent
 MAX_BODY = 64 << 20  # bytes of a request, with its images, which live for one answer
 MAX_IMAGES = 16  # of the slider; the operation takes more
 MAX_UPLOADS, UPLOADS_AT_ONCE = 64, 2
-# Characters of the prompt, which models of 4,096 tokens and more read, and of all answers.
-MAX_PROMPT, MAX_ANSWERS = 20_000, 2_000
+# Characters of the prompt, which models of 4,096 tokens and more read, of all answers, and of an image's name, which the
+# page repeats at each token.
+MAX_PROMPT, MAX_ANSWERS, MAX_NAME = 20_000, 2_000, 255
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
 QUERY = "its own query (blind)"  # the one image of a blind model
@@ -68,7 +69,7 @@ class Upload(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    name: str
+    name: Annotated[str, Field(max_length=MAX_NAME)]
     data: str
 
 
@@ -147,7 +148,7 @@ class Page:
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 field = ".".join(map(str, first["loc"])) or "the request"
-                raise ApiError(400, f"{field} does not fit: got {short(first['input'])}") from None
+                raise ApiError(400, f"{field} does not fit: {first['msg']}, got {short(first['input'])}") from None
             try:
                 explanations = await self.api.in_turn(lambda: self.explanations(asked))
             except ValmError as error:
