@@ -22,6 +22,7 @@ from valm.model.positions import positions
 from valm.retrieval.retriever import Retriever
 from valm.serving.engine import Answer, BusyError, Engine, Prompt, StoppingError, TokenScore
 from valm.serving.requests import AnyRequest, ChatRequest, CompletionRequest, FieldError, Message, Sampling, read
+from valm_kernels.json_files import short
 
 # Bytes of a request. A context of 131,072 tokens is about half of it in English.
 MAX_BODY = 1 << 20
@@ -98,6 +99,9 @@ class Api:
 
     async def search(self, request: Request) -> Response:
         """The images of the knowledge base that are nearest to the text `q`, `k` of them."""
+        # a link or a frame of another page, which may learn from a size or a time what is in the knowledge base
+        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise elsewhere()
         retriever, query = self.engine.model.retriever, request.query_params.get("q", "").strip()
         if not isinstance(retriever, Retriever):
             raise ApiError(404, f"the model {self.name!r} has no knowledge base to search")
@@ -106,8 +110,8 @@ class Api:
                 400, "q is missing: expected a text to search for, as in /v1/images/search?q=a+red+boat", param="q"
             )
         count = request.query_params.get("k", str(SEARCHED))
-        if not count.isdecimal() or not 1 <= int(count) <= MAX_SEARCHED:
-            raise ApiError(400, f"k: expected a whole number from 1 to {MAX_SEARCHED}, got {count!r}", param="k")
+        if count not in map(str, range(1, MAX_SEARCHED + 1)):  # Python refuses to convert 5,000 digits
+            raise ApiError(422, f"k: expected a whole number from 1 to {MAX_SEARCHED}, got {short(count)}", param="k")
         k = min(int(count), len(retriever.kb))
         hits = await self.in_turn(lambda: retriever.search(query, k))
         return JSONResponse({"object": "list", "data": [_image(item, score) for score, item in hits]})
@@ -416,6 +420,10 @@ def _chat_logprob(text: str, logprob: float | None) -> dict[str, Any]:
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def elsewhere() -> ApiError:
+    return ApiError(403, "a page of another address may not ask this server")
 
 
 def stopping() -> ApiError:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from valm.serving.api import Api, ApiError, failed
+from valm.serving.api import Api, ApiError, elsewhere, failed
 from valm.serving.metrics import Metrics
 from valm.serving.page import Page
 
@@ -88,10 +88,9 @@ class _OwnPages:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         origin = headers.get("origin")
-        elsewhere = origin is not None and origin.partition("://")[2] != headers.get("host")
-        if elsewhere or (headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"):
-            error = ApiError(403, "a page of another address may not ask this server")
-            await error.response()(scope, receive, send)
+        other = origin is not None and origin.partition("://")[2] != headers.get("host")
+        if other or (headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"):
+            await elsewhere().response()(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 

@@ -231,7 +231,11 @@ def test_the_knowledge_base_is_searched(server, tiny):
     status, answer = server.ask("/v1/images/search?q=a+red+boat&k=3")
     hits = retriever.search("a red boat", 3)
     assert status == 200 and [image["id"] for image in answer["data"]] == [item.id for _, item in hits]
-    assert server.ask("/v1/images/search?q=a&k=0")[0] == server.ask("/v1/images/search?q=+")[0] == 400
+    assert server.ask("/v1/images/search?q=+")[0] == 400
+    for k in ("0", "65", "-1", "1.0", "x", "1" * 5000):
+        status, answer = server.ask(f"/v1/images/search?q=a&k={k}")
+        assert status == 422 and "k: expected a whole number from 1 to 64, got '" in answer["error"]["message"]
+        assert len(answer["error"]["message"]) < 200
 
 
 def test_a_stop_text(server, tiny):
@@ -312,6 +316,17 @@ def test_pages_elsewhere_ask_nothing(server, headers, allowed):
     body = json.dumps({"prompt": TEXTS[0], "images": server.page.choices[0]})
     for path, sent in (("/v1/images/search?q=a", None), ("/v1/models", None), ("/explain", body)):
         assert server.ask(path, sent, headers=JSON | headers)[0] == (200 if allowed else 403)
+
+
+@pytest.mark.parametrize(
+    ("site", "allowed"), [("same-origin", True), ("none", True), ("same-site", False), ("cross-site", False)]
+)
+def test_a_search_is_for_the_own_page_and_the_page_may_be_linked_to(server, site, allowed):
+    headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
+    assert server.ask("/v1/images/search?q=a", headers=headers)[0] == (200 if allowed else 403)
+    connection, response = server.open("/", headers=headers)
+    with closing(connection):
+        assert response.status == 200
 
 
 def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
