@@ -9,6 +9,8 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -76,6 +78,10 @@ class Api:
     def __init__(self, name: str, engine: Engine, max_tokens: int):
         self.name, self.engine, self.max_tokens = name, engine, max_tokens
         self.context = positions(engine.model)
+        added = engine.tokenizer.added_tokens_decoder.items()
+        self._special = {id for id, token in added if token.special}
+        # a table, filled as it is asked: with `echo`, decoding took most of a request's time
+        self._shown = cache(lambda id: str(engine.tokenizer.decode([id])))
 
     async def completions(self, request: Request) -> Response:
         asked = await self._asked(request, CompletionRequest)
@@ -225,17 +231,24 @@ class Api:
         finally:
             for answer in answers:
                 self.engine.cancel(answer)
+        return await asyncio.to_thread(self._written, kind, head, answers, texts)
+
+    def _written(self, kind: Kind, head: dict[str, Any], answers: Sequence[Answer], texts: Sequence[str]) -> Response:
+        """The whole answers. Each is made JSON by itself: meanwhile the interpreter runs nothing else."""
         choices = [
-            {
-                "index": index,
-                **self._content(kind, answer, self._echoed(answer) + text),
-                "logprobs": self._logprobs(kind, answer.prompt, answer.scores, 0),
-                "finish_reason": answer.finish_reason,
-                "images": self._images(answer),
-            }
+            _json(
+                {
+                    "index": index,
+                    **self._content(kind, answer, self._echoed(answer) + text),
+                    "logprobs": self._logprobs(kind, answer.prompt, answer.scores, 0),
+                    "finish_reason": answer.finish_reason,
+                    "images": self._images(answer),
+                }
+            )
             for index, (answer, text) in enumerate(zip(answers, texts, strict=True))
         ]
-        return JSONResponse({**head, "object": kind.whole, "choices": choices, "usage": _usage(answers)})
+        rest = _json({**head, "object": kind.whole, "usage": _usage(answers)})
+        return Response(f'{rest[:-1]}, "choices": [{", ".join(choices)}]}}', media_type="application/json")
 
     def _content(self, kind: Kind, answer: Answer, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}} if kind is CHAT else {"text": text}
@@ -257,7 +270,6 @@ class Api:
         if prompt.logprobs is None:
             return None
         shown = [self._shown(score.id) for score in scores]
-        lengths = [len(self._shown(score.id, in_text=True)) for score in scores]
         if kind is CHAT:
             return {
                 "content": [
@@ -266,6 +278,8 @@ class Api:
                     for text, score in zip(shown, scores, strict=True)
                 ]
             }
+        # the text is without special tokens
+        lengths = [0 if score.id in self._special else len(text) for text, score in zip(shown, scores, strict=True)]
         return {
             "tokens": shown,
             "token_logprobs": [score.logprob for score in scores],
@@ -274,12 +288,8 @@ class Api:
                 None if score.logprob is None else {self._shown(id): value for id, value in reversed(score.likeliest)}
                 for score in scores
             ],
-            "text_offset": [offset + sum(lengths[:number]) for number in range(len(lengths))],
+            "text_offset": list(accumulate(lengths, initial=offset))[:-1],
         }
-
-    def _shown(self, id: int, in_text: bool = False) -> str:
-        """A token; `in_text`: as the answer has it, which is without special ones."""
-        return str(self.engine.tokenizer.decode([id], skip_special_tokens=in_text))
 
     async def _events(
         self, answers: Sequence[Answer], kind: Kind, head: dict[str, Any], usage: bool
@@ -303,6 +313,10 @@ class Api:
             choice = {"index": index, **what, "logprobs": logprobs, "finish_reason": None, **more}
             return _event({**head, "object": kind.part, "choices": [choice]})
 
+        def echo(index: int) -> str:
+            answer = answers[index]
+            return event(index, self._echoed(answer), {}, last=len(answer.prompt.ids))
+
         try:
             if chat:
                 yield event(0, "", {"delta": {"role": "assistant", "content": ""}})
@@ -310,7 +324,7 @@ class Api:
                 answer = answers[index]
                 if index in echoing:  # once its tokens are scored
                     echoing.remove(index)
-                    yield event(index, self._echoed(answer), {}, last=len(answer.prompt.ids))
+                    yield await asyncio.to_thread(echo, index)
                 if text is None:
                     yield event(index, None, {"finish_reason": answer.finish_reason, "images": self._images(answer)})
                 else:
@@ -419,7 +433,11 @@ def _chat_logprob(text: str, logprob: float | None) -> dict[str, Any]:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {_json(content)}\n\n"
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False)
 
 
 def elsewhere() -> ApiError:

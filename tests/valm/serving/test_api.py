@@ -1,5 +1,6 @@
 """The API over HTTP, in a thread of this process."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -211,6 +212,43 @@ def test_log_probabilities(server, tiny):
     content = server.ask("/v1/chat/completions", body)[1]["choices"][0]["logprobs"]["content"]
     assert len(content) == 3 and all(len(token["top_logprobs"]) == 2 for token in content)
     assert all(token["top_logprobs"][0]["logprob"] == token["logprob"] for token in content)  # the likeliest each time
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echoed_tokens_are_decoded_once_and_not_on_the_event_loop(tiny, monkeypatch, stream):
+    """Where evaluation harnesses ask for the log probabilities of many prompts, others are answered meanwhile."""
+    model, tokenizer = tiny
+    decode, decoded = tokenizer.decode, []
+
+    def decode_aside(ids, **options):
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        decoded.append(tuple(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", decode_aside)
+    ids = prompt_ids(tokenizer, TEXTS[0])
+    body = {"prompt": [ids] * 8, "max_tokens": 0, "echo": True, "logprobs": 5, "stream": stream}
+    with running(model, tokenizer) as server:
+        connection, response = server.open("/v1/completions", body)
+        with closing(connection):
+            assert response.status == 200 and b"error" not in response.read()
+    singles = [each for each in decoded if len(each) == 1]
+    assert len(singles) == len(set(singles)) > 10 and decoded.count(tuple(ids)) == 8
+
+
+@pytest.mark.slow
+def test_health_is_answered_beside_a_harness(server):
+    body = {"prompt": [[5, 6, 7] * 60] * 128, "max_tokens": 0, "echo": True, "logprobs": 5}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, "/v1/completions", body)
+        slowest = 0.0
+        while not asked.done():
+            begin = time.monotonic()
+            assert server.ask("/health")[0] == 200
+            slowest = max(slowest, time.monotonic() - begin)
+            time.sleep(0.01)
+    assert asked.result()[0] == 200 and slowest < 0.5
 
 
 def test_an_answer_says_which_images_were_seen(server, tiny):
