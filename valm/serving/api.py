@@ -211,9 +211,8 @@ class Api:
         """
         try:
             yield
-        except BusyError:
-            waiting = f"{self.engine.max_waiting:,} requests wait already: try again later"
-            raise ApiError(429, waiting, "rate_limit_exceeded") from None
+        except BusyError as error:
+            raise ApiError(429, f"{error}: try again later", "rate_limit_exceeded") from None
         except StoppingError:
             raise stopping() from None
 

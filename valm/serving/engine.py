@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,10 +26,12 @@ from valm.serving.text import StreamedText
 PROMPT_TOKENS = 512
 # Seconds that a first request waits for those that come at the same time, as it would otherwise be read without them.
 GATHERING = 0.01
+# Prompts beyond the first ones of their requests that may be there at once: all of one request, as the API takes it.
+FURTHER_PROMPTS = 128
 
 
 class BusyError(Exception):
-    """As many requests wait as may."""
+    """As many wait as may, which it says."""
 
 
 class StoppingError(Exception):
@@ -81,6 +83,7 @@ class Answer:
         finish_reason: "stop" after eos or a stop text, "length" after max_new_tokens; known after the last part.
         scores: of the tokens so far, where the prompt asks for `logprobs`.
         images: the ids of the images that its tokens saw, with the best score of each.
+        turn: those with a lower one are read before.
     """
 
     def __init__(self, prompt: Prompt, loop: asyncio.AbstractEventLoop):
@@ -90,6 +93,7 @@ class Answer:
         self.cancelled = False
         self.scores: list[TokenScore] = []
         self.images: dict[int, float] = {}
+        self.turn = 0
         self.loop = loop
         self.begun = time.monotonic()
         self._parts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
@@ -105,11 +109,13 @@ class Answer:
             yield part
 
 
-class Call(NamedTuple):
-    """Work on the model other than an answer, and its result."""
+@dataclass(eq=False)
+class Call:
+    """Work on the model other than an answer, and its result. turn: as that of an answer."""
 
     function: Callable[[], Any]
     result: asyncio.Future[Any]
+    turn: int = 0
 
 
 class Engine:
@@ -141,18 +147,18 @@ class Engine:
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self._rows: list[_Row] = []
         self._batch = Batch(model, self.positions)
-        self._waiting: deque[Answer | Call] = deque()
-        self._open: set[Answer | Call] = set()
+        self._waiting: list[Answer | Call] = []  # in their turn
+        self._open: dict[Answer | Call, object] = {}  # with its request
         self._ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
 
     def submit(self, *prompts: Prompt) -> list[Answer]:
-        """The answers to the prompts of a request, which wait their turn.
+        """The answers to the prompts of a request. Requests that wait take turns, a prompt of each.
 
         Raises:
-            BusyError: too many wait.
+            BusyError: too many requests wait, or too many prompts of requests with several.
             StoppingError: after `end`.
         """
         answers = [Answer(prompt, asyncio.get_running_loop()) for prompt in prompts]
@@ -160,21 +166,23 @@ class Engine:
         return answers
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """The result of `function`, which may use the model: called between two tokens of the answers, in its turn.
+        """The result of `function`, which may use the model: called between two tokens of the answers, in its turn,
+        unless this is cancelled before.
 
         Raises:
             BusyError, StoppingError: as `submit`; and what `function` raises.
         """
         call = Call(function, asyncio.get_running_loop().create_future())
         self._add(call)
-        return await call.result
+        try:
+            return await call.result
+        finally:
+            self._forget(call)
 
     def cancel(self, answer: Answer) -> None:
         """Ends an answer that nobody reads, before its next token."""
         answer.cancelled = True
-        self._open.discard(answer)
-        with self._changed, suppress(ValueError):
-            self._waiting.remove(answer)
+        self._forget(answer)
         answer.put(None)
 
     def end(self) -> None:
@@ -194,14 +202,26 @@ class Engine:
         await asyncio.to_thread(self._thread.join)
 
     def _add(self, *new: Answer | Call) -> None:
+        requests = len(set(self._open.values()))
+        further = len(self._open) - requests
         with self._changed:
             if self._ended:
                 raise StoppingError
-            if len(self._open) >= self.max_batch + self.max_waiting:
-                raise BusyError
-            self._open.update(new)
-            self._waiting.extend(new)
+            if requests >= self.max_batch + self.max_waiting:
+                raise BusyError(f"{self.max_waiting:,} requests wait already")
+            if further + len(new) - 1 > FURTHER_PROMPTS:
+                raise BusyError(f"{further + 1:,} prompts of requests with several wait already")
+            self._open.update(dict.fromkeys(new, object()))
+            turn = self._waiting[0].turn + 1 if self._waiting else 0
+            for one in new:
+                one.turn, turn = turn, turn + 1
+                insort(self._waiting, one, key=lambda each: each.turn)
             self._changed.notify()
+
+    def _forget(self, one: Answer | Call) -> None:
+        self._open.pop(one, None)
+        with self._changed, suppress(ValueError):
+            self._waiting.remove(one)
 
     # ---- on the thread ----
 
@@ -216,7 +236,7 @@ class Engine:
                 first = self._waiting[0] if self._waiting else None
                 call = first if isinstance(first, Call) else None
                 if call is not None:
-                    self._waiting.popleft()
+                    self._waiting.pop(0)
                 new = self._next_answers()
             try:
                 if call is not None:
@@ -231,7 +251,7 @@ class Engine:
                     row.end(error)
 
     def _next_answers(self) -> list[Answer]:
-        """Takes the answers that have waited longest and whose prompts are read together now."""
+        """Takes the answers whose turn it is and whose prompts are read together now."""
         new: list[Answer] = []
         longest = 0
         while self._waiting and len(self._rows) + len(new) < self.max_batch:
@@ -241,7 +261,7 @@ class Engine:
             longest = max(longest, len(answer.prompt.ids))
             if new and longest * (len(new) + 1) > PROMPT_TOKENS:
                 break
-            self._waiting.popleft()
+            self._waiting.pop(0)
             new.append(answer)
         return new
 
@@ -251,7 +271,6 @@ class Engine:
             set_result, value = call.result.set_result, call.function()
         except BaseException as error:
             set_result, value = call.result.set_exception, _raised(error)
-        loop.call_soon_threadsafe(self._open.discard, call)
         loop.call_soon_threadsafe(lambda: None if call.result.done() else set_result(value))
 
     def _begin(self, answers: list[Answer]) -> None:
@@ -288,7 +307,7 @@ class Engine:
     def _end(self, answer: Answer, error: BaseException | None = None) -> None:
         """Tells the answer's reader that it ends."""
         # before the end is read, as its reader may ask again at once
-        answer.loop.call_soon_threadsafe(self._open.discard, answer)
+        answer.loop.call_soon_threadsafe(self._open.pop, answer, None)
         answer.put(None if error is None else _raised(error))
 
     def _step(self) -> None:

@@ -142,8 +142,8 @@ def test_a_short_answer_does_not_wait_for_a_long_one(serve, letters):
 
 def test_what_is_cancelled_ends_before_its_next_token_and_leaves_the_queue(serve, letters):
     async def ask(engine):
-        running, *waiting, last = engine.submit(*[Prompt([1], 4)] * 4)
-        with pytest.raises(BusyError):
+        running, *waiting, last = (engine.submit(Prompt([1], 4))[0] for _ in range(4))
+        with pytest.raises(BusyError, match="3 requests wait already"):
             engine.submit(Prompt([1], 1))
         assert letters.begun.acquire(timeout=60)
         for answer in waiting:
@@ -157,6 +157,50 @@ def test_what_is_cancelled_ends_before_its_next_token_and_leaves_the_queue(serve
         assert await text_of(last) == "abcd" and running.num_tokens <= 2
 
     serve(ask, max_waiting=3, max_batch=1)
+
+
+def test_requests_take_turns(serve, letters):
+    """One of many prompts keeps nobody out, whose requests begin after two more of its prompts at most."""
+
+    async def ask(engine):
+        ended = []
+
+        async def read(name, answer):
+            await text_of(answer)
+            ended.append(name)
+
+        many = engine.submit(*[Prompt([1], 1)] * 128)
+        assert letters.begun.acquire(timeout=60)
+        with pytest.raises(BusyError, match="128 prompts of requests with several wait already"):
+            engine.submit(*[Prompt([1], 1)] * 3)
+        others = [engine.submit(Prompt([1], 1))[0] for _ in range(2)]
+        others += engine.submit(Prompt([1], 1), Prompt([1], 1))
+        with pytest.raises(BusyError, match="3 requests wait already"):
+            engine.submit(Prompt([1], 1))
+        letters.go.release(200)
+        reading = [read("many", answer) for answer in many]
+        reading += [read(name, answer) for name, answer in zip(["one", "two", "three", "three"], others, strict=True)]
+        await asyncio.gather(*reading)
+        assert ended[:10] == ["many"] * 3 + ["one", "two", "three", "many", "three", "many", "many"]
+
+    serve(ask, max_waiting=3, max_batch=1)
+
+
+def test_a_call_that_nobody_waits_for_leaves_the_queue(serve, letters):
+    async def ask(engine):
+        called = []
+        (answer,) = engine.submit(Prompt([1], 1))
+        assert letters.begun.acquire(timeout=60)
+        call = asyncio.ensure_future(engine.call(lambda: called.append(1)))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert list(engine._open) == [answer] and not engine._waiting
+        letters.go.release(1)
+        assert await text_of(answer) == "a" and await engine.call(lambda: 2) == 2 and not called
+
+    serve(ask)
 
 
 def test_prompts_are_read_together_up_to_a_number_of_tokens(serve, letters, monkeypatch):
