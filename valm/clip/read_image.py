@@ -61,20 +61,8 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
             or none of IMAGE_FORMATS.
         Exception: whatever Pillow raises for an image that it cannot read.
     """
-    with warnings.catch_warnings():
-        # Pillow warns at a limit of its own, after the header; ours is lower and an error.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            image = source if isinstance(source, Image.Image) else Image.open(source, formats=IMAGE_FORMATS)
-        except UnidentifiedImageError as error:  # Pillow's message contains an object's address
-            remedy = "".join(f": it is {name}, {REMEDIES[name]}" for name in _unread_format(source))
-            raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}{remedy}") from error
-    with nullcontext() if isinstance(source, Image.Image) else image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
+    with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:
+        check_size(image)
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             image = _in_8_bits(image)
@@ -83,6 +71,33 @@ def read_image(source: str | os.PathLike | BinaryIO | Image.Image) -> Image.Imag
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+
+
+def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
+    """The image in a file, of which the header alone is read.
+
+    Raises:
+        ValueError: none of IMAGE_FORMATS.
+        Exception: as in `read_image`.
+    """
+    with warnings.catch_warnings():
+        # Pillow warns at a limit of its own, after the header; ours is lower and an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(source, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError as error:  # Pillow's message contains an object's address
+            remedy = "".join(f": it is {name}, {REMEDIES[name]}" for name in _unread_format(source))
+            raise ValueError(f"not a picture in one of the formats {', '.join(IMAGE_FORMATS)}{remedy}") from error
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises ValueError for more than MAX_PIXELS, or one side more than MAX_ASPECT times the other."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other")
 
 
 def _unread_format(source: Any) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -226,7 +228,7 @@ class Api:
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         try:
             with self._refusals():
-                texts = await _unless_gone(request, asyncio.gather(*map(_joined, answers)))
+                texts = await unless_gone(request, asyncio.gather(*map(_joined, answers)))
         finally:
             for answer in answers:
                 self.engine.cancel(answer)
@@ -398,7 +400,7 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | N
             task.cancel()
 
 
-async def _unless_gone(request: Request, answering: Any) -> Any:
+async def unless_gone(request: Request, answering: Any) -> Any:
     """What `answering` returns. Ends it when the client has gone.
 
     Raises:
@@ -437,6 +439,13 @@ def _event(content: dict[str, Any]) -> str:
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
+
+
+def return_freed_memory() -> None:
+    """Returns to the system what the C library keeps of freed memory, which `valm` lets it keep (glibc alone)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def elsewhere() -> ApiError:

@@ -5,31 +5,39 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from valm.clip.read_image import check_size, open_image, read_image
 from valm.errors import ValmError
-from valm.evaluation.controls import GivenImages, RandomImages, named_images
+from valm.evaluation.controls import GivenImages, NamedImage, RandomImages
 from valm.explain.explanation import Explanation, Reader, explain_together
 from valm.explain.page import heads, heads_script, render_body, script_hash, style
 from valm.retrieval.retriever import Retriever
-from valm.serving.api import Api, ApiError, json_body
+from valm.serving.api import Api, ApiError, json_body, return_freed_memory, unless_gone
 from valm_kernels.json_files import short
 
 HERE = Path(__file__).parent
 MAX_BODY = 64 << 20  # bytes of a request, with its images, which live for one answer
 MAX_IMAGES = 16  # of the slider; the operation takes more
 MAX_UPLOADS, UPLOADS_AT_ONCE = 64, 2
-# Characters of the prompt, which models of 4,096 tokens and more read, of all answers, and of an image's name, which the
-# page repeats at each token.
+# Pixels of all images of a request, as they are decoded: a gigabyte where one has them all.
+MAX_DECODED = 1 << 25
+# Pixels of an uploaded image's side: a JPEG is decoded to no fewer, and twice as many are kept. CLIP reads 224 to 448.
+KEPT_SIDE = 512
+# Characters of the prompt, which models of 4,096 tokens and more read, of all answers, and of an image's name, which is
+# repeated at each token.
 MAX_PROMPT, MAX_ANSWERS, MAX_NAME = 20_000, 2_000, 255
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
@@ -104,6 +112,7 @@ class Page:
     def __init__(self, api: Api, other: tuple[str, Any, Any] | None = None):
         self.api, self.name, self.other = api, api.name, other
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)  # each with a body of MAX_BODY
+        self._aside = ThreadPoolExecutor(1, "page")  # of whose work no two parts take memory at once
         self.model, self.tokenizer = api.engine.model, api.engine.tokenizer
         retriever = self.model.retriever
         if self.model.fusion_options.num_images == 0:
@@ -143,39 +152,60 @@ class Page:
             ApiError: the question does not fit.
         """
         async with self._uploads:
+            body = await json_body(request, MAX_BODY)
             try:
-                asked = Asked.model_validate_json(await json_body(request, MAX_BODY))
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                field = ".".join(map(str, first["loc"])) or "the request"
-                raise ApiError(400, f"{field} does not fit: {first['msg']}, got {short(first['input'])}") from None
-            try:
-                explanations = await self.api.in_turn(lambda: self.explanations(asked))
+                return await unless_gone(request, self._explained(body))
             except ValmError as error:
                 raise ApiError(400, str(error)) from None
-        return JSONResponse({"body": render_body(explanations), "heads": heads(explanations)})
+            finally:
+                self._aside.submit(return_freed_memory)
 
-    def explanations(self, asked: Asked) -> dict[str, Explanation]:
-        """The explanations that are shown, by their titles.
+    async def _explained(self, body: bytes) -> Response:
+        """The answer. It can be cancelled between two images."""
+
+        async def aside(function: Callable[..., Any], *arguments: Any) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(self._aside, function, *arguments)
+
+        asked, opened = await aside(self._read, body)
+        images = [await aside(_small, *image) for image in opened]
+        explanations = await self.api.in_turn(lambda: self.explanations(asked, images))
+        return await aside(_written, explanations)
+
+    def _read(self, body: bytes) -> tuple[Asked, list[NamedImage]]:
+        """What a request asks, and its images, of which the headers alone are read.
 
         Raises:
-            ValmError: what is asked for cannot be shown.
+            ValmError: it does not fit, or cannot be shown.
         """
+        try:
+            asked = Asked.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "the request"
+            raise ValmError(f"{field} does not fit: {first['msg']}, got {short(first['input'])}") from None
         if asked.images not in self.choices:
             raise ValmError(f"images is {asked.images!r}, expected one of {', '.join(self.choices)}")
         if RETRIEVED in self.choices and not 1 <= asked.k <= self._max_images():
             raise ValmError(f"K is {asked.k}, expected 1 to {self._max_images()}")
-        title, reader = self._reader(asked.images, asked.k, asked.uploads)
+        return asked, _opened(asked.uploads[: asked.k]) if asked.images == UPLOADED else []
+
+    def explanations(self, asked: Asked, images: Sequence[NamedImage] = ()) -> dict[str, Explanation]:
+        """The explanations that are shown, by their titles; `images`: those that were uploaded.
+
+        Raises:
+            ValmError: what is asked for cannot be shown.
+        """
+        title, reader = self._reader(asked.images, asked.k, images)
         readers = {title: reader}
         if self.choices[0] in asked.beside and asked.images != self.choices[0]:
-            first, with_first = self._reader(self.choices[0], asked.k, [])
+            first, with_first = self._reader(self.choices[0], asked.k)
             readers = {first: with_first} | readers
         if self.other is not None and self.other[0] in asked.beside:
             readers[self.other[0]] = Reader(*self.other[1:])
         words = [word.strip() for word in asked.answers.split(",")] if asked.answers.strip() else None
         return explain_together(readers, asked.prompt, words)
 
-    def _reader(self, images: str, k: int, uploads: Sequence[Upload]) -> tuple[str, Reader]:
+    def _reader(self, images: str, k: int, uploaded: Sequence[NamedImage] = ()) -> tuple[str, Reader]:
         """A reader with these images, and its title."""
         if images == NONE:
             return f"{self.name}, no images", Reader(self.model, self.tokenizer, with_images=False)
@@ -186,7 +216,7 @@ class Page:
         if images == RANDOM:
             retriever = RandomImages(retriever, 0)
         elif images == UPLOADED:
-            title, retriever = "uploaded images", GivenImages(retriever, _decoded(uploads[:k]))
+            title, retriever = "uploaded images", GivenImages(retriever, uploaded)
         return f"{self.name}, {title}", Reader(self.model, self.tokenizer, retriever)
 
     def _max_images(self) -> int:
@@ -194,15 +224,54 @@ class Page:
         return max(1, self.model.fusion_options.num_images, min(MAX_IMAGES, in_kb))
 
 
-def _decoded(uploads: Sequence[Upload]) -> list[Any]:
-    """The uploaded images, with their names."""
+def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
+    """The uploaded images with their names, of which the headers alone are read.
+
+    Raises:
+        ValmError: there are none, or too many pixels, or one is no image.
+    """
     if not uploads:
         raise ValmError("there are no uploaded images yet: add some in More controls")
+    images, pixels = [], 0
+    for upload in uploads:
+        try:
+            content = io.BytesIO(base64.b64decode(upload.data, validate=True))
+        except ValueError:
+            raise ValmError("the uploaded images are not in base64") from None
+        with _readable(upload.name):
+            image = open_image(content)
+            check_size(image)
+            image.draft(None, (KEPT_SIDE, KEPT_SIDE))  # which a JPEG is decoded to, or to a few times as much
+        pixels += image.width * image.height
+        images.append((upload.name, image))
+    if pixels > MAX_DECODED:
+        raise ValmError(f"the images have {pixels:,} pixels, more than the {MAX_DECODED:,} allowed: use smaller ones")
+    return images
+
+
+def _small(name: str, image: Image.Image) -> NamedImage:
+    """An opened image, decoded and made small.
+
+    Raises:
+        ValmError: it cannot be read.
+    """
+    with _readable(name):
+        small = read_image(image)
+    image.close()  # frees its pixels, as the request has it still
+    small.thumbnail((2 * KEPT_SIDE, 2 * KEPT_SIDE))
+    return name, small
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        contents = [(upload.name, io.BytesIO(base64.b64decode(upload.data, validate=True))) for upload in uploads]
-    except ValueError:
-        raise ValmError("the uploaded images are not in base64") from None
-    return named_images(contents)
+        yield
+    except Exception as error:  # decoders raise many types for damaged bytes
+        raise ValmError(f"cannot read the image {name}: {error}") from error
+
+
+def _written(explanations: dict[str, Explanation]) -> Response:
+    return JSONResponse({"body": render_body(explanations), "heads": heads(explanations)})
 
 
 @cache

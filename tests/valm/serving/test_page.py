@@ -1,15 +1,20 @@
 """The page of a server: what it computes, and all of it in a real browser."""
 
 import base64
+import http.client
 import io
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.valm.explain.conftest import kb, make_model, model
-from tests.valm.serving.test_api import running
+from tests.valm.serving.test_api import JSON, running, wait_for
 from valm.errors import ValmError
 from valm.explain.explanation import explain
 from valm.serving import page as page_module
@@ -33,9 +38,34 @@ def page(server):
     return server.page
 
 
+@pytest.fixture
+def decoding(monkeypatch):
+    """The sizes of the images that are decoded; clear `go` to hold them up."""
+    seen = SimpleNamespace(sizes=[], begun=threading.Semaphore(0), go=threading.Event())
+    transposed = ImageOps.exif_transpose
+
+    def decode(image):
+        seen.sizes.append(image.size)
+        seen.begun.release()
+        assert seen.go.wait(60)
+        return transposed(image)
+
+    seen.go.set()
+    monkeypatch.setattr(ImageOps, "exif_transpose", decode)
+    return seen
+
+
+def picture(name, image):
+    """An upload."""
+    content = io.BytesIO()
+    image.save(content, "JPEG" if name.endswith(".jpg") else "PNG")
+    return {"name": name, "data": base64.b64encode(content.getvalue()).decode()}
+
+
 def ask(page, images="retrieved", k=3, uploads=(), answers="", beside=(), prompt=TEXT):
     fields = {"prompt": prompt, "images": images, "k": k, "answers": answers, "beside": list(beside)}
-    return page.explanations(Asked(**fields, uploads=list(uploads)))
+    asked, opened = page._read(Asked(**fields, uploads=list(uploads)).model_dump_json().encode())
+    return page.explanations(asked, [page_module._small(*image) for image in opened])
 
 
 def test_the_switches_change_what_is_explained(page, model, tokenizer):
@@ -48,10 +78,8 @@ def test_the_switches_change_what_is_explained(page, model, tokenizer):
     assert [image.caption for image in random.images] != [image.caption for image in own.images]
     (none,) = ask(page, images="none").values()
     assert "switched off" in none.note and not np.allclose(none.probabilities, own.probabilities)
-    content = io.BytesIO()
-    Image.new("RGB", (40, 40), "green").save(content, "PNG")
-    leaf = Upload(name="my leaf.png", data=base64.b64encode(content.getvalue()).decode())
-    (uploaded,) = ask(page, images="uploaded", uploads=[leaf]).values()
+    leaf = picture("my leaf.png", Image.new("RGB", (40, 40), "green"))
+    (uploaded,) = ask(page, images="uploaded", uploads=[Upload(**leaf)]).values()
     assert {image.caption for image in uploaded.images} == {"my leaf.png"}
 
 
@@ -112,7 +140,7 @@ def test_wrong_input_is_one_sentence(server, fields, sentence):
 def test_a_panic_of_the_tokenizer_is_one_sentence(server, page, monkeypatch):
     endless = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     endless.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), behavior="isolated")
-    monkeypatch.setattr(page, "explanations", lambda asked: endless.encode(asked.prompt))
+    monkeypatch.setattr(page, "explanations", lambda asked, _: endless.encode(asked.prompt))
     status, answer = server.ask("/explain", {"prompt": "a" * 200 + "b", "images": "none"})
     assert status == 400 and "a tokenizer stopped; its tokenizer.json is damaged" in answer["error"]["message"]
 
@@ -120,6 +148,60 @@ def test_a_panic_of_the_tokenizer_is_one_sentence(server, page, monkeypatch):
 def test_too_many_bytes_are_refused(server, monkeypatch):
     monkeypatch.setattr(page_module, "MAX_BODY", 1000)
     assert server.ask("/explain", {"prompt": "a" * 2000, "images": "none"})[0] == 413
+
+
+def test_too_many_pixels_are_refused(server):
+    large = picture("large.png", Image.new("1", (4096, 4100)))
+    body = {"prompt": TEXT, "images": "uploaded", "k": 3, "uploads": [large] * 2}
+    status, answer = server.ask("/explain", body)
+    assert status == 400
+    assert answer["error"]["message"] == (
+        "the images have 33,587,200 pixels, more than the 33,554,432 allowed: use smaller ones"
+    )
+    assert server.ask("/explain", body | {"k": 1})[0] == 200  # the first one alone
+    wide = picture("wide.jpg", Image.new("L", (65000, 1040)))
+    status, answer = server.ask("/explain", body | {"uploads": [wide]})
+    assert status == 400 and "65000 x 1040 pixels, more than the 67,108,864 allowed" in answer["error"]["message"]
+
+
+def test_uploads_are_shrunk_as_they_are_read(server, decoding):
+    photo, drawing = Image.new("RGB", (4000, 3000), "red"), Image.new("RGBA", (300, 2000), "blue")
+    uploads = [picture("photo.jpg", photo), picture("drawing.png", drawing)]
+    opened = page_module._opened([Upload(**upload) for upload in uploads])
+    images = [page_module._small(*image)[1] for image in opened]
+    assert decoding.sizes == [(1000, 750), (300, 2000)]
+    assert [image.size for image in images] == [(1000, 750), (154, 1024)]
+    assert images[1].getpixel((70, 500)) == (0, 0, 255)
+
+
+def test_others_are_answered_while_uploads_are_decoded(server, decoding):
+    uploads = [picture("a.png", Image.new("RGB", (40, 40)))] * 2
+    decoding.go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, "/explain", {"prompt": TEXT, "images": "uploaded", "uploads": uploads, "k": 2})
+        try:
+            assert decoding.begun.acquire(timeout=60)
+            assert server.ask("/v1/completions", {"prompt": TEXT, "max_tokens": 2})[0] == 200
+        finally:
+            decoding.go.set()
+        assert asked.result()[0] == 200
+
+
+def test_a_client_that_has_gone_ends_the_decoding(server, decoding):
+    uploads = [picture("a.png", Image.new("RGB", (40, 40)))] * 3
+    body = json.dumps({"prompt": TEXT, "images": "uploaded", "uploads": uploads, "k": 3})
+    decoding.go.clear()
+    gone = http.client.HTTPConnection("127.0.0.1", server.port)
+    gone.request("POST", "/explain", body, JSON)
+    try:
+        assert decoding.begun.acquire(timeout=60)
+        gone.sock.close()
+        gone.close()
+        wait_for(lambda: server.metric('valm_requests_total{endpoint="explain",status="499"}') == 1)
+    finally:
+        decoding.go.set()
+    assert server.ask("/explain", {"prompt": TEXT, "images": "none"})[0] == 200
+    assert len(decoding.sizes) == 1 and not server.engine._open
 
 
 @pytest.mark.slow
