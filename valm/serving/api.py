@@ -9,8 +9,8 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.format import Item
 from valm.model.positions import positions
 from valm.retrieval.retriever import Retriever
-from valm.serving.engine import Answer, BusyError, Engine, Prompt, StoppingError, TokenScore
+from valm.serving.engine import Answer, Engine, Prompt, StoppingError, TokenScore
 from valm.serving.requests import AnyRequest, ChatRequest, CompletionRequest, FieldError, Message, Sampling, read
 from valm_kernels.json_files import short
 
@@ -107,9 +107,6 @@ class Api:
 
     async def search(self, request: Request) -> Response:
         """The images of the knowledge base that are nearest to the text `q`, `k` of them."""
-        # a link or a frame of another page, which may learn from a size or a time what is in the knowledge base
-        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise elsewhere()
         retriever, query = self.engine.model.retriever, request.query_params.get("q", "").strip()
         if not isinstance(retriever, Retriever):
             raise ApiError(404, f"the model {self.name!r} has no knowledge base to search")
@@ -121,7 +118,7 @@ class Api:
         if count not in map(str, range(1, MAX_SEARCHED + 1)):  # Python refuses to convert 5,000 digits
             raise ApiError(422, f"k: expected a whole number from 1 to {MAX_SEARCHED}, got {short(count)}", param="k")
         k = min(int(count), len(retriever.kb))
-        hits = await self.in_turn(lambda: retriever.search(query, k))
+        hits = await self.engine.call(lambda: retriever.search(query, k))
         return JSONResponse({"object": "list", "data": [_image(item, score) for score, item in hits]})
 
     def _card(self) -> dict[str, Any]:
@@ -199,36 +196,15 @@ class Api:
             raise ApiError(400, f"{sizes}: max_tokens must be {room:,} at most, got {limit:,}", code)
         return limit
 
-    async def in_turn(self, function: Any) -> Any:
-        """What `function` returns, which uses the model in its turn."""
-        with self._refusals():
-            return await self.engine.call(function)
-
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        """Answers with an error where the engine takes no work in the block.
-
-        Raises:
-            ApiError: too many wait, or the server ends.
-        """
-        try:
-            yield
-        except BusyError as error:
-            raise ApiError(429, f"{error}: try again later", "rate_limit_exceeded") from None
-        except StoppingError:
-            raise stopping() from None
-
     async def _answered(self, request: Request, kind: Kind, asked: Sampling, prompts: Sequence[Prompt]) -> Response:
-        with self._refusals():
-            answers = self.engine.submit(*prompts)
+        answers = self.engine.submit(*prompts)
         head = {"id": f"{kind.id}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if asked.stream:
             usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             events = self._events(answers, kind, head, usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         try:
-            with self._refusals():
-                texts = await unless_gone(request, asyncio.gather(*map(_joined, answers)))
+            texts = await unless_gone(request, asyncio.gather(*map(_joined, answers)))
         finally:
             for answer in answers:
                 self.engine.cancel(answer)
@@ -236,23 +212,19 @@ class Api:
 
     def _written(self, kind: Kind, head: dict[str, Any], answers: Sequence[Answer], texts: Sequence[str]) -> Response:
         """The whole answers. Each is made JSON by itself: meanwhile the interpreter runs nothing else."""
-        choices = [
-            _json(
-                {
-                    "index": index,
-                    **self._content(kind, answer, self._echoed(answer) + text),
-                    "logprobs": self._logprobs(kind, answer.prompt, answer.scores, 0),
-                    "finish_reason": answer.finish_reason,
-                    "images": self._images(answer),
-                }
-            )
-            for index, (answer, text) in enumerate(zip(answers, texts, strict=True))
-        ]
+        choices = []
+        for index, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+            message = {"message": {"role": "assistant", "content": text}}
+            choice = {
+                "index": index,
+                **(message if kind is CHAT else {"text": self._echoed(answer) + text}),
+                "logprobs": self._logprobs(kind, answer.prompt, answer.scores, 0),
+                "finish_reason": answer.finish_reason,
+                "images": self._images(answer),
+            }
+            choices.append(_json(choice))
         rest = _json({**head, "object": kind.whole, "usage": _usage(answers)})
         return Response(f'{rest[:-1]}, "choices": [{", ".join(choices)}]}}', media_type="application/json")
-
-    def _content(self, kind: Kind, answer: Answer, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}} if kind is CHAT else {"text": text}
 
     def _echoed(self, answer: Answer) -> str:
         prompt = answer.prompt
@@ -379,12 +351,10 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | N
     parts: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
 
     async def pass_on(index: int, answer: Answer) -> None:
-        try:
-            async for text in answer:
-                parts.put_nowait((index, text))
-            parts.put_nowait((index, None))
-        except Exception as error:
-            parts.put_nowait((index, error))
+        part: str | Exception | None = ""
+        while isinstance(part, str):
+            part = await answer.parts.get()
+            parts.put_nowait((index, part))
 
     tasks = [asyncio.ensure_future(pass_on(index, answer)) for index, answer in enumerate(answers)]
     try:
@@ -446,10 +416,6 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-def elsewhere() -> ApiError:
-    return ApiError(403, "a page of another address may not ask this server")
 
 
 def stopping() -> ApiError:

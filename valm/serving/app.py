@@ -15,9 +15,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from valm.serving.api import Api, ApiError, elsewhere, failed
+from valm.serving.api import Api, ApiError, failed, stopping
+from valm.serving.engine import BusyError, StoppingError
 from valm.serving.metrics import Metrics
 from valm.serving.page import Page
+
+SEARCH = "/v1/images/search"
 
 
 def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette:
@@ -45,7 +48,7 @@ def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette
         routes += [
             Route("/", page.show),
             Route("/explain", page.explain, methods=["POST"]),
-            Route("/v1/images/search", api.search),
+            Route(SEARCH, api.search),
         ]
     return Starlette(
         routes=routes,
@@ -55,7 +58,13 @@ def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
             Middleware(_OwnPages),
         ],
-        exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: internal_error},
+        exception_handlers={
+            ApiError: _api_error,
+            BusyError: _busy,
+            StoppingError: _stopping,
+            HTTPException: _http_error,
+            Exception: internal_error,
+        },
         lifespan=ended,
     )
 
@@ -88,15 +97,29 @@ class _OwnPages:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
         origin = headers.get("origin")
-        other = origin is not None and origin.partition("://")[2] != headers.get("host")
-        if other or (headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"):
-            await elsewhere().response()(scope, receive, send)
+        elsewhere = origin is not None and origin.partition("://")[2] != headers.get("host")
+        site = headers.get("sec-fetch-site", "none")
+        if scope.get("path") == SEARCH:  # whose answer's size or time would tell a page what is in the knowledge base
+            elsewhere |= site not in ("same-origin", "none")
+        elif headers.get("sec-fetch-mode") != "navigate":  # of a link
+            elsewhere |= site == "cross-site"
+        if elsewhere:
+            error = ApiError(403, "a page of another address may not ask this server")
+            await error.response()(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
 
 async def _api_error(request: Request, error: Any) -> Response:
     return error.response()
+
+
+async def _busy(request: Request, error: Any) -> Response:
+    return ApiError(429, f"{error}: try again later", "rate_limit_exceeded").response()
+
+
+async def _stopping(request: Request, error: Any) -> Response:
+    return stopping().response()
 
 
 async def _http_error(request: Request, error: Any) -> Response:

@@ -84,6 +84,7 @@ class Answer:
         scores: of the tokens so far, where the prompt asks for `logprobs`.
         images: the ids of the images that its tokens saw, with the best score of each.
         turn: those with a lower one are read before.
+        parts: those that are not read yet, then the error that ends the answer, or None for its end.
     """
 
     def __init__(self, prompt: Prompt, loop: asyncio.AbstractEventLoop):
@@ -96,14 +97,14 @@ class Answer:
         self.turn = 0
         self.loop = loop
         self.begun = time.monotonic()
-        self._parts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        self.parts: asyncio.Queue[str | Exception | None] = asyncio.Queue()
 
     def put(self, part: str | Exception | None) -> None:
         """Adds a part, the error that ends the answer, or None for its end, from any thread."""
-        self.loop.call_soon_threadsafe(self._parts.put_nowait, part)
+        self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        while (part := await self._parts.get()) is not None:
+        while (part := await self.parts.get()) is not None:
             if isinstance(part, Exception):
                 raise part
             yield part

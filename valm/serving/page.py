@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -163,13 +163,11 @@ class Page:
     async def _explained(self, body: bytes) -> Response:
         """The answer. It can be cancelled between two images."""
 
-        async def aside(function: Callable[..., Any], *arguments: Any) -> Any:
-            return await asyncio.get_running_loop().run_in_executor(self._aside, function, *arguments)
-
+        aside = partial(asyncio.get_running_loop().run_in_executor, self._aside)
         asked, opened = await aside(self._read, body)
         images = [await aside(_small, *image) for image in opened]
-        explanations = await self.api.in_turn(lambda: self.explanations(asked, images))
-        return await aside(_written, explanations)
+        explanations = await self.api.engine.call(lambda: self.explanations(asked, images))
+        return await aside(lambda: JSONResponse({"body": render_body(explanations), "heads": heads(explanations)}))
 
     def _read(self, body: bytes) -> tuple[Asked, list[NamedImage]]:
         """What a request asks, and its images, of which the headers alone are read.
@@ -268,10 +266,6 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # decoders raise many types for damaged bytes
         raise ValmError(f"cannot read the image {name}: {error}") from error
-
-
-def _written(explanations: dict[str, Explanation]) -> Response:
-    return JSONResponse({"body": render_body(explanations), "heads": heads(explanations)})
 
 
 @cache
