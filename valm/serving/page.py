@@ -162,7 +162,6 @@ class Page:
 
     async def _explained(self, body: bytes) -> Response:
         """The answer. It can be cancelled between two images."""
-
         aside = partial(asyncio.get_running_loop().run_in_executor, self._aside)
         asked, opened = await aside(self._read, body)
         images = [await aside(_small, *image) for image in opened]
