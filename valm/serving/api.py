@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -409,13 +407,6 @@ def _event(content: dict[str, Any]) -> str:
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
-
-
-def return_freed_memory() -> None:
-    """Returns to the system what the C library keeps of freed memory, which `valm` lets it keep (glibc alone)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def stopping() -> ApiError:

@@ -25,7 +25,7 @@ from valm.evaluation.controls import GivenImages, NamedImage, RandomImages
 from valm.explain.explanation import Explanation, Reader, explain_together
 from valm.explain.page import heads, heads_script, render_body, script_hash, style
 from valm.retrieval.retriever import Retriever
-from valm.serving.api import Api, ApiError, json_body, return_freed_memory, unless_gone
+from valm.serving.api import Api, ApiError, json_body, unless_gone
 from valm_kernels.json_files import short
 
 HERE = Path(__file__).parent
@@ -157,8 +157,6 @@ class Page:
                 return await unless_gone(request, self._explained(body))
             except ValmError as error:
                 raise ApiError(400, str(error)) from None
-            finally:
-                self._aside.submit(return_freed_memory)
 
     async def _explained(self, body: bytes) -> Response:
         """The answer. It can be cancelled between two images."""
