@@ -31,7 +31,7 @@ from .result import TopK, merge_topk, topk_of_each
 # Scores of one matrix product, at most (32 MiB, which an H100's second-level cache of 50 MB holds), and its queries.
 SCORES_PER_CHUNK = 1 << 23
 QUERIES_PER_CHUNK = 1 << 12
-# Numbers of rows that are float32 at a time.
+# Numbers of rows that are copied to float32 at a time; rows that tensor cores multiply are not copied.
 VALUES_PER_CHUNK = 1 << 24
 # How much PyTorch may round the operands of a product in float32.
 OPERAND_ERRORS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
@@ -128,7 +128,10 @@ def _search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tens
     best = TopK(queries.new_full((len(queries), k), -torch.inf), queries.new_full((len(queries), k), -1).long())
     found: list[Tensor] = []  # (2, n): queries, and rows that may be among their best
     many = len(queries) * k
-    step = max(k, min(SCORES_PER_CHUNK // max(1, len(queries)), VALUES_PER_CHUNK // rows.shape[1]))
+    step = SCORES_PER_CHUNK // max(1, len(queries))
+    if not _on_tensor_cores(factor.values):
+        step = min(step, VALUES_PER_CHUNK // rows.shape[1])
+    step = max(k, step)
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         values = rows[chunk] if rows.dtype in LARGEST else _values(rows, row_scale, chunk)

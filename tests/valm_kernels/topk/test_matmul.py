@@ -187,6 +187,25 @@ def test_a_card_older_than_the_build_has_no_code(monkeypatch, capability, has):
     assert cuda.has_code(torch.device("cuda", 0)) == has
 
 
+@pytest.mark.parametrize(
+    ("dtype", "on_tensor_cores", "steps"), [("float16", True, 3), ("float16", False, 8), ("float32", True, 8)]
+)
+def test_only_rows_that_are_copied_to_float32_are_few_at_a_time(monkeypatch, dtype, on_tensor_cores, steps):
+    """500 rows of one query: 3 products of 200 scores, 8 of 64 copied rows."""
+    rows, queries = normals(500, DIM).to(getattr(torch, dtype)), normals(1, DIM, seed=1)
+    expected, products = reference.ip_topk(queries, rows, None, 5), []
+
+    def product(some_queries, some_rows):
+        products.append(some_rows)
+        return some_queries.float() @ some_rows.float().T
+
+    monkeypatch.setattr(matmul, "SCORES_PER_CHUNK", 200)
+    monkeypatch.setattr(matmul, "_product", product)
+    monkeypatch.setattr(matmul, "_on_tensor_cores", lambda factor: on_tensor_cores and factor.dtype in matmul.LARGEST)
+    assert_same(found(queries, rows, 5), expected)
+    assert len(products) == steps
+
+
 def test_it_serves_where_the_native_code_has_no_cuda(monkeypatch):
     """With the CPU as the device."""
 
