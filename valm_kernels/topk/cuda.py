@@ -7,6 +7,8 @@ tests run the kernels without a GPU, as plain C++: tests/csrc/topk/cuda/.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -32,8 +34,25 @@ def has_code(device: torch.device) -> bool:
         return False
     if not module.built_with_cuda or device.type != "cuda":
         return bool(module.built_with_cuda)
+    if not _driver_takes_it():
+        return False
     major, minor = torch.cuda.get_device_capability(device)
     return bool(10 * major + minor >= module.oldest_capability)
+
+
+@cache
+def _driver_takes_it() -> bool:
+    """Whether the driver runs the CUDA runtime of the native module, which may be newer than torch's. Warns if not."""
+    try:
+        native().cuda_devices()
+    except RuntimeError as error:
+        warnings.warn(
+            f"the native CUDA code of valm_kernels cannot run ({error}), so PyTorch's matrix products search: build it "
+            "again with a CUDA toolkit that is no newer than the driver",
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 def code() -> ModuleType:

@@ -19,6 +19,7 @@ def found(queries, rows, k, row_scale=None, allowed=None):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
+    cuda._driver_takes_it.cache_clear()
     monkeypatch.setattr(matmul, "SCORES_PER_CHUNK", 500)
     monkeypatch.setattr(matmul, "QUERIES_PER_CHUNK", 7)
     monkeypatch.setattr(matmul, "VALUES_PER_CHUNK", 64 * DIM)
@@ -182,9 +183,23 @@ def test_a_precision_that_pytorch_cannot_tell_is_the_least(monkeypatch):
 @pytest.mark.parametrize(("capability", "has"), [((7, 5), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
 def test_a_card_older_than_the_build_has_no_code(monkeypatch, capability, has):
     """As where VALM_KERNELS_CUDA_ARCH named one card and another is there."""
-    monkeypatch.setattr(cuda, "native", lambda: SimpleNamespace(built_with_cuda=True, oldest_capability=90))
+    module = SimpleNamespace(built_with_cuda=True, oldest_capability=90, cuda_devices=lambda: ["a GPU"])
+    monkeypatch.setattr(cuda, "native", lambda: module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert cuda.has_code(torch.device("cuda", 0)) == has
+
+
+def test_a_driver_older_than_the_toolkit_leaves_the_search_to_pytorch_with_one_warning(monkeypatch):
+    def fails():
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    module = SimpleNamespace(built_with_cuda=True, oldest_capability=80, cuda_devices=fails)
+    monkeypatch.setattr(cuda, "native", lambda: module)
+    with pytest.warns(
+        UserWarning, match=r"\(CUDA driver version is insufficient .* no newer than the driver"
+    ) as warned:
+        assert [cuda.has_code(torch.device("cuda", 0)) for _ in range(3)] == [False] * 3
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(
