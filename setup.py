@@ -1,10 +1,11 @@
 """Builds valm_kernels._native with one build.ninja for host and CUDA code.
 
 The module has no PyTorch headers, so one build serves every torch version and pip's build isolation needs
-only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part: "auto" (the default) builds it
-when nvcc is found, "on" without nvcc is an error. The GPU itself is never looked at: VALM_KERNELS_CUDA_ARCH=90 builds
-for compute capability 9.0, and as PTX for newer ones, which takes less time. VALM_KERNELS_CXXFLAGS has more flags for
-the host code, behind ours (`make sanitize`).
+only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part. "auto" (the default) builds it with the
+nvcc that it finds; if there is none, or it fails, the module is built for the CPU alone, and
+`python -m valm_kernels` says why. "on" raises an error in both cases. The GPU itself is never looked at:
+VALM_KERNELS_CUDA_ARCH=90 builds for compute capability 9.0, and as PTX for newer ones, which takes less time.
+VALM_KERNELS_CXXFLAGS has more flags for the host code, behind ours (`make sanitize`).
 
 `python setup.py build_ext --inplace` also works without pybind11, whose headers PyTorch ships, without ninja (then
 every source is compiled each time, in as many processes as there are cores) and with a setuptools before 77.
@@ -46,42 +47,70 @@ ISA_FLAGS = {
     "_amxint8": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
     "_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
-# Machine code for A100, H100, B200 and RTX 50, of which nvcc knows the last two from 12.8 on, and PTX that other chips
-# compile at load time.
+# Machine code for A100, H100, B200 and RTX 50, of which nvcc knows the third and fourth from 12.8 on.
 CUDA_ARCHS = ("80", "90", "100", "120")
-PTX_ARCH = "arch=compute_90,code=compute_90"
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+# Other chips compile PTX at load time. The newest PTX here is of 9.0, so that a driver of CUDA 12 can compile it.
+NEWEST_PTX = 90
+# Where CUDA's installers put the toolkit, as torch.utils.cpp_extension looks for it.
+CUDA_FOLDER = "/usr/local/cuda"
+# All architectures at the same time.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "--threads", "0"]
+# Programs that run a compiler, in front of its name in CXX.
+LAUNCHERS = ("ccache", "sccache", "distcc")
 
 
-def find_nvcc() -> str | None:
-    """The nvcc to build with, or None for a CPU-only build, as VALM_KERNELS_CUDA asks."""
+class NoCuda(Exception):
+    """The CUDA part cannot be built; says why, without a full stop."""
+
+
+def cuda_choice() -> str:
     choice = os.environ.get("VALM_KERNELS_CUDA", "auto")
     if choice not in ("auto", "on", "off"):
         raise SystemExit(f"VALM_KERNELS_CUDA must be auto, on or off, but is {choice!r}")
-    if choice == "off":
-        return None
-    candidates = [shutil.which("nvcc")]
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    candidates += [str(Path(home) / "bin" / "nvcc") for home in homes]
-    nvcc = next((c for c in candidates if c and Path(c).exists()), None)
-    if nvcc is None and choice == "on":
-        raise SystemExit(
-            "VALM_KERNELS_CUDA=on, but nvcc is neither on PATH nor under CUDA_HOME or CUDA_PATH. Install the CUDA "
-            "toolkit, or build with VALM_KERNELS_CUDA=auto for the CPU only."
-        )
+    return choice
+
+
+def find_nvcc() -> str:
+    """The nvcc to build with, in the order in which PyTorch looks for it.
+
+    Raises:
+        NoCuda: there is none.
+    """
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(Path(home) / "bin" / "nvcc" for home in homes), shutil.which("nvcc"), f"{CUDA_FOLDER}/bin/nvcc"]
+    nvcc = next((str(candidate) for candidate in candidates if candidate and Path(candidate).exists()), None)
+    if nvcc is None:
+        raise NoCuda(f"nvcc is neither under CUDA_HOME or CUDA_PATH, nor on PATH, nor under {CUDA_FOLDER}")
     return nvcc
 
 
 def cuda_archs(nvcc: str) -> tuple[list[str], str]:
-    """What nvcc compiles for, VALM_KERNELS_CUDA_ARCH alone or else what it knows of CUDA_ARCHS, and the oldest."""
+    """What nvcc compiles for, VALM_KERNELS_CUDA_ARCH alone or else what it knows of CUDA_ARCHS, and the oldest.
+
+    Raises:
+        NoCuda: nvcc knows none of them.
+    """
     arch = os.environ.get("VALM_KERNELS_CUDA_ARCH", "")
-    if not arch:
+    if arch:
+        if not re.fullmatch(r"\d{2,3}", arch):
+            raise SystemExit(f"VALM_KERNELS_CUDA_ARCH must be a compute capability such as 90, but is {arch!r}")
+        return [f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"], arch
+    try:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-        archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
-        return [*(f"arch=compute_{arch},code=sm_{arch}" for arch in archs), PTX_ARCH], archs[0]
-    if not re.fullmatch(r"\d{2,3}", arch):
-        raise SystemExit(f"VALM_KERNELS_CUDA_ARCH must be a compute capability such as 90, but is {arch!r}")
-    return [f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"], arch
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NoCuda(f"{nvcc} --list-gpu-arch fails, which CUDA 11.2 and newer know ({error})") from error
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        raise NoCuda(f"{nvcc} compiles for none of the compute capabilities {', '.join(CUDA_ARCHS)}")
+    ptx = ([arch for arch in archs if int(arch) <= NEWEST_PTX] or archs[:1])[-1]
+    machine_code = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*machine_code, f"arch=compute_{ptx},code=compute_{ptx}"], archs[0]
+
+
+def host_compiler() -> str:
+    """The option of nvcc that names the compiler in CXX; none where nvcc takes its own."""
+    named = [word for word in shlex.split(os.environ.get("CXX") or "") if Path(word).name not in LAUNCHERS]
+    return f"-ccbin {shlex.quote(named[0])}" if named else ""
 
 
 def cxx() -> str:
@@ -161,24 +190,55 @@ class NativeBuild(build_ext):
         self.defines = ["-DVALM_KERNELS_EMULATE_AMX"] if self.inplace else []  # run() clears inplace
 
     def build_extension(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
+        choice = cuda_choice()
         check_compiler()
+        if choice == "off":
+            self.build_native(ext, None, "VALM_KERNELS_CUDA=off")
+            return
+        try:
+            self.build_native(ext, find_nvcc(), "")
+        except NoCuda as error:
+            if choice == "on":
+                raise SystemExit(
+                    f"VALM_KERNELS_CUDA=on, but {error}. Install CUDA's toolkit, name its folder in CUDA_HOME or a C++ "
+                    "compiler that it takes in CXX, or build for the CPU with VALM_KERNELS_CUDA=off."
+                ) from None
+            print(f"valm_kernels: no CUDA code, because {error}")
+            self.build_native(ext, None, str(error))
+
+    def build_native(self, ext: Extension, nvcc: str | None, obstacle: str) -> None:
+        """Builds the module, with a CUDA part if there is an nvcc, or else with the reason why there is none.
+
+        Raises:
+            NoCuda: the CUDA part cannot be built.
+        """
         print(f"valm_kernels: building {'CPU and CUDA code, ' + nvcc if nvcc else 'CPU code only'}")
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
+        write_if_changed(
+            build_dir / "cuda_obstacle.hpp", f"#define VALM_KERNELS_CUDA_OBSTACLE {json.dumps(obstacle)}\n"
+        )
         openmp = openmp_flags()
-        rules = compiler_rules(nvcc, openmp, [ROOT / "csrc", pybind11_include(), sysconfig.get_path("include")])
+        includes = [ROOT / "csrc", build_dir, pybind11_include(), sysconfig.get_path("include")]
+        rules = compiler_rules(nvcc, openmp, includes)
         builds = native_builds(nvcc, openmp + self.defines, output)
         write_compile_commands(rules, builds)
         if ninja := find_ninja():
             (build_dir / "build.ninja").write_text(ninja_file(rules, builds))
-            subprocess.run([ninja, "-C", str(build_dir)], check=True)
         else:
             print("valm_kernels: there is no ninja, so every source is compiled, changed or not")
-            run_all([build.command(rules) for build in builds[:-1]], build_dir)
-            run_all([builds[-1].command(rules)], build_dir)
+        for rule in ("cuda", "host", "link"):  # if nvcc fails, nothing else was compiled in vain
+            some = [build for build in builds if build.rule == rule]
+            if ninja and some:
+                failed = output_of_failed([ninja, "-C", str(build_dir), *(build.output for build in some)])
+            else:
+                failed = run_all([build.command(rules) for build in some], build_dir)
+            if failed and nvcc and rule != "host":
+                raise NoCuda(f"{nvcc} fails: {first_error(failed)}")
+            if failed:
+                raise SystemExit(f"valm_kernels: the C++ compiler fails: {first_error(failed)}")
 
 
 def pybind11_include() -> str:
@@ -204,6 +264,12 @@ def find_ninja() -> str | None:
     return shutil.which("ninja")
 
 
+def write_if_changed(file: Path, text: str) -> None:
+    """Leaves a file with this text alone, so that ninja does not compile again what includes it."""
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
 def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[str, str]:
     """Commands by name, with $in, $out and $flags."""
     include_flags = " ".join(f'-I"{path}"' for path in includes)
@@ -214,6 +280,7 @@ def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[
     if nvcc is None:
         return {"host": host, "link": f"{cxx()} {' '.join([*LINK_FLAGS, *openmp, more_flags])} $in -o $out"}
     gencode = " ".join(f"-gencode '{arch}'" for arch in archs)
+    nvcc = f"{shlex.quote(nvcc)} {host_compiler()}"
     cuda = f"{nvcc} -MD -MF $out.d {' '.join(NVCC_FLAGS)} {gencode} {defines} {include_flags} -c $in -o $out"
     link = f"{nvcc} -shared -cudart static -Xcompiler {','.join(openmp)} $in -o $out"
     return {"host": host, "cuda": cuda, "link": link}
@@ -246,17 +313,24 @@ def ninja_file(rules: dict[str, str], builds: list[Build]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_all(commands: list[str], folder: Path) -> None:
-    """Runs commands in as many processes as there are cores."""
+def output_of_failed(command: list[str] | str, folder: Path | None = None) -> str:
+    """Runs a command and prints what it prints; returns that if the command fails, else ""."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(command, shell=isinstance(command, str), cwd=folder, **options)
+    print(done.stdout, end="", flush=True)
+    return f"{command} fails\n{done.stdout}" if done.returncode else ""
 
-    def run(command: str) -> None:
-        done = subprocess.run(command, shell=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        print(f"{command}\n{done.stdout.decode(errors='replace')}", end="", flush=True)
-        if done.returncode:
-            raise SystemExit(f"valm_kernels: this command failed: {command}")
 
+def first_error(output: str) -> str:
+    """The line of a compiler's output that says why it failed."""
+    lines = [line.strip() for line in output.splitlines()]
+    return next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])[:300]
+
+
+def run_all(commands: list[str], folder: Path) -> str:
+    """Runs commands in as many processes as there are cores; returns the output of those that fail."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(run, commands))
+        return "".join(threads.map(lambda command: output_of_failed(command, folder), commands))
 
 
 def write_compile_commands(rules: dict[str, str], builds: list[Build]) -> None:

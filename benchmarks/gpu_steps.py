@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from valm_kernels.build_info import triton_obstacle
+
 ROOT = Path(__file__).parents[1]
 # Often not on PATH: nvcc and compute-sanitizer.
 CUDA_BIN = Path("/usr/local/cuda/bin")
@@ -175,7 +177,9 @@ def search_path() -> str:
 def missing() -> dict[str, str]:
     """What is not here of what may be missing, and what follows."""
     modules = {name: text for name, text in OPTIONAL_MODULES.items() if importlib.util.find_spec(name) is None}
-    return modules | {name: text for name, text in OPTIONAL_PROGRAMS.items() if program(name) is None}
+    programs = {name: text for name, text in OPTIONAL_PROGRAMS.items() if program(name) is None}
+    obstacle = triton_obstacle()
+    return modules | programs | ({"Triton": f"no attention on a GPU: {obstacle}"} if obstacle else {})
 
 
 def why_no_model() -> str:

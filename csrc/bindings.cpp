@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "cuda_obstacle.hpp"  // setup.py writes it
 #include "image_attn/image_attn.hpp"
 #include "simd/isa.hpp"
 #include "text_tower/int8_rows.hpp"
@@ -37,7 +38,7 @@ static int64_t interruptible(Function function) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native code of valm_kernels; call it through valm_kernels.";
     // Raise it here and in valm_kernels/native.py whenever a call changes.
-    m.attr("interface_version") = 9;
+    m.attr("interface_version") = 10;
 
     py::class_<valm::Rows>(m, "Rows", py::module_local())
         .def(py::init([](uintptr_t data, uintptr_t scale, const std::string& dtype, int64_t count, int64_t dim) {
@@ -135,4 +136,5 @@ PYBIND11_MODULE(_native, m) {
 #else
     m.attr("built_with_cuda") = false;
 #endif
+    m.attr("cuda_obstacle") = VALM_KERNELS_CUDA_OBSTACLE;  // why it was built without CUDA; "" if it was built with it
 }

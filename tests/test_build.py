@@ -44,7 +44,7 @@ def test_cpu_only_build_has_no_cuda_code(tmp_path):
     done = build(tmp_path, VALM_KERNELS_CUDA="off")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "building CPU code only" in done.stdout
-    assert in_module(tmp_path, "m.built_with_cuda") == "False"
+    assert in_module(tmp_path, "(m.built_with_cuda, m.cuda_obstacle)") == "(False, 'VALM_KERNELS_CUDA=off')"
 
     commands = json.loads((ROOT / "compile_commands.json").read_text())
     files = {Path(entry["file"]) for entry in commands}
@@ -80,18 +80,82 @@ def test_builds_without_pybind11_and_ninja(tmp_path):
     assert "taking PyTorch's headers of it" in done.stdout and "there is no ninja" in done.stdout
     assert in_module(tmp_path, "m.cpu_isas()[-1]") == "generic"
     done = build(tmp_path, python, VALM_KERNELS_CUDA="off", PATH=path, VALM_KERNELS_CXXFLAGS="--no-such-flag")
-    assert done.returncode != 0 and "this command failed: c++ " in done.stderr
+    assert done.returncode != 0 and "valm_kernels: the C++ compiler fails: c++: error: " in done.stderr
 
 
 def test_nvcc_compiles_for_the_chips_that_it_knows(tmp_path, monkeypatch):
     setup = load_setup(monkeypatch)
     monkeypatch.delenv("VALM_KERNELS_CUDA_ARCH", raising=False)
-    nvcc = tmp_path / "nvcc"
-    for known, built in (("75 80 90", "80 90"), ("75 80 90 100 103 120", "80 90 100 120")):
-        nvcc.write_text("#!/bin/sh\necho " + " ".join(f"compute_{arch}" for arch in known.split()) + "\n")
-        nvcc.chmod(0o755)
+    lists = {  # what nvcc 11.5, 12.0 and 12.8 know, what is compiled of it, and as PTX
+        "52 70 75 80 86 87": ("80", "80"),
+        "75 80 86 89 90": ("80 90", "90"),
+        "75 80 90 100 103 120": ("80 90 100 120", "90"),
+    }
+    for known, (built, ptx) in lists.items():
+        nvcc = fake_nvcc(tmp_path, known)
         archs = [f"arch=compute_{arch},code=sm_{arch}" for arch in built.split()]
-        assert setup.cuda_archs(str(nvcc)) == ([*archs, "arch=compute_90,code=compute_90"], "80")
+        assert setup.cuda_archs(str(nvcc)) == ([*archs, f"arch=compute_{ptx},code=compute_{ptx}"], "80")
+    with pytest.raises(setup.NoCuda, match="compiles for none of the compute capabilities 80, 90, 100, 120"):
+        setup.cuda_archs(str(fake_nvcc(tmp_path, "35 52 70 75")))
+    with pytest.raises(setup.NoCuda, match=r"false --list-gpu-arch fails"):
+        setup.cuda_archs(shutil.which("false"))
+
+
+def fake_nvcc(home: Path, known: str) -> Path:
+    """An nvcc of CUDA's folder `home` that knows these architectures and compiles nothing."""
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    archs = " ".join(f"compute_{arch}" for arch in known.split())
+    nvcc.write_text(
+        f"""#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then echo {archs}; exit; fi
+echo "host_config.h:139:2: error: #error -- unsupported GNU version!" >&2
+exit 1
+"""
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_nvcc_is_looked_for_as_pytorch_does(tmp_path, monkeypatch):
+    setup = load_setup(monkeypatch)
+    homes = {name: tmp_path / name for name in ("home", "path", "usual")}
+    for home in homes.values():
+        home.mkdir()
+        fake_nvcc(home, "80")
+    monkeypatch.setenv("CUDA_HOME", str(homes["home"]))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(homes["path"] / "bin"))
+    monkeypatch.setattr(setup, "CUDA_FOLDER", str(homes["usual"]))
+    for home in homes.values():
+        assert setup.find_nvcc() == str(home / "bin" / "nvcc")
+        (home / "bin" / "nvcc").unlink()
+    with pytest.raises(setup.NoCuda, match=f"neither under CUDA_HOME .* nor under {homes['usual']}"):
+        setup.find_nvcc()
+
+
+@pytest.mark.parametrize(
+    ("named", "option"),
+    [("", ""), ("g++-11", "-ccbin g++-11"), ("ccache /opt/g++ -m64", "-ccbin /opt/g++")],
+)
+def test_nvcc_compiles_host_code_with_the_compiler_that_is_named(monkeypatch, named, option):
+    setup = load_setup(monkeypatch)
+    monkeypatch.setenv("CXX", named)
+    assert setup.host_compiler() == option
+
+
+@pytest.mark.slow
+def test_a_failing_nvcc_leaves_a_build_for_the_cpu(tmp_path):
+    """Under VALM_KERNELS_CUDA=auto, and the module says why; under "on" the build ends in a sentence."""
+    nvcc = fake_nvcc(tmp_path, "80 90")
+    why = f"{nvcc} fails: host_config.h:139:2: error: #error -- unsupported GNU version!"
+    done = build(tmp_path, VALM_KERNELS_CUDA="on", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"VALM_KERNELS_CUDA=on, but {why}. Install CUDA's toolkit")
+    done = build(tmp_path, VALM_KERNELS_CUDA="auto", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"valm_kernels: no CUDA code, because {why}" in done.stdout
+    assert in_module(tmp_path, "(m.built_with_cuda, m.cuda_obstacle)") == str((False, why))
 
 
 def test_one_compute_capability(monkeypatch):
@@ -137,7 +201,7 @@ def test_cuda_on_without_nvcc_is_an_error(tmp_path):
     environment = {"VALM_KERNELS_CUDA": "on", "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "CUDA_PATH": ""}
     done = build(tmp_path, **environment)
     assert done.returncode != 0
-    assert "nvcc is neither on PATH nor under CUDA_HOME" in done.stderr
+    assert "nvcc is neither under CUDA_HOME or CUDA_PATH, nor on PATH" in done.stderr
 
 
 @pytest.mark.slow

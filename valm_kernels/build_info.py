@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,10 +34,60 @@ def show_config() -> str:
         ("Triton", _triton()),
         ("OpenMP runtimes", ", ".join(_openmp_runtimes()) or "none found"),
     ]
+    return _table(lines)
+
+
+def show_paths() -> str:
+    """Print, and return, five lines: what was built, and which code each operation runs here."""
+    attention = triton_obstacle()
+    lines = [
+        ("native module", _native_module()),
+        ("CUDA in the native module", _native_cuda()),
+        ("search on a CPU, on a GPU", f"{_cpu_path()}; {_gpu_search()}"),
+        ("attention on a CPU", _cpu_path()),
+        ("attention on a GPU", f"not usable: {attention}" if attention else "Triton's kernels"),
+    ]
+    return _table(lines)
+
+
+def _table(lines: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
     print(text)
     return text
+
+
+def triton_obstacle() -> str:
+    """Why Triton cannot launch a kernel here; "" if it can. Triton compiles a launcher in C at its first launch."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "Triton needs a C compiler: apt-get install gcc, or name one in the environment variable CC"
+    # as triton.runtime.build chooses the folder
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
+    if not header.exists():
+        return f"Triton needs Python's header {header}: apt-get install python3-dev"
+    return ""
+
+
+def _cpu_path() -> str:
+    try:
+        return f"native code, {cpu_isa()}"
+    except (ImportError, ValueError):
+        return "impl='reference' alone"
+
+
+def _gpu_search() -> str:
+    try:
+        has_cuda = native().built_with_cuda
+    except ImportError:
+        has_cuda = False
+    return "native CUDA code" if has_cuda else "PyTorch's matrix products, with the same results"
 
 
 def _version(package: str) -> str:
@@ -71,7 +123,7 @@ def _native_cuda() -> str:
     except ImportError:
         return "not usable: no native module"
     if not module.built_with_cuda:
-        return "not built, as nvcc was not found (VALM_KERNELS_CUDA=on makes that an error): PyTorch searches on a GPU"
+        return f"not built: {module.cuda_obstacle}"
     try:
         return "; ".join(module.cuda_devices())
     except RuntimeError as error:

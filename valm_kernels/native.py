@@ -17,7 +17,7 @@ R = TypeVar("R")
 _process = os.getpid()
 
 # Of the calls in csrc/bindings.cpp, which has the same number.
-INTERFACE_VERSION = 9
+INTERFACE_VERSION = 10
 
 
 def native() -> ModuleType:

@@ -399,7 +399,7 @@ def test_dry_run_on_a_machine_that_has_nothing_but_pytorch(tmp_path, monkeypatch
     dry = [python, "-m", "benchmarks.gpu_check", "--dry-run"]
     done = subprocess.run(dry, cwd=gpu_report.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("pytest_timeout", "xdist", "pytest_benchmark", "hypothesis", "pybind11", "ninja", "faiss"):
+    for name in ("pytest_timeout", "xdist", "pytest_benchmark", "hypothesis", "pybind11", "ninja", "faiss", "Triton"):
         assert f"missing: {name}: " in done.stdout
     assert "generation, 15 s, skipped: there is no pytest-benchmark" in done.stdout
     budget, limit = map(int, re.search(r"budgets: (\d+) s of (\d+) s", done.stdout).groups())

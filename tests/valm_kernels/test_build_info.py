@@ -33,7 +33,7 @@ def test_show_config_names_the_instruction_sets(monkeypatch, asked, shown):
 @pytest.mark.parametrize(
     ("module", "shown"),
     [
-        ({"built_with_cuda": False}, "not built, as nvcc was not found"),
+        ({"built_with_cuda": False, "cuda_obstacle": "nvcc fails"}, "not built: nvcc fails"),
         ({"built_with_cuda": True, "cuda_devices": lambda: ["A card", "B card"]}, "A card; B card"),
     ],
 )
@@ -55,3 +55,35 @@ def test_native_code_and_torch_share_one_openmp_runtime():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("OpenMP runtimes")]
     assert line.count("libgomp") == 1
+
+
+def test_the_package_as_a_command_says_in_five_lines_what_runs():
+    done = subprocess.run([sys.executable, "-m", "valm_kernels"], capture_output=True, text=True, check=True)
+    starts = (
+        "native module ",
+        "CUDA in the native module ",
+        "search on ",
+        "attention on a CPU ",
+        "attention on a GPU ",
+    )
+    assert [line.startswith(start) for line, start in zip(done.stdout.splitlines(), starts, strict=True)] == [True] * 5
+    assert "native code, " in done.stdout
+
+
+def test_triton_says_what_its_first_launch_lacks(monkeypatch, tmp_path):
+    """A launch needs a GPU, a C compiler and Python's header."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert build_info.triton_obstacle() == ""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build_info.triton_obstacle() == "torch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build_info.triton_obstacle().startswith("Triton needs a C compiler: apt-get install gcc")
+    monkeypatch.setenv("CC", "my-cc")
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert build_info.triton_obstacle().startswith(f"Triton needs Python's header {tmp_path / 'Python.h'}")
+    (tmp_path / "Python.h").touch()
+    assert build_info.triton_obstacle() == ""
