@@ -28,15 +28,36 @@ def read_json(path: Path) -> Any:
 def check_own(path: str | os.PathLike[str]) -> os.stat_result:
     """The status of a file or folder that belongs to the folder it is in.
 
+    A link may lead to something else in that folder. If the folder is a snapshot in the cache of the Hugging Face Hub,
+    a link may lead to a blob of that cache.
+
     Raises:
-        OSError: there is none, or it is a link that leads out of that folder.
+        OSError: there is nothing, the link leads elsewhere, or `check_regular` raises it.
     """
     if stat.S_ISLNK(os.lstat(path).st_mode):
-        folder = os.path.realpath(os.path.dirname(path))
-        if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
+        folder, target = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
+        if os.path.commonpath([folder, target]) != folder and os.path.dirname(target) != _blobs(folder):
             reason = "this is a link that leads out of its folder; copy what it leads to instead"
             raise PermissionError(errno.EPERM, reason, os.fspath(path))
-    return os.stat(path)
+    return check_regular(path)
+
+
+def _blobs(folder: str) -> str | None:
+    """The folder of blobs of the hub's cache that `folder` is a snapshot of, CACHE/snapshots/REVISION, or is below."""
+    before, snapshots, _ = folder.rpartition(f"{os.sep}snapshots{os.sep}")
+    return os.path.join(before, "blobs") if snapshots else None
+
+
+def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a regular file or a folder, which links may lead to.
+
+    Raises:
+        OSError: there is nothing, or a pipe, a socket or a device: reading it may wait forever or never end.
+    """
+    found = os.stat(path)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise PermissionError(errno.EPERM, "this is not a regular file", os.fspath(path))
+    return found
 
 
 def short(value: Any) -> str:

@@ -1,8 +1,10 @@
 """JSON that is none is named, and a link that leads out of a folder is none of its files."""
 
+import os
+
 import pytest
 
-from valm_kernels.json_files import check_own, read_json, short
+from valm_kernels.json_files import check_own, check_regular, read_json, short
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[" * 200_000, b""])
@@ -28,6 +30,35 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     check_own(tmp_path / "linked" / "file")  # the store itself may be behind a link
     with pytest.raises(FileNotFoundError):
         check_own(folder / "none")
+
+
+def test_a_snapshot_in_the_cache_of_a_hub_has_links_to_its_blobs(tmp_path):
+    cache, outside = tmp_path / "models--someone--store", tmp_path / "outside"
+    snapshot, blobs = cache / "snapshots" / "revision", cache / "blobs"
+    for folder in (snapshot / "below", blobs / "folder", outside):
+        folder.mkdir(parents=True)
+    for file in (blobs / "file", blobs / "folder" / "file", outside / "file"):
+        file.write_text("{}")
+    (blobs / "link").symlink_to(outside / "file")
+    os.mkfifo(blobs / "pipe")
+    for link, target in (("file", "../../blobs/file"), ("below/file", "../../../blobs/file")):
+        (snapshot / link).symlink_to(target)
+        assert check_own(snapshot / link).st_size == 2
+    for name, target in (("link", "blobs/link"), ("pipe", "blobs/pipe"), ("deep", "blobs/folder/file")):
+        (snapshot / name).symlink_to(cache / target)
+        with pytest.raises(PermissionError, match="not a regular file" if name == "pipe" else "leads out"):
+            check_own(snapshot / name)
+    (outside / "other").symlink_to(blobs / "file")
+    with pytest.raises(PermissionError, match="leads out"):
+        check_own(outside / "other")
+
+
+@pytest.mark.parametrize("check", [check_own, check_regular])
+def test_pipes_and_devices_are_refused(tmp_path, check):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(PermissionError, match="this is not a regular file"):
+            check(path)
 
 
 def test_values_are_shown_on_one_short_line():
