@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -20,18 +19,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from benchmarks.sizes import sized
 from valm.clip.clip import Clip
 from valm.evaluation.sets import SETS, find_file, read_set
-from valm.knowledge_base.format import (
-    ITEM_SCHEMA,
-    EncodedShard,
-    begin_knowledge_base,
-    clip_entry,
-    finish_knowledge_base,
-    write_shard,
-)
+from valm.knowledge_base.format import WHAT, clip_entry, facts_of, finish_knowledge_base, image_table
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
+from valm.store.shards import Part, Progress, ProgressBar, run_here, sharded_build
 from valm_kernels.int8_rows import has_avx2
 
 TOWERS = {
@@ -146,10 +139,13 @@ def knowledge_base_of(
     shards: Iterable[np.ndarray], out: Path, clip: Clip, plan: dict[str, float] | None = None
 ) -> ImageKnowledgeBase:
     """A knowledge base of the directions of `shards`, (n, E) each, without pictures. `plan`: what they depend on."""
-    build = begin_knowledge_base(out, plan or {})
-    for number, shard in enumerate(shards):
-        vectors = shard / np.linalg.norm(shard, axis=1, keepdims=True)
-        rows = [{"uri": f"{number}/{row}", "caption": "", "width": 1, "height": 1} for row in range(len(vectors))]
-        write_shard(build.out, number, EncodedShard(vectors, pa.Table.from_pylist(rows, ITEM_SCHEMA), None, []))
-    finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
+
+    def table_of(shard: np.ndarray, progress: Progress) -> tuple[Any, dict[str, int]]:
+        rows = [{"uri": str(row), "caption": "", "width": 1, "height": 1} for row in range(len(shard))]
+        table = image_table(rows, shard / np.linalg.norm(shard, axis=1, keepdims=True), [])
+        return table, facts_of(table)
+
+    with sharded_build(out, WHAT, plan or {}) as build, ProgressBar("make", " vectors", None, False) as bar:
+        build.write(table_of, (Part("", shard) for shard in shards), run_here, bar)
+        finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
     return ImageKnowledgeBase.open(out)

@@ -138,7 +138,7 @@ def builds(pictures, clip, tokenizer, make_kb, tmp_path) -> dict[str, Callable[[
         "kb": lambda out: build(
             FolderSource(pictures, shard_size=3), out, clip, Encoding(batch_size=2), progress=False
         ),
-        "merge": lambda out: merge([kb.path, kb.path], out, progress=False),
+        "merge": lambda out: merge([kb.path, kb.path], out),
         "dedupe": lambda out: dedupe(kb, out, progress=False),
         "add": add,
         "corpus": retrieve,

@@ -49,8 +49,8 @@ CLIP = {
     "text_cfg": {"context_length": 20, "width": 8, "heads": 1, "layers": 2, "mlp_ratio": 1},
 }
 SIZES = {"n_embd": 8, "n_inner": 16, "n_layer": 2, "n_head": 1, "image_dim": CLIP["embed_dim"]}
-# Finished files after which a process is killed: in the second shard, its state and the first shard being there.
-KILLED_AFTER = 7
+# Finished files after which a process is killed: in the second shard.
+KILLED_AFTER = 4
 
 
 def make_stores(out: Path) -> Path:

@@ -26,7 +26,6 @@ from valm.knowledge_base.images import ImageSource
 from valm.knowledge_base.records import Encoding
 from valm.options import add_fields, given_fields
 from valm.retrieval.index_parameters import IndexPlan
-from valm.store.files import exists
 from valm.text import printable
 from valm.training.launch import check_alone
 
@@ -146,7 +145,7 @@ def built(out: Path, **options: Any) -> ImageKnowledgeBase | None:
     from valm.knowledge_base.build import build
     from valm.store.shards import MANIFEST_FILE
 
-    finished = exists(out / MANIFEST_FILE)
+    finished = (out / MANIFEST_FILE).exists()
     kb = build(out=out, **options)
     if not finished:
         return kb
@@ -212,19 +211,18 @@ def print_duplicates(kb: ImageKnowledgeBase) -> None:
 def kb_facts(kb: ImageKnowledgeBase) -> dict[str, Any]:
     """The output of `kb info`, as JSON."""
     from valm.retrieval.index_parameters import index_parameters
-    from valm.store.shards import MANIFEST_FILE, files_of
+    from valm.store.shards import MANIFEST_FILE
 
-    files = list(files_of(kb.manifest))
     index = index_parameters(kb)
     return {
         "path": str(kb.path),
         "images": len(kb),
         "captions": kb.captioned(),
-        "thumbnails": any(file["name"].startswith("thumbnails-") for file in files),
+        "thumbnails": bool(kb.encoding.get("thumbnails")),
         "skipped": kb.manifest["skipped"],
         "dimensions": kb.dim,
         "dtype": kb.manifest["dtype"],
-        "bytes": sum(file["bytes"] for file in files) + (0 if index is None else index.file["bytes"]),
+        "bytes": sum(shard["bytes"] for shard in kb.manifest["shards"]) + (0 if index is None else index.file["bytes"]),
         "source": kb.manifest["plan"].get("source"),
         "after": kb.manifest["plan"].get("after"),
         "written": datetime.fromtimestamp((kb.path / MANIFEST_FILE).stat().st_mtime).isoformat(" ", "minutes"),
@@ -255,7 +253,7 @@ def print_skipped(kb: ImageKnowledgeBase, before: int = 0) -> None:
         for image in islice(kb.skipped(), before, before + SKIPPED_SHOWN):
             print(f"  {printable(image['uri'])}: {printable(image['reason'])}")
         if skipped > SKIPPED_SHOWN:
-            print(f"  and {skipped - SKIPPED_SHOWN:,} more, in {kb.path / 'skipped-*.json'}")
+            print(f"  and {skipped - SKIPPED_SHOWN:,} more: `ImageKnowledgeBase.skipped()` lists all")
 
 
 def run_search(arguments: argparse.Namespace) -> None:

@@ -31,19 +31,19 @@ def verify(folder: Path) -> str:
     """
     from valm.corpus.retrieved import WHAT as CORPUS
     from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
-    from valm.store.files import exists, is_folder, read_json
+    from valm.store.files import read_json
     from valm.store.shards import BUILD_FILE, MANIFEST_FILE
 
-    if not is_folder(folder):
+    if not folder.is_dir():
         raise ValmError(f"there is no folder {folder}")
-    if exists(folder / MANIFEST_FILE):
+    if (folder / MANIFEST_FILE).exists():
         of = read_json(folder / MANIFEST_FILE, "the manifest", dict[str, Any]).get("format")
         if of == f"valm {KNOWLEDGE_BASE}":
             return _knowledge_base(folder)
         if of == f"valm {CORPUS}":
             return _corpus(folder)
         return _index(folder)
-    if exists(folder / BUILD_FILE):
+    if (folder / BUILD_FILE).exists():
         raise ValmError(f"{folder} is unfinished: run the command that was to make it again, it resumes")
     raise ValmError(
         f"{folder} has no checksums: it is none of the folders that `valm verify --help` lists. A checkpoint, a "

@@ -24,10 +24,9 @@ from typing_extensions import TypedDict
 from valm.clip.read_image import read_image
 from valm.clip.tokenizer import clip_tokenizer, open_tokenizer
 from valm.errors import ValmError
-from valm.store.files import is_folder, read_json, write_json
+from valm.store.files import read_json, write_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import library_errors
-from valm_kernels.checksums import file_sha256
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -140,7 +139,7 @@ class Clip:
         """
         source = os.fspath(source)
         folder = Path(source.removeprefix("local-dir:"))
-        if is_folder(folder):
+        if folder.is_dir():
             return cls._load_folder(folder, device)
         model_name, weights = source, None
         if not source.startswith("hf-hub:"):
@@ -301,13 +300,6 @@ class Clip:
             )
         if pool_type == "eos" and text_cfg.get("eos_id") != eot:
             raise ValmError(f"text_cfg eos_id of {self.name} is {text_cfg.get('eos_id')}, but EOT is {eot}")
-
-
-def weight_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file in the folder of a CLIP, by name."""
-    folder = current_files(folder)
-    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
-    return {file.name: file_sha256(file) for file in files}
 
 
 def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokenizerFast:

@@ -1,11 +1,9 @@
 """Retrieval done once for a corpus, so that training reads image ids instead of running CLIP.
 
     manifest.json          format, version, documents, tokens, plan, shards
-    tokens-00000.npy       (n,) int32: the documents of the shard, concatenated
-    offsets-00000.npy      (documents + 1,) int64: where each begins
-    groups-00000.npy       (documents,) int64: the same number for the texts of one image, 0 for that of none
-    image_ids-00000.npy    (n, K) uint32: the images of each token, 2**32 - 1 = none
-    image_scores-00000.npy (n, K) float32, unless they were not wanted: inner product of query and image, -inf = none
+    shard-00000.arrow      a row a document (`corpus_schema`): its tokens, the images of each of them, 2**32 - 1 = none,
+                           their scores unless they were not wanted, -inf = none, and its group: the same number for the
+                           texts of one image, 0 for that of none
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
     _clip.json             where its CLIP was, if the user said so
 
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, overload
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field
 from transformers import PreTrainedTokenizerFast
@@ -43,22 +42,26 @@ from valm.retrieval.retriever import Retriever
 from valm.store.files import Count, read_json, write_json
 from valm.store.shards import (
     Manifest,
+    Part,
     Progress,
     ProgressBar,
+    Record,
     Runner,
-    ShardedBuild,
-    ShardFiles,
-    ShardRecord,
+    column_of,
     damaged_files,
-    open_array,
     open_manifest,
+    read_shard,
     run_here,
+    shard_file,
+    sharded_build,
+    totals,
 )
 from valm.text import utf8
 from valm_kernels import FlatIPIndex
+from valm_kernels.json_files import check_own
 
 WHAT = "corpus retrieval"
-VERSION = 3
+VERSION = 4
 CLIP_FILE = "_clip.json"
 # Size of a shard, of text or of token ids in 32 bits: about a million tokens either way. A retrieval that was killed
 # repeats at most one.
@@ -67,16 +70,17 @@ PART_BYTES = 4 << 20
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
-# Shards open at once, of four or five files each; 1,024 file descriptors are a common limit.
-OPEN_SHARDS = 128
+# Shards mapped at once.
+OPEN_SHARDS = 1 << 13
+# What the record of a shard counts, and the manifest sums.
+FACTS = ("documents", "tokens")
 
 
-class CorpusShard(ShardRecord):
-    """The record of a shard; `content` is the fingerprint of what it was read from."""
+class CorpusRecord(Record):
+    """The record of a shard."""
 
-    documents: Annotated[int, Field(ge=1)]
+    documents: Count
     tokens: Count
-    content: str
 
 
 class CorpusPlan(TypedDict):
@@ -93,25 +97,26 @@ class CorpusPlan(TypedDict):
     scores: bool
 
 
-class ClipNote(TypedDict):
-    """The content of CLIP_FILE."""
-
-    clip: str
-
-
 class CorpusManifest(Manifest):
     """The content of manifest.json."""
 
     documents: Annotated[int, Field(ge=1)]
     tokens: Count
     plan: CorpusPlan  # type: ignore[misc]  # says more than the inherited one
-    shards: list[CorpusShard]  # type: ignore[misc]
+    shards: list[CorpusRecord]  # type: ignore[misc]
+
+
+def corpus_schema(k: int, scores: bool) -> pa.Schema:
+    """The columns of a shard with `k` images a token."""
+    columns = [("input_ids", pa.list_(pa.int32())), ("group", pa.int64())]
+    columns.append(("image_ids", pa.list_(pa.list_(pa.uint32(), k))))
+    return pa.schema(columns + [("image_scores", pa.list_(pa.list_(pa.float32(), k)))] * scores)
 
 
 class _Shard(NamedTuple):
-    tokens: np.ndarray  # (n,) int32
-    offsets: np.ndarray  # (documents + 1,) int64
+    offsets: np.ndarray  # (documents + 1,) int32: where each document begins in the others
     groups: np.ndarray  # (documents,) int64
+    tokens: np.ndarray  # (n,) int32
     image_ids: np.ndarray  # (n, K) uint32
     image_scores: np.ndarray | None  # (n, K) float32
 
@@ -135,10 +140,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """Opens the folder `path`.
 
         Raises:
+            OSError: a file cannot be read, is a link out of the folder or no regular file.
             ValmError: it is missing, something else, unfinished, damaged or of another version.
         """
         path = Path(path)
-        return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest))
+        return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest, FACTS))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CorpusRetrieval.open, (self.path,)
@@ -157,9 +163,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             raise IndexError(f"documents go from 0 to {len(self) - 1}, got {index}")
         number = bisect.bisect_right(self._ends, index)
         shard = self._shard(number)
-        row = index - self._ends[number] + len(shard.offsets) - 1
+        row = index - self._ends[number] + len(shard.groups)
         here = slice(shard.offsets[row], shard.offsets[row + 1])
-        ids = np.array(shard.image_ids[here], np.int64)
+        ids = shard.image_ids[here].astype(np.int64)
         ids[ids == NO_IMAGE] = -1
         document = {"input_ids": shard.tokens[here], "image_ids": ids}
         if shard.image_scores is not None:
@@ -196,8 +202,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """
         if not (self.path / CLIP_FILE).is_file():
             return None
-        note = read_json(self.path / CLIP_FILE, "the note on the CLIP", ClipNote, "delete it, and retrieve again")
-        return note["clip"] if allow_download or os.path.isdir(note["clip"]) else None
+        check_own(self.path / CLIP_FILE)
+        clip: str = read_json(self.path / CLIP_FILE, "the note on the CLIP", str, "delete it, and retrieve again")
+        return clip if allow_download or os.path.isdir(clip) else None
 
     @property
     def fingerprint(self) -> str:
@@ -218,7 +225,9 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (documents,) int64."""
-        return np.concatenate([np.diff(self._shard(number).offsets) for number in range(len(self._ends))])
+        return np.concatenate(
+            [np.diff(self._shard(number).offsets) for number in range(len(self._ends))], dtype=np.int64
+        )
 
     def groups(self) -> np.ndarray:
         """(documents,) int64: those that are texts of one image have the same number, that of none has 0."""
@@ -268,18 +277,19 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
             self._verified = True
 
     def _open_shard(self, number: int) -> _Shard:
-        record = self.manifest["shards"][number]
+        file, record = shard_file(self.path, number), self.manifest["shards"][number]
+        table = read_shard(file, corpus_schema(self.k, self.has_scores), record["documents"])
+        documents, groups = column_of(table, "input_ids"), column_of(table, "group")
 
-        def array(kind: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-            return open_array(self.path / f"{kind}-{number:05d}.npy", shape, dtype)
+        def images(name: str) -> np.ndarray:
+            return column_of(table, name).values.flatten().to_numpy().reshape(-1, self.k)
 
-        return _Shard(
-            tokens=array("tokens", (record["tokens"],), np.int32),
-            offsets=array("offsets", (record["documents"] + 1,), np.int64),
-            groups=array("groups", (record["documents"],), np.int64),
-            image_ids=array("image_ids", (record["tokens"], self.k), np.uint32),
-            image_scores=array("image_scores", (record["tokens"], self.k), np.float32) if self.has_scores else None,
-        )
+        offsets, tokens = documents.offsets.to_numpy(), documents.values.to_numpy()
+        ids, scores = images("image_ids"), images("image_scores") if self.has_scores else None
+        for found in (tokens, ids, *([] if scores is None else [scores])):
+            if len(found) != record["tokens"]:
+                raise ValmError(f"{file} is damaged: {len(found)} tokens, expected {record['tokens']}; make it again")
+        return _Shard(offsets, groups.to_numpy(), tokens, ids, scores)
 
 
 def retrieve_corpus(
@@ -310,29 +320,27 @@ def retrieve_corpus(
     """
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
-    encoder, index = retriever.encoder, retriever.index
+    encoder = retriever.encoder
     plan = {
         "part_bytes": part_bytes,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "eos": encoder.tokenizer.eos_token_id,
         "knowledge_base": retriever.kb.fingerprint,
-        "index": _index_entry(index),
+        "index": _index_entry(retriever.index),
         "k": retriever.k,
         **encoder.query_settings,
         "scores": scores,
     }
     if encoder.alignment is not None and encoder.alignment.one_document:
         plan["one_document"] = True
-    build = ShardedBuild(out, WHAT, plan, CorpusShard)
-    with build.writing():
-        with ProgressBar("retrieve", " tokens", None, progress) as bar:
-            work = partial(
-                _retrieve_part, out=build.out.absolute(), retriever=retriever, index=plan["index"], scores=scores
-            )
-            build.write(work, _unchanged(documents, part_bytes, build, bar), run, bar)
+    work = partial(_retrieve_part, retriever=retriever, index=plan["index"], scores=scores)
+    with (
+        sharded_build(out, WHAT, plan, CorpusRecord) as build,
+        ProgressBar("retrieve", " tokens", None, progress) as bar,
+    ):
+        build.write(work, _parts(documents, part_bytes, bar), run, bar)
         if not build.finished:
-            shards = build.done().values()
-            facts = {name: sum(shard[name] for shard in shards) for name in ("documents", "tokens")}
+            facts = totals(build.done().values(), FACTS)
             if facts["documents"] == 0:
                 build.abandon()
                 raise ValmError("the corpus has no documents: it has no text")
@@ -340,65 +348,40 @@ def retrieve_corpus(
                 encoder.tokenizer.save_pretrained(build.out)
             except Exception as error:  # tokenizers' own for a full disk
                 raise ValmError(f"cannot write the tokenizer into {build.out}: {error}; run the same again") from error
-            build.finish({"format": f"valm {WHAT}", "version": VERSION, **facts})
-    return CorpusRetrieval.open(build.out)
+            build.finish(version=VERSION, **facts)
+    return CorpusRetrieval.open(out)
 
 
 def note_clip(folder: Path, source: str) -> None:
     """Notes in the retrieval in `folder` that its CLIP was loaded from `source`, as the user asked for."""
-    write_json(folder / CLIP_FILE, {"clip": os.path.abspath(source) if os.path.isdir(source) else source})
+    write_json(folder / CLIP_FILE, os.path.abspath(source) if os.path.isdir(source) else source)
 
 
-def _parts(documents: Iterable[Any], part_bytes: int) -> Iterator[list[Any]]:
-    """`documents` in lists of `part_bytes`, read as they are asked for."""
+def _parts(documents: Iterable[Any], part_bytes: int, bar: ProgressBar) -> Iterator[Part]:
+    """`documents` in lists of `part_bytes`, read as they are asked for. Of files the `bar` is told how many parts there
+    will be, from how much of their bytes was read."""
     part: list[Any] = []
-    size = 0
+    count = size = 0
     for document in documents:
         if not len(document):
             raise ValmError("the corpus has an empty document")
         if isinstance(document, str):
             if len(document) > MAX_DOCUMENT:
                 raise ValmError(f"the corpus has {TOO_LONG}")
-            try:
-                size += len(document.encode())
-            except UnicodeEncodeError:
-                document = Caption(utf8(document), document.image) if isinstance(document, Caption) else utf8(document)
-                size += len(document)
+            document = document if isinstance(document, Caption) else utf8(document)
+            size += len(document.encode())
         else:
             size += 4 * len(document)
         part.append(document)
         if size >= part_bytes:
-            yield part
+            count += 1
+            if isinstance(documents, FileDocuments):
+                bar.shards = round(count / documents.share)
+            yield Part(fingerprint(part), part)
             part, size = [], 0
     if part:
-        yield part
-
-
-def _unchanged(documents: Iterable[Any], part_bytes: int, build: ShardedBuild, bar: ProgressBar) -> Iterator[list[Any]]:
-    """The parts of `documents`, those of finished shards compared with what these were made from. Of files the `bar`
-    is told how many parts there will be, from how much of their bytes was read.
-
-    Raises:
-        ValmError: a part has changed or is gone, or a finished `build` lacks one.
-    """
-    done = build.done()
-    number = -1
-
-    def changed() -> ValmError:
-        return ValmError(
-            f"the corpus has changed since {build.out} was begun (its part {number}); choose another folder"
-        )
-
-    for number, part in enumerate(_parts(documents, part_bytes)):
-        same = done[number]["content"] == fingerprint(part) if number in done else not build.finished
-        if not same:
-            raise changed()
-        if isinstance(documents, FileDocuments):
-            bar.shards = round((number + 1) / documents.share) - len(done)
-        yield part
-    if number < max(done, default=-1):
-        number += 1
-        raise changed()
+        bar.shards = count + 1
+        yield Part(fingerprint(part), part)
 
 
 def _index_entry(index: Any) -> Any:
@@ -411,25 +394,18 @@ def _index_entry(index: Any) -> Any:
 
 
 def _retrieve_part(
-    number: int,
-    part: list[str] | list[Sequence[int]],
-    progress: Progress,
-    *,
-    out: Path,
-    retriever: Retriever,
-    index: Any,
-    scores: bool,
-) -> None:
-    """Writes shard `number` of the retrieval in `out`."""
+    part: list[str] | list[Sequence[int]], progress: Progress, *, retriever: Retriever, index: Any, scores: bool
+) -> tuple[pa.Table, dict[str, int]]:
+    """The shard of the documents `part`."""
     if _index_entry(retriever.index) != index:  # another process opens it itself
         raise ValmError(
-            f"the index of {retriever.kb.path} has been made or removed since the retrieval {out} began: run it again "
-            "with the index that it had"
+            f"the index of {retriever.kb.path} has been made or removed since the retrieval began: run it again with "
+            "the index that it had"
         )
     # the cache decides which segments are encoded together, which affects rounding
     retriever.cache.clear()
     documents, groups = tokenized(part, retriever.encoder.tokenizer)
-    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int32)
     count = int(offsets[-1])
     progress.begin(count)
     image_ids = np.empty((count, retriever.k), np.uint32)
@@ -443,14 +419,17 @@ def _retrieve_part(
             image_ids[here] = images[row, :length].numpy()
             image_scores[here] = score[row, :length].numpy()
         progress.advance(int(mask.sum()))
-    files = ShardFiles(out, number)
-    files.write_array("tokens", np.concatenate(documents).astype(np.int32))
-    files.write_array("offsets", offsets)
-    files.write_array("groups", groups)
-    files.write_array("image_ids", image_ids)
-    if scores:
-        files.write_array("image_scores", image_scores)
-    files.finish(documents=len(documents), tokens=count, content=fingerprint(part))
+
+    def column(values: pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+    def images_of(values: np.ndarray) -> pa.Array:
+        return column(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), retriever.k))
+
+    tokens = pa.array(np.concatenate([np.empty(0, np.int32), *documents], dtype=np.int32))
+    columns = [column(tokens), pa.array(groups), images_of(image_ids), *([images_of(image_scores)] if scores else [])]
+    table = pa.Table.from_arrays(columns, schema=corpus_schema(retriever.k, scores))
+    return table, {"documents": len(documents), "tokens": count}
 
 
 def tokenized(texts: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Any], np.ndarray]:

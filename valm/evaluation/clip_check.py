@@ -27,7 +27,7 @@ from valm.knowledge_base.encode import encode_records
 from valm.knowledge_base.format import Skipped
 from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import Source
-from valm.store.files import Sha256, is_file, read_json, write_json
+from valm.store.files import Sha256, read_json, write_json
 from valm.store.shards import ProgressBar
 
 # The mean of many texts of a class is a better classifier than any of them (section 3.1.4).
@@ -174,11 +174,11 @@ def check_clip(
     features = torch.from_numpy(shard.vectors)  # (N, E)
     classification = retrieval = None
     if labelled:
-        labels = [str(_class_of(uri)) for uri in shard.items["uri"].to_pylist()]
+        labels = [str(_class_of(row["uri"])) for row in shard.rows]
         # held-out images are told from the classes of all, or the task would be easier
         classification = classify(features, labels, clip, templates, classes=map(str, classes), seed=seed)
     if captioned:
-        captions = [text.splitlines() for text in shard.items["caption"].to_pylist()]
+        captions = [row["caption"].splitlines() for row in shard.rows]
         if classification is None or sum(map(bool, captions)) > 1:
             retrieval = retrieve(features, captions, clip)
     return ClipCheck(clip.name, classification, retrieval, shard.skipped, len(classes), len(held_out), listed)
@@ -203,7 +203,7 @@ def held_out_of(clip: Clip, records: Sequence[Record]) -> tuple[list[Record], in
         ValmError: the list is damaged.
     """
     file = Path(clip.source or "") / HELD_OUT_FILE
-    if clip.source is None or not is_file(file):
+    if clip.source is None or not file.is_file():
         return [], 0
     noted: HeldOut = read_json(file, "the list of held-out images", HeldOut, "delete it")
     marks = set(noted["images"])

@@ -49,7 +49,7 @@ from valm.model.image_model import ImageModel
 from valm.model.opening import Opening
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.store.files import is_file, is_folder, read_json
+from valm.store.files import read_json
 from valm.store.folders import current_files
 from valm.store.pretrained import CONFIG_FILE, from_pretrained
 
@@ -314,9 +314,9 @@ def open_scorer(source: str, settings: Opening) -> Scorer:
     """
     check_source(source, settings.allow_download)
     folder = Path(source)
-    if is_file(folder / CLIP_CONFIG_FILE):
+    if (folder / CLIP_CONFIG_FILE).is_file():
         return ClipScorer(Clip.load(source, device=settings.opened_device()))
-    if is_adapter(folder) or (is_file(folder / CONFIG_FILE) and _model_type(folder) == MODEL_TYPE):
+    if is_adapter(folder) or ((folder / CONFIG_FILE).is_file() and _model_type(folder) == MODEL_TYPE):
         return _open_valm(source, settings)
     return _open_transformers(source, settings.allow_download, settings.opened_device())
 
@@ -328,10 +328,10 @@ def check_source(source: str, allow_download: bool) -> None:
         ValmError: there is no such folder, or it holds no model.
     """
     folder = Path(source)
-    if not is_folder(folder):
+    if not Path(folder).is_dir():
         if not allow_download:
             raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
-    elif not is_adapter(folder) and not any(is_file(folder / name) for name in (CONFIG_FILE, CLIP_CONFIG_FILE)):
+    elif not is_adapter(folder) and not any((folder / name).is_file() for name in (CONFIG_FILE, CLIP_CONFIG_FILE)):
         raise ValmError(f"the folder {source} holds no model: it has neither {CONFIG_FILE} nor {CLIP_CONFIG_FILE}")
 
 

@@ -9,26 +9,21 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from valm.errors import ValmError
-from valm.knowledge_base.format import (
-    EncodedShard,
-    begin_knowledge_base,
-    finish_knowledge_base,
-    link_shard,
-    write_shard,
-)
+from valm.knowledge_base.format import WHAT, ImageRecord, facts_of, finish_knowledge_base
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import relative_path
-from valm.store.shards import Progress, ProgressBar, check_content, run_here
+from valm.store.shards import Part, Progress, ProgressBar, run_here, sharded_build
+from valm_kernels.checksums import file_sha256
 
 
-def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
+def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> ImageKnowledgeBase:
     """Merges the knowledge bases in the folders `parts`, all of one CLIP, into a new one in `out`.
 
     Images are numbered in the order of `parts`. The files are those of the parts, under further names (hard links),
@@ -37,8 +32,7 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
 
     Raises:
         OSError: `out` cannot be written.
-        ValmError: there are no parts, they are of different CLIPs, one is replaced meanwhile, a file that is copied is
-            damaged, or `out` holds something else.
+        ValmError: there are no parts, they are of different CLIPs, or `out` holds something else.
     """
     opened = [ImageKnowledgeBase.open(part) for part in parts]
     if not opened:
@@ -51,16 +45,11 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike, *, progres
                 f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
                 f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
             )
-    parts_of = {"source": "merge", "parts": [kb.fingerprint for kb in opened]}
     encoding = next((kb.encoding for kb in opened if kb.encoding), {})  # that of embeddings is not known
-    build = begin_knowledge_base(out, {**parts_of, **encoding})
-    with build.writing():
+    plan = {"source": "merge", "parts": [kb.fingerprint for kb in opened], **encoding}
+    with sharded_build(out, WHAT, plan, ImageRecord) as build:
+        build.link(shard for kb in opened for shard in kb.shard_files())
         if not build.finished:
-            shards = [(kb.path, shard) for kb in opened for shard in kb.manifest["shards"]]
-            with ProgressBar("merge", " images", len(shards) - len(build.done()), progress) as bar:
-                build.write(partial(link_shard, out=build.out), shards, run_here, bar)
-            for kb in opened:  # or files would have gone with the checksums of others
-                kb.check_same()
             finish_knowledge_base(build, _moved_clip(opened, out), opened[0].dim)
     return ImageKnowledgeBase.open(out)
 
@@ -83,41 +72,39 @@ def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = T
         ValmError: a file of `kb` is damaged, or `out` holds something else.
         OSError: `out` cannot be written.
     """
-    build = begin_knowledge_base(out, {"source": "dedupe", "parts": [kb.fingerprint], **kb.encoding})
-    with build.writing():
+    plan = {"source": "dedupe", "parts": [kb.fingerprint], **kb.encoding}
+    shards = kb.manifest["shards"]
+    with (
+        sharded_build(out, WHAT, plan, ImageRecord) as build,
+        ProgressBar("copy", " images", len(shards), progress) as bar,
+    ):
+        dropped = np.empty(0, np.int64) if build.finished else duplicates(kb)
+        parts = (Part(shard["sha256"], number) for number, shard in enumerate(shards))
+        build.write(partial(_without, kb=kb, dropped=dropped), parts, run_here, bar)
         if not build.finished:
-            dropped = duplicates(kb)
-            starts = np.cumsum([0, *(shard["count"] for shard in kb.manifest["shards"])])
-            shards = [dropped[(dropped >= start) & (dropped < end)] - start for start, end in pairwise(starts)]
-            with ProgressBar("copy", " images", len(shards) - len(build.done()), progress) as bar:
-                build.write(partial(_copy_without, kb=kb, out=build.out), shards, run_here, bar)
             finish_knowledge_base(build, _moved_clip([kb], out), kb.dim)
     return ImageKnowledgeBase.open(out)
 
 
-def _copy_without(number: int, dropped: np.ndarray, progress: Progress, *, kb: ImageKnowledgeBase, out: Path) -> None:
-    """Writes shard `number` of `kb` without its rows `dropped`."""
-    for entry in kb.manifest["shards"][number]["files"]:  # or damaged content would get a good checksum
-        check_content(kb.path / entry["name"], entry)
-    shard = kb.encoded_shard(number)
-    progress.begin(len(shard.items))
-    rows = np.setdiff1d(np.arange(len(shard.items)), dropped)
-    thumbnails = None if shard.thumbnails is None else [shard.thumbnails[row] for row in rows]
-    write_shard(out, number, EncodedShard(shard.vectors[rows], shard.items.take(rows), thumbnails, shard.skipped))
-    progress.advance(len(shard.items))
+def _without(
+    number: int, progress: Progress, *, kb: ImageKnowledgeBase, dropped: np.ndarray
+) -> tuple[pa.Table, dict[str, int]]:
+    """Shard `number` of `kb` without the images `dropped`."""
+    file, record = kb.shard_files()[number]
+    if file_sha256(file) != record["sha256"]:  # or damaged content would get a good checksum
+        raise ValmError(f"{file} is damaged: it does not match its checksum; make it again")
+    table = kb.table(number)
+    progress.begin(len(table))
+    start = sum(shard["count"] for shard in kb.manifest["shards"][:number])
+    kept = table.take(np.setdiff1d(np.arange(len(table)), dropped - start))
+    progress.advance(len(table))
+    return kept, facts_of(kept)
 
 
 def _moved_clip(kbs: Sequence[ImageKnowledgeBase], out: str | os.PathLike) -> dict[str, Any]:
-    """The CLIP entry of `kbs`, all of one CLIP, for the manifest of a knowledge base in `out`, to which a folder
-    becomes relative: that of the first that says where the CLIP is.
-    """
-    entries = []
-    for kb in kbs:
-        clip = kb.manifest["clip"]
-        source = clip["source"]
-        if source is not None and (kb.path / source).is_dir():
-            source = relative_path(kb.path / source, out)
-        elif clip["weight_files"]:
-            source = None
-        entries.append({**clip, "source": source})
-    return next((entry for entry in entries if entry["source"] is not None), entries[0])
+    """The CLIP entry of `kbs`, all of one CLIP, for the manifest of a knowledge base in `out`: the first folder of them
+    that is there, relative to `out`."""
+    clip: dict[str, Any] = kbs[0].manifest["clip"]
+    folders = (kb.path / (kb.manifest["clip"]["source"] or "none") for kb in kbs)
+    found = next(filter(Path.is_dir, folders), None)
+    return clip if found is None else {**clip, "source": relative_path(found, out)}

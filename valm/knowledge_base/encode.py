@@ -8,19 +8,18 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from valm.clip.clip import Clip
-from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, Skipped
+from valm.knowledge_base.format import Skipped
 from valm.knowledge_base.records import Encoding, Record
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Progress
@@ -33,22 +32,18 @@ MAX_WORKERS = 8
 PR_SET_PDEATHSIG = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decoded:
-    """A worker's result for record `index`. The record is not sent back, as it may hold the bytes of its image.
+    """What a worker says of an image: its `row` of a knowledge base, but for the vector, or why it could not be read.
 
     Attributes:
-        reason: why the image could not be read.
         transient: whether the machine, not the image, is the reason (`is_transient`).
     """
 
-    index: int
+    uri: str
+    row: dict[str, Any] | None = None
     reason: str = ""
     transient: bool = False
-    pixels: torch.Tensor | None = None  # (3, H, W), until the batch is stacked
-    width: int = 0
-    height: int = 0
-    thumbnail: bytes | None = None
 
 
 def decoding_workers(images: int) -> int:
@@ -57,32 +52,32 @@ def decoding_workers(images: int) -> int:
     return min(torch.get_num_threads(), MAX_WORKERS) if images >= WORKERS_FROM_IMAGES else 0
 
 
-def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
-    """Decodes and encodes the images of `records`; damaged ones are skipped and listed.
+class Encoded(NamedTuple):
+    """The images of one shard, as `image_table` takes them; damaged images are skipped and listed."""
+
+    rows: list[dict[str, Any]]
+    vectors: np.ndarray  # (n, E) float32
+    skipped: list[Skipped]
+
+
+def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> Encoded:
+    """Decodes and encodes the images of `records`.
 
     Raises:
         ValmError: a transient error (`is_transient`) while an image is read.
     """
     progress.begin(len(records))
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
-    items: list[dict[str, Any]] = []
-    thumbnails: list[bytes] = []
+    rows: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
     for batch, pixels in decoded_batches(records, clip, encoding):
         if len(pixels):
             vectors.append(clip.encode_images(pixels).cpu().numpy())
-        for decoded in batch:
-            record = records[decoded.index]
-            if decoded.reason:
-                skipped.append({"uri": record.uri, "reason": decoded.reason})
-                continue
-            size = {"width": decoded.width, "height": decoded.height}
-            items.append({"uri": record.uri, "caption": record.caption, **size})
-            if decoded.thumbnail is not None:
-                thumbnails.append(decoded.thumbnail)
-        progress.advance(len(batch), skipped=sum(bool(decoded.reason) for decoded in batch))
-    table = pa.Table.from_pylist(items, schema=ITEM_SCHEMA)
-    return EncodedShard(np.concatenate(vectors), table, thumbnails if encoding.thumbnails else None, skipped)
+        rows += [decoded.row for decoded in batch if decoded.row is not None]
+        bad: list[Skipped] = [{"uri": one.uri, "reason": one.reason} for one in batch if one.row is None]
+        skipped += bad
+        progress.advance(len(batch), skipped=len(bad))
+    return Encoded(rows, np.concatenate(vectors), skipped)
 
 
 def decoded_batches(
@@ -94,46 +89,32 @@ def decoded_batches(
         ValmError: a transient error (`is_transient`) while an image is read.
     """
     workers = decoding_workers(len(records)) if encoding.workers is None else encoding.workers
-    decoder = _Decoder(records, clip, encoding.thumbnails)
-    loader = DataLoader(
-        decoder, encoding.batch_size, collate_fn=_collate, num_workers=workers, worker_init_fn=end_with_parent
-    )
-    for batch, pixels in loader:
+    decode = partial(_decode, transform=clip.transform, thumbnails=encoding.thumbnails)
+    dataset: Any = records  # a list is one
+    for batch, pixels in DataLoader(
+        dataset, encoding.batch_size, collate_fn=decode, num_workers=workers, worker_init_fn=end_with_parent
+    ):
         for decoded in batch:
             if decoded.transient:
-                raise cannot_read(records[decoded.index].uri, decoded.reason)
+                raise cannot_read(decoded.uri, decoded.reason)
         yield batch, pixels
 
 
-class _Decoder(Dataset):
-    """Decodes records; a DataLoader calls it in its worker processes."""
-
-    def __init__(self, records: list[Record], clip: Clip, thumbnails: int):
-        self.records = records
-        self.transform = clip.transform
-        self.thumbnails = thumbnails
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Decoded:
-        record = self.records[index]
+def _decode(records: list[Record], transform: Any, thumbnails: int) -> tuple[list[Decoded], torch.Tensor]:
+    """A batch of decoded images and their pixels (n, 3, H, W); a DataLoader calls it in its worker processes."""
+    found, pixels = [], []
+    for record in records:
+        row: dict[str, Any] = {"uri": record.uri, "caption": record.caption}
         try:
             image = record.read()
-            decoded = Decoded(index, pixels=self.transform(image), width=image.width, height=image.height)
-            if self.thumbnails:
-                decoded.thumbnail = thumbnail_bytes(image, self.thumbnails)
-            return decoded
+            row |= {"width": image.width, "height": image.height}
+            row["jpeg"] = thumbnail_bytes(image, thumbnails) if thumbnails else None
+            pixels.append(transform(image))
+            found.append(Decoded(record.uri, row))
         except Exception as error:  # decoders raise many types for damaged bytes
-            return Decoded(index, one_line(str(error)) or type(error).__name__, is_transient(error))
-
-
-def _collate(batch: list[Decoded]) -> tuple[list[Decoded], torch.Tensor]:
-    """Stacks the decoded images, (n, 3, H, W): one tensor per image would cost one file descriptor each."""
-    pixels = [decoded.pixels for decoded in batch if decoded.pixels is not None]
-    for decoded in batch:
-        decoded.pixels = None
-    return batch, torch.stack(pixels) if pixels else torch.empty(0)
+            reason = one_line(str(error)) or type(error).__name__
+            found.append(Decoded(record.uri, None, reason, is_transient(error)))
+    return found, torch.stack(pixels) if pixels else torch.empty(0)
 
 
 def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
@@ -146,22 +127,14 @@ def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """Makes this process end when its parent is killed. A DataLoader calls it in worker number `worker`.
+    """Makes this process end when its parent is killed, on Linux. A DataLoader calls it in worker number `worker`.
 
     PyTorch's own workers may stay: they write to pipes whose read ends other workers hold open too, so they wait
     forever for a reader.
     """
     parent = multiprocessing.parent_process()
-    if parent is None:  # the main process itself
+    if parent is None or sys.platform != "linux":
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent.pid:  # the parent was killed before that
-            os._exit(1)
-    else:
-
-        def wait() -> None:
-            parent.join()  # on a pipe that closes with it
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent.pid:  # the parent was killed before that
+        os._exit(1)

@@ -1,18 +1,19 @@
-"""The files of a knowledge base, and writing them.
+"""The tables of a knowledge base, and writing them.
 
-    manifest.json          format, version, count, dim, dtype, normalized, clip, plan, skipped, shards
-    vectors-00000.npy      (n, E) float16, memory-mapped when read
-    items-00000.parquet    uri, caption, width, height; the id of an image is its row, counted over all shards
-    thumbnails-00000.parquet   one JPEG a row; only if thumbnails were asked for
-    skipped-00000.json     damaged images and caption files, with the reason; only if there were any
+    manifest.json        format, version, count, dim, dtype, normalized, clip, plan, skipped, shards
+    shard-00000.arrow    a row an image: uri, caption, width, height, jpeg (a thumbnail, or null), vector (E float16);
+                         in the schema's metadata the images and caption files that could not be read, with the reason
 
-`valm.store.shards` resumes builds and runs them on several machines.
+The id of an image is its row, counted over all shards. `valm.store.shards` resumes builds and runs them on several
+machines.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,31 +23,42 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import Count, PathText, Sha256, read_json, relative_path, write_json
-from valm.store.shards import Manifest, Progress, ShardedBuild, ShardFiles, ShardRecord
+from valm.store.files import Count, PathText, parse_json, relative_path
+from valm.store.shards import Manifest, Record, ShardedBuild, column_of, read_shard, shard_file, totals
 
 if TYPE_CHECKING:
     from valm.clip.clip import Clip
 
 WHAT = "knowledge base"
-VERSION = 2
+VERSION = 3
+SKIPPED_KEY = b"skipped"
+# The columns of a shard but the vectors. Large: a shard is one batch, whose thumbnails may exceed 2 GiB.
+ITEM_SCHEMA = pa.schema(
+    [
+        ("uri", pa.large_string()),
+        ("caption", pa.large_string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("jpeg", pa.large_binary()),
+    ]
+)
+# What the record of a shard counts, and the manifest sums.
+FACTS = ("count", "skipped")
 
 
-class KnowledgeBaseShard(ShardRecord):
-    """A shard in the manifest; without images (count 0) it has no vectors and items."""
+class ImageRecord(Record):
+    """The record of a shard."""
 
     count: Count
     skipped: Count
 
 
 class ClipEntry(TypedDict):
-    """The CLIP that encoded the images. `source`: where it was, a folder relative to the manifest; `weight_files`: the
-    files of weights in that folder, none where it is no folder."""
+    """The CLIP that encoded the images. `source`: where it was, a folder relative to the manifest."""
 
     name: str
     weights_hash: str
     source: PathText | None
-    weight_files: dict[str, Sha256]
 
 
 class KnowledgeBaseManifest(Manifest):
@@ -57,7 +69,7 @@ class KnowledgeBaseManifest(Manifest):
     dtype: Literal["float16"]
     clip: ClipEntry
     skipped: Count
-    shards: list[KnowledgeBaseShard]  # type: ignore[misc]  # says more than the inherited one
+    shards: list[ImageRecord]  # type: ignore[misc]  # says more than the inherited one
 
 
 class Skipped(TypedDict):
@@ -65,10 +77,6 @@ class Skipped(TypedDict):
 
     uri: str
     reason: str
-
-
-ITEM_SCHEMA = pa.schema([("uri", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
-THUMBNAIL_SCHEMA = pa.schema([("jpeg", pa.binary())])
 
 
 @dataclass(frozen=True)
@@ -85,74 +93,60 @@ class Item:
     height: int
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedShard:
-    """The images of one shard, encoded.
+def image_schema(dim: int) -> pa.Schema:
+    """The columns of a shard with vectors of width `dim`."""
+    return pa.schema([*ITEM_SCHEMA, *vector_schema(dim)])
 
-    vectors: (n, E) float, L2-normalised. items: the metadata of the n images, in ITEM_SCHEMA.
-    thumbnails: n JPEGs, or None. skipped: {uri, reason} of each damaged image or caption file.
-    facts: what the source adds to the shard's entry in the manifest, as JSON.
+
+def vector_schema(dim: int) -> pa.Schema:
+    """The column of vectors of width `dim` alone."""
+    return pa.schema([("vector", pa.list_(pa.float16(), dim))])
+
+
+def image_table(
+    rows: pa.Table | Sequence[Mapping[str, Any]], vectors: np.ndarray, skipped: Sequence[Skipped]
+) -> pa.Table:
+    """The table of a shard.
+
+    Args:
+        rows: the n images, in columns of ITEM_SCHEMA; a column that a row lacks is null.
+        vectors: (n, E) float, L2-normalised.
+        skipped: the damaged images and caption files.
     """
-
-    vectors: np.ndarray
-    items: pa.Table
-    thumbnails: list[bytes] | None
-    skipped: list[Skipped]
-    facts: dict[str, Any] = field(default_factory=dict)
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=ITEM_SCHEMA)
+    flat = pa.array(np.ascontiguousarray(vectors, np.float16).reshape(-1))
+    table = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+    return table.replace_schema_metadata({SKIPPED_KEY: json.dumps(skipped)})
 
 
-def read_skipped(file: Path) -> list[Skipped]:
-    """The skipped images that `write_shard` wrote.
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The vectors (n, E) float16 of a shard, not copied."""
+    column = column_of(table, "vector")
+    return column.flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
+def skipped_of(table: pa.Table) -> list[Skipped]:
+    """What the source of a shard had besides its images that could not be read.
 
     Raises:
-        ValmError: the file is damaged.
+        ValueError: the list is damaged.
     """
-    found: list[Skipped] = read_json(file, "the list of skipped images", list[Skipped])
+    found: list[Skipped] = parse_json((table.schema.metadata or {}).get(SKIPPED_KEY, b""), list[Skipped])
     return found
 
 
+def facts_of(table: pa.Table) -> dict[str, int]:
+    """What the record of a shard says of its table."""
+    return {"count": len(table), "skipped": len(skipped_of(table))}
+
+
 def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
-    """The encoder's entry in the manifest; a folder is relative to `out`, so that the two can be moved together."""
-    from valm.clip.clip import weight_files  # imports torch and open_clip, which few users of this module need
-
-    entry: dict[str, Any] = {"name": clip.name, "weights_hash": clip.weights_hash, "source": clip.source}
-    entry["weight_files"] = {}
-    if clip.source is not None and Path(clip.source).is_dir():
-        folder = Path(clip.source)
-        entry |= {"source": relative_path(folder, out), "weight_files": weight_files(folder)}
-    return entry
-
-
-def write_shard(out: Path, number: int, shard: EncodedShard) -> None:
-    """Writes shard `number` of the knowledge base in `out`; without images it has no files of vectors and items."""
-    import pyarrow.parquet as pq
-
-    files = ShardFiles(out, number)
-    if shard.skipped:
-        files.write("skipped", ".json", lambda path: write_json(path, shard.skipped))
-    count = len(shard.items)
-    if count:
-        files.write_array("vectors", shard.vectors.astype(np.float16, copy=False))
-        files.write("items", ".parquet", lambda path: pq.write_table(shard.items, path))
-        if shard.thumbnails is not None:
-            table = pa.table({"jpeg": shard.thumbnails}, schema=THUMBNAIL_SCHEMA)
-            files.write("thumbnails", ".parquet", lambda path: pq.write_table(table, path))
-    files.finish(count=count, skipped=len(shard.skipped), **shard.facts)
-
-
-def link_shard(number: int, shard: tuple[Path, dict[str, Any]], progress: Progress, *, out: Path) -> None:
-    """Writes shard `number` of `out` by linking the files of a shard, (folder, record), of another knowledge base."""
-    folder, record = shard
-    progress.begin(record["count"])
-    files = ShardFiles(out, number)
-    files.link(folder, record["files"])
-    files.finish(count=record["count"], skipped=record["skipped"])
-    progress.advance(record["count"])
-
-
-def begin_knowledge_base(out: str | os.PathLike, plan: dict[str, Any]) -> ShardedBuild:
-    """The build of a knowledge base in `out`; arguments and errors as in `ShardedBuild`."""
-    return ShardedBuild(out, WHAT, plan, KnowledgeBaseShard)
+    """The encoder's entry in the manifest: `source`, where it was, a folder relative to `out`, so that the two can be
+    moved together."""
+    source = clip.source
+    if source is not None and Path(source).is_dir():
+        source = relative_path(source, out)
+    return {"name": clip.name, "weights_hash": clip.weights_hash, "source": source}
 
 
 def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -> None:
@@ -161,27 +155,15 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -
     Raises:
         ValmError: they have no images; the build is removed.
     """
-    shards = build.done()
-    count = sum(shard["count"] for shard in shards.values())
-    if count == 0:
-        names = [entry["name"] for shard in shards.values() for entry in shard["files"]]
-        skipped = [bad for name in names for bad in read_skipped(build.out / name)]
+    records = build.done()
+    facts = totals(records.values(), FACTS)
+    if facts["count"] == 0:
+        tables = (read_shard(shard_file(build.out, number), image_schema(dim), 0) for number in records)
+        first = next((bad for table in tables for bad in skipped_of(table)), None)
         build.abandon()
-        if not skipped:
+        if first is None:
             raise ValmError("the source has no images")
-        first = skipped[0]
         raise ValmError(
-            f"none of the {len(skipped)} images could be read; the first, {first['uri']}: {first['reason']}"
+            f"none of the {facts['skipped']} images could be read; the first, {first['uri']}: {first['reason']}"
         )
-    build.finish(
-        {
-            "format": f"valm {WHAT}",
-            "version": VERSION,
-            "count": count,
-            "dim": dim,
-            "dtype": "float16",
-            "normalized": True,
-            "clip": clip,
-            "skipped": sum(shard["skipped"] for shard in shards.values()),
-        }
-    )
+    build.finish(version=VERSION, **facts, dim=dim, dtype="float16", normalized=True, clip=clip)

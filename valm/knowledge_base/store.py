@@ -16,30 +16,29 @@ import pyarrow as pa
 
 from valm.errors import ValmError
 from valm.knowledge_base.format import (
+    FACTS,
     ITEM_SCHEMA,
-    THUMBNAIL_SCHEMA,
     VERSION,
     WHAT,
-    EncodedShard,
     Item,
     KnowledgeBaseManifest,
     Skipped,
-    read_skipped,
+    image_schema,
+    skipped_of,
+    vector_schema,
+    vectors_of,
 )
-from valm.store.files import is_transient, read_json, status
-from valm.store.shards import MANIFEST_FILE, Manifest, damaged_files, open_array, open_manifest
-from valm.text import one_line
+from valm.store.shards import damaged_files, open_manifest, read_shard, shard_file
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
-if TYPE_CHECKING:  # so that opening a knowledge base does not wait for what reads its tables and images
+if TYPE_CHECKING:  # so that opening a knowledge base does not wait for what reads its images
     from PIL import Image
     from torch import Tensor
 
     from valm.clip.clip import Clip
 
-# Shards mapped at once, each of them twice at most; a process may have 65,530 maps on Linux.
+# Shards mapped at once, each of them three times at most; a process may have 65,530 maps on Linux.
 OPEN_SHARDS = 1 << 13
-OPEN_TABLES = 16
 # Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone. A
 # disk that reads 1.5 GB/s one after the other, and 70,000 pages a second here and there, is as fast at 5 pages; a
 # slower disk at more. But pages that are read alone stay in the cache, and the next search needs many of them again.
@@ -52,8 +51,8 @@ SHARDS_AHEAD = 256
 class ImageKnowledgeBase:
     """A knowledge base opened from its folder (see `valm.knowledge_base.format` for the files in it).
 
-    Vectors are memory-mapped and items are read on use, so opening only checks the size of each file. Threads may share
-    it, and any of its methods may run at once.
+    Shards are memory-mapped on use, so opening only checks the size of each file. Threads may share it, and any of its
+    methods may run at once.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
@@ -61,29 +60,26 @@ class ImageKnowledgeBase:
         self.manifest = manifest
         # the manifest's own checksum, over those of all other files: identifies the knowledge base
         self.fingerprint: str = manifest["sha256"]
-        self._of_manifest = _identity(self.path)
-        self._shards = manifest["shards"]
-        self._ends = np.cumsum([shard["count"] for shard in self._shards])
+        self._counts = [shard["count"] for shard in manifest["shards"]]
+        self._ends = np.cumsum(self._counts)
+        self._table = functools.lru_cache(OPEN_SHARDS)(self._open_table)
         self._vectors = functools.lru_cache(OPEN_SHARDS)(self._open_vectors)
         self._sparse_vectors = functools.lru_cache(OPEN_SHARDS)(self._open_sparse_vectors)
-        self._table = functools.lru_cache(OPEN_TABLES)(self._read_table)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
         """Opens the knowledge base in folder `path`.
 
-        Checks format, version and the size of every file. A file's header is checked when it is first read, and
-        contents by `verify`.
+        Checks the manifest and the size of every file. The number of a shard's rows is checked when the shard is first
+        read, and contents by `verify`.
 
         Raises:
+            OSError: a file cannot be read, is a link out of the folder or no regular file. In a snapshot of the Hugging
+                Face Hub's cache a link may lead to a blob of that cache.
             ValmError: a check failed; the message names the file.
         """
         path = Path(path)
-        before = _identity(path)
-        manifest = open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest)
-        kb = cls(path, manifest)
-        kb._of_manifest = before  # if it has been replaced since, the first read says so
-        return kb
+        return cls(path, open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest, FACTS))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.path, self.fingerprint)  # another process opens the folder itself
@@ -100,7 +96,11 @@ class ImageKnowledgeBase:
     def encoding(self) -> dict[str, int]:
         """How its images were encoded, as the arguments of an `Encoding`; of embeddings nothing is known."""
         plan = self.manifest["plan"]
-        return {name: plan[name] for name in ("batch_size", "thumbnails") if isinstance(plan.get(name), int)}
+        return {name: plan[name] for name in ("batch_size", "thumbnails") if name in plan}
+
+    def shard_files(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The file of each shard, with its record."""
+        return [(shard_file(self.path, number), record) for number, record in enumerate(self.manifest["shards"])]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
         """Vectors of the images `ids` (n,) int64: (n, E) float16.
@@ -134,7 +134,11 @@ class ImageKnowledgeBase:
 
     def shards(self) -> Iterator[np.ndarray]:
         """The vectors (n, E) float16 of each shard that has images, in order, memory-mapped."""
-        return (self._vectors(number) for number, shard in enumerate(self._shards) if shard["count"])
+        return (self._vectors(number) for number, count in enumerate(self._counts) if count)
+
+    def table(self, number: int) -> pa.Table:
+        """Shard `number` of the manifest, memory-mapped."""
+        return self._table(number)
 
     def item(self, id: int) -> Item:
         """The metadata of image `id`.
@@ -142,11 +146,8 @@ class ImageKnowledgeBase:
         Raises:
             IndexError: the id is out of range.
         """
-        shard, row = self._locate(id)
-        items = self._table(shard, "items")
-        if items is None:
-            raise ValmError(f"{self.path} has no items in its shard {shard}; build the knowledge base again")
-        return Item(id, **items.slice(row, 1).to_pylist()[0])
+        table, row = self._row(id)
+        return Item(id, **{name: table[name][row].as_py() for name in ITEM_SCHEMA.names if name != "jpeg"})
 
     def thumbnail(self, id: int) -> Image.Image | None:
         """The thumbnail of image `id`, or None if the knowledge base was built without.
@@ -157,31 +158,32 @@ class ImageKnowledgeBase:
         """
         from PIL import Image
 
-        shard, row = self._locate(id)
-        table = self._table(shard, "thumbnails")
-        if table is None:
+        table, row = self._row(id)
+        jpeg = table["jpeg"][row].as_py()
+        if jpeg is None:
             return None
         try:
-            small = Image.open(io.BytesIO(table["jpeg"][row].as_py()), formats=["JPEG"])
+            small = Image.open(io.BytesIO(jpeg), formats=["JPEG"])
             small.load()
-            return small
         except Exception as error:  # decoders raise many types for damaged bytes
-            file = self._file(shard, "thumbnails")
-            raise ValmError(f"{file} is damaged, row {row} is no JPEG; build the knowledge base again") from error
+            raise ValmError(f"{self.path} is damaged: the thumbnail of image {id} is no JPEG; make it again") from error
+        return small
 
     def captioned(self) -> int:
-        """Number of images with a caption. Reads all captions, of one shard at a time."""
+        """Number of images with a caption. Reads all captions."""
         import pyarrow.compute as pc
 
-        tables = (self._read_table(shard, "items") for shard in range(len(self._shards)))
-        return sum(
-            pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables if table is not None
-        )
+        tables = map(self._table, range(len(self._counts)))
+        return sum(pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables)
 
     def skipped(self) -> Iterator[Skipped]:
         """`uri` and `reason` of every image, caption file and archive of the source that could not be read."""
-        for shard in self._shards:
-            yield from self._skipped(shard)
+        for number in range(len(self._counts)):
+            table = self._table(number)
+            try:
+                yield from skipped_of(table)
+            except ValueError as error:
+                raise ValmError(f"{shard_file(self.path, number)} is damaged: {error}; make it again") from error
 
     def check_encoder(self, clip: Clip) -> None:
         """Checks that `clip` encoded the images.
@@ -207,16 +209,14 @@ class ImageKnowledgeBase:
         Raises:
             ValmError: the CLIP is missing or is another one.
         """
-        from valm.clip.clip import Clip, weight_files
+        from valm.clip.clip import Clip
 
         if source is None:
             noted = self.manifest["clip"]["source"]
             if noted is None:
                 raise ValmError(f"the knowledge base {self.path} does not say where its CLIP is: give its folder")
             if not os.path.isabs(noted) and os.path.isdir(self.path / noted):
-                folder = self.path / noted
-                self._check_weight_files(weight_files(folder), folder)
-                source = folder
+                source = self.path / noted
             elif allow_download and not os.path.isdir(noted) and not noted.startswith("local-dir:"):
                 source = noted
             else:
@@ -231,42 +231,6 @@ class ImageKnowledgeBase:
     def verify(self, *, progress: bool = True) -> list[str]:
         """Reads every file and returns the names of those whose content has changed."""
         return damaged_files(self.path, self.manifest, progress)
-
-    def check_same(self) -> None:
-        """Checks that the folder still holds this knowledge base: files are opened on use.
-
-        Raises:
-            ValmError: it has become another one since it was opened.
-        """
-        found = _identity(self.path)
-        if found == self._of_manifest:
-            return
-        # the same manifest is written anew where a backup is restored
-        if found and read_json(self.path / MANIFEST_FILE, "the manifest", Manifest)["sha256"] == self.fingerprint:
-            self._of_manifest = found
-        else:
-            raise ValmError(f"the knowledge base {self.path} has been replaced since it was opened: open it again")
-
-    def encoded_shard(self, number: int) -> EncodedShard:
-        """Shard `number` of the manifest, as `write_shard` takes it."""
-        shard = self._shards[number]
-        skipped = list(self._skipped(shard))
-        if not shard["count"]:
-            return EncodedShard(np.empty((0, self.dim), np.float16), ITEM_SCHEMA.empty_table(), None, skipped)
-        small, items = self._read_table(number, "thumbnails"), self._read_table(number, "items")
-        thumbnails = None if small is None else small["jpeg"].to_pylist()
-        return EncodedShard(self._open_vectors(number), items, thumbnails, skipped)
-
-    def _check_weight_files(self, found: dict[str, str], folder: Path) -> None:
-        """Compares the weight files of the CLIP in `folder` with the manifest."""
-        noted = self.manifest["clip"]["weight_files"]
-        changed = sorted(name for name in {*noted, *found} if noted.get(name) != found.get(name))
-        if changed:
-            raise ValmError(
-                f"the CLIP in {folder} has other weights than when the knowledge base {self.path} was built "
-                f"({one_line(changed[0])}), so they are not loaded; if you changed how they are stored, give "
-                "its folder (--clip)"
-            )
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """For each shard that holds some of `ids` (n,): their positions in `ids`, sorted by row; the shard's vectors;
@@ -284,7 +248,7 @@ class ImageKnowledgeBase:
             shard = int(shards[begin])
             rows = ids[begin:end] - self._start(shard)
             distinct = np.unique(rows) if self._exceeds_memory else rows
-            if self._exceeds_memory and len(distinct) * APART < self._shards[shard]["count"] * self._row_bytes:
+            if self._exceeds_memory and len(distinct) * APART < self._counts[shard] * self._row_bytes:
                 vectors = self._sparse_vectors(shard)
                 read_ahead(vectors, distinct)
                 ahead += len(distinct)
@@ -304,68 +268,27 @@ class ImageKnowledgeBase:
     def _exceeds_memory(self) -> bool:
         return exceeds_memory(len(self) * self._row_bytes)
 
-    def _skipped(self, entry: dict[str, Any]) -> Iterator[Skipped]:
-        for file in entry["files"]:
-            if file["name"].startswith("skipped-"):
-                yield from read_skipped(self.path / file["name"])
-
     def _start(self, shard: int) -> int:
-        return int(self._ends[shard]) - self._shards[shard]["count"]
+        return int(self._ends[shard]) - self._counts[shard]
 
-    def _locate(self, id: int) -> tuple[int, int]:
+    def _row(self, id: int) -> tuple[pa.Table, int]:
+        """The shard of image `id`, and its row in it."""
         if not 0 <= id < len(self):
             raise IndexError(f"image ids go from 0 to {len(self) - 1}, got {id}")
         shard = int(np.searchsorted(self._ends, id, side="right"))
-        return shard, id - self._start(shard)
+        return self._table(shard), id - self._start(shard)
 
-    def _file(self, shard: int, kind: str) -> Path | None:
-        names = (entry["name"] for entry in self._shards[shard]["files"])
-        return next((self.path / name for name in names if name.startswith(f"{kind}-")), None)
+    def _open_table(self, number: int) -> pa.Table:
+        return read_shard(shard_file(self.path, number), image_schema(self.dim), self._counts[number])
 
-    def _open_vectors(self, shard: int) -> np.ndarray:
-        self.check_same()
-        file = self._file(shard, "vectors")
-        if file is None:
-            raise ValmError(f"{self.path} has no vectors in its shard {shard}; build the knowledge base again")
-        array = open_array(file, (self._shards[shard]["count"], self.dim), np.float16)
-        # Python's map holds a file descriptor, and 1,024 is a common limit; Arrow's needs none once it is mapped
-        with pa.memory_map(str(file)) as mapped:
-            return np.frombuffer(mapped.read_buffer(), np.float16, offset=array.offset).reshape(array.shape)
+    def _open_vectors(self, number: int) -> np.ndarray:
+        # alone: the texts, which are checked as they are read, need not come from the disk
+        return vectors_of(read_shard(shard_file(self.path, number), vector_schema(self.dim), self._counts[number]))
 
-    def _open_sparse_vectors(self, shard: int) -> np.ndarray:
-        vectors = self._open_vectors(shard)  # a map of their own
+    def _open_sparse_vectors(self, number: int) -> np.ndarray:
+        vectors = self._open_vectors(number)  # a map of their own
         read_at_random(vectors)
         return vectors
-
-    def _read_table(self, shard: int, kind: str) -> pa.Table | None:
-        import pyarrow.parquet as pq
-
-        self.check_same()
-        file = self._file(shard, kind)
-        if file is None:
-            return None
-        try:
-            # pq.read_table would read a folder named a=b in the path as a column
-            with pq.ParquetFile(file, memory_map=True) as opened:
-                table = opened.read()
-            table.validate(full=True)  # texts that are not UTF-8, for one
-        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
-            if is_transient(error):
-                raise ValmError(f"cannot read {file}: {error}") from error
-            raise ValmError(f"{file} is damaged: {one_line(str(error))}; build the knowledge base again") from error
-        schema = ITEM_SCHEMA if kind == "items" else THUMBNAIL_SCHEMA
-        if len(table) != self._shards[shard]["count"] or not table.schema.equals(schema):
-            raise ValmError(
-                f"{file} is damaged: it has {len(table)} rows of {', '.join(table.schema.names)}, expected "
-                f"{self._shards[shard]['count']} of {', '.join(schema.names)}; build the knowledge base again"
-            )
-        return table
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """Another one if a manifest is written in the place of the one in folder `path`, or a link to it is changed."""
-    found = status(path / MANIFEST_FILE)
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
 
 
 def _open_again(path: Path, fingerprint: str) -> ImageKnowledgeBase:

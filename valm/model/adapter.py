@@ -26,7 +26,7 @@ from valm.model.image_model import ImageModel
 from valm.model.probe import attention_path, decoder_layers
 from valm.model.sketch import gguf_file, named_weights, other_tensor, project, sketch
 from valm.retrieval.source import ImageSource, places_folder, read_places, write_places
-from valm.store.files import is_file, read_json, write_json
+from valm.store.files import read_json, write_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import CONFIG_FILE
 from valm.text import one_line
@@ -81,7 +81,10 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
         )
     folder = Path(folder)
     config = current_files(folder) / CONFIG_FILE
-    if is_file(config) and read_json(config, "the config", dict[str, Any], "delete it").get("model_type") == MODEL_TYPE:
+    if (
+        config.is_file()
+        and read_json(config, "the config", dict[str, Any], "delete it").get("model_type") == MODEL_TYPE
+    ):
         raise ValmError(
             f"{folder} holds a whole model, which the classes of transformers would open in the place of the adapter: "
             "choose another folder"
@@ -121,7 +124,7 @@ def adapter_base(folder: str | os.PathLike) -> str:
     base, place = _description(Path(folder))["base"], read_places(folder).get("base")
     if place is not None:
         beside = places_folder(folder) / place
-        return str(beside.absolute() if is_file(beside) else beside.resolve())  # a GGUF file is a link in a cache
+        return str(beside.absolute() if beside.is_file() else beside.resolve())  # a GGUF file is a link in a cache
     if not base:
         raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
     return base

@@ -23,7 +23,7 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.model.image_model import ImageModel
 from valm.model.positions import positions
 from valm.retrieval.source import ImageSource, write_places
-from valm.store.files import is_file, is_folder, read_json
+from valm.store.files import read_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import CONFIG_FILE, from_pretrained, gguf_option, quiet_transformers
 from valm_kernels.json_files import short
@@ -128,13 +128,13 @@ def load(
             CLIP do not belong together.
     """
     folder = Path(folder)
-    if not is_folder(folder):
+    if not Path(folder).is_dir():
         raise ValmError(f"there is no checkpoint folder {folder}")
     source: str | os.PathLike
     if is_adapter(folder):
         source = adapter_base(folder) if base is None else base
         model = load_adapter(_load_base(folder, source, by_user=base is not None), folder)
-        source = folder if is_file(folder / TOKENIZER_FILE) else source
+        source = folder if (folder / TOKENIZER_FILE).is_file() else source
     else:
         if base is not None:
             raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
@@ -157,7 +157,7 @@ def load(
 
 
 def _load_whole(folder: Path, files: Path) -> Any:
-    if not is_file(files / CONFIG_FILE):
+    if not (files / CONFIG_FILE).is_file():
         raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
     kind = read_json(files / CONFIG_FILE, "the config", ModelConfig, "save the checkpoint again").get("model_type")
     if kind != MODEL_TYPE:

@@ -22,7 +22,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.store.files import PathText, is_folder, read_json, relative_path, write_json
+from valm.store.files import PathText, read_json, relative_path, write_json
 from valm.store.folders import PLACES_FILE, current_files
 
 # The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
@@ -109,7 +109,7 @@ class ImageSource:
         """With the places that are noted beside the model in `folder`."""
         places, beside = read_places(folder), os.path.realpath(places_folder(folder))
         noted, clip = places.get("knowledge_base"), places.get("clip")
-        if clip is not None and is_folder(place := os.path.normpath(os.path.join(beside, clip))):
+        if clip is not None and Path(place := os.path.normpath(os.path.join(beside, clip))).is_dir():
             clip = place
         kb = None if noted is None else Path(os.path.normpath(os.path.join(beside, noted)))
         return replace(self, knowledge_base=kb, clip=clip)
@@ -140,7 +140,7 @@ class ImageSource:
             if self.knowledge_base is None:
                 named = _named(self.knowledge_base_name, self.knowledge_base_sha256)
                 return f"nothing says where the model's knowledge base {named} is: give it as kb (--kb)"
-            if not is_folder(self.knowledge_base):
+            if not self.knowledge_base.is_dir():
                 return f"the model's knowledge base {self.knowledge_base} is not there: give it as kb (--kb)"
             return None
         if self.clip is None:

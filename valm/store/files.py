@@ -6,9 +6,7 @@ import errno
 import functools
 import json
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from valm.errors import ValmError
-from valm.text import one_line, why_no_text
+from valm.text import one_line
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import short
 
@@ -70,40 +68,26 @@ def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again")
 
 
 def parse_json(content: bytes | str, schema: Any) -> Any:
-    """The JSON value in `content`.
+    """The JSON value in `content`, also what the schema does not have.
 
     Args:
-        schema: a type that pydantic checks strictly, such as a TypedDict of typing_extensions, which may have more
-            keys, or a dataclass.
+        schema: a type that pydantic checks strictly, such as a TypedDict of typing_extensions or a dataclass.
 
     Raises:
         ValueError: it is no JSON, or does not match the schema; the message names the first difference.
     """
-    with _first_difference():
+    try:
         _checker(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        said = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+        raise ValueError(one_line(f"{said}, got {short(first['input'])}")) from error
     return from_json(content)
-
-
-def check(value: Any, schema: Any) -> None:
-    """Checks a value made of lists, dictionaries, texts and numbers; arguments and errors as in `parse_json`."""
-    with _first_difference():
-        _checker(schema).validate_python(value, strict=True)
 
 
 @functools.cache
 def _checker(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
-
-
-@contextmanager
-def _first_difference() -> Iterator[None]:
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
-        found = "" if first["type"] in ("missing", "json_invalid", "value_error") else f", got {short(first['input'])}"
-        raise ValueError(one_line(f"{place and f'{place}: '}{first['msg']}{found}")) from error
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -121,16 +105,13 @@ def read_yaml(path: Path, what: str) -> Any:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:  # PyYAML would take the last
-                    raise ValmError(f"{what} {path} has {short(key)} twice: leave one out")
+            if twice := [key for key in keys if keys.count(key) > 1]:  # PyYAML would take the last
+                raise ValueError(f"it has {short(twice[0])} twice: leave one out")
             return super().construct_mapping(node, deep)
 
     text = read_text(path)
     try:
         return yaml.load(text, Loader)
-    except ValmError:
-        raise
     except Exception as error:  # a value that is none, such as 2026-99-99, makes PyYAML raise anything
         raise ValmError(f"{what} {path} cannot be read: {one_line(str(error))}") from error
 
@@ -142,11 +123,8 @@ def read_text(path: str | os.PathLike) -> str:
         OSError: it cannot be read.
         ValmError: it is no UTF-8 text.
     """
-    content = Path(path).read_bytes()
-    if reason := why_no_text(content):
-        raise ValmError(f"{path} {reason}")
     try:
-        return content.decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
@@ -170,53 +148,13 @@ def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     ]
 
 
-def is_folder(path: str | os.PathLike) -> bool:
-    """Whether there is a folder `path`.
-
-    Raises:
-        OSError: it cannot be looked at, such as without permission; to `os.path.isdir` there would be none.
-    """
-    found = status(path)
-    return found is not None and stat.S_ISDIR(found.st_mode)
-
-
-def is_file(path: str | os.PathLike) -> bool:
-    """Whether there is a regular file `path`; errors as in `is_folder`."""
-    found = status(path)
-    return found is not None and stat.S_ISREG(found.st_mode)
-
-
-def exists(path: str | os.PathLike) -> bool:
-    """Whether there is anything at `path`; errors as in `is_folder`."""
-    return status(path) is not None
-
-
-def status(path: str | os.PathLike) -> os.stat_result | None:
-    """What the system knows of what is at `path`; None if there is nothing. Errors as in `is_folder`."""
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
-        return None
-
-
-def check_regular(path: Path) -> None:
-    """Checks that `path` is a regular file or a link to one: a pipe cannot be read twice.
-
-    Raises:
-        OSError: there is no such file.
-        ValmError: it is something else.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValmError(f"{path} is not a regular file")
-
-
 def is_transient(error: BaseException) -> bool:
     """True for errors of the machine (disk, permissions), not of the content: a retry may succeed."""
     return isinstance(error, OSError) and error.errno not in CONTENT_ERRORS
 
 
 def cannot_read(name: object, reason: object) -> ValmError:
-    """The error for a source that cannot be read now but may not be damaged (`is_transient`)."""
+    """The error for a source that a transient error keeps from being read."""
     return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same command again: it resumes")
 
 
@@ -252,19 +190,9 @@ def files_below(folder: Path) -> list[str]:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """A temporary file whose content goes to the file `path` that a user named, all or nothing. An existing file keeps
-    its mode, a link is followed, and a device or a pipe is written to: `atomic_path` replaces them, in a store."""
-    if is_file(path) or not exists(path):
-        with atomic_path(Path(os.path.realpath(path))) as temporary:
-            if exists(path):  # before its content could be read by others
-                set_mode(temporary, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
-            yield temporary
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / "output"
+    """A temporary file whose content goes to the file `path` that a user named, all or nothing; a link is followed."""
+    with atomic_path(Path(os.path.realpath(path))) as temporary:
         yield temporary
-        with open(temporary, "rb") as content, open(path, "wb") as special:
-            shutil.copyfileobj(content, special)
 
 
 def set_mode(file: Path, mode: int) -> None:
@@ -285,18 +213,3 @@ def writable_folder(path: str | os.PathLike) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):  # said before hours of work
         raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
     return path
-
-
-@contextmanager
-def output_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """`writable_folder`, removed with its new parents if the block raises and has left it empty."""
-    path = Path(path)
-    made = [folder for folder in (path, *path.parents) if not exists(folder)]
-    folder = writable_folder(path)
-    try:
-        yield folder
-    except BaseException:
-        with suppress(OSError):  # it is not empty
-            for new in made:
-                new.rmdir()
-        raise

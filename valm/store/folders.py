@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from valm.errors import ValmError
-from valm.store.files import is_folder, set_mode, writable_folder
+from valm.store.files import set_mode, writable_folder
 from valm.text import one_line
 from valm_kernels.atomic_files import (
     SAVE_WAIT_SECONDS,
@@ -104,7 +104,7 @@ def finish_save(folder: str | os.PathLike) -> None:
     """Moves what a killed save has left whole in NEW_FOLDER of `folder`, before other files are written there; errors
     as in `replaced_files`."""
     folder = Path(folder)
-    if is_folder(folder / NEW_FOLDER):
+    if (folder / NEW_FOLDER).is_dir():
         with folder_lock(folder, SAVE_WAIT_SECONDS):
             _switch(folder)
 
@@ -112,7 +112,7 @@ def finish_save(folder: str | os.PathLike) -> None:
 def current_files(folder: Path) -> Path:
     """The folder of the model's files: NEW_FOLDER if the writer was killed while linking, as some files in `folder` are
     then old."""
-    return folder / NEW_FOLDER if is_folder(folder / NEW_FOLDER) else folder
+    return folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
 
 
 def _switch(folder: Path) -> None:

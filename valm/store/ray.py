@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from valm.errors import ValmError
-from valm.store.shards import Progress, Work
+from valm.store.shards import Progress, Task
 
 # How often a shard is retried whose machine was lost.
 MAX_RETRIES = 10
@@ -49,7 +49,7 @@ class RayRun:
                 "less --cpus, or --device cpu"
             )
 
-    def __call__(self, work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
+    def __call__(self, work: Task, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
         """Runs `work` for all `shards`.
 
         Raises:
@@ -113,7 +113,7 @@ def _write_shard(shared: list[Any], number: int, part: Any) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1)
-def _fetch(reference: Any) -> Work:
+def _fetch(reference: Any) -> Task:
     return import_ray().get(reference)
 
 

@@ -1,30 +1,26 @@
 """Folders of numbered shards, written by one process or many, and resumed after any of them was killed.
 
-    build.json          the plan: everything the result depends on; only while the folder is unfinished
-    shard-00000.json    the record of shard 0, written when its files are complete; only while the folder is unfinished
-    manifest.json       the plan, every shard with the checksums of its files, and a checksum of all this; only when the
-                        folder is finished
+    build.json           the plan: everything the result depends on; only while the folder is unfinished
+    shard-00000.arrow    a table of one record batch in Arrow's file format, memory-mapped when read
+    shard-00000.json     the record of that shard: its size and checksum, a hash of what it was made of, and what the
+                         kind of folder adds; only while the folder is unfinished
+    manifest.json        the plan, the record of every shard, and a checksum of all this; only when it is finished
 
 A shard is the unit of work. It depends on the plan and on its own part of the source alone, so shards can be written in
 any order and anywhere that sees the folder, and one that was begun twice is the same shard.
-
-Manifests and records are not trusted: only `check_files` compares the names in them with the names that are written
-here, and the files with their entries.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-from pydantic import Field
+import pyarrow as pa
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
@@ -33,9 +29,6 @@ from valm.store.files import (
     WAIT_SECONDS,
     Count,
     Sha256,
-    check,
-    exists,
-    is_folder,
     is_transient,
     read_json,
     writable_folder,
@@ -48,32 +41,20 @@ from valm_kernels.checksums import file_sha256, json_sha256
 from valm_kernels.json_files import check_own, short
 
 MANIFEST_FILE = "manifest.json"
-# The plan of a folder that is not finished.
 BUILD_FILE = "build.json"
-SHARD_FILE = re.compile("shard-[0-9]{5,9}\\.json")
-# The names that `ShardFiles` writes: kind, number of the shard, suffix.
-FILE_NAME = r"^[a-z_]+-[0-9]{5,9}\.(npy|parquet|json)$"
-# Stores in a folder that an error names, if the folder itself is none.
-BELOW_SHOWN = 8
 DELETE = "delete it or choose another folder"
 
 
-class FileEntry(TypedDict):
-    """The entry of a file."""
+class Record(TypedDict):
+    """The record of a shard of any content."""
 
-    name: Annotated[str, Field(pattern=FILE_NAME)]
+    content: str
     bytes: Count
     sha256: Sha256
 
 
-class ShardRecord(TypedDict):
-    """The record of a shard of any content."""
-
-    files: list[FileEntry]
-
-
 class Plan(TypedDict):
-    """A manifest, or the state of an unfinished folder, as far as all kinds agree."""
+    """The content of BUILD_FILE, and a part of a manifest."""
 
     plan: dict[str, Any]
 
@@ -83,7 +64,7 @@ class Manifest(Plan):
 
     format: str
     version: int
-    shards: list[ShardRecord]
+    shards: list[Record]
     sha256: Sha256
 
 
@@ -97,25 +78,33 @@ class Progress(Protocol):
         """Reports that this many more units are done, of which `skipped` could not be read."""
 
 
-# Writes one shard, given its number, its part of the source, and its progress.
-Work = Callable[[int, Any, Progress], None]
-# Runs the work for numbered parts of the source: here, or on other machines (valm/store/ray.py).
-Runner = Callable[[Work, Iterable[tuple[int, Any]], Progress], None]
+class Part(NamedTuple):
+    """What becomes one shard: `source`, which can be pickled, and a hash of its `content`."""
+
+    content: str
+    source: Any
 
 
-def run_here(work: Work, shards: Iterable[tuple[int, Any]], progress: Progress) -> None:
+# Makes the table of one shard, and further entries of its record, of the source of its part.
+Work = Callable[[Any, Progress], tuple[pa.Table, dict[str, Any]]]
+# Runs a task for numbered parts: here, or on other machines (valm/store/ray.py).
+Task = Callable[[int, Part, Progress], None]
+Runner = Callable[[Task, Iterable[tuple[int, Part]], Progress], None]
+
+
+def run_here(task: Task, parts: Iterable[tuple[int, Part]], progress: Progress) -> None:
     """One shard after the other, in this process."""
-    for number, part in shards:
-        work(number, part, progress)
+    for number, part in parts:
+        task(number, part, progress)
 
 
 class ProgressBar:
-    """Rate and time left over `shards` shards (None = unknown), whose sizes are known only once they begin: the total
-    is estimated from those begun so far."""
+    """Rate and time left over `shards` shards (None = unknown), of which `done` were written before. Their sizes are
+    known only once they begin: the total is estimated from those begun so far."""
 
     def __init__(self, description: str, unit: str, shards: int | None, shown: bool):
         self.shards = shards
-        self._begun = self._expected = self._skipped = 0
+        self.done = self._begun = self._expected = self._skipped = 0
         self._bar = progress_bar(desc=description, unit=unit, unit_scale=True, shown=shown)
 
     def __enter__(self) -> ProgressBar:
@@ -128,7 +117,7 @@ class ProgressBar:
         self._begun += 1
         self._expected += units
         if self.shards is not None:
-            self._bar.total = round(self._expected * self.shards / self._begun)
+            self._bar.total = round(self._expected * (self.shards - self.done) / self._begun)
 
     def advance(self, units: int, skipped: int = 0) -> None:
         self._skipped += skipped
@@ -137,110 +126,123 @@ class ProgressBar:
         self._bar.update(units)
 
 
-class ShardedBuild:
-    """A folder of shards, finished or being written.
+@contextmanager
+def sharded_build(
+    out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = Record
+) -> Iterator[ShardedBuild]:
+    """The folder `out`, locked, in which the block writes shards.
 
     Args:
         out: new, empty, or holding the build of the same plan, finished or not.
         what: what the folder will be, for errors.
-        plan: everything the result depends on, as JSON.
-        record: the schema of a shard's record.
+        plan: everything the result depends on besides the content of the source, as JSON.
+        record: the schema of a shard's record, a `Record`.
 
     Raises:
-        OSError: `out` cannot be written.
+        OSError: `out` cannot be written, or (TimeoutError) another process is writing it.
         ValmError: `out` holds something else.
     """
+    folder = writable_folder(out)
+    with folder_lock(folder, WAIT_SECONDS):
+        yield ShardedBuild(folder, what, plan, record)
 
-    def __init__(self, out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = ShardRecord):
-        self.out = writable_folder(out)
-        self.what = what
-        self.plan = plan
-        self.record = record
-        self._manifest: Manifest | None = None
-        # when the plan was written that is there already, finished or not, in seconds since 1970
-        self.since: float | None = None
-        with self._lock():
-            for file in (self.out / BUILD_FILE, self.out / MANIFEST_FILE):
-                if file.exists():
-                    self.since = file.stat().st_mtime
-            self._look()
 
-    @property
-    def finished(self) -> bool:
-        return self._manifest is not None
+class ShardedBuild:
+    """A folder of shards, finished or being written; arguments and errors as in `sharded_build`, which locks it.
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Keeps other processes from writing the folder while the block calls `write` and `finish`. Another process may
-        have `finished` it before.
+    since: when the plan that was there already was written, in seconds since 1970; None in a new folder.
+    """
 
-        Raises:
-            TimeoutError: another process is writing it.
-        """
-        with self._lock():
-            self._look()
-            yield
-
-    def _lock(self) -> AbstractContextManager[None]:
-        return folder_lock(self.out, WAIT_SECONDS)
-
-    def _look(self) -> None:
-        """Finds out whether the folder is finished, unfinished or new. A finished one does not change any more."""
+    def __init__(self, out: Path, what: str, plan: dict[str, Any], record: type):
+        self.out, self.what, self.plan, self.record = out, what, plan, record
+        self.finished = (out / MANIFEST_FILE).exists()
+        before = out / (MANIFEST_FILE if self.finished else BUILD_FILE)
+        self.since = before.stat().st_mtime if before.exists() else None
         if self.finished:
-            return
-        if (self.out / MANIFEST_FILE).exists():
-            manifest: Manifest = read_json(self.out / MANIFEST_FILE, "the manifest", Manifest)
-            check_seal(manifest, self.out / MANIFEST_FILE)
-            check_same(f"{self.out} holds another {self.what}", manifest["plan"], self.plan, "choose another folder")
-            self._manifest = manifest
+            manifest = read_manifest(out, Manifest)
+            check_seal(manifest, out / MANIFEST_FILE)
+            check_same(f"{out} holds another {what}", manifest["plan"], plan, "choose another folder")
+            self._finished_records = dict(enumerate(manifest["shards"]))
             self._remove_state()  # where it was killed between its last steps
-        elif (self.out / BUILD_FILE).exists():
-            state = read_json(self.out / BUILD_FILE, f"the state of an unfinished {self.what}", Plan, DELETE)
-            check_same(f"{self.out} holds another unfinished {self.what}", state["plan"], self.plan, DELETE)
+        elif self.since is not None:
+            check_own(out / BUILD_FILE)
+            state = read_json(out / BUILD_FILE, f"the state of an unfinished {what}", Plan, DELETE)
+            check_same(f"{out} holds another unfinished {what}", state["plan"], plan, DELETE)
         else:
-            remove_leftovers(self.out)
-            others = sorted(file.name for file in self.out.iterdir() if not is_temporary(file.name))
-            if others:
-                raise ValmError(f"the output folder {self.out} is not empty (it has {others[0]}); choose another")
-            write_json(self.out / BUILD_FILE, {"plan": self.plan})
+            remove_leftovers(out)
+            if others := sorted(file.name for file in out.iterdir() if not is_temporary(file.name)):
+                raise ValmError(f"the output folder {out} is not empty (it has {others[0]}); choose another")
+            write_json(out / BUILD_FILE, {"plan": plan})
 
     def done(self) -> dict[int, dict[str, Any]]:
         """The record of every finished shard, by number.
 
         Raises:
-            ValmError: one is damaged.
+            ValmError: one is damaged, or its file is.
         """
-        if self._manifest is not None:
-            return {number: dict(shard) for number, shard in enumerate(self._manifest["shards"])}
+        if self.finished:
+            return self._finished_records
         records = {}
         for file in sorted(self.out.glob("shard-*.json")):
-            if SHARD_FILE.fullmatch(file.name):
-                number = int(file.stem.partition("-")[2])
-                records[number] = read_json(file, "the record of a shard", self.record, DELETE)
-        check_files(self.out, records.items(), f"the unfinished {self.what}", DELETE)
+            check_own(file)
+            records[_number(file)] = read_json(file, "the record of a shard", self.record, DELETE)
+        _check_sizes(self.out, records, f"the unfinished {self.what}", DELETE)
         return records
 
-    def write(self, work: Work, parts: Iterable[Any], run: Runner, progress: Progress) -> None:
-        """Writes the missing shards, from `parts` (the parts of the source, one per shard)."""
+    def link(self, shards: Iterable[tuple[Path, Mapping[str, Any]]]) -> None:
+        """Makes the first shards those of other folders, each a file with its record: as hard links, or as copies where
+        the file system makes none."""
         done = self.done()
-        run(work, ((number, part) for number, part in enumerate(parts) if number not in done), progress)
+        for number, (file, record) in enumerate(shards):
+            if number in done:
+                continue
+            target = shard_file(self.out, number)
+            target.unlink(missing_ok=True)  # of a run that was killed
+            try:
+                os.link(file.resolve(), target)
+            except OSError:  # another file system, one without links, or a file of somebody else
+                with atomic_path(target) as temporary:
+                    shutil.copyfile(file, temporary)
+            sync_folder(self.out)
+            write_json(_record_file(self.out, number), record)
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Writes `manifest`, with the plan and the shards, which finishes the folder."""
+    def write(self, work: Work, parts: Iterable[Part], run: Runner, bar: ProgressBar, first: int = 0) -> None:
+        """Writes the missing shards, of all `parts` of the source, the first of which is shard number `first`.
+
+        Raises:
+            ValmError: a part is not what a finished shard was made of.
+        """
+        bar.done = len(self.done())
+        run(partial(write_shard, self.out.absolute(), work), self._missing(parts, first), bar)
+
+    def _missing(self, parts: Iterable[Part], first: int) -> Iterator[tuple[int, Part]]:
+        done, end = self.done(), first
+        for end, part in enumerate(parts, first + 1):
+            number = end - 1
+            if number not in done and not self.finished:
+                yield number, part
+            elif done.get(number, {}).get("content") != part.content:
+                raise self._changed(number)
+        if end <= max(done, default=-1):
+            raise self._changed(end)
+
+    def _changed(self, number: int) -> ValmError:
+        return ValmError(
+            f"the source of the {self.what} has changed since {self.out} was begun (its part {number}); choose another "
+            "folder"
+        )
+
+    def finish(self, **manifest: Any) -> None:
+        """Writes the manifest with these entries, the plan and the records, which finishes the folder."""
         shards = [record for _, record in sorted(self.done().items())]
-        whole = sealed({**manifest, "plan": self.plan, "shards": shards})
-        write_json(self.out / MANIFEST_FILE, whole)
-        self._manifest = cast(Manifest, whole)
+        whole = {"format": f"valm {self.what}", **manifest, "plan": self.plan, "shards": shards}
+        write_json(self.out / MANIFEST_FILE, sealed(whole))
         self._remove_state()
 
     def abandon(self) -> None:
         """Removes all that was written. If killed meanwhile, it is still an unfinished build."""
-        files = [entry["name"] for record in self.done().values() for entry in record["files"]]
-        # the records before what they say is there
-        for file in self.out.glob("shard-*.json"):
+        for file in sorted(self.out.glob("shard-*"), reverse=True):  # a record goes before its table
             file.unlink()
-        for name in files:
-            (self.out / name).unlink(missing_ok=True)
         self._remove_state()
 
     def _remove_state(self) -> None:
@@ -250,53 +252,62 @@ class ShardedBuild:
         (self.out / BUILD_FILE).unlink(missing_ok=True)
 
 
-class ShardFiles:
-    """Writes the files of shard `number` into `out`, each whole or not there, and at the end its record."""
+def shard_file(folder: Path, number: int) -> Path:
+    """The file of a shard's table."""
+    return folder / f"shard-{number:05d}.arrow"
 
-    def __init__(self, out: Path, number: int):
-        self.out = out
-        self.number = number
-        self._files: list[FileEntry] = []
 
-    def write(self, kind: str, suffix: str, save: Callable[[Path], None]) -> None:
-        """The file `kind`-`number``suffix`, which `save` writes to the path it is given."""
-        path = self.out / f"{kind}-{self.number:05d}{suffix}"
-        with atomic_path(path) as temporary:
-            save(temporary)
-        self._files.append(file_entry(path))
+def _record_file(folder: Path, number: int) -> Path:
+    return shard_file(folder, number).with_suffix(".json")
 
-    def write_array(self, kind: str, array: np.ndarray) -> None:
-        def save(path: Path) -> None:
-            with open(path, "wb") as file:  # np.save adds .npy to a name
-                np.save(file, array)
 
-        self.write(kind, ".npy", save)
+def _number(file: Path) -> int:
+    return int(file.stem.partition("-")[2])
 
-    def link(self, folder: Path, entries: Iterable[FileEntry]) -> None:
-        """The files `entries` of a shard in `folder`, which stay what they are, under the names of this shard: each the
-        same file (a hard link), or a copy where the file system makes no links.
 
-        Raises:
-            OSError: one cannot be read or copied.
-            ValmError: the copy of one is not what its entry says.
-        """
-        for entry in entries:
-            kind, suffix = entry["name"].partition("-")[0], os.path.splitext(entry["name"])[1]
-            source, path = folder / entry["name"], self.out / f"{kind}-{self.number:05d}{suffix}"
-            path.unlink(missing_ok=True)  # of a run that was killed
-            try:
-                os.link(os.path.realpath(source), path)
-            except OSError:  # another file system, one without links, or a file of somebody else
-                with atomic_path(path) as temporary:
-                    with open(source, "rb") as old, open(temporary, "wb") as new:  # copyfile would name the old one
-                        shutil.copyfileobj(old, new)
-                    check_content(source, entry, temporary)
-            self._files.append({**entry, "name": path.name})
-        sync_folder(self.out)
+def write_shard(out: Path, work: Work, number: int, part: Part, progress: Progress) -> None:
+    """A task: makes shard `number` in the folder `out`."""
+    table, facts = work(part.source, progress)
+    file = shard_file(out, number)
+    with atomic_path(file) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    checked = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    write_json(_record_file(out, number), {"content": part.content, **facts, **checked})
 
-    def finish(self, **facts: Any) -> None:
-        """The shard is whole: its record has `facts` and the checksums of its files."""
-        write_json(self.out / f"shard-{self.number:05d}.json", {**facts, "files": self._files})
+
+def read_shard(file: Path, schema: pa.Schema, rows: int) -> pa.Table:
+    """The table of a shard, memory-mapped; no file stays open.
+
+    Args:
+        schema: columns of the shard that are read, a part of those that it has.
+        rows: how many rows its record says that it has.
+
+    Raises:
+        OSError: it cannot be read, is a link out of its folder or no regular file.
+        ValmError: it is damaged, or has other columns or another number of rows.
+    """
+    check_own(file)
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            columns = [pa.ipc.open_file(mapped).schema.get_field_index(name) for name in schema.names]
+            reader = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(included_fields=columns))
+            table = reader.read_all()
+        table.validate(full=True)  # or damaged offsets would be followed
+        if not table.schema.equals(schema):
+            raise ValueError(f"it has {table.schema}, expected {schema}")
+        if len(table) != rows or reader.num_record_batches > 1:
+            raise ValueError(f"it has {len(table)} rows, expected {rows} in one batch")
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8, for one
+        if is_transient(error):
+            raise
+        raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
+    return table
+
+
+def column_of(table: pa.Table, name: str) -> pa.Array:
+    """A column of a shard, not copied."""
+    column = table[name]
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,118 +325,76 @@ def check_seal(content: Mapping[str, Any], path: Path, remedy: str = "make it ag
         raise ValmError(f"{path} is damaged: it differs from its own checksum; {remedy}")
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Name, size and SHA-256 of a file, as the manifest lists it."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def check_content(file: Path, entry: FileEntry, copy: Path | None = None) -> None:
-    """Checks that the content of `file`, or of its `copy`, is what `entry` lists: before damage gets a new checksum.
-
-    Raises:
-        ValmError: it has changed.
-    """
-    if file_sha256(copy or file) != entry["sha256"]:
-        raise ValmError(f"{file} is damaged: it does not match its checksum; make it again")
-
-
-def files_of(manifest: Mapping[str, Any]) -> Iterator[FileEntry]:
-    """The entry of every file that the manifest lists."""
-    return (entry for shard in manifest["shards"] for entry in shard["files"])
+def totals(records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, int]:
+    """The sum over all records of each entry in `names`."""
+    records = list(records)
+    return {name: sum(record[name] for record in records) for name in names}
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> list[str]:
     """The names of those files whose content is not what the manifest of `folder` lists. Reads all."""
-    bar = progress_bar(list(files_of(manifest)), desc="verify", unit=" files", shown=progress)
-    return [entry["name"] for entry in bar if file_entry(folder / entry["name"]) != entry]
+    records = manifest["shards"]
+    bar = progress_bar(enumerate(records), total=len(records), desc="verify", unit=" files", shown=progress)
+    files = ((shard_file(folder, number), record) for number, record in bar)
+    return [file.name for file, record in files if check_own(file) and file_sha256(file) != record["sha256"]]
 
 
-def check_files(folder: Path, shards: Iterable[tuple[int, Any]], what: str, remedy: str) -> None:
-    """Checks the files that the records of `shards` (number, record) list.
-
-    Raises:
-        OSError: a file leads out of `folder`, or cannot be looked at.
-        ValmError: one has another shard's name, repeats a kind, is missing, or has another size. The message begins
-            with `what`.
-    """
-    for number, record in shards:
-        kinds = set()
-        for entry in record["files"]:
-            name = entry["name"]
-            kind, _, rest = name.partition("-")
-            if int(rest.partition(".")[0]) != number or kind in kinds:
-                raise ValmError(f"{what} {folder} is damaged: its shard {number} lists {name}; {remedy}")
-            kinds.add(kind)
-            try:
-                size = check_own(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                raise ValmError(f"{what} {folder} is damaged: {name} is missing; {remedy}") from None
-            if size != entry["bytes"]:
-                found = f"{name} has {size} bytes instead of {entry['bytes']}"
-                raise ValmError(f"{what} {folder} is damaged: {found}; {remedy}")
+def _check_sizes(folder: Path, records: Mapping[int, Mapping[str, Any]], what: str, remedy: str) -> None:
+    for number, record in records.items():
+        file = shard_file(folder, number)
+        try:
+            size = check_own(file).st_size
+        except FileNotFoundError:
+            raise ValmError(f"{what} {folder} is damaged: {file.name} is missing; {remedy}") from None
+        if size != record["bytes"]:
+            found = f"{file.name} has {size} bytes instead of {record['bytes']}"
+            raise ValmError(f"{what} {folder} is damaged: {found}; {remedy}")
 
 
-def open_manifest(path: Path, what: str, version: int, command: str, schema: type) -> dict[str, Any]:
-    """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
-
-    Checks format, version, the rest of `schema` (a `Manifest`), its own checksum, and the name, kind and size of every
-    file.
+def read_manifest(folder: Path, schema: Any = dict[str, Any]) -> dict[str, Any]:
+    """The manifest of `folder`, which has its own checksum.
 
     Raises:
-        OSError: it cannot be read.
-        ValmError: a check failed; the message names the file.
+        OSError: it cannot be read, or is a link out of its folder or no regular file.
+        ValmError: it is no JSON, or does not match the schema.
     """
-    file = path / MANIFEST_FILE
-    if not exists(file):
-        raise ValmError(_why_none(path, what, command))
-    check_own(file)
-    manifest: dict[str, Any] = read_json(file, "the manifest", dict[str, Any])
-    if manifest.get("format") != f"valm {what}":
-        raise ValmError(f"{file} is not the manifest of a {what}")
-    if manifest.get("version") != version:
-        found = short(manifest.get("version"))
-        raise ValmError(f"the {what} {path} has format version {found}, this valm reads {version}; make it again")
-    try:
-        check(manifest, schema)
-    except ValueError as error:
-        raise ValmError(f"the manifest {file} is damaged: {error}; make it again with `{command}`") from error
-    check_seal(manifest, file)
-    check_files(path, enumerate(manifest["shards"]), f"the {what}", "make it again")
+    check_own(folder / MANIFEST_FILE)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE, "the manifest", schema)
     return manifest
 
 
-def _why_none(path: Path, what: str, command: str) -> str:
-    """Why there is no manifest in `path`."""
-    if not is_folder(path):
-        return f"no {what} at {path}: there is no such folder"
-    if exists(path / BUILD_FILE):
-        return f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped"
-    below = [str(file.parent) for file in sorted(path.glob(f"*/{MANIFEST_FILE}")) if _is_of(file, what)][:BELOW_SHOWN]
-    remedy = f"name one of those in it: {', '.join(below)}" if below else f"make one with `{command}`"
-    return f"{path} is not a {what}: it has no {MANIFEST_FILE}; {remedy}"
+def open_manifest(
+    path: Path, what: str, version: int, command: str, schema: type = Manifest, sums: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
 
-
-def _is_of(manifest: Path, what: str) -> bool:
-    """Whether it is the manifest of a `what`."""
-    try:
-        return read_json(manifest, "the manifest", dict[str, Any]).get("format") == f"valm {what}"
-    except (OSError, ValmError):
-        return False
-
-
-def open_array(file: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap:
-    """The array in `file`, memory-mapped.
+    Checks format, version, the rest of `schema` (a `Manifest`), its own checksum, that its entries `sums` are the sums
+    over its shards, and the size of every file.
 
     Raises:
-        OSError: it cannot be read.
-        ValmError: it is damaged or has another shape or dtype.
+        OSError: it cannot be read, or a file is a link out of the folder or no regular file.
+        ValmError: a check failed; the message names the file.
     """
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises many types for a damaged header
-        if is_transient(error):
-            raise
-        raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValmError(f"{file} holds {array.dtype} {array.shape}, the manifest says {np.dtype(dtype)} {shape}")
-    return array
+    if not path.is_dir():
+        raise ValmError(f"no {what} at {path}: there is no such folder")
+    if not (path / MANIFEST_FILE).exists():
+        if (path / BUILD_FILE).exists():
+            raise ValmError(f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped")
+        raise ValmError(f"{path} is not a {what}: it has no {MANIFEST_FILE}; make one with `{command}`")
+    noted = read_manifest(path)
+    if noted.get("format") != f"valm {what}":
+        raise ValmError(f"{path / MANIFEST_FILE} is not the manifest of a {what}")
+    if (found := noted.get("version")) != version:
+        raise ValmError(
+            f"the {what} {path} has format version {short(found)}, this valm reads {version}; make it again"
+        )
+    manifest = read_manifest(path, schema)
+    check_seal(manifest, path / MANIFEST_FILE)
+    for name, total in totals(manifest["shards"], sums).items():
+        if manifest[name] != total:
+            raise ValmError(
+                f"the manifest {path / MANIFEST_FILE} is damaged: its {name} is {manifest[name]}, the sum over its "
+                f"shards is {total}; make it again"
+            )
+    _check_sizes(path, dict(enumerate(manifest["shards"])), f"the {what}", "make it again")
+    return manifest

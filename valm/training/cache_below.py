@@ -26,8 +26,8 @@ from valm.model.config import WEIGHTS_KEY
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
-from valm.store.files import writable_folder
-from valm.store.shards import open_array
+from valm.store.files import is_transient, writable_folder
+from valm.text import one_line
 from valm.training.data import Documents, Places, at_places, document_lengths
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_own
@@ -279,3 +279,21 @@ def _install(model: Any, layer: int) -> None:
         installed.remove()
         raise ValmError(f"the layers of {type(model).__name__} hand on more than hidden states: they cannot be skipped")
     model._fusion_input = installed
+
+
+def open_array(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
+    """The array in `file`, memory-mapped.
+
+    Raises:
+        OSError: it cannot be read.
+        ValmError: it is damaged or has another shape or dtype.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises many types for a damaged header
+        if is_transient(error):
+            raise
+        raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValmError(f"{file} holds {array.dtype} {array.shape}, the manifest says {np.dtype(dtype)} {shape}")
+    return array

@@ -184,5 +184,5 @@ def _recall(which: str, records: list[Record], clip: Clip) -> Retrieval | None:
         return None
     with ProgressBar(which, " images", 1, True) as bar:
         shard = encode_records(records, clip, Encoding(thumbnails=0, workers=0), bar)
-    captions = [text.splitlines() for text in shard.items["caption"].to_pylist()]
+    captions = [row["caption"].splitlines() for row in shard.rows]
     return retrieve(torch.from_numpy(shard.vectors), captions, clip)

@@ -95,7 +95,7 @@ def test_corpus_retrieval(stores, outside, data):
 def test_unfinished_builds(stores, outside, data):
     folder = stores / data.draw(st.sampled_from(["kb-unfinished", "corpus-unfinished"]))
     what = "knowledge base" if folder.name.startswith("kb") else "corpus retrieval"
-    files = [file for file in files_of(folder) if file.suffix == ".json" or file.name.endswith("00000.npy")]
+    files = [file for file in files_of(folder) if file.suffix == ".json" or file.name.endswith("00000.arrow")]
     plan = json.loads((folder / "build.json").read_text())["plan"]
 
     def read() -> Any:
@@ -208,7 +208,7 @@ def test_embeddings(tmp_path_factory, linked, clip, data):
     with ProgressBar("", "", None, False) as bar:
 
         def read() -> Any:
-            return [len(shard(clip, Encoding(), bar).items) for shard in EmbeddingSource(folder).shards({})]
+            return [len(part.source(clip, Encoding(), bar)) for part in EmbeddingSource(folder).parts()]
 
         check_mutants(data, [vectors, metadata], linked, read, ...)
 

@@ -43,7 +43,7 @@ from valm.training import training_arguments
         ("batch-size: 1\nbatch_size: 1", "has 'batch_size' twice"),
         ("gradient_checkpointing_kwargs: {a: 1, a: 2}", "has 'a' twice"),
         (b"out: caf\xe9", "is not UTF-8 text"),
-        (b"\xff\xfeo\0u\0t\0:\0 \0a\0", "is UTF-16, expected UTF-8"),
+        (b"\xff\xfeo\0u\0t\0:\0 \0a\0", "is not UTF-8 text"),
         ("", "is no list of options"),
         ("lr", "is no list of options"),
         ("lr: 1\nlr", "cannot be read"),

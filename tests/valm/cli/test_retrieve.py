@@ -11,10 +11,10 @@ RETRIEVE = "retrieve {world}/corpus.txt " + OUT
 
 @wrong_inputs(
     {
-        "retrieve {tmp}/none " + OUT: "there is no corpus file {tmp}/none",
+        "retrieve {tmp}/none " + OUT: "{tmp}/none: No such file or directory",
         "retrieve {tmp}/empty.txt " + OUT: "the corpus has no documents",
         "retrieve " + OUT: "there is no corpus: give its files, or --dataset",
-        "retrieve {tmp}/rows.jsonl --column story " + OUT: "rows.jsonl, line 1: there is no 'story', only text",
+        "retrieve {tmp}/rows.jsonl --column story " + OUT: "rows.jsonl, row 1: there is no column 'story', only text",
         "retrieve --dataset {tmp}/none " + OUT: "cannot read the dataset {tmp}/none",
         RETRIEVE + "--dataset Salesforce/wikitext": "give either corpus files or --dataset",
         RETRIEVE + "--streaming": "--streaming is of a Hugging Face dataset",
@@ -34,10 +34,10 @@ def test_wrong_input_is_one_sentence(sentence, tmp_path, command, message):
 
 def test_a_damaged_retrieval_is_not_trained_on(copy_of, error_of):
     root = copy_of("retrieval")
-    file = root / "retrieval" / "tokens-00000.npy"
+    file = root / "retrieval" / "shard-00000.arrow"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     error = error_of("train", "--retrieval", root / "retrieval", "--out", root / "model", *SIZE)
-    assert "is damaged, retrieve it again: tokens-00000.npy" in error
+    assert "is damaged, retrieve it again: shard-00000.arrow" in error
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -415,7 +415,7 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
         "train --retrieval {world}/retrieval --kb {world}/kb " + OF_BASE: "tokenizer",
         "train {tmp}/empty.txt " + OUT: "no documents",
         "train {tmp}/empty.txt --unfreeze block " + OF_BASE: "no documents",
-        "train {world}/pictures/sea.png --out {tmp}/model": "has NUL bytes",
+        "train {world}/pictures/sea.png --out {tmp}/model": "sea.png, row 1: 'utf-8' codec can't decode",
         CACHED + " --streaming": "--streaming is of a Hugging Face dataset",
         CACHED + " --tokenizer {world}/clip": "`valm retrieve` has the same option",
         CACHED + " --validation {world}/corpus.txt": "retrieve --valid",
@@ -451,8 +451,8 @@ def test_a_base_that_lacks_weights_is_one_sentence(sentence, base, tmp_path):
 def test_a_folder_of_retrievals_is_one_sentence(sentence, world, tmp_path):
     for store, copy in (("retrieval", "eot"), ("retrieval", "state"), ("kb", "kb")):
         shutil.copytree(world / store, tmp_path / "both" / copy)
-    said = "{tmp}/both is not a corpus retrieval: it has no manifest.json; name one of those in it: "
-    sentence(CACHED + " --retrieval {tmp}/both", said + "{tmp}/both/eot, {tmp}/both/state")
+    said = "{tmp}/both is not a corpus retrieval: it has no manifest.json; make one with `valm retrieve`"
+    sentence(CACHED + " --retrieval {tmp}/both", said)
 
 
 def test_a_retrieval_from_another_knowledge_base_is_one_sentence(sentence, world, tmp_path):

@@ -11,8 +11,8 @@ from valm_kernels import FlatIPIndex
 
 # The file of each that is damaged, what is said of a whole one, and what helps a damaged one.
 STORES = {
-    "kb": ("vectors-00000.npy", "all 6 images", "build it again"),
-    "retrieval": ("image_ids-00000.npy", "documents", "retrieve it again"),
+    "kb": ("shard-00000.arrow", "all 6 images", "build it again"),
+    "retrieval": ("shard-00000.arrow", "documents", "retrieve it again"),
     "index": ("*.npy", "all 5 rows", "make the index again"),
 }
 

@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +21,12 @@ from tests.valm.store.manifests import contents, edit_manifest
 from tests.valm.tiny_clip import TEXTS
 from valm.clip.tokenizer import tokenize_documents
 from valm.corpus import retrieved
-from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
+from valm.corpus.retrieved import CorpusRetrieval, corpus_schema, retrieve_corpus
 from valm.corpus.texts import MAX_DOCUMENT, Caption, read_documents
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.store.shards import run_here
+from valm.store.shards import read_shard, run_here
 from valm_kernels import FlatIPIndex
 
 LINES = [*TEXTS, "a dog.", "a red apple lies on", TEXTS[1] + TEXTS[0], "the sky", "blue grass", TEXTS[0][:30]] * 2
@@ -108,7 +109,7 @@ def test_texts_as_they_come(corpus, retriever, tmp_path):
         for one, other in zip(found, corpus, strict=True):
             assert np.array_equal(one["input_ids"], other["input_ids"])
             assert np.array_equal(one["image_ids"], other["image_ids"])
-    with pytest.raises(ValmError, match="the corpus has changed since"):
+    with pytest.raises(ValmError, match="source of the corpus retrieval has changed since"):
         retrieve(iter(["new", *LINES]), retriever, tmp_path / "out", part_bytes=150)
 
 
@@ -127,12 +128,11 @@ def test_a_tokenizer_without_bos(clip, kb, tmp_path):
 
 
 def test_the_files(corpus, documents, tokenizer):
-    kinds = {name.partition("-")[0] for name in os.listdir(corpus.path) if name.endswith(".npy")}
-    assert kinds == {"tokens", "offsets", "groups", "image_ids", "image_scores"}
-    assert not list(corpus.path.glob("shard-*")) and not (corpus.path / "build.json").exists()
+    names = {f"shard-{number:05d}.arrow" for number in range(len(corpus.manifest["shards"]))}
+    assert set(contents(corpus.path)) >= names and not (corpus.path / "build.json").exists()
     opened = CorpusRetrieval.open(corpus.path)
     document = opened[3]
-    assert isinstance(document["input_ids"], np.memmap)
+    assert not document["input_ids"].flags.owndata  # memory-mapped
     assert all((document["image_ids"][1:] >= 0).all() for document in opened)
     assert opened.manifest["tokens"] == sum(map(len, documents))
     assert (opened.k, opened.query) == (4, "eot")
@@ -159,8 +159,8 @@ def test_no_image_is_minus_one_and_all_ones_in_the_file(documents, retriever, tm
     few = Retriever(retriever.encoder, retriever.kb, 2, SimpleNamespace(search=finds_one))
     found = retrieve(documents[:1], few, tmp_path / "corpus")
     assert (found[0]["image_ids"][1:, 0] >= 0).all() and (found[0]["image_ids"][:, 1] == -1).all()
-    stored = np.load(found.path / "image_ids-00000.npy")
-    assert stored.dtype == np.uint32 and (stored[:, 1] == 2**32 - 1).all()
+    stored = read_shard(found.path / "shard-00000.arrow", corpus_schema(2, True), 1)["image_ids"].to_pylist()[0]
+    assert all(ids[1] == 2**32 - 1 for ids in stored)
 
 
 def test_a_part_does_not_depend_on_what_came_before_it(clip, tokenizer, tmp_path):
@@ -201,12 +201,12 @@ def test_other_processes_get_the_texts(text_file, retriever, tmp_path):
     """As those of a Ray cluster do, in any order: they need not see the files."""
     file = shutil.copy(text_file, tmp_path / "corpus.txt")
 
-    def elsewhere(work, shards, progress):
-        sent = [pickle.dumps((work, *shard)) for shard in shards]
+    def elsewhere(task, shards, progress):
+        sent = [pickle.dumps((task, *shard)) for shard in shards]
         file.unlink()
         for one in reversed(sent):
-            work, number, part = pickle.loads(one)
-            work(number, part, progress)
+            task, number, part = pickle.loads(one)
+            task(number, part, progress)
 
     found = [
         retrieve(read_documents([file]), retriever, tmp_path / name, part_bytes=150, run=run)
@@ -220,7 +220,9 @@ def test_another_corpus_is_refused(documents, retriever, tmp_path):
         return retrieve(documents, retriever, tmp_path / name, part_bytes=part_bytes)
 
     def fails(part, *arguments):
-        with pytest.raises(ValmError, match=rf"the corpus has changed since .* was begun \(its part {part}\)"):
+        with pytest.raises(
+            ValmError, match=rf"source of the corpus retrieval has changed since .* was begun \(its part {part}\)"
+        ):
             retrieve_to(*arguments)
 
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +251,7 @@ def test_another_file_knowledge_base_or_setting_is_refused(text_file, clip, retr
             retrieve(read_documents([file]), Retriever(encoder, kb, k), tmp_path / "out", **options)
     for lines in ("\n".join(LINES).replace("sky", "sea"), "\n".join(LINES[1:])):  # the first is as long as before
         file.write_text(lines)
-        with pytest.raises(ValmError, match="the corpus has changed"):
+        with pytest.raises(ValmError, match="has changed"):
             retrieve(read_documents([file]), retriever, tmp_path / "out")
 
 
@@ -288,13 +290,13 @@ def test_the_plan_says_what_searched(documents, clip, kb, tmp_path):
 def test_another_process_searches_with_the_same_index(documents, retriever, tmp_path):
     """It opens the index of the knowledge base itself, and one may have been made meanwhile."""
 
-    def elsewhere(work, parts, progress):
-        other = pickle.loads(pickle.dumps(work.keywords["retriever"]))
-        other.index = type("Faiss", (), {})()
-        for number, part in parts:
-            work(number, part, progress, retriever=other)
+    def elsewhere(task, parts, progress):
+        work = pickle.loads(pickle.dumps(task.args[1]))
+        work.keywords["retriever"].index = type("Faiss", (), {})()
+        for _, part in parts:
+            work(part.source, progress)
 
-    with pytest.raises(ValmError, match=r"the index of .* has been made or removed since the retrieval .* began"):
+    with pytest.raises(ValmError, match=r"the index of .* has been made or removed since the retrieval began"):
         retrieve(documents[:2], retriever, tmp_path / "out", run=elsewhere)
 
 
@@ -324,18 +326,21 @@ def test_parts_are_read_as_they_are_asked_for():
             asked.append(number)
             yield [number] * 4
 
-    parts = retrieved._parts(documents(), 40)
-    assert next(parts) == [[0] * 4, [1] * 4, [2] * 4]
+    def parts(documents, part_bytes):
+        return (part.source for part in retrieved._parts(documents, part_bytes, Mock()))
+
+    found = parts(documents(), 40)
+    assert next(found) == [[0] * 4, [1] * 4, [2] * 4]
     assert asked == [0, 1, 2]
-    assert [len(part) for part in parts] == [3, 3, 1]
-    assert list(retrieved._parts(iter(["ab", "cd", "\u20ac", "e"]), 3)) == [["ab", "cd"], ["\u20ac"], ["e"]]
+    assert [len(part) for part in found] == [3, 3, 1]
+    assert list(parts(iter(["ab", "cd", "\u20ac", "e"]), 3)) == [["ab", "cd"], ["\u20ac"], ["e"]]
     with pytest.raises(ValmError, match="a document or line of more than 16 MiB"):
-        list(retrieved._parts(["short", "a" * (MAX_DOCUMENT + 1)], 1 << 20))
+        list(parts(["short", "a" * (MAX_DOCUMENT + 1)], 1 << 20))
 
 
 @pytest.mark.parametrize("finished", [0, 3])
 def test_the_bar_knows_how_many_parts_the_files_have(text_file, retriever, tmp_path, monkeypatch, finished):
-    """From how much of their bytes was read, less those that are done."""
+    """From how much of their bytes was read."""
     (tmp_path / "corpus.txt").write_text((text_file.read_text() + "\n") * 100)
     estimates = []
 
@@ -356,7 +361,7 @@ def test_the_bar_knows_how_many_parts_the_files_have(text_file, retriever, tmp_p
         retrieve_by(some)
     count = len(retrieve_by(watched).manifest["shards"])
     assert count > 4 and len(estimates) == count - finished
-    assert estimates == pytest.approx([count - finished] * len(estimates), abs=1) and estimates[-1] == count - finished
+    assert estimates == pytest.approx([count] * len(estimates), abs=2) and estimates[-1] == count
 
 
 def test_wrong_input(documents, retriever, tmp_path):
@@ -374,9 +379,7 @@ def test_wrong_input(documents, retriever, tmp_path):
 
 def test_damage_is_named(corpus, tmp_path):
     copied = Path(shutil.copytree(corpus.path, tmp_path / "copy"))
-    with pytest.raises(ValmError, match=rf"it has no manifest\.json; name one of those in it: .*{copied.name}"):
-        CorpusRetrieval.open(tmp_path)
-    name = "image_ids-00001.npy"
+    name = "shard-00001.arrow"
     content = (copied / name).read_bytes()
     (copied / name).write_bytes(bytes(len(content)))
     with pytest.raises(ValmError, match=rf"{name} is damaged"):
@@ -387,7 +390,7 @@ def test_damage_is_named(corpus, tmp_path):
         _ = CorpusRetrieval.open(copied).tokenizer
     manifest = json.loads((copied / "manifest.json").read_text())
     edit_manifest(copied, plan={**manifest["plan"], "k": 5})
-    with pytest.raises(ValmError, match=r"npy holds uint32 \(\d+, 4\), the manifest says uint32 \(\d+, 5\)"):
+    with pytest.raises(ValmError, match=r"\[4\].*, expected .*\[5\].*; make it again"):
         CorpusRetrieval.open(copied)[0]
 
 
@@ -396,13 +399,13 @@ def test_damage_is_found_before_each_training(corpus, tmp_path, monkeypatch):
     before = contents(damaged.path)
     damaged.verify_once()
     assert contents(damaged.path) == before  # the folder is read only
-    file = damaged.path / "image_ids-00001.npy"
+    file = damaged.path / "shard-00001.arrow"
     times = os.stat(file)
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     opened = CorpusRetrieval.open(damaged.path)
-    assert opened.verify(progress=False) == ["image_ids-00001.npy"]
-    with pytest.raises(ValmError, match=r"is damaged, retrieve it again: image_ids-00001\.npy"):
+    assert opened.verify(progress=False) == ["shard-00001.arrow"]
+    with pytest.raises(ValmError, match=r"is damaged, retrieve it again: shard-00001\.arrow"):
         opened.verify_once()
     monkeypatch.setattr(CorpusRetrieval, "verify", lambda self: pytest.fail("verified again"))
     damaged.verify_once()  # as the same trainer asks for its other parts

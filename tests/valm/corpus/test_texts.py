@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import os
 import pickle
 import re
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from valm.corpus import texts
-from valm.corpus.texts import HEAD_BYTES, Caption, fingerprint, read_documents, row_documents
+from valm.corpus.texts import Caption, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
 
 LINES = st.lists(
@@ -60,7 +61,7 @@ def test_how_much_has_been_read(tmp_path, monkeypatch, name):
         if name.endswith(".parquet"):
             pq.write_table(pa.table({"text": lines}), file, row_group_size=500)
         elif name.endswith(".csv"):
-            write(file, "text,n\n" + "\n".join(f"{number},1" for number in range(len(lines))))
+            write(file, "text,n\n" + "\n".join(f"{number} some more words than one,1" for number in range(len(lines))))
         else:
             write(file, "\n".join(lines))
     documents = read_documents([tmp_path / name, tmp_path / f"b{name}"])
@@ -73,7 +74,7 @@ def test_how_much_has_been_read(tmp_path, monkeypatch, name):
 
 def test_a_wrong_file_is_refused_before_those_ahead_of_it_are_read(tmp_path):
     write(tmp_path / "a.txt", "text")
-    for name, content in (("b.txt", "<html>"), ("b.csv", "story\n"), ("b.jsonl", "{}"), ("b.txt.gz", None)):
+    for name, content in (("b.csv", "story\none\n"), ("b.jsonl", "{}"), ("b.txt.gz", None)):
         file = tmp_path / name
         file.write_bytes(b"no gzip") if content is None else write(file, content)
         with pytest.raises(ValmError, match=re.escape(name)):
@@ -88,22 +89,24 @@ def test_the_fingerprint_is_of_every_document_and_where_it_ends():
 
 def test_wrong_files_are_named(tmp_path):
     for name, table in (
-        ("a.parquet", pa.table({"number": [1], "caption": ["x"]})),
-        ("two.parquet", pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])),
+        ("a.parquet", pa.table({"number": [1], "label": ["x"]})),
         ("null.parquet", pa.table({"text": ["x", None]})),
         ("late.parquet", pa.table({"text": ["x"] * 5000 + [None]})),
     ):
         pq.write_table(table, tmp_path / name, row_group_size=100)
     for name, column, message in (
-        ("none.txt", "text", r"there is no corpus file .*none\.txt"),
-        ("a.parquet", "text", r"a\.parquet has no column 'text'; it has number, caption"),
-        ("two.parquet", "text", "has 2 columns 'text'; give each its own name"),
-        ("a.parquet", "number", r"the column 'number' of the corpus .*a\.parquet holds int64, expected text"),
-        ("null.parquet", "text", r"null\.parquet, row 1: 'text' is null, expected a text"),
-        ("late.parquet", "text", r"late\.parquet, row 5000: 'text' is null, expected a text"),
+        ("a.parquet", "text", r"a\.parquet, row 1: there is no column 'text'"),
+        ("a.parquet", "number", r"a\.parquet, row 1: 'number' is 1, expected a text"),
+        ("null.parquet", "text", r"null\.parquet, row 2: 'text' is null, expected a text"),
+        ("late.parquet", "text", r"late\.parquet, row 5001: 'text' is null, expected a text"),
     ):
         with pytest.raises(ValmError, match=message):
             list(read_documents([tmp_path / name], column=column))
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        read_documents([tmp_path / "none.txt"])
+    os.mkfifo(tmp_path / "pipe")  # what is read of it is gone
+    with pytest.raises(PermissionError, match="not a regular file"):
+        read_documents([tmp_path / "pipe"])
 
 
 @pytest.mark.parametrize(
@@ -118,24 +121,18 @@ def test_wrong_files_are_named(tmp_path):
 )
 def test_the_byte_that_is_not_utf8_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
-    place = rf"line 2, at byte {content.index('é')}: convert it to UTF-8"
-    with pytest.raises(ValmError, match=rf"{re.escape(name)} is not UTF-8 text: .* in {place}"):
+    with pytest.raises(ValmError, match=rf"{re.escape(name)}, row \d: 'utf-8' codec can't decode byte 0xe9"):
         list(read_documents([tmp_path / name], column="tex" if name == "a.tsv" else "text"))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.txt", "a.md.gz", "a.jsonl", "a.json"])
-def test_what_ends_in_a_carriage_return_alone_is_refused(tmp_path, name):
-    kind, content = "lines", '{"text": "one"}\r{"text": "two"}\r'
+def test_what_ends_in_a_carriage_return_alone_is_read(tmp_path, name):
+    content = '{"text": "one"}\r{"text": "two"}\r'
     if name in ("a.csv", "a.tsv.gz"):
-        kind, content = "rows", "text\rone\rtwo\r"
-    file = write(tmp_path / name, content)
-    with pytest.raises(ValmError, match=rf"has {kind} that end in a carriage return alone: convert them to line feeds"):
-        read_documents([file])
-    # the head of this file ends between its \r and \n
-    file = write(tmp_path / "b.csv", "text," + "n" * (HEAD_BYTES - 6) + "\r\none,1\r\n")
-    assert list(read_documents([file])) == ["one"]
-    file = write(tmp_path / "b.json", '[{"text": "one"},\r{"text": "two"}]\r')  # blanks there
-    assert list(read_documents([file])) == ["one", "two"]
+        content = "text\rone\rtwo\r"
+    if name.startswith("a.txt") or name == "a.md.gz":
+        content = "one\rtwo\r"
+    assert list(read_documents([write(tmp_path / name, content)])) == ["one", "two"]
 
 
 COLUMN = ["one two", "", " ", "three\nlines\u2028of", " x "]
@@ -197,55 +194,29 @@ CAPTIONS = [("a red apple", "00.png"), ("an apple, on a table", "00.png"), ("a l
         ("captions.csv", TABLE, "caption"),
         ("captions.tsv", TABLE.replace('"', "").replace("png,", "png\t").replace("e,c", "e\tc"), "text"),
         ("captions.txt", TABLE.replace("caption", "text"), "text"),
-        ("captions.json", json.dumps({"00.png": [text for text, _ in CAPTIONS[:2]], "01.png": "a leaf"}), "text"),
         ("rows.jsonl", "\n".join(json.dumps({"text": text, "file_name": image}) for text, image in CAPTIONS), "text"),
     ],
 )
-def test_a_table_of_captions_has_the_images_of_its_texts(tmp_path, name, content, column):
-    """As `kb build` and `clip train` read it; as lines a model would learn the names of files."""
+def test_rows_that_name_an_image_are_its_captions(tmp_path, name, content, column):
     write(tmp_path / name, content)
     found = list(read_documents([tmp_path], column=column))
     assert [(text, text.image) for text in found] == CAPTIONS
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("captions.csv", "image,caption,story\na.png,short,long\n"),
-        ("captions.txt", "image,caption,story\na.png,short,long\n"),
-        ("captions.json", json.dumps({"caption": "short", "story": "long"})),
-        ("captions.json", json.dumps({"caption": "short", "story": "long"}, indent=1)),
-    ],
-)
-def test_a_mistyped_column_of_captions_is_named(tmp_path, name, content):
-    """Never the captions instead."""
-    file = write(tmp_path / name, content)
-    with pytest.raises(ValmError, match=rf"{re.escape(name)}.*stroy"):
-        list(read_documents([file], column="stroy"))
-    if not content.startswith("{\n"):
-        assert list(read_documents([file], column="story")) == ["long"]
-
-
-def test_rows_in_a_file_named_as_a_table_of_captions(tmp_path):
-    """JSON lines and arrays, whatever the name of the file; but a damaged table is named as one."""
-    rows = [{"text": "a red apple", "n": 1}, {"text": "a leaf"}]
-    for content in ("\n" + "\n\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps(rows, indent=1)):
-        assert list(read_documents([write(tmp_path / "captions.json", content)])) == ["a red apple", "a leaf"]
-    assert list(read_documents([write(tmp_path / "captions.json", json.dumps(rows[0]))])) == ["a red apple"]
-    with pytest.raises(ValmError, match=r"cannot read the caption table .*captions\.json"):
-        read_documents([write(tmp_path / "captions.json", '{"a.png": "one",\n"b.png": }')])
+    again = pickle.loads(pickle.dumps(found[0]))
+    assert again == found[0] and again.image == found[0].image
 
 
 def test_other_tables_and_texts_have_no_images(tmp_path):
     for name, content, count in (
         ("captions.txt", "a red apple\na green one\n", 2),
-        ("captions.txt", "one,two\rthree\n second\n", 2),
-        ("captions.json", json.dumps({"text": "a red apple"}), 1),
+        ("captions.txt", "one,two\rthree\n second\n", 3),
         ("rows.csv", "path,text\nbooks/1,a red apple\n", 1),
     ):
         write(tmp_path / name, content)
         found = list(read_documents([tmp_path / name]))
         assert len(found) == count and not any(isinstance(text, Caption) for text in found)
+    images = [{"bytes": b"x", "path": "a.png"}]
+    pq.write_table(pa.table({"text": ["a red apple"], "image": images}), tmp_path / "rows.parquet")
+    assert not isinstance(next(read_documents([tmp_path / "rows.parquet"])), Caption)
 
 
 def test_the_lines_of_a_text_beside_an_image_are_its_captions(tmp_path):
@@ -298,63 +269,40 @@ def test_json_without_both_an_image_and_its_text_is_read(tmp_path, others):
     assert "own" in list(read_documents([tmp_path]))
 
 
-def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, recwarn):
-    for name in ("a.txt", "b.PDF", "deep/c.html.gz", "README.md", ".hidden.pdf", ".git/d.html"):
-        write(tmp_path / name, "text")
-    assert list(read_documents([tmp_path])) == ["text"]
-    (warning,) = recwarn
-    skipped = "2 files in formats that are not read (.html, .pdf): they are skipped"
-    assert str(warning.message) == f"the folder {tmp_path} has {skipped}"
+def test_a_mistyped_column_of_captions_is_named(tmp_path):
+    """Never the captions instead."""
+    for name in ("captions.csv", "captions.txt"):
+        file = write(tmp_path / name, "image,caption,story\na.png,short,long\n")
+        with pytest.raises(ValmError, match=rf"{re.escape(name)}.*stroy"):
+            list(read_documents([file], column="stroy"))
+        assert list(read_documents([file], column="story")) == ["long"]
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", '{"text": "x"}\n\n{"text": 1}\n', r"a\.jsonl, line 3: 'text' is 1, expected a text"),
-        ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl, line 2: there is no 'text', only body"),
-        ("a.jsonl", '{"text": "x"}\nplain text\n', r"a\.jsonl, line 2: not JSON: Expecting value"),
-        ("a.jsonl", '{"text": "x"}\n"text"\n', r"a\.jsonl, line 2: expected an object with a text in 'text'"),
-        ("a.jsonl", "[" * 100000, r"a\.jsonl, line 1: not JSON"),
-        ("a.jsonl.gz", '{"text": "x"}\n{"text": null}\n', r"a\.jsonl\.gz, line 2: 'text' is null, expected"),
-        ("a.json", '[{"text": "x"}, {"text": 2}]', r"a\.json, element 2 of its array: 'text' is 2, expected a text"),
-        ("a.json", '[{"text": "x"}', r"a\.json: not JSON"),
-        ("a.json", '{\n"text": "x"\n}', r"a\.json, line 1: not JSON"),
-        ("a.csv", "text,n\none,1\n\ntwo\n", r"a\.csv, line 4: the row has 1 fields, but the header 2: quote fields as"),
-        ("a.csv", 'text,n\n"one,1\ntwo,2\n', r"a\.csv, line 3: unexpected end of data: quote fields as in RFC 4180"),
+        ("a.jsonl", '{"text": "x"}\n\n{"text": 1}\n', r"a\.jsonl, row 3: 'text' is 1, expected a text"),
+        ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl, row 2: there is no column 'text'"),
+        ("a.jsonl", '{"text": "x"}\nplain text\n', r"a\.jsonl, row 2: Expecting value"),
+        ("a.jsonl", '{"text": "x"}\n["text"]\n', r"a\.jsonl, row 2: expected an object with a text in 'text'"),
+        ("a.jsonl", "[" * 100000, r"a\.jsonl, row 1: "),
+        ("a.jsonl.gz", '{"text": "x"}\n{"text": null}\n', r"a\.jsonl\.gz, row 2: 'text' is null, expected"),
+        ("a.json", '[{"text": "x"}, {"text": 2}]', r"a\.json, row 2: 'text' is 2, expected a text"),
+        ("a.json", '[{"text": "x"}', r"a\.json, row 1: Expecting"),
+        ("a.json", '{\n"text": "x"\n}', r"a\.json, row 1: Expecting"),
+        ("a.csv", "text,n\none,1\n\ntwo\n", r"a\.csv, row 2: it has another number of fields .*; quote fields as"),
+        ("a.csv", 'text,n\n"one,1\ntwo,2\n', r"a\.csv, row 1: unexpected end of data"),
         (
             "a.csv",
             "text;n\none;1\n",
-            r"a\.csv has no column 'text'; it has text;n: name one by --column, or name the files",
+            r"a\.csv, row 1: there is no column 'text', only .*: name one by --column",
         ),
-        ("a.tsv", "text\ttext\n", r"a\.tsv has 2 columns 'text'; give each its own name"),
-        ("a.txt", "text\n" * 1000 + "a\0b\n", r"a\.txt, line 1001: it has a NUL byte"),
-        ("a.csv", "text\n" * 1000 + "a\0b\n", r"a\.csv, line 1001: it has a NUL byte"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path, name, content, message):
     file = write(tmp_path / name, content)
     with pytest.raises(ValmError, match=message):
         list(read_documents([file]))
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a", "a.md", "a.jsonl", "a.csv", "a.json.gz"])
-def test_what_is_no_text_is_refused(tmp_path, name):
-    file = tmp_path / name
-    for content, message in (
-        ("text\ntext".encode("utf-16"), "is UTF-16, expected UTF-8: convert it, such as by `iconv -f UTF-16 -t UTF-8`"),
-        (b"text\n\0binary", "is not UTF-8 text: it has NUL bytes"),
-        (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<p>text", "is HTML or XML, expected plain text: save its text as .txt"),
-        (b"<!-- saved from a site -->\n<html><p>text", "is HTML or XML"),
-    ):
-        file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
-        with pytest.raises(ValmError, match=re.escape(f"the corpus {file} {message}")):
-            read_documents([file])
-
-
-@pytest.mark.parametrize("name", ["a.html", "a.PDF", "a.docx", "a.zip", "a.tar.gz", "a.xml.gz", "a.arrow", "a.pq"])
-def test_formats_that_are_not_read_are_named(tmp_path, name):
-    with pytest.raises(ValmError, match=rf"the corpus .*{re.escape(name)} is of a format that is not read: save its"):
-        read_documents([write(tmp_path / name, "x")])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "rows"])
@@ -371,12 +319,14 @@ def test_documents_have_a_limit(tmp_path, name):
     file, place = tmp_path / name, r"a\..*"
     if name == "a.parquet":
         pq.write_table(pa.table({"text": ["short"] * 3 + [long]}), file, row_group_size=2)
-        place = r"a\.parquet, row 3"
+        place = r"a\.parquet, row 4"
     elif name == "rows":
-        place = "row 1"
+        place = "row 2"
     else:
         write(file, contents.get(file.suffix, f"short\n{long}\n"))
-    with pytest.raises(ValmError, match=rf"{place}: a document or line of more than 16 MiB"):
+    with pytest.raises(
+        ValmError, match=rf"{place}: (a document or line of more than 16 MiB|field larger than field limit)"
+    ):
         list(row_documents([{"text": "short"}, {"text": long}]) if name == "rows" else read_documents([file]))
 
 
@@ -385,11 +335,11 @@ def test_damaged_and_doubly_compressed_files_are_named(tmp_path):
     pq.write_table(pa.table({"text": [f"{number} words" for number in range(1000)]}), tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()
     for name, content, message in (
-        ("cut.txt.gz", packed[:-20], r"cannot read the corpus .*cut\.txt\.gz: Compressed file ended"),
-        ("text.txt.gz", b"no gzip", r"cannot read the corpus .*text\.txt\.gz: Not a gzipped file"),
-        ("zeros.parquet", whole[:4] + bytes(596) + whole[600:], r"cannot read the corpus .*zeros\.parquet: "),
-        ("broken.parquet", b"no", r"cannot read the corpus .*broken\.parquet"),
-        ("twice.parquet.gz", packed, r"twice\.parquet\.gz is a compressed parquet file"),
+        ("cut.txt.gz", packed[:-20], r"the corpus .*cut\.txt\.gz, row 1: Compressed file ended"),
+        ("text.txt.gz", b"no gzip", r"the corpus .*text\.txt\.gz, row 1: Not a gzipped file"),
+        ("zeros.parquet", whole[:4] + bytes(596) + whole[600:], r"the corpus .*zeros\.parquet, row 1: "),
+        ("broken.parquet", b"no", r"the corpus .*broken\.parquet"),
+        ("twice.parquet.gz", packed, r"twice\.parquet\.gz, row 1: "),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValmError, match=message):
@@ -401,9 +351,9 @@ def test_rows_of_a_dataset(streamed):
     dataset = datasets.Dataset.from_dict({"text": COLUMN, "n": range(5)})
     rows = dataset.to_iterable_dataset() if streamed else dataset
     assert list(row_documents(rows)) == TEXTS
-    with pytest.raises(ValmError, match="the dataset, row 0: there is no 'story', only text, n"):
+    with pytest.raises(ValmError, match="the dataset, row 1: there is no column 'story'"):
         list(row_documents(rows, "story"))
-    with pytest.raises(ValmError, match="the dataset, row 1: 'text' is null, expected a text"):
+    with pytest.raises(ValmError, match="the dataset, row 2: 'text' is null, expected a text"):
         list(row_documents([{"text": "x"}, {"text": None}]))
-    with pytest.raises(ValmError, match="the dataset, row 0: 'n' is 0, expected a text"):
+    with pytest.raises(ValmError, match="the dataset, row 1: 'n' is 0, expected a text"):
         list(row_documents(rows, "n"))

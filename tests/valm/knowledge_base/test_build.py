@@ -5,7 +5,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -15,12 +14,13 @@ from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.knowledge_base import encode
 from valm.knowledge_base.build import build, plan_of
-from valm.knowledge_base.format import ITEM_SCHEMA, EncodedShard, begin_knowledge_base
+from valm.knowledge_base.format import WHAT, image_table
 from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.store.shards import Part, sharded_build
 
 
 def test_opened_again(kb, folder, clip):
@@ -33,7 +33,7 @@ def test_opened_again(kb, folder, clip):
 
 
 @pytest.mark.parametrize("state", ["built", "begun"])
-def test_a_picture_of_the_same_size_that_was_written_anew_is_named(clip, tmp_path, state):
+def test_a_picture_of_the_same_size_that_was_written_since_is_named(clip, tmp_path, state):
     """A time in the future says nothing."""
     pictures, out = tmp_path / "pictures", tmp_path / "kb"
     pictures.mkdir()
@@ -44,12 +44,12 @@ def test_a_picture_of_the_same_size_that_was_written_anew_is_named(clip, tmp_pat
         build(FolderSource(pictures), out, clip, progress=False)
         build(FolderSource(pictures), out, clip, progress=False)
     else:
-        begin_knowledge_base(out, plan_of(FolderSource(pictures), clip, Encoding()))
+        with sharded_build(out, WHAT, plan_of(FolderSource(pictures), clip, Encoding())):
+            pass
     Image.new("RGB", (32, 32), "green").save(pictures / "a.bmp")
     (written,) = out.glob("manifest.json" if state == "built" else "build.json")
     os.utime(written, (time.time() - 60,) * 2)
-    message = rf"a\.bmp has been written since the knowledge base .*kb was {state}\. If its"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=rf"a\.bmp was written since the knowledge base .*kb was {state}\. If its"):
         build(FolderSource(pictures), out, clip, progress=False)
 
 
@@ -71,23 +71,23 @@ def test_progress_shows_rate_and_time_left(tars, clip, tmp_path, capfd):
 
 
 def given_vectors(number, clip, encoding, progress):
-    items = pa.Table.from_pylist([{"uri": f"{number}", "caption": "", "width": 1, "height": 1}], ITEM_SCHEMA)
-    return EncodedShard(np.eye(2, clip.embed_dim)[number : number + 1], items, None, [], facts={"number": number})
+    row = {"uri": f"{number}", "caption": "", "width": 1, "height": 1}
+    return image_table([row], np.eye(2, clip.embed_dim)[number : number + 1], [])
 
 
 def test_a_source_is_a_class_of_its_own(clip, tmp_path):
-    """Nothing more than these is asked of it; its settings and facts stand in the manifest."""
-    plan = {"source": "given", "fingerprint": "", "number": 3}
+    """Nothing more than these is asked of it; its settings and hashes stand in the manifest."""
+    plan = {"source": "given", "number": 3}
     source = SimpleNamespace(precomputed=True, count=None, plan=lambda: plan, files=lambda: ())
-    source.shards = lambda done: [partial(given_vectors, number) for number in range(2)]
+    source.parts = lambda: [Part(f"number {number}", partial(given_vectors, number)) for number in range(2)]
     kb = build(source, tmp_path, clip, progress=False)
     assert np.array_equal(kb.vectors(), np.eye(2, clip.embed_dim))
     assert kb.manifest["plan"] == {**plan, "clip": clip.weights_hash}
-    assert [shard["number"] for shard in kb.manifest["shards"]] == [0, 1]
+    assert [shard["content"] for shard in kb.manifest["shards"]] == ["number 0", "number 1"]
 
 
 def test_the_plan_has_all_settings_that_the_result_depends_on(folder, clip):
-    names = {"source", "fingerprint", "clip", "batch_size", "shard_size", "thumbnails"}
+    names = {"source", "clip", "batch_size", "shard_size", "thumbnails"}
     assert plan_of(FolderSource(folder), clip, Encoding()).keys() == names
     assert plan_of(FolderSource(folder), clip, Encoding(workers=3)) == plan_of(FolderSource(folder), clip, Encoding())
     rows = DatasetSource([{"image": None}])

@@ -8,7 +8,7 @@ import pytest
 from tests.valm.knowledge_base.inputs import touch
 from valm.errors import ValmError
 from valm.knowledge_base import captions
-from valm.knowledge_base.captions import caption_header, parse_caption, read_captions
+from valm.knowledge_base.captions import parse_caption, read_captions
 from valm.knowledge_base.sources.folder import find_images
 
 
@@ -23,32 +23,25 @@ def test_captions_beside_the_picture(tmp_path):
     assert read_captions(tmp_path, names)[:2] == (expected, {})
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
-def test_captions_of_other_encodings(tmp_path, encoding):
+def test_captions_are_utf8(tmp_path):
     touch(tmp_path, "a.png", "b.png", "c.png")
-    (tmp_path / "a.txt").write_bytes("a café\n".encode(encoding))
-    (tmp_path / "b.json").write_bytes('{"caption": "a café"}'.encode(encoding))
-    (tmp_path / "captions.csv").write_bytes("image,caption\nc.png,a café\n".encode(encoding))
-    (tmp_path / "table.json").write_bytes('{"c.png": "a café"}'.encode(encoding))
-    for table in (None, tmp_path / "table.json"):
-        found = read_captions(tmp_path, find_images(tmp_path).images, table)
-        assert found[:2] == (dict.fromkeys(["a.png", "b.png", "c.png"], "a café"), {})
+    (tmp_path / "a.txt").write_bytes("a café\n".encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_bytes("a café\n".encode("latin-1"))
+    (tmp_path / "captions.csv").write_bytes("image,caption\nc.png,a café\n".encode("utf-8-sig"))
+    found = read_captions(tmp_path, find_images(tmp_path).images)
+    assert found.of_image == dict.fromkeys(["a.png", "c.png"], "a café")
+    assert list(found.damaged) == ["b.txt"] and "utf-8" in found.damaged["b.txt"]
 
 
-def test_captions_of_windows(tmp_path):
-    """Its ellipsis is U+0085 in Latin-1, which would cut the caption in two."""
-    touch(tmp_path, "a.png", "b.png")
-    (tmp_path / "a.txt").write_bytes("a “big” dog… barks".encode("cp1252"))
-    (tmp_path / "captions.csv").write_bytes(b"image,caption\nb.png,a \x93big\x94 dog\x85 barks \x81\n")
-    found = read_captions(tmp_path, find_images(tmp_path).images).of_image
-    assert found == {"a.png": "a “big” dog… barks", "b.png": "a “big” dog… barks \x81"}
-
-
-def test_a_caption_ends_at_a_line_break_alone():
+def test_a_caption_has_a_line_each():
     text = "a dog\u2028runs\x0cfast\r\na cat\rasleep"
     assert parse_caption(text.encode(), ".txt") == "a dog runs fast\na cat\nasleep"
-    assert caption_header(b"image,\x0c,caption\ra.png,,a dog")
-    for caption, expected in (("one\ntwo", "one\ntwo"), (["one", "two\n more"], "one\ntwo more"), ([], ""), (None, "")):
+    for caption, expected in (
+        ("one\ntwo", "one\ntwo"),
+        (["one", "two\n more"], "one\ntwo more"),
+        ([], ""),
+        (None, ""),
+    ):
         assert parse_caption(json.dumps({"caption": caption}).encode(), ".json") == expected
     for caption in (3, {"en": "one"}, ["one", None]):
         with pytest.raises(ValueError, match=r"whose 'caption' is .*, expected a text or a list of texts"):
@@ -86,13 +79,13 @@ def test_caption_tables(tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", b"a.png,a red apple\n", "starts with 'a.png,a red apple'; expected a header"),
-        ("t.json", b"{", "cannot read the caption table"),
-        ("t.json", b"[1]", "holds a list; expected an object"),
-        ("t.json", b'{"a.png": 3}', "the caption of 'a.png' in .* is neither"),
-        ("t.csv", b'image,caption,by\na.png,A dog\nb.png,"a, b",me,\nc.png,a,b,c\n', "line 4: more fields than"),
-        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n', r"t\.tsv, line 3: .* expected after"),
-        ("t.csv", b"image,Caption,caption \na.png,one,two\n", "has 2 columns 'caption'; give each its own name"),
-        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "line 3: unexpected end of data: quote fields"),
+        ("t.json", b"{", "is no object from file names"),
+        ("t.json", b"[1]", "is no object from file names"),
+        ("t.json", b'{"a.png": 3}', "is no object from file names"),
+        ("t.json", b'{"a.png": {"caption": "a"}}', "is no object from file names"),
+        ("t.csv", b'image,caption,by\na.png,A dog\nb.png,"a, b",me,\nc.png,a,b,c\n', "line 4 has more fields than"),
+        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n', r"t\.tsv: .* expected after"),
+        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "unexpected end of data; quote fields"),
     ],
 )
 def test_broken_caption_tables(tmp_path, name, content, message):
@@ -113,27 +106,5 @@ def test_a_file_name_alone_is_of_one_image(tmp_path):
 def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(ValmError, match=r"cannot read .*a\.txt: Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         read_captions(tmp_path, ["a.png"])
-
-
-def test_what_of_a_table_is_not_used_is_said(tmp_path):
-    touch(tmp_path, "a.png", "b/c.png")
-    names = find_images(tmp_path).images
-    table = tmp_path / "t.csv"
-
-    def remarks(*rows):
-        table.write_text("image,caption\n" + "".join(f"{row},a dog\n" for row in rows))
-        return read_captions(tmp_path, names, table).remarks
-
-    assert remarks("a.png", "c.png", "b/c.png") == remarks() == []
-    relative = f"such as 'pics/a.png': paths are relative to {tmp_path}"
-    assert remarks("pics/a.png") == [f"1 of the 1 images that {table} names are not in {tmp_path}, {relative}"]
-    assert remarks("a.png", "pics/a.png", "x.png") == [
-        f"2 of the 3 images that {table} names are not in {tmp_path}, {relative}"
-    ]
-    (tmp_path / "a.txt").write_text("a cat")
-    assert remarks("a.png", "c.png") == []
-    assert remarks("a.png") == [
-        f"the captions of {table} are not used: the images that it names have captions beside them"
-    ]

@@ -33,4 +33,4 @@ def test_what_is_given_up_may_be_killed(clip, tmp_path):
         fail()
         assert contents(tmp_path / "kb") == {}
         points += 1
-    assert points == 7  # three records, their files, and the plan
+    assert points == 7  # three records, their tables, and the plan

@@ -5,19 +5,20 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
 
+from tests.valm.hub_cache import as_in_the_hub_cache
 from tests.valm.knowledge_base.inputs import COUNT, build_folder
 from tests.valm.store.manifests import edit_manifest
 from tests.valm.tiny_clip import make_clip
-from valm.clip.clip import WEIGHTS_FILE, Clip
+from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base import store
+from valm.knowledge_base.copy import merge
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.store.shards import open_manifest
+from valm.store.shards import sealed, shard_file
 from valm_kernels import memory_maps
 
 
@@ -82,57 +83,17 @@ def test_the_clip_is_found_again(kb, folder, clip, tokenizer, tmp_path):
         moved.load_clip()
 
 
-def test_weights_that_changed_are_not_loaded_unless_the_user_names_them(folder, tokenizer, tmp_path, monkeypatch):
-    clip = make_clip(tokenizer)
-    clip.save(tmp_path / "clip")
-    kb = build_folder(folder, tmp_path / "kb", clip)
-    weights = tmp_path / "clip" / WEIGHTS_FILE
-    torch.save(clip.model.state_dict(), tmp_path / "clip" / "open_clip_pytorch_model.bin")  # the same weights
-    with monkeypatch.context() as patch:
-        patch.setattr(open_clip, "create_model", None)  # nothing is loaded
-        with pytest.raises(ValmError, match=r"other weights than .* \(open_clip_pytorch_model\.bin\), .*--clip"):
-            kb.load_clip()
-        weights.rename(weights.with_name("aside"))
-        with pytest.raises(ValmError, match=r"other weights than .* \(open_clip_model\.safetensors\)"):
-            kb.load_clip()
-    assert kb.load_clip(tmp_path / "clip").weights_hash == clip.weights_hash
-
-
 @pytest.fixture
 def copied(kb, tmp_path):
     return shutil.copytree(kb.path, tmp_path, dirs_exist_ok=True)
 
 
-def test_a_folder_that_has_become_another_is_named(kb, copied):
-    """A running process would give the captions and vectors of one knowledge base for images of the other."""
-    opened, pickled = ImageKnowledgeBase.open(copied), pickle.dumps(ImageKnowledgeBase.open(copied))
-    assert opened.item(0) == kb.item(0) and pickle.loads(pickled).fingerprint == kb.fingerprint
-    manifest = (copied / "manifest.json").read_bytes()
-    (copied / "manifest.json").unlink()
-    (copied / "manifest.json").write_bytes(manifest)  # as a backup restores it, it is the same
-    assert opened.vectors().shape == kb.vectors().shape
+def test_another_process_gets_the_same_knowledge_base_or_none(kb, copied):
+    pickled = pickle.dumps(ImageKnowledgeBase.open(copied))
+    assert pickle.loads(pickled).item(1) == kb.item(1)
     edit_manifest(copied, normalized=False)
-    assert opened.item(1) == kb.item(1) and opened.fingerprint == kb.fingerprint  # from the same open file
-    opened._vectors.cache_clear()
-    for read in (lambda: opened.item(len(kb) - 1), opened.vectors):
-        with pytest.raises(ValmError, match="has been replaced since it was opened: open it again"):
-            read()
     with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
         pickle.loads(pickled)
-
-
-def test_a_folder_that_is_replaced_while_it_is_opened_is_named(copied, monkeypatch):
-    """Its manifest and its vectors would be those of two knowledge bases."""
-
-    def read_and_replace(path, *arguments):
-        found = open_manifest(path, *arguments)
-        edit_manifest(path, normalized=False)
-        os.utime(path / "manifest.json", (1, 1))
-        return found
-
-    monkeypatch.setattr(store, "open_manifest", read_and_replace)
-    with pytest.raises(ValmError, match="has been replaced since it was opened: open it again"):
-        ImageKnowledgeBase.open(copied).vectors()
 
 
 def test_damage_is_found_when_opening(copied):
@@ -141,53 +102,86 @@ def test_damage_is_found_when_opening(copied):
             ImageKnowledgeBase.open(folder)
 
     fails(r"no knowledge base at .*nowhere", copied / "nowhere")
-    file = copied / "vectors-00001.npy"
+    file = copied / "shard-00001.arrow"
     content = file.read_bytes()
     file.write_bytes(content[:-10])
-    fails(rf"vectors-00001\.npy has {len(content) - 10} bytes instead of {len(content)}")
+    fails(rf"shard-00001\.arrow has {len(content) - 10} bytes instead of {len(content)}")
     file.unlink()
-    fails(r"vectors-00001\.npy is missing")
+    fails(r"shard-00001\.arrow is missing")
     (copied / "manifest.json").unlink()
     fails(r"is not a knowledge base: it has no manifest\.json")
+
+
+def test_a_changed_manifest_is_named(copied):
+    file = copied / "manifest.json"
+    for change in ({"count": 1}, {"sha256": "0" * 64}, {"shards": []}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(
+            ValmError, match=r"manifest\.json is damaged: it differs from its own checksum; make it again"
+        ):
+            ImageKnowledgeBase.open(copied)
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        *(({name: ...}, f"{name}: Field required") for name in ("shards", "dim", "dtype", "skipped", "sha256")),
-        ({"shards": [{}]}, r"shards\[0\]\.files: Field required"),
-        ({"shards": 3}, "shards: .* valid list, got 3"),
+        *(({name: ...}, f"{name}: Field required") for name in ("shards", "dim", "dtype", "skipped")),
+        ({"shards": [{}]}, r"shards\.0\.content: Field required"),
+        ({"shards": 3}, "shards: .* valid array, got 3"),
         ({"clip": {"name": "tiny"}}, "clip.weights_hash: Field required"),
-        ({"clip": None}, "clip: .* valid dictionary, got None"),
+        ({"clip": None}, "clip: .* an object, got None"),
         ({"count": -1}, "count: .* got -1"),
+        ({"count": 8}, r"its count is 8, the sum over its shards is \d"),
+        ({"skipped": 0}, r"its skipped is 0, the sum over its shards is \d"),
         ({"dim": True}, "dim: .* valid integer, got True"),
     ],
 )
-def test_a_damaged_manifest_is_named(copied, change, found):
+def test_a_manifest_that_does_not_fit_is_named(copied, change, found):
+    """Whoever wrote its checksum."""
     manifest = json.loads((copied / "manifest.json").read_text()) | change
-    manifest = {name: value for name, value in manifest.items() if value is not ...}
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {name: value for name, value in manifest.items() if value is not ... and name != "sha256"}
+    (copied / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ValmError, match=rf"manifest\.json is damaged: .*{found}.*; make it again"):
         ImageKnowledgeBase.open(copied)
 
 
+def test_rows_that_are_not_those_of_the_record_are_named(copied):
+    """A shard in the place of another of the same size."""
+    first, last = (shard_file(copied, number) for number in (0, -1 + len(list(copied.glob("shard-*")))))
+    shards = json.loads((copied / "manifest.json").read_text())["shards"]
+    shards[0] |= {"count": shards[-1]["count"]}
+    shards[-1] |= {"count": json.loads((copied / "manifest.json").read_text())["shards"][0]["count"]}
+    assert shards[0]["count"] != shards[-1]["count"] and first != last
+    edit_manifest(copied, shards=shards)
+    kb = ImageKnowledgeBase.open(copied)
+    for read in (lambda: next(kb.shards()), lambda: kb.item(0)):
+        with pytest.raises(ValmError, match=r"shard-00000\.arrow is damaged: it has \d rows, expected \d"):
+            read()
+
+
+def test_a_snapshot_in_the_cache_of_a_hub_opens(kb, tmp_path):
+    snapshot = as_in_the_hub_cache(Path(shutil.copytree(kb.path, tmp_path / "kb")), tmp_path / "cache")
+    opened = ImageKnowledgeBase.open(snapshot)
+    assert np.array_equal(opened.vectors(), kb.vectors()) and opened.verify(progress=False) == []
+    assert np.array_equal(merge([snapshot], tmp_path / "merged").vectors(), kb.vectors())
+
+
 def test_changed_content_is_named_by_verify(copied):
     assert ImageKnowledgeBase.open(copied).verify(progress=False) == []
-    for name in ("vectors-00001.npy", "items-00002.parquet"):
+    for name in ("shard-00001.arrow", "shard-00002.arrow"):
         content = bytearray((copied / name).read_bytes())
         content[len(content) // 2] ^= 1
         (copied / name).write_bytes(content)
-    assert ImageKnowledgeBase.open(copied).verify(progress=False) == ["vectors-00001.npy", "items-00002.parquet"]
+    assert ImageKnowledgeBase.open(copied).verify(progress=False) == ["shard-00001.arrow", "shard-00002.arrow"]
 
 
 def test_overwritten_files_of_the_same_size(copied):
-    for name in ("vectors-00000.npy", "items-00000.parquet"):
-        (copied / name).write_bytes(bytes((copied / name).stat().st_size))
+    file = copied / "shard-00000.arrow"
+    file.write_bytes(bytes(file.stat().st_size))
     kb = ImageKnowledgeBase.open(copied)
-    with pytest.raises(ValmError, match=r"vectors-00000\.npy is damaged"):
-        kb.gather(np.array([0]))
-    with pytest.raises(ValmError, match=r"items-00000\.parquet is damaged"):
-        kb.item(0)
+    for read in (lambda: kb.gather(np.array([0])), lambda: kb.item(0)):
+        with pytest.raises(ValmError, match=r"shard-00000\.arrow is damaged"):
+            read()
 
 
 @pytest.mark.parametrize("source", ["hf-hub:some/one", "ViT-B-32:laion2b_s34b_b79k", "/", "local-dir:/", "../gone"])
@@ -214,7 +208,7 @@ def test_rows_far_apart_of_vectors_beyond_memory_are_read_alone(kb, monkeypatch)
     monkeypatch.setattr(store, "APART", 2 * kb.dim * 2)
     everything = kb.gather(np.arange(len(kb)))
     largest = max(shard["count"] for shard in kb.manifest["shards"])
-    row = next(at for at in range(len(kb)) if len(kb._vectors(kb._locate(at)[0])) == largest)
+    row = next(at for at in range(len(kb)) if len(kb._row(at)[0]) == largest)
     for limit, maps in ((1 << 40, []), (1, [largest])):
         monkeypatch.setattr(memory_maps, "memory_limit", lambda limit=limit: limit)
         opened = ImageKnowledgeBase.open(kb.path)

@@ -1,22 +1,16 @@
 """A knowledge base of given vectors, with an index, for the tests of both."""
 
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from valm.knowledge_base.format import (
-    ITEM_SCHEMA,
-    EncodedShard,
-    begin_knowledge_base,
-    clip_entry,
-    finish_knowledge_base,
-    write_shard,
-)
+from valm.knowledge_base.format import WHAT, clip_entry, facts_of, finish_knowledge_base, image_table, vectors_of
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.index_tuning import build_index
+from valm.store.shards import Part, run_here, sharded_build
 
 COUNT, K = 3000, 4
 make_index = partial(build_index, k=K, progress=False)
@@ -41,12 +35,16 @@ def queries(kb, count=400, seed=1) -> torch.Tensor:
 
 def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase:
     """COUNT vectors in three shards, each `copies` times, far from each other."""
-    build = begin_knowledge_base(out, {})
     vectors = np.tile(random_directions(COUNT // copies, clip.embed_dim, seed=0), (copies, 1))
-    for number, part in enumerate(np.split(vectors, 3)):
-        items = [{"uri": f"{number}/{row}", "caption": caption, "width": 1, "height": 1} for row in range(len(part))]
-        write_shard(build.out, number, EncodedShard(part, pa.Table.from_pylist(items, ITEM_SCHEMA), None, []))
-    finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
+
+    def table_of(part, progress):
+        rows = [{"uri": str(row), "caption": caption, "width": 1, "height": 1} for row in range(len(part))]
+        table = image_table(rows, part, [])
+        return table, facts_of(table)
+
+    with sharded_build(out, WHAT, {}) as build:
+        build.write(table_of, [Part("", part) for part in np.split(vectors, 3)], run_here, Mock())
+        finish_knowledge_base(build, clip_entry(clip, build.out), clip.embed_dim)
     return ImageKnowledgeBase.open(out)
 
 
@@ -54,3 +52,9 @@ def make_indexed(clip, out, **arguments) -> ImageKnowledgeBase:
     kb = make_kb_of_directions(clip, out)
     make_index(kb, queries(kb), **arguments)
     return kb
+
+
+def spoil(kb, shard, rows):
+    """Makes some neighbouring vectors of a shard ones that are no numbers."""
+    file, vectors = kb.shard_files()[shard][0], vectors_of(kb.table(shard))[rows]
+    file.write_bytes(file.read_bytes().replace(vectors.tobytes(), np.full_like(vectors, np.nan).tobytes()))

@@ -9,7 +9,16 @@ import torch
 
 from tests.valm.killed import exit_code, forked, needs_fork
 from tests.valm.other_tokenizers import gpt2_like
-from tests.valm.retrieval.indexed import COUNT, K, make_index, make_indexed, make_kb_of_directions, queries, slow
+from tests.valm.retrieval.indexed import (
+    COUNT,
+    K,
+    make_index,
+    make_indexed,
+    make_kb_of_directions,
+    queries,
+    slow,
+    spoil,
+)
 from tests.valm.tiny_clip import TEXTS
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
@@ -265,8 +274,7 @@ def test_a_vector_that_is_no_number_is_not_indexed(kb, monkeypatch, sampled):
     if not sampled:
         monkeypatch.setattr(index_filling, "training_rows", lambda kb, index: 1000)
         rows = np.setdiff1d(rows, np.random.default_rng(0).choice(COUNT, 1000, replace=False))
-    first = sorted(kb.path.glob("vectors-*.npy"))[0]
-    np.lib.format.open_memmap(first, mode="r+")[rows[7]] = np.nan
+    spoil(kb, 0, rows[7])
     with pytest.raises(ValmError, match="is damaged: a vector is not finite; build it again"):
         make_index(ImageKnowledgeBase.open(kb.path), queries(kb), "IVF16,Flat")
 
@@ -380,8 +388,8 @@ def test_a_full_disk_leaves_the_old_index(clip, tmp_path, monkeypatch, full_at):
 
 def test_a_vector_that_is_no_number_is_damage(clip, tmp_path):
     kb = make_indexed(clip, tmp_path / "kb", factory="IVF16,Flat")
-    for file in kb.path.glob("vectors-*.npy"):
-        np.lib.format.open_memmap(file, mode="r+")[:, 0] = np.nan
+    for shard in range(3):
+        spoil(kb, shard, slice(None))
     damaged = ImageKnowledgeBase.open(kb.path)
     message = "is damaged: .*finite; build it again|is damaged: .*NaN.*; build it again"
     with pytest.raises(ValmError, match=message):

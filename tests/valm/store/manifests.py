@@ -1,7 +1,8 @@
 """The files of a store, and manifests that a test changes."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ def edit_manifest(folder: Path, name: str = "manifest.json", **changes: Any) -> 
     """Changes entries of the file `name`, with a checksum that agrees, as whoever may write the folder could."""
     file = folder / name
     file.write_text(json.dumps(sealed(json.loads(file.read_text()) | changes)))
+
+
+def replacements(file: Path, outside: Path) -> Iterator[None]:
+    """Puts a pipe, a link to a device, and a link to a copy of the file in the folder `outside` in the place of
+    `file`, one after the other: none of them is a file of its folder."""
+    outside.mkdir()
+    copy = outside / file.name
+    file.rename(copy)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(copy)):
+        make(file)
+        yield
+        file.unlink()
 
 
 def check_every_bit_counts(file: Path, read: Callable[[], object], count: int) -> None:

@@ -1,6 +1,4 @@
 import os
-import stat
-import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +9,6 @@ from typing_extensions import NotRequired, TypedDict
 from valm.errors import ValmError
 from valm.store.files import (
     Count,
-    check,
     output_file,
     read_json,
     read_text,
@@ -40,10 +37,10 @@ GOOD = {"entries": [{"name": "a", "count": 3, "unknown": []}], "kind": "two", "m
     "change, message",
     [
         ({"entries": {}}, r"entries: .*valid (list|array), got an object of 0"),
-        ({"entries": [{"name": "a"}]}, r"entries\[0\]\.count: Field required"),
-        ({"entries": [{"name": "a", "count": "1"}]}, r"entries\[0\]\.count: .*valid integer, got '1'"),
-        ({"entries": [{"name": "a", "count": -1}]}, r"entries\[0\]\.count: .*got -1"),
-        ({"entries": [{"name": "a", "count": 10**400}]}, r"entries\[0\]\.count: .*got a number of more than 60"),
+        ({"entries": [{"name": "a"}]}, r"entries\.0\.count: Field required"),
+        ({"entries": [{"name": "a", "count": "1"}]}, r"entries\.0\.count: .*valid integer, got '1'"),
+        ({"entries": [{"name": "a", "count": -1}]}, r"entries\.0\.count: .*got -1"),
+        ({"entries": [{"name": "a", "count": 10**400}]}, r"entries\.0\.count: .*got a number of more than 60"),
         ({"share": float("nan")}, r"share: .*got nan"),
     ],
 )
@@ -51,47 +48,35 @@ def test_what_differs_from_a_schema_is_named(tmp_path, change, message):
     file = tmp_path / "a.json"
     write_json(file, GOOD)
     assert read_json(file, "the notes", Document) == GOOD, "keys that the schema does not have stay"
-    check(GOOD, Document)
     write_json(file, GOOD | change)
     with pytest.raises(ValmError, match=rf"^the notes .*a\.json is damaged: {message}.*; make it again$"):
         read_json(file, "the notes", Document)
-    with pytest.raises(ValueError, match=f"^{message}"):
-        check(GOOD | change, Document)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[" * 200_000])
 def test_what_is_no_json_is_named(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValmError, match=r"^the notes .*a\.json is damaged: Invalid JSON: .*; make it again$"):
+    with pytest.raises(ValmError, match=r"^the notes .*a\.json is damaged: .*Invalid JSON: .*; make it again$"):
         read_json(tmp_path / "a.json", "the notes", Any)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json", "the notes", Any)
 
 
-def test_a_key_twice_in_yaml_is_refused(tmp_path):
+def test_yaml(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("a: &x [1]\nb: *x\n")
     assert read_yaml(file, "the config") == {"a": [1], "b": [1]}
-    file.write_text("a: 1\nb: {c: 1, c: 2}\n")
-    with pytest.raises(ValmError, match=r"the config .*a\.yaml has 'c' twice"):
-        read_yaml(file, "the config")
+    for content, reason in (("a: [", ""), ("a: 2026-99-99", ""), ("a: 1\nb: {c: 1, c: 2}\n", "it has 'c' twice")):
+        file.write_text(content)
+        with pytest.raises(ValmError, match=rf"the config .*a\.yaml cannot be read: {reason}"):
+            read_yaml(file, "the config")
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("one".encode("utf-16"), "is UTF-16, expected UTF-8: convert it"),
-        (b"one\0two", "is not UTF-8 text: it has NUL bytes"),
-        (b"<!doctype HTML>\n<p>one", "is HTML or XML"),
-        (b"%PDF-1.7\n\xff", "is a PDF or RTF document"),
-        (b"\xff", "is not UTF-8 text: invalid start byte at byte 0"),
-    ],
-)
-def test_what_is_no_text_is_named(tmp_path, content, message):
+def test_what_is_no_text_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo")
     assert read_text(tmp_path / "a.txt") == "one\ntwo"  # without its byte order mark
-    (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(ValmError, match=rf"a\.txt {message}"):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValmError, match=r"a\.txt is not UTF-8 text: invalid start byte at byte 0"):
         read_text(tmp_path / "a.txt")
 
 
@@ -124,22 +109,6 @@ def test_an_output_goes_to_what_a_link_leads_to(tmp_path, exists):
         temporary.write_text("half")
         raise RuntimeError
     assert target.read_text() == "new" and os.listdir(target.parent) == ["page.html"]
-    if os.name == "posix":
-        for mode in (0o600, 0o664):
-            target.chmod(mode)
-            write_output(link, "new")
-            assert stat.S_IMODE(target.stat().st_mode) == mode
-
-
-@pytest.mark.timeout(60)
-def test_an_output_goes_into_a_pipe(tmp_path):
-    pipe, read = tmp_path / "pipe", []
-    os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
-    reader.start()
-    write_output(pipe, "new")
-    reader.join()
-    assert read == ["new"] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_short_names_tell_paths_apart():

@@ -1,136 +1,134 @@
-import json
+import os
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from tests.valm.store.manifests import check_every_bit_counts, contents, edit_manifest
+from tests.valm.store.manifests import check_every_bit_counts, contents, edit_manifest, replacements
 from valm.errors import ValmError
 from valm.store import shards
 from valm.store.shards import (
-    Manifest,
+    Part,
     ProgressBar,
+    Record,
     ShardedBuild,
-    ShardFiles,
-    file_entry,
-    files_of,
-    open_array,
     open_manifest,
+    read_manifest,
+    read_shard,
     run_here,
+    sharded_build,
 )
 from valm_kernels.atomic_files import temporary_file, temporary_name
 
 PLAN = {"source": "numbers", "size": 3}
+SCHEMA = pa.schema([("number", pa.int64())])
 
 
-def build(out, plan=PLAN):
-    return ShardedBuild(out, "heap", plan)
+def numbers(count, progress):
+    """A work: a shard of `count` numbers."""
+    return pa.table({"number": np.arange(count)}, SCHEMA), {"count": count}
 
 
-def write(out, numbers):
-    """A work: shard `number` holds `part` numbers."""
-
-    def work(number, part, progress):
-        numbers.append(number)
-        files = ShardFiles(out, number)
-        files.write_array("numbers", np.arange(part))
-        files.finish(count=part)
-
-    return work
+def parts(counts):
+    return [Part(f"{count} numbers", count) for count in counts]
 
 
-def run_backwards(work, shards, progress):
-    run_here(work, reversed(list(shards)), progress)
+def write(out, counts, run=run_here, plan=PLAN, finish=True):
+    with sharded_build(out, "heap", plan) as build:
+        build.write(numbers, parts(counts), run, Mock())
+        if finish and not build.finished:
+            build.finish(version=3)
+    return build
 
 
-def finish(build):
-    build.finish({"format": "valm heap", "version": 3})
+def run_backwards(task, shards, progress):
+    run_here(task, reversed(list(shards)), progress)
 
 
-def test_shards_may_be_written_in_any_order_and_not_twice(tmp_path):
+def opened(folder, what="heap", version=3):
+    return open_manifest(folder, what, version, f"make {what}")
+
+
+def test_shards_may_be_written_in_any_order_and_not_twice(tmp_path, monkeypatch):
+    written, write_shard = [], shards.write_shard
+    counted = lambda out, work, number, *more: written.append(number) or write_shard(out, work, number, *more)  # noqa: E731
     for name, run in (("one", run_here), ("other", run_backwards)):
-        started = build(tmp_path / name)
-        started.write(write(started.out, []), [4], run, Mock())
-        written = []
-        resumed = build(tmp_path / name)
-        resumed.write(write(resumed.out, written), [4, 5, 6], run, Mock())
-        assert sorted(written) == [1, 2]
-        finish(resumed)
+        with pytest.raises(KeyboardInterrupt), sharded_build(tmp_path / name, "heap", PLAN) as build:
+            build.write(numbers, parts([4]), run, Mock())
+            raise KeyboardInterrupt
+        monkeypatch.setattr(shards, "write_shard", counted)
+        write(tmp_path / name, [4, 5, 6], run)
+        monkeypatch.setattr(shards, "write_shard", write_shard)
+    assert sorted(written) == [1, 1, 2, 2]
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
-    manifest = open_manifest(tmp_path / "one", "heap", 3, "make heap", Manifest)
+    manifest = opened(tmp_path / "one")
     assert [shard["count"] for shard in manifest["shards"]] == [4, 5, 6]
     assert manifest["plan"] == PLAN
-    names = [f"numbers-0000{number}.npy" for number in range(3)]
-    assert list(files_of(manifest)) == [file_entry(tmp_path / "one" / name) for name in names]
+    names = [f"shard-0000{number}.arrow" for number in range(3)]
     assert sorted(contents(tmp_path / "one")) == ["manifest.json", *names]
+    tables = [read_shard(tmp_path / "one" / name, SCHEMA, count) for name, count in zip(names, (4, 5, 6), strict=True)]
+    assert [table["number"].to_pylist() for table in tables] == [list(range(count)) for count in (4, 5, 6)]
 
 
 def test_killed_between_the_manifest_and_the_end(tmp_path):
-    started = build(tmp_path)
-    started.write(write(started.out, []), [4, 5], run_here, Mock())
+    write(tmp_path, [4, 5], finish=False)
     left = contents(tmp_path)
-    finish(started)
+    write(tmp_path, [4, 5])
     finished = contents(tmp_path)
     for name in ("build.json", "shard-00001.json"):
         (tmp_path / name).write_bytes(left[name])
-    again = build(tmp_path)
-    with again.writing():
-        assert again.finished and len(again.done()) == 2
+    with sharded_build(tmp_path, "heap", PLAN) as build:
+        assert build.finished and len(build.done()) == 2
     assert contents(tmp_path) == finished
 
 
-@pytest.mark.parametrize("end", [finish, ShardedBuild.abandon])
+@pytest.mark.parametrize("end", ["finish", "abandon"])
 def test_what_killed_tries_left_is_removed_at_the_end(tmp_path, end):
-    started = build(tmp_path)
-    started.write(write(started.out, []), [4, 5], run_here, Mock())
-    names = ("numbers-00001.npy", "shard-00001.json", "build.json", "manifest.json", "index.faiss")
-    for name in names:
+    write(tmp_path, [4, 5], finish=False)
+    for name in ("shard-00001.arrow", "shard-00001.json", "build.json", "manifest.json", "index.faiss"):
         temporary_name(tmp_path / name).touch()
     (tmp_path / "notes.tmp").touch()
     with temporary_file(tmp_path / "index.faiss") as of_a_writer_that_lives:
-        end(started)
+        with sharded_build(tmp_path, "heap", PLAN) as build:
+            getattr(build, end)()
         there = {of_a_writer_that_lives, tmp_path / "notes.tmp"}
         assert set(tmp_path.glob("*.tmp")) == there
-        assert end is finish or set(tmp_path.iterdir()) == there
+        assert end == "finish" or set(tmp_path.iterdir()) == there
 
 
 def test_another_writer_is_refused_and_finds_what_was_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "WAIT_SECONDS", 0)
-    first, second = build(tmp_path), build(tmp_path)
-    with first.writing():
-        with pytest.raises(TimeoutError, match="another process is writing there"), second.writing():
-            pass
-        finish(first)
-    assert not second.finished
-    with second.writing():
-        assert second.finished
+    with sharded_build(tmp_path, "heap", PLAN) as first:
+        with pytest.raises(TimeoutError, match="another process is writing there"):
+            write(tmp_path, [])
+        first.finish(version=3)
+    assert write(tmp_path, []).finished
 
 
 def test_what_differs_from_the_plan_is_named(tmp_path):
-    started = build(tmp_path)
+    write(tmp_path, [], finish=False)
     with pytest.raises(ValmError, match="another unfinished heap: its size is 3, here it is 4; delete it or choose"):
-        build(tmp_path, {**PLAN, "size": 4, "colour": "red"})
-    finish(started)
+        write(tmp_path, [], plan={**PLAN, "size": 4, "colour": "red"})
+    write(tmp_path, [])
     with pytest.raises(ValmError, match=r"holds another heap: its (size|source) is .*; choose another folder"):
-        build(tmp_path, {})
+        write(tmp_path, [], plan={})
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(ValmError, match=r"the manifest .*manifest\.json is damaged: .*got a list of 0"):
-        build(tmp_path)
+        write(tmp_path, [])
 
 
-def opened(folder, what="heap", version=3):
-    return open_manifest(folder, what, version, f"make {what}", Manifest)
-
-
-def finished(folder, **change):
-    """A folder of one shard, the entry of whose file has a `change`."""
-    started = build(folder)
-    started.write(write(folder, []), [3], run_here, Mock())
-    finish(started)
-    (shard,) = json.loads((folder / "manifest.json").read_text())["shards"]
-    shard["files"][0] |= change
-    edit_manifest(folder, shards=[shard])
-    return folder
+@pytest.mark.parametrize("finish", [False, True])
+def test_another_source_is_refused(tmp_path, finish):
+    write(tmp_path, [4, 5], finish=finish)
+    for changed, number in (([4, 6], 1), ([4], 1), ([], 0)):
+        with pytest.raises(ValmError, match=rf"heap has changed since .* was begun \(its part {number}\); choose"):
+            write(tmp_path, changed)
+    if finish:
+        with pytest.raises(ValmError, match=r"has changed since .* was begun \(its part 2\); choose"):
+            write(tmp_path, [4, 5, 6])
+    write(tmp_path, [4, 5])
+    assert len(opened(tmp_path)["shards"]) == 2
 
 
 def test_a_folder_of_another_format_or_version_is_named(tmp_path):
@@ -140,33 +138,87 @@ def test_a_folder_of_another_format_or_version_is_named(tmp_path):
 
     fails(r"no heap at .*none: there is no such folder", tmp_path / "none")
     fails(r"is not a heap: it has no manifest\.json; make one with `make heap`")
-    build(tmp_path)
+    write(tmp_path, [3], finish=False)
     fails("is unfinished; run `make heap` again, it resumes where it stopped")
-    finished(tmp_path)
+    write(tmp_path, [3])
     fails("is not the manifest of a pile", what="pile")
     fails("has format version 3, this valm reads 4; make it again", version=4)
-    (tmp_path / "numbers-00000.npy").unlink()
-    fails(r"numbers-00000\.npy is missing; make it again")
+    file = tmp_path / "shard-00000.arrow"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    fails(rf"shard-00000\.arrow has {len(content) - 1} bytes instead of {len(content)}; make it again")
+    file.unlink()
+    fails(r"shard-00000\.arrow is missing; make it again")
 
 
-def test_an_array_is_what_the_manifest_says(tmp_path, monkeypatch):
-    file = tmp_path / "a.npy"
-    np.save(file, np.arange(4, dtype=np.int32))
-    assert isinstance(open_array(file, (4,), np.int32), np.memmap)
-    for shape, dtype in (((5,), np.int32), ((4,), np.int64)):
-        with pytest.raises(ValmError, match=r"a\.npy holds int32 \(4,\), the manifest says"):
-            open_array(file, shape, dtype)
-    for content in (b"", b"[1, 2]", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((("):
+def test_a_damaged_shard_is_named(tmp_path):
+    write(tmp_path, [3])
+    file = tmp_path / "shard-00000.arrow"
+    for schema, rows, message in (
+        (pa.schema([("other", pa.string())]), 3, "Out of bounds field index"),
+        (pa.schema([("number", pa.int32())]), 3, "it has number: int64, expected number: int32"),
+        (SCHEMA, 4, "it has 3 rows, expected 4"),
+    ):
+        with pytest.raises(ValmError, match=rf"shard-00000\.arrow is damaged: {message}.*; make it again"):
+            read_shard(file, schema, rows)
+    with pa.ipc.new_file(str(file), SCHEMA) as writer:
+        for _ in range(2):
+            writer.write_table(numbers(2, None)[0])
+    with pytest.raises(ValmError, match="it has 4 rows, expected 4 in one batch"):
+        read_shard(file, SCHEMA, 4)
+    for content in (b"", b"[1, 2]", file.read_bytes()[:-20], bytes(1000)):
         file.write_bytes(content)
-        with pytest.raises(ValmError, match=r"a\.npy is damaged: .*; make it again"):
-            open_array(file, (4,), np.int32)
-    monkeypatch.setattr(np, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
-    with pytest.raises(PermissionError):  # not damaged
-        open_array(file, (4,), np.int32)
+        with pytest.raises(ValmError, match=r"shard-00000\.arrow is damaged: .*; make it again"):
+            read_shard(file, SCHEMA, 3)
+
+
+def test_a_shard_may_have_no_rows(tmp_path):
+    write(tmp_path, [3, 0])
+    assert len(read_shard(tmp_path / "shard-00001.arrow", SCHEMA, 0)) == 0
+
+
+def test_a_sum_that_differs_from_its_shards_is_named(tmp_path):
+    with sharded_build(tmp_path, "heap", PLAN) as build:
+        build.write(numbers, parts([4, 5]), run_here, Mock())
+        build.finish(version=3, count=9)
+    assert open_manifest(tmp_path, "heap", 3, "make heap", sums=("count",))["count"] == 9
+    edit_manifest(tmp_path, count=14)
+    with pytest.raises(ValmError, match=r"manifest\.json is damaged: its count is 14, the sum over its shards is 9"):
+        open_manifest(tmp_path, "heap", 3, "make heap", sums=("count",))
+
+
+@pytest.mark.parametrize("changes", [{"shards": 7}, {"shards": [{}]}, {"plan": []}, {"version": "3"}, {"format": 1}])
+def test_a_manifest_of_other_types_is_named(tmp_path, changes):
+    write(tmp_path, [3])
+    edit_manifest(tmp_path, **changes)
+    with pytest.raises(ValmError, match=r"manifest|version"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000.arrow"])
+def test_what_is_no_regular_file_of_a_store_is_not_opened(tmp_path, name):
+    """A pipe is waited for, a device never ends, and a link may lead to any file of this machine."""
+    store = tmp_path / "store"
+    write(store, [3])
+    file = store / name
+    for _ in replacements(file, tmp_path / "outside"):
+        for read in (lambda: opened(store), lambda: read_manifest(store) and read_shard(file, SCHEMA, 3)):
+            with pytest.raises(PermissionError, match=r"not a regular file|a link that leads out"):
+                read()
+
+
+@pytest.mark.parametrize("file", ["build.json", "shard-00000.json"])
+def test_a_build_opens_no_pipe(tmp_path, file):
+    write(tmp_path, [3], finish=False)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(PermissionError, match="not a regular file"):
+        write(tmp_path, [3])
 
 
 def test_the_bar_guesses_the_whole_from_the_shards_begun(capsys):
-    with ProgressBar("write", " numbers", 4, True) as bar:
+    with ProgressBar("write", " numbers", 6, True) as bar:
+        bar.done = 2
         bar.begin(100)
         bar.advance(100, skipped=2)
         bar.begin(300)
@@ -175,53 +227,13 @@ def test_the_bar_guesses_the_whole_from_the_shards_begun(capsys):
     assert "300/800" in line and "skipped=2" in line and "numbers/s" in line
 
 
-@pytest.fixture
-def outside(tmp_path):
-    """A file that is neither read nor deleted, whatever a manifest or a record says."""
-    (tmp_path / "outside").mkdir()
-    file = tmp_path / "outside" / "numbers-00000.npy"
-    np.save(file, np.arange(3))
-    return file
-
-
 def test_a_manifest_with_one_changed_bit_is_refused(tmp_path):
     """Whatever that bit says."""
-    folder = finished(tmp_path / "finished")
-    check_every_bit_counts(folder / "manifest.json", lambda: opened(folder), 250)
+    write(tmp_path, [3])
+    check_every_bit_counts(tmp_path / "manifest.json", lambda: opened(tmp_path), 250)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../outside/numbers-00000.npy",
-        "numbers-00000.npy/../../outside/numbers-00000.npy",
-        "numbers-x/../../outside/stolen.npy",
-        "/etc/passwd",
-        "numbers-00000.npy\n",
-        "numbers-00001.npy",
-    ],
-)
-def test_names_that_are_not_ours_are_neither_read_nor_deleted(tmp_path, outside, name):
-    before = outside.read_bytes()
-    folder = finished(tmp_path / "finished", name=name)
-    with pytest.raises(ValmError, match=r"damaged.*(name: |lists numbers-00001)"):
-        opened(folder)
-    planted = tmp_path / "planted"
-    planted.mkdir()
-    (planted / "build.json").write_text(json.dumps({"plan": PLAN}))
-    entry = {**file_entry(outside), "name": name}
-    (planted / "shard-00000.json").write_text(json.dumps({"count": 0, "files": [entry]}))
-    build = ShardedBuild(planted, "heap", PLAN)
-    for use in (build.done, build.abandon):
-        with pytest.raises(ValmError, match=r"damaged.*; delete it or choose another folder"):
-            use()
-    assert outside.read_bytes() == before
-
-
-def test_links_out_of_the_folder_are_refused(tmp_path, outside):
-    for name in ("numbers-00000.npy", "manifest.json"):
-        folder = finished(tmp_path / name)
-        (folder / name).unlink()
-        (folder / name).symlink_to(outside)
-        with pytest.raises(PermissionError, match=r"leads out of its folder"):
-            opened(folder)
+def test_a_file_that_is_not_ours_is_not_written_over(tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(ValmError, match="is not empty"):
+        ShardedBuild(tmp_path, "heap", PLAN, Record)

@@ -6,43 +6,43 @@ A new source is one class that implements `Source`, in one file. `valm.knowledge
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from valm.knowledge_base.format import EncodedShard
-from valm.knowledge_base.records import Encoding, Record
-from valm.store.shards import Progress
+import pyarrow as pa
+
+from valm.knowledge_base.format import image_table
+from valm.knowledge_base.records import Encoding, Record, fingerprint_records
+from valm.store.shards import Part, Progress
 
 if TYPE_CHECKING:  # a source that is not there is found before torch is imported
     from valm.clip.clip import Clip
 
-# The part of a source that becomes one shard. Calling it reads and encodes that part, possibly in another process, so
-# it must be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.
-SourceShard: TypeAlias = "Callable[[Clip, Encoding, Progress], EncodedShard]"
+# The source of a `Part`: calling it reads and encodes the images of one shard, possibly in another process, so it must
+# be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.
+Encode: TypeAlias = "Callable[[Clip, Encoding, Progress], pa.Table]"
 
 
 class Source(Protocol):
     """A source of images, split into shards.
 
     precomputed: whether its shards already hold CLIP vectors, which `Encoding` does not change.
+    count: number of shards, for the progress bar; None if unknown.
     """
 
     precomputed: bool
 
     @property
-    def count(self) -> int | None:
-        """Number of shards, for the progress bar; None if unknown."""
+    def count(self) -> int | None: ...
 
     def plan(self) -> dict[str, Any]:
-        """What the result depends on, as JSON: `source`, the kind of source; `fingerprint`, a hash of its content; and
-        its settings. A build is resumed only with an equal plan."""
+        """Its kind (`source`) and settings, as JSON. A build is resumed only with an equal plan."""
 
     def files(self) -> Iterable[Path]:
-        """The files that it reads. A build that is resumed warns if one was written since it began: the fingerprint has
-        their sizes alone."""
+        """The files that it reads. A resumed build warns if a file was written since: a part's hash has only sizes."""
 
     def images(self) -> Iterable[Record]:
         """Every image with its caption, in order and undecoded, to train a CLIP on. Records without an image are
@@ -52,25 +52,18 @@ class Source(Protocol):
             ValmError: the source has only vectors.
         """
 
-    def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
-        """Every shard in order, finished ones too.
-
-        Args:
-            done: the manifest's entry of each shard that an interrupted build has finished, by number. It holds the
-                `facts` of the `EncodedShard`, by which the source can check that it has not changed.
-
-        Raises:
-            ValmError: the source has changed.
-        """
+    def parts(self) -> Iterable[Part]:
+        """Every shard in order, as an `Encode` and a hash of what it reads: a resumed build compares that."""
 
 
-def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and sizes of `files`.
+def record_parts(records: Iterable[Record], shard_size: int) -> Iterator[Part]:
+    """Parts of `shard_size` images."""
+    records = iter(records)
+    while shard := list(islice(records, shard_size)):
+        yield Part(fingerprint_records(shard), partial(encode_list, shard))
 
-    Raises:
-        OSError: a file is missing.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(json.dumps([file.name, file.stat().st_size]).encode())
-    return digest.hexdigest()
+
+def encode_list(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> pa.Table:
+    from valm.knowledge_base.encode import encode_records  # with torch, which a wrong path need not wait for
+
+    return image_table(*encode_records(records, clip, encoding, progress))

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from valm.clip.read_image import IMAGE_SUFFIXES, unread_formats
 from valm.errors import ValmError
-from valm.knowledge_base.captions import CAPTION_SUFFIXES, FolderCaptions, join_captions, read_captions, read_rows
-from valm.knowledge_base.records import Record, fingerprint_records
-from valm.knowledge_base.sources import SourceShard
-from valm.store.files import exists, files_below, is_folder
-
-# Suffixes of tables that are no captions.csv and may hold captions, such as the metadata.jsonl of Hugging Face.
-TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl"}
+from valm.knowledge_base.captions import CAPTION_SUFFIXES, join_captions, read_captions, read_rows
+from valm.knowledge_base.records import Record
+from valm.knowledge_base.sources import record_parts
+from valm.store.files import files_below
+from valm.store.shards import Part
 
 
 class _RecordSource:
@@ -36,11 +32,7 @@ class _RecordSource:
         return -(-len(self.records) // self.shard_size)
 
     def plan(self) -> dict[str, Any]:
-        return {
-            "source": self.kind,
-            "fingerprint": fingerprint_records(self.records),
-            "shard_size": self.shard_size,
-        }
+        return {"source": self.kind, "shard_size": self.shard_size}
 
     def files(self) -> Iterable[Path]:
         return (record.source for record in self.records if isinstance(record.source, Path))
@@ -48,18 +40,15 @@ class _RecordSource:
     def images(self) -> Iterable[Record]:
         return self.records
 
-    def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
-        from valm.knowledge_base.encode import encode_records  # with torch, which a wrong path need not wait for
-
-        for start in range(0, len(self.records), self.shard_size):
-            yield partial(encode_records, self.records[start : start + self.shard_size])
+    def parts(self) -> Iterable[Part]:
+        return record_parts(self.records, self.shard_size)
 
 
 class FolderSource(_RecordSource):
     """Every image under `folder`.
 
     Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` says which other
-    files were ignored, and what of a table of captions.
+    files were ignored, and how many images have no caption.
 
     Args:
         captions: a table of captions; by default found as in `read_captions`.
@@ -73,19 +62,21 @@ class FolderSource(_RecordSource):
     kind = "folder"
 
     def __init__(
-        self,
-        folder: str | os.PathLike,
-        *,
-        captions: str | os.PathLike | None = None,
-        shard_size: int = 16384,
+        self, folder: str | os.PathLike, *, captions: str | os.PathLike | None = None, shard_size: int = 16384
     ):
-        content = find_images(Path(folder))
-        found = read_captions(Path(folder), content.images, None if captions is None else Path(captions))
         where = Path(folder).absolute()  # another machine may have another working directory
+        content = find_images(Path(folder))
+        found = read_captions(where, content.images, None if captions is None else Path(captions).absolute())
         records = [Record(image, found.of_image.get(image, ""), where / image) for image in content.images]
         damaged = [Record(file, "", None, reason=reason) for file, reason in found.damaged.items()]
         super().__init__(records + damaged, shard_size)
-        self.remarks = _remarks(Path(folder), content, found)
+        if found.table is not None and found.table.is_relative_to(where):
+            content.ignored[found.table.suffix.lower()] -= 1
+        others = {suffix: n for suffix, n in content.ignored.items() if n > 0 and suffix not in CAPTION_SUFFIXES}
+        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(others.items()))
+        self.remarks = ["; ".join([f"files ignored: {kinds}", *unread_formats(others)])] if others else []
+        if without := len(content.images) - len(found.of_image):
+            self.remarks.append(f"{without:,} of {len(content.images):,} images have no caption")
 
 
 class TableSource(_RecordSource):
@@ -133,56 +124,30 @@ def table_records(table: Path, image_column: str | None = None, caption_column: 
     return records + unnamed
 
 
-@dataclass
-class FolderContent:
+class FolderContent(NamedTuple):
     """The content of a folder of images.
 
     images: sorted paths relative to it, with forward slashes. ignored: number of other files, by suffix.
     """
 
-    images: list[str] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
+    images: list[str]
+    ignored: Counter[str]
 
 
 def find_images(folder: Path) -> FolderContent:
     """All images under `folder`: the files with one of IMAGE_SUFFIXES, as `files_below` finds them.
 
     Raises:
-        OSError: a folder below it cannot be read.
-        ValmError: the folder is missing or has no image.
+        OSError: the folder, or one below it, cannot be read.
+        ValmError: the folder has no image.
     """
-    if not is_folder(folder):
-        raise ValmError(f"no folder {folder}" if not exists(folder) else f"{folder} is not a folder")
-
-    found = FolderContent()
-    for name in files_below(folder):
-        suffix = Path(name).suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
-            found.images.append(name)
-        else:
-            found.ignored[suffix] += 1
-    if not found.images:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        unread = "".join(f"; {remark}" for remark in unread_formats(found.ignored))
+    suffixes = {name: Path(name).suffix.lower() for name in files_below(folder)}
+    images = [name for name, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
+    ignored = Counter(suffix for suffix in suffixes.values() if suffix not in IMAGE_SUFFIXES)
+    if not images:
+        unread = "".join(f"; {remark}" for remark in unread_formats(ignored))
         raise ValmError(
-            f"no images in {folder}; looked for files ending in {suffixes}, in folders below it too{unread}"
+            f"no images in {folder}; looked for files ending in {' '.join(sorted(IMAGE_SUFFIXES))}, in folders below "
+            f"it too{unread}"
         )
-    return found
-
-
-def _remarks(folder: Path, content: FolderContent, captions: FolderCaptions) -> list[str]:
-    others = content.ignored.copy()
-    if captions.table is not None and captions.table.resolve().is_relative_to(folder.resolve()):
-        others[captions.table.suffix.lower()] -= 1
-    ignored = {suffix: count for suffix, count in others.items() if count > 0 and suffix not in CAPTION_SUFFIXES}
-    remarks = []
-    if ignored:
-        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(ignored.items()))
-        remarks.append("; ".join([f"files ignored: {kinds}", *unread_formats(ignored)]))
-    remarks += captions.remarks
-    if without_caption := len(content.images) - len(captions.of_image):
-        remark = f"{without_caption:,} of {len(content.images):,} images have no caption"
-        if not captions.of_image and not TABLE_SUFFIXES.isdisjoint(ignored):
-            remark += ": if a table in the folder has them, give it as --captions TABLE (CSV, TSV or JSON)"
-        remarks.append(remark)
-    return remarks
+    return FolderContent(images, ignored)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import re
 import tarfile
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from valm.clip.read_image import IMAGE_SUFFIXES, UNREAD_SUFFIXES, unread_formats
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
-from valm.knowledge_base.format import EncodedShard
 from valm.knowledge_base.records import Encoding, Record
-from valm.knowledge_base.sources import SourceShard, fingerprint_files
+from valm.knowledge_base.sources import encode_list
 from valm.store.files import cannot_read, is_transient
-from valm.store.shards import Progress
+from valm.store.shards import Part, Progress
 from valm.text import one_line
 
 if TYPE_CHECKING:
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
 
 # Bytes after the last member of an archive that are checked to be zero: tar itself pads with a few thousand.
 END_BYTES = 1 << 20
-COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$", re.IGNORECASE)
 
 
 class WebdatasetSource:
     """The images in tar files; one shard for each file.
 
     Nothing is unpacked, so any names in an archive are safe. A truncated or damaged archive is read up to the damage
-    and listed as skipped. So are damaged images and caption files, all but the last of several images of one name,
-    links to images, and an image with another dot in its name that belongs to no other.
+    and listed as skipped. So are damaged images and caption files, images whose name has no sample of its own, and all
+    but the last of several images of one name.
 
     Args:
         tars: a folder of `*.tar` files, one file, or several. Members whose names agree up to the first dot belong
@@ -51,13 +51,7 @@ class WebdatasetSource:
             path = Path(tars)
             tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
             if not tars:
-                raise ValmError(f"no tar files in {path}; looked for files ending in .tar")
-            if path.is_dir() and (others := sorted(file for file in path.iterdir() if COMPRESSED.search(file.name))):
-                warnings.warn(
-                    f"{path} has {len(others)} compressed archives, such as {others[0].name}, which are not read: "
-                    "uncompress them to .tar",
-                    stacklevel=2,
-                )
+                raise ValmError(f"no tar files in {path}; looked for files ending in .tar, uncompressed")
         self.tars = [Path(tar).absolute() for tar in tars]
 
     @property
@@ -65,7 +59,7 @@ class WebdatasetSource:
         return len(self.tars)
 
     def plan(self) -> dict[str, Any]:
-        return {"source": "webdataset", "fingerprint": fingerprint_files(self.tars)}
+        return {"source": "webdataset"}
 
     def files(self) -> Iterable[Path]:
         return self.tars
@@ -73,14 +67,22 @@ class WebdatasetSource:
     def images(self) -> Iterable[Record]:
         return (record for tar in self.tars for record in tar_records(tar))
 
-    def shards(self, done: dict[int, dict[str, Any]]) -> Iterable[SourceShard]:
-        return (partial(encode_tar, tar) for tar in self.tars)
+    def parts(self) -> Iterator[Part]:
+        return (Part(fingerprint_files([tar]), partial(encode_tar, tar)) for tar in self.tars)
 
 
-def encode_tar(tar: Path, clip: Clip, encoding: Encoding, progress: Progress) -> EncodedShard:
-    from valm.knowledge_base.encode import encode_records
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and sizes of `files`.
 
-    return encode_records(tar_records(tar), clip, encoding, progress)
+    Raises:
+        OSError: a file is missing.
+    """
+    sizes = [[file.name, file.stat().st_size] for file in files]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
+def encode_tar(tar: Path, clip: Clip, encoding: Encoding, progress: Progress) -> pa.Table:
+    return encode_list(tar_records(tar), clip, encoding, progress)
 
 
 def tar_records(path: Path) -> list[Record]:
@@ -91,60 +93,66 @@ def tar_records(path: Path) -> list[Record]:
     """
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[tuple[str, str], str] = {}
-    damaged: list[Record] = []
-    others: list[tuple[str, str, str]] = []  # such as the mask beside an image, 0.mask.png
-
-    def skip(name: str, reason: str) -> None:
-        damaged.append(Record(name, "", None, reason=reason))
-
+    skipped: dict[str, str] = {}
+    others: list[tuple[str, str]] = []  # links, formats that are not read, and such as a mask, 0.mask.png
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.size < 0:  # tarfile would read this one again
-                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+            for member in _members(tar):
                 name = PurePosixPath(member.name)
                 stem, _, extension = name.name.partition(".")
                 key, suffix = str(name.parent / stem), f".{extension.lower()}"
-                uri = f"{path.name}/{member.name}"
-                last = name.suffix.lower()
-                if not member.isfile() or suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
-                    if member.issym() or member.islnk():
-                        if last in IMAGE_SUFFIXES:
-                            skip(uri, f"a link to {member.linkname}, which is not followed")
-                    elif name.name.startswith("."):
-                        pass  # as in a folder
-                    elif member.isfile() and last in UNREAD_SUFFIXES:
-                        skip(uri, unread_formats([last])[0])
-                    elif member.isfile() and last in IMAGE_SUFFIXES:
-                        others.append((key, uri, suffix))
-                    continue
-                if member.issparse():
-                    skip(uri, "stored as a sparse file, which a few bytes make as large as they like")
-                elif suffix in IMAGE_SUFFIXES:
-                    if key in images:
-                        skip(f"{path.name}/{images[key].name}", f"{member.name} comes after it in its place")
-                    images[key] = member
-                else:
-                    opened = tar.extractfile(member)
-                    assert opened is not None  # None only for a link or a folder
+                if suffix in CAPTION_SUFFIXES:
                     try:
-                        captions[key, suffix] = parse_caption(opened.read(MAX_CAPTION_BYTES + 1), suffix)
+                        captions[key, suffix] = parse_caption(_content(tar, member), suffix)
                     except ValueError as error:
-                        skip(uri, str(error))
-            # tarfile accepts a damaged or empty header as the end, and a missing end
-            tar.fileobj.seek(tar.offset)
-            end = tar.fileobj.read(END_BYTES)
-            if len(end) < tarfile.BLOCKSIZE or any(end):
-                raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
+                        skipped[member.name] = str(error)
+                elif suffix in IMAGE_SUFFIXES and member.isreg() and not member.issparse():
+                    if key in images:
+                        skipped[images[key].name] = f"{member.name} comes after it in its place"
+                    images[key] = member
+                elif name.suffix.lower() in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and stem:
+                    others.append((key, member.name))
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         if is_transient(error):
             raise cannot_read(path, one_line(str(error))) from error
-        skip(path.name, f"the archive ends early: {one_line(str(error))}")
-    for key, uri, suffix in others:
-        if key not in images:
-            skip(uri, f"named {suffix} from the first dot on, expected an image's suffix alone")
-    records = []
-    for key, member in images.items():
-        caption = next(filter(None, (captions.get((key, suffix)) for suffix in CAPTION_SUFFIXES)), "")
-        records.append(Record(f"{path.name}/{member.name}", caption, path, member.offset_data, member.size))
-    return records + damaged
+        skipped[""] = f"the archive ends early: {one_line(str(error))}"
+    for other in (other for key, other in others if key not in images):
+        unread = unread_formats([PurePosixPath(other).suffix.lower()])
+        skipped[other] = unread[0] if unread else "not a whole file whose name up to the first dot is that of a sample"
+    records = [
+        Record(
+            f"{path.name}/{member.name}",
+            captions.get((key, ".txt")) or captions.get((key, ".json")) or "",
+            path,
+            member.offset_data,
+            member.size,
+        )
+        for key, member in images.items()
+    ]
+    uris = ((f"{path.name}/{name}".rstrip("/"), reason) for name, reason in skipped.items())
+    return records + [Record(uri, "", None, reason=reason) for uri, reason in uris]
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive.
+
+    Raises:
+        tarfile.ReadError: it ends early, or in a damaged header: tarfile takes either for the end.
+    """
+    for member in tar:
+        if member.size < 0:  # tarfile would read this one again
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+        yield member
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(END_BYTES)
+    if len(end) < tarfile.BLOCKSIZE or any(end):
+        raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a caption file; as ValueError, why it is none."""
+    if not member.isreg() or member.issparse() or member.size > MAX_CAPTION_BYTES:
+        raise ValueError(f"a link, a sparse file or one of more than {MAX_CAPTION_BYTES:,} bytes, which is not read")
+    opened = tar.extractfile(member)
+    assert opened is not None  # None only for a link or a folder
+    return opened.read()

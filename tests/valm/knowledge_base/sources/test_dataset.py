@@ -52,7 +52,7 @@ def test_a_dataset(dataset, clip, tmp_path, streamed):
         "2": "there is no picture",
     }
     assert kb.thumbnail(0).size == (30, 20)
-    assert [len(entry["files"]) for entry in kb.manifest["shards"]] == [4, 3, 3]
+    assert [shard["skipped"] for shard in kb.manifest["shards"]] == [2, 0, 0]
 
 
 def test_rows_of_any_kind(clip, tmp_path):
@@ -100,26 +100,24 @@ def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
     with pytest.raises(OSError, match="the network is gone"):
         build(DatasetSource(Broken(rows), shard_size=2), tmp_path, clip, progress=False)
     other = [*rows[:2], {"image": PICTURES[2], "caption": "new"}, *rows[3:]]
-    with pytest.raises(ValmError, match=r"the dataset has changed since .* was begun \(rows 2 to 3\)"):
-        build(DatasetSource(other, shard_size=2), tmp_path, clip, progress=False)
-    with pytest.raises(ValmError, match="its fingerprint is "):
-        build(DatasetSource(rows[:6], shard_size=2), tmp_path, clip, progress=False)
+    for changed, part in ((other, 1), (rows[:2], 1)):
+        with pytest.raises(ValmError, match=rf"has changed since .* was begun \(its part {part}\)"):
+            build(DatasetSource(changed, shard_size=2), tmp_path, clip, progress=False)
     assert len(build(DatasetSource(rows, shard_size=2), tmp_path, clip, progress=False)) == 7
-    with pytest.raises(ValmError, match="holds another knowledge base: its "):
-        build(DatasetSource(rows[1:], shard_size=2), tmp_path, clip, progress=False)
-    with pytest.raises(ValmError, match=r"the dataset has changed since .* was begun \(rows 2 to 3\)"):
-        build(DatasetSource(other, shard_size=2), tmp_path, clip, progress=False)
+    for changed, part in ((other, 1), (rows[:2], 1), (rows[1:], 0), ([*rows, rows[0]], 3)):
+        with pytest.raises(ValmError, match=rf"has changed since .* was begun \(its part {part}\)"):
+            build(DatasetSource(changed, shard_size=2), tmp_path, clip, progress=False)
 
 
 def test_a_stream_of_another_length_is_refused(dataset, clip, tmp_path, monkeypatch):
     stream = dataset.to_iterable_dataset()
     build(DatasetSource(stream.take(4), shard_size=2), tmp_path / "longer", clip, progress=False)
-    with pytest.raises(ValmError, match=r"has become longer since .* was built"):
+    with pytest.raises(ValmError, match=r"has changed since .* \(its part 2\)"):
         build(DatasetSource(stream, shard_size=2), tmp_path / "longer", clip, progress=False)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("valm.knowledge_base.build.finish_knowledge_base", Mock(side_effect=KeyboardInterrupt))
         build(DatasetSource(stream, shard_size=2), tmp_path / "shorter", clip, progress=False)
-    with pytest.raises(ValmError, match="has become shorter"):
+    with pytest.raises(ValmError, match=r"has changed since .* \(its part 2\)"):
         build(DatasetSource(stream.take(4), shard_size=2), tmp_path / "shorter", clip, progress=False)
 
 
@@ -162,7 +160,7 @@ def test_rows_that_come_after_a_knowledge_base_are_compared_too(clip, tmp_path):
     assert [kb.item(id).caption for id in range(8)] == list("01201234") and kb.verify(progress=False) == []
     assert add(rows).fingerprint == kb.fingerprint
     rows[4] = {"image": PICTURES[0], "caption": "9"}
-    with pytest.raises(ValmError, match=r"has changed since the build was begun \(rows 4 to 4\)"):
+    with pytest.raises(ValmError, match=r"has changed since .* was begun \(its part 4\)"):
         add(rows)
     with pytest.raises(ValmError, match="was built with the CLIP"):
         build(DatasetSource(rows), tmp_path / "other", make_clip(clip.tokenizer, seed=5), after=first, progress=False)
@@ -184,12 +182,8 @@ def test_datasets_are_opened(dataset, clip, tmp_path):
     dataset.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "several")
     assert len(open_dataset(tmp_path / "one")) == len(open_dataset(f"{tmp_path}/several::test")) == 7
-    with pytest.raises(ValmError, match="has no split 'train', only test"):
+    with pytest.raises(ValmError, match=r"cannot read the dataset .*several \(default:train\): "):
         open_dataset(tmp_path / "several")
-    with pytest.raises(ValmError, match=r"has no config 'test': give a split as .*several::SPLIT"):
-        open_dataset(f"{tmp_path}/several:test")
-    with pytest.raises(ValmError, match="was saved as one split, got 'train"):
-        open_dataset(f"{tmp_path}/one::train[:2]")
     (tmp_path / "parquet").mkdir()
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
     assert open_dataset(f"{tmp_path}/parquet::train[3:5]")["label"] == dataset[3:5]["label"]
@@ -197,4 +191,4 @@ def test_datasets_are_opened(dataset, clip, tmp_path):
     streamed = open_dataset(tmp_path / "parquet", streaming=True)
     assert same_pictures(build(DatasetSource(streamed), tmp_path / "kb", clip, progress=False), clip, [0, 3, 4, 5, 6])
     with pytest.raises(ValmError, match="cannot read the dataset"):
-        open_dataset(tmp_path / "kb")
+        open_dataset(tmp_path / "none")

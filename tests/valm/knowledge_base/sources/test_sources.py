@@ -11,11 +11,11 @@ from PIL import Image
 
 from tests.valm.knowledge_base.inputs import png, touch
 from valm.errors import ValmError
+from valm.knowledge_base.format import skipped_of
 from valm.knowledge_base.records import Encoding, Record, fingerprint_records
-from valm.knowledge_base.sources import fingerprint_files
 from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
-from valm.knowledge_base.sources.webdataset import WebdatasetSource
+from valm.knowledge_base.sources.webdataset import WebdatasetSource, fingerprint_files
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "huggingface", "table"])
@@ -35,12 +35,12 @@ def test_another_process_may_encode_its_images(kind, tars, clip, tmp_path, monke
         "huggingface": lambda: DatasetSource([{"image": png(n), "caption": f"picture {n}"} for n in range(3)]),
         "table": lambda: TableSource("table.csv", shard_size=2),
     }[kind]()
-    shards = list(source.shards({}))
-    assert pickle.dumps(shards) and len(shards) == source.count
+    parts = list(source.parts())
+    assert pickle.dumps(parts) and len(parts) == source.count
     monkeypatch.chdir("/")
-    shards = [shard(clip, Encoding(thumbnails=0), Mock()) for shard in shards]
-    encoded = [(item["uri"], item["caption"]) for shard in shards for item in shard.items.to_pylist()]
-    skipped = {entry["uri"] for shard in shards for entry in shard.skipped}
+    tables = [part.source(clip, Encoding(thumbnails=0), Mock()) for part in parts]
+    encoded = [(item["uri"], item["caption"]) for table in tables for item in table.to_pylist()]
+    skipped = {entry["uri"] for table in tables for entry in skipped_of(table)}
     assert [(record.uri, record.caption) for record in source.images() if record.uri not in skipped] == encoded
 
 

@@ -52,22 +52,18 @@ def test_archives_lead_nowhere_else(clip, tmp_path):
     reasons = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
     assert list(reasons) == ["0.tar/bomb.png", "0.tar/deep.json", "1.tar/soft.png", "1.tar/hard.png"]
     assert "pixels" in reasons["0.tar/bomb.png"] and "not JSON" in reasons["0.tar/deep.json"]
-    assert reasons["1.tar/soft.png"] == reasons["1.tar/hard.png"] == f"a link to {secret}, which is not followed"
+    assert "not a whole file" in reasons["1.tar/soft.png"] == reasons["1.tar/hard.png"]
     assert sorted(path for path in tmp_path.rglob("*") if kb.path not in (path, *path.parents)) == before
 
 
 def test_images_that_are_not_read_are_listed(clip, tmp_path):
     names = ["a.png", "a.mask.png", "photo.v2.png", "2024.05.01.png", "h.heic", "note.md", "x/._a.png"]
     write_tar(tmp_path / "0.tar", [(name, png(0)) for name in names])
-    for name in ("1.tar.gz", "0.tar.idx"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"has 1 compressed archives, such as 1\.tar\.gz, which are not read"):
-        source = WebdatasetSource(tmp_path)
-    kb = build(source, tmp_path / "kb", clip, progress=False)
+    kb = build(WebdatasetSource(tmp_path), tmp_path / "kb", clip, progress=False)
     assert [kb.item(n).uri for n in range(len(kb))] == ["0.tar/a.png"]
     reasons = {entry["uri"]: entry["reason"] for entry in kb.skipped()}
-    assert list(reasons) == ["0.tar/h.heic", "0.tar/photo.v2.png", "0.tar/2024.05.01.png"]
-    assert "convert it to JPEG" in reasons["0.tar/h.heic"] and "named .v2.png" in reasons["0.tar/photo.v2.png"]
+    assert sorted(reasons) == ["0.tar/2024.05.01.png", "0.tar/h.heic", "0.tar/photo.v2.png"]
+    assert "convert it to JPEG" in reasons["0.tar/h.heic"] and "first dot" in reasons["0.tar/photo.v2.png"]
 
 
 def header(name, size, type=tarfile.REGTYPE):
