@@ -215,7 +215,7 @@ def held_out_of(clip: Clip, records: Sequence[Record]) -> tuple[list[Record], in
 
 def _mark(record: Record) -> str:
     """By what an image is found again, wherever its folder is: its path in it, and its size."""
-    return f"{record.uri} {record.extent()}"
+    return f"{record.uri} {record.identity()}"
 
 
 def classify(

@@ -81,8 +81,9 @@ class Record:
             raise ValueError(self.reason)
         return read_image(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
 
-    def extent(self) -> int | tuple[int, int] | None:
-        """Bytes of a file (None if there is none), of a part of one, or of a content; width and height of a PIL image.
+    def identity(self) -> int | str | None:
+        """By which a record is known, with its name: bytes of a file (None if there is none) or of a part of one; a
+        hash of a content, or of the pixels of a PIL image.
 
         Raises:
             ValmError: a transient error (`is_transient`) while a file is looked up.
@@ -90,9 +91,9 @@ class Record:
         if self.source is None or self.size is not None:
             return self.size
         if isinstance(self.source, bytes):
-            return len(self.source)
+            return hashlib.sha256(self.source).hexdigest()
         if not isinstance(self.source, Path):
-            return self.source.size
+            return _pixels_sha256(self.source)
         try:
             return self.source.stat().st_size if self.source.is_file() else None
         except OSError as error:  # an impossible path, such as one that is too long, is a damaged record
@@ -101,11 +102,23 @@ class Record:
             return None
 
 
+def _pixels_sha256(image: Image.Image) -> str:
+    """A hash of what a PIL image shows."""
+    from valm.clip.read_image import read_image
+
+    try:
+        shown = read_image(image)
+        content = f"{shown.size} ".encode() + shown.tobytes()
+    except Exception as error:  # decoders raise many types for damaged bytes; the image will be skipped
+        content = str(error).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
 def fingerprint_records(records: Iterable[Record]) -> str:
-    """SHA-256 over the names, captions and sizes of the images in `records`."""
+    """SHA-256 over the names, captions and identities of the images in `records`."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps([record.uri, record.caption, record.extent()]).encode())
+        digest.update(json.dumps([record.uri, record.caption, record.identity()]).encode())
     return digest.hexdigest()
 
 
@@ -115,7 +128,7 @@ def written_since(files: Iterable[Path], since: float) -> Path | None:
     for file in files:
         try:
             written = file.stat().st_mtime
-        except OSError:  # a damaged record, as for `Record.extent`
+        except OSError:  # a damaged record, as for `Record.identity`
             continue
         if since < written <= now:  # a time in the future, as of an archive, says nothing
             return file

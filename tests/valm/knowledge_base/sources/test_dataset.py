@@ -89,6 +89,30 @@ def test_a_killed_build_goes_on_and_encodes_nothing_twice(dataset, clip, tmp_pat
     assert sum(encoded) == 5 - sum(shard["count"] for shard in kb.manifest["shards"][:done])
 
 
+@pytest.mark.parametrize("how", ["pixels", "bytes"])
+def test_images_in_memory_are_known_by_what_they_show(clip, tmp_path, how):
+    """Pictures of the same size are not the same."""
+
+    def rows(*colours):
+        files = [io.BytesIO() for _ in colours]
+        for colour, file in zip(colours, files, strict=True):
+            Image.new("RGB", (32, 32), colour).save(file, "BMP")
+        return [{"image": Image.open(file) if how == "pixels" else file.getvalue()} for file in files]
+
+    class Interrupted(list):
+        def __iter__(self):
+            yield from super().__iter__()
+            raise KeyboardInterrupt
+
+    given = rows("red", "green", "blue")
+    with pytest.raises(KeyboardInterrupt):
+        build(DatasetSource(Interrupted(given), shard_size=2), tmp_path, clip, progress=False)
+    for other in (rows("red", "white", "blue"), rows("green", "red", "blue")):
+        with pytest.raises(ValmError, match="has changed since"):
+            build(DatasetSource(other, shard_size=2), tmp_path, clip, progress=False)
+    assert len(build(DatasetSource(given, shard_size=2), tmp_path, clip, progress=False)) == 3
+
+
 def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
     rows = [{"image": picture, "caption": ""} for picture in PICTURES]
 
