@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from valm.cli.options import Commands, command
 from valm.errors import ValmError
@@ -31,13 +30,12 @@ def verify(folder: Path) -> str:
     """
     from valm.corpus.retrieved import WHAT as CORPUS
     from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
-    from valm.store.files import read_json
-    from valm.store.shards import BUILD_FILE, MANIFEST_FILE
+    from valm.store.shards import BUILD_FILE, MANIFEST_FILE, read_manifest
 
     if not folder.is_dir():
         raise ValmError(f"there is no folder {folder}")
     if (folder / MANIFEST_FILE).exists():
-        of = read_json(folder / MANIFEST_FILE, "the manifest", dict[str, Any]).get("format")
+        of = read_manifest(folder).get("format")
         if of == f"valm {KNOWLEDGE_BASE}":
             return _knowledge_base(folder)
         if of == f"valm {CORPUS}":

@@ -27,6 +27,7 @@ from valm.errors import ValmError
 from valm.store.files import read_json, write_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import library_errors
+from valm_kernels.json_files import check_regular
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -179,6 +180,9 @@ class Clip:
             outside.append("timm_model_name")
         if outside:  # open_clip or timm would download it, or read it elsewhere
             raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
+        for file in files.iterdir():  # open_clip looks for weights of several names
+            if not file.is_dir():
+                check_regular(file)
         with library_errors(f"the CLIP {folder}"):
             if (files / "tokenizer.json").exists():
                 tokenizer = open_tokenizer(files)

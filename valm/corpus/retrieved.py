@@ -216,8 +216,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """The tokenizer of the corpus.
 
         Raises:
+            OSError: a file is a link out of the folder or no regular file.
             ValmError: its files are damaged.
         """
+        for file in self.path.rglob("*"):  # transformers opens files of many names
+            check_own(file)
         tokenizer = open_tokenizer(self.path)
         if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"] or not self._has_eos_of(tokenizer):
             raise ValmError(f"the tokenizer in {self.path} is not the one that the corpus was read with")

@@ -17,6 +17,7 @@ from valm.options import check_fields, option
 from valm.store.files import Count, Sha256, read_json
 from valm.store.shards import check_seal
 from valm_kernels.checksums import file_sha256
+from valm_kernels.json_files import check_own
 
 if TYPE_CHECKING:
     from valm.knowledge_base.store import ImageKnowledgeBase
@@ -108,11 +109,13 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
     """The parameters of the index of `kb`; None without an index.
 
     Raises:
+        OSError: the file is a link out of the folder or no regular file.
         ValmError: they are damaged or stale.
     """
     path = kb.path / PARAMETERS_FILE
     if not os.path.lexists(path):
         return None
+    check_own(path)
     values = read_json(path, "the index parameters", IndexParameters, remedy(kb))
     check_seal(values, path, remedy(kb))
     parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})

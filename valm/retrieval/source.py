@@ -24,6 +24,7 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.store.files import PathText, read_json, relative_path, write_json
 from valm.store.folders import PLACES_FILE, current_files
+from valm_kernels.json_files import check_own
 
 # The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -170,11 +171,13 @@ def read_places(folder: str | os.PathLike) -> Places:
     """The places noted for the model in `folder`, empty if none are.
 
     Raises:
+        OSError: the file is a link out of its folder or no regular file.
         ValmError: the file is damaged.
     """
     file = current_files(places_folder(folder)) / PLACES_FILE
     if not os.path.lexists(file):
         return {}
+    check_own(file)
     return read_json(file, "the note on where the images are", Places, "delete it and give the kb")
 
 

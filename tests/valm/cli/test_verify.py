@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.valm.store.manifests import replacements
 from valm.cli.verify import verify
 from valm.errors import ValmError
 from valm_kernels import FlatIPIndex
@@ -63,6 +64,17 @@ def test_a_damaged_tokenizer_and_an_index_without_parameters(copy_of, output_of,
     assert "is not the one that the corpus was read with" in error_of("verify", root / "retrieval")
     (root / "kb" / "index.faiss").write_bytes(b"")
     assert "index.faiss has no parameters, as after a killed `valm kb index`" in output_of("verify", root / "kb")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("of, name", [("kb", "manifest.json"), ("kb", "index.json"), ("retrieval", "tokenizer.json")])
+def test_what_is_no_regular_file_is_not_opened(copy_of, tmp_path, of, name):
+    store = copy_of(of) / of
+    (store / name).touch()
+    for _ in replacements(store / name, tmp_path / "outside"):
+        with pytest.raises(PermissionError, match=r"not a regular file|a link that leads out") as caught:
+            verify(store)
+        assert caught.value.filename == str(store / name)
 
 
 def test_links_out_are_never_opened(world, copy_of, error_of):

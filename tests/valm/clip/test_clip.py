@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.tolerance import assert_agree
 from tests.valm.hub_cache import as_in_the_hub_cache
+from tests.valm.store.manifests import replacements
 from tests.valm.tiny_clip import TINY, make_clip
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer
@@ -132,6 +133,18 @@ def test_weights_of_another_activation_are_refused(monkeypatch):
     with pytest.raises(ValmError, match=r"trained with QuickGELU.*: load ViT-B-32-quickgelu:openai$"):
         Clip.load("ViT-B-32:openai")
     assert "openai" in open_clip.list_pretrained_tags_by_model("ViT-B-32-quickgelu")
+
+
+@pytest.mark.timeout(60)
+def test_weights_that_are_no_regular_file_are_not_opened(clip, tmp_path):
+    clip.save(tmp_path / "clip")
+    weights = tmp_path / "clip" / "open_clip_model.safetensors"
+    for _ in replacements(weights, tmp_path / "outside"):
+        if weights.is_file():  # a link anywhere, as in the cache of a hub
+            assert Clip.load(weights.parent).weights_hash == clip.weights_hash
+        else:
+            with pytest.raises(PermissionError, match=r"not a regular file.*open_clip_model\.safetensors"):
+                Clip.load(weights.parent)
 
 
 def test_errors_name_the_folder(clip, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.valm.cli.commands import run
 from tests.valm.model.decoders import tiny_llama
 from tests.valm.models import model_of
-from tests.valm.store.manifests import edit_manifest
+from tests.valm.store.manifests import edit_manifest, replacements
 from tests.valm.tiny_clip import make_clip
 from valm import Clip, ContextEncoder, ImageKnowledgeBase, Retriever, augment, load, save_adapter, save_checkpoint
 from valm.clip.tokenizer import prompt_ids
@@ -208,6 +208,17 @@ def test_places_that_are_no_file_are_not_taken_for_none(tmp_path, kind):
     file.mkdir() if kind == "folder" else file.symlink_to("nowhere")
     with pytest.raises(OSError, match=r"_retrieval\.json"):
         read_places(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:this model was saved with the knowledge base")  # as its manifest is edited
+@pytest.mark.timeout(60)
+def test_places_that_are_no_regular_file_are_not_opened(tmp_path):
+    file = tmp_path / "model" / "_retrieval.json"
+    file.parent.mkdir()
+    file.write_text("{}")
+    for _ in replacements(file, tmp_path / "outside"):
+        with pytest.raises(PermissionError, match=r"not a regular file|a link that leads out"):
+            read_places(file.parent)
 
 
 def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
