@@ -32,10 +32,11 @@ from valm.cli import build_parser
 from valm.cli.train import chosen_plan
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import load_tokenizer
-from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.retrieved import CorpusRecord, CorpusRetrieval
 from valm.corpus.texts import read_documents
 from valm.evaluation.sets import SETS, read_set
 from valm.knowledge_base.captions import read_captions
+from valm.knowledge_base.format import ImageRecord
 from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.webdataset import tar_records
@@ -94,12 +95,13 @@ def test_corpus_retrieval(stores, outside, data):
 @fuzzed(300)
 def test_unfinished_builds(stores, outside, data):
     folder = stores / data.draw(st.sampled_from(["kb-unfinished", "corpus-unfinished"]))
-    what = "knowledge base" if folder.name.startswith("kb") else "corpus retrieval"
+    is_kb = folder.name.startswith("kb")
+    what, record = ("knowledge base", ImageRecord) if is_kb else ("corpus retrieval", CorpusRecord)
     files = [file for file in files_of(folder) if file.suffix == ".json" or file.name.endswith("00000.arrow")]
     plan = json.loads((folder / "build.json").read_text())["plan"]
 
     def read() -> Any:
-        return ShardedBuild(folder, what, plan).done()
+        return ShardedBuild(folder, what, plan, record).done()
 
     check_mutants(data, files, outside, read, ...)
 
