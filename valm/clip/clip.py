@@ -31,7 +31,6 @@ from valm_kernels.json_files import check_regular
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 TEXT_BATCH = 256
 
 
@@ -181,8 +180,7 @@ class Clip:
         if outside:  # open_clip or timm would download it, or read it elsewhere
             raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
         for file in files.iterdir():  # open_clip looks for weights of several names
-            if not file.is_dir():
-                check_regular(file)
+            check_regular(file)
         with library_errors(f"the CLIP {folder}"):
             if (files / "tokenizer.json").exists():
                 tokenizer = open_tokenizer(files)

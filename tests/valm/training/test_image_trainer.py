@@ -138,7 +138,10 @@ def test_the_checkpoint_of_an_ended_training_stays(tmp_path, fields):
     better = [3.0, 2.0, 4.0, 5.0, 6.0, 7.0]
     stopped = evaluated(tmp_path, better, **({"save_steps": 1, "max_steps": 6} | fields))
     stopped.add_callback(Asks(4, signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match=r"ended after step \d, with a checkpoint") as ended, ended_by_signals(stopped):
+    with (
+        pytest.raises(KeyboardInterrupt, match=r"ended after step \d, with a checkpoint") as ended,
+        ended_by_signals(stopped),
+    ):
         stopped.train()
     step = str(ended.value).split()[3].rstrip(",")
     assert newest_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
