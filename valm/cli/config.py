@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from valm.cli.options import CommandParser, instead
+from valm.cli.options import CommandParser
 from valm.errors import ValmError
 from valm.store.files import read_yaml
 from valm.text import nearest
@@ -48,7 +48,7 @@ class TrainingOptions:
             fields |= {name: value for name, value in vars(found).items() if value is not None}
             for name in self.parser.unknown_options(given):
                 known = [*self.parser.option_names(), *(f"--{field}" for field in _fields())]
-                raise ValmError(f"{self.parser.prog} has no option {name}{instead(name, known, self.parser.prog)}")
+                raise ValmError(f"{self.parser.prog} has no option {name}{nearest(name, known)}")
         return given, {"fields": fields}
 
     def _fail(self, message: str) -> NoReturn:
@@ -67,9 +67,7 @@ class TrainingOptions:
             name = _as_text(file, key, key).replace("-", "_")
             action = own.get(name)
             if action is None and name not in _fields():
-                option = f"--{name.replace('_', '-')}"
-                meant = instead(option, (), self.parser.prog) or nearest(name, [*own, *_fields()])
-                raise ValmError(f"the config {file} has an unknown field {key!r}{meant}")
+                raise ValmError(f"the config {file} has an unknown field {key!r}{nearest(name, [*own, *_fields()])}")
             if name in names:
                 raise ValmError(f"the config {file} has {name!r} twice: leave one out")
             names.add(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from valm.clip.execution import CLIP_HELP
@@ -18,72 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 
-WHOLE_MODEL = "`pytest benchmarks/valm/bench_retrieval.py --benchmark-only --full -k whole_model`"
-RETRIEVED = "`valm retrieve` decides it, whose result is given as --retrieval"
-SIZE = "--model is the size: a name, or LAYERSxWIDTHxHEADS such as 4x256x4"
-IMAGES = ("valm kb build", "valm kb add", "valm clip train")
-MODELS = ("valm eval", "valm explain", "valm generate", "valm serve")
-TEXTS = ("valm retrieve", "valm train")
-
-
-def _of(commands: Iterable[str], option: str, remedy: str) -> dict[str, str]:
-    return {f"{name} {option}": remedy for name in commands}
-
-
-# Commands that went, and options with the command that had them; what took their place.
-GONE = {
-    **dict.fromkeys(("valm train -k", "valm train --images", "valm train --query", "valm train --device"), RETRIEVED),
-    "valm train --clip": f"{RETRIEVED}; a model of text alone has --tokenizer",
-    **dict.fromkeys(("valm train --layers", "valm train --width", "valm train --heads"), SIZE),
-    "app": "`valm serve MODEL` has the page, and prints its address",
-    "distill": "CLIP's text tower in --query-dtype int8 or bfloat16 took the place of a head that predicts its queries",
-    "encoder": "`valm clip check` looks at what a CLIP sees",
-    "verify": "`valm verify FOLDER` reads every kind of store",
-    **_of(TEXTS, "--dataset-config", "--dataset NAME:CONFIG:SPLIT has it"),
-    **_of(TEXTS, "--dataset-split", "--dataset NAME:CONFIG:SPLIT has it, or NAME::SPLIT"),
-    **_of(IMAGES, "--caption-column", "--columns IMAGE,CAPTION names both"),
-    **_of(IMAGES, "--config", "a dataset is named with its configuration, NAME:CONFIG:SPLIT"),
-    **_of(IMAGES, "--follow-links", "linked folders are always looked into, each once"),
-    **_of(IMAGES, "--image-column", "--columns IMAGE,CAPTION names both"),
-    **_of(IMAGES, "--split", "a dataset is named with its split, NAME:CONFIG:SPLIT or NAME::SPLIT"),
-    **_of(MODELS, "--ordinary-text", "`valm train` chooses a min_score by it, which the model keeps"),
-    **_of(MODELS, "--questions", "`valm train` chooses a min_score by them, which the model keeps"),
-    **_of(
-        ("valm kb build", "valm kb add", "valm retrieve"), "--gpus", "with --ray, a task has one GPU if --device is one"
-    ),
-    "valm clip check --batch-size": "it encodes 64 images at once",
-    "valm clip check --seed": "it is 0 (`valm.evaluation.clip_check.check_clip` takes another)",
-    "valm clip check --templates": "`valm.evaluation.clip_check.check_clip` takes templates",
-    "valm clip train --prefixes": "`valm.training.clip.CaptionedImages` takes prefixes",
-    "valm clip train --resume": "the same command goes on where a killed one was",
-    "valm clip train --workers": "images are decoded by as many processes as there are cores, where this saves time",
-    "valm eval --color-terms": "put the file into the folder --data",
-    "valm eval --cost": f"{WHOLE_MODEL} times models with images",
-    "valm eval --cost-sizes": f"{WHOLE_MODEL} has sizes of its own",
-    "valm eval --fresh": "remove the folder cache in --out to score everything again",
-    "valm eval --memory-color": "put the file into the folder --data",
-    "valm eval --no-images": "--controls off adds the rows without images",
-    "valm eval --random-images": "--controls random adds the rows with random images",
-    "valm eval --replace": "--controls FOLDER adds the rows with the images of a folder",
-    "valm explain --png": "the page prints",
-    "valm generate --beams": "generate() of a model that `valm.load` opens searches with num_beams",
-    "valm generate --sample": "--temperature 1 draws tokens by the model's own probabilities",
-    "valm kb add --batch-size": "it encodes as its knowledge base was",
-    "valm kb add --thumbnails": "they are as large as those that its knowledge base has",
-    "valm retrieve --verify": "`valm verify FOLDER` reads every kind of store",
-}
-
-
-def instead(name: str, known: Iterable[str], of: str = "") -> str:
-    """The end of a sentence: what took the place of the command or option `name` of the command `of`, or else the
-    nearest of those `known`; empty where there is neither."""
-    gone = GONE.get(f"{of} {name}", GONE.get(name))
-    return f": {gone}" if gone else nearest(name, known)
-
-
 class CommandParser(argparse.ArgumentParser):
-    """A parser that says what took the place of a command or option that went, or what was meant by a misspelt one.
-    Without a command it prints its help.
+    """A parser that says what was meant by a misspelt command or option. Without a command it prints its help.
 
     A flag of a parser with commands may stand behind the command too. A hook, `prepare`, may change the arguments
     first: it returns those to be parsed, and attributes of the result.
@@ -125,10 +61,9 @@ class CommandParser(argparse.ArgumentParser):
         return result, more
 
     def error(self, message: str) -> NoReturn:
-        """Exits with one sentence; that an option is misspelt or gone comes first, as argparse names required ones that
-        it lacks before."""
+        """Exits with one sentence. A misspelt option comes first, as argparse names missing required options before."""
         for name in self.unknown_options(self._given):
-            if instead(name, self.option_names(), self.prog):
+            if nearest(name, self.option_names()):
                 self._fail(name)
         self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` has all\n")
 
@@ -144,11 +79,11 @@ class CommandParser(argparse.ArgumentParser):
         known = list(self.commands.choices) if self.commands is not None else []
         name = next((text for text in given if not text.startswith("-")), None)
         if name is not None and name not in known:
-            remedy = instead(name, known) or f": give one of {', '.join(known)}"
+            remedy = nearest(name, known) or f": give one of {', '.join(known)}"
             raise ValmError(f"{self.prog} has no command {name}{remedy}")
 
     def _fail(self, option: str) -> NoReturn:
-        raise ValmError(f"{self.prog} has no option {option}{instead(option, self.option_names(), self.prog)}")
+        raise ValmError(f"{self.prog} has no option {option}{nearest(option, self.option_names())}")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"

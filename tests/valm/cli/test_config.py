@@ -21,7 +21,6 @@ from valm.training import training_arguments
         ("resume: off-by-one", "has resume: 'off-by-one', expected true or false"),
         ("step: 3", r"unknown field 'step', did you mean steps\?"),
         ("layerz: 3", r"unknown field 'layerz', did you mean layer\?"),
-        ("layers: 3", "field 'layers': --model is the size: a name, or LAYERSxWIDTHxHEADS"),
         ("learning_rat: 1", "unknown field 'learning_rat', did you mean learn"),
         ("batch_size: many", "argument --batch-size: invalid"),
         ("1: 2", "unknown field 1"),

@@ -185,27 +185,11 @@ def test_no_more_commands_and_options():
         ("generate model text --zzz", "valm generate has no option --zzz"),
         ("kb build images --clip clip --outt kb", "valm kb build has no option --outt, did you mean --out?"),
         ("train corpus.txt --out model --layerz 3", "valm train has no option --layerz, did you mean --layer?"),
-        # those that went have another, or a reason
-        ("distill model --retrieval retrieval", "valm has no command distill: CLIP's text tower in --query-dtype int8"),
-        ("kb build pictures --clip clip --out kb --follow-links", "valm kb build has no option --follow-links: linked"),
-        ("encoder check pictures", "valm has no command encoder: `valm clip check` looks at what a CLIP sees"),
-        ("explain model x --png x.png", "valm explain has no option --png: the page prints"),
-        ("kb verify kb", "valm kb has no command verify: `valm verify FOLDER` reads every kind of store"),
-        ("eval model --no-images", "valm eval has no option --no-images: --controls off adds the rows without images"),
-        ("retrieve --verify retrieval", "valm retrieve has no option --verify: `valm verify FOLDER` reads every"),
     ],
 )
 def test_a_command_or_option_that_there_is_not_is_one_sentence(error_of, words, message):
     error = error_of(*words.split())
     assert error.startswith(f"valm: error: {message}") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "words", ["explain model x --no-images", "generate model --replace x", "kb search kb --split x"]
-)
-def test_a_command_that_never_had_an_option_does_not_say_what_took_its_place(error_of, words):
-    (option,) = (word for word in words.split() if word.startswith("--"))
-    assert re.search(rf" has no option {option}(, did you mean --\S+\?)?\n$", error_of(*words.split()))
 
 
 def test_what_looks_like_an_option_may_be_a_text(error_of, tmp_path):

@@ -422,8 +422,6 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
         CACHED + " --retrieval {world}/kb": "is not the manifest of a corpus retrieval",
         TRAIN + " --min-score 1": "--min-score is of a model with images: give its --kb too",
         TRAIN + " --seed -1": "--seed is -1, expected at least",
-        TRAIN + " -k 2": "has no option -k: `valm retrieve` decides it",
-        TRAIN + " --clip {world}/clip": "no option --clip: `valm retrieve` decides it",
         TRAIN + " --tokenizer {world}/pictures": "cannot be read",
         TRAIN + " --lerning_rate 1": "no option --lerning_rate, did you mean --learning_rate?",
         TRAIN + " --lr_scheduler_type cosin": "invalid choice: 'cosin'",
