@@ -44,6 +44,7 @@ from valm.model.positions import (
     identity_rotation,
     named_arguments,
 )
+from valm.model.private_names import gone
 from valm.model.sketch import quantisation
 from valm.model.subclasses import subclass
 from valm_kernels import attention_weights, visual_fusion_attn
@@ -244,6 +245,8 @@ def catch(attention: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Te
         attention.forward(**arguments, caught=caught)
     except _Ended:
         pass
+    if caught.tensors is None:
+        raise gone(f"call of its attention interface in {type(attention).__name__}")
     return caught.tensors
 
 

@@ -35,6 +35,7 @@ from valm.model.image_model import ImageModel
 from valm.model.probe import Probe, attention_path, decoder_layers, in_mode, not_on_images, probe
 from valm.model.sketch import named_weights, project, quantisation, sketch
 from valm.model.subclasses import subclass
+from valm.model.private_names import check_overridden, with_attention
 
 
 def augment(
@@ -183,6 +184,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     block: Any = decoder_layers(model)[options.layer]
     attention = block.get_submodule(attention_path(model, options.layer))
     if options.num_images > 0:
+    check_overridden()
         with torch.device(next(attention.parameters()).device):
             fusion = ImageFusion(options).to(model.dtype)
         if found is not None:
@@ -193,8 +195,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     if options.fusion_scale == "embed_dim":
         attention.scaling = options.width**-0.5
     # the other layers' masks follow the model's own config, so this one may ask for another implementation
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation_internal = IMPLEMENTATION
+    attention.config = with_attention(attention.config, IMPLEMENTATION)
     attention.register_forward_pre_hook(ImageHook(attention), with_kwargs=True)
     if options.layer_drops_images:
         block.__class__ = visual_layer_class(type(block))
@@ -207,9 +208,8 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
         ValmError: they are others.
     """
     attention: Any = decoder_layers(model)[options.layer].get_submodule(attention_path(model, options.layer))
-    own_config, ours = attention.config, copy.copy(attention.config)
-    ours._attn_implementation_internal = IMPLEMENTATION
-    attention.config = ours
+    own_config = attention.config
+    attention.config = with_attention(own_config, IMPLEMENTATION)
     try:
         with in_mode(attention, training=False):
             check_mathematics(attention, own_config, found.calls)

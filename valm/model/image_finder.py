@@ -21,6 +21,7 @@ from valm.model.attention import IMAGE_ARGUMENTS
 from valm.model.config import FusionOptions
 from valm.model.documents import mask_of_tokens, padding_apart, restarts, split_rows
 from valm.model.positions import CACHE_ARGUMENTS, named_arguments
+from valm.model.private_names import attention_of
 from valm.model.probe import keeps_apart
 from valm.model.retrieval_cache import retrieval_state, with_retrieval
 from valm.retrieval.min_score import cut
@@ -460,7 +461,7 @@ def check_readable(config: Any) -> None:
     Raises:
         ValmError: its attention has others, or none, as where a window is an argument.
     """
-    implementation = config.get_text_config(decoder=True)._attn_implementation
+    implementation = attention_of(config.get_text_config(decoder=True))
     if implementation not in READABLE:
         raise ValmError(
             f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '

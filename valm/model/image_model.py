@@ -14,6 +14,7 @@ from valm.errors import ValmError
 from valm.model.card import CARD_FILE, write_card
 from valm.model.config import FusionOptions
 from valm.model.image_finder import ImageFinder, finds_images
+from valm.model.private_names import has_own_adapters
 from valm.retrieval.retriever import ImageRetriever, Retriever
 from valm.retrieval.source import ImageSource, write_places
 from valm.store.files import set_mode
@@ -144,7 +145,7 @@ class ImageModel(_Base):
         What would be loaded in the place of this model is removed: an adapter, and older weights in another number of
         files. Of a model with adapters of transformers' own (`add_adapter`) these alone are saved, as of any model.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):  # there is no model beside them, so nothing is older
+        if has_own_adapters(self):  # there is no model beside them, so nothing is older
             super().save_pretrained(save_directory, *args, **kwargs)
             return
         given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from valm.errors import ValmError
 from valm.model.attention import visible_keys
 from valm.model.positions import Call, alone, named_arguments, positions
+from valm.model.private_names import uses_interface, with_attention
 
 PROBE_IMPLEMENTATION = "valm_probe"
 # Tokens of the probe's text. In some models the first token is an outlier, so the scale of a hidden state is the median
@@ -348,8 +348,8 @@ def _attend(attention: Any, arguments: dict[str, Any]) -> _Sizes:
     Raises:
         ValmError: it did not call transformers' attention interface.
     """
-    config, attention.config = attention.config, copy.copy(attention.config)
-    attention.config._attn_implementation_internal = PROBE_IMPLEMENTATION
+    config = attention.config
+    attention.config = with_attention(config, PROBE_IMPLEMENTATION)
     try:
         with in_mode(attention, training=False):
             attention.forward(**arguments)
@@ -382,16 +382,9 @@ def _interface_paths(layer: nn.Module) -> list[str]:
     found = {
         name: module
         for name, module in layer.named_modules()
-        if _uses_interface(type(module))
+        if uses_interface(type(module))
         and not any(word in name.lower() for word in ("cross", "encoder"))
         and "cross" not in type(module).__name__.lower()
     }
     causal = [name for name, module in found.items() if getattr(module, "is_causal", True)]
     return causal or list(found)
-
-
-def _uses_interface(cls: type) -> bool:
-    """Whether the forward of an attention class calls transformers' attention interface."""
-    forward = getattr(cls, "forward", None)
-    code = getattr(inspect.unwrap(forward), "__code__", None) if forward is not None else None
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
