@@ -18,9 +18,13 @@ COARSELY = "is quantised, here or where the adapter was made, so its weights wer
 
 
 def save_bases(folder: Path) -> None:
-    """A float base, and another of the same shapes."""
-    for seed, name in enumerate(("base", "other")):
-        tiny_llama(seed, **SIZES).save_pretrained(folder / name)
+    """A float base, another of the same shapes, and one that differs from the base in what is quantised alone."""
+    base, other = (tiny_llama(seed, **SIZES) for seed in (0, 1))
+    base.save_pretrained(folder / "base")
+    other.save_pretrained(folder / "other")
+    state = {name: weight for name, weight in base.state_dict().items() if "proj" not in name}
+    other.load_state_dict(state, strict=False)
+    other.save_pretrained(folder / "other-layers")
 
 
 def opened(folder: Path, **options):
@@ -59,6 +63,9 @@ def check_adapters(folder: Path, quantised, make_base=opened) -> None:
         loaded = load_adapter(base(), folder / "of-float")
     save_adapter(loaded, folder / "again")
     for name in ("adapter", "of-float"):
+        if make_base is opened:  # whose weights can be read
+            with pytest.raises(ValmError, match=r"belongs to another base model.*_proj\.weight has other values"):
+                load_adapter(base("other-layers"), folder / name)
         with pytest.raises(ValmError, match="belongs to another base model"):
             load_adapter(base("other"), folder / name)
         with pytest.raises(ValmError, match="belongs to another base model"):

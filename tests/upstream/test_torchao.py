@@ -10,7 +10,7 @@ from tests.valm.model.decoders import random_ids, random_images
 from valm.errors import ValmError
 from valm.model.adapter import save_adapter
 from valm.model.augment import fusion_module
-from valm.model.sketch import other_tensor, project, sketch
+from valm.model.sketch import other_tensor, sketch
 
 quantization = pytest.importorskip("torchao.quantization", reason="needs the package torchao (extra compat)")
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_change_of_a_quantised_weight_is_found(tmp_path):
     save_bases(tmp_path)
     model = with_images(opened(tmp_path / "base", **int8()))
     weight = model.model.layers[0].mlp.up_proj.weight
-    weight.qdata[0, :8] += 1
+    weight.qdata += 1
     with pytest.raises(ValmError, match=r"layers\.0\.mlp\.up_proj\.weight is not what it was"):
         save_adapter(model, tmp_path / "adapter")
 
@@ -65,9 +65,9 @@ def test_a_weight_that_torchao_does_not_dequantise_is_not_compared():
     packed, plain = nn.Linear(64, 32), nn.Linear(64, 32)
     plain.bias = packed.bias
     packed.weight = nn.Parameter(made, requires_grad=False)
-    expected = sketch(project(packed))
+    expected = sketch(packed)
     assert expected["weight"] == "Int4Tensor:"
-    assert other_tensor(project(packed), expected) is None
-    assert other_tensor(project(plain), expected) == "weight"
-    assert other_tensor(project(plain), expected, coarsely=True) is None
-    assert other_tensor(project(packed), sketch(project(plain)), coarsely=True) is None
+    assert other_tensor(sketch(packed), expected) is None
+    assert other_tensor(sketch(plain), expected) == "weight"
+    assert other_tensor(sketch(plain), expected, coarsely=True) is None
+    assert other_tensor(sketch(packed), sketch(plain), coarsely=True) is None

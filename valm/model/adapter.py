@@ -24,7 +24,7 @@ from valm.model.card import write_card
 from valm.model.config import MODEL_TYPE, FusionOptions
 from valm.model.image_model import ImageModel
 from valm.model.probe import attention_path, decoder_layers
-from valm.model.sketch import gguf_file, named_weights, other_tensor, project, sketch
+from valm.model.sketch import gguf_file, named_weights, other_tensor, sketch
 from valm.retrieval.source import ImageSource, places_folder, read_places, write_places
 from valm.store.files import read_json, write_json
 from valm.store.folders import current_files, replaced_files
@@ -63,7 +63,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     options = model.fusion_options
     if options.unfreeze == "all":
         raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
-    found, expected = project(model, options.sketch), options.sketch or {}
+    found, expected = sketch(model), options.sketch or {}
     if options.unfreeze == "block":
         layer = f"{_layer_name(model, options)}."
         found = {name: found[name] for name in found if not name.startswith(layer)}
@@ -230,12 +230,12 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
         ValmError: the adapter in `folder` belongs to another base.
     """
     expected = options.sketch or {}
-    found = project(model, expected)
+    found = sketch(model)
     name = other_tensor(found, expected)
     if name is not None and other_tensor(found, expected, coarsely=True) is None:
         warnings.warn(
             f"the base model of the adapter {folder} is quantised, here or where the adapter was made, so its weights "
-            "were compared coarsely (to within half of their norm)",
+            "were compared coarsely (to within their norm)",
             stacklevel=3,
         )
         name = None
@@ -249,7 +249,7 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
             f"the adapter {folder} belongs to another base model than {model.config.name_or_path or 'this one'}: "
             f"{name} {how}"
         )
-    return replace(options, sketch=sketch(found))
+    return replace(options, sketch=found)
 
 
 def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:

@@ -33,7 +33,7 @@ from valm.model.config import FusionOptions, augmented_config_class, reads_image
 from valm.model.image_finder import ImageFinder, check_readable
 from valm.model.image_model import ImageModel
 from valm.model.probe import Probe, attention_path, decoder_layers, in_mode, not_on_images, probe
-from valm.model.sketch import named_weights, project, quantisation, sketch
+from valm.model.sketch import named_weights, quantisation, sketch
 from valm.model.subclasses import subclass
 from valm.model.private_names import check_overridden, with_attention
 
@@ -105,7 +105,7 @@ def augment(
         alone = len(decoder_layers(model)) == 1
         reason = "the model has one layer" if alone else "layer -2 has no attention with keys of its own"
         warnings.warn(f"{reason}, so layer {found.layer} is the fusion layer", stacklevel=2)
-    options = replace(options, sketch=sketch(project(model)))  # last: it reads every weight
+    options = replace(options, sketch=sketch(model))  # last: it reads every weight
     _attach_checked(model, options, found)
     return _with_class(model, options)
 
