@@ -6,7 +6,9 @@ import copy
 import inspect
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -33,9 +35,9 @@ from valm.model.config import FusionOptions, augmented_config_class, reads_image
 from valm.model.image_finder import ImageFinder, check_readable
 from valm.model.image_model import ImageModel
 from valm.model.probe import Probe, attention_path, decoder_layers, in_mode, not_on_images, probe
+from valm.model.private_names import check_overridden, with_attention
 from valm.model.sketch import named_weights, quantisation, sketch
 from valm.model.subclasses import subclass
-from valm.model.private_names import check_overridden, with_attention
 
 
 def augment(
@@ -182,9 +184,9 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     with weight 1, closed images still moved the logits of SmolLM2.
     """
     block: Any = decoder_layers(model)[options.layer]
+    check_overridden()
     attention = block.get_submodule(attention_path(model, options.layer))
     if options.num_images > 0:
-    check_overridden()
         with torch.device(next(attention.parameters()).device):
             fusion = ImageFusion(options).to(model.dtype)
         if found is not None:
@@ -248,6 +250,13 @@ class AugmentedCausalLM(ImageModel):
     opened_whole = False  # so that name_or_path is the place of this model, and not of its base
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any):
+        """Names the arguments of the base and of images, by which the Trainer and generate() look for them."""
+        super().__init_subclass__(**kwargs)
+        if AugmentedCausalLM in cls.__bases__:
+            for name, images in (("forward", IMAGE_ARGUMENTS), ("prepare_inputs_for_generation", ())):
+                setattr(cls, name, _with_arguments(getattr(AugmentedCausalLM, name), getattr(super(), name), images))
+
         """As that of the base.
 
         Raises:
@@ -399,6 +408,21 @@ class AugmentedCausalLM(ImageModel):
 
 
 def _padded_pool(pool: Tensor, rows: int) -> Tensor:
+def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
+    """A copy of `method` with the signature of `base`, and `more` as keywords."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    parameters = dict(inspect.signature(base).parameters)
+    for name in more:
+        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+    vars(call)["__signature__"] = inspect.Signature(ordered)
+    return call
+
+
     """The pool with at least so many rows, as many as the tokens can have different images."""
     return F.pad(pool, (0, 0, 0, max(0, rows - pool.shape[0])))
 
@@ -407,29 +431,8 @@ def augmented_class(base: Any, config_class: Any) -> Any:
     """The augmented class of a model class for configs of `config_class`: families that are another's by their
     mathematics have a config class of their own, and that one's model class (EXAONE, LlamaForCausalLM)."""
 
-    # the Trainer and generate() look for arguments by their names
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return AugmentedCausalLM.forward(self, *args, **kwargs)
-
-    parameters = dict(inspect.signature(base.forward).parameters)
-    for name in IMAGE_ARGUMENTS:
-        parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
-    vars(forward)["__signature__"] = inspect.Signature(ordered)
-
-    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return AugmentedCausalLM.prepare_inputs_for_generation(self, *args, **kwargs)
-
-    vars(prepare_inputs_for_generation)["__signature__"] = inspect.signature(base.prepare_inputs_for_generation)
-    return subclass(
-        AugmentedCausalLM,
-        base,
-        augmented_class,
-        config_class,
-        forward=forward,
-        prepare_inputs_for_generation=prepare_inputs_for_generation,
-        config_class=augmented_config_class(config_class),
-    )
+    config_class_with_images = augmented_config_class(config_class)
+    return subclass(AugmentedCausalLM, base, augmented_class, config_class, config_class=config_class_with_images)
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:

@@ -1,7 +1,6 @@
 """What a VaLM has of its own; the tests of augmented decoders run with one too."""
 
-import copy
-import warnings
+import inspect
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_padding_on_either_side_changes_nothing(side, attention):
     where = [slice(9 - n, 9) if side == "left" else slice(0, n) for n in lengths]
     for i, (row, place) in enumerate(zip(rows, where, strict=True)):
         ids[i, place], mask[i, place] = row, 1
-    logits = model(ids, mask, image_pool=pool, image_index=index).logits
+    logits = model(ids, attention_mask=mask, image_pool=pool, image_index=index).logits
     assert logits.isfinite().all()
     for i, (row, place) in enumerate(zip(rows, where, strict=True)):
         alone = model(row[None], image_pool=pool, image_index=index[i : i + 1, place]).logits
@@ -89,62 +88,10 @@ def test_packed_documents_may_be_longer_than_the_positions_together(model):
     positions = torch.arange(20).repeat(3)[None]
     assert model(random_ids(1, 20).repeat(1, 3), position_ids=positions).logits.shape == (1, 60, VOCAB)
     padded = torch.cat([random_ids(1, 20), torch.full((1, 40), EOS)], 1)
-    logits = model(padded, torch.arange(60)[None] < 20).logits
+    logits = model(padded, attention_mask=torch.arange(60)[None] < 20).logits
     assert_agree(logits[:, :20], model(padded[:, :20]).logits)
     with pytest.raises(ValueError, match="a document of at least 33 tokens"):
         model(random_ids(1, 33))
-
-
-def bos_inside(ids):
-    ids[1, 3] = BOS
-    return {}
-
-
-def bos_behind_padding(ids):
-    return bos_inside(ids) | {"attention_mask": (torch.arange(9) > 0).long().expand(2, -1)}
-
-
-def padding_inside(ids):
-    mask = torch.ones_like(ids)
-    mask[1, 4:6] = 0
-    return {"attention_mask": mask}
-
-
-def cached(ids):
-    return {"cache": tiny_model()(ids, use_cache=True).cache}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("change", [bos_inside, bos_behind_padding, cached, padding_inside])
-def test_a_row_that_seems_to_have_several_documents_is_named(change):
-    """Once, as it is read as one."""
-    what = "text behind padding" if change is padding_inside else "a start token"
-    model, ids = tiny_model(), random_ids(2, 9)
-    given = change(ids)
-    with pytest.warns(UserWarning, match=rf"a row has {what} behind other text, and is read as one document"):
-        model(ids, **copy.deepcopy(given))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(ids, **copy.deepcopy(given))
-    model.strict = True
-    with pytest.raises(ValueError, match=rf"a row has {what} behind other text"):
-        model(ids, **given)
-
-
-@torch.no_grad()
-def test_a_row_of_one_document_is_not_named():
-    model, ids = tiny_model(), random_ids(2, 9)
-    model.strict = True
-    model.set_retriever(HashRetriever(BOS))
-    for side in (slice(0, 2), slice(7, 9)):
-        padded, mask = ids.clone(), torch.ones_like(ids)
-        padded[1, side], mask[1, side] = EOS, 0
-        padded[1, 2] = BOS if side.start == 0 else padded[1, 2]
-        model(padded, attention_mask=mask)
-    packed = ids.clone()
-    packed[:, 4] = BOS
-    model(packed, position_ids=(torch.arange(9) % 4).clamp(max=8)[None].expand(2, -1), use_cache=False)
-    model.generate(packed, max_new_tokens=2, eos_token_id=None)
 
 
 @torch.no_grad()
@@ -161,6 +108,16 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(make):
         assert_agree(found, model(ids, image_pool=pool, image_index=index).logits[:, part])
 
 
+def test_its_positional_arguments_are_those_of_its_base():
+    """As in any augmented decoder: the second is the cache."""
+    model, ids = tiny_model(), random_ids(1, 5)
+    names = list(inspect.signature(model.forward).parameters)
+    assert names[:3] == list(inspect.signature(GPT2LMHeadModel.forward).parameters)[1:4] and "image_pool" in names
+    cache = DynamicCache()
+    model(ids, cache)
+    assert cache.get_seq_length() == 5
+
+
 def test_padding_sees_no_images():
     """Its last token predicts the first of the text, so images there would change the loss."""
     model, ids = tiny_model(), random_ids(2, 8)
@@ -170,7 +127,9 @@ def test_padding_sees_no_images():
     other = index.clone()
     other[0, :3] = (other[0, :3] + 1).clamp(min=0)
     labels = ids.masked_fill(mask == 0, -100)
-    first, second = (model(ids, mask, pool, i, labels=labels).loss for i in (index, other))
+    first, second = (
+        model(ids, attention_mask=mask, image_pool=pool, image_index=i, labels=labels).loss for i in (index, other)
+    )
     assert first.equal(second)
     assert model.fusion_attention(ids, pool, index, mask)[1][0, :, :3].max() == 0
 
