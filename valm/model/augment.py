@@ -32,10 +32,11 @@ from valm.model.attention import (
     visual_layer_class,
 )
 from valm.model.config import FusionOptions, augmented_config_class, reads_images
-from valm.model.image_finder import ImageFinder, check_readable
+from valm.model.image_arguments import check_readable
+from valm.model.image_finder import ImageFinder
 from valm.model.image_model import ImageModel
-from valm.model.probe import Probe, attention_path, decoder_layers, in_mode, not_on_images, probe
 from valm.model.private_names import check_overridden, with_attention
+from valm.model.probe import Probe, attention_path, decoder_layers, in_mode, not_on_images, probe
 from valm.model.sketch import named_weights, quantisation, sketch
 from valm.model.subclasses import subclass
 
@@ -183,8 +184,8 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     LN_img starts as the layer's own input norm, `found`, so that the attention reads images at the scale of its text;
     with weight 1, closed images still moved the logits of SmolLM2.
     """
-    block: Any = decoder_layers(model)[options.layer]
     check_overridden()
+    block: Any = decoder_layers(model)[options.layer]
     attention = block.get_submodule(attention_path(model, options.layer))
     if options.num_images > 0:
         with torch.device(next(attention.parameters()).device):
@@ -249,7 +250,6 @@ class AugmentedCausalLM(ImageModel):
     finder_class: Any = ImageFinder
     opened_whole = False  # so that name_or_path is the place of this model, and not of its base
 
-    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
     def __init_subclass__(cls, **kwargs: Any):
         """Names the arguments of the base and of images, by which the Trainer and generate() look for them."""
         super().__init_subclass__(**kwargs)
@@ -257,6 +257,7 @@ class AugmentedCausalLM(ImageModel):
             for name, images in (("forward", IMAGE_ARGUMENTS), ("prepare_inputs_for_generation", ())):
                 setattr(cls, name, _with_arguments(getattr(AugmentedCausalLM, name), getattr(super(), name), images))
 
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         """As that of the base.
 
         Raises:
@@ -407,7 +408,6 @@ class AugmentedCausalLM(ImageModel):
         return TextLimits(first_key, seqlens)
 
 
-def _padded_pool(pool: Tensor, rows: int) -> Tensor:
 def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
     """A copy of `method` with the signature of `base`, and `more` as keywords."""
 
@@ -423,6 +423,7 @@ def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
     return call
 
 
+def _padded_pool(pool: Tensor, rows: int) -> Tensor:
     """The pool with at least so many rows, as many as the tokens can have different images."""
     return F.pad(pool, (0, 0, 0, max(0, rows - pool.shape[0])))
 

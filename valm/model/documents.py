@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from valm.model.positions import cache_of
+
+SEVERAL = "position_ids restart, so there are several documents in a row, {why}: give each document a row of its own"
+CACHED = "which a cache cannot hold (use_cache=False takes them)"
+ODD = "and one has a gap in its positions or padding inside it"
+MIXED = "which {decoder} does not keep apart"
+IN_A_GRAPH = (
+    "which a compiled model keeps apart only without an attention_mask and with use_cache=False, and only if its "
+    "family keeps documents apart"
+)
 
 
 class Restarts(NamedTuple):
@@ -38,29 +51,73 @@ def mask_of_tokens(mask: Tensor, cache: Any, length: int) -> Tensor:
     return mask[:, past : past + length]
 
 
-def restarts(position_ids: Tensor, mask: Tensor | None, text_before: Tensor | None = None) -> Restarts:
-    """Finds documents by their positions.
+def told_apart(decoder: Any, arguments: dict[str, Any], keeps_apart: Callable[[], bool]) -> dict[str, Any]:
+    """The arguments of a decoder, so that transformers tells the documents of a row apart. It does so by positions that
+    restart, without a mask and without a cache; otherwise it would mix the documents in silence.
 
-    Args:
-        mask: (B, T), 0 at padding; None = no padding.
-        text_before: (B,) bool, whether a row has text before these tokens; None = none has.
+    keeps_apart: whether the decoder tells documents apart by their positions.
+
+    Raises:
+        ValueError: there are several documents in a row and a cache, or a gap inside a document, or the decoder mixes
+            them.
     """
+    positions, own = _placed(arguments)
+    if positions is None:
+        return arguments
+    found = restarts(positions, own)
+    restart, odd = torch.stack([found.begins.any(), found.odd]).tolist()
+    if not restart:
+        return arguments
+    cached = cache_of(arguments) is not None or arguments.get("use_cache")
+    why = CACHED if cached else ODD if odd else None
+    if why is None and not keeps_apart():
+        why = MIXED.format(decoder=type(decoder).__name__)
+    if why is not None:
+        raise ValueError(SEVERAL.format(why=why))
+    if own is not None:
+        positions = padding_apart(positions, own)
+    return arguments | {"position_ids": positions, "attention_mask": None, "use_cache": False}
+
+
+def check_in_a_graph(arguments: dict[str, Any], caches: bool, keeps_apart: Callable[[], bool]) -> None:
+    """`told_apart` in a compiled graph, which cannot look at positions: a row with several documents ends it with a
+    RuntimeError, but where transformers tells documents apart by itself.
+
+    caches: whether the decoder makes a cache unless use_cache says otherwise.
+    """
+    positions, own = _placed(arguments)
+    if positions is None:
+        return
+    use_cache = arguments.get("use_cache")
+    cached = cache_of(arguments) is not None or (caches if use_cache is None else use_cache)
+    if own is not None or cached or not keeps_apart():
+        torch._assert_async(~restarts(positions, own).begins.any(), SEVERAL.format(why=IN_A_GRAPH))
+
+
+def _placed(arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Positions (B, T) and the part (B, T) of the mask that is of these tokens; None for positions that do not say
+    where documents begin, as of a step of `generate`."""
+    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if positions is None or positions.dim() != 2 or positions.shape[1] == 1:
+        return None, None
+    if mask is None:
+        return positions, None
+    length = positions.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length:
+        return None, None
+    placed = torch.broadcast_tensors(positions, mask_of_tokens(mask, cache_of(arguments), length))
+    return placed[0], placed[1]
+
+
+def restarts(position_ids: Tensor, mask: Tensor | None) -> Restarts:
+    """Finds documents by their positions. `mask` (B, T) is 0 at padding; None = no padding."""
     text = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask.bool()
     step = position_ids.diff(dim=1)
     goes_on = text[:, 1:] & text[:, :-1]
-    after_gap = behind_gap(text)
+    behind_padding = text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]
     at_start = position_ids[:, 1:] == 0
-    first = torch.zeros_like(text[:, :1])
-    if text_before is not None:
-        first = (text_before & text[:, 0] & (position_ids[:, 0] == 0))[:, None]
-    begins = torch.cat([first, (goes_on & (step <= 0)) | (after_gap & at_start)], 1)
-    return Restarts(begins, (goes_on & (step > 1)).any() | (after_gap & ~at_start).any())
-
-
-def behind_gap(text: Tensor) -> Tensor:
-    """(B, T - 1) bool: of each token but the first, whether it is the first behind padding inside a row; `text` (B, T)
-    is False at padding."""
-    return text[:, 1:] & ~text[:, :-1] & (text.cumsum(1) > 0)[:, :-1]
+    begins = F.pad((goes_on & (step <= 0)) | (behind_padding & at_start), (1, 0))
+    return Restarts(begins, (goes_on & (step > 1)).any() | (behind_padding & ~at_start).any())
 
 
 def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from valm.clip.tokenizer import ClipBpeTokenizer
 from valm.model.augment import AugmentedCausalLM, augmented_class, transformers_class
 from valm.model.config import ValmConfig, config_from_dict
 from valm.model.documents import mask_of_tokens
-from valm.model.image_finder import ImageFinder, cache_of
+from valm.model.image_finder import ImageFinder
+from valm.model.positions import cache_of
 
 
 class VaLMFinder(ImageFinder):

@@ -7,40 +7,26 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
-from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.attention import IMAGE_ARGUMENTS
 from valm.model.config import FusionOptions
-from valm.model.documents import mask_of_tokens, padding_apart, restarts, split_rows
-from valm.model.positions import CACHE_ARGUMENTS, named_arguments
-from valm.model.private_names import attention_of
+from valm.model.documents import check_in_a_graph, mask_of_tokens, restarts, split_rows, told_apart
+from valm.model.image_arguments import check_call, check_images
+from valm.model.positions import cache_of, named_arguments
 from valm.model.probe import keeps_apart
 from valm.model.retrieval_cache import retrieval_state, with_retrieval
 from valm.retrieval.min_score import cut
-from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved, Retriever
-from valm.retrieval.source import ImageSource, open_encoder
-from valm.store.folders import current_files
-from valm.store.pretrained import from_pretrained
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved
+from valm.retrieval.source import ImageSource, open_retriever, open_tokenizer
 
 # Rows that a vocabulary may have beyond its tokenizer's tokens, as it is padded to a multiple of 128 at most.
 PADDED_ROWS = 127
-# Attention implementations whose masks the fusion layer can read.
-READABLE = ("sdpa", "eager")
-# A key is hidden from here on in a mask that is added to the scores; libraries write -inf, the least number or -1e4.
-HIDDEN = -1e3
-RESTART_IN_A_GRAPH = (
-    "position_ids restart, so there are several documents in a row, which a compiled model keeps apart only without an "
-    "attention_mask and with use_cache=False"
-)
-MIXED = "position_ids restart, but this {decoder} does not keep documents in a row apart: give each a row of its own"
 
 
 class ImageFinder:
@@ -65,16 +51,24 @@ class ImageFinder:
 
     def __init__(self, config: Any):
         self.config = config
+        self.options = FusionOptions(**config.fusion)
+
+    def change(self, name: str, value: Any) -> None:
+        """Sets an option of the fusion, here and in the config.
+
+        Raises:
+            ValmError: the value is invalid.
+        """
+        self.options = replace(self.options, **{name: value})
+        self.config.fusion = self.config.fusion | {name: value}
+
+    # ---- the hooks ----
 
     def put_on(self, part: nn.Module) -> None:
         """Puts the hooks on a part of the model that may be called with token ids."""
         names = tuple(inspect.signature(type(part).forward).parameters)[1:]  # without self
         part.register_forward_pre_hook(partial(self.before, names), with_kwargs=True)
         part.register_forward_hook(self.after, with_kwargs=True)
-
-    @property
-    def options(self) -> FusionOptions:
-        return FusionOptions(**self.config.fusion)
 
     def before(
         self, names: tuple[str, ...], decoder: Any, args: tuple, kwargs: dict[str, Any]
@@ -86,95 +80,40 @@ class ImageFinder:
         if ids is None and embeds is None:  # of a part that has the decoder's name
             return args, kwargs
         mask: Any = arguments.get("attention_mask")
-        self.check(arguments)
+        check_call(self.config, arguments)
         placed = self.place_text(decoder, arguments)
         images: Any = [placed.pop(name, None) for name in IMAGE_ARGUMENTS[:3]]
         if all(image is None for image in images):
             images = self.find_images(ids, mask, cache_of(arguments), arguments.get("position_ids"))
         else:
             shape = (ids if embeds is None else embeds).shape[:2]
-            images = self.given_images(shape, mask, cache_of(arguments), *images)
+            check_images(self.options, shape, *images)
+            if images[1] is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # padding sees none
+                padding = mask_of_tokens(mask, cache_of(arguments), shape[1])[..., None] == 0
+                images[1] = images[1].masked_fill(padding, -1)
         given = dict(zip(IMAGE_ARGUMENTS, images, strict=False))
         return (), placed | {name: image for name, image in given.items() if image is not None}
 
-    def check(self, arguments: dict[str, Any]) -> None:
-        """Checks arguments that the fusion layer cannot read.
+    def after(self, decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Puts the text of a pass that began without a cache into the cache that it returns, if it does. The retriever
+        reads it again when the cache is used, so that a pass whose cache nobody uses costs nothing."""
+        ids: Any = kwargs.get("input_ids")
+        if self._retriever is None or ids is None or cache_of(kwargs) is not None:
+            return
+        for cache in output if isinstance(output, tuple) else output.values():
+            if isinstance(cache, Cache):
+                _keep_text(cache, ids, kwargs.get("attention_mask"))
 
-        Raises:
-            ValueError: `output_attentions`, which has no place for weights of images; a mask for each head, or with
-                biases; or image_slots alone.
-            ValmError: the model's attention implementation has other masks.
-        """
-        check_readable(self.config)
-        mask: Any = arguments.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
-            raise ValueError("the fusion layer reads one attention_mask for all heads, and got one for each")
-        added = isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()
-        if added and not torch.compiler.is_compiling() and ((mask != 0) & (mask > HIDDEN)).any():
-            raise ValueError("the fusion layer reads an attention_mask of 0 and -inf, and got other biases")
-        asked = arguments.get("output_attentions")
-        if asked or (asked is None and self.config.output_attentions):
-            raise ValueError(
-                "output_attentions: the fusion layer has one softmax over text and images; call fusion_attention()"
-            )
-        if arguments.get("image_slots") is not None and arguments.get("image_index") is None:
-            raise ValueError("image_slots must be given together with image_pool and image_index")
+    # ---- documents ----
 
     def place_text(self, decoder: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the decoder with those that say what each token sees of the text.
-
-        Documents in a row are told apart by positions that restart. transformers sees that without a mask and without a
-        cache only, and would otherwise mix them in silence.
-
-        Raises:
-            ValueError: there are several documents in a row and a cache; or gaps inside of them, by which transformers
-                would split them; or the family mixes them.
-        """
-        positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-        cache, use_cache = cache_of(arguments), arguments.get("use_cache")
-        if positions is None or positions.dim() != 2:
+        """The arguments of the decoder with those that say what each token sees of the text; errors as in
+        `told_apart`."""
+        if torch.compiler.is_compiling():
+            caches = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
+            check_in_a_graph(arguments, caches, lambda: tells_apart(self, decoder))
             return arguments
-        length = positions.shape[1]
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length):
-            return arguments
-        compiling, on_cpu = torch.compiler.is_compiling(), positions.device.type == "cpu"
-        if length == 1 and (compiling or cache is None or not on_cpu):  # no step of `generate` waits for a GPU
-            return arguments
-        whole = mask
-        if mask is not None:
-            positions, mask = torch.broadcast_tensors(positions, mask_of_tokens(mask, cache, length))
-        if compiling:  # a graph cannot look
-            by_default = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-            if mask is not None or cache is not None or (by_default if use_cache is None else use_cache):
-                torch._assert_async(~restarts(positions, mask).begins.any(), RESTART_IN_A_GRAPH)
-            elif not tells_apart(self, decoder):
-                mixed = MIXED.format(decoder=type(decoder).__name__)
-                torch._assert_async(~restarts(positions, mask).begins.any(), mixed)
-            return arguments
-        past = 0 if cache is None else int(cache.get_seq_length())
-        text_before = None
-        if past > 0:
-            everywhere = positions.new_ones(len(positions), dtype=torch.bool)
-            text_before = everywhere if whole is None else whole[:, :past].bool().any(1)
-        found = restarts(positions, mask, text_before)
-        restart, odd = torch.stack([found.begins.any(), found.odd]).tolist()
-        if not restart:
-            return arguments
-        if cache is not None or use_cache:
-            raise ValueError(
-                "position_ids restart, so there are several documents in a row, which a cache cannot hold: call with "
-                "use_cache=False and without a cache, or give one document a row"
-            )
-        if odd:
-            raise ValueError(
-                "position_ids restart, so there are several documents in a row, and one has a gap in its positions or "
-                "padding inside it, where it would be split: give it a row of its own"
-            )
-        if not self.tells_apart(decoder):
-            raise ValueError(MIXED.format(decoder=type(decoder).__name__))
-        if mask is not None:
-            positions = padding_apart(positions, mask)
-        return arguments | {"position_ids": positions, "attention_mask": None, "use_cache": False}
+        return told_apart(decoder, arguments, lambda: self.tells_apart(decoder))
 
     def tells_apart(self, decoder: Any) -> bool:
         """Whether the decoder keeps documents in a row apart by their positions, which is tried once."""
@@ -196,59 +135,7 @@ class ImageFinder:
 
         return read
 
-    # ---- images that are given ----
-
-    def given_images(
-        self, shape: torch.Size, mask: Any, cache: Any, pool: Tensor | None, index: Tensor | None, scores: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """image_pool, image_index and image_scores that were given for tokens of `shape` (B, T); padding sees none.
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        self.check_images(shape, pool, index, scores)
-        if index is not None and isinstance(mask, Tensor) and mask.dim() == 2:
-            index = index.masked_fill(mask_of_tokens(mask, cache, shape[1])[..., None] == 0, -1)
-        return pool, index, scores
-
-    def check_images(self, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None) -> None:
-        """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T).
-
-        Raises:
-            ValueError: they do not fit.
-        """
-        if (pool is None) != (index is None):
-            raise ValueError("image_pool and image_index must be given together")
-        options = self.options
-        if scores is not None and not options.scored:
-            raise ValueError(
-                "image_scores was given to a model that does not use retrieval scores: make it with score_scale"
-            )
-        if pool is None or index is None:
-            if scores is not None:
-                raise ValueError("image_scores must be given together with image_pool and image_index")
-            return
-        if options.num_images == 0:
-            raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no images")
-        if pool.dim() != 2 or pool.shape[1] != options.image_dim:
-            raise ValueError(
-                f"image_pool must have shape (U, image_dim = {options.image_dim}), got {tuple(pool.shape)}"
-            )
-        if index.dim() != 3 or index.shape[:2] != shape:
-            raise ValueError(
-                f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}"
-            )
-        if scores is None:
-            if options.scored and pool.shape[0] > 0:
-                raise ValueError("image_scores must be given with the images: this model uses their retrieval scores")
-            return
-        if scores.shape != index.shape or not scores.is_floating_point():
-            raise ValueError(
-                f"image_scores must be float with the shape of image_index, {tuple(index.shape)}, got {scores.dtype} "
-                f"with {tuple(scores.shape)}"
-            )
-
-    # ---- images that are found ----
+    # ---- images ----
 
     def find_images(
         self, ids: Tensor | None, mask: Any, cache: Any, positions: Tensor | None
@@ -304,15 +191,26 @@ class ImageFinder:
         images = {"image_pool": seen.image_pool, "image_index": seen.image_index}
         return images | {"image_scores": seen.scores} if self.options.scored else images
 
-    def after(self, decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Puts the text of a pass that began without a cache into the cache that it returns, if it does. The retriever
-        reads it again when the cache is used, so that a pass whose cache nobody uses costs nothing."""
-        ids: Any = kwargs.get("input_ids")
-        if self._retriever is None or ids is None or cache_of(kwargs) is not None:
+    def say_that_images_are_missing(self) -> None:
+        """Warns once that the model has no images; silent if it takes none.
+
+        Raises:
+            ValueError: the model is `strict`.
+        """
+        options = self.options
+        if options.num_images == 0:
             return
-        for cache in output if isinstance(output, tuple) else output.values():
-            if isinstance(cache, Cache):
-                _keep_text(cache, ids, kwargs.get("attention_mask"))
+        message = (
+            f"this model takes {options.num_images} images a token, but has no retriever and was given none: set one "
+            "by set_retriever, or give image_pool and image_index"
+        )
+        if self.strict:
+            raise ValueError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+
+    # ---- the retriever ----
 
     def open_retriever(self, device: torch.device | None) -> ImageRetriever | None:
         """What was set, or else what the folder of the model says, opened on first use; None where it says no place.
@@ -353,6 +251,27 @@ class ImageFinder:
         if self.source is not None:
             self.config.retrieval = self.source.identity()
 
+    def open(self, source: ImageSource, tokenizer: Any, **how: Any) -> ImageRetriever:
+        """What `source` says finds the images of this model, which reads with `tokenizer`.
+
+        how: clip, allow_download, device and dtype, as in `open_encoder`; but the default dtype of a blind model, whose
+            images are its queries, and of one with a min_score is that of its training. Errors as in
+            `valm.retrieval.source.open_retriever`.
+        """
+        options, min_score = self.options, self.options.min_score
+        as_trained = options.blind or (min_score is not None and min_score > -1)
+        return open_retriever(source, tokenizer, options.num_images, blind=options.blind, as_trained=as_trained, **how)
+
+    def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
+        try:
+            tokenizer = open_tokenizer(folder, self.config.name_or_path)
+            self.set_retriever(self.open(source, tokenizer, device=device or "cpu"))
+        except Exception as error:  # open_clip raises many kinds
+            raise ValmError(
+                f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
+                "retriever by set_retriever, or None for text alone"
+            ) from error
+
     def _check_retriever(self, retriever: Any) -> None:
         """Checks that a retriever is for this model.
 
@@ -382,92 +301,6 @@ class ImageFinder:
                 "ContextEncoder the model's tokenizer (tokenizer=)"
             )
 
-    def open(
-        self,
-        source: ImageSource,
-        tokenizer: Any,
-        *,
-        clip: str | None = None,
-        allow_download: bool = False,
-        **of_tower: Any,
-    ) -> ImageRetriever:
-        """What `source` says finds the images of this model, which reads with `tokenizer`.
-
-        Args:
-            clip, allow_download: as in `open_encoder`.
-            of_tower: device and dtype, as in `open_encoder`; but the default dtype of a blind model, whose images are
-                its queries, and of one with a min_score is that of its training.
-
-        Raises:
-            ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
-                tower cannot have this precision.
-        """
-        place: Any = source.clip
-        if place is None or not self.options.blind:
-            missing = source.missing()
-            if source.knowledge_base is None:
-                raise ValmError(missing or "a model that is not blind needs a knowledge base: give it as kb (--kb)")
-            place = ImageKnowledgeBase.open(source.knowledge_base)
-        of_tower |= {"overlap": source.overlap, "min_tokens": source.min_tokens}
-        min_score = self.options.min_score
-        if source.precision is not None and (self.options.blind or (min_score is not None and min_score > -1)):
-            of_tower["dtype"] = of_tower.get("dtype") or getattr(torch, source.precision)
-        encoder = open_encoder(place, source.query, tokenizer, clip=clip, allow_download=allow_download, **of_tower)
-        return BlindRetriever(encoder) if self.options.blind else Retriever(encoder, place, self.options.num_images)
-
-    def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
-        files = current_files(Path(folder))
-        has_tokenizer = (files / "tokenizer_config.json").is_file()
-        tokenizer_of = files if has_tokenizer else self.config.name_or_path
-        try:
-            what = f"the tokenizer in {tokenizer_of}"
-            tokenizer: Any = from_pretrained(AutoTokenizer, tokenizer_of, what, local_files_only=True)
-        except ValmError as error:
-            raise ValmError(
-                f"the images of the model in {folder} cannot be retrieved: no tokenizer can be loaded from "
-                f"{tokenizer_of}; save one there by tokenizer.save_pretrained, or set a retriever by set_retriever"
-            ) from error
-        try:
-            self.set_retriever(self.open(source, tokenizer, device=device or "cpu"))
-        except Exception as error:  # open_clip raises many kinds
-            raise ValmError(
-                f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
-                "retriever by set_retriever, or None for text alone"
-            ) from error
-
-    def say_that_images_are_missing(self) -> None:
-        """Warns once that the model has no images; silent if it takes none.
-
-        Raises:
-            ValueError: the model is `strict`.
-        """
-        options = self.options
-        if options.num_images == 0:
-            return
-        message = (
-            f"this model takes {options.num_images} images a token, but has no retriever and was given none: set one "
-            "by set_retriever, or give image_pool and image_index"
-        )
-        if self.strict:
-            raise ValueError(message)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
-
-
-def check_readable(config: Any) -> None:
-    """Checks that the fusion layer can read the masks that the model of this config makes.
-
-    Raises:
-        ValmError: its attention has others, or none, as where a window is an argument.
-    """
-    implementation = attention_of(config.get_text_config(decoder=True))
-    if implementation not in READABLE:
-        raise ValmError(
-            f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
-            f"with {' or '.join(map(repr, READABLE))}, or set_attn_implementation"
-        )
-
 
 @torch.compiler.assume_constant_result
 def finds_images(finder: ImageFinder, device: torch.device | None) -> bool:
@@ -487,10 +320,6 @@ def tells_apart(finder: ImageFinder, decoder: Any) -> bool:
 @torch.compiler.disable
 def _keep_text(cache: Any, ids: Tensor, mask: Tensor | None) -> None:
     with_retrieval(cache).text = ids.clone(), None if mask is None else mask[:, : ids.shape[1]]
-
-
-def cache_of(arguments: dict[str, Any]) -> Any:
-    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
 def _each_document(retriever: ImageRetriever, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Retrieved:

@@ -93,7 +93,7 @@ class ImageModel(_Base):
         Raises:
             ValmError: it is not finite, or the model retrieves no images.
         """
-        self._change("min_score", value)
+        self.finder.change("min_score", value)
 
     def set_num_images(self, value: int) -> None:
         """Sets K, the images that a token sees from now on; no weight depends on it. It is saved with the model.
@@ -108,13 +108,8 @@ class ImageModel(_Base):
         if not isinstance(retriever, Retriever):
             raise ValmError("this model retrieves no images from a knowledge base, so their number cannot be set")
         other = retriever.with_k(value)
-        self._change("num_images", value)
+        self.finder.change("num_images", value)
         self.set_retriever(other)
-
-    def _change(self, name: str, value: Any) -> None:
-        changed = self.config.fusion | {name: value}
-        FusionOptions(**changed)  # raises where it is invalid
-        self.config.fusion = changed
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, which `generate_batch` calls too.

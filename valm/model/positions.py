@@ -39,6 +39,11 @@ def named_arguments(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -
     return dict(zip(names, args, strict=False)) | kwargs
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The key-value cache among the arguments of a call; None if there is none."""
+    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+
+
 def alone(hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an attention's call for other `hidden_states` (B, T, C), without mask and cache, with all tokens
     at the position of the call's last one."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
 from valm.clip.clip import Clip
@@ -24,6 +24,7 @@ from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import BlindRetriever, Retriever
 from valm.store.files import PathText, read_json, relative_path, write_json
 from valm.store.folders import PLACES_FILE, current_files
+from valm.store.pretrained import from_pretrained
 from valm_kernels.json_files import check_own
 
 # The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
@@ -110,8 +111,9 @@ class ImageSource:
         """With the places that are noted beside the model in `folder`."""
         places, beside = read_places(folder), os.path.realpath(places_folder(folder))
         noted, clip = places.get("knowledge_base"), places.get("clip")
-        if clip is not None and Path(place := os.path.normpath(os.path.join(beside, clip))).is_dir():
-            clip = place
+        if clip is not None:  # a relative path, or a name on a hub
+            place = os.path.normpath(os.path.join(beside, clip))
+            clip = place if clip.startswith(os.pardir) or os.path.isdir(place) else clip
         kb = None if noted is None else Path(os.path.normpath(os.path.join(beside, noted)))
         return replace(self, knowledge_base=kb, clip=clip)
 
@@ -147,7 +149,7 @@ class ImageSource:
         if self.clip is None:
             named = _named(self.clip_name, self.clip_sha256)
             return f"nothing says where the model's CLIP {named} is: give it as clip (--clip)"
-        if self.clip.startswith((os.sep, os.pardir)) and not os.path.isdir(self.clip):
+        if os.path.isabs(self.clip) and not os.path.isdir(self.clip):
             return f"the model's CLIP {self.clip} is not there: give it as clip (--clip)"
         return None
 
@@ -249,3 +251,54 @@ def open_encoder(
     segments = {"overlap": overlap, "min_tokens": min_tokens}
     dtype = dtype or fastest_dtype(torch.device(device))
     return ContextEncoder(loaded.to(device), tokenizer=tokenizer, query=query, dtype=dtype, **segments)
+
+
+def open_retriever(
+    source: ImageSource,
+    tokenizer: PreTrainedTokenizerFast,
+    num_images: int,
+    *,
+    blind: bool = False,
+    as_trained: bool = False,
+    dtype: torch.dtype | None = None,
+    **how: Any,
+) -> Retriever | BlindRetriever:
+    """What `source` says finds the images of a model that reads with `tokenizer`.
+
+    Args:
+        num_images: K of a Retriever.
+        blind: whether the images are the queries, so that a CLIP is enough.
+        as_trained: whether the default dtype is that of the model's training, because the model depends on it.
+        dtype, how: clip, allow_download and device, as in `open_encoder`.
+
+    Raises:
+        ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
+            tower cannot have this precision.
+    """
+    place: Any = source.clip
+    if place is None or not blind:
+        missing = source.missing()
+        if source.knowledge_base is None:
+            raise ValmError(missing or "a model that is not blind needs a knowledge base: give it as kb (--kb)")
+        place = ImageKnowledgeBase.open(source.knowledge_base)
+    if as_trained and source.precision is not None:
+        dtype = dtype or getattr(torch, source.precision)
+    segments: Any = {"overlap": source.overlap, "min_tokens": source.min_tokens}
+    encoder = open_encoder(place, source.query, tokenizer, dtype=dtype, **segments, **how)
+    return BlindRetriever(encoder) if blind else Retriever(encoder, place, num_images)
+
+
+def open_tokenizer(folder: str | os.PathLike, base: str | None) -> Any:
+    """The tokenizer of the model in `folder`: the one saved there, or that of its `base`, a folder or name.
+
+    Raises:
+        ValmError: neither has one here.
+    """
+    files = current_files(Path(folder))
+    place: Any = files if (files / "tokenizer_config.json").is_file() else base
+    try:
+        return from_pretrained(AutoTokenizer, place, f"the tokenizer in {place}", local_files_only=True)
+    except ValmError as error:
+        raise ValmError(
+            f"no tokenizer can be loaded from {place}; save one there by tokenizer.save_pretrained"
+        ) from error

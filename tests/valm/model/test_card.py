@@ -71,7 +71,11 @@ def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path):
         assert (tmp_path / folder / "README.md").read_text() == "Mine."
 
 
-def test_a_loaded_model_says_what_it_lacks(tmp_path, clip):
+def test_a_loaded_model_says_what_it_lacks(tmp_path, clip, monkeypatch):
+    """Also where a folder of the same name lies beside the process's own."""
+    for folder in ("clip", "here"):
+        (tmp_path / "elsewhere" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "here")
     seeing = retriever_in(tmp_path, clip)
     blind = BlindRetriever(seeing.encoder)
     for name, retriever in (("it", seeing), ("blind", blind)):

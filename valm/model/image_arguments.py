@@ -1,0 +1,90 @@
+"""Checks the arguments of a call of a model with images: those that the fusion layer reads, and the images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from valm.errors import ValmError
+from valm.model.config import FusionOptions
+from valm.model.private_names import attention_of
+
+# Attention implementations whose masks the fusion layer can read.
+READABLE = ("sdpa", "eager")
+# A key is hidden from here on in a mask that is added to the scores; libraries write -inf, the least number or -1e4.
+HIDDEN = -1e3
+
+
+def check_readable(config: Any) -> None:
+    """Checks that the fusion layer can read the masks that the model of this config makes.
+
+    Raises:
+        ValmError: its attention has others, or none, as where a window is an argument.
+    """
+    implementation = attention_of(config.get_text_config(decoder=True))
+    if implementation not in READABLE:
+        raise ValmError(
+            f'the model has attn_implementation="{implementation}", whose masks the fusion layer cannot read: load it '
+            f"with {' or '.join(map(repr, READABLE))}, or set_attn_implementation"
+        )
+
+
+def check_call(config: Any, arguments: dict[str, Any]) -> None:
+    """Checks arguments that the fusion layer cannot read.
+
+    Raises:
+        ValueError: `output_attentions`, which has no place for weights of images; a mask for each head, or with
+            biases; or image_slots alone.
+        ValmError: the model's attention implementation has other masks.
+    """
+    check_readable(config)
+    mask: Any = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+        raise ValueError("the fusion layer reads one attention_mask for all heads, and got one for each")
+    added = isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()
+    if added and not torch.compiler.is_compiling() and ((mask != 0) & (mask > HIDDEN)).any():
+        raise ValueError("the fusion layer reads an attention_mask of 0 and -inf, and got other biases")
+    asked = arguments.get("output_attentions")
+    if asked or (asked is None and config.output_attentions):
+        raise ValueError(
+            "output_attentions: the fusion layer has one softmax over text and images; call fusion_attention()"
+        )
+    if arguments.get("image_slots") is not None and arguments.get("image_index") is None:
+        raise ValueError("image_slots must be given together with image_pool and image_index")
+
+
+def check_images(
+    options: FusionOptions, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None
+) -> None:
+    """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T).
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if (pool is None) != (index is None):
+        raise ValueError("image_pool and image_index must be given together")
+    if scores is not None and not options.scored:
+        raise ValueError(
+            "image_scores was given to a model that does not use retrieval scores: make it with score_scale"
+        )
+    if pool is None or index is None:
+        if scores is not None:
+            raise ValueError("image_scores must be given together with image_pool and image_index")
+        return
+    if options.num_images == 0:
+        raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no images")
+    if pool.dim() != 2 or pool.shape[1] != options.image_dim:
+        raise ValueError(f"image_pool must have shape (U, image_dim = {options.image_dim}), got {tuple(pool.shape)}")
+    if index.dim() != 3 or index.shape[:2] != shape:
+        raise ValueError(f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}")
+    if scores is None:
+        if options.scored and pool.shape[0] > 0:
+            raise ValueError("image_scores must be given with the images: this model uses their retrieval scores")
+        return
+    if scores.shape != index.shape or not scores.is_floating_point():
+        raise ValueError(
+            f"image_scores must be float with the shape of image_index, {tuple(index.shape)}, got {scores.dtype} "
+            f"with {tuple(scores.shape)}"
+        )
