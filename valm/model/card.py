@@ -14,7 +14,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from valm.retrieval.source import ImageSource
 from valm.text import markdown_table
 from valm_kernels import __version__
 from valm_kernels.atomic_files import atomic_path
@@ -22,6 +21,28 @@ from valm_kernels.atomic_files import atomic_path
 CARD_FILE = "README.md"
 # Marks the cards written here. A card without it is the user's own and is not replaced.
 MARKER = "<!-- written by valm; without this line the card is left as it is -->"
+TEMPLATE = """---
+{data}
+---
+
+{marker}
+
+# A language model that sees images
+
+{what}
+
+## What it needs
+
+{needs}
+
+## How to load it
+
+```python
+import valm
+
+model, tokenizer = valm.load("FOLDER"{kb})
+```
+"""
 
 
 def write_card(
@@ -46,28 +67,18 @@ def write_card(
     file = Path(folder) / CARD_FILE
     if os.path.lexists(file) and not (file.is_file() and MARKER in file.read_text("utf-8", errors="replace")):
         return None
-    source = model.finder.source
-    data = ModelCardData(
-        library_name="valm",
-        pipeline_tag="text-generation",
-        base_model=base_name(model),
-        tags=["valm", "visually-augmented-language-model"],
-    )
-    lines = [
-        f"---\n{data.to_yaml()}\n---",
-        MARKER,
-        "# A language model that sees images",
-        _what(model),
-        "## What it needs",
-    ]
-    lines += [*_needs(model, source, with_base), "## How to load it", _how(source)]
+    tags = ["valm", "visually-augmented-language-model"]
+    data = ModelCardData(library_name="valm", pipeline_tag="text-generation", base_model=base_name(model), tags=tags)
+    needs = "\n".join(f"- {need}" for need in _needs(model, with_base)) or "Nothing beside this folder."
+    kb = ', kb="KNOWLEDGE_BASE"' if getattr(model.finder.source, "knowledge_base_sha256", None) else ""
+    text = TEMPLATE.format(data=data.to_yaml(), marker=MARKER, what=_what(model), needs=needs, kb=kb)
     if numbers:
         rows = [(name, f"{value:.4g}") for name, value in numbers.items()]
-        lines += ["## Numbers", markdown_table(["", ""], rows)]
+        text += f"\n## Numbers\n\n{markdown_table(['', ''], rows)}\n"
     if command:
-        lines += ["## How it was made", f"```bash\n{_without_folders(command)}\n```"]
+        text += f"\n## How it was made\n\n```bash\n{_without_folders(command)}\n```\n"
     with atomic_path(file) as temporary:
-        ModelCard("\n\n".join(lines) + "\n").save(temporary)
+        ModelCard(text).save(temporary)
     return file
 
 
@@ -90,44 +101,33 @@ def _architecture(model: Any) -> str | None:
 
 
 def _what(model: Any) -> str:
-    options = model.fusion_options
-    base = _architecture(model)
-    if options.num_images == 0:
-        kind = f"{base}, trained" if base else "GPT-2"
-        twin = "the text-only twin of an augmented model" if base else "the baseline GPT-2*"
-        return f"A {kind} by [valm](https://github.com/valm-kernels/valm), which sees no images: {twin}."
-    kind = "its own retrieval query as one image" if options.blind else f"{options.num_images} retrieved images"
-    if options.min_score is not None:
-        kind += f" with a retrieval score from {options.min_score:.4g}, or none"
+    options, base = model.fusion_options, _architecture(model)
     made = f"`valm.augment` of a {base}" if base else "A VaLM (Wang et al. 2022)"
-    return (
-        f"{made} by [valm](https://github.com/valm-kernels/valm) {__version__}: each token sees {kind}, of dimension "
-        f"{options.image_dim}."
-    )
+    sees = f"{options.num_images} retrieved images of dimension {options.image_dim}"
+    if options.blind:
+        sees = "its own retrieval query as one image"
+    if options.num_images == 0:
+        sees = "no images, as in the text-only baseline"
+    if options.min_score is not None:
+        sees += f" with a retrieval score from {options.min_score:.4g}, or none"
+    return f"{made} by [valm](https://github.com/valm-kernels/valm) {__version__}. Each token sees {sees}."
 
 
-def _needs(model: Any, source: ImageSource | None, with_base: bool) -> list[str]:
+def _needs(model: Any, with_base: bool) -> list[str]:
+    options, named, source = model.fusion_options, base_name(model), model.finder.source
     needs = []
     if not with_base:
-        named = base_name(model)
-        needs.append(f"- The base model `{named}`." if named else f"- The {_architecture(model)} that it was made of.")
-    if model.fusion_options.num_images == 0:
-        needs = needs or ["Nothing beside this folder."]
-    elif source is None:
-        given = "`image_pool` and `image_index`"
-        if model.fusion_options.scored:
-            given = "`image_pool`, `image_index` and `image_scores`"
-        needs.append(f"- Images, given in each call as {given}, or found by a retriever.")
-    else:
-        if source.knowledge_base_sha256 is not None:
-            name, sha256 = source.knowledge_base_name, source.knowledge_base_sha256
-            needs.append(f"- The knowledge base `{name}`, SHA-256 `{sha256}`.")
-        clip = Path(source.clip_name or "").name
-        needs.append(f"- Its CLIP `{clip}`, whose weights have SHA-256 `{source.clip_sha256}`.")
-        needs.append(f"- Queries of kind `{source.query}`.")
-    return ["\n".join(needs)]
-
-
-def _how(source: ImageSource | None) -> str:
-    arguments = ', kb="KNOWLEDGE_BASE"' if source is not None and source.knowledge_base_sha256 is not None else ""
-    return f'```python\nimport valm\n\nmodel, tokenizer = valm.load("FOLDER"{arguments})\n```'
+        needs.append(f"The base model `{named}`." if named else f"The {_architecture(model)} that it was made of.")
+    if options.num_images == 0:
+        return needs
+    if source is None:
+        scores = ", `image_scores`" if options.scored else ""
+        return [*needs, f"Images: the arguments `image_pool`, `image_index`{scores} of each call, or a retriever."]
+    if source.knowledge_base_sha256 is not None:
+        needs.append(f"The knowledge base `{source.knowledge_base_name}`, SHA-256 `{source.knowledge_base_sha256}`.")
+    clip = Path(source.clip_name or "").name
+    return [
+        *needs,
+        f"The CLIP `{clip}`, whose weights have SHA-256 `{source.clip_sha256}`.",
+        f"Queries of kind `{source.query}`.",
+    ]
