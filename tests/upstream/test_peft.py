@@ -63,3 +63,24 @@ def test_an_adapter_with_a_lora_beside_it_is_refused(tmp_path):
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
     with pytest.raises(ValmError, match=r"q_proj.*base_layer\.weight was added since .*: unload a LoRA"):
         save_adapter(model, tmp_path / "adapter")
+
+
+def test_an_unmerged_lora_is_not_saved_with_the_whole_model(tmp_path):
+    adapted = peft.get_peft_model(augmented(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValmError, match=r"an adapter beside .*q_proj, and no class would open the folder: merge it"):
+        adapted.get_base_model().save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    assert_agree(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()), logits(adapted.eval()))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", ["adapter_names", "aLoRA"])
+def test_adapters_of_single_rows_are_refused(rows, kind):
+    """Images of a batch are of no row: PEFT would take them for the tokens of one."""
+    tokens = {"alora_invocation_tokens": [1, 2]} if kind == "aLoRA" else {}
+    config = peft.LoraConfig(r=4, target_modules=["k_proj"], task_type="CAUSAL_LM", init_lora_weights=False, **tokens)
+    adapted = peft.get_peft_model(augmented(), config).eval()
+    names = {} if kind == "aLoRA" else {"adapter_names": ["default"] * rows}
+    with pytest.raises(ValueError, match="adapter_names and aLoRA of PEFT say what each row of text takes"):
+        adapted(input_ids=random_ids(rows, 9), **random_images(rows, 9), **names)

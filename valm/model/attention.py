@@ -180,6 +180,11 @@ class ImageHook:
             return (), arguments
         if pool.shape[0] == 0:  # a row that no token sees: each step must have gradients of all parameters
             pool, slots = pool.new_zeros(1, pool.shape[1]), None
+        if not torch.compiler.is_compiling() and _adapts_rows(attention):
+            raise ValueError(
+                "adapter_names and aLoRA of PEFT say what each row of text takes, and the images of a batch are of no "
+                "row: call set_adapter, with a LoRA that is not activated by tokens"
+            )
         terms = attention.image_fusion(pool)
         as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion may be of another type
         _, keys, values = catch(attention, self.at_no_position(attention, as_text, arguments))
@@ -224,6 +229,12 @@ class ImageHook:
         if replaced.get("position_ids") is not None:
             replaced["position_ids"] = torch.zeros_like(replaced["position_ids"])
         return replaced
+
+
+def _adapts_rows(attention: nn.Module) -> bool:
+    """Whether PEFT has told layers of the attention which adapter each row of this call takes, or from which token."""
+    hooks = [hook for module in attention.modules() for hook in module._forward_pre_hooks.values()]
+    return any(not {"adapter_names", "alora_offsets"}.isdisjoint(getattr(hook, "keywords", ())) for hook in hooks)
 
 
 class _Caught:

@@ -139,10 +139,18 @@ class ImageModel(_Base):
 
         What would be loaded in the place of this model is removed: an adapter, and older weights in another number of
         files. Of a model with adapters of transformers' own (`add_adapter`) these alone are saved, as of any model.
+
+        Raises:
+            ValmError: PEFT has put an adapter into the model that is not merged.
         """
         if has_own_adapters(self):  # there is no model beside them, so nothing is older
             super().save_pretrained(save_directory, *args, **kwargs)
             return
+        if beside := next((name for name, _ in self.named_modules() if name.endswith(".base_layer")), None):
+            raise ValmError(
+                f"PEFT has put an adapter beside {beside.removesuffix('.base_layer')}, and no class would open the "
+                "folder: merge it by merge_and_unload, or save it by the save_pretrained of PEFT's model"
+            )
         given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         more = given.pop("kwargs", {})
         options = given | more
