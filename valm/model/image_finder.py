@@ -46,6 +46,7 @@ class ImageFinder:
     folder: str | None = None  # of the model, with its tokenizer
     _retriever: ImageRetriever | None = None
     _is_set = False
+    _number = 0  # of the retrievers that were set: a cache knows by it whose images its tokens saw
     _warned = False
     _keeps_apart: bool | None = None  # None: not tried yet
 
@@ -102,7 +103,7 @@ class ImageFinder:
             return
         for cache in output if isinstance(output, tuple) else output.values():
             if isinstance(cache, Cache):
-                _keep_text(cache, ids, kwargs.get("attention_mask"))
+                _keep_text(cache, ids, kwargs.get("attention_mask"), self._number)
 
     # ---- documents ----
 
@@ -174,7 +175,7 @@ class ImageFinder:
         if cache is None:
             found = _each_document(retriever, ids, own, positions)
         else:
-            found = retriever.step(ids, retrieval_state(cache, retriever, len(ids)), own)
+            found = retriever.step(ids, retrieval_state(cache, retriever, len(ids), self._number), own)
             cache.num_retrieved += ids.shape[1]
         seen = self.seen(found, ids.device)
         return seen.image_pool, seen.image_index, seen.scores if self.options.scored else None
@@ -246,6 +247,7 @@ class ImageFinder:
         self.source = source
         self.note_source()
 
+        self._number += retriever is not self._retriever
     def note_source(self) -> None:
         """Puts what identifies the images into the config, which is about to be saved."""
         if self.source is not None:
@@ -318,8 +320,9 @@ def tells_apart(finder: ImageFinder, decoder: Any) -> bool:
 
 
 @torch.compiler.disable
-def _keep_text(cache: Any, ids: Tensor, mask: Tensor | None) -> None:
-    with_retrieval(cache).text = ids.clone(), None if mask is None else mask[:, : ids.shape[1]]
+def _keep_text(cache: Any, ids: Tensor, mask: Tensor | None, number: int) -> None:
+    cache = with_retrieval(cache)
+    cache.text, cache.retriever_number = (ids.clone(), None if mask is None else mask[:, : ids.shape[1]]), number
 
 
 def _each_document(retriever: ImageRetriever, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Retrieved:

@@ -19,6 +19,7 @@ class RetrievalCache(Cache):
     # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
     text: tuple[Tensor, Tensor | None] | None = None
     num_retrieved = 0  # tokens that `retrieval` has read
+    retriever_number: int | None = None  # whose images these tokens saw (`ImageFinder`)
     is_croppable = False
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -29,7 +30,7 @@ class RetrievalCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.retrieval = self.text = None
+        self.retrieval = self.text = self.retriever_number = None
         self.num_retrieved = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -73,13 +74,16 @@ def with_retrieval(cache: Any) -> RetrievalCache:
     return cache
 
 
-def retrieval_state(cache: Any, retriever: ImageRetriever, batch: int) -> ContextCache:
-    """The retriever's state after the tokens in the cache.
+def retrieval_state(cache: Any, retriever: ImageRetriever, batch: int, number: int) -> ContextCache:
+    """The retriever's state after the tokens in the cache. `number`: which of the model's retrievers it is.
 
     Raises:
         ValueError: the retriever has not read them.
     """
     cache = with_retrieval(cache)
+    if cache.retriever_number not in (None, number):
+        raise ValueError("the tokens in the cache saw images of another retriever: start with an empty cache")
+    cache.retriever_number = number
     if cache.retrieval is None:
         cache.retrieval = retriever.start(batch)
         if cache.text is not None:

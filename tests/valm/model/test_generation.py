@@ -212,6 +212,22 @@ def test_a_cache_of_ones_own_can_be_reset(make):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("read", [False, True])
+def test_another_retriever_in_the_middle_of_a_cache_is_noticed(read):
+    model, ids = augmented(), random_ids(1, 6)
+    model.set_retriever(HashRetriever())
+    cache = model(ids[:, :3], use_cache=True).cache
+    if read:
+        model(ids[:, 3:4], cache=cache)
+    model.set_retriever(model.retriever)  # the same
+    end = cache.get_seq_length() + 1
+    model(ids[:, end - 1 : end], cache=cache)
+    model.set_retriever(HashRetriever())
+    with pytest.raises(ValueError, match="saw images of another retriever: start with an empty cache"):
+        model(ids[:, end : end + 1], cache=cache)
+
+
+@torch.no_grad()
 def test_a_cache_with_tokens_that_the_retriever_has_not_read_is_refused():
     model = augmented()
     model.set_retriever(HashRetriever())
