@@ -112,7 +112,10 @@ class ImageFinder:
         `told_apart`."""
         if torch.compiler.is_compiling():
             caches = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-            check_in_a_graph(arguments, caches, lambda: tells_apart(self, decoder))
+            # an export that is not strict has no values to try it with
+            untried = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+            known = self._keeps_apart is not None or not untried
+            check_in_a_graph(arguments, caches, lambda: known and tells_apart(self, decoder))
             return arguments
         return told_apart(decoder, arguments, lambda: self.tells_apart(decoder))
 
@@ -154,6 +157,10 @@ class ImageFinder:
         # a compiled graph holds for this value, and is made anew where a retriever is set later
         if self._retriever is None and not finds_images(self, None if ids is None else ids.device):
             return None, None, None
+        if torch.compiler.is_exporting():  # images of these tokens would become constants of the program
+            raise ValueError(
+                "an exported program cannot hold a retriever: give image_pool and image_index, or set_retriever(None)"
+            )
         return self._find_images(ids, mask, cache, positions)
 
     @torch.compiler.disable
@@ -240,6 +247,7 @@ class ImageFinder:
                 warnings.warn(other_images, stacklevel=3)
             if not isinstance(retriever, NoImages):
                 self.source = given
+        self._number += retriever is not self._retriever
         self._retriever, self.other_images, self._is_set = retriever, other_images, True
 
     def set_source(self, source: ImageSource) -> None:
@@ -247,7 +255,6 @@ class ImageFinder:
         self.source = source
         self.note_source()
 
-        self._number += retriever is not self._retriever
     def note_source(self) -> None:
         """Puts what identifies the images into the config, which is about to be saved."""
         if self.source is not None:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.tolerance import assert_agree
-from tests.valm.model.decoders import augmented, tiny_llama
+from tests.valm.model.decoders import augmented, random_images, tiny_llama
 from tests.valm.models import HashRetriever, model_for, random_ids, tiny_model
 from tests.valm.three_images import retriever_in
 from tests.valm.tiny_clip import make_clip
@@ -135,3 +135,29 @@ def test_documents_in_a_row_of_a_decoder_inside_another():
     expected = torch.cat([model(part).logits for part in (first, second)], 1)
     found = model(ids, attention_mask=mask, position_ids=positions).logits[:, :10]
     assert_agree(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_takes_images_and_positions(strict):
+    """Documents in a row are told apart, or end it with an error."""
+    model, images = augmented(), random_images(1, 6)
+    given = {"input_ids": random_ids(1, 6), "position_ids": torch.arange(6)[None], "use_cache": False, **images}
+    program = torch.export.export(model, (), given, strict=strict).module()
+    assert_agree(program(**given).logits, model(**given).logits)
+    packed = given | {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    if strict:
+        assert_agree(program(**packed).logits, model(**packed).logits)
+    else:
+        with pytest.raises(RuntimeError, match="several documents in a row"):
+            program(**packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_holds_no_retriever(strict):
+    model = augmented()
+    model.set_retriever(HashRetriever())
+    with pytest.raises(Exception, match="an exported program cannot hold a retriever: give image_pool"):
+        torch.export.export(model, (), {"input_ids": random_ids(1, 6), "use_cache": False}, strict=strict)
