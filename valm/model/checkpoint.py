@@ -117,7 +117,8 @@ def load(
         clip: the CLIP, if it has moved from where the knowledge base or the folder notes it (see `Clip.load`). Another
             one is an error.
         allow_download: of the CLIP, as in `open_encoder`.
-        query_dtype: precision of CLIP's text tower, as in `open_encoder`.
+        query_dtype: precision of CLIP's text tower, as in `open_encoder`; by default that of the retriever that the
+            model was saved with, if it was chosen.
         strict: raise an error instead of a warning when the model needs images and has none.
 
     Returns:
@@ -228,7 +229,7 @@ def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path,
         source = replace(source, knowledge_base=Path(kb).absolute(), clip=None)
     retriever = model.finder.open(source, tokenizer, **options)
     try:
-        model.set_retriever(retriever)
+        model.finder.set_retriever(retriever, chosen=options["dtype"] is not None)
     except ValmError as error:
         place = source.knowledge_base or source.clip
         raise ValmError(f"the model in {folder} and the knowledge base {place} do not fit: {error}") from error

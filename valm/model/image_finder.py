@@ -233,13 +233,16 @@ class ImageFinder:
             self._open(source, folder, device)
         return self._retriever
 
-    def set_retriever(self, retriever: ImageRetriever | None) -> None:
-        """See `ImageModel.set_retriever`."""
+    def set_retriever(self, retriever: ImageRetriever | None, chosen: bool = True) -> None:
+        """See `ImageModel.set_retriever`. chosen: whether the precision of its queries was, and is to be noted."""
         other_images = None
         if retriever is not None:
             self._check_retriever(retriever)
             given = ImageSource.of_retriever(retriever)
             saved = ImageSource.of_config(self.config.retrieval)
+            if given is not None:
+                reading = given.precision if chosen else getattr(self.source, "reading_precision", None)
+                given = replace(given, reading_precision=reading)
             if given is not None and saved is not None:
                 other_images = saved.same_images(given)
                 given = replace(given, precision=saved.precision)
@@ -263,9 +266,9 @@ class ImageFinder:
     def open(self, source: ImageSource, tokenizer: Any, **how: Any) -> ImageRetriever:
         """What `source` says finds the images of this model, which reads with `tokenizer`.
 
-        how: clip, allow_download, device and dtype, as in `open_encoder`; but the default dtype of a blind model, whose
-            images are its queries, and of one with a min_score is that of its training. Errors as in
-            `valm.retrieval.source.open_retriever`.
+        how: clip, allow_download, device and dtype, as in `open_encoder`. The default dtype is that of the retriever
+            that the model was saved with, or else, of a blind model, whose images are its queries, and of one with a
+            min_score, that of its training. Errors as in `valm.retrieval.source.open_retriever`.
         """
         options, min_score = self.options, self.options.min_score
         as_trained = options.blind or (min_score is not None and min_score > -1)
@@ -274,7 +277,7 @@ class ImageFinder:
     def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
         try:
             tokenizer = open_tokenizer(folder, self.config.name_or_path)
-            self.set_retriever(self.open(source, tokenizer, device=device or "cpu"))
+            self.set_retriever(self.open(source, tokenizer, device=device or "cpu"), chosen=False)
         except Exception as error:  # open_clip raises many kinds
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "

@@ -109,7 +109,7 @@ class ImageModel(_Base):
             raise ValmError("this model retrieves no images from a knowledge base, so their number cannot be set")
         other = retriever.with_k(value)
         self.finder.change("num_images", value)
-        self.set_retriever(other)
+        self.finder.set_retriever(other, chosen=False)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, which `generate_batch` calls too.

@@ -51,6 +51,8 @@ class ImageSource:
             None for a blind model, which needs a CLIP only.
         overlap, min_tokens: of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
         precision: of the queries that the model was trained with.
+        reading_precision: of the retriever that the model was saved with, if that precision was chosen. None: what the
+            machine is fast in.
         knowledge_base, clip: where they are, absolute, or a name on a hub; clip only where there is no knowledge base,
             which has its own. None: not known here.
     """
@@ -63,6 +65,7 @@ class ImageSource:
     overlap: int | None = None
     min_tokens: int | None = None
     precision: str | None = None
+    reading_precision: str | None = None
     knowledge_base: Path | None = None
     clip: str | None = None
 
@@ -268,7 +271,8 @@ def open_retriever(
     Args:
         num_images: K of a Retriever.
         blind: whether the images are the queries, so that a CLIP is enough.
-        as_trained: whether the default dtype is that of the model's training, because the model depends on it.
+        as_trained: whether the default dtype is that of the model's training, because the model depends on it. That of
+            the retriever that the model was saved with comes first.
         dtype, how: clip, allow_download and device, as in `open_encoder`.
 
     Raises:
@@ -281,8 +285,9 @@ def open_retriever(
         if source.knowledge_base is None:
             raise ValmError(missing or "a model that is not blind needs a knowledge base: give it as kb (--kb)")
         place = ImageKnowledgeBase.open(source.knowledge_base)
-    if as_trained and source.precision is not None:
-        dtype = dtype or getattr(torch, source.precision)
+    noted = source.reading_precision or (source.precision if as_trained else None)
+    if noted is not None:
+        dtype = dtype or getattr(torch, noted)
     segments: Any = {"overlap": source.overlap, "min_tokens": source.min_tokens}
     encoder = open_encoder(place, source.query, tokenizer, dtype=dtype, **segments, **how)
     return BlindRetriever(encoder) if blind else Retriever(encoder, place, num_images)

@@ -13,6 +13,7 @@ from tests.valm.three_images import retriever_in
 from tests.valm.tiny_clip import make_clip
 from valm.errors import ValmError
 from valm.model.augment import augment
+from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 from valm.retrieval.source import ImageSource, write_places
@@ -74,6 +75,30 @@ def test_a_retriever_is_compared_with_that_of_the_saved_model(retriever, tmp_pat
     with pytest.raises(ValmError, match="this model was saved with the CLIP"):
         model.set_retriever(other)
     assert model.retriever is retriever
+
+
+def test_the_precision_of_a_retriever_that_was_set_is_read_again(saved, monkeypatch):
+    """Otherwise the model would see other images, without a word, than those that it was saved with."""
+    folder, ids, expected = saved
+    monkeypatch.setattr("valm.retrieval.source.fastest_dtype", lambda device: torch.bfloat16)
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(opened(ids).logits, expected)
+    assert opened.retriever.encoder.tower.dtype != torch.bfloat16
+    asked, tokenizer = load(folder, query_dtype=torch.float64)
+    assert asked.retriever.encoder.tower.dtype == torch.float64
+    save_checkpoint(asked, tokenizer, folder)
+    assert load(folder)[0].retriever.encoder.tower.dtype == torch.float64
+
+
+def test_a_retriever_that_nobody_chose_is_as_fast_as_the_machine_can(retriever, tmp_path, monkeypatch):
+    """Also after the model was used and saved again elsewhere."""
+    model, tokenizer = model_for(retriever), retriever.encoder.tokenizer
+    model.finder.set_source(ImageSource.of_retriever(retriever))
+    for dtype in (torch.bfloat16, torch.float64):
+        save_checkpoint(model, tokenizer, tmp_path / "model")
+        monkeypatch.setattr("valm.retrieval.source.fastest_dtype", lambda device, dtype=dtype: dtype)
+        model, tokenizer = load(tmp_path / "model")
+        assert model.retriever.encoder.tower.dtype == dtype
 
 
 def test_a_model_without_its_images_says_so_once_or_raises():

@@ -149,7 +149,7 @@ def test_a_name_that_no_folder_has_is_one_sentence(copy, name, key):
 
 def test_a_blind_model_keeps_its_clip(copy):
     model, tokenizer = load(copy / "blind")
-    assert set(identity(copy / "blind")) == {"clip_name", "clip_sha256", *QUERY_SETTINGS}
+    assert set(identity(copy / "blind")) == {"clip_name", "clip_sha256", "reading_precision", *QUERY_SETTINGS}
     assert read_places(copy / "blind") == {"clip": "../clip"}
     with pytest.raises(ValmError, match=OTHER_CLIP):
         load(copy / "blind", clip=str(copy / "other"))
