@@ -118,3 +118,10 @@ def test_a_training_without_a_checkpoint_binds_nobody(world, tmp_path, error_of,
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(written[name], weight) for name, weight in expected.items())
     assert ("its --lr is 0.0005, here it is 1" if again else "is not empty") in error_of(*train, "--lr", 1, *again)
+
+
+def test_a_training_with_images_does_not_resume_without(world, tmp_path, error_of):
+    """The Trainer would leave the weights that see images out with no more than a warning."""
+    train = ["train", "--retrieval", world / "retrieval", *SIZE, "--out", tmp_path / "model"]
+    assert run(*train, "--kb", world / "kb") == 0
+    assert "its --kb is 'given', here it is not given" in error_of(*train, "--resume")
