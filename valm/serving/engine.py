@@ -150,7 +150,7 @@ class Engine:
         self._batch = Batch(model, self.positions)
         self._waiting: list[Answer | Call] = []  # in their turn
         self._open: dict[Answer | Call, object] = {}  # with its request
-        self._ended = False
+        self.ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
@@ -189,7 +189,7 @@ class Engine:
     def end(self) -> None:
         """Ends all answers: their readers get a `StoppingError`, as those of later requests do."""
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify()
         for one in list(self._open):
             if isinstance(one, Answer):
@@ -206,7 +206,7 @@ class Engine:
         requests = len(set(self._open.values()))
         further = len(self._open) - requests
         with self._changed:
-            if self._ended:
+            if self.ended:
                 raise StoppingError
             if requests >= self.max_batch + self.max_waiting:
                 raise BusyError(f"{self.max_waiting:,} requests wait already")
@@ -229,10 +229,10 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._rows or self._ended)
+                self._changed.wait_for(lambda: self._waiting or self._rows or self.ended)
                 if not self._rows and self._waiting and isinstance(self._waiting[0], Answer):
-                    self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self._ended, GATHERING)
-                if self._ended:
+                    self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch or self.ended, GATHERING)
+                if self.ended:
                     return
                 first = self._waiting[0] if self._waiting else None
                 call = first if isinstance(first, Call) else None

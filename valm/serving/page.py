@@ -26,6 +26,7 @@ from valm.explain.explanation import Explanation, Reader, explain_together
 from valm.explain.page import heads, heads_script, render_body, script_hash, style
 from valm.retrieval.retriever import Retriever
 from valm.serving.api import Api, ApiError, json_body, unless_gone
+from valm.serving.engine import StoppingError
 from valm_kernels.json_files import short
 
 HERE = Path(__file__).parent
@@ -162,7 +163,11 @@ class Page:
         """The answer. It can be cancelled between two images."""
         aside = partial(asyncio.get_running_loop().run_in_executor, self._aside)
         asked, opened = await aside(self._read, body)
-        images = [await aside(_small, *image) for image in opened]
+        images = []
+        for image in opened:
+            if self.api.engine.ended:
+                raise StoppingError
+            images.append(await aside(_small, *image))
         explanations = await self.api.engine.call(lambda: self.explanations(asked, images))
         return await aside(lambda: JSONResponse({"body": render_body(explanations), "heads": heads(explanations)}))
 
@@ -245,11 +250,7 @@ def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
 
 
 def _small(name: str, image: Image.Image) -> NamedImage:
-    """An opened image, decoded and made small.
-
-    Raises:
-        ValmError: it cannot be read.
-    """
+    """An opened image, decoded and made small. Raises ValmError if it cannot be read."""
     with _readable(name):
         small = read_image(image)
     image.close()  # frees its pixels, as the request has it still

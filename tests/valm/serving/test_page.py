@@ -187,6 +187,20 @@ def test_others_are_answered_while_uploads_are_decoded(server, decoding):
         assert asked.result()[0] == 200
 
 
+def test_the_end_of_the_server_ends_the_decoding(server, decoding):
+    uploads = [picture("a.png", Image.new("RGB", (40, 40)))] * 3
+    decoding.go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, "/explain", {"prompt": TEXT, "images": "uploaded", "uploads": uploads, "k": 3})
+        try:
+            assert decoding.begun.acquire(timeout=60)
+            server.engine.end()
+        finally:
+            decoding.go.set()
+        status, answer = asked.result()
+    assert status == 503 and answer["error"]["code"] == "server_stopping" and len(decoding.sizes) == 1
+
+
 def test_a_client_that_has_gone_ends_the_decoding(server, decoding):
     uploads = [picture("a.png", Image.new("RGB", (40, 40)))] * 3
     body = json.dumps({"prompt": TEXT, "images": "uploaded", "uploads": uploads, "k": 3})
