@@ -158,7 +158,9 @@ def searches(server):
 ALONE = [names, pixels, echoes, prompts, searches]
 
 
-@pytest.mark.parametrize("attacks", [*([one] for one in ALONE), ALONE], ids=lambda attacks: attacks[-1].__name__)
+@pytest.mark.parametrize(
+    "attacks", [*([one] for one in ALONE), ALONE], ids=lambda them: "all" if len(them) > 1 else them[0].__name__
+)
 def test_memory_stays_within_two_gigabytes_and_comes_back(folder, attacks):
     with served(folder) as server:
         for path, body in (("/explain", {"prompt": SIXTY, "images": "none"}), ("/v1/completions", {"prompt": "the"})):
