@@ -289,12 +289,13 @@ def read_shard(file: Path, schema: pa.Schema, rows: int) -> pa.Table:
     check_own(file)
     try:
         with pa.memory_map(str(file)) as mapped:
-            columns = [pa.ipc.open_file(mapped).schema.get_field_index(name) for name in schema.names]
-            reader = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(included_fields=columns))
-            table = reader.read_all()
+            reader = pa.ipc.open_file(mapped)
+            found = pa.schema([field for field in reader.schema if field.name in schema.names])
+            if not found.equals(schema):
+                raise ValueError(f"it has {reader.schema}, expected {schema}")
+            # pyarrow's own choice of columns copies them instead of mapping them
+            table = reader.read_all().select(schema.names)
         table.validate(full=True)  # or damaged offsets would be followed
-        if not table.schema.equals(schema):
-            raise ValueError(f"it has {table.schema}, expected {schema}")
         if len(table) != rows or reader.num_record_batches > 1:
             raise ValueError(f"it has {len(table)} rows, expected {rows} in one batch")
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8, for one

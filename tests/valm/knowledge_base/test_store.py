@@ -49,6 +49,14 @@ def test_vectors_and_scores_across_shards(kb):
             read(COUNT)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+def test_vectors_are_mapped_and_not_copied(kb):
+    place = next(ImageKnowledgeBase.open(kb.path).shards()).ctypes.data
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "shard-00000.arrow" in line]
+    ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in maps if str(kb.path) in fields[-1]]
+    assert any(begin <= place < end for begin, end in ranges)
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
 def test_mapped_shards_hold_no_file_open(kb):
     """Of thousands, all may be mapped."""
