@@ -89,7 +89,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
             f"{folder} holds a whole model, which the classes of transformers would open in the place of the adapter: "
             "choose another folder"
         )
-    base = None if model.opened_whole else model.config.name_or_path
+    base = model.config.base_place
     if base and (file := gguf_file(model)):
         base = os.path.join(base, file)
     here = base is not None and os.path.exists(base)

@@ -31,7 +31,7 @@ from valm.model.attention import (
     visible_keys,
     visual_layer_class,
 )
-from valm.model.config import FusionOptions, augmented_config_class, reads_images
+from valm.model.config import NOT_SAVED, FusionOptions, augmented_config_class, reads_images
 from valm.model.image_arguments import check_readable
 from valm.model.image_finder import ImageFinder
 from valm.model.image_model import ImageModel
@@ -151,7 +151,7 @@ def become_augmented(model: PreTrainedModel, options: FusionOptions) -> Augmente
 
 def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     _own_config(model)
-    _keep_place(model)
+    model.config.base_place, model.config.name_or_path = _absolute(model.config.name_or_path), NOT_SAVED
     # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
     model.config.fusion = asdict(options)
     config_class = type(model.config)
@@ -171,11 +171,9 @@ def _own_config(model: PreTrainedModel) -> None:
             vars(module)["config"] = own
 
 
-def _keep_place(model: PreTrainedModel) -> None:
-    """Makes the folder that a model was opened from absolute: the process may work elsewhere when it is saved."""
-    name = model.config.name_or_path
-    if name and os.path.isdir(name):
-        model.config.name_or_path = os.path.abspath(name)
+def _absolute(place: str) -> str:
+    """The folder that a model was opened from: the process may work elsewhere when the model is saved."""
+    return os.path.abspath(place) if place and os.path.isdir(place) else place
 
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
@@ -248,7 +246,6 @@ class AugmentedCausalLM(ImageModel):
 
     config_class: type
     finder_class: Any = ImageFinder
-    opened_whole = False  # so that name_or_path is the place of this model, and not of its base
 
     def __init_subclass__(cls, **kwargs: Any):
         """Names the arguments of the base and of images, by which the Trainer and generate() look for them."""
@@ -302,8 +299,7 @@ class AugmentedCausalLM(ImageModel):
                 "its config"
             )
         freeze(model, model.fusion_options)
-        model.opened_whole = True
-        _keep_place(model)
+        model.config.name_or_path = _absolute(model.config.name_or_path)
         if pretrained_model_name_or_path is not None:
             model.read_places(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return (model, info) if with_info else model

@@ -85,7 +85,7 @@ def write_card(
 def base_name(model: Any) -> str | None:
     """The Hugging Face name of the model that was augmented; None for a VaLM, and for a base in a folder, whose path is
     private."""
-    name = getattr(model.config, "name_or_path", "")
+    name = model.config.base_place
     return name if _architecture(model) and name and not os.path.isdir(name) and name.count("/") <= 1 else None
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config
 
@@ -24,6 +24,11 @@ WEIGHTS_KEY = "transformers_weights"
 NO_WEIGHTS = (
     "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
     "AutoModelForCausalLM"
+)
+# The name_or_path of a model that was augmented and is in no folder. Where TRL would open a second model by that name,
+# such as the reference of DPO, it raises this sentence instead of opening the base, which takes no images.
+NOT_SAVED = (
+    "this augmented model is in no folder: give TRL ref_model= and processing_class=, or save it and load it again"
 )
 # Whether a class that takes images is reading the weights, and not another class that was given its config.
 reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
@@ -124,7 +129,8 @@ class AugmentedConfig(_Config):
     """Mixin of the config of a model with images: the config of its base, with
 
     - `fusion`: the `FusionOptions`, as a dict;
-    - `retrieval`: what identifies its images (`ImageSource.identity`), or None.
+    - `retrieval`: what identifies its images (`ImageSource.identity`), or None;
+    - `base_place`: folder or name of the model that was augmented, in memory only; None if the model was opened whole.
 
     In memory the model_type is the base's. In the file it is "valm" and the base's config is nested, so that without
     this package loading fails by that name, instead of loading the base without its images.
@@ -132,6 +138,8 @@ class AugmentedConfig(_Config):
 
     fusion: dict[str, Any]
     retrieval: dict[str, Any] | None = None
+    base_place: str | None = None
+    auto_map: ClassVar[dict[str, str]] = {}  # no remote code; TRL reads it of a class that transformers does not have
     wrapped_class: type  # of the base's config
 
     @classmethod
@@ -159,6 +167,7 @@ class AugmentedConfig(_Config):
 
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
+        base.pop("base_place", None)
         own = {name: value for name in ("fusion", "retrieval") if (value := base.pop(name, None)) is not None}
         # the base's own class reads base_config, any other what stands beside it
         no_weights = {WEIGHTS_KEY: NO_WEIGHTS} if self.fusion["num_images"] > 0 else {}
@@ -261,6 +270,9 @@ def config_from_dict(content: dict[str, Any], **kwargs: Any) -> Any:
     made = result[0] if isinstance(result, tuple) else result  # beside it the arguments that were not used
     made.__class__ = ValmConfig if options.architecture == "VaLMForCausalLM" else augmented_config_class(type(made))
     made.fusion = fusion
+    # TRL opens a model by the class that `architectures` names, if transformers has it, else by AutoModelForCausalLM
+    if made.architectures:
+        made.architectures = [f"Augmented{options.architecture}"]
     if "retrieval" in content:
         made.retrieval = content["retrieval"]
     return result

@@ -276,7 +276,7 @@ class ImageFinder:
 
     def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
         try:
-            tokenizer = open_tokenizer(folder, self.config.name_or_path)
+            tokenizer = open_tokenizer(folder, self.config.base_place or self.config.name_or_path)
             self.set_retriever(self.open(source, tokenizer, device=device or "cpu"), chosen=False)
         except Exception as error:  # open_clip raises many kinds
             raise ValmError(

@@ -41,7 +41,7 @@ def test_a_card_of_the_users_own_stays(tmp_path):
 def test_an_augmented_model_names_its_base(tmp_path):
     model = augmented()
     for name, expected in (("org/name", "org/name"), ("", None), (str(tmp_path), None), ("/models/mine", None)):
-        model.config.name_or_path = name
+        model.config.base_place = name
         assert base_name(model) == expected
 
 
@@ -54,12 +54,12 @@ def test_a_card_names_the_arguments_of_images(tmp_path, scale):
 
 def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path):
     model = augmented()
-    model.config.name_or_path = "org/name"
+    model.config.base_place = "org/name"
     valm.save_adapter(model, tmp_path / "adapter")
     card = card_of(tmp_path / "adapter")
     assert card.data.base_model == "org/name" and "- The base model `org/name`." in card.text
     assert "`valm.augment` of a LlamaForCausalLM" in card.text and 'valm.load("FOLDER")' in card.text
-    model.config.name_or_path = str(tmp_path)
+    model.config.base_place = str(tmp_path)
     valm.save_adapter(model, tmp_path / "adapter")
     text = card_of(tmp_path / "adapter").text
     assert "- The LlamaForCausalLM that it was made of." in text and str(tmp_path) not in text

@@ -74,7 +74,7 @@ def code_base(tmp_path, monkeypatch):
 def save_adapter_on(folder, out):
     tiny_llama().save_pretrained(folder.parent / "good")
     model = augmented(lambda seed: AutoModelForCausalLM.from_pretrained(folder.parent / "good"))
-    model.config.name_or_path = os.fspath(folder)
+    model.config.base_place = os.fspath(folder)
     return save_adapter(model, out)
 
 
