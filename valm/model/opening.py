@@ -31,10 +31,10 @@ class Opening:
     )
     clip: str | None = option(CLIP_HELP)
     query_dtype: str | None = option(
-        "precision of CLIP's text tower (default: what was chosen for the model's retriever before it was saved; else "
-        "what the device is fast in, which is bfloat16 with AMX or on a GPU from compute capability 8.0, else int8 with "
-        "AVX2, but not with AVX-512 that has no VNNI, else float32; of a blind model and one with a min_score, that of "
-        "its training)",
+        "precision of CLIP's text tower (default: what was chosen for the model's retriever before the model was "
+        "saved; for a blind model and a model with a min_score, the precision of its training; otherwise what is fast "
+        "on the device: bfloat16 with AMX or on a GPU of compute capability 8.0 or above, int8 with AVX2, but not "
+        "with AVX-512 that has no VNNI, or float32)",
         choices=QUERY_DTYPES,
     )
     device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
