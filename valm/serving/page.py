@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -158,6 +159,8 @@ class Page:
                 return await unless_gone(request, self._explained(body))
             except ValmError as error:
                 raise ApiError(400, str(error)) from None
+            finally:
+                self._aside.submit(_return_memory)
 
     async def _explained(self, body: bytes) -> Response:
         """The answer. It can be cancelled between two images."""
@@ -195,11 +198,9 @@ class Page:
         Raises:
             ValmError: what is asked for cannot be shown.
         """
-        title, reader = self._reader(asked.images, asked.k, images)
-        readers = {title: reader}
+        readers = dict([self._reader(asked.images, asked.k, images)])
         if self.choices[0] in asked.beside and asked.images != self.choices[0]:
-            first, with_first = self._reader(self.choices[0], asked.k)
-            readers = {first: with_first} | readers
+            readers = dict([self._reader(self.choices[0], asked.k)]) | readers
         if self.other is not None and self.other[0] in asked.beside:
             readers[self.other[0]] = Reader(*self.other[1:])
         words = [word.strip() for word in asked.answers.split(",")] if asked.answers.strip() else None
@@ -234,12 +235,8 @@ def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
         raise ValmError("there are no uploaded images yet: add some in More controls")
     images, pixels = [], 0
     for upload in uploads:
-        try:
-            content = io.BytesIO(base64.b64decode(upload.data, validate=True))
-        except ValueError:
-            raise ValmError("the uploaded images are not in base64") from None
         with _readable(upload.name):
-            image = open_image(content)
+            image = open_image(io.BytesIO(base64.b64decode(upload.data, validate=True)))
             check_size(image)
             image.draft(None, (KEPT_SIDE, KEPT_SIDE))  # which a JPEG is decoded to, or to a few times as much
         pixels += image.width * image.height
@@ -256,6 +253,12 @@ def _small(name: str, image: Image.Image) -> NamedImage:
     image.close()  # frees its pixels, as the request has it still
     small.thumbnail((2 * KEPT_SIDE, 2 * KEPT_SIDE))
     return name, small
+
+
+def _return_memory() -> None:
+    """Returns freed memory to the system, of which `valm` lets glibc keep 2 GiB."""
+    with suppress(AttributeError, TypeError):  # of other libraries and systems
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def test_what_the_page_asks_is_answered(server):
         ({"images": "other"}, "images is 'other', expected one of retrieved, random, uploaded, none"),
         ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "bm8="}]}, "cannot read the image a.png"),
         ({"images": "uploaded", "uploads": [{"name": "a" * 255, "data": "bm8="}]}, "cannot read the image aaa"),
-        ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "{}"}]}, "are not in base64"),
+        ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "{}"}]}, "the image a.png: Only base64"),
         ({"k": 10**9}, "K is 1000000000, expected 1 to"),
         ({"k": "3"}, "k does not fit: Input should be a valid integer, got '3'"),
         (
