@@ -80,8 +80,9 @@ def parse_json(content: bytes | str, schema: Any) -> Any:
         _checker(schema).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        said = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
-        raise ValueError(one_line(f"{said}, got {short(first['input'])}")) from error
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
+        found = "" if first["type"] in ("missing", "json_invalid", "value_error") else f", got {short(first['input'])}"
+        raise ValueError(one_line(f"{place and f'{place}: '}{first['msg']}{found}")) from error
     return from_json(content)
 
 

@@ -134,7 +134,7 @@ def test_a_changed_manifest_is_named(copied):
     ("change", "found"),
     [
         *(({name: ...}, f"{name}: Field required") for name in ("shards", "dim", "dtype", "skipped")),
-        ({"shards": [{}]}, r"shards\.0\.content: Field required"),
+        ({"shards": [{}]}, r"shards\[0\]\.content: Field required"),
         ({"shards": 3}, "shards: .* valid array, got 3"),
         ({"clip": {"name": "tiny"}}, "clip.weights_hash: Field required"),
         ({"clip": None}, "clip: .* an object, got None"),
