@@ -171,7 +171,7 @@ def _own_config(model: PreTrainedModel) -> None:
             vars(module)["config"] = own
 
 
-def _absolute(place: str) -> str:
+def _absolute(place: str | None) -> str | None:
     """The folder that a model was opened from: the process may work elsewhere when the model is saved."""
     return os.path.abspath(place) if place and os.path.isdir(place) else place
 

@@ -10,7 +10,7 @@ from typing import Any
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.corpus.texts import fingerprint
 from valm.errors import ValmError
-from valm.model.sketch import other_tensor, project
+from valm.model.sketch import other_tensor
 from valm.store.files import WAIT_SECONDS, read_json, write_json
 from valm.store.settings import check_same
 from valm.training.image_trainer import ImageTrainer, newest_checkpoint
@@ -93,7 +93,7 @@ def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any
     }
     if file.is_file():
         before = read_json(file, "the note on a training", dict[str, Any], REMEDY)
-        _compare_bases(out, model, before.pop("base", None), run.pop("base"))
+        _compare_bases(out, before.pop("base", None), run.pop("base"))
         before.pop("numbers", None)
         check_same(f"{out} holds another training", before, run, REMEDY, _option_of)
     elif training.is_world_process_zero():
@@ -110,11 +110,11 @@ def note_numbers(out: Path, training: ImageTrainer) -> None:
         write_json(out / RUN_FILE, run | {"numbers": training.numbers})
 
 
-def _compare_bases(out: Path, model: Any, before: Any, now: Any) -> None:
+def _compare_bases(out: Path, before: Any, now: Any) -> None:
     if (now is None) != (before is None):
         kind = "a pretrained decoder (--base)" if now is None else "a new model, without --base"
         raise ValmError(f"{out} holds the training of {kind}; {REMEDY}")
-    if now is not None and (other := other_tensor(project(model, before), before)) is not None:
+    if now is not None and (other := other_tensor(now, before)) is not None:
         raise ValmError(f"{out} holds the training of another base model: {other} had other values; {REMEDY}")
 
 
