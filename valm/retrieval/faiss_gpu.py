@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from valm.errors import ValmError
-from valm.retrieval.index_parameters import import_faiss
+from valm.retrieval.index_parameters import import_faiss, stages
 
 
 def faiss_device(device: torch.device | str) -> torch.device:
@@ -38,6 +38,8 @@ def on_gpus(index: Any, device: torch.device, search: str, count: int) -> Any:
     faiss = import_faiss()
     if faiss.get_num_gpus() == 0:
         raise ValmError("faiss has no GPU here: pip uninstall faiss-cpu, pip install -e '.[gpu]', or search on the CPU")
+    if isinstance(stages(index)[1], faiss.IndexIVFPQR):  # faiss would drop the second codes and find fewer, in silence
+        raise RuntimeError("faiss's GPUs have no refined codes (PQ8+4)")
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16 = True  # lookup tables: in float32 those of 64 bytes of code exceed the shared memory
     options.use_cuvs = False  # its limits are others

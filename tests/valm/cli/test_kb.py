@@ -258,7 +258,6 @@ SEARCH, INDEX = "kb search {world}/kb ", "kb index {world}/kb --factory "
         BUILD + "--streaming": "--streaming is for --format dataset, not for pictures",
         BUILD + "--format webdataset --captions x.csv": "--captions is for --format pictures",
         BUILD + "--format dataset --captions x.csv": "--captions is for --format pictures",
-        BUILD + "--format dataset --split x": "has no option --split: a dataset is named with its split",
         BUILD + "--clip {tmp}/none": "no CLIP at '{tmp}/none'",
         BUILD + "--out {world}/clip": "is not empty",
         SEARCH + "x --sheet {tmp}/sheet.abc": "cannot write the picture {tmp}/sheet.abc: unknown file extension",

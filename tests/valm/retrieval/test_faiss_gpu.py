@@ -14,6 +14,7 @@ from tests.valm.retrieval.indexed import K, make_index, make_kb_of_directions, q
 from valm.cli import main
 from valm.errors import ValmError
 from valm.retrieval.context import ContextEncoder
+from valm.retrieval.faiss_gpu import on_gpus
 from valm.retrieval.faiss_index import FaissIndex, open_index
 from valm.retrieval.index_parameters import index_parameters, stages
 from valm.retrieval.retriever import Retriever
@@ -164,6 +165,14 @@ def test_more_than_a_gpu_can_is_searched_on_the_cpu(kb, two_gpus, more):
     assert index.search(queries(kb, 2), MOST // 16).indices.shape == (2, MOST // 16)
     with pytest.raises(RuntimeError, match="up to 2048"):
         index.search(queries(kb, 2), MOST // 16 + 1)
+
+
+def test_refined_codes_are_searched_on_the_cpu(two_gpus):
+    """faiss moves them without their refinement, and says nothing."""
+    index = faiss.IndexIVFPQR(faiss.IndexFlatL2(8), 8, 1, 2, 4, 2, 4)
+    with pytest.raises(RuntimeError, match="no refined codes"):
+        on_gpus(index, torch.device("cuda:0"), "nprobe=1", 4)
+    assert two_gpus == []
 
 
 def test_tuning_ends_where_a_gpu_does(kb, two_gpus, monkeypatch):
