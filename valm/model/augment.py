@@ -416,6 +416,8 @@ def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
     vars(call)["__signature__"] = inspect.Signature(ordered)
+    # of its own, as torch.compile counts by code objects how often it compiles anew
+    call.__code__ = call.__code__.replace(co_name=base.__qualname__)
     return call
 
 

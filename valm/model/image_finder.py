@@ -114,7 +114,7 @@ class ImageFinder:
             caches = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
             # an export that is not strict has no values to try it with
             untried = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-            known = self._keeps_apart is not None or not untried
+            known = not untried or self._keeps_apart is not None  # a graph that reads this has a guard on it
             check_in_a_graph(arguments, caches, lambda: known and tells_apart(self, decoder))
             return arguments
         return told_apart(decoder, arguments, lambda: self.tells_apart(decoder))
