@@ -55,7 +55,7 @@ def contents() -> dict[str, str]:
         "quoted.csv": table(",", quoting=csv.QUOTE_ALL),
         "plain.csv": table(",", lineterminator="\n"),
         "marked.csv": "\ufeff" + table(","),
-        "header.csv": '\n, \n other ," text"\r\n1,one\n\n2,a"b\r\n3,"c ""d"""\n4,\ufefffive\n,',
+        "header.csv": 'other,text\r\n1,one\n\n2,a"b\r\n3,"c ""d"""\n4,\ufefffive\n,',
         "plain.tsv": table("\t"),
         "plain.tab": table("\t", lineterminator="\n"),
         "empty.csv": "",

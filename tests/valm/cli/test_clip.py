@@ -175,7 +175,6 @@ NEW, SMALL = TRAIN + "--model ViT-B-32 ", TRAIN + "--model small "
 @wrong_inputs(
     {
         TRAIN: "give --model, --image-tower, or both",
-        TRAIN + "--resume": "has no option --resume: the same command goes on",
         TRAIN + "--model ViT-Z": "there is no CLIP architecture ViT-Z",
         TRAIN + "--model smal": "or a JSON file, did you mean small?",
         TRAIN + "--model {tmp}/none.json": "none.json",

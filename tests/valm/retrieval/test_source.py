@@ -138,9 +138,7 @@ def test_a_knowledge_base_rebuilt_in_its_place_is_seen(copy, name):
         model(ids)
 
 
-@pytest.mark.parametrize(
-    "name, key", [("valm", "knowledge_base"), ("adapter", "knowledge_base"), ("blind", "clip"), ("adapter", "base")]
-)
+@pytest.mark.parametrize("name, key", [("valm", "knowledge_base"), ("adapter", "knowledge_base"), ("adapter", "base")])
 def test_a_name_that_no_folder_has_is_one_sentence(copy, name, key):
     set_places(copy / name, read_places(copy / name) | {key: "x" * 256})
     with pytest.raises((ValmError, OSError), match="File name too long"):
