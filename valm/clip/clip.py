@@ -166,6 +166,9 @@ class Clip:
     @classmethod
     def _load_folder(cls, folder: Path, device: str | torch.device) -> Clip:
         files = current_files(folder)
+        for file in files.iterdir():  # open_clip looks for weights of several names
+            if not file.name.startswith("."):  # an editor's links lead nowhere
+                check_regular(file)
         config = read_json(
             files / CONFIG_FILE, "the CLIP configuration", OpenClipConfig, "give a CLIP folder of open_clip's"
         )
@@ -179,8 +182,6 @@ class Clip:
             outside.append("timm_model_name")
         if outside:  # open_clip or timm would download it, or read it elsewhere
             raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
-        for file in files.iterdir():  # open_clip looks for weights of several names
-            check_regular(file)
         with library_errors(f"the CLIP {folder}"):
             if (files / "tokenizer.json").exists():
                 tokenizer = open_tokenizer(files)

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +242,9 @@ def classify(
     gold = np.array([classes.index(label) for label in labels])  # (N,)
     names = [name.replace("_", " ").replace("-", " ") for name in classes]
     # (E, classes)
-    weights = build_zero_shot_classifier(clip.model, clip.token_ids, names, templates, device=clip.device)
+    # as functions: str.format would read other braces of a template, too
+    prompts = [partial(template.replace, "{}") for template in templates]
+    weights = build_zero_shot_classifier(clip.model, clip.token_ids, names, prompts, device=clip.device)
     right = (features @ weights.float().cpu()).argmax(-1).numpy() == gold
     counts = np.bincount(gold, minlength=len(classes))
     return Classification(

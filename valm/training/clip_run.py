@@ -21,14 +21,14 @@ from valm.evaluation.clip_check import HELD_OUT_FILE, Retrieval, note_held_out, 
 from valm.knowledge_base.encode import decoding_workers, encode_records
 from valm.knowledge_base.records import Encoding, Record, fingerprint_records, written_since
 from valm.knowledge_base.sources import Source
-from valm.store.files import read_json, writable_folder, write_json
+from valm.store.files import WAIT_SECONDS, read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
 from valm.store.settings import check_same
 from valm.store.shards import ProgressBar
 from valm.training.clip import CachedImages, CaptionedImages, captioned, new_clip, shrunk, train_clip
 from valm.training.clip_plan import LEAST_HELD_OUT, SMALL_HELD_OUT, ClipPlan
 from valm.training.image_trainer import newest_checkpoint, step_of
-from valm_kernels.atomic_files import remove_leftovers
+from valm_kernels.atomic_files import folder_lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,12 @@ def run_clip_plan(plan: ClipPlan) -> ClipTraining | None:
 
     Raises:
         OSError: the folder cannot be written.
+        TimeoutError: another process trains there.
         ValmError: fields do not go together, the folder holds something else, or there is no such model; the images are
             too few; as `train_clip`.
         KeyboardInterrupt: Ctrl-C or SIGTERM has ended the training, with a checkpoint.
     """
     plan = plan.checked()
-    assert plan.steps is not None and plan.max_logit_scale is not None  # as `checked` has it
     out = writable_folder(plan.out)
     check_output(out)
     records = captioned(plan.images)
@@ -77,17 +77,28 @@ def run_clip_plan(plan: ClipPlan) -> ClipTraining | None:
     torch.manual_seed(plan.seed)
     tokenizer = _small_tokenizer(plan, records) if plan.small else None
     clip = new_clip(plan.model, tower, tokenizer).to(device)
-    if _is_finished(out, _settings(plan, records, clip, tower), plan.images):
+    settings = _settings(plan, records, clip, tower)
+    if (out / HELD_OUT_FILE).exists() and not (out / CHECKPOINTS).exists():
+        _check_settings(out, settings, plan.images)
         return None
-    last = newest_checkpoint(writable_folder(out / CHECKPOINTS))
-    done = 0 if last is None else step_of(last)
-    if done:
-        log.warning(f"{out} has the first {done:,} of {plan.steps:,} steps: resuming there")
+    with folder_lock(writable_folder(out / CHECKPOINTS), WAIT_SECONDS):
+        last = newest_checkpoint(out / CHECKPOINTS)
+        if last is None:  # a training that ended before its first checkpoint binds nobody
+            write_json(out / SETTINGS_FILE, settings)
+        else:
+            _check_settings(out, settings, plan.images)
+            log.warning(f"{out} has the first {step_of(last):,} of {plan.steps:,} steps: resuming there")
+        return _train(plan, clip, records, out, 0 if last is None else step_of(last))
+
+
+def _train(plan: ClipPlan, clip: Clip, records: list[Record], out: Path, done: int) -> ClipTraining:
+    """Trains `clip` on from step `done` and writes it."""
+    assert plan.steps is not None and plan.max_logit_scale is not None  # as `checked` has it
     held_out, records = _split(records, plan)
     workers = 0
     if not plan.cache_images:
         views = shrunk(records, clip)
-        if views is records or device.type != "cpu":  # on a CPU the steps themselves take all cores
+        if views is records or clip.device.type != "cpu":  # on a CPU the steps themselves take all cores
             workers = decoding_workers(len(records))
         records = views
     images = (CachedImages if plan.cache_images else CaptionedImages)(records, clip, plan.seed)
@@ -116,7 +127,7 @@ def check_output(out: Path) -> None:
     """
     remove_leftovers(out)
     found = [file.name for file in out.iterdir()]
-    if found and SETTINGS_FILE not in found:
+    if {*found} - {CHECKPOINTS} and SETTINGS_FILE not in found:
         raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose another")
 
 
@@ -130,27 +141,21 @@ def _settings(plan: ClipPlan, records: list[Record], clip: Clip, tower: Clip | N
     return settings
 
 
-def _is_finished(out: Path, settings: dict[str, Any], images: Source) -> bool:
-    """Whether `out` holds the finished CLIP of a training with `settings`. If nothing of it is trained, the settings
-    are noted: a training that ended before its first checkpoint binds nobody.
+def _check_settings(out: Path, settings: dict[str, Any], images: Source) -> None:
+    """Compares settings with those that are noted in `out`.
 
     Raises:
-        ValmError: it holds a training with other settings.
+        ValmError: they differ.
     """
-    file, checkpoints = out / SETTINGS_FILE, out / CHECKPOINTS
-    finished = (out / HELD_OUT_FILE).exists() and not checkpoints.exists()
-    if not finished and not (checkpoints.exists() and newest_checkpoint(checkpoints)):
-        write_json(file, settings)
-        return False
+    file = out / SETTINGS_FILE
     noted = read_json(file, "the settings of a training", dict[str, Any], "choose another folder")
     check_same(f"{out} holds another training", noted, settings, "choose another folder, or give what it had")
     if changed := written_since(images.files(), file.stat().st_mtime):  # no error: a copy has new times too
         warnings.warn(
             f"{changed} has been written since the training in {out} began: if its content is another, begin the "
-            "training anew in another folder",
-            stacklevel=3,
+            "training again in another folder",
+            stacklevel=4,
         )
-    return finished
 
 
 def _small_tokenizer(plan: ClipPlan, records: list[Record]) -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from valm.clip.clip import Clip
 from valm.training import clip as clip_training
 from valm.training.clip_run import CHECKPOINTS, SETTINGS_FILE
 from valm.training.image_trainer import ImageTrainer
+from valm_kernels.atomic_files import folder_lock
 
 
 def test_a_clip_is_trained_and_checked(world, tmp_path, output_of):
@@ -96,6 +97,16 @@ def test_a_training_that_is_killed_at_its_end_is_finished_by_the_same_command(wo
     assert Clip.load(out).weights_hash == trained and not (out / CHECKPOINTS).exists()
 
 
+def test_one_process_at_a_time_trains_in_a_folder(killed_training, tmp_path, monkeypatch, error_of):
+    """Otherwise another training would resume this one's checkpoints, or write its own settings beside them."""
+    monkeypatch.setattr("valm.training.clip_run.WAIT_SECONDS", 0.0)
+    out = tmp_path / "small"
+    noted = (out / "training.json").read_bytes()
+    with folder_lock(out / CHECKPOINTS, 0):
+        assert "another process is writing there" in error_of(*killed_training, "--seed", 1, "--out", out)
+    assert (out / "training.json").read_bytes() == noted
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint(world, tmp_path, monkeypatch, caplog, number):
     monkeypatch.setattr(clip_training, "SAVES", 1)
@@ -128,7 +139,7 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
     os.utime(tmp_path / "small" / SETTINGS_FILE, (later - 10, later - 10))
     picture = sorted((world / "pictures").glob("*.png"))[0]
     os.utime(picture, (later - 7, later - 7))
-    with pytest.warns(UserWarning, match=rf"{picture.name} has been written since the training .* training anew"):
+    with pytest.warns(UserWarning, match=rf"{picture.name} has been written since the training .* again in another"):
         assert run(*killed_training, "--out", tmp_path / "small") == 0
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -145,6 +146,18 @@ def test_weights_that_are_no_regular_file_are_not_opened(clip, tmp_path):
         else:
             with pytest.raises(PermissionError, match=r"not a regular file.*open_clip_model\.safetensors"):
                 Clip.load(weights.parent)
+
+
+@pytest.mark.timeout(20)
+def test_a_config_that_is_a_pipe_is_not_opened(clip, tmp_path):
+    clip.save(tmp_path / "clip")
+    (tmp_path / "clip" / ".#notes").symlink_to("nowhere")  # an editor's, which does not matter
+    assert Clip.load(tmp_path / "clip").weights_hash == clip.weights_hash
+    config = tmp_path / "clip" / "open_clip_config.json"
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(PermissionError, match=r"not a regular file.*open_clip_config\.json"):
+        Clip.load(tmp_path / "clip")
 
 
 def test_errors_name_the_folder(clip, tmp_path):
