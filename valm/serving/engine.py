@@ -26,12 +26,12 @@ from valm.serving.text import StreamedText
 PROMPT_TOKENS = 512
 # Seconds that a first request waits for those that come at the same time, as it would otherwise be read without them.
 GATHERING = 0.01
-# Prompts beyond the first ones of their requests that may be there at once: all of one request, as the API takes it.
-FURTHER_PROMPTS = 128
+# How many prompts may wait that are not the first of their request: those of four requests, as large as the API takes.
+FURTHER_PROMPTS = 512
 
 
 class BusyError(Exception):
-    """As many wait as may, which it says."""
+    """Too many requests wait; the message says how many."""
 
 
 class StoppingError(Exception):
@@ -83,8 +83,8 @@ class Answer:
         finish_reason: "stop" after eos or a stop text, "length" after max_new_tokens; known after the last part.
         scores: of the tokens so far, where the prompt asks for `logprobs`.
         images: the ids of the images that its tokens saw, with the best score of each.
-        turn: those with a lower one are read before.
-        parts: those that are not read yet, then the error that ends the answer, or None for its end.
+        turn: answers with a lower turn are read first.
+        parts: the parts that are not read yet, then the error that ends the answer, or None for its end.
     """
 
     def __init__(self, prompt: Prompt, loop: asyncio.AbstractEventLoop):
@@ -112,7 +112,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Call:
-    """Work on the model other than an answer, and its result. turn: as that of an answer."""
+    """Work on the model other than an answer, and its result; it has a turn as an answer has."""
 
     function: Callable[[], Any]
     result: asyncio.Future[Any]
@@ -211,7 +211,7 @@ class Engine:
             if requests >= self.max_batch + self.max_waiting:
                 raise BusyError(f"{self.max_waiting:,} requests wait already")
             if further + len(new) - 1 > FURTHER_PROMPTS:
-                raise BusyError(f"{further + 1:,} prompts of requests with several wait already")
+                raise BusyError(f"{further:,} prompts wait already that are not the first of their request")
             self._open.update(dict.fromkeys(new, object()))
             turn = self._waiting[0].turn + 1 if self._waiting else 0
             for one in new:

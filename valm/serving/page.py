@@ -34,12 +34,11 @@ HERE = Path(__file__).parent
 MAX_BODY = 64 << 20  # bytes of a request, with its images, which live for one answer
 MAX_IMAGES = 16  # of the slider; the operation takes more
 MAX_UPLOADS, UPLOADS_AT_ONCE = 64, 2
-# Pixels of all images of a request, as they are decoded: a gigabyte where one has them all.
-MAX_DECODED = 1 << 25
+# Pixels of all images of a request, as they are decoded: 1 GB if one image has all of them. And scans of a JPEG.
+MAX_DECODED, MAX_SCANS = 1 << 25, 100
 # Pixels of an uploaded image's side: a JPEG is decoded to no fewer, and twice as many are kept. CLIP reads 224 to 448.
 KEPT_SIDE = 512
-# Characters of the prompt, which models of 4,096 tokens and more read, of all answers, and of an image's name, which is
-# repeated at each token.
+# Characters of the prompt, of all answers, and of an image's name, which each token repeats.
 MAX_PROMPT, MAX_ANSWERS, MAX_NAME = 20_000, 2_000, 255
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
@@ -193,11 +192,8 @@ class Page:
         return asked, _opened(asked.uploads[: asked.k]) if asked.images == UPLOADED else []
 
     def explanations(self, asked: Asked, images: Sequence[NamedImage] = ()) -> dict[str, Explanation]:
-        """The explanations that are shown, by their titles; `images`: those that were uploaded.
-
-        Raises:
-            ValmError: what is asked for cannot be shown.
-        """
+        """The explanations that are shown, by their titles; `images`: those that were uploaded. Raises ValmError if
+        the explanations cannot be made."""
         readers = dict([self._reader(asked.images, asked.k, images)])
         if self.choices[0] in asked.beside and asked.images != self.choices[0]:
             readers = dict([self._reader(self.choices[0], asked.k)]) | readers
@@ -236,7 +232,10 @@ def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
     images, pixels = [], 0
     for upload in uploads:
         with _readable(upload.name):
-            image = open_image(io.BytesIO(base64.b64decode(upload.data, validate=True)))
+            content = base64.b64decode(upload.data, validate=True)
+            if content[:2] == b"\xff\xd8" and content.count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, each decoded at full size")
+            image = open_image(io.BytesIO(content))
             check_size(image)
             image.draft(None, (KEPT_SIDE, KEPT_SIDE))  # which a JPEG is decoded to, or to a few times as much
         pixels += image.width * image.height

@@ -164,6 +164,19 @@ def test_too_many_pixels_are_refused(server):
     assert status == 400 and "65000 x 1040 pixels, more than the 67,108,864 allowed" in answer["error"]["message"]
 
 
+def test_a_jpeg_of_many_scans_is_not_decoded(server):
+    """Each scan of 53 bytes takes as long as the whole image: 19,000 of them kept the thread for minutes."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "JPEG", progressive=True)
+    scans = file.getvalue().count(b"\xff\xda")
+    body = {"prompt": TEXT, "images": "uploaded", "k": 1}
+    for more, status in ((100 - scans, 200), (101 - scans, 400)):
+        data = base64.b64encode(file.getvalue() + more * b"\xff\xda").decode()
+        answered, answer = server.ask("/explain", body | {"uploads": [{"name": "scans.jpg", "data": data}]})
+        assert answered == status, answer
+    assert "cannot read the image scans.jpg: a JPEG of more than 100 scans" in answer["error"]["message"]
+
+
 def test_uploads_are_shrunk_as_they_are_read(server, decoding):
     photo, drawing = Image.new("RGB", (4000, 3000), "red"), Image.new("RGBA", (300, 2000), "blue")
     uploads = [picture("photo.jpg", photo), picture("drawing.png", drawing)]
