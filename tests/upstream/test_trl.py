@@ -113,6 +113,24 @@ def test_the_reference_of_a_loaded_model_sees_its_images(page):
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-4)  # the digits that a log shows
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder, model: valm.load(folder / "whole", kb=folder / "kb")[0],
+        lambda folder, model: model.set_num_images(1) or model,
+        lambda folder, model: model.set_min_score(0.99) or model,
+        lambda folder, model: model.set_retriever(None) or model,
+    ],
+    ids=["kb", "K", "min_score", "retriever"],
+)
+def test_a_model_that_sees_other_images_than_its_folder_notes_needs_a_reference(page, change):
+    folder, run = page
+    model = change(folder, valm.load(folder / "whole")[0])
+    with pytest.raises(OSError, match="give TRL ref_model= and processing_class="):
+        dpo(model, folder, run)
+    assert "give TRL" not in str(model.config.to_dict())  # which PEFT's card shows
+
+
 def test_a_model_in_memory_has_no_reference_without_a_word(page):
     folder, run = page
     model = augmented(lambda seed: AutoModelForCausalLM.from_pretrained(folder / "path/to/llama"), unfreeze="block")

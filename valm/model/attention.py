@@ -182,8 +182,8 @@ class ImageHook:
             pool, slots = pool.new_zeros(1, pool.shape[1]), None
         if not torch.compiler.is_compiling() and _adapts_rows(attention):
             raise ValueError(
-                "adapter_names and aLoRA of PEFT say what each row of text takes, and the images of a batch are of no "
-                "row: call set_adapter, with a LoRA that is not activated by tokens"
+                "adapter_names and aLoRA of PEFT choose an adapter for each row, but the images of a batch belong to "
+                "no row: call set_adapter, with a LoRA that is not activated by tokens"
             )
         terms = attention.image_fusion(pool)
         as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion may be of another type

@@ -173,7 +173,7 @@ def _load_whole(folder: Path, files: Path) -> Any:
         ignore_mismatched_sizes=True,
         local_files_only=True,
     )
-    model.config.name_or_path = os.fspath(folder)
+    model.config.name_or_path = os.path.abspath(folder)
     model.read_places(folder)  # not in the place of the files
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:

@@ -25,10 +25,10 @@ NO_WEIGHTS = (
     "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
     "AutoModelForCausalLM"
 )
-# The name_or_path of a model that was augmented and is in no folder. Where TRL would open a second model by that name,
-# such as the reference of DPO, it raises this sentence instead of opening the base, which takes no images.
+# The name_or_path of a model with images that no folder has as it is. Where TRL would open a second model by that name,
+# such as the reference of DPO, it raises this sentence instead of opening a model with other images, or the base.
 NOT_SAVED = (
-    "this augmented model is in no folder: give TRL ref_model= and processing_class=, or save it and load it again"
+    "no folder has this model with its images: give TRL ref_model= and processing_class=, or save it and load it again"
 )
 # Whether a class that takes images is reading the weights, and not another class that was given its config.
 reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
@@ -164,6 +164,13 @@ class AugmentedConfig(_Config):
         """What `from_pretrained` of any class of transformers looks for, such as that of AutoModel: none but a class
         with images finds the weights. Those of a text-only twin are a model of its family."""
         return NO_WEIGHTS if self.fusion["num_images"] > 0 and not reads_images.get() else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; PEFT's card takes `_name_or_path` for the base model."""
+        found = super().to_dict()
+        if found.get("_name_or_path") == NOT_SAVED:
+            found["_name_or_path"] = self.base_place or ""
+        return found
 
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()

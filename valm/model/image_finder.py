@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from valm.errors import ValmError
 from valm.model.attention import IMAGE_ARGUMENTS
-from valm.model.config import FusionOptions
+from valm.model.config import NOT_SAVED, FusionOptions
 from valm.model.documents import check_in_a_graph, mask_of_tokens, restarts, split_rows, told_apart
 from valm.model.image_arguments import check_call, check_images
 from valm.model.positions import cache_of, named_arguments
@@ -62,6 +62,7 @@ class ImageFinder:
         """
         self.options = replace(self.options, **{name: value})
         self.config.fusion = self.config.fusion | {name: value}
+        self.config.name_or_path = NOT_SAVED  # the folder has the option as it was
 
     # ---- the hooks ----
 
@@ -234,7 +235,8 @@ class ImageFinder:
         return self._retriever
 
     def set_retriever(self, retriever: ImageRetriever | None, chosen: bool = True) -> None:
-        """See `ImageModel.set_retriever`. chosen: whether the precision of its queries was, and is to be noted."""
+        """See `ImageModel.set_retriever`. chosen: whether the caller chose the precision of the queries; only a chosen
+        precision is noted."""
         other_images = None
         if retriever is not None:
             self._check_retriever(retriever)
@@ -250,6 +252,7 @@ class ImageFinder:
                 warnings.warn(other_images, stacklevel=3)
             if not isinstance(retriever, NoImages):
                 self.source = given
+        self.config.name_or_path = NOT_SAVED  # the folder may note other images, or none
         self._number += retriever is not self._retriever
         self._retriever, self.other_images, self._is_set = retriever, other_images, True
 
@@ -276,8 +279,10 @@ class ImageFinder:
 
     def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
         try:
-            tokenizer = open_tokenizer(folder, self.config.base_place or self.config.name_or_path)
+            place = self.config.name_or_path
+            tokenizer = open_tokenizer(folder, self.config.base_place or place)
             self.set_retriever(self.open(source, tokenizer, device=device or "cpu"), chosen=False)
+            self.config.name_or_path = place  # whose images these are
         except Exception as error:  # open_clip raises many kinds
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
