@@ -108,7 +108,7 @@ def cuda_archs(nvcc: str) -> tuple[list[str], str]:
 
 
 def host_compiler() -> str:
-    """The option of nvcc that names the compiler in CXX; none where nvcc takes its own."""
+    """The option of nvcc that names the compiler in CXX; "" if CXX is not set."""
     named = [word for word in shlex.split(os.environ.get("CXX") or "") if Path(word).name not in LAUNCHERS]
     return f"-ccbin {shlex.quote(named[0])}" if named else ""
 
@@ -217,9 +217,8 @@ class NativeBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_if_changed(
-            build_dir / "cuda_obstacle.hpp", f"#define VALM_KERNELS_CUDA_OBSTACLE {json.dumps(obstacle)}\n"
-        )
+        in_c = json.dumps(obstacle.encode("ascii", "backslashreplace").decode())
+        write_if_changed(build_dir / "cuda_obstacle.hpp", f"#define VALM_KERNELS_CUDA_OBSTACLE {in_c}\n")
         openmp = openmp_flags()
         includes = [ROOT / "csrc", build_dir, pybind11_include(), sysconfig.get_path("include")]
         rules = compiler_rules(nvcc, openmp, includes)
@@ -323,8 +322,8 @@ def output_of_failed(command: list[str] | str, folder: Path | None = None) -> st
 
 def first_error(output: str) -> str:
     """The line of a compiler's output that says why it failed."""
-    lines = [line.strip() for line in output.splitlines()]
-    return next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])[:300]
+    lines = [line.strip() for line in output.splitlines() if not line.startswith("ninja:")]
+    return next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1])[:300]
 
 
 def run_all(commands: list[str], folder: Path) -> str:

@@ -13,7 +13,11 @@ from pathlib import Path
 import torch
 
 from .native import cpu_isa, native
+from .topk.cuda import has_code
 from .version import __version__
+
+# Of the GPU, for Triton's kernels.
+LEAST_CAPABILITY = (8, 0)
 
 
 def show_config() -> str:
@@ -65,6 +69,9 @@ def triton_obstacle() -> str:
         return ""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY and torch.version.hip is None:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
     if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
         return "Triton needs a C compiler: apt-get install gcc, or name one in the environment variable CC"
     # as triton.runtime.build chooses the folder
@@ -83,10 +90,7 @@ def _cpu_path() -> str:
 
 
 def _gpu_search() -> str:
-    try:
-        has_cuda = native().built_with_cuda
-    except ImportError:
-        has_cuda = False
+    has_cuda = has_code(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return "native CUDA code" if has_cuda else "PyTorch's matrix products, with the same results"
 
 

@@ -80,6 +80,9 @@ def test_triton_says_what_its_first_launch_lacks(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert build_info.triton_obstacle() == "torch finds no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert build_info.triton_obstacle() == "the GPU has compute capability 7.5, the kernels need 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build_info.triton_obstacle().startswith("Triton needs a C compiler: apt-get install gcc")
     monkeypatch.setenv("CC", "my-cc")
@@ -87,3 +90,11 @@ def test_triton_says_what_its_first_launch_lacks(monkeypatch, tmp_path):
     assert build_info.triton_obstacle().startswith(f"Triton needs Python's header {tmp_path / 'Python.h'}")
     (tmp_path / "Python.h").touch()
     assert build_info.triton_obstacle() == ""
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_the_search_on_a_gpu_is_what_runs_there(monkeypatch, runs):
+    """A driver older than the toolkit, or an older GPU, leaves it to PyTorch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build_info, "has_code", lambda device: runs and device.type == "cuda")
+    assert build_info._gpu_search().startswith("native CUDA code" if runs else "PyTorch's matrix products")
