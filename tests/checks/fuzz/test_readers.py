@@ -166,7 +166,8 @@ def test_checkpoint_of_a_training(training, outside, data):
         made.train(resume_from_checkpoint=str(checkpoint))
         return made.losses(), [weight.tolist() for weight in made.model.parameters()]
 
-    check_mutants(data, files_of(checkpoint), outside, read, ...)
+    # a damaged file is read by PyTorch and transformers, whose errors pass
+    check_mutants(data, files_of(checkpoint), outside, read, ..., (Exception,))
 
 
 @fuzzed(60)
