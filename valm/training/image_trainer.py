@@ -54,7 +54,7 @@ def _is_whole(checkpoint: Path) -> bool:
     file = checkpoint / STATE_FILE
     try:
         return file.is_file() and isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:  # a kill has left a part of it
+    except (ValueError, RecursionError):  # a kill has left a part of it, or it is damaged
         return False
 
 
