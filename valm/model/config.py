@@ -175,6 +175,8 @@ class AugmentedConfig(_Config):
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
         base.pop("base_place", None)
+        if base.get("architectures"):  # the base's again, also of a config that was read
+            base["architectures"] = [self.fusion["architecture"]]
         own = {name: value for name in ("fusion", "retrieval") if (value := base.pop(name, None)) is not None}
         # the base's own class reads base_config, any other what stands beside it
         no_weights = {WEIGHTS_KEY: NO_WEIGHTS} if self.fusion["num_images"] > 0 else {}

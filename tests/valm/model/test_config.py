@@ -3,6 +3,7 @@ import json
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
+from tests.valm.model.decoders import augmented
 from valm.errors import ValmError
 from valm.model.config import FusionOptions, ValmConfig
 
@@ -79,3 +80,14 @@ def test_a_file_may_have_names_of_other_versions(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     for config in (AutoConfig.from_pretrained(tmp_path), ValmConfig.from_pretrained(tmp_path)):
         assert isinstance(config, ValmConfig) and (config.n_ctx, config.n_layer) == (1024, 3)
+
+
+def test_the_config_of_the_base_is_the_same_in_memory_and_read_from_a_file(tmp_path):
+    """Hidden states of a training are known by it."""
+    model = augmented()
+    model.save_pretrained(tmp_path)
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert read.architectures == ["AugmentedLlamaForCausalLM"]  # TRL looks for a class of this name
+    read.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == read.to_diff_dict()
+    assert read.to_diff_dict()["base_config"]["architectures"] == ["LlamaForCausalLM"]
