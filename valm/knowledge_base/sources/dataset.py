@@ -61,6 +61,7 @@ class DatasetSource:
                 raise ValmError(f"the dataset has no column {column!r}, only {found}: name one (--columns)")
         self.dataset, self.image_column, self.caption_column = dataset, image_column, caption_column
         self.shard_size = shard_size
+        self.has_paths = isinstance(self._record(0, first).source, Path)
 
     @property
     def count(self) -> int | None:
@@ -71,7 +72,9 @@ class DatasetSource:
         return {"source": "dataset", "columns": columns, "shard_size": self.shard_size}
 
     def files(self) -> Iterable[Path]:
-        return ()  # of a row's image the part has a hash
+        # rows with bytes are not read for this alone: their parts have a hash
+        records = self.images() if self.has_paths else iter(())
+        return (record.source for record in records if isinstance(record.source, Path))
 
     def images(self) -> Iterator[Record]:
         return (self._record(number, row) for number, row in enumerate(self.dataset))
@@ -106,27 +109,33 @@ def open_dataset(named: str | os.PathLike, *, streaming: bool = False) -> Iterab
     """A split of a dataset that `save_to_disk` wrote to a folder, or that `datasets.load_dataset` finds.
 
     Args:
-        named: NAME[:CONFIG[:SPLIT]]. The split, by default train, may be a slice, such as in NAME::train[:10%]; of what
-            `save_to_disk` wrote it is the name of one of several.
+        named: NAME[:CONFIG[:SPLIT]]. The split, by default train, may be a slice, such as in NAME::train[:10%]. What
+            `save_to_disk` wrote has no configs, and its splits, if it has several, have no slices.
         streaming: read it as it is downloaded.
 
     Raises:
-        ValmError: it cannot be read or has no such split.
+        ValmError: it cannot be read or has no such config or split.
         ImportError: the package `datasets` is not installed.
     """
     try:
         import datasets
     except ImportError as error:
         raise ImportError("Hugging Face datasets need a further package: pip install -e '.[huggingface]'") from error
-    source, config, split = (*os.fspath(named).split(":", 2), "", "")[:3]
-    split = split or "train"
+    source, config, named_split = (*os.fspath(named).split(":", 2), "", "")[:3]
+    split = named_split or "train"
     try:
         if not any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(
                 source, config or None, split=split, streaming=streaming, trust_remote_code=False
             )
         dataset = datasets.load_from_disk(source)
-        return dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        if config:
+            raise ValueError("it was saved without configs; leave the config out")
+        if isinstance(dataset, datasets.DatasetDict):
+            return dataset[split]
+        if named_split:
+            raise ValueError("it was saved as one split; leave the split out")
+        return dataset
     except Exception as error:  # datasets raises many types
         first_line = str(error).strip().partition("\n")[0]
         raise ValmError(f"cannot read the dataset {source} ({config or 'default'}:{split}): {first_line}") from error

@@ -1,4 +1,5 @@
 import io
+import os
 import signal
 from unittest.mock import Mock
 
@@ -113,6 +114,19 @@ def test_images_in_memory_are_known_by_what_they_show(clip, tmp_path, how):
     assert len(build(DatasetSource(given, shard_size=2), tmp_path, clip, progress=False)) == 3
 
 
+@pytest.mark.parametrize("stored", [str, lambda path: {"bytes": None, "path": str(path)}])
+def test_a_picture_that_a_row_names_and_that_was_written_since_is_named(clip, tmp_path, stored):
+    rows = []
+    for number, picture in enumerate(PICTURES[:2]):
+        (tmp_path / f"{number}.png").write_bytes(picture)
+        os.utime(tmp_path / f"{number}.png", (1, 1))
+        rows.append({"image": stored(tmp_path / f"{number}.png")})
+    build(DatasetSource(rows), tmp_path / "kb", clip, progress=False)
+    (tmp_path / "1.png").write_bytes(PICTURES[1][::-1])
+    with pytest.warns(UserWarning, match=r"1\.png was written since the knowledge base .* was built"):
+        build(DatasetSource(rows), tmp_path / "kb", clip, progress=False)
+
+
 def test_a_dataset_that_has_changed_is_refused(clip, tmp_path):
     rows = [{"image": picture, "caption": ""} for picture in PICTURES]
 
@@ -208,6 +222,15 @@ def test_datasets_are_opened(dataset, clip, tmp_path):
     assert len(open_dataset(tmp_path / "one")) == len(open_dataset(f"{tmp_path}/several::test")) == 7
     with pytest.raises(ValmError, match=r"cannot read the dataset .*several \(default:train\): "):
         open_dataset(tmp_path / "several")
+    for wrong, reason in (
+        (":train[:10%]", r"\(default:train\[:10%\]\): it was saved as one split"),
+        (":test", r"\(default:test\): it was saved as one split"),
+        ("some", r"\(some:train\): it was saved without configs"),
+    ):
+        with pytest.raises(ValmError, match=f"cannot read the dataset .*one {reason}; leave the (split|config) out"):
+            open_dataset(f"{tmp_path}/one:{wrong}")
+    with pytest.raises(ValmError, match="it was saved without configs"):
+        open_dataset(f"{tmp_path}/several:some:test")
     (tmp_path / "parquet").mkdir()
     dataset.to_parquet(tmp_path / "parquet" / "train.parquet")
     assert open_dataset(f"{tmp_path}/parquet::train[3:5]")["label"] == dataset[3:5]["label"]
