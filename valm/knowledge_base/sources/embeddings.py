@@ -39,7 +39,7 @@ class EmbeddingSource:
             `original_height`) are used if present.
 
     Raises:
-        ValmError: files are missing; the build raises it if they are damaged or do not fit together.
+        ValmError: files are missing, or two have one number; the build raises it if they are damaged or do not fit together.
     """
 
     precomputed = True
@@ -125,6 +125,17 @@ def _items(metadata: pa.Table, vector_file: Path) -> pa.Table:
 
 
 def _by_number(files: Iterable[Path]) -> dict[int, Path]:
-    """The files by the number at the end of their names, 0 without one: img_emb_12.npy comes after img_emb_2.npy."""
-    numbers = {int((re.search(r"(\d+)$", file.stem) or ["0"])[0]): file for file in sorted(files)}
-    return dict(sorted(numbers.items()))
+    """The files by the number at the end of their names, 0 without one: img_emb_12.npy comes after img_emb_2.npy.
+
+    Raises:
+        ValmError: two files have one number.
+    """
+    found: dict[int, Path] = {}
+    for file in sorted(files):
+        number = int((re.search(r"(\d+)$", file.stem) or ["0"])[0])
+        if number in found:
+            raise ValmError(
+                f"{found[number]} and {file.name} both have the number {number}; give each a number of its own"
+            )
+        found[number] = file
+    return dict(sorted(found.items()))

@@ -40,6 +40,10 @@ def test_wrong_embeddings(clip, tmp_path):
         (unreadable, lambda: table.write_bytes(b"PAR1")),
         (r"not one file of metadata for each \(numbers \[0\] and \[\]\)", table.unlink),
         ("not one file of metadata for each", lambda: shutil.copy(table, of_metadata / "metadata_1.parquet")),
+        (
+            r"img_emb_0\.npy and other_0\.npy both have the number 0; give each a number of its own",
+            lambda: shutil.copy(of_vectors / "img_emb_0.npy", of_vectors / "other_0.npy"),
+        ),
         (unreadable, partial(write, vectors, caption=[{"a": 1}] * 2)),
         (unreadable, partial(write, vectors, caption=[["a"]] * 2)),
     ):
