@@ -13,7 +13,7 @@ from typing import NamedTuple
 from valm.errors import ValmError
 from valm.store.files import parse_json
 from valm.text import one_line, split_lines
-from valm_kernels.json_files import short
+from valm_kernels.json_files import check_regular, short
 
 CAPTION_SUFFIXES = (".txt", ".json")
 # Suffixes of captions beside an image, in both cases: a camera or an old program writes IMAGE.TXT beside IMAGE.JPG.
@@ -49,6 +49,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
     captions) in the folder. It names images by path, or by file name alone where one image has it.
 
     Raises:
+        OSError: a file cannot be read, or the table is no regular file.
         ValmError: the table is damaged, or has a file name alone that several images have.
     """
     tables = [folder / name for name in CAPTION_TABLES]
@@ -111,6 +112,7 @@ def read_table(table: Path) -> dict[str, list[str]]:
     to a caption or a list of them.
 
     Raises:
+        OSError: it cannot be read, or is no regular file.
         ValmError: it is damaged.
     """
     found: dict[str, list[str]] = {}
@@ -119,6 +121,7 @@ def read_table(table: Path) -> dict[str, list[str]]:
             if image and caption:
                 found.setdefault(image, []).append(caption)
         return found
+    check_regular(table)
     try:
         content = parse_json(table.read_bytes().removeprefix(codecs.BOM_UTF8), dict[str, str | list[str]])
     except ValueError as error:
@@ -138,8 +141,10 @@ def read_rows(
     By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has, ignoring case.
 
     Raises:
+        OSError: the table cannot be read, or is no regular file.
         ValmError: the table is damaged or lacks the columns.
     """
+    check_regular(table)  # opening a pipe would wait
     try:
         with open(table, encoding="utf-8-sig", newline="") as file:
             header = file.readline()

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from valm.errors import ValmError
 from valm.text import one_line
 from valm_kernels.atomic_files import atomic_path
-from valm_kernels.json_files import short
+from valm_kernels.json_files import check_regular, short
 
 # OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
 # offset or name. All others come from the machine: disk, memory, permissions, open files.
@@ -191,7 +191,13 @@ def files_below(folder: Path) -> list[str]:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """A temporary file whose content goes to the file `path` that a user named, all or nothing; a link is followed."""
+    """A temporary file whose content goes to the file `path` that a user named, all or nothing; a link is followed.
+
+    Raises:
+        OSError: it cannot be written, or `path` is a pipe, a socket or a device.
+    """
+    with suppress(FileNotFoundError):
+        check_regular(path)
     with atomic_path(Path(os.path.realpath(path))) as temporary:
         yield temporary
 

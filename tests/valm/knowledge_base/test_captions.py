@@ -94,6 +94,14 @@ def test_broken_caption_tables(tmp_path, name, content, message):
         read_captions(tmp_path, ["a.png"], tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.json"])
+def test_a_pipe_is_no_table(tmp_path, name):
+    """Opened, it would be waited for."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(PermissionError, match="not a regular file"):
+        read_captions(tmp_path, ["a.png"], tmp_path / name)
+
+
 def test_a_file_name_alone_is_of_one_image(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption\n1.png,a red ball\n2.png,two\nx/3.png,three\n")
     table = tmp_path / "t.csv"

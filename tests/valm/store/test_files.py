@@ -111,6 +111,13 @@ def test_an_output_goes_to_what_a_link_leads_to(tmp_path, exists):
     assert target.read_text() == "new" and os.listdir(target.parent) == ["page.html"]
 
 
+def test_an_output_replaces_no_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PermissionError, match=r"not a regular file: .*pipe"):
+        write_output(tmp_path / "pipe", "new")
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_short_names_tell_paths_apart():
     assert short_names(["a/x", "b/x/", Path("c/y"), "b/x/z"]) == ["a/x", "b/x", "y", "z"]
     assert short_names(["a/x/m", "b/x/m"]) == ["a/x/m", "b/x/m"]
