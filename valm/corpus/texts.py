@@ -236,10 +236,10 @@ def _rows(file: Path, raw: BinaryIO, column: str) -> Iterator[Any]:
     content: Any = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
     is_table = suffix in DELIMITERS or (file.name == FLICKR_CAPTIONS and _has_captions(raw))
     text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="" if is_table else None)
-    lines = iter(functools.partial(text.readline, MAX_DOCUMENT + 1), "")  # never more of a line in memory
+    lines = iter(functools.partial(text.readline, MAX_DOCUMENT + 1), "")  # never more of a line is in memory
     if is_table:
         csv.field_size_limit(MAX_DOCUMENT)
-        for row in csv.DictReader(lines, delimiter=DELIMITERS.get(suffix, ","), strict=True):
+        for row in csv.DictReader(map(_whole, lines), delimiter=DELIMITERS.get(suffix, ","), strict=True):
             if None in row or None in row.values():
                 raise csv.Error("it has another number of fields than the header; quote fields as in RFC 4180")
             yield row
@@ -248,15 +248,20 @@ def _rows(file: Path, raw: BinaryIO, column: str) -> Iterator[Any]:
         if suffix == ".json" and first.lstrip().startswith("["):
             yield from json.loads(first + text.read())
         else:
-            yield from map(_parsed, itertools.chain([first], lines))
+            yield from map(_parsed, map(_whole, itertools.chain([first], lines)))
     else:
-        yield from map(str.strip, lines)
+        yield from map(str.strip, map(_whole, lines))
+
+
+def _whole(line: str) -> str:
+    """A line of at most MAX_DOCUMENT and its end; as ValueError, that it is only the beginning of a longer one."""
+    if len(line) > MAX_DOCUMENT and line[-1] not in "\r\n":
+        raise ValueError(TOO_LONG)
+    return line
 
 
 def _parsed(line: str) -> Any:
     """The value in a line of JSON; None if it is blank."""
-    if len(line) > MAX_DOCUMENT:
-        raise ValueError(TOO_LONG)
     return json.loads(line) if line.strip() else None
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from valm.corpus import texts
-from valm.corpus.texts import Caption, fingerprint, read_documents, row_documents
+from valm.corpus.texts import MAX_DOCUMENT, Caption, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
 
 LINES = st.lists(
@@ -328,6 +328,26 @@ def test_documents_have_a_limit(tmp_path, name):
         ValmError, match=rf"{place}: (a document or line of more than 16 MiB|field larger than field limit)"
     ):
         list(row_documents([{"text": "short"}, {"text": long}]) if name == "rows" else read_documents([file]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_a_line_above_the_limit_is_not_divided(tmp_path, name):
+    file = write(tmp_path / name, f"text\n{'a' * MAX_DOCUMENT} {'b' * 10}\n")
+    with pytest.raises(ValmError, match=r"a\..*: a document or line of more than 16 MiB"):
+        list(read_documents([file]))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_a_line_may_be_as_long_as_the_limit(tmp_path, name, end):
+    file = write(tmp_path / name, f"text\n{'a' * MAX_DOCUMENT}{end}")
+    assert [len(text) for text in read_documents([file])] == [len("text"), MAX_DOCUMENT][name == "a.csv" :]
+
+
+def test_an_array_in_one_line_may_exceed_the_limit_of_a_document(tmp_path):
+    texts = ["a" * (MAX_DOCUMENT // 2)] * 3
+    file = write(tmp_path / "a.json", json.dumps([{"text": text} for text in texts]))
+    assert list(read_documents([file])) == texts
 
 
 def test_damaged_and_doubly_compressed_files_are_named(tmp_path):
