@@ -282,17 +282,20 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
     def _open_shard(self, number: int) -> _Shard:
         file, record = shard_file(self.path, number), self.manifest["shards"][number]
         table = read_shard(file, corpus_schema(self.k, self.has_scores), record["documents"])
-        documents, groups = column_of(table, "input_ids"), column_of(table, "group")
+        lists = {name: column_of(table, name) for name in table.column_names if name != "group"}
+        documents = lists["input_ids"]
+        for name, column in lists.items():
+            if len(column.values) != record["tokens"] or not column.offsets.equals(documents.offsets):
+                raise ValmError(
+                    f"{file} is damaged: its {name} do not fit its documents of {record['tokens']} tokens; make it again"
+                )
 
         def images(name: str) -> np.ndarray:
-            return column_of(table, name).values.flatten().to_numpy().reshape(-1, self.k)
+            return lists[name].values.flatten().to_numpy().reshape(-1, self.k)
 
-        offsets, tokens = documents.offsets.to_numpy(), documents.values.to_numpy()
         ids, scores = images("image_ids"), images("image_scores") if self.has_scores else None
-        for found in (tokens, ids, *([] if scores is None else [scores])):
-            if len(found) != record["tokens"]:
-                raise ValmError(f"{file} is damaged: {len(found)} tokens, expected {record['tokens']}; make it again")
-        return _Shard(offsets, groups.to_numpy(), tokens, ids, scores)
+        groups = column_of(table, "group").to_numpy()
+        return _Shard(documents.offsets.to_numpy(), groups, documents.values.to_numpy(), ids, scores)
 
 
 def retrieve_corpus(

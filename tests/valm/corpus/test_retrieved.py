@@ -394,6 +394,24 @@ def test_damage_is_named(corpus, tmp_path):
         CorpusRetrieval.open(copied)[0]
 
 
+@pytest.mark.parametrize("name", ["image_ids", "image_scores"])
+def test_images_that_begin_elsewhere_than_their_documents_are_named(corpus, tmp_path, name):
+    copied = Path(shutil.copytree(corpus.path, tmp_path / "copy"))
+    file = copied / "shard-00000.arrow"
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    column = table[name].chunk(0)
+    offsets = column.offsets.to_numpy().copy()
+    offsets[1] += 1
+    moved = pa.ListArray.from_arrays(pa.array(offsets), column.values).cast(column.type)
+    table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), moved)
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table)
+    first, *others = json.loads((copied / "manifest.json").read_text())["shards"]
+    edit_manifest(copied, shards=[first | {"bytes": file.stat().st_size}, *others])
+    with pytest.raises(ValmError, match=rf"shard-00000\.arrow is damaged: its {name} do not fit its documents"):
+        CorpusRetrieval.open(copied)[0]
+
+
 def test_damage_is_found_before_each_training(corpus, tmp_path, monkeypatch):
     damaged = CorpusRetrieval.open(shutil.copytree(corpus.path, tmp_path / "damaged"))
     before = contents(damaged.path)
