@@ -65,7 +65,7 @@ class KnowledgeBaseManifest(Manifest):
     """The content of manifest.json."""
 
     count: Count
-    dim: Annotated[int, Field(ge=1)]
+    dim: Annotated[int, Field(ge=1, le=1 << 16)]
     dtype: Literal["float16"]
     clip: ClipEntry
     skipped: Count
@@ -93,13 +93,8 @@ class Item:
     height: int
 
 
-def image_schema(dim: int) -> pa.Schema:
-    """The columns of a shard with vectors of width `dim`."""
-    return pa.schema([*ITEM_SCHEMA, *vector_schema(dim)])
-
-
 def vector_schema(dim: int) -> pa.Schema:
-    """The column of vectors of width `dim` alone."""
+    """The column of a shard with vectors of width `dim`."""
     return pa.schema([("vector", pa.list_(pa.float16(), dim))])
 
 
@@ -117,6 +112,11 @@ def image_table(
     flat = pa.array(np.ascontiguousarray(vectors, np.float16).reshape(-1))
     table = table.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
     return table.replace_schema_metadata({SKIPPED_KEY: json.dumps(skipped)})
+
+
+def read_images(file: Path, dim: int, rows: int) -> pa.Table:
+    """The table of a shard with vectors of width `dim`; other arguments and errors as in `read_shard`."""
+    return read_shard(file, pa.schema([*ITEM_SCHEMA, *vector_schema(dim)]), rows, nullable=("jpeg",))
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:
@@ -158,7 +158,7 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -
     records = build.done()
     facts = totals(records.values(), FACTS)
     if facts["count"] == 0:
-        tables = (read_shard(shard_file(build.out, number), image_schema(dim), 0) for number in records)
+        tables = (read_images(shard_file(build.out, number), dim, 0) for number in records)
         first = next((bad for table in tables for bad in skipped_of(table)), None)
         build.abandon()
         if first is None:

@@ -23,7 +23,7 @@ from valm.knowledge_base.format import (
     Item,
     KnowledgeBaseManifest,
     Skipped,
-    image_schema,
+    read_images,
     skipped_of,
     vector_schema,
     vectors_of,
@@ -279,7 +279,7 @@ class ImageKnowledgeBase:
         return self._table(shard), id - self._start(shard)
 
     def _open_table(self, number: int) -> pa.Table:
-        return read_shard(shard_file(self.path, number), image_schema(self.dim), self._counts[number])
+        return read_images(shard_file(self.path, number), self.dim, self._counts[number])
 
     def _open_vectors(self, number: int) -> np.ndarray:
         # alone: the texts, which are checked as they are read, need not come from the disk

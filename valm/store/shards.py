@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -275,16 +275,17 @@ def write_shard(out: Path, work: Work, number: int, part: Part, progress: Progre
     write_json(_record_file(out, number), {"content": part.content, **facts, **checked})
 
 
-def read_shard(file: Path, schema: pa.Schema, rows: int) -> pa.Table:
+def read_shard(file: Path, schema: pa.Schema, rows: int, nullable: Collection[str] = ()) -> pa.Table:
     """The table of a shard, memory-mapped; no file stays open.
 
     Args:
         schema: columns of the shard that are read, a part of those that it has.
         rows: how many rows its record says that it has.
+        nullable: the columns that may have nulls.
 
     Raises:
         OSError: it cannot be read, is a link out of its folder or no regular file.
-        ValmError: it is damaged, or has other columns or another number of rows.
+        ValmError: it is damaged, or has other columns, another number of rows or nulls in another column.
     """
     check_own(file)
     try:
@@ -298,11 +299,19 @@ def read_shard(file: Path, schema: pa.Schema, rows: int) -> pa.Table:
         table.validate(full=True)  # or damaged offsets would be followed
         if len(table) != rows or reader.num_record_batches > 1:
             raise ValueError(f"it has {len(table)} rows, expected {rows} in one batch")
+        for name in schema.names:
+            if name not in nullable and _has_nulls(column_of(table, name)):
+                raise ValueError(f"its {name} has nulls")
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8, for one
         if is_transient(error):
             raise
         raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
     return table
+
+
+def _has_nulls(array: pa.Array) -> bool:
+    """Whether `array` has nulls, or what its lists hold."""
+    return array.null_count > 0 or (pa.types.is_nested(array.type) and _has_nulls(array.values))
 
 
 def column_of(table: pa.Table, name: str) -> pa.Array:

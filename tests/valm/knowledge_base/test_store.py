@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -142,6 +143,7 @@ def test_a_changed_manifest_is_named(copied):
         ({"count": 8}, r"its count is 8, the sum over its shards is \d"),
         ({"skipped": 0}, r"its skipped is 0, the sum over its shards is \d"),
         ({"dim": True}, "dim: .* valid integer, got True"),
+        ({"dim": 1 << 40}, "dim: .* got 1099511627776"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_named(copied, change, found):
@@ -165,6 +167,22 @@ def test_rows_that_are_not_those_of_the_record_are_named(copied):
     for read in (lambda: next(kb.shards()), lambda: kb.item(0)):
         with pytest.raises(ValmError, match=r"shard-00000\.arrow is damaged: it has \d rows, expected \d"):
             read()
+
+
+@pytest.mark.parametrize("name", ["uri", "caption", "width", "height", "vector"])
+def test_a_null_in_a_shard_is_named(copied, name):
+    """One in the place of a vector would shift all that come after it."""
+    file = shard_file(copied, 0)
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    with_nulls = table.take(pa.array([0, None, *range(2, len(table))]))[name]
+    table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), with_nulls)
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    first, *others = json.loads((copied / "manifest.json").read_text())["shards"]
+    edit_manifest(copied, shards=[first | {"bytes": file.stat().st_size}, *others])
+    kb = ImageKnowledgeBase.open(copied)
+    with pytest.raises(ValmError, match=rf"shard-00000\.arrow is damaged: its {name} has nulls; make it again"):
+        kb.vectors() if name == "vector" else kb.item(0)
 
 
 def test_a_snapshot_in_the_cache_of_a_hub_opens(kb, tmp_path):

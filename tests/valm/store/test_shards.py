@@ -172,6 +172,21 @@ def test_a_damaged_shard_is_named(tmp_path):
             read_shard(file, SCHEMA, 3)
 
 
+@pytest.mark.parametrize("fixed", [[], [2]])
+@pytest.mark.parametrize("values", [[[1, 2], None], [[1, 2], [3, None]]])
+def test_nulls_are_damage(tmp_path, values, fixed):
+    """In a column, and in its lists."""
+    inner = pa.list_(pa.int64(), *fixed)
+    schema = pa.schema([("rows", inner), ("nested", pa.list_(inner)), ("note", pa.string())])
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), schema) as writer:
+        writer.write_table(pa.table({"rows": values, "nested": [values, []], "note": ["a", None]}, schema))
+    for name in schema.names:
+        with pytest.raises(ValmError, match=rf"a\.arrow is damaged: its {name} has nulls; make it again"):
+            read_shard(tmp_path / "a.arrow", pa.schema([schema.field(name)]), 2)
+    notes = read_shard(tmp_path / "a.arrow", pa.schema([schema.field("note")]), 2, nullable=["note"])
+    assert notes["note"].to_pylist() == ["a", None]
+
+
 def test_a_shard_may_have_no_rows(tmp_path):
     write(tmp_path, [3, 0])
     assert len(read_shard(tmp_path / "shard-00001.arrow", SCHEMA, 0)) == 0
