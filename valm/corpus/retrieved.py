@@ -283,11 +283,11 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         file, record = shard_file(self.path, number), self.manifest["shards"][number]
         table = read_shard(file, corpus_schema(self.k, self.has_scores), record["documents"])
         lists = {name: column_of(table, name) for name in table.column_names if name != "group"}
-        documents = lists["input_ids"]
+        documents, tokens = lists["input_ids"], record["tokens"]
         for name, column in lists.items():
-            if len(column.values) != record["tokens"] or not column.offsets.equals(documents.offsets):
+            if len(column.values) != tokens or not column.offsets.equals(documents.offsets):
                 raise ValmError(
-                    f"{file} is damaged: its {name} do not fit its documents of {record['tokens']} tokens; make it again"
+                    f"{file} is damaged: its {name} do not fit its documents of {tokens} tokens; make it again"
                 )
 
         def images(name: str) -> np.ndarray:

@@ -85,7 +85,7 @@ class Part(NamedTuple):
     source: Any
 
 
-# Makes the table of one shard, and further entries of its record, of the source of its part.
+# Makes a shard's table from its part's source, and the entries that its record gets besides.
 Work = Callable[[Any, Progress], tuple[pa.Table, dict[str, Any]]]
 # Runs a task for numbered parts: here, or on other machines (valm/store/ray.py).
 Task = Callable[[int, Part, Progress], None]
@@ -159,10 +159,11 @@ class ShardedBuild:
         before = out / (MANIFEST_FILE if self.finished else BUILD_FILE)
         self.since = before.stat().st_mtime if before.exists() else None
         if self.finished:
-            manifest = read_manifest(out, Manifest)
+            manifest = read_manifest(out, Plan)
             check_seal(manifest, out / MANIFEST_FILE)
+            # before the schema, which another version's records do not match
             check_same(f"{out} holds another {what}", manifest["plan"], plan, "choose another folder")
-            self._finished_records = dict(enumerate(manifest["shards"]))
+            self._finished_records = dict(enumerate(read_manifest(out, Manifest)["shards"]))
             self._remove_state()  # where it was killed between its last steps
         elif self.since is not None:
             check_own(out / BUILD_FILE)

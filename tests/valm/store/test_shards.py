@@ -113,6 +113,9 @@ def test_what_differs_from_the_plan_is_named(tmp_path):
     write(tmp_path, [])
     with pytest.raises(ValmError, match=r"holds another heap: its (size|source) is .*; choose another folder"):
         write(tmp_path, [], plan={})
+    edit_manifest(tmp_path, version=2, shards=[{"files": []}])  # as another version noted them
+    with pytest.raises(ValmError, match="holds another heap: its size is 3, here it is 4; choose another folder"):
+        write(tmp_path, [], plan={**PLAN, "size": 4})
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(ValmError, match=r"the manifest .*manifest\.json is damaged: .*got a list of 0"):
         write(tmp_path, [])
