@@ -82,8 +82,8 @@ class Record:
         return read_image(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
 
     def identity(self) -> int | str | None:
-        """By which a record is known, with its name: bytes of a file (None if there is none) or of a part of one; a
-        hash of a content, or of the pixels of a PIL image.
+        """The size of a file (None if it is missing) or of its part, or a hash of bytes or pixels. It identifies a
+        record together with its name.
 
         Raises:
             ValmError: a transient error (`is_transient`) while a file is looked up.

@@ -295,5 +295,5 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
             raise
         raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValmError(f"{file} holds {array.dtype} {array.shape}, the manifest says {np.dtype(dtype)} {shape}")
+        raise ValmError(f"{file} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
     return array

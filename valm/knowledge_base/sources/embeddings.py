@@ -39,7 +39,8 @@ class EmbeddingSource:
             `original_height`) are used if present.
 
     Raises:
-        ValmError: files are missing, or two have one number; the build raises it if they are damaged or do not fit together.
+        ValmError: files are missing, or two have one number; the build raises it if they are damaged or do not fit
+            together.
     """
 
     precomputed = True
