@@ -415,10 +415,11 @@ def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
     for name in more:
         parameters[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
-    vars(call)["__signature__"] = inspect.Signature(ordered)
-    # of its own, as torch.compile counts by code objects how often it compiles anew
-    call.__code__ = call.__code__.replace(co_name=base.__qualname__)
-    return call
+    made: Any = call
+    made.__signature__ = inspect.Signature(ordered)
+    # its own code object: torch.compile counts by code objects how often it compiles again
+    made.__code__ = made.__code__.replace(co_name=base.__qualname__)
+    return made
 
 
 def _padded_pool(pool: Tensor, rows: int) -> Tensor:
