@@ -77,10 +77,10 @@ def test_an_unmerged_lora_is_not_saved_with_the_whole_model(tmp_path):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("kind", ["adapter_names", "aLoRA"])
 def test_adapters_of_single_rows_are_refused(rows, kind):
-    """Images of a batch are of no row: PEFT would take them for the tokens of one."""
+    """Images of a batch belong to no row: PEFT would take them for the tokens of one."""
     tokens = {"alora_invocation_tokens": [1, 2]} if kind == "aLoRA" else {}
     config = peft.LoraConfig(r=4, target_modules=["k_proj"], task_type="CAUSAL_LM", init_lora_weights=False, **tokens)
     adapted = peft.get_peft_model(augmented(), config).eval()
     names = {} if kind == "aLoRA" else {"adapter_names": ["default"] * rows}
-    with pytest.raises(ValueError, match="adapter_names and aLoRA of PEFT say what each row of text takes"):
+    with pytest.raises(ValueError, match="adapter_names and aLoRA of PEFT choose an adapter for each row"):
         adapted(input_ids=random_ids(rows, 9), **random_images(rows, 9), **names)
