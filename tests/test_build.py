@@ -196,12 +196,14 @@ def test_an_old_setuptools_reads_no_pyproject_for_the_native_module(monkeypatch,
         assert distribution.metadata.license is None
 
 
-@pytest.mark.slow
-def test_cuda_on_without_nvcc_is_an_error(tmp_path):
-    environment = {"VALM_KERNELS_CUDA": "on", "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "CUDA_PATH": ""}
-    done = build(tmp_path, **environment)
-    assert done.returncode != 0
-    assert "nvcc is neither under CUDA_HOME or CUDA_PATH, nor on PATH" in done.stderr
+def test_cuda_on_without_nvcc_is_an_error(tmp_path, monkeypatch):
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr(setup, "CUDA_FOLDER", str(tmp_path))
+    monkeypatch.setenv("CXX", str(shutil.which("c++")))
+    for name, value in {"VALM_KERNELS_CUDA": "on", "PATH": "", "CUDA_HOME": str(tmp_path), "CUDA_PATH": ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=r"=on, but nvcc is neither under CUDA_HOME .* Install CUDA's toolkit"):
+        setup.NativeBuild(setup.Distribution()).build_extension(None)
 
 
 @pytest.mark.slow
