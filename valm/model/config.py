@@ -166,15 +166,15 @@ class AugmentedConfig(_Config):
         return NO_WEIGHTS if self.fusion["num_images"] > 0 and not reads_images.get() else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; PEFT's card takes `_name_or_path` for the base model."""
+        """As in transformers, without `base_place`; PEFT's card takes `_name_or_path` for the base model."""
         found = super().to_dict()
+        found.pop("base_place", None)
         if found.get("_name_or_path") == NOT_SAVED:
             found["_name_or_path"] = self.base_place or ""
         return found
 
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
-        base.pop("base_place", None)
         if base.get("architectures"):  # the base's again, also of a config that was read
             base["architectures"] = [self.fusion["architecture"]]
         own = {name: value for name in ("fusion", "retrieval") if (value := base.pop(name, None)) is not None}
