@@ -107,7 +107,7 @@ def real_vectors(tower: str, count: int = 2 * REAL_VECTORS) -> np.ndarray:
     pictures where it has the texts that describe them."""
     ids = token_rows(evaluation_texts("dbpedia"), count // 512, 512)
     queries = [
-        ContextEncoder(clip(tower), query=query, dtype=torch.bfloat16)(part).flatten(0, 1)
+        ContextEncoder(clip(tower), query=query)(part).flatten(0, 1)
         for query, part in zip(("eot", "state"), ids.chunk(2), strict=True)
     ]
     return torch.cat(queries).numpy()
