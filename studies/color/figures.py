@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Percent of the items' pictures in the knowledge base, and what the arm with the cut is then tested with.
+# Percentage of the items' pictures in the knowledge base -> the images of the arm with a score threshold.
 PICTURES = {100: "retrieved", **{percent: dose for dose, percent in DOSES.items()}, 0: "taken-out"}
 
 
 def dose(results: Results) -> Figure:
-    """Accuracy against the pictures that are left, and what pictured and unpictured things gain over the base."""
+    """Accuracy against the share of pictures left, and the gain over the base with and without a picture."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     _curve(left, results)
@@ -35,7 +35,7 @@ def _curve(axes: Axes, results: Results) -> None:
             for percent, images in PICTURES.items()
             if (one := results.accuracy((CUT[0], images), PRIMARY, measure, WITH_PICTURE.keep))
         }
-        if not found:  # as where validation things alone were asked
+        if not found:  # for example if only validation objects were asked
             continue
         values, lows, highs = 100 * np.array([one[:3] for one in found.values()]).T
         axes.plot(list(found), values, "o-", color=color, label=f"VaLM with the cut, {measure}")
@@ -51,7 +51,7 @@ def _curve(axes: Axes, results: Results) -> None:
 
 
 def _gains(axes: Axes, results: Results) -> None:
-    """Of each arm the difference to the base in points, with its interval."""
+    """The difference of each arm to the base in points, with its interval."""
     rows = []
     for arm in (TWIN, BLIND, VALM, CUT):
         for items, color in ((WITH_PICTURE, SERIES[0]), (WITHOUT_PICTURE, SERIES[1])):

@@ -11,7 +11,7 @@ from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, points, set_tit
 from studies.color.results import CALIBRATED, RAW, ArmTest, Found, Results
 from valm.errors import ValmError
 
-# How many seeds decide, and at which level over the four hypotheses.
+# The number of seeds that decide, and the level over the four hypotheses.
 SEEDS, LEVEL = 5, 0.05
 HYPOTHESES = {
     "T1: VaLM with the cut − Blind, raw": (BLIND, RAW),
@@ -48,7 +48,7 @@ def over_seeds(results: Results, other: ArmTest, measure: str) -> OverSeeds:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values after Holm's correction (Holm 1979), in their order."""
+    """P-values after Holm's correction (Holm 1979), in the order of `p_values`."""
     order = np.argsort(p_values)
     stepped = np.maximum.accumulate(np.sort(p_values) * np.arange(len(order), 0, -1))
     adjusted = np.empty(len(order))
@@ -57,7 +57,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def hypotheses(results: Results) -> str:
-    """What became of each hypothesis. None is decided before its seeds are there."""
+    """The table of hypotheses with their outcomes. No hypothesis is decided before its seeds have run."""
     some = results.having(*((PRIMARY, arm) for arm in (CUT, BASE, BLIND)))
     if len(some.seeds) < 2:
         return "Fewer than two seeds have the arms of the hypotheses."

@@ -1,8 +1,8 @@
-"""An image tower for CLIP that pools early stages of an EfficientNet beside its last one.
+"""An image tower for CLIP that pools early stages of an EfficientNet next to its last stage.
 
-The last stage of a network trained on ImageNet says what a picture shows and little of its colours; the first stages
-say the colours. Importing this module registers the tower with timm, and so with open_clip, as
-`tf_efficientnet_lite0_levels`: whoever opens such a CLIP imports it first.
+The last stage of a network trained on ImageNet tells what a picture shows, but little about its colours. The first
+stages tell the colours. Importing this module registers the tower with timm and open_clip as
+`tf_efficientnet_lite0_levels`. Import it before you open such a CLIP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EARLY_BLOCKS = 2
 class MultilevelTower(nn.Module):
     """Mean and standard deviation over the pixels of the stem and the first EARLY_BLOCKS blocks, and the pooled output.
 
-    Each of these levels is normalised, and has the same share of the squared length of the features.
+    Each level is normalised and contributes the same share of the squared length of the features.
 
     Args:
         body: an EfficientNet of timm, without its classifier.
@@ -36,7 +36,7 @@ class MultilevelTower(nn.Module):
         self.default_cfg = {"pool_size": None}  # open_clip reads it: the features have no height and width
 
     def reset_classifier(self, num_classes: int) -> None:
-        """There is none; open_clip asks for its removal."""
+        """Does nothing: there is no classifier, but open_clip asks for its removal."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, num_features)."""

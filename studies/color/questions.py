@@ -1,4 +1,4 @@
-"""The questions of a study, about validation things and the test sets."""
+"""The questions of a study: about validation objects, and of the test sets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from valm.evaluation.files import read_csv
 from valm.evaluation.questions import FAIR, Questions, build
 from valm.evaluation.sets import SETS, Item, find_file, read_set
 
-# The sets about colours, whose items' colours no training text says.
+# The sets about colours. No training text names the colours of their items.
 COLOR_SETS = SET_NAMES[:3]
 FLICKR_CAPTIONS = Path("flickr8k_1000", "captions.txt")
 CAPTIONS = 200
-# Of held-out text, the kind that these are.
+# The kind of held-out text that the captions are.
 CAPTIONS_KIND = "captions"
 VICOMTE_TRAINING_FILE = "color_single_train.jsonl"
 
 
 def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
-    """The items of a set of `valm eval`. ViComTe colour includes its training part, which nothing here is trained on.
+    """The items of a set of `valm eval`. ViComTe colour includes its training part, on which the study trains nothing.
 
     Raises:
         ValmError: a file is missing or damaged.
@@ -41,12 +41,12 @@ def set_items(name: str, data: str | os.PathLike | None) -> list[Item]:
 
 
 def item_names(sets: Sequence[str], data: str | os.PathLike | None) -> list[str]:
-    """The distinct names of the items in some sets, by which training text is filtered."""
+    """The distinct names of the items in some sets. They filter the training text."""
     return list(dict.fromkeys(item.text for name in sets for item in set_items(name, data)))
 
 
 def photographs(data: str | os.PathLike | None) -> dict[str, list[str]]:
-    """The captions of each picture of Flickr8k, in the order of their names; empty if `data` has no Flickr8k."""
+    """The captions of each picture of Flickr8k, in the order of file names. Empty if `data` lacks Flickr8k."""
     table = None if data is None else Path(data) / FLICKR_CAPTIONS
     if table is None or not table.is_file():
         return {}
@@ -67,7 +67,7 @@ def set_questions(name: str, data: str | os.PathLike | None) -> Questions:
 
 
 def validation_questions(things: Sequence[Item]) -> Questions:
-    """The nine colour prompts about the validation things."""
+    """The nine colour prompts about the validation objects."""
     asked = build(SETS["memory_color"], list(things), FAIR)
     assert isinstance(asked, Questions)
     return dataclasses.replace(asked, task=VALIDATION)

@@ -1,4 +1,4 @@
-"""The results of seeds as one long table, hits and tries of each item, and numbers that are selections from it."""
+"""The results of all seeds as one long table of hits and tries per item, and the numbers computed from it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from valm.evaluation.statistics import paired, ratio
 from valm.store.files import Count, read_json
 from valm_kernels.json_files import short
 
-# What is counted of an item: right answers, also with each candidate's probability divided by its mean over the items,
-# or over those that have a picture as the item has or has not; of a text its nats. The tests of EXCHANGES count answers
-# with the colour that the images then have.
+# The measures. RAW counts correct answers. CALIBRATED first divides each candidate's probability by its mean over the
+# items; APART takes that mean separately over items with and items without a picture. NATS sums a text's nats. The
+# tests of EXCHANGES count answers with the colour of the exchanged images.
 RAW, CALIBRATED, APART, NATS = "raw", "calibrated", "calibrated apart", "nats"
-# What the tokens of a row saw.
+# The images that the tokens of a row may see.
 SEEN = {images for arm in ARMS.values() for images in arm.tests}
 _Number = Annotated[float, Field(ge=0)]
 ArmTest = tuple[str, str]  # an arm, and what its tokens see
 
 
 class AskedJson(TypedDict):
-    """What `measure` counts in the set or kind of text `of`; tries: how often an item was asked, or a text's tokens.
+    """What `measure` counts in the set or kind of text `of`.
 
-    answers: the right ones, empty where they differ by prompt. pictured: whether the knowledge base has a picture of
-    the item. pixels: the colour word of its pictures, empty where none prevails. Neither has values where that was not
-    looked up.
+    tries: how often an item was asked, or the number of a text's tokens.
+    answers: the correct answers, empty if they differ by prompt.
+    pictured: whether the knowledge base contains a picture of the item. An empty list if nobody looked.
+    pixels: the colour word of the item's pictures, empty if no colour prevails. An empty list if nobody looked.
     """
 
     of: str
@@ -48,7 +49,7 @@ class AskedJson(TypedDict):
 
 
 class RowJson(TypedDict):
-    """hits: of each of the items."""
+    """hits: of each item."""
 
     arm: str
     images: str
@@ -81,12 +82,12 @@ class Asked(NamedTuple):
     pixels: np.ndarray
 
     def is_of(self, count: int) -> bool:
-        """Whether it is of so many items."""
+        """Whether it describes `count` items."""
         return len(self.items) == len(self.tries) == count and {*map(len, self[2:])} <= {0, count}
 
 
 class Row(NamedTuple):
-    """Rows of the long table: of one seed, arm, test, set and measure."""
+    """Rows of the long table, for one seed, arm, test, set and measure."""
 
     seed: int
     arm: ArmTest
@@ -97,7 +98,7 @@ class Row(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A number with its 95 % interval, of which seeds and how many items. p: of a difference in one seed."""
+    """A number with its 95 % interval, its seeds and its number of items. p: p-value of a difference in one seed."""
 
     value: float
     low: float
@@ -116,7 +117,7 @@ def every(asked: Asked) -> np.ndarray:
 
 
 def pictured(asked: Asked) -> np.ndarray:
-    """The items that have a picture in the knowledge base."""
+    """The items with a picture in the knowledge base."""
     return asked.pictured
 
 
@@ -133,7 +134,7 @@ def pixels_agree(asked: Asked) -> np.ndarray:
 class Results:
     """The results of several seeds of one recipe.
 
-    Some seeds may have fewer arms or tests than others: a number is of those that have it, and says which (`Found`).
+    Some seeds may lack arms or tests of other seeds. A number covers the seeds that have it, and lists them (`Found`).
 
     Args:
         seeds: the results files without their table.
@@ -149,11 +150,11 @@ class Results:
 
     @cached_property
     def arms(self) -> list[ArmTest]:
-        """Those of every row, in their order."""
+        """The arms of all rows, in the order of the rows."""
         return list(dict.fromkeys(row.arm for row in self.rows))
 
     def having(self, *asked: tuple[str, ArmTest]) -> Results:
-        """The seeds in which each (set or text, arm) was asked."""
+        """The results of the seeds in which every (set or text, arm) of `asked` was asked."""
         found = {(row.seed, row.of, row.arm) for row in self.rows}
         return self.of_seeds([seed for seed in self.numbers if all((seed, *one) in found for one in asked)])
 
@@ -166,7 +167,8 @@ class Results:
         return {(row.seed, row.arm, row.of, row.measure): row for row in self.rows}
 
     def accuracy(self, arm: ArmTest, of: str, measure: str = RAW, keep: Keep = every) -> Found | None:
-        """The share of right answers to the items that `keep` chooses, in the seeds that have it; None if none has."""
+        """The share of correct answers to the items that `keep` chooses, over the seeds with this number. None if no
+        seed has it."""
         found = self._counts([arm], of, measure, keep)
         if found is None:
             return None
@@ -176,8 +178,8 @@ class Results:
     def difference(
         self, first: ArmTest, second: ArmTest, of: str, measure: str = RAW, keep: Keep = every
     ) -> Found | None:
-        """Hits per try of `first` minus those of `second` on the items that `keep` chooses, in the seeds that have
-        both; None if none has."""
+        """Hits per try of `first` minus hits per try of `second`, on the items that `keep` chooses and the seeds with
+        both arms. None if no seed has both."""
         found = self._counts([first, second], of, measure, keep)
         if found is None:
             return None
@@ -202,7 +204,7 @@ class Results:
 
 
 class _Counts(NamedTuple):
-    """tries and each of hits: (seeds, items) where all seeds have the `same` items, else an array for each seed."""
+    """tries and each of hits: (seeds, items) if all seeds have the `same` items, otherwise an array for each seed."""
 
     seeds: tuple[int, ...]
     items: int
@@ -213,10 +215,10 @@ class _Counts(NamedTuple):
 
 
 def read_results(files: Sequence[str | os.PathLike]) -> Results:
-    """The results in `files`, one for each seed.
+    """The results in `files`, one file for each seed.
 
     Raises:
-        ValmError: there are none, one is damaged, their recipes differ, or two are of one seed.
+        ValmError: there are no files, a file is damaged, the recipes differ, or two files belong to one seed.
     """
     if not files:
         raise ValmError("there are no results of a study: run `python -m studies.color run`")

@@ -1,10 +1,11 @@
-"""Runs a study from pictures to results. Each stage is a command of this package, or a few lines of `studies.color`.
+"""Runs a study from pictures to results. Each stage is a command of valm, or a few lines of `studies.color`.
 
 All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
     text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
-scores/ has a file for each arm and choice of tests, whose hash is in its name; results.json is of the last run's tests.
+scores/ contains a file for each arm and choice of tests, with the hash of the tests in its name. results.json contains
+the tests of the last run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from valm.store.folders import remove_folder
 from valm.store.settings import check_same
 
 RESULTS_FILE = "results.json"
-# The tables of the pictures that show an item of MemoryColor or ColorTerms, and of the rest.
+# Two tables of pictures: those that show an item of MemoryColor or ColorTerms, and the rest.
 ITEMS, OTHERS = "items.csv", "others.csv"
 RETRIEVAL = "retrieval-train"
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
@@ -59,7 +60,7 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
     """Runs the unfinished stages of all seeds, or of `seeds`, and returns the results file of each seed.
 
     Raises:
-        ValmError: a stage fails; the folder holds a study of another recipe; or it has no such seed.
+        ValmError: a stage fails, the folder contains a study of another recipe, or the study lacks a seed of `seeds`.
     """
     config = study.config
     for seed in seeds or ():
@@ -77,7 +78,7 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
 
 
 def _language_model(name: str, out: Path) -> str:
-    """The value of `valm train --base` for `name`; PACKAGE is converted into the folder `out`, if not there yet."""
+    """The value of `valm train --base` for `name`. Converts PACKAGE into the folder `out` if it is not there yet."""
     if name != PACKAGE:
         return name
     if not (out / "config.json").is_file():
@@ -95,7 +96,7 @@ def sources_hash() -> str:
 
 
 class _Note(TypedDict):
-    """STUDY_FILE. sources: `sources_hash` of the code that ran stages."""
+    """The content of STUDY_FILE. sources: every `sources_hash` of code that ran stages."""
 
     recipe: str
     config: dict[str, Any]
@@ -155,7 +156,7 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     for name in arms:
         rows[name] = scoring.file(name)
         title = f"scores of {name} on {', '.join(scoring.names)}"
-        if not rows[name].is_file():  # also if they were made of other contents
+        if not rows[name].is_file():  # also if an earlier run asked other contents
             stage.seconds.pop(title, None)
         stage(title, partial(scoring.write, name, rows[name]))
     results = folder / (f"{VALIDATION}-{RESULTS_FILE}" if study.validation else RESULTS_FILE)
@@ -164,7 +165,7 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
 
 
 def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[Arm], stage: Stages) -> None:
-    """A CLIP, its knowledge bases, and the images of the training text; all in `folder`."""
+    """Makes a CLIP, its knowledge bases and the images of the training text in `folder`."""
     config, clip = study.config, study.clip(seed)
     if clip == str(folder / "clip"):
         stage("clip", lambda: _train_clip(study, seed, folder))
@@ -188,7 +189,7 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[
 
 
 def _dose_table(study: Study, seed: int, dose: str) -> str:
-    """Writes the table of some of the items' pictures; those of a smaller dose are among those of a larger one."""
+    """Writes a table with some of the items' pictures. A larger dose contains the pictures of every smaller dose."""
     rows = [list(row.values()) for row in read_csv(study.pictures / ITEMS, ["image", "caption"])]
     random.Random(f"{seed} doses").shuffle(rows)
     name = f"seed-{seed}-{dose}.csv"
@@ -231,7 +232,7 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
 
 
 def _train_with_captions(study: Study, name: str, base: str, seed: int) -> None:
-    """Trains an arm with captions in context; one that was killed begins again."""
+    """Trains an arm with captions in context. If it was killed, it begins again."""
     folder = study.seed_folder(seed)
     out, text = folder / name, folder / "text"
     shutil.rmtree(out, ignore_errors=True)
@@ -244,7 +245,7 @@ def _train_with_captions(study: Study, name: str, base: str, seed: int) -> None:
 
 
 def _remove_checkpoints(out: Path) -> None:
-    """Each is as large as the model."""
+    """Removes the checkpoints, because each is as large as the model."""
     for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
 

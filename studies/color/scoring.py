@@ -1,4 +1,4 @@
-"""The answers of one seed's models, item by item, and what is counted in them."""
+"""The answers of one seed's models, item by item, and the counts of each measure."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def answers_of(
         pictured: whether each item has a picture, (items,).
 
     Returns:
-        By measure: RAW, and if each item has one right answer for all prompts, CALIBRATED: each candidate's probability
-        divided by its mean over the items. With `pictured` also APART, the mean over the items that have a picture or
-        over those that have none: images change the mean of the former, and in CALIBRATED the answers about the latter.
+        By measure. RAW. If each item has one correct answer for all prompts, CALIBRATED: each candidate's probability
+        divided by its mean over the items. With `pictured`, APART: the mean is taken separately over items with and
+        items without a picture. Images change the mean of pictured items, which in CALIBRATED also changes the answers
+        about unpictured items.
     """
     scores = scorer.answers(asked, progress)[0].double().numpy()  # (items, prompts, candidates)
     found = {RAW: scores.argmax(-1)}
@@ -49,18 +50,18 @@ def _one_right(asked: Questions) -> bool:
 
 
 class Counted(NamedTuple):
-    """What a measure counts in the answers to a set: those to `items` (their numbers) that are `answers` (items,
-    prompts or 1)."""
+    """What a measure counts in the answers to a set: the answers to `items` (numbers of items) that equal `answers`
+    (items, prompts or 1)."""
 
     items: list[int]
     answers: np.ndarray
 
 
 def measures(asked: Questions, colors: Sequence[Mapping[str, str | None]]) -> dict[str, Counted]:
-    """What the measures count: RAW, CALIBRATED and APART where asked, and of EXCHANGES those that change a colour.
+    """What each measure counts: RAW, CALIBRATED and APART, and each of EXCHANGES that changes the colour of an item.
 
     Args:
-        colors: of the pictures of each item (`Conditions.colors_of`), or nothing.
+        colors: the colours of each item's pictures (`Conditions.colors_of`), or an empty list.
     """
     right, every = np.array(asked.right), list(range(len(asked.right)))
     asked_for = (RAW, CALIBRATED, APART) if _one_right(asked) else (RAW,)
@@ -78,8 +79,8 @@ def measures(asked: Questions, colors: Sequence[Mapping[str, str | None]]) -> di
 
 
 def counted(row: Mapping[str, Any], measured: Mapping[str, Counted]) -> list[RowJson]:
-    """The rows of results that a row of `score_arm` about a set becomes. Of an arm that sees exchanged images they also
-    count how often it answers the colour that these have, with them and with the original ones."""
+    """Turns a row of `score_arm` about a set into rows of results. If the arm also sees exchanged images, further rows
+    count how often it answers the colour of the exchanged images, with exchanged and with original images."""
     arm, images, own = row["arm"], row["images"], row["measure"]
     exchanges = [one for one in EXCHANGES if own == RAW and one in ARMS[arm].tests and images in ("retrieved", one)]
     answers = np.array(row["answers"])
@@ -103,7 +104,7 @@ def nats_of(scorer: CausalScorer, texts: Sequence[str], progress: Progress = Non
 
 
 def question_rows(tokenizer: Any, asked: Questions) -> list[list[int]]:
-    """The distinct token sequences that a model reads to answer."""
+    """The distinct token sequences that a model reads to answer the questions."""
     begin = begin_id(tokenizer)
     heads = {tuple(ids[:-1]) for ids in answer_tokens(tokenizer, asked.candidates)}
     texts = [text for row in asked.texts for text in row]
@@ -112,15 +113,15 @@ def question_rows(tokenizer: Any, asked: Questions) -> list[list[int]]:
 
 
 def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, as a model reads them to predict it."""
+    """The tokens of each text in the form in which a model predicts it."""
     return [[begin_id(tokenizer), *ids] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
 def read_from_fusion(model: Any, rows: Iterable[Sequence[int]], folder: Path, *, progress: bool = True) -> None:
     """Makes `model` start at its fusion layer for batches of token sequences in `rows`.
 
-    The layers below are the same in all models, so their output is computed once for each distinct row, in one file
-    (`cache_below`): whoever opens it hashes all weights below. Other batches run through all layers.
+    All models share the layers below, so `cache_below` computes their output once for each distinct row, into one file.
+    Opening that file hashes all weights below. Batches with other rows run through all layers.
     """
     known = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
     cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, progress=progress)
@@ -134,14 +135,14 @@ def read_from_fusion(model: Any, rows: Iterable[Sequence[int]], folder: Path, *,
         places = [(row, slice(None)) for row in range(len(found))]
         return args, kwargs | {FUSION_INPUT: fusion_input(states, places, ids.shape).to(ids.device)}
 
-    # before the hook of cache_below, which takes fusion_input out of the arguments
+    # before the hook of cache_below, which removes fusion_input from the arguments
     model.register_forward_pre_hook(begin_above, with_kwargs=True, prepend=True)
 
 
 class Evaluation(NamedTuple):
-    """What an arm is asked while its tokens see `images`.
+    """The questions and texts for an arm whose tokens see `images`.
 
-    asked: the sets. texts: of which nats are wanted, by their kind. retriever: None for a model without images.
+    asked: the question sets. texts: texts for NATS, by kind. retriever: None for a model without images.
     """
 
     images: str
@@ -157,11 +158,11 @@ def score_arm(
     say: Callable[[str], object],
     pictured: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of one arm: the answers to each set, or the nats of each kind of text, in each of its tests.
+    """The rows of one arm: the answers to each set and the nats of each kind of text, in each of its tests.
 
     Args:
-        say: called with a line about what is being scored.
-        pictured: of some sets, as in `answers_of`.
+        say: called with a line that names the current test.
+        pictured: for some sets, `pictured` of `answers_of`.
     """
     rows = []
     for test in tests:

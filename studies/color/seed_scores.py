@@ -1,4 +1,4 @@
-"""The scores of a seed: what is asked of which arm, its rows, and the results file of all arms."""
+"""The scores of a seed: the questions for each arm, the rows of their answers, and the results file of all arms."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ VERSIONS = ("torch", "transformers", "open_clip_torch", "timm", "numpy")
 
 
 class Scoring:
-    """Asks the models of a seed. What several of them need is made once."""
+    """Asks the models of a seed. Data that several models need is computed once."""
 
     def __init__(self, study: Study, seed: int, base: str, pictures: Sequence[Picture]):
         self.study, self.seed, self.base, self.pictures = study, seed, base, pictures
@@ -63,12 +63,12 @@ class Scoring:
 
     @cached_property
     def things(self) -> list[Item]:
-        """The validation things."""
+        """The validation objects."""
         return load_memory_color(self.folder / "text" / "validation.csv")
 
     @cached_property
     def missing(self) -> list[str]:
-        """What is to be asked and the data lack: sets that the text is not filtered by, and the captions."""
+        """The tests whose data are missing: sets that do not filter the training text, and the captions."""
         wanted = [name for name in self.study.tests if name in SETS and name not in COLOR_SETS]
         return [name for name in wanted if find_file(name, self.study.data) is None] + (
             [CAPTIONS_KIND] if HELDOUT in self.study.tests and not flickr_captions(self.study.data) else []
@@ -76,12 +76,12 @@ class Scoring:
 
     @cached_property
     def names(self) -> list[str]:
-        """What is asked: the tests that the data have, and after them the captions."""
+        """The tests whose data exist, followed by the captions."""
         wanted = [*self.study.tests, *([CAPTIONS_KIND] if HELDOUT in self.study.tests else [])]
         return [name for name in wanted if name not in self.missing]
 
     def file(self, arm: str) -> Path:
-        """The file in scores/ of what is asked of an arm: of other questions, and of others' contents, another one."""
+        """The file in scores/ for an arm. Its name changes with the tests and with their contents."""
         key = digest([self.names, self._contents])[:8]
         return writable_folder(self.folder / "scores") / f"{arm}-{key}.json"
 
@@ -113,12 +113,12 @@ class Scoring:
 
     @cached_property
     def small(self) -> dict[str, Questions]:
-        """The sets that are not LARGE."""
+        """The sets with at most LARGE items."""
         return {name: one for name, one in self.asked.items() if len(one.items) <= LARGE}
 
     @cached_property
     def pictured(self) -> dict[str, np.ndarray]:
-        """Whether the knowledge base has a picture of each item, of the sets of which some items have none."""
+        """Whether the knowledge base contains a picture of each item, for the sets with some unpictured items."""
         return {
             of: np.array([bool(self.conditions.pictures_of(item)) for item in one.items])
             for of, one in self.asked.items()
@@ -127,13 +127,13 @@ class Scoring:
 
     @cached_property
     def with_captions(self) -> dict[str, Questions]:
-        """Those of `small`, before each question the captions of the images that its last token retrieves."""
+        """The sets of `small`, with the captions of the images of each question's last token before the question."""
         caption = Captions(self.conditions.kb, self.pictures)
         return {name: captioned(one, self.conditions["retrieved"], caption) for name, one in self.small.items()}
 
     def open(self, name: str) -> Any:
         """The model of an arm."""
-        if ARMS[name].made == BASE:  # the twin before its training, which reads the same hidden states
+        if ARMS[name].made == BASE:  # the text-only baseline before its training, with the same hidden states
             return augment(load_decoder(self.base), 1, 0, unfreeze="block").eval().to(self.device)
         return load(self.folder / name, device=self.device)[0]
 
@@ -146,7 +146,7 @@ class Scoring:
         plain += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
         captioned = [one for test in tests if test.images == COLORED_CAPTIONS for one in test.asked.values()]
         behind = [row for one in captioned for row in question_rows(self.tokenizer, one)]
-        for known in filter(None, (plain, behind)):  # of which most arms need the first alone
+        for known in filter(None, (plain, behind)):  # most arms need only the first
             read_from_fusion(scorer.model, known, study.out / "below", progress=study.progress)
         say = partial(print, flush=True) if study.progress else _silent
         write_json(file, score_arm(name, scorer, tests, say, self.pictured), indent=None)
@@ -154,8 +154,8 @@ class Scoring:
         gc.collect()
 
     def _tests(self, arm: Arm) -> list[Evaluation]:
-        """All sets are asked in the first test without captions, and those that are not LARGE in the others; where some
-        of the items' pictures are missing, those about the items."""
+        """The evaluations of an arm. Its first test without captions asks all sets, its other tests ask the sets of
+        `small`, and the tests of DOSES ask only the sets about the items whose pictures they remove."""
         tests = []
         of_items = {name: one for name, one in self.small.items() if name in COLOR_SETS[:2]}
         whole = next(images for images in arm.tests if images != COLORED_CAPTIONS)
@@ -172,7 +172,7 @@ class Scoring:
         return tests
 
     def results(self, rows: dict[str, Path]) -> dict[str, Any]:
-        """The results of the seed, from the rows of its arms: a `SeedJson`, and what else is worth keeping."""
+        """The results of the seed from the rows of its arms: a `SeedJson` with further notes."""
         study, folder = self.study, self.folder
         answers = [row for file in rows.values() for row in read_json(file, "the scores", list[dict[str, Any]])]
         asked, counts = self._asked()
@@ -192,7 +192,7 @@ class Scoring:
         }
 
     def _asked(self) -> tuple[list[AskedJson], dict[str, dict[str, Counted]]]:
-        """What was asked, and what is counted in the answers to each set."""
+        """The questions asked, and what each measure counts in the answers to each set."""
         asked: list[AskedJson] = []
         counts, conditions = {}, self.conditions
         for of, one in self.asked.items():
@@ -215,7 +215,7 @@ class Scoring:
         nothing: Any = {"measure": NATS, "answers": [], "pictured": [], "pixels": []}
         for of, texts in self.texts.items():
             names = [f"{of} {number}" for number in range(len(texts))]
-            tokens = [len(row) - 1 for row in text_rows(self.tokenizer, texts)]  # the first is begin
+            tokens = [len(row) - 1 for row in text_rows(self.tokenizer, texts)]  # without the first token, begin
             asked.append(nothing | {"of": of, "items": names, "tries": tokens})
         return asked, counts
 
@@ -225,7 +225,7 @@ def _silent(line: str) -> None:
 
 
 def _heldout(folder: Path, data: Path | None) -> dict[str, list[str]]:
-    """Texts for perplexity, by kind: those held out of training, and the captions of Flickr8k if `data` has it."""
+    """Texts for perplexity by kind: the texts held out of training, and the captions of Flickr8k if `data` has them."""
     files = {file.stem.removeprefix("heldout-"): file for file in sorted(folder.glob("heldout-*.jsonl"))}
     found = {kind: read_texts(file) for kind, file in files.items()}
     captions = flickr_captions(data)

@@ -1,7 +1,7 @@
-"""The text of the study: what is trained on, what is held out, and how much the filter dropped.
+"""The text of the study: training text, held-out text, and the number of sentences that the filter dropped.
 
-No training text has both a colour word and the name of a test item or a validation thing (`Names.beside_color`), and
-none is a text that is held out. All random choices depend on the seed.
+No training text contains both a colour word and the name of a test item or a validation object (`Names.beside_color`).
+No held-out text is a training text. All random choices depend on the seed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from valm.evaluation.sets import Item
 from valm.store.files import read_text, writable_folder, write_json
 from valm_kernels.atomic_files import atomic_path
 
-# {x} is a thing with its article, {c} its colour. They are unlike the nine prompts of the evaluation: none has the word
-# "color", or shares three words in a row with a prompt.
+# {x} is an object with its article, {c} its colour. The templates are unlike the nine prompts of the evaluation: none
+# contains the word "color" or shares three words in a row with a prompt.
 COLOR_TEMPLATES = (
     "Everybody could see that {x} was {c}.",
     "From far away {x} looks {c}.",
@@ -47,7 +47,7 @@ COLOR_TEMPLATES = (
 )
 ARTICLES = ("the", "a", "this", "that")
 
-# The captions of a picture of a thing, on which the CLIP is trained.
+# The captions of an object's picture, on which the CLIP trains.
 CAPTION_TEMPLATES = (
     "{x}",
     "{a} {x}",
@@ -70,12 +70,12 @@ CAPTION_TEMPLATES = (
     "the {x} usually has a place here",
 )
 COLOR_CAPTION_TEMPLATES = ("the {c} {x}", "a drawing of the {c} {x}", "the {x} is {c}", "{c} {x}, simple illustration")
-CAPTIONS = 10  # of each picture of a thing
-COLOR_CAPTIONS = 3  # of these, with the colour, for things whose colour may be said
-# Of these, with the name in the middle of running text. A CLIP that has read nothing but the templates above does not
-# find the thing of a sentence in other words, as a CLIP from the web does.
+CAPTIONS = 10  # captions of each object's picture
+COLOR_CAPTIONS = 3  # of these, captions with the colour, for objects whose colour may be named
+# Of these, captions with the name in running text. A CLIP that has read only the templates above does not find the
+# object of a sentence in other words, as a CLIP from the web does.
 RUNNING_CAPTIONS = 5
-MAX_RUNNING_WORDS = 6  # of such text, on either side of the name
+MAX_RUNNING_WORDS = 6  # words of running text on either side of the name
 
 VALIDATION_SHARE = 0.25
 # The share of a source's sentences, after the filter, that is held out for perplexity.
@@ -95,8 +95,8 @@ class StudyText:
         training: glosses, templated sentences and prose, in the order of training.
         heldout: texts for perplexity, by kind: glosses, prose, and captions if some pictures show scenes.
         captions: the captions of each picture that the CLIP is trained on.
-        validation: the things whose colour no text says.
-        counts: numbers of things, and of sentences by source and by whether they were dropped.
+        validation: the objects whose colour no text names.
+        counts: numbers of objects, and of sentences by source and by whether the filter dropped them.
     """
 
     training: list[str]
@@ -108,8 +108,8 @@ class StudyText:
     def write(self, folder: Path) -> None:
         """Writes the files of the text into `folder`.
 
-        train.jsonl and heldout-KIND.jsonl have a text in the column "text" of each line; validation.csv
-        has the format of MemoryColor's table. captions.json follows, and counts.json is written last.
+        Each line of train.jsonl and heldout-KIND.jsonl contains a text in the column "text". validation.csv uses the
+        format of MemoryColor's table. captions.json follows, and counts.json is written last.
         """
         folder = writable_folder(folder)
         texts = {"train": self.training} | {f"heldout-{kind}": kept for kind, kept in self.heldout.items()}
@@ -127,7 +127,7 @@ class StudyText:
 
 
 def write_texts(file: Path, texts: Iterable[str]) -> None:
-    """Writes `file`, which has a text in the column "text" of each line."""
+    """Writes `file` with a text in the column "text" of each line."""
     with atomic_path(file) as temporary:
         content = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
         temporary.write_text("".join(content), encoding="utf-8")
@@ -146,17 +146,17 @@ def study_text(
     seed: int,
     head_noun_items: Sequence[str] = (),
 ) -> StudyText:
-    """Draws the text of one seed.
+    """Samples the text of one seed.
 
     Args:
-        sources: `glosses` of WordNet's nouns that have a colour word; `templates`: `count` sentences (default 2,400)
-            that say the colour of a thing, about as many of each colour; `prose`: `count` paragraphs (default 260) of
-            Python's documentation, or of the text file `file`, with blank lines between.
-        items: the names in the test sets. A sentence with one of them, its plural or a synonym has no colour word.
-        head_noun_items: those of `items` whose last word is treated as a name too.
+        sources: `glosses`: WordNet's glosses with a colour word. `templates`: `count` sentences (default 2,400) that
+            name an object's colour, about as many for each colour. `prose`: `count` paragraphs (default 260) of
+            Python's documentation, or of the text file `file`, separated by blank lines.
+        items: the names in the test sets. The filter drops a sentence with a colour word and a name, plural or synonym.
+        head_noun_items: the names in `items` whose last word counts as a name too.
 
     Raises:
-        ValmError: there are too few things with a colour, or a file is missing.
+        ValmError: too few objects have a colour, or a file is missing.
     """
     tested = Names(items)
     tested_heads = Names(head_noun_items, head_nouns=True)
@@ -180,7 +180,7 @@ def study_text(
     )
 
     def kept(source: str, sentences: Iterable[str]) -> list[str]:
-        """The sentences that pass the filter; counts the others by reason."""
+        """The sentences that pass the filter. Counts the dropped sentences by reason."""
         clean = []
         for sentence in sentences:
             if tested.beside_color(sentence) or tested_heads.beside_color(sentence):
@@ -229,7 +229,7 @@ def study_text(
 
 
 def color_glosses() -> list[str]:
-    """ "NAME, NAME: gloss." of every noun of WordNet that ImageNet has, where the gloss has a colour word."""
+    """ "NAME, NAME: gloss." for every WordNet noun of ImageNet whose gloss contains a colour word."""
     return [
         f"{', '.join(synset.names)}: {synset.gloss}." for synset in wordnet() if COLOR_WORDS & set(words(synset.gloss))
     ]
@@ -245,7 +245,7 @@ def file_prose(path: Path) -> list[str]:
     """Paragraphs of prose in a UTF-8 text file.
 
     Raises:
-        ValmError: it cannot be read or has none.
+        ValmError: the file cannot be read, or contains no such paragraph.
     """
     found = _paragraphs(read_text(path))
     if not found:
@@ -254,7 +254,7 @@ def file_prose(path: Path) -> list[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """The paragraphs that are sentences: no tables, headings or code."""
+    """The paragraphs of sentences, without tables, headings and code."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
         line = " ".join(paragraph.split())
@@ -267,7 +267,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _validation_things(colors: Mapping[str, str], seed: int) -> list[str]:
-    """A quarter of the things. Those with the same head noun are on the same side."""
+    """A quarter of the objects. Objects with the same head noun are on the same side."""
     groups: dict[str, list[str]] = {}
     for thing in sorted(colors):
         groups.setdefault(head_noun(thing), []).append(thing)
@@ -280,7 +280,7 @@ def _validation_things(colors: Mapping[str, str], seed: int) -> list[str]:
 
 
 def _templated(colors: Mapping[str, str], rng: random.Random, count: int) -> list[str]:
-    """Sentences that say the colours of things, each colour as often as another."""
+    """Sentences that name the colours of objects, each colour about equally often."""
     by_color: dict[str, list[str]] = {}
     for thing, color in sorted(colors.items()):
         by_color.setdefault(color, []).append(thing)
@@ -306,8 +306,8 @@ def _article(name: str) -> str:
 
 
 def _captions(picture: Picture, color: str | None, running: Sequence[str], rng: random.Random) -> list[str]:
-    """What the CLIP reads of a picture: its captions, or those made for a thing, of which some say `color`, and some
-    have the name between words of `running`."""
+    """The captions of a picture for the CLIP: its own captions for a scene, generated captions for an object. Some
+    generated captions name `color`, and some place the name between words of `running`."""
     if picture.thing is None:
         return picture.caption.split("\n")
     of_color = 0 if color is None else COLOR_CAPTIONS
@@ -322,13 +322,13 @@ def _captions(picture: Picture, color: str | None, running: Sequence[str], rng: 
 
 
 def _some_words(running: Sequence[str], rng: random.Random) -> Sequence[str]:
-    """Up to MAX_RUNNING_WORDS words that follow each other."""
+    """Up to MAX_RUNNING_WORDS consecutive words."""
     start = rng.randrange(len(running))
     return running[start : start + rng.randint(0, MAX_RUNNING_WORDS)]
 
 
 def held_out(sentences: list[str], seed: str) -> tuple[list[str], list[str]]:
-    """The sentences in a random order, and apart from them HELD_OUT_SHARE."""
+    """Splits the sentences at random: the training part, and the held-out part of HELD_OUT_SHARE."""
     order = random.Random(seed).sample(sentences, len(sentences))
     held = int(HELD_OUT_SHARE * len(order))
     return order[held:], order[:held]

@@ -1,6 +1,6 @@
-"""Trains the arm that `valm train` does not have: captions as text before a document.
+"""Trains the arm that `valm train` cannot train: captions as text before a document.
 
-It takes the options of a study's `training`.
+The options are those of a study's `training`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from valm.training.mix import base_weights, mix
 from valm.training.plan import TrainingPlan
 from valm.training.train import trainer, training_arguments
 
-# Of a document with captions before it, whose tokens are nothing to be predicted.
+# The key of a document that marks the tokens of its captions, which the loss ignores.
 GIVEN = "given"
 
 
 def train_with_captions(
     plan: TrainingPlan, texts: Sequence[str], retrieval: CorpusRetrieval, caption: Captions, progress: bool
 ) -> None:
-    """Trains a text-only twin on `texts`, before each the captions of the images that `retrieval` has for it."""
+    """Trains a text-only baseline on `texts`, each after the captions of its images in `retrieval`."""
     base = str(plan.base)
     tokenizer = own_tokenizer(base)
     documents = []
@@ -71,7 +71,7 @@ def study_plan(out: Path, base: str, seed: int, below: Path, settings: dict[str,
 
 
 def _number(value: Any) -> Any:
-    """A setting as the command line of `valm train` reads it: YAML 1.1 takes 2e-4, without a point, for text."""
+    """A setting as the command line of `valm train` parses it. YAML 1.1 parses 2e-4, without a point, as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -79,14 +79,14 @@ def _number(value: Any) -> Any:
 
 
 def with_captions(tokenizer: Any, ids: Any, line: str) -> dict[str, np.ndarray]:
-    """The document `ids`, which begins with bos, after the captions of its images."""
+    """The document `ids`, which begins with bos, preceded by the captions of its images."""
     before = prompt_ids(tokenizer, line)  # with bos
     given = np.arange(len(before) + len(ids) - 1) < len(before)
     return {"input_ids": np.concatenate([before, np.asarray(ids)[1:]]).astype(np.int64), GIVEN: given}
 
 
 def images_before_color(text: str, document: dict[str, Any], tokenizer: Any) -> list[int]:
-    """The images of the token before the first colour word of `text`; of its last token if there is none before one."""
+    """The images of the token before the first colour word of `text`, or of the last token if no token precedes one."""
     ends = [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
     color = next((span[0] for word, span in word_spans(text) if word in COLOR_WORDS), None)
     place = len(ends)  # of the last token, behind bos
@@ -96,7 +96,7 @@ def images_before_color(text: str, document: dict[str, Any], tokenizer: Any) -> 
 
 
 class _WithoutCaptions:
-    """A collator whose labels are the documents' own tokens, without what is GIVEN."""
+    """A collator whose labels exclude the GIVEN tokens."""
 
     def __init__(self, collator: Any):
         self.collator = collator

@@ -1,4 +1,4 @@
-"""Names of things in text: their word forms, their head nouns, their synonyms in WordNet, and the words for colours."""
+"""Names of objects in text: word forms, head nouns, synonyms in WordNet, and the words for colours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from valm.errors import ValmError
 # The words of a name or a sentence; a hyphen separates two words.
 _WORD = re.compile(r"[a-z]+")
 
-# Colour words, with the two that only ViComTe has. The endings below make further ones, such as those in -ish.
+# Colour words, with two that occur only in ViComTe. The endings below make further colour words, such as "reddish".
 _COLORS = (
     "white", "yellow", "green", "red", "grey", "gray", "brown", "black", "blue", "purple", "pink", "orange", "silver",
 )  # fmt: skip
@@ -25,7 +25,7 @@ COLOR_WORDS = frozenset([color + ending for color in _COLORS for ending in _ENDI
 _NO_NAMES = COLOR_WORDS - {"orange", "oranges"}
 MIN_NAME_LETTERS = 3
 
-# Irregular plurals of nouns that name things.
+# Irregular plurals of nouns that name objects.
 _IRREGULAR_PLURALS = {
     "child": "children",
     "foot": "feet",
@@ -42,7 +42,7 @@ _IRREGULAR_SINGULARS = {plural: singular for singular, plural in _IRREGULAR_PLUR
 
 @dataclass(frozen=True)
 class Synset:
-    """A noun of WordNet: the names of one thing, the commonest first, and its definition."""
+    """A noun of WordNet: the names of one object, the most common first, and its definition."""
 
     names: tuple[str, ...]
     gloss: str
@@ -54,7 +54,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def word_spans(text: str) -> list[tuple[str, tuple[int, int]]]:
-    """The `words` of a text with their places, (first character, one past the last)."""
+    """The `words` of a text with their spans, (first character, one past the last)."""
     return [(found.group(), found.span()) for found in _WORD.finditer(text.lower())]
 
 
@@ -64,7 +64,7 @@ def head_noun(name: str) -> str:
 
 
 def word_forms(word: str) -> set[str]:
-    """A word and its possible singulars and plurals. Some of these are no words, and match nothing."""
+    """A word and its possible singulars and plurals. Some of these do not exist, and match nothing."""
     forms = {word, f"{word}s", f"{word}es"}
     if word in _IRREGULAR_PLURALS:
         forms.add(_IRREGULAR_PLURALS[word])
@@ -86,7 +86,7 @@ def name_forms(name: str) -> set[tuple[str, ...]]:
 
 @cache
 def wordnet() -> tuple[Synset, ...]:
-    """The nouns of WordNet that ImageNet has pictures of (21,841 kinds of things), as listed by the package timm.
+    """The 21,841 nouns of WordNet with pictures in ImageNet, as listed by the package timm.
 
     Raises:
         ValmError: timm is missing.
@@ -112,13 +112,13 @@ def _synsets_by_name() -> dict[tuple[str, ...], list[Synset]]:
 
 
 def synonyms(name: str) -> set[str]:
-    """The names of every noun in WordNet that has this name, in the singular or the plural."""
+    """All names of the WordNet nouns with this name, in the singular or the plural."""
     by_name = _synsets_by_name()
     return {other for form in name_forms(name) for synset in by_name.get(form, ()) for other in synset.names}
 
 
 class Names:
-    """Finds the names of some things in text: each name, its plural and singular, and its synonyms in WordNet.
+    """Finds names of objects in text: each name, its plural and singular, and its synonyms in WordNet.
 
     Colour words and names of fewer than MIN_NAME_LETTERS letters are ignored.
 
@@ -137,7 +137,7 @@ class Names:
         self._lengths = sorted({len(form) for form in self._forms})
 
     def spans(self, text: tuple[str, ...]) -> list[range]:
-        """The places of the names in the words of a text (see `words`)."""
+        """The positions of the names in the words of a text (see `words`)."""
         return [
             range(start, start + length)
             for length in self._lengths
@@ -146,13 +146,13 @@ class Names:
         ]
 
     def __contains__(self, text: str) -> bool:
-        """Whether a text has one of the names."""
+        """Whether a text contains one of the names."""
         return bool(self.spans(words(text)))
 
     def beside_color(self, text: str) -> bool:
-        """Whether a text has one of the names and a colour word.
+        """Whether a text contains one of the names and a colour word.
 
-        One word cannot be both: "orange", alone, is either the fruit or the colour.
+        One word cannot be both: a single "orange" is either the fruit or the colour.
         """
         found = words(text)
         colors = [place for place, word in enumerate(found) if word in COLOR_WORDS]

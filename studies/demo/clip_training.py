@@ -1,4 +1,4 @@
-"""A small CLIP trained the ordinary way (`valm.training.clip`), on views of drawings and captions made for them."""
+"""Trains a small CLIP by `valm.training.clip`, on random views of drawings and generated captions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train_demo_clip(
     lr: float = 1e-3,
     progress: bool = True,
 ) -> tuple[Clip, list[float]]:
-    """Trains a small CLIP on fresh views and fresh captions of different things in every step.
+    """Trains a small CLIP. Each step samples new views and new captions of different objects.
 
     Returns:
         The CLIP, and the loss of each step.
@@ -48,7 +48,7 @@ def train_demo_clip(
 
 
 def _captioned_views(things: list[Thing], size: int, seed: int) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Views of different things, and captions of them, without end."""
+    """Endless batches: random views of different objects, and their captions."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     drawings = drawing_tensor(things, DRAWING_SIZE)
     queue: list[int] = []

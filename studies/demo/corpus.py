@@ -1,12 +1,12 @@
-"""The text of the demo: captions that name no colour, and a small corpus that never says a held-out thing's colour."""
+"""The text of the demo: captions without colours, and a small corpus that never names a held-out object's colour."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 
-# Who drew or shot a picture rarely says its colour. A caption is a lead, an article and a name, and perhaps a tail,
-# cut off after any of its words: what the text tower reads while a sentence goes on.
+# People who draw or photograph a picture rarely name its colour. A caption is a lead, an article, a name and perhaps a
+# tail, cut after a random word: the text tower also reads the beginnings of sentences.
 LEADS = (
     "",
     "",
@@ -50,8 +50,8 @@ TAILS = (
     "icon , simple drawing .",
 )
 
-# {x} is the thing with its article, {c} its colour. Of the nine prompts that the evaluation asks with, four are the
-# beginning of one of these; the words of the other five are here, in other company.
+# {x} is the object with its article, {c} its colour. Four of the nine evaluation prompts are the beginning of one of
+# these sentences. The words of the other five prompts occur here in other sentences.
 COLOR_SENTENCES = (
     "the color of {x} is {c} .",
     "the typical color of {x} is {c} .",
@@ -94,7 +94,7 @@ SENTENCE_ARTICLES = ("the", "the", "a", "this", "")
 
 
 def caption(name: str, rng: random.Random) -> str:
-    """A caption of a picture of `name`, cut off after a random word of its tail."""
+    """A caption for a picture of `name`, cut after a random word of its tail."""
     tail = rng.choice(TAILS).split()
     words = [rng.choice(LEADS), rng.choice(ARTICLES), name, *tail[: rng.randint(0, len(tail))]]
     return " ".join(word for word in words if word)
@@ -103,13 +103,13 @@ def caption(name: str, rng: random.Random) -> str:
 def training_sentences(
     colors: dict[str, str], silent: list[str], count: int, rng: random.Random, *, color_share: float = 0.5
 ) -> list[str]:
-    """Sentences about things: the colours of some are said, those of the others never.
+    """Sentences about objects. Some objects have their colour named, the others never.
 
     Args:
-        colors: the colour word of each thing whose colour is said.
-        silent: the held-out things, named only in sentences without a colour.
-        count: how many sentences.
-        color_share: the share of sentences that say a colour.
+        colors: the colour word of each object whose colour is named.
+        silent: the held-out objects, which occur only in sentences without a colour.
+        count: number of sentences.
+        color_share: share of the sentences that name a colour.
     """
     spoken, everything = sorted(colors), sorted([*colors, *silent])
     sentences = []
@@ -127,7 +127,7 @@ def _fill(template: str, name: str, rng: random.Random, **words: str) -> str:
 
 
 def begins_a_sentence(prompt: str) -> bool:
-    """Whether the training text has sentences that begin with this prompt of the evaluation."""
+    """Whether some training sentences begin with this evaluation prompt."""
     begin = prompt.lower().replace("[descriptor] [item]", "{x}")
     for sign in "?:":
         begin = begin.replace(sign, f" {sign}")
@@ -135,6 +135,6 @@ def begins_a_sentence(prompt: str) -> bool:
 
 
 def all_texts(names: list[str], colors: Sequence[str]) -> list[str]:
-    """Texts that together hold every word which captions and sentences can have."""
+    """Texts that together contain every word of the captions and sentences."""
     templates = [template.format(x="", c="") for template in COLOR_SENTENCES + OTHER_SENTENCES]
     return [*names, *colors, *templates, *LEADS, *ARTICLES, *TAILS, *SENTENCE_ARTICLES]

@@ -1,4 +1,4 @@
-"""Single questions to show: the pictures found, what the model looks at, its answers when two channels are swapped."""
+"""Single questions for the report: the retrieved pictures, the attention, and the answers after a swap of channels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.retriever import Retriever
 
 NUM_EXAMPLES = 10
-# One thing of each of these colours is shown with its channels swapped: two that should change and one that should not.
+# The report swaps red and blue for one object of each of these colours: two answers should change, one should not.
 SWAPPED_COLORS = ("red", "blue", "grey")
 
 
 class Example(NamedTuple):
-    """A question, explained, and its right answer."""
+    """An explained question and its correct answer."""
 
     seen: Explanation
     truth: str
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """A question, explained with the pictures as they are and with red and blue swapped in them."""
+    """A question, explained with the original pictures and with red and blue swapped in the pictures."""
 
     before: Explanation
     after: Explanation
@@ -54,9 +54,9 @@ def collect_exhibits(
     items: Sequence[Item],
     seed: int,
 ) -> Exhibits:
-    """Asks about things drawn at random from `items`, so that nobody picks those that go well.
+    """Asks about a random sample of `items`, so that nobody picks the successes.
 
-    The swap is shown on the first one of each of its colours that is answered rightly with the pictures as they are.
+    For each of SWAPPED_COLORS, the swap uses the first item that the model answers correctly before the swap.
     """
     drawn = random.Random(seed).sample(list(items), len(items))
     model.set_retriever(found)

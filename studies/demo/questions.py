@@ -1,4 +1,4 @@
-"""What the trained models are asked, and the pictures with their red and blue channels exchanged."""
+"""The questions for the trained models, and pictures with red and blue exchanged."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
 
-# The one of the paper's prompts that the hit rates, the swap of the channels and the figures ask with.
+# The prompt of the paper that the hit rates, the swap of channels and the figures use.
 PLAIN_PROMPT = "The color of [DESCRIPTOR] [ITEM] is"
 HITS_AT = (1, 4, 8)
 
 
 def swapped_red_and_blue(kb: ImageKnowledgeBase, pictures: Path, clip: Clip, batch_size: int = 256) -> torch.Tensor:
-    """(N, E): for each picture the vector of the same picture with its red and blue channels exchanged."""
+    """(N, E): the vector of each picture after its red and blue channels are exchanged."""
     vectors = []
     for start in range(0, len(kb), batch_size):
         files = [pictures / kb.item(i).uri for i in range(start, min(start + batch_size, len(kb)))]
@@ -38,7 +38,7 @@ def swapped_red_and_blue(kb: ImageKnowledgeBase, pictures: Path, clip: Clip, bat
 
 
 def swap_red_and_blue(picture: Image.Image) -> Image.Image:
-    """Of a picture with or without transparency (RGBA or RGB)."""
+    """The picture (RGB or RGBA) with red and blue exchanged."""
     red, green, blue, *alpha = picture.split()
     return Image.merge(picture.mode, (blue, green, red, *alpha))
 
@@ -50,10 +50,10 @@ def plain_question(item: Item) -> str:
 def hit_rates(
     encoder: ContextEncoder, kb: ImageKnowledgeBase, items: Sequence[Item], names: Sequence[str]
 ) -> dict[str, float]:
-    """How often a thing's own picture is among the first 1, 4 and 8 that the last token of its question finds.
+    """How often an object's own picture is among the first 1, 4 and 8 pictures for the last token of its question.
 
     Args:
-        names: the name of the thing on each picture of the knowledge base.
+        names: the name of the object on each picture of the knowledge base.
     """
     retriever = Retriever(encoder, kb, min(max(HITS_AT), len(kb)))
     own = []
@@ -103,7 +103,7 @@ def accuracies(result: ColorResult) -> dict[str, Any]:
 def answers_by_color(
     model: VaLMForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[Item]
 ) -> dict[str, dict[str, int]]:
-    """For the things of each colour, how often each colour is answered to the plain question."""
+    """For the objects of each colour, how often the model answers each colour to the plain question."""
     result = evaluate_color(model, tokenizer, items, prompts=[PLAIN_PROMPT])
     counts: dict[str, Counter] = {}
     for item, (answer,) in zip(items, result.predictions, strict=True):

