@@ -73,7 +73,7 @@ def check_adapters(folder: Path, quantised, make_base=opened) -> None:
 
 
 def check_training(folder: Path, quantised, kind: str) -> None:
-    """Checks that trainable weights are not quantised.
+    """Checks that valm rejects quantised weights which would train.
 
     quantised: makes the options, as above, with the names of the modules that stay in float.
     kind: class of the quantised weights.
