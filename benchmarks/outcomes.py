@@ -1,10 +1,10 @@
-"""A plugin of pytest for gpu-check: notes how each test ended as soon as it has, and runs a part of the tests.
+"""A pytest plugin for gpu-check: records the outcome of each test at once, and runs one part of the tests.
 
     python -m pytest -p benchmarks.outcomes --outcomes FILE --run-number 2 --part 3/16 tests/valm_kernels
 
-Tests that passed before are not run again. Neither are those that an earlier process of the same run has begun: one
-that died goes on with what is left. A test that did not end in an earlier run comes last, and after a second such run
-no more. An error after which the GPU takes no more work ends the process, as every later test would fail too.
+Tests that passed before do not run again. Neither do tests that an earlier process of this run has started, so after a
+process dies the next one continues with the rest. A test that did not end in an earlier run comes last, and is skipped
+after two such runs. If the GPU accepts no more work after an error, the process ends: every later test would fail.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 import pytest
 import torch
 
-# The process ended itself because the GPU takes no more work from it.
+# Exit status: the process ended itself because the GPU accepts no more work from it.
 DEVICE_LOST = 70
 STARTED, PASSED, FAILED, SKIPPED = "started", "passed", "failed", "skipped"
-# In so many runs a test that hangs may take what time there is.
+# The number of runs in which a test that hangs may use up the time.
 TRIES = 2
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a test ended, or that it was started: a process that dies leaves it so."""
+    """How a test ended, or that it started, which is what a process that dies leaves."""
 
     run: int
     test: str
@@ -39,7 +39,7 @@ class Ended:
 
 
 def read(path: Path) -> dict[str, Ended]:
-    """The last that is known of each test."""
+    """The last known outcome of each test."""
     return {row.test: row for row in read_rows(path)}
 
 
@@ -55,7 +55,7 @@ def read_rows(path: Path) -> list[Ended]:
 
 
 def runs_without_end(path: Path) -> Counter[str]:
-    """In how many runs each test was started and did not end."""
+    """For each test, the number of runs in which it started and did not end."""
     last = {(row.run, row.test): row.outcome for row in read_rows(path)}
     return Counter(test for (_, test), outcome in last.items() if outcome == STARTED)
 
@@ -65,7 +65,7 @@ def write(path: Path, ended: Ended) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Adds a row to a CSV file, on disk at once. Several processes may, as each row is one call of the system.
+    """Adds a row to a CSV file and syncs it. Several processes may do so, because each row is one system call.
 
     Raises:
         ValueError: the file has other columns.
@@ -148,7 +148,7 @@ def reason(report: pytest.TestReport) -> str:
 
 
 def lost_device() -> str | None:
-    """The error of a GPU that takes no more work; None where it does, or was never used."""
+    """The error of a GPU that accepts no more work; None if it does, or was never used."""
     if not torch.cuda.is_initialized():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The sizes of the benchmarks: real ones, or with `--tiny` so small that a test can run every body."""
+"""The sizes of the benchmarks: real sizes, or with `--tiny` sizes so small that a test can run every body."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A Python that has PyTorch and Triton, but not what else the tests and the whole package ask for.
+"""A Python with PyTorch and Triton, but without the other packages that the tests and the whole package need.
 
-It is a virtual environment whose packages are links to those of this one. That of a usual machine with a card has none
+It is a virtual environment whose packages are links to this environment's packages. A usual machine with a GPU has none
 of HIDDEN.
 """
 
@@ -21,7 +21,7 @@ HIDDEN = (*PLUGINS, *BUILD, *PACKAGES)
 
 
 def bare_python(folder: Path, hidden: tuple[str, ...] = HIDDEN) -> Path:
-    """The Python of a virtual environment made in `folder`, without the `hidden` distributions and without valm's."""
+    """The Python of a new virtual environment in `folder`, without the `hidden` distributions and without valm."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     source = Path(torch.__file__).parents[1]
@@ -37,7 +37,7 @@ def bare_python(folder: Path, hidden: tuple[str, ...] = HIDDEN) -> Path:
 
 
 def path_without(folder: Path, *programs: str) -> str:
-    """A PATH whose only folder, made here, has links to all programs but these."""
+    """A PATH with one new folder that contains links to all programs except these."""
     folder.mkdir()
     for place in os.get_exec_path():
         for program in Path(place).iterdir() if Path(place).is_dir() else ():

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-MOST_SECONDS = 2  # of a processor, for a test that is not slow
+MOST_SECONDS = 2  # processor time of a test that is not slow, at most
 OF_A_CARD = ("test_gpu.py", "test_cuda_gpu.py")
 SEED = os.environ.get("VALM_TEST_SEED")
 LONG_TIMEOUT = 1200  # seconds
 
-# Modules and tests stay until the end. Python's collector would walk through them many times while they are made, and
-# again at each full collection of a test.
+# Modules and tests live until the end. Python's collector would traverse them many times during collection, and again
+# at each full collection of a test.
 gc.disable()
 
 
@@ -30,7 +30,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # what stays frozen is reported as leaked by native modules when the process ends
+    gc.unfreeze()  # at exit, native modules report frozen objects as leaked
 
 
 def pytest_report_header() -> str | None:
@@ -43,8 +43,8 @@ def may_take_minutes(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that may take minutes go first, as the other processes would wait for one that is last. With SEED, shuffles
-    modules, and the tests in each: a module's fixtures are still made once."""
+    """Runs tests that may take minutes first: at the end, other processes would wait for them. With SEED, shuffles the
+    modules and the tests in each, so a module's fixtures are still made once."""
     items.sort(key=may_take_minutes, reverse=True)
     if SEED:
         generator = random.Random(SEED)
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Tests of a card are there only where there is one."""
+    """Collects tests of a GPU only on a machine with a GPU."""
     if collection_path.name not in OF_A_CARD:
         return None
     import torch
@@ -63,7 +63,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def processor_seconds() -> float:
-    """Of this process, and of the children that it has waited for."""
+    """Processor seconds of this process and of the children that it has waited for."""
     return time.process_time() + sum(os.times()[2:4])
 
 
@@ -86,7 +86,7 @@ def _timed(item: pytest.Item, phase: str) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The processor seconds of each folder, and the tests that take too many."""
+    """Prints the processor seconds of each folder, and the tests that take too many."""
     folders: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
@@ -107,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def no_running_event_loop() -> Iterator[None]:
-    """In a thread with a running loop, such as one that Playwright's synchronous API left, every asyncio.run fails."""
+    """Checks that a test left no running event loop, as Playwright may: every later asyncio.run would fail."""
     yield
     with pytest.raises(RuntimeError, match="no running event loop"):
         asyncio.get_running_loop()
@@ -115,7 +115,7 @@ def no_running_event_loop() -> Iterator[None]:
 
 @pytest.fixture
 def browser():
-    """The system's Chromium, headless; the test is skipped where it or what drives it is missing.
+    """The system's Chromium, headless. Without Chromium or Playwright the test is skipped.
 
     For one test: Playwright's event loop runs in the test's thread for as long as the fixture lives.
     """
@@ -124,7 +124,7 @@ def browser():
     if path is None:
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
-        # root, as in a container, has no sandbox
+        # Chromium's sandbox does not work for root, as in a container
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()

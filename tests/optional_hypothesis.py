@@ -1,4 +1,4 @@
-"""`given`, `settings` and `st` of hypothesis; where it is missing, tests that are `given` something skip."""
+"""`given`, `settings` and `st` of hypothesis. Without hypothesis, tests with `given` are skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ try:
 except ImportError:
 
     class _Strategies:
-        """Whatever is asked of it, joined with | or called, is it again."""
+        """Returns itself for every attribute, call and |."""
 
         def __getattr__(self, name: str) -> _Strategies:
             return self

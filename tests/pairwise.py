@@ -1,4 +1,4 @@
-"""Cases of a matrix of values in which each pair of values meets, instead of all combinations."""
+"""Cases in which each pair of values of a matrix occurs, instead of all combinations."""
 
 from __future__ import annotations
 

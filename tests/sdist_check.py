@@ -1,8 +1,8 @@
-"""Builds the source distribution and a wheel, and checks both as their users meet them: `make sdist-check`.
+"""Builds the source distribution and a wheel, and checks both as users install them: `make sdist-check`.
 
-The sdist is installed into a clean virtual environment, where `tests/smoke.py` runs: valm and valm_kernels come from
-the sdist alone. Their dependencies are those of the environment that runs this script, because torch takes longer to
-install than all else here; the GitHub workflow installs the sdist together with its dependencies.
+The script installs the sdist into a clean virtual environment and runs `tests/smoke.py` there, so valm and valm_kernels
+come from the sdist only. Dependencies come from the environment that runs this script, because installing torch takes
+longer than all the rest. The GitHub workflow installs the sdist with its dependencies.
 """
 
 import os
@@ -25,7 +25,7 @@ PACKAGES = ("valm/", "valm_kernels/")
 
 
 def checkout_files() -> list[str]:
-    """The files of the git checkout that this script is in, those not yet added included, what git ignores not."""
+    """The files of this git checkout, with untracked files and without the files that git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

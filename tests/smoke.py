@@ -1,6 +1,7 @@
-"""An installed valm at work, with neither pytest nor the source tree: `python -I tests/smoke.py`.
+"""Tries an installed valm without pytest and without the source tree: `python -I tests/smoke.py`.
 
-Run on what `make sdist-check` and cibuildwheel have installed; -I so that the folder of this file is not importable.
+`make sdist-check` and cibuildwheel run it on what they have installed. With -I the folder of this file is not
+importable.
 """
 
 import subprocess
@@ -14,13 +15,13 @@ import valm
 import valm_kernels
 from valm_kernels.native import native
 
-# Both packages and the native module are those of this environment, not of a source tree.
+# Both packages and the native module come from this environment, not from a source tree.
 for module in (valm, valm_kernels, native()):
     assert Path(module.__file__).is_relative_to(sys.prefix), f"{module.__name__} comes from {module.__file__}"
 assert valm.__version__ == valm_kernels.__version__
 shown = valm_kernels.show_config()
 assert f"{valm_kernels.__version__}\n" in shown
-if sys.platform == "linux":  # torch's own, which the native module shares
+if sys.platform == "linux":  # torch's, which the native module shares
     assert shown.splitlines()[-1].count("libgomp") == 1, shown
 
 generator = torch.Generator().manual_seed(0)

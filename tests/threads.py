@@ -1,4 +1,4 @@
-"""Runs the same code in several threads at once, and PyTorch in some number of them."""
+"""Runs code in several threads at once, and PyTorch with a given number of threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THREADS = 4
 
 
 def at_once(*calls: Callable[[], object]) -> list[object]:
-    """What the calls return, each in a thread of its own, all begun together."""
+    """The results of the calls, each in its own thread, all started together."""
     start = threading.Barrier(len(calls))
 
     def begin(call: Callable[[], object]) -> object:
@@ -26,7 +26,7 @@ def at_once(*calls: Callable[[], object]) -> list[object]:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch has this number of threads."""
+    """Lets PyTorch use this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""How far a result may be from the truth, and two ways to compute the same from each other."""
+"""Tolerances: of a result against the truth, and between two ways to compute one result."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def assert_accurate(
     times: float = 2,
     units: float = 1,
 ) -> None:
-    """`actual` may be twice (`times`) as wrong as eager code of the same precision plus a unit in the last place, or
-    `units` of them.
+    """Asserts that the error of `actual` is at most `times` the sum of eager's error and `units` in the last place.
 
-    `reference` is the float64 truth and `eager` what plain PyTorch gives in the dtype of `actual` for the same
-    input. Both the largest and the RMS error are held to it; the unit is that of the output dtype at
-    max|reference|, or that of `precision` for a wider output of coarser arithmetic (the float32 gradient of a
-    bias beside 16-bit tensors). Where the reference is -inf, actual has to be -inf too.
+    This holds for the largest and for the RMS error. A unit in the last place is one of `precision` (by default the
+    dtype of `actual`) at max|reference|. If the reference is -inf, `actual` must be -inf too.
+
+    Args:
+        reference: the float64 truth.
+        eager: the result of plain PyTorch in the dtype of `actual` on the same input.
+        precision: of the arithmetic, if the output is wider: for the float32 gradient of a bias of 16-bit tensors.
     """
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
     assert not actual.isnan().any(), f"{name}: {int(actual.isnan().sum())} NaN of {actual.numel()}"
@@ -41,17 +43,18 @@ def assert_accurate(
         )
 
 
-# Of sums in the precision itself; 16-bit kernels sum in float32 and round once.
+# Units in the last place, for sums in the precision itself. 16-bit kernels sum in float32 and round once.
 ROUNDINGS = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
-# Between two float32 products of the same unit vectors, computed in other batches.
+# Difference of two float32 products of the same unit vectors, computed in different batches.
 UNIT_VECTORS = 2**-22
 
 
 def assert_agree(actual: Tensor | ArrayLike, expected: Tensor | ArrayLike, name: str = "") -> None:
-    """Two ways to compute the same, such as with a cache and without: they differ by rounding, at most by ROUNDINGS
-    units in the last place of the largest value, in the coarser precision of the two.
+    """Asserts that two ways to compute one result, such as with and without a cache, differ only by rounding.
 
-    What is no tensor was computed in float32, such as the losses of a log. A single number is expected everywhere.
+    They may differ by ROUNDINGS units in the last place of the largest value, in the coarser precision of the two. An
+    argument that is no tensor counts as float32, as the losses of a log. A single expected number is expected
+    everywhere.
     """
     actual, expected = (
         one if isinstance(one, Tensor) else torch.from_numpy(np.asarray(one, np.float32)) for one in (actual, expected)

@@ -1,8 +1,8 @@
-"""Builds a wheel, gives it a manylinux tag and tries it where there is no compiler: `make wheel`.
+"""Builds a wheel, gives it a manylinux tag and tries it without a compiler: `make wheel`.
 
-`python -m tests.wheel_check FOLDER` writes the wheel into FOLDER. It is for this Python, without CUDA code. auditwheel
-chooses the oldest manylinux whose libraries suffice; a release is built in the containers that cibuildwheel names in
-pyproject.toml.
+`python -m tests.wheel_check FOLDER` writes the wheel into FOLDER. The wheel is for this Python, without CUDA code.
+auditwheel chooses the oldest manylinux whose libraries suffice. Releases are built in the containers that
+pyproject.toml names for cibuildwheel.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.sdist_check import ROOT, check_wheel, copy_checkout, install
 
-# A copy of libgomp in the wheel would be a second OpenMP runtime beside torch's. pyproject.toml has the same line.
+# A bundled libgomp would be a second OpenMP runtime next to torch's. pyproject.toml repeats this line.
 REPAIR = ("auditwheel", "repair", "--exclude", "libgomp.so.1")
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         subprocess.run([*REPAIR, "--wheel-dir", folder / "repaired", built], check=True)
         (wheel,) = (folder / "repaired").iterdir()
         assert "manylinux" in wheel.name, f"auditwheel gave {wheel.name} no manylinux tag"
-        check_wheel(wheel)  # auditwheel has put no library into it
+        check_wheel(wheel)  # auditwheel has added no library
         python = install(wheel, folder / "venv")
         environment = {**os.environ, "PATH": str(python.parent)}  # no compiler
         subprocess.run([python, "-I", ROOT / "tests" / "smoke.py"], cwd=folder, env=environment, check=True)

@@ -1,7 +1,7 @@
-"""What one would write or use without valm_kernels: causal attention with K extra keys of its own for every query.
+"""The alternatives to valm_kernels: causal attention in which every query has K extra keys of its own.
 
-All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D). Attention to the
-text alone and flash_merge take fewer heads of keys and values too (grouped-query attention).
+All take q, k, v (B, H, T, D) and image_k, image_v (B, H, T, K, D), causal, Tq = Tk, scale 1 / sqrt(D). Text-only
+attention and flash_merge also take fewer heads of keys and values (grouped-query attention).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 
 
 def text_only(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """The floor: PyTorch's flash attention without any image."""
+    """The lower bound: PyTorch's flash attention without images."""
     if q.device.type == "cuda" and q.dtype != torch.float32:  # whichever attention PyTorch would choose there
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
     grouped = q.shape[1] != k.shape[1]
@@ -31,7 +31,7 @@ def text_only(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
 
 
 def cudnn_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """cuDNN's attention without any image; a RuntimeError where cuDNN does not take it."""
+    """cuDNN's attention without images; raises RuntimeError if cuDNN does not support it."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
@@ -39,7 +39,7 @@ def cudnn_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash3_text_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """FlashAttention-3, which is a package of its own, without any image."""
+    """FlashAttention-3, a separate package, without images."""
     flash = optional_module("flash_attn_interface", "FlashAttention-3 (flash_attn_interface)")
     out = flash.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -54,14 +54,14 @@ CUDA_TEXT_ONLY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @contextmanager
 def flash_implementation(name: str | None) -> Iterator[None]:
-    """FlashAttention-3 or -4 ("FA3", "FA4") in the place of PyTorch's flash attention; None changes nothing. Skips the
-    benchmark where it is not installed."""
+    """Replaces PyTorch's flash attention by FlashAttention-3 or -4 ("FA3", "FA4"); None changes nothing. Skips the
+    benchmark if the package is not installed."""
     if name is None:
         yield
         return
     try:
         torch.nn.attention.activate_flash_attention_impl(name)
-    except (AttributeError, ImportError, RuntimeError) as error:  # PyTorch before 2.11, no such package, another card
+    except (AttributeError, ImportError, RuntimeError) as error:  # PyTorch before 2.11, no such package, another GPU
         pytest.skip(f"{name} cannot take the place of PyTorch's flash attention: {str(error).splitlines()[0]}")
     try:
         yield
@@ -78,8 +78,8 @@ def eager_concat(
     image_q: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The published way: all scores side by side, one softmax over them. Scores may be capped, and images may have a
-    query of their own."""
+    """The published way: concatenates all scores and takes one softmax. Scores may be capped, and images may have a
+    separate query."""
 
     def scores(products: Tensor) -> Tensor:
         scaled = q.shape[-1] ** -0.5 * products
@@ -94,7 +94,7 @@ def eager_concat(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple]:
-    """out, lse and what else the backward wants, of PyTorch's causal flash attention on CPU or CUDA."""
+    """out, lse and what the backward needs, from PyTorch's causal flash attention on CPU or CUDA."""
     if q.device.type == "cpu":
         return *_aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale), ()
     out, lse, *state, _ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
@@ -128,7 +128,7 @@ def _join(
 def _image_gradients(
     grad_out: Tensor, q: Tensor, image_k: Tensor, image_v: Tensor, weights: Tensor, out: Tensor, text_dq: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, to which the text's part is added, image_k and image_v."""
+    """The gradients of q, whose text part is text_dq, image_k and image_v."""
     heads = image_k.shape[1]
     delta = (grad_out * out).sum(-1, keepdim=True)
     grad_weights = _ungrouped((image_v @ _grouped(grad_out, heads).mT).mT)  # (B, H, T, K)
@@ -147,7 +147,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _FlashMerge(torch.autograd.Function):
-    """q (B, H, T, D); k, v (B, H / G, T, D); image_k, image_v (B, H / G', T, K, D). `compiled`: what joins is."""
+    """q (B, H, T, D); k, v (B, H / G, T, D); image_k, image_v (B, H / G', T, K, D). `compiled`: compile the joining."""
 
     @staticmethod
     def forward(ctx, q, k, v, image_k, image_v, compiled):
@@ -178,17 +178,17 @@ def _ungrouped(x: Tensor) -> Tensor:
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """Sums of outer products (..., X, Y) of the rows of left (..., G, X) and right (..., G, Y)."""
-    # of one row a matrix product is slower
+    """Sums of outer products (..., X, Y) over the rows of left (..., G, X) and right (..., G, Y)."""
+    # for one row a matrix product is slower
     return left.mT * right if left.shape[-2] == 1 else left.mT @ right
 
 
 def flash_merge(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor, compiled: bool = False) -> Tensor:
-    """The honest peer: stock flash attention, the images in PyTorch operations, joined by log-sum-exp."""
+    """The strongest peer: stock flash attention, and the images in PyTorch operations, joined by log-sum-exp."""
     return _FlashMerge.apply(q, k, v, image_k, image_v, compiled)
 
 
-# The same through torch.compile, which makes fewer kernels of the images' operations.
+# flash_merge through torch.compile, which fuses the images' operations into fewer kernels.
 flash_merge_compiled = partial(flash_merge, compiled=True)
 
 
@@ -201,7 +201,7 @@ def _diagonal_mask(length: int, num_images: int, device: torch.device) -> BlockM
 
 
 def flex_diagonal(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Tensor) -> Tensor:
-    """FlexAttention over text and all images in one sequence of keys; on CPU it has no backward."""
+    """FlexAttention over text and all images as one sequence of keys. On CPU it has no backward."""
     keys, values = (torch.cat([t, i.flatten(2, 3)], 2) for t, i in ((k, image_k), (v, image_v)))
     mask = _diagonal_mask(q.shape[2], image_k.shape[3], q.device)
     return _compiled(flex_attention)(q, keys, values, block_mask=mask)

@@ -1,4 +1,4 @@
-"""Packages that a peer needs and a machine may lack."""
+"""Optional packages of the peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def optional_module(name: str, package: str) -> ModuleType:
-    """The module; where it cannot be imported, the benchmark skips and says which package it needs."""
+    """The module. If it cannot be imported, the benchmark is skipped and names the package."""
     try:
         return import_module(name)
     except ImportError:

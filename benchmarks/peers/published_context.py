@@ -1,8 +1,8 @@
-"""How the published VaLM asks for pictures, rewritten from a description of what it does.
+"""The context queries of the published VaLM, rewritten from a description of its code.
 
-Every segment is encoded by a forward pass of its own, SOT, at most 75 tokens, EOT and zeros up to 77 tokens, and
-the states of its tokens are the queries. While more than 75 tokens remain, the text is cut after the first
-separator within the next 75, where the first kind of separator that occurs at all decides; else after 75.
+Each segment gets its own forward pass: SOT, at most 75 tokens, EOT, and zeros up to 77 tokens. The states of its tokens
+are the queries. While more than 75 tokens remain, the text is cut after the first separator within the next 75. The
+first kind of separator that occurs there decides. Without a separator the text is cut after 75 tokens.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""What others would use for top-K inner product. Each entry takes a float32 database (N, E) and returns a search of
-float32 queries (Q, E) for k rows, whose result is the indices (Q, k).
+"""The alternatives for top-K inner product.
+
+Each entry takes a float32 database (N, E) and returns a search. The search takes float32 queries (Q, E) and k, and
+returns indices (Q, k).
 """
 
 from __future__ import annotations
@@ -31,19 +33,19 @@ def torch_float16(database: Tensor) -> Search:
     return lambda queries, k: (queries.half() @ rounded.T).topk(k).indices
 
 
-# From this many elements of the queries on, faiss multiplies matrices; below, it takes dot products one by one.
+# From this many query elements on, faiss multiplies matrices; below, it computes dot products one by one.
 FAISS_TUNED_BLAS_THRESHOLD = 1
 
 
 @cache
 def faiss_blas_threshold() -> int:
-    """Its own default, read before anything here sets it."""
+    """faiss's default, read before anything here changes it."""
     import faiss
 
     return faiss.cvar.distance_compute_blas_threshold
 
 
-# Parts of a row between which Panorama looks whether to read on.
+# Parts of a row; after each, Panorama decides whether to continue.
 PANORAMA_LEVELS = 8
 
 
@@ -85,12 +87,12 @@ def faiss_float16(database: Tensor) -> Search:
 
 
 def faiss_panorama(database: Tensor) -> Search:
-    """faiss's exact search that stops reading a row once what is left of it cannot matter (Panorama, arXiv 2510.00566).
-    The rows are turned to their principal axes, so that little is left after the first numbers."""
+    """faiss's exact search that leaves a row once its remainder cannot matter (Panorama, arXiv 2510.00566). The rows
+    are rotated to their principal axes, so that the remainder is small after the first numbers."""
     faiss = optional_module("faiss", "faiss")
     if not hasattr(faiss, "IndexFlatIPPanorama"):
         pytest.skip("this faiss has no Panorama: install faiss-cpu 1.15 or newer")
-    axes = torch.linalg.eigh(database.T @ database).eigenvectors.flip(1)  # of the largest share first
+    axes = torch.linalg.eigh(database.T @ database).eigenvectors.flip(1)  # largest share first
     index = faiss.IndexFlatIPPanorama(database.shape[1], PANORAMA_LEVELS)
     index.add((database @ axes).numpy())
     search = _faiss_search(index)
@@ -134,7 +136,7 @@ def cuvs_float16(database: Tensor) -> Search:
     return search
 
 
-# By the device that they are measured on.
+# By the device on which they are measured.
 PEERS: dict[str, Callable[[Tensor], Search]] = {
     "torch float32 mm + topk": torch_float32,
     "torch bfloat16 mm + topk": torch_bfloat16,

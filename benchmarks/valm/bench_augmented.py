@@ -1,6 +1,6 @@
 """A pretrained decoder of SmolLM2-135M's shape: plain, augmented, and trained from cached inputs of its fusion layer.
 
-The weights are random: speed does not depend on them, and so the rows need no download. Malloc as in bench_training.py.
+The weights are random, because speed does not depend on them, so nothing is downloaded. Malloc as in bench_training.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from valm.training.limited_softmax import LimitedSoftmax
 
 K, DIM, LAYER = sized((4, 512, 28), (4, 16, 1))
 BATCH, TOKENS = sized((4, 128), (2, 8))
-# Of a training step: short documents, and the tokens that a small corpus has.
+# Sizes of a training step: short documents, and the vocabulary of a small corpus.
 DOCUMENTS, DOCUMENT_TOKENS, CORPUS_TOKENS = sized((24, 32, 4000), (4, 8, 4000))
 
 pytestmark = pytest.mark.timeout(1800)
 
 
 def images(batch: int, tokens: int) -> dict[str, torch.Tensor]:
-    """K images a token, each of which stands at two of them."""
+    """K images per token; each image belongs to two tokens."""
     generator = torch.Generator().manual_seed(0)
     several = torch.arange(batch * tokens * K // 2).repeat(2)
     index = several[torch.randperm(len(several), generator=generator)].reshape(batch, tokens, K)
@@ -57,7 +57,7 @@ STEPS = ("from the tokens", "cache_below", "cache_below, limit_softmax")
 
 @pytest.mark.parametrize("name", STEPS)
 def bench_training_step(measure, name, tmp_path):
-    """A step that trains the fusion layer, 28 of 30, and what is new in it."""
+    """A step that trains the fusion layer, 28 of 30, with its new parts."""
     model: Any = smollm2()
     valm.augment(model, DIM, K, layer=LAYER, logit_bias=0.0, unfreeze="block")
     shape = (DOCUMENTS, DOCUMENT_TOKENS)

@@ -1,7 +1,7 @@
-"""Generation by VaLM, which retrieves images for every new token, beside its text-only twin GPT-2*, both of GPT-2's
-base size; and its queries alone.
+"""Generation by VaLM, which retrieves images for every new token, compared with the text-only baseline GPT-2*.
 
-Greedy, one row, with the cache of keys and values. Weights are random, which changes the tokens but not the time.
+Both models have GPT-2's base size. Further rows time only VaLM's queries. Generation is greedy, with one row and a KV
+cache. Weights are random, which changes the tokens but not the time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
 
 TOWER, K = "ViT-B/32", 4
-# Tokens of the prompt, and new ones.
+# Tokens of the prompt, and new tokens.
 SHORT, LONG, ON_CUDA = sized(((32, 16), (32, 64), (32, 128)), ((8, 2), (8, 3), (8, 2)))
 STORED = sized(100_000, 100)
 

@@ -1,6 +1,6 @@
-"""`valm kb add` of one image: to a knowledge base of one image, of some, and with `--full` of a million.
+"""`valm kb add` of one image, to a knowledge base of one image, of some, and with `--full` of a million.
 
-The vectors are random; the large knowledge base is made in the folder `--scratch` (0.6 GB) where it is not there yet.
+The vectors are random. If the large knowledge base is missing, it is made in the folder `--scratch` (0.6 GB).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from valm.cli import main
 from valm.knowledge_base.store import ImageKnowledgeBase
 
 TOWER = "half of ViT-B/32"
-SHARD = 16_384  # images, as `valm kb build` has them
+SHARD = 16_384  # images, as in `valm kb build`
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -47,7 +47,7 @@ def bench_add(measure, pytestconfig, request, tmp_path, images):
     (tmp_path / "more").mkdir()
     Image.new("RGB", (224, 224), "orange").save(tmp_path / "more" / "orange.png")
     numbers = count()
-    beside = tempfile.mkdtemp(dir=kb.path.parent)  # as links are within a file system
+    beside = tempfile.mkdtemp(dir=kb.path.parent)  # links need the same file system
     request.addfinalizer(lambda: shutil.rmtree(beside))
 
     def add() -> ImageKnowledgeBase:

@@ -1,12 +1,11 @@
-"""Context queries of real prose, search among a million pictures, and the whole VaLM, beside a GPT-2 of base size.
+"""Context queries of real prose, search among a million pictures, and the whole VaLM, compared with GPT-2 base.
 
-The text towers have the sizes of CLIP's RN50x16 and ViT-B/32 and random weights; the prose is
-the language reference that comes with Python. `--full` with VALM_EVAL_DATA adds what searches a million pictures, on
-LAMBADA, with an index tuned on AG News; they are made in the folder `--scratch` (2.6 GB) where they are not there yet.
+The text encoders have the sizes of CLIP's RN50x16 and ViT-B/32 and random weights. The prose is the language reference
+that comes with Python. `--full` with VALM_EVAL_DATA adds searches among a million pictures, on LAMBADA, with an index
+tuned on AG News. If the pictures' vectors are missing, they are made in the folder `--scratch` (2.6 GB).
 
-The whole models make logits of 200 MB. Whether their pages are fresh differs from row to row with what ran before,
-unless malloc is told to keep what is freed, as the `valm` command does: MALLOC_MMAP_THRESHOLD_=1073741824
-MALLOC_TRIM_THRESHOLD_=2147483647.
+The whole models make logits of 200 MB, whose page faults would differ from row to row with what ran before. Let malloc
+keep freed memory, as the `valm` command does: MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ TOKENS = sized(512, 96)
 K = 4
 TARGET_RECALL = 0.95
 
-# The first that needs the million pictures makes them and their index: six minutes on two cores.
+# The first benchmark that needs the million pictures makes them and their index: six minutes on two cores.
 pytestmark = pytest.mark.timeout(3600)
 
 language_model = functools.cache(valm_model)
@@ -58,12 +57,12 @@ def text(rows: int) -> torch.Tensor:
 
 @functools.cache
 def passages(rows: int) -> torch.Tensor:
-    """(rows, TOKENS) ids of LAMBADA, for what is measured with the million pictures."""
+    """(rows, TOKENS) ids of LAMBADA, for measurements with the million pictures."""
     return token_rows(evaluation_texts("lambada"), rows, TOKENS)
 
 
 def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor):
-    """What is timed, on the device of the ids, and a check of its result."""
+    """The timed function, on the device of the ids, and a check of its result."""
     if name == "GPT-2 base forward":
         model = gpt2(dtype).to(ids.device)
 
@@ -73,7 +72,7 @@ def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor)
         return torch.no_grad()(lambda: model(ids, use_cache=False).logits), check_logits
 
     def check_queries(queries):
-        """Early tokens against the same in float64, one prefix at a time. The first has no query of ours."""
+        """Compares early tokens with float64, one prefix at a time. The first token has no query of ours."""
         kind = name if name in ("eot", "state") else "state"
         exact = ContextEncoder(clip(tower).to(ids.device), query=kind, dtype=torch.float64)
         for length in (2, 4):
@@ -91,8 +90,8 @@ def implementation(name: str, tower: str, dtype: torch.dtype, ids: torch.Tensor)
 
 
 def arithmetic(name: str, tower: str, tokens: int) -> float | None:
-    """The least seconds on an H100, by roofline.py: each token once, for "eot" with an EOT of its own."""
-    if name == "published":  # reads tokens more than once
+    """The least seconds on an H100 (roofline.py): each token once, and for "eot" one EOT per token."""
+    if name == "published":  # encodes tokens more than once
         return None
     if name == "GPT-2 base forward":
         return roofline.transformer_s(gpt2(torch.float32).num_parameters(), tokens, passes=1)
@@ -136,7 +135,7 @@ def indexed(pytestconfig: pytest.Config):
             texts = evaluation_texts("ag_news")
             kinds = [context_queries(ContextEncoder(clip(tower), query=query), texts) for query in ("eot", "state")]
             queries = torch.cat([kind.chunk(2)[half] for half in (0, 1) for kind in kinds])
-            factory = choose_factory(len(kb), kb.dim) or "IVF4,Flat"  # of the tiny size
+            factory = choose_factory(len(kb), kb.dim) or "IVF4,Flat"  # at the tiny size
             build_index(kb, queries, factory, k=K, target_recall=TARGET_RECALL, asked="queries of AG News, both kinds")
         return kb
 
@@ -197,8 +196,8 @@ def bench_search(measure, indexed, name):
 
 
 class ProductsAndSearch:
-    """A retriever whose text tower has nothing but linear layers: the least that retrieval takes, whatever is saved of
-    attention, normalisation and Python."""
+    """A retriever whose text encoder consists of linear layers only: a lower bound of retrieval, whatever attention,
+    normalisation and Python save."""
 
     def __init__(self, retriever: Retriever, ids: torch.Tensor):
         encoder = retriever.encoder
@@ -233,8 +232,8 @@ RETRIEVING = [
 @pytest.mark.parametrize("name", ["GPT-2*", "pictures given", *RETRIEVING])
 @pytest.mark.parametrize("tower", TOWERS)
 def bench_whole_model(measure, indexed, tower, name):
-    """Encode + retrieve + model in float32, the frozen text tower in either precision: which is faster depends on the
-    processor. "given": with pictures found before."""
+    """Encode + retrieve + model in float32, with the frozen text encoder in each precision: the processor decides which
+    is faster. "given": with pictures found before."""
     ids = passages(2)
     kb = indexed(tower)
     model = language_model(kb.dim, 0 if name == "GPT-2*" else K)

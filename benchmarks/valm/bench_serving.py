@@ -1,9 +1,9 @@
-"""Clients that stream answers at the same time from `valm serve`, and from a server of the bare model.
+"""Clients that stream answers at the same time from `valm serve`, and from a server of the decoder without images.
 
-A decoder of SmolLM2-135M's shape with random weights, augmented: each token sees K images of a knowledge base of
-100,000, found by a text tower of ViT-B/32's size. The peer `transformers serve` answers with the same decoder without
-images, and is skipped where its packages (transformers[serving]) are missing. Each row is all answers of its clients;
-its note has tokens per second and, in ms, the 50th and 95th percentile of the first and of each further part.
+The model is an augmented decoder of SmolLM2-135M's shape with random weights. Each token sees K of 100,000 images,
+found by a text encoder of ViT-B/32's size. The peer `transformers serve` runs the decoder without images. Without its
+packages (transformers[serving]) the peer is skipped. Each row covers all answers of its clients. Its note gives
+tokens per second, and in ms the 50th and 95th percentile of the first and of each further part.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from valm.retrieval.retriever import Retriever
 
 TOWER, K, STORED = "ViT-B/32", 4, sized(100_000, 100)
 NEW = sized(16, 3)
-WORDS = 24  # of a prompt
+WORDS = 24  # per prompt
 OPTIONS = {"valm serve": [], "valm serve --max-batch 1": ["--max-batch", "1"]}
 BARE = "transformers serve, no images"
 
@@ -42,10 +42,10 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The bare decoder, and the augmented one."""
-    model = smollm2(**IDS | {"eos_token_id": None, "pad_token_id": 49407})  # so that each answer has its length
+    """The decoder without images, and the augmented decoder."""
+    model = smollm2(**IDS | {"eos_token_id": None, "pad_token_id": 49407})  # so that no answer ends early
     folder, of_clip = tmp_path_factory.mktemp("serving"), clip(TOWER)
-    # parts of characters are sent with the token that ends them: these are never the likeliest
+    # a part of a character is sent with the token that completes it, so such tokens must never be the likeliest
     parts = [id for id in range(len(of_clip.tokenizer)) if "\ufffd" in of_clip.tokenizer.decode([id])]
     with torch.no_grad():
         model.get_input_embeddings().weight[parts] = 0
@@ -62,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def port_of(folders: tuple[Path, Path]) -> Iterator[Callable[[str], int]]:
-    """The port of each server, which is started when it is first asked for."""
+    """The port of each server, which starts on first use."""
     started: list[subprocess.Popen[str]] = []
 
     @functools.cache
@@ -97,7 +97,7 @@ def bare_server(model: Path) -> list[str]:
 
 
 def answer(port: int, prompt: str, model: str) -> tuple[list[float], int | None]:
-    """Seconds until each part of a streamed answer, and its tokens where the server says them."""
+    """Seconds until each part of a streamed answer, and its number of tokens if the server reports it."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     body = {"prompt": prompt, "max_tokens": NEW, "stream": True, "temperature": 0, "model": model}
     body["stream_options"] = {"include_usage": True}

@@ -1,9 +1,8 @@
-"""A training step of VaLM on a retrieved corpus beside one of its text-only twin GPT-2*, both of GPT-2's base size.
+"""A training step of VaLM on a retrieved corpus, compared with the text-only baseline GPT-2*, both of base size.
 
-A step is the collator, forward, backward, clipping and AdamW, in float32; with --device cuda under bfloat16 autocast,
-for a larger batch. Each image of the batch stands at two tokens. One more row has a `min_score` that takes the images
-of half of the tokens.
-As in bench_retrieval.py, malloc is told to keep what is freed:
+A step is the collator, forward, backward, clipping and AdamW, in float32. With --device cuda it runs under bfloat16
+autocast with a larger batch. Each image of the batch belongs to two tokens. One more row uses a score threshold
+(`min_score`) that removes the images of half of the tokens. As in bench_retrieval.py, let malloc keep freed memory:
 MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647.
 """
 
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 class Vectors:
-    """What the collator asks of a knowledge base."""
+    """The part of a knowledge base that the collator uses."""
 
     def __init__(self) -> None:
         self.vectors = np.random.default_rng(0).standard_normal((STORED, DIM), dtype=np.float32).astype(np.float16)
@@ -40,7 +39,7 @@ class Vectors:
 
 
 def images_of(batch: int) -> int:
-    """Different ones in a batch."""
+    """Different images in a batch."""
     return batch * TOKENS * K // 2
 
 

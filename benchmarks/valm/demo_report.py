@@ -16,7 +16,7 @@ NAMES = {
 
 
 def table(file: Path) -> str:
-    """The accuracies on the held-out things, with their intervals."""
+    """The accuracies on the held-out objects, with their intervals."""
     result = json.loads(file.read_text(encoding="utf-8"))
     head = (
         f"Right answers for colours that stand in no text, seed {result['seed']}",

@@ -1,7 +1,7 @@
-"""What the benchmarks of `valm` share: models of real sizes, real prose, a large knowledge base.
+"""Shared inputs of the benchmarks of `valm`: models of real sizes, real prose, a large knowledge base.
 
-All weights are random: speed does not depend on them. What is timed reads the language reference that comes with
-Python; what searches a million pictures needs LAMBADA, AG News and DBPedia, which are found through VALM_EVAL_DATA.
+All weights are random, because speed does not depend on them. The timed text is the language reference that comes with
+Python. Searches among a million pictures need LAMBADA, AG News and DBPedia, found through VALM_EVAL_DATA.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IDS = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
 GPT2_BASE = sized({}, {"n_layer": 2, "n_embd": 32, "n_head": 2})
 PICTURES = sized(1_000_000, 400)
 INT8 = pytest.mark.skipif(not has_avx2(), reason="int8 needs AVX2")
-# Context queries of each kind that the pictures of the large knowledge base are made from.
+# Context queries of each kind, from which the large knowledge base's vectors are made.
 REAL_VECTORS = sized(32_768, 512)
 PERTURBATION = 0.25
 SHARD = sized(125_000, 200)
@@ -60,7 +60,7 @@ def gpt2(dtype: torch.dtype) -> GPT2LMHeadModel:
 
 
 def valm_model(image_dim: int, num_images: int, **options: Any) -> VaLMForCausalLM:
-    """VaLM of GPT-2's base size, or with no images its twin GPT-2*."""
+    """VaLM of GPT-2's base size, or without images the text-only baseline GPT-2*."""
     torch.manual_seed(0)
     config = ValmConfig(n_positions=512, image_dim=image_dim, num_images=num_images, **IDS, **GPT2_BASE, **options)
     return VaLMForCausalLM(config).eval()
@@ -84,7 +84,7 @@ def prose() -> list[str]:
 
 
 def evaluation_texts(name: str) -> list[str]:
-    """The texts of an evaluation set; where it is not on this machine, the benchmark is skipped."""
+    """The texts of an evaluation set. If the set is not on this machine, the benchmark is skipped."""
     if sized(False, True):
         return prose()
     if find_file(name) is None:
@@ -103,8 +103,8 @@ def token_rows(texts: Iterable[str], rows: int, length: int) -> torch.Tensor:
 
 
 def real_vectors(tower: str, count: int = 2 * REAL_VECTORS) -> np.ndarray:
-    """Context queries of DBPedia's descriptions (count, E) float32, half of each kind: an aligned CLIP has its
-    pictures where it has the texts that describe them."""
+    """Context queries of DBPedia's descriptions (count, E) float32, half of each kind. They stand for pictures:
+    an aligned CLIP embeds pictures near the texts that describe them."""
     ids = token_rows(evaluation_texts("dbpedia"), count // 512, 512)
     queries = [
         ContextEncoder(clip(tower), query=query)(part).flatten(0, 1)
@@ -114,7 +114,7 @@ def real_vectors(tower: str, count: int = 2 * REAL_VECTORS) -> np.ndarray:
 
 
 def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
-    """PICTURES vectors made by perturbing `real_vectors`, in `folder`; made where it is not there yet."""
+    """A knowledge base of PICTURES perturbed `real_vectors` in `folder`, made if it is missing."""
     out = folder / f"{PICTURES}-{tower.replace('/', '-')}"
     if (out / "manifest.json").exists():
         return ImageKnowledgeBase.open(out)
@@ -129,8 +129,8 @@ def large_knowledge_base(folder: Path, tower: str) -> ImageKnowledgeBase:
 
 
 def perturbed(real: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` vectors (count, E), each one of `real` (N, E) plus PERTURBATION times the difference of two others, which
-    keeps the directions and lengths in which real vectors differ."""
+    """`count` vectors (count, E): each is a row of `real` (N, E) plus PERTURBATION times the difference of two others.
+    So they differ in the directions and by the lengths in which real vectors differ."""
     one, other, another = np.random.default_rng(seed).integers(0, len(real), (3, count))
     return real[one] + PERTURBATION * (real[other] - real[another])
 
@@ -138,7 +138,7 @@ def perturbed(real: np.ndarray, count: int, seed: int) -> np.ndarray:
 def knowledge_base_of(
     shards: Iterable[np.ndarray], out: Path, clip: Clip, plan: dict[str, float] | None = None
 ) -> ImageKnowledgeBase:
-    """A knowledge base of the directions of `shards`, (n, E) each, without pictures. `plan`: what they depend on."""
+    """A knowledge base of the unit vectors of `shards`, (n, E) each, without pictures. `plan`: what they depend on."""
 
     def table_of(shard: np.ndarray, progress: Progress) -> tuple[Any, dict[str, int]]:
         rows = [{"uri": str(row), "caption": "", "width": 1, "height": 1} for row in range(len(shard))]

@@ -8,12 +8,12 @@ from pathlib import Path
 from valm.text import markdown_table
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-# Of each group of a file: what is at 1.
+# For each group of a file, its baseline.
 TWINS = ("GPT-2 base forward float32", "GPT-2*")
 
 
 def read(path: Path) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Of each group and name, the median and the least time over that of the group's twin."""
+    """For each group and name, the median and the least time ÷ the time of the group's baseline."""
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -36,7 +36,7 @@ def queries_table(path: Path) -> str:
 
 
 def whole_table(paths: dict[str, Path]) -> str:
-    """The whole model on each machine, by medians and, after them, by the least times."""
+    """The whole model on each machine: medians, then least times."""
     rows = []
     for machine, path in paths.items():
         for group, times in read(path).items():

@@ -1,10 +1,10 @@
-"""How many tokens get other images where the text tower is in 16 or 8 bits, and where a text is read among others.
+"""How many tokens get other images if the text encoder runs in 16 or 8 bits, or reads a text in a batch.
 
     python -m benchmarks.valm.query_precision KB... --captions CAPTIONS     # knowledge bases whose CLIPs are at hand
 
-Texts are glosses of WordNet (by timm), LAMBADA (of VALM_EVAL_DATA) and the captions of Flickr8k's captions.txt. For
-each precision and kind of query the table has the share of tokens whose K images are others than in float32, and the
-share whose images are others in a batch of 8 texts than alone. Search is exact.
+The texts are glosses of WordNet (from timm), LAMBADA (from VALM_EVAL_DATA) and the captions of Flickr8k's captions.txt.
+For each precision and kind of query the table gives two shares of tokens: those whose K images differ from float32's,
+and those whose images in a batch of 8 texts differ from the text alone. Search is exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 def texts(captions: Path) -> dict[str, list[str]]:
-    """TEXTS of each kind, at equal distances in their source."""
+    """TEXTS texts of each kind, at equal distances in their source."""
     with captions.open(newline="") as file:
         sources = {
             "glosses": [synset.gloss for synset in wordnet()],

@@ -1,17 +1,16 @@
-"""What a knowledge base of millions of images costs: seconds, memory, bytes, recall and milliseconds, by the commands
-that users give.
+"""What a knowledge base of millions of images costs with the users' commands: time, memory, bytes, recall.
 
     export VALM_EVAL_DATA=...                                       # DBPedia, AG News and LAMBADA
     python -m benchmarks.valm.scale data FOLDER --images 20000000
     python -m benchmarks.valm.scale build FOLDER --images 20000000 --results FILE
     python -m benchmarks.valm.scale index FOLDER --images 20000000 --results FILE
 
-`data` makes the vectors from real context queries (`benchmarks.valm.inputs.perturbed`) in clip-retrieval's layout,
-`build` makes a knowledge base of the first of them, `index` indexes (as --factory says) and searches it. Each
-measurement is a line of FILE as soon as it is there. The memory reported is what the process cannot give back, its
-anonymous pages, at most. Nothing else should run.
+`data` makes vectors from real context queries (`benchmarks.valm.inputs.perturbed`) in clip-retrieval's layout. `build`
+makes a knowledge base of the first vectors. `index` indexes it (as --factory says) and searches it. Each measurement is
+added to FILE at once. The reported memory is the peak of anonymous pages, which the system cannot reclaim. Run nothing
+else meanwhile.
 
-Memory is capped from outside, page cache included; as root with version 1 of cgroups:
+Limit the memory from outside, page cache included; as root with version 1 of cgroups:
 
     mkdir /sys/fs/cgroup/memory/8g; echo 8G > /sys/fs/cgroup/memory/8g/memory.limit_in_bytes
     echo $$ > /sys/fs/cgroup/memory/8g/cgroup.procs
@@ -41,7 +40,7 @@ from benchmarks.conftest import machine
 
 FIELDS = ("images", "step", "quantity", "value", "machine")
 SETS = ("lambada", "ag_news", "dbpedia")
-TOWER = "half of ViT-B/32"  # its vectors have 256 numbers
+TOWER = "half of ViT-B/32"  # with vectors of 256 numbers
 REAL_VECTORS = 1 << 18
 FILE_ROWS = 1_000_000
 CAPTION = 64  # characters
@@ -71,9 +70,9 @@ class Results:
 
 @dataclass
 class Run:
-    """A command that was run to its end.
+    """A finished command.
 
-    peak_mb: most anonymous memory. seen: seconds until a file was there, by its name.
+    peak_mb: peak of anonymous memory. seen: seconds until each file appeared, by its name.
     """
 
     seconds: float = 0.0
@@ -121,7 +120,7 @@ def valm(*arguments: str | Path) -> list[str | Path]:
 
 
 def make_data(folder: Path, images: int) -> None:
-    """The embeddings, the CLIP, the texts for tuning, and the corpus; only what is not there yet."""
+    """Makes the embeddings, the CLIP, the texts for tuning and the corpus, if they are missing."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,7 +164,7 @@ def make_data(folder: Path, images: int) -> None:
 
 
 def first_files(folder: Path, images: int) -> Path:
-    """Links to the first files of the embeddings, which have `images` vectors."""
+    """Links to the first files of the embeddings, with `images` vectors in all."""
     some = folder / f"embeddings-{images}"
     for number in range(-(-images // FILE_ROWS)):
         for name in (f"img_emb/img_emb_{number}.npy", f"metadata/metadata_{number}.parquet"):
@@ -202,7 +201,7 @@ def stages(made: Run) -> dict[str, float]:
     def times(pattern: str) -> list[float]:
         return [seconds for name, seconds in made.seen.items() if fnmatch(name, pattern)]
 
-    begun, written = times("index.faiss.*.tmp"), times("index-*.partial*")  # the latter after each part
+    begun, written = times("index.faiss.*.tmp"), times("index-*.partial*")  # the latter appears after each part
     ends = {"queries": min(begun), "trained": min(written), "vectors added": max(written)}
     found, before = {}, 0.0
     for stage, end in (*ends.items(), ("exact answers, tuned and written", made.seconds)):
@@ -220,13 +219,13 @@ def search(folder: Path, images: int) -> None:
 
     queries = torch.from_numpy(np.load(folder / "queries.npy"))
     for batch in BATCHES:
-        forget(folder / f"kb-{images}")  # before anything maps its files, whose pages would stay
+        forget(folder / f"kb-{images}")  # before anything maps its files: mapped pages would stay
         index = FaissIndex.open(ImageKnowledgeBase.open(folder / f"kb-{images}"))
         start = time.perf_counter()
         index.search(queries[:batch], K)
         answer("tuned", **{f"ms, {batch} queries, cold": 1e3 * (time.perf_counter() - start)})
         del index
-        gc.collect()  # a knowledge base holds itself
+        gc.collect()  # a knowledge base refers to itself
     kb = ImageKnowledgeBase.open(folder / f"kb-{images}")
     start = time.perf_counter()
     truth = _exact(kb, queries, K, progress=False)
@@ -267,7 +266,7 @@ def forget(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["data", "build", "index", "search"])  # the last is a process of `index`
+    parser.add_argument("step", choices=["data", "build", "index", "search"])  # `index` starts `search` as a process
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=20_000_000)
     parser.add_argument("--results", type=Path, default=Path("scale.csv"))

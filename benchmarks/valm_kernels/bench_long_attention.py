@@ -1,4 +1,4 @@
-"""visual_fusion_attn where text is long, as in a large decoder with grouped-query attention, and where it decodes."""
+"""visual_fusion_attn on long text, as in a large decoder with grouped-query attention, and in decoding."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Grouped:
         return roofline.attention_s(roofline.Shape("", *sizes, G=self.heads // self.kv_heads), backward)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
-        """q, k, v, image_k, image_v, tokens before heads in memory, and the gradient of the result."""
+        """q, k, v, image_k and image_v, with tokens before heads in memory, and the gradient of the result."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -71,7 +71,7 @@ class Grouped:
 
 
 TEXT_ONLY = "text-only flash attention"
-# PyTorch's flash attention is another one in these.
+# These replace PyTorch's flash attention.
 TEXT_ONLY_FA4 = "text-only FlashAttention-4"
 IMPLEMENTATIONS = {"ours with FlashAttention-3": "FA3", "ours with FlashAttention-4": "FA4", TEXT_ONLY_FA4: "FA4"}
 TEXT_ALONE = {TEXT_ONLY: text_only, **CUDA_TEXT_ONLY, TEXT_ONLY_FA4: text_only}
@@ -92,7 +92,7 @@ SIZES = {
 
 @pytest.fixture
 def flash(device, name):
-    """What PyTorch's flash attention is, for as long as the benchmark runs."""
+    """Replaces PyTorch's flash attention while the benchmark runs."""
     with flash_implementation(IMPLEMENTATIONS.get(name) if device.type == "cuda" else None):
         yield
 
@@ -110,7 +110,7 @@ def bench_grouped(measure, device, name, backward):
     skip_cuda_peer(name, function, tuple(leaves))
     given = (*leaves, grad_out) if backward else tuple(leaves)
 
-    # the whole batch in float32 would need tens of gigabytes of scores; a row of it is independent of the others
+    # the whole batch in float32 would need tens of gigabytes of scores; each row is independent
     first = as_float32(tuple(x[:1] for x in given))
     reference = text_only if name in TEXT_ALONE else lambda *x: visual_fusion_attn(*x, impl="reference")
     is_close = close_to(call_of(reference, backward)(*first), TOLERANCE[case.dtype])

@@ -1,5 +1,6 @@
-"""A memory of the text (Memorizing Transformers): each head's own search among its past keys, and attention to what it
-found. Beside PyTorch's products and topk, and beside einsum over gathered keys and values.
+"""A memory of the text (Memorizing Transformers): each head searches its past keys and attends to the keys found.
+
+The peers are PyTorch's products with topk, and einsum over gathered keys and values.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROWS, MANY_ROWS = sized((8192, 65_536), (32, 64))
 
 
 class Memory(NamedTuple):
-    """One segment and a memory of `rows` keys a head: (1, H, T, D), (H, N, D), and (1, H, T, K) of the best."""
+    """One segment (1, H, T, D), a memory of `rows` keys per head (H, N, D), and the best rows (1, H, T, K)."""
 
     q: Tensor
     k: Tensor
@@ -56,7 +57,7 @@ def index_topk(keys: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("rows", [ROWS, pytest.param(MANY_ROWS, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", ["ip_topk, all heads", "a FlatIPIndex for each head", "torch mm + topk"])
 def bench_search(measure, device, name, rows):
-    """float32 products may order near ties otherwise, so they are compared by the keys found."""
+    """Compares the keys found, because float32 products may order near ties differently."""
     given = memory(rows, device)
     functions = {"ip_topk, all heads": all_heads_topk, "torch mm + topk": torch_topk}
     search = functions[name] if name in functions else index_topk(given.keys)
@@ -74,7 +75,7 @@ def bench_search(measure, device, name, rows):
 
 
 def einsum_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """As one would write it: gathered keys and values, all scores side by side, one softmax over them."""
+    """The usual way: gathers keys and values, concatenates all scores and takes one softmax."""
     heads, tokens = torch.arange(HEADS, device=q.device)[:, None, None], q.shape[2]
     found_k, found_v = (pool[heads, index[0]][None] for pool in (keys, values))  # (1, H, T, K, D)
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
@@ -92,7 +93,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 @pytest.mark.parametrize("function", [fused_attention, einsum_attention], ids=["ours", "einsum"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 def bench_attention(measure, device, backward, function):
-    """The memory is not trained: gradients are of the segment alone."""
+    """The memory is not trained: only the segment has gradients."""
     q, k, v, *rest = memory(ROWS, device)
     leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
 

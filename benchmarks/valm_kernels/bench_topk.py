@@ -1,5 +1,6 @@
-"""Exact top-K inner product beside what others would use; each row's note is its recall of the float64 answer. With
---device cuda everything is on the device and in float16.
+"""Exact top-K inner product compared with its alternatives. Each row's note is its recall of the float64 answer.
+
+With --device cuda everything is on the device and in float16.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Case(NamedTuple):
 
 N_50K, N_200K, N_1M = Vectors(sized(50_000, 50)), Vectors(), Vectors(sized(1_000_000, 1000))
 QUICK = [Case(N_50K, n) for n in (1, 64)]
-# what docs/reference/topk.md shows, and the estimates of the roofline, on CUDA
+# the cases of docs/reference/topk.md and, on CUDA, of the roofline's estimates
 FULL = [
     *(Case(N_50K, n) for n in (16, 1024)),
     *(Case(N_200K, n) for n in (1, 16, 64, 256, 1024)),
@@ -52,7 +53,7 @@ FULL = [
 ]
 ONLY_CUDA = (512, 4096)  # queries
 HARD = ("ascending", "equal", "duplicates", "six decades", "hidden by an offset", "anisotropic", "outlier dimension")
-# The float64 answer is for the first so many queries, and for the largest k.
+# The number of queries that the float64 answer covers, from the first; it has the largest k.
 CHECKED_QUERIES, LARGEST_K = 64, 32
 
 
@@ -71,7 +72,7 @@ DECAYING_PEERS = ("faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
 
 @lru_cache(maxsize=1)
 def generate(vectors: Vectors, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A database and 4096 queries of unit length; float16 on CUDA, the answer is that of the rounded numbers."""
+    """A database and 4096 queries of unit length; on CUDA rounded to float16 before the answer is computed."""
     rows, dim, cosine, decaying = vectors
     generator = torch.Generator(device).manual_seed(0)
     both = torch.randn(rows + 4096, dim, generator=generator, device=device)
@@ -110,16 +111,16 @@ def worth_its_time(case: Case, name: str) -> bool:
         return True
     if case.n_queries in ONLY_CUDA or name in CUDA_PEERS:
         return name not in PEERS and case.vectors == N_1M and case.n_queries in roofline.TOPK_QUERIES
-    if case.vectors.cosine:  # only ours looks at the values
+    if case.vectors.cosine:  # the speed of the others does not depend on the values
         return False
     if case.vectors.decaying:
         return name in DECAYING_PEERS
-    # these take one query at a time, and seconds a call
+    # these search one query at a time, seconds per call
     return case.n_queries <= 64 or name not in ("faiss IndexFlatIPPanorama", "faiss fp16 quantizer", "usearch exact")
 
 
 def parameters() -> list:
-    """The cases of an implementation over the same vectors follow each other, so that it is built once."""
+    """Orders the cases so that each implementation is built once for the same vectors."""
     result = []
     for cases, marks in ((QUICK, ()), (FULL, pytest.mark.full)):
         for vectors in dict.fromkeys(case.vectors for case in cases):
@@ -164,7 +165,7 @@ def bench_search(measure, device, case, name):
 
 @pytest.mark.parametrize("name", ("FlatIPIndex", "a sum of the same bytes"))
 def bench_one_query_reads_as_fast_as_a_sum(measure, device, name):
-    """One query over float16 rows, against a parallel sum of the same bytes."""
+    """One query over float16 rows, compared with a parallel sum of the same bytes."""
     database, queries = generate(N_200K, device)
     half = database.half()
     index, integers = FlatIPIndex(half), half.view(torch.int64)
@@ -184,14 +185,14 @@ def gathered_einsum(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: T
 
 
 def gathered_product(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
-    """Each row once, and its products with all queries."""
+    """Loads each row once and computes its products with all queries."""
     unique, place = row_ids.unique(return_inverse=True)
     return (queries @ rows[unique].float().T)[query_ids, place]
 
 
 @pytest.mark.parametrize("function", (ip_scores, gathered_einsum, gathered_product), ids=lambda f: f.__name__)
 def bench_pairs(measure, device, function):
-    """64 candidates of each of 512 queries, chosen among a fifth of the rows: those of a text share many."""
+    """64 candidates for each of 512 queries, from a fifth of the rows: queries of one text share many candidates."""
     database, queries = generate(N_50K, device)
     rows, queries = database.half(), queries[:512].float()
     generator = torch.Generator().manual_seed(0)
@@ -213,12 +214,12 @@ def bench_pairs(measure, device, function):
 
 @pytest.mark.parametrize("kind", ("random", *HARD))
 def bench_adversarial(measure, device, kind):
-    """What an adversary can do to the search, beside random rows."""
+    """Rows that an adversary would choose, compared with random rows."""
     database, queries = generate(N_50K, device)
     queries = queries[:64]
     if kind != "random":
         database = adversarial(kind, len(database), 768).to(device)
-    if kind == "ascending":  # queries near the one that the rows are sorted by
+    if kind == "ascending":  # queries near the query by which the rows are sorted
         queries = normals(768).to(device) + queries
     index = FlatIPIndex(database)
     expected = ip_topk(queries[:2], database, 8, impl="reference").indices

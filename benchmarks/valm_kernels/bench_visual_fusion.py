@@ -1,6 +1,6 @@
-"""visual_fusion_attn beside text-only flash attention (the floor) and what one would write without it.
+"""visual_fusion_attn compared with text-only flash attention (the lower bound) and with its alternatives.
 
-Rows of one group share their inputs; the first is ours.
+Rows of one group share their inputs; the first row is ours.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Case:
     images: int
     head_dim: int
     dtype: torch.dtype = torch.float32
-    unique: float = 0.3  # pool rows per image slot
+    unique: float = 0.3  # rows of the pool per image slot
     prefix: int = 0
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Case:
 
 
 class Tensors:
-    """The inputs of a case, as projections leave them in memory: tokens before heads."""
+    """The inputs of a case, in the memory order of projections: tokens before heads."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ class Tensors:
             tensor.requires_grad_()
 
     def laid_out(self, pool: Tensor) -> Tensor:
-        """The pool's rows where they are seen: (B, H, T, K, D) in memory (B, T, K, H, D)."""
+        """The pool's rows, gathered for each token: (B, H, T, K, D), in memory (B, T, K, H, D)."""
         return pool.transpose(0, 1)[self.image_index].permute(0, 3, 1, 2, 4)
 
     @cached_property
@@ -75,7 +75,7 @@ class Tensors:
 
 
 def arithmetic(case: Case, name: str, *, backward: bool) -> float | None:
-    """The least seconds of an implementation's kernels on an H100, by roofline.py; its numbers are of 16 bits."""
+    """The least seconds of an implementation's kernels on an H100 in 16 bits (roofline.py)."""
     if case.dtype == torch.float32:
         return None
     images = 0 if name == "ours, no images" or name.startswith("text-only") else case.images
@@ -94,13 +94,13 @@ DENSE: dict[str, Attention] = {
     MERGE: flash_merge,
     COMPILED_MERGE: flash_merge_compiled,
     "eager concat": eager_concat,
-    # on CPU it refuses inputs that require a gradient
+    # on CPU it rejects inputs that require a gradient
     FLEX: lambda *inputs: flex_diagonal(*(x.detach() if x.device.type == "cpu" else x for x in inputs)),
 }
 
 
 def attention(name: str, t: Tensors) -> tuple[Attention, Attention, tuple[Tensor, ...]]:
-    """One implementation, the eager reference of it, and the differentiable inputs of both."""
+    """One implementation, its eager reference, and the differentiable inputs of both."""
     text = (t.q, t.k, t.v)
     if name == "ours, pooled":
         return (
@@ -116,7 +116,8 @@ def attention(name: str, t: Tensors) -> tuple[Attention, Attention, tuple[Tensor
 
 
 def call_of(function: Attention, backward: bool) -> Callable[..., tuple[Tensor, ...]]:
-    """A call without gradients; or the gradients of its inputs, which the gradient of the result follows."""
+    """A call without gradients, or with the gradients of its inputs; then the last input is the gradient of the
+    result."""
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         if backward:
@@ -128,13 +129,13 @@ def call_of(function: Attention, backward: bool) -> Callable[..., tuple[Tensor, 
     return call
 
 
-# Largest error over largest value: a benchmark's check is for wrong results, the tests hold the last bits.
+# Largest error ÷ largest value. A benchmark only checks for wrong results; the tests check the last bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def close_to(expected: tuple[Tensor, ...], tolerance: float) -> Callable[[tuple[Tensor, ...]], None]:
     def check(results: tuple[Tensor, ...]) -> None:
-        # a gradient that is zero but for rounding (of the key's bias: it shifts all scores) has no size of its own
+        # the key bias shifts all scores, so its gradient is only rounding and has no scale of its own
         least = 1e-3 * max(truth.float().abs().max() for truth in expected)
         for found, truth in zip(results, expected, strict=True):
             size = torch.maximum(truth.float().abs().max(), least)
@@ -156,7 +157,7 @@ IMPLEMENTATIONS = ["ours", "ours, pooled", "ours, no images", *TEXT_ONLY, *DENSE
 
 
 def skip_cuda_peer(name: str, function: Attention, inputs: tuple[Tensor, ...]) -> None:
-    """Skips a peer that is for CUDA in 16 bits, and may not be there or not take these inputs."""
+    """Skips a peer for CUDA in 16 bits that is not installed or does not support these inputs."""
     if name not in CUDA_TEXT_ONLY and name != COMPILED_MERGE:
         return
     if inputs[0].device.type != "cuda" or inputs[0].dtype == torch.float32:
@@ -198,7 +199,7 @@ ONE_ROW = replace(LARGE, batch=1, images=4)
 @DIRECTIONS
 @pytest.mark.parametrize("name", ["ours", "eager concat"])
 def bench_softcap_and_image_q(measure, device, name, backward):
-    """Capped scores, and a query of its own for the images, as augmented Gemma 2 layers have them."""
+    """Capped scores and a separate query for the images, as in augmented Gemma 2 layers."""
     t = tensors(ONE_ROW, device)
     inputs = (t.q, t.k, t.v, *t.dense, t.grad_out.flip(2).requires_grad_())
     functions = {
@@ -236,7 +237,7 @@ def bench_packed_documents(measure, device, name):
 
 
 class FusionLayer(torch.nn.Module):
-    """LN_img, the shared key and value projections of text and images, and the operation."""
+    """LN_img, the projections that text and images share, and the operation."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -266,7 +267,7 @@ LAYER = sized(Case(1, 12, 1024, 8, 64), Case(1, 2, 8, 3, 16))
 @pytest.mark.parametrize("layout", ["pooled", "dense"])
 @pytest.mark.parametrize("unique", [0.3, 1.0])
 def bench_fusion_layer(measure, device, unique, layout):
-    """Every retrieved image projected where it stands, against each unique image once."""
+    """Projects every retrieved image for each token, compared with each unique image once."""
     index = tensors(replace(LAYER, unique=unique), device).image_index
     width = LAYER.heads * LAYER.head_dim
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Counts what a card's first run of the Triton kernels compiles, without a card: for the estimate of gpu-check.
+"""Counts the kernels that a first run on a GPU compiles, without a GPU: for the estimate of gpu-check.
 
 python -m benchmarks.valm_kernels.compilations
 """
@@ -18,16 +18,16 @@ from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import backward, forward, joined
 
-# Of one kernel on one core, an estimate: 0.3 to 2.4 s under Triton 3.6.0. Float32 of head dimensions above 128
-# takes 5 to 19 s (3.7.1), as its loops over slabs are unrolled.
+# Seconds per kernel on one core, an estimate: 0.3 to 2.4 s with Triton 3.6.0. Float32 with head dimensions above 128
+# takes 5 to 19 s (3.7.1), because its loops over slabs are unrolled.
 SECONDS, SECONDS_BY_SLABS = 1.3, 12.0
 
-# The name of a kernel, the key of its specialisation, and whether it reads rows by slabs.
+# The name of a kernel, the key of its specialisation, and whether it loads rows in slabs.
 Compilation = tuple[str, str, bool]
 
 
 def of_tests(arch: int) -> set[Compilation]:
-    """Of tests/valm_kernels/visual_fusion/triton/test_gpu.py, on a card of compute capability `arch`."""
+    """The kernels of tests/valm_kernels/visual_fusion/triton/test_gpu.py on a GPU of compute capability `arch`."""
     found: set[Compilation] = set()
     for problem in (*PROBLEMS.values(), *LARGE.values()):
         for dtype in DTYPES:
@@ -40,25 +40,25 @@ def of_tests(arch: int) -> set[Compilation]:
 
 
 def of_tiles(arch: int) -> set[Compilation]:
-    """Of the candidates that tune_tiles.py measures."""
+    """The kernels of the candidates that tune_tiles.py measures."""
     works = tune_tiles.works(arch)
     return {key(launch, arch) for work in works for launch in tune_tiles.launches(work[0], arch, *work[1:])}
 
 
 def seconds(found: set[Compilation]) -> float:
-    """On one core, an estimate."""
+    """Seconds on one core, an estimate."""
     return sum(SECONDS_BY_SLABS if by_slabs else SECONDS for *_, by_slabs in found)
 
 
 def key(launch: Launch, arch: int) -> Compilation:
-    """Launches with the same one share a compilation."""
+    """Launches with equal keys share a compilation."""
     return launch.kernel.__name__, specialise(launch, arch).key, launch.keywords.get("BY_SLABS", False)
 
 
 def launches(
     problem: Problem, dtype: torch.dtype, arch: int, with_lse: bool = True, flash: bool = False
 ) -> Iterator[Launch]:
-    """Of the forward and backward that a test of a problem runs."""
+    """The kernels of the forward and backward in a problem's test."""
     given = problem.inputs(dtype)
     tensors = tuple(given.get(name) for name in TENSOR_NAMES)
     inputs = api.checked_inputs(tensors, given.get("causal", True), given.get("scale"), given.get("softcap"))

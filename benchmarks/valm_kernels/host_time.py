@@ -1,11 +1,11 @@
-"""The time that the host takes for one call of `visual_fusion_attn` in Triton: Python, dispatcher and allocations.
+"""The host's time for one call of `visual_fusion_attn` in Triton: Python, dispatcher and allocations.
 
     TRITON_INTERPRET=1 python -m benchmarks.valm_kernels.host_time
 
-Launches do nothing, so this needs no GPU, and lacks what Triton's binder takes for each of them. The tensors are small
-because memory of a CPU takes time by its size, and memory of PyTorch's CUDA allocator does not. Each line has the least
-and the median of several hundred calls, each after an untimed one. The backward includes the roughly
-35 µs that PyTorch's autograd takes for any operator with as many gradients.
+Launches do nothing, so this needs no GPU and leaves out the time of Triton's binder. The tensors are small, because
+allocation takes longer for larger tensors on a CPU, but not with PyTorch's CUDA allocator. Each line gives the least
+and the median of several hundred calls, each after an untimed call. The backward includes about 35 µs that PyTorch's
+autograd needs for any operator with as many gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYOUTS = ("dense", "pooled")
 
 
 class NoKernel:
-    """Takes the place of a kernel."""
+    """Replaces a kernel."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: None
@@ -43,7 +43,7 @@ def without_launches() -> Iterator[None]:
         for module in (forward, backward_query, backward_key, backward_pool):
             for name in [name for name in vars(module) if name.endswith("_kernel") and name.startswith("_")]:
                 stack.enter_context(mock.patch.object(module, name, NoKernel()))
-        # of an H100, so that the keys are not split
+        # an H100's, so that the keys are not split
         stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda device: 1))
         yield
 
@@ -64,7 +64,7 @@ def arguments(layout: str, biases: bool) -> dict[str, Any]:
 
 
 class Case:
-    """One layout, and the times of its calls in µs."""
+    """A layout and the times of its calls in µs."""
 
     def __init__(self, name: str, inputs: dict[str, Any]) -> None:
         self.name = name
@@ -108,7 +108,7 @@ def main() -> None:
         for biases in (False, True)
     ]
     with without_launches():
-        for _ in range(CALLS):  # in turns, as other work on the machine changes
+        for _ in range(CALLS):  # in turns, because other work on the machine changes
             for case in cases:
                 case.measure()
     for case in cases:

@@ -1,11 +1,11 @@
-"""Measures from which text length on flash attention with joined images beats the one kernel: gpu-check's step for it.
+"""Measures the text length from which flash attention with joined images beats the single kernel, for gpu-check.
 
     python -m benchmarks.valm_kernels.measure_crossover FOLDER
 
-Both take a forward and a backward of as many tokens at each length, and must have the same results. Each time is
-written to FOLDER/crossover.csv at once, so that a run that was stopped goes on, and what follows from them to
-FOLDER/crossover.json, which crossover.py of the package reads. The estimate stays for a head dimension of which a time
-is missing (and the exit status is 1), and beyond the longest text where flash attention was not faster at that.
+At each length both run a forward and a backward over equally many tokens, and must return equal results. Each time goes
+to FOLDER/crossover.csv at once, so a stopped run continues. The lengths that follow go to FOLDER/crossover.json, which
+the package's crossover.py loads. If a time of a head dimension is missing, its estimate stays and the exit status is 1.
+The estimate also stays beyond the longest text if flash attention was not faster there.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from valm_kernels.visual_fusion.inputs import Inputs
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 TOKENS = 8192
-# Heads, heads of keys and images, by head dimension.
+# Heads, key heads and images, by head dimension.
 SIZES = {64: (12, 12, 8), 128: (32, 8, 4), 256: (8, 4, 4)}
 IMPLS = ("triton", NAME)
 
-# Milliseconds, None of what failed or was only begun, and a note, by head dimension, length and implementation.
+# Milliseconds (None: failed, or only begun) and a note, by head dimension, length and implementation.
 Times = dict[tuple[int, int, str], tuple[float | None, str]]
 
 
@@ -61,29 +61,29 @@ def cases() -> Iterator[tuple[int, int, str, Case]]:
 
 
 def measure(folder: Path) -> list[str]:
-    """Measures what has not been, and writes crossover.json after each time.
+    """Measures the missing times, and writes crossover.json after each.
 
     Returns:
-        For each time that is missing, why.
+        The reason for each time that is still missing.
     """
     path = folder / "crossover.csv"
     missing = []
     for head_dim, length, impl, case in cases():
         _, before = read_times(path).get((head_dim, length, impl), (None, ""))
         if before in ("", BEGUN) or has_failed(before):
-            # noted first, so that what kills the process is tried twice and no more
+            # noted first, so that a measurement that kills the process is tried twice at most
             row = {"head_dim": head_dim, "keys": length, "impl": impl, "ms": ""}
             append_row(path, row | {"note": BEGUN_AGAIN if before else BEGUN})
             try:
                 inputs = case.inputs("cuda")
                 same = not case.flash or has_results_of_one_kernel(case, inputs)
                 ms = triton.testing.do_bench_cudagraph(lambda: case.run(inputs), rep=20, return_mode="median")  # noqa: B023
-            except Exception as error:  # whatever the compiler or CUDA raise
+            except Exception as error:  # the compiler and CUDA raise many types
                 failed = FAILED_AGAIN if has_failed(before) else FAILED
                 append_row(path, row | {"note": f"{failed}: {first_line(error)}"})
             else:
                 append_row(path, row | ({"ms": f"{ms:.6g}", "note": MEASURED} if same else {"note": DIFFERS}))
-            torch.cuda.synchronize()  # raises where the card takes no more work from this process
+            torch.cuda.synchronize()  # raises if the GPU accepts no more work from this process
         ms, note = read_times(path)[head_dim, length, impl]
         if ms is None:
             missing.append(f"{impl} at {length} keys of {head_dim}: {note}")
@@ -96,8 +96,8 @@ def has_results_of_one_kernel(case: Case, inputs: Inputs) -> bool:
 
 
 def shortest(times: Times, head_dim: int) -> int | None:
-    """The least length from which on flash attention was faster at every length, by more than chance (GAIN); None where
-    it was not at the longest.
+    """The least length from which on flash attention was faster at every length, by more than chance (GAIN). None if it
+    was not faster at the longest.
 
     Raises:
         KeyError: a time is missing.
@@ -114,7 +114,7 @@ def shortest(times: Times, head_dim: int) -> int | None:
 
 
 def write_crossover(folder: Path) -> None:
-    """FOLDER/crossover.json, with the head dimensions whose times are all there."""
+    """Writes FOLDER/crossover.json, with the head dimensions whose times are complete."""
     times = read_times(folder / "crossover.csv")
     entries = []
     for head_dim in HEAD_DIMS:
@@ -151,7 +151,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         missing = measure(folder)
-    except RuntimeError as error:  # of `synchronize`
+    except RuntimeError as error:  # from `synchronize`
         print(first_line(error))
         sys.exit(DEVICE_LOST)
     if missing:

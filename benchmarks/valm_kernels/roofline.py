@@ -1,9 +1,8 @@
-"""What an H100 must move and compute for our GPU kernels, what their launches cost, and the time that allows.
+"""A lower bound of the time of our GPU kernels on an H100: bytes moved, operations, and launches.
 
-Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, nothing waits for anything
-else than the busiest unit. No kernel can be faster; how near ours come, only a card can tell. `python -m
-benchmarks.report` writes the tables of the last section of docs/results/gpu.md from it; benchmarks of a card put it
-beside what they measure.
+This is arithmetic, not a measurement. Every tensor crosses the memory bus once, tiles waste nothing, and only the
+busiest unit takes time. No kernel can be faster; only a GPU can show how near ours come. `python -m benchmarks.report`
+writes the tables of the last section of docs/results/gpu.md from it. Benchmarks on a GPU print it next to their times.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ BF16_FLOP_PER_S = 989e12
 FLOAT32_FLOP_PER_S = 67e12
 EXP_PER_S = 16 * 132 * 1.83e9
 
-# What is not in a data sheet, all of it to be measured on a card: the time from the end of one kernel to the work of
-# the next on the same stream, and the time of the host. That is Triton's binder for each launch, and besides, the least
-# by host_time.py on two busy cores of an AMD EPYC: of a forward without gradients, of a dense backward, and what a pool
-# and the sort of its slots add to the latter.
+# Not in a data sheet, and to be measured on a GPU: the time from the end of one kernel to the start of the next on its
+# stream, and the time of the host. The host's time is Triton's binder for each launch, plus the least times of
+# host_time.py on two busy cores of an AMD EPYC: a forward without gradients, a dense backward, and the addition to the
+# backward by a pool and the sort of its slots.
 LAUNCH_S = 3e-6
 BINDER_S = 13e-6
 FORWARD_HOST_S = 52e-6
@@ -28,8 +27,8 @@ BACKWARD_HOST_S = 119e-6
 POOL_HOST_S = 31e-6
 SORT_HOST_S = 40e-6
 ASSUMED = (LAUNCH_S, BINDER_S, FORWARD_HOST_S, BACKWARD_HOST_S, POOL_HOST_S, SORT_HOST_S)
-# Of a radix sort in PyTorch beside its passes of 8 bits: conversion, values, histogram and offsets, then arange and
-# searchsorted for the segments.
+# Launches of a radix sort in PyTorch besides its passes of 8 bits: conversion, values, histogram and offsets, then
+# arange and searchsorted for the segments.
 SORT_LAUNCHES = 6
 
 
@@ -88,7 +87,7 @@ class Work:
     bytes: int
     # products of tiles, on tensor cores
     tensor_flop: int
-    # the images' element-wise work, on the ordinary units
+    # the images' element-wise work, on the CUDA cores
     flop: int
     exponentials: int
     launches: int = 1
@@ -97,7 +96,7 @@ class Work:
 
     @property
     def least_s(self) -> float:
-        """Of the busiest unit."""
+        """The time of the busiest unit."""
         return max(self.seconds.values())
 
     @property
@@ -172,7 +171,7 @@ def sort(s: Shape) -> Work:
 
 
 def merge(s: Shape) -> Work:
-    """The parts of a decoding query, whose keys are split over the chip: too few bytes to count."""
+    """The parts of a decoding query whose keys are split over the chip; they have too few bytes to count."""
     return Work("forward: merge of the splits", 0, 0, 0, 0)
 
 
@@ -182,18 +181,18 @@ def forward_works(s: Shape) -> list[Work]:
 
 def backward_works(s: Shape) -> list[Work]:
     works = [query(s), key(s)]
-    if s.U:  # a popular image's parts are summed by a kernel of their own
+    if s.U:  # a separate kernel sums the parts of a popular image
         works += [sort(s), replace(pool(s), launches=2)]
     return works
 
 
 def gpu_s(works: list[Work]) -> float:
-    """Of kernels that run one after the other."""
+    """The time of kernels that run one after the other."""
     return sum(work.least_s + LAUNCH_S * work.launches for work in works)
 
 
 def host_s(s: Shape, backward: bool) -> float:
-    """Of the forward without gradients, or of the backward."""
+    """The host's time for the forward without gradients, or for the backward."""
     works = backward_works(s) if backward else forward_works(s)
     bound = BINDER_S * sum(work.launches for work in works if work.by_triton)
     if not backward:

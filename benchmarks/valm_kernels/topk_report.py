@@ -1,6 +1,6 @@
 """The table and the plot of docs/reference/topk.md, from the rows of bench_topk.py, for `python -m benchmarks.report`.
 
-Times are the least of each row's rounds: what else ran on the machine can only add to them.
+Times are the least of each row's rounds, because other work on the machine can only add time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OURS = "FlatIPIndex"
 FAISS = ("faiss IndexFlatIP", "faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
 GROUP = re.compile(r"N (\d+)k E (\d+) k (\d+) queries (\d+)(?: mean cosine (0\.\d+))?( decaying)?$")
 SIZES = {50: "50,000", 200: "200,000", 1000: "1,000,000"}
-# Of the plot: the colour of each line; recall tells which of them may miss a row.
+# The colour of each line of the plot; recall tells which lines may miss a row.
 DRAWN = {
     OURS: INK,
     "ip_topk, packs per call": SERIES[0],
@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     recall: float
 
 
-# The cases of the table, and the peers beside ours.
+# The cases of the table, and the peers.
 SHOWN = [
     *(Key(rows, queries) for rows in SIZES for queries in (1, 16, 64, 1024)),
     *(Key(200, 64, dim=512), Key(200, 64, k=32)),
@@ -74,7 +74,7 @@ def read(path: Path) -> Results:
 
 
 def table(results: Results) -> str:
-    """A row for each of SHOWN: our time, and those of others as multiples of it."""
+    """A row for each of SHOWN: our time, and the times of peers as multiples of ours."""
     peers = {name: (name,) for name in OTHERS} | {"faiss, the fastest exact": FAISS}
     lines = [
         f"| rows | queries | | {OURS}, ms | {' | '.join(peers)} |",
@@ -93,7 +93,7 @@ def table(results: Results) -> str:
 
 
 def _what(key: Key) -> str:
-    """What is not as in the other cases."""
+    """What differs from the other cases."""
     sizes = f"E {key.dim}, k {key.k}" if (key.dim, key.k) != (768, 8) else ""
     return "decaying spectrum" if key.decaying else sizes
 
@@ -110,7 +110,7 @@ def figure(results: Results) -> Figure:
         keys = sorted(key for key in results if key == Key(rows, key.queries))
         for name, color in DRAWN.items():
             points = [(key.queries, results[key][name].ms) for key in keys if name in results[key]]
-            if not points:  # measured before it was a peer
+            if not points:  # measured before this peer was added
                 continue
             recall = min(results[key][name].recall for key in keys if name in results[key])
             label = name + (f" (recall {recall:.2f})" if recall < 1 else "")

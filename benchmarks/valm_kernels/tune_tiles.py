@@ -1,13 +1,13 @@
-"""Measures the tiles of the Triton kernels on the card at hand: gpu-check's way to a measured table.
+"""Measures the tiles of the Triton kernels on this machine's GPU: gpu-check's way to a measured table.
 
-    python -m benchmarks.valm_kernels.tune_tiles compile COMPILED --arch 90 --part 3/16    # needs no card
+    python -m benchmarks.valm_kernels.tune_tiles compile COMPILED --arch 90 --part 3/16    # needs no GPU
     python -m benchmarks.valm_kernels.tune_tiles measure COMPILED FOLDER
 
-Each entry of the table (tiles.py) is measured in a call that it is made for (CASES), beside the candidates around it.
-`compile` fills Triton's cache in several processes, and notes in the file COMPILED what is in it;
-`measure` then only loads. Each measurement is written to FOLDER/candidates.csv at once, and the fastest tiles so far to
-FOLDER/tiles.json, which tiles.py reads: a run that was stopped goes on. Tiles with which the results of the call are
-others than with the table's are not taken. It ends with exit status 1 where an entry of the table has no time.
+Each entry of the table (tiles.py) is measured in a call for which it is made (CASES), with the candidates around it.
+`compile` fills Triton's cache in several processes, and lists its content in the file COMPILED; `measure` then only
+loads. Each measurement goes to FOLDER/candidates.csv at once, and the fastest tiles so far to FOLDER/tiles.json, which
+tiles.py loads; so a stopped run continues. Tiles that change the results of the call are not used. If an entry of the
+table has no time, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ from valm_kernels.visual_fusion.triton.launch import architecture
 from valm_kernels.visual_fusion.triton.tiles import Tiles, tiles_for
 
 CHOOSING = (forward, backward_query, backward_key)
-# What launches the kernels of the table, where it is called.
+# What launches the kernels of the table, in the modules that call it.
 LAUNCHERS = (
     *((forward, "forward"), (backward, "query_gradients"), (backward, "key_gradients")),
     *((joined, "query_gradients"),),
 )
-# Tile products take blocks from 16 on.
+# Tile products need blocks of at least 16.
 MIN_BLOCK, MAX_BLOCK = 16, 128
 MIN_WARPS, MAX_WARPS = 4, 8
 MAX_STAGES = 4
-# A compiler or card that this one kills. It is tried twice, as the first time the step may just have been stopped.
+# This candidate kills the compiler or the GPU's process. It is tried twice: the first time the step may have been
+# stopped.
 BEGUN, BEGUN_AGAIN = "begun", "begun again"
 COMPILED, MEASURED = "compiled", "measured"
-# Tried once more by a later process: the card may have been short of memory.
+# A later process tries once more: the GPU may have been short of memory.
 FAILED, FAILED_AGAIN = "does not run", "does not run again"
 AGREES, DIFFERS = "agrees", "other results"
-# Tiles take the place of the table's where they are faster by more than two measurements differ.
+# Tiles replace the table's if they are faster by more than two measurements differ.
 GAIN = 1.03
-# Largest difference over the largest value, by bytes of an element: for wrong results, not for the last bits.
+# Largest difference ÷ largest value, by bytes of an element: finds wrong results, not wrong last bits.
 TOLERANCE = {2: 3e-2, 4: 1e-4}
 
 # (ms, note) by case, kernel and tiles.
@@ -64,7 +65,7 @@ Choose = Callable[[str, Inputs], Tiles]
 
 @dataclass(frozen=True)
 class Case:
-    """A call whose kernels are measured. `kernels`: the entries of the table that it is for."""
+    """A call whose kernels are measured. `kernels`: the entries of the table that it measures."""
 
     kernels: tuple[str, ...]
     dtype: torch.dtype
@@ -83,9 +84,9 @@ class Case:
         return f"{sizes} D{self.head_dim} {str(self.dtype).removeprefix('torch.')}"
 
     def inputs(self, device: str) -> Inputs:
-        """As a projection leaves them: tokens before heads; a pool with 0.3 rows for each image of a token."""
+        """Inputs in the memory order of projections: tokens before heads; a pool with 0.3 rows per image slot."""
 
-        # of its own: a capture in a CUDA graph that failed leaves the device's unusable
+        # a separate one: a failed capture in a CUDA graph leaves the device's unusable
         generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -128,7 +129,7 @@ def cases() -> list[Case]:
 
 @contextmanager
 def chosen(choose: Choose) -> Iterator[None]:
-    """`choose` in the place of choose_tiles."""
+    """Replaces choose_tiles by `choose`."""
     with ExitStack() as stack:
         for module in CHOOSING:
             stack.enter_context(mock.patch.object(module, "choose_tiles", choose))
@@ -136,7 +137,7 @@ def chosen(choose: Choose) -> Iterator[None]:
 
 
 def choice(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> Choose:
-    """`tiles` for `kernel`, and the table's for the others."""
+    """Uses `tiles` for `kernel`, and the table's tiles for other kernels."""
 
     def choose(name: str, inputs: Inputs) -> Tiles:
         return tiles if tiles and name == kernel else tiles_for(name, arch, case.head_dim, case.dtype)
@@ -145,7 +146,7 @@ def choice(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> Ch
 
 
 def launches(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> list[Launch]:
-    """What is launched for a case on a card of `arch`: everything with the table's tiles, or `kernel` with others."""
+    """The launches of a case on a GPU of `arch`: all with the table's tiles, or `kernel` with other tiles."""
 
     with recorders(arch) as found, chosen(choice(case, arch, kernel, tiles)):
         case.run(case.inputs("meta"))
@@ -156,8 +157,8 @@ def launches(case: Case, arch: int, kernel: str | None, tiles: Tiles | None) -> 
 def candidates(tiles: Tiles) -> Iterator[Tiles]:
     """The given tiles, and some near them.
 
-    A block is halved or doubled alone and together with the warps: half of the rows by as many warps would be the same
-    work done twice, and with half of the warps two such programs share a multiprocessor.
+    A block is halved or doubled without and with the warps. Half of the rows with as many warps would repeat work; with
+    half of the warps, two such programs share a multiprocessor.
     """
     yield tiles
     for block, size in (("block_m", tiles.block_m), ("block_n", tiles.block_n)):
@@ -172,13 +173,13 @@ def candidates(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def others(case: Case, kernel: str, arch: int) -> list[Tiles]:
-    """The candidates beside the table's tiles."""
+    """The candidates, without the table's tiles."""
     table = tiles_for(kernel, arch, case.head_dim, case.dtype)
     return [tiles for tiles in candidates(table) if tiles != table]
 
 
 def works(arch: int) -> list[tuple[Case, str | None, Tiles | None]]:
-    """All that is compiled: (case, None, None) is what a case launches with the table's tiles."""
+    """Everything to compile. (case, None, None): the launches of a case with the table's tiles."""
     found: list[tuple[Case, str | None, Tiles | None]] = []
     for case in cases():
         found.append((case, None, None))
@@ -187,7 +188,7 @@ def works(arch: int) -> list[tuple[Case, str | None, Tiles | None]]:
 
 
 def compile_part(path: Path, arch: int, part: int, parts: int) -> None:
-    """Compiles every candidate of a part that is not in the file `path`."""
+    """Compiles the candidates of a part that are not in the file `path`."""
     for case, kernel, tiles in works(arch)[part::parts]:
         if tiles is not None and not begin(path, case, kernel, tiles):
             continue
@@ -196,17 +197,17 @@ def compile_part(path: Path, arch: int, part: int, parts: int) -> None:
             for launch in launches(case, arch, kernel, tiles):
                 special = specialise(launch, arch)
                 triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
-        except Exception as error:  # whatever a pass of the compiler raises
+        except Exception as error:  # passes of the compiler raise many types
             note = f"does not compile: {first_line(error)}"
         if tiles is not None:
             write_row(path, case, kernel, tiles, None, note)
 
 
 def measure(folder: Path, compiled_file: Path) -> list[str]:
-    """Measures what has been compiled, and writes tiles.json after each case.
+    """Measures the compiled candidates, and writes tiles.json after each case.
 
     Returns:
-        For each entry of the table without a time, why.
+        The reason for each entry of the table without a time.
     """
     device = torch.device("cuda")
     arch = architecture(device)
@@ -219,12 +220,12 @@ def measure(folder: Path, compiled_file: Path) -> list[str]:
         for kernel, tiles in pairs(case, arch):
             table = tiles == tiles_for(kernel, arch, case.head_dim, case.dtype)
             if kernel not in found or not (table or compiled.get(key(case, kernel, tiles), (None, ""))[1] == COMPILED):
-                continue  # it does not compile, or there was no time for it
+                continue  # does not compile, or was not compiled in time
             _, before = read_rows(path).get(key(case, kernel, tiles), (None, ""))
             if begin(path, case, kernel, tiles):
                 ms, note = time_of(found[kernel], tiles, FAILED_AGAIN if has_failed(before) else FAILED)
                 write_row(path, case, kernel, tiles, ms, note)
-                torch.cuda.synchronize()  # raises where the card takes no more work from this process
+                torch.cuda.synchronize()  # raises if the GPU accepts no more work from this process
         for kernel in case.kernels:
             while (best := fastest(case, kernel, arch, read_rows(path))) and not agrees(
                 folder / "agreement.csv", case, inputs, arch, kernel, best
@@ -240,7 +241,7 @@ def measure(folder: Path, compiled_file: Path) -> list[str]:
 
 
 def fastest(case: Case, kernel: str, arch: int, rows: Rows) -> Tiles | None:
-    """The fastest of the measured tiles, the table's if they are hardly slower; None if these have no time."""
+    """The fastest measured tiles, or the table's if they are hardly slower. None if the table's tiles have no time."""
     times = times_of(case, kernel, arch, rows)
     table = tiles_for(kernel, arch, case.head_dim, case.dtype)
     if table not in times:
@@ -257,9 +258,9 @@ def times_of(case: Case, kernel: str, arch: int, rows: Rows) -> dict[Tiles, floa
 
 
 def agrees(path: Path, case: Case, inputs: Inputs, arch: int, kernel: str, best: Tiles) -> bool:
-    """Whether the results of a call with these tiles are those with the table's; noted in the file `path`.
+    """Whether a call with these tiles returns the results of the table's tiles; recorded in the file `path`.
 
-    Not where two processes that began to look have not come to an end.
+    False if two processes began this comparison and did not end it.
     """
     if not begin(path, case, kernel, best):
         return read_rows(path)[key(case, kernel, best)][1] == AGREES
@@ -269,7 +270,7 @@ def agrees(path: Path, case: Case, inputs: Inputs, arch: int, kernel: str, best:
             with chosen(choice(case, arch, kernel, tiles)):
                 results.append(case.run(inputs))
         same = are_close(*results, case.dtype)
-    except Exception as error:  # an error of the card shows itself where a result is looked at
+    except Exception as error:  # an error of the GPU appears when a result is read
         print(f"{case}, {kernel}, {best}: {first_line(error)}", flush=True)
         same = False
     write_row(path, case, kernel, best, None, AGREES if same else DIFFERS)
@@ -284,7 +285,7 @@ def are_close(expected: list[Tensor], found: list[Tensor], dtype: torch.dtype) -
 
 
 def launchers(case: Case, inputs: Inputs, arch: int) -> tuple[dict[str, Callable[[Tiles], Any]], str]:
-    """What launches each kernel of a case on the card with given tiles, and why some are missing."""
+    """The launch of each kernel of a case on the GPU with given tiles, and the reasons for missing kernels."""
     found: dict[str, Callable[[Tiles], Any]] = {}
 
     def recorded(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -308,14 +309,14 @@ def launchers(case: Case, inputs: Inputs, arch: int) -> tuple[dict[str, Callable
             stack.enter_context(mock.patch.object(module, name, recorded(getattr(module, name))))
         try:
             case.run(inputs)
-        except Exception as error:  # those that were found before it are measured all the same
+        except Exception as error:  # kernels found before the error are still measured
             reason = first_line(error)
             print(f"{case}: {reason}", flush=True)
     return found, reason
 
 
 def pairs(case: Case, arch: int) -> list[tuple[str, Tiles]]:
-    """Each kernel of a case with each of its tiles, the table's first."""
+    """Each kernel of a case with each of its tiles, the table's tiles first."""
     found = []
     for kernel in case.kernels:
         table = tiles_for(kernel, arch, case.head_dim, case.dtype)
@@ -324,15 +325,15 @@ def pairs(case: Case, arch: int) -> list[tuple[str, Tiles]]:
 
 
 def time_of(launch: Callable[[Tiles], Any], tiles: Tiles, failed: str) -> tuple[float | None, str]:
-    """Milliseconds of the GPU, with L2 flushed between calls, or why there are none."""
+    """Milliseconds of the GPU, with L2 flushed between calls, or the reason why there are none."""
     try:
         return triton.testing.do_bench(lambda: launch(tiles), warmup=5, rep=30, return_mode="median"), MEASURED
-    except Exception as error:  # too much shared memory, or what the compiler or CUDA raise
+    except Exception as error:  # too much shared memory, or an error of the compiler or CUDA
         return None, f"{failed}: {first_line(error)}"
 
 
 def write_tiles(folder: Path, arch: int) -> None:
-    """FOLDER/tiles.json: for each entry that was measured with its table's tiles, the fastest, once it is compared."""
+    """Writes FOLDER/tiles.json: the fastest compared tiles of each entry whose table's tiles were measured."""
     rows, compared = read_rows(folder / "candidates.csv"), read_rows(folder / "agreement.csv")
     entries = []
     for case in cases():
@@ -367,7 +368,7 @@ def key(case: Case, kernel: str, tiles: Tiles) -> tuple[Any, ...]:
 
 
 def begin(path: Path, case: Case, kernel: str, tiles: Tiles) -> bool:
-    """Whether this is still to be done; notes that it is."""
+    """Whether this is still to be done; records that it begins."""
     _, note = read_rows(path).get(key(case, kernel, tiles), (None, ""))
     if note not in ("", BEGUN) and not has_failed(note):
         return False
@@ -376,7 +377,7 @@ def begin(path: Path, case: Case, kernel: str, tiles: Tiles) -> bool:
 
 
 def has_failed(note: str) -> bool:
-    """Whether it failed once, which an error of the moment may have been."""
+    """Whether it failed once, perhaps by a transient error."""
     return note.startswith(f"{FAILED}: ")
 
 
@@ -421,7 +422,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:
         missing = measure(arguments.folder, arguments.compiled)
-    except RuntimeError as error:  # of `synchronize`
+    except RuntimeError as error:  # from `synchronize`
         print(first_line(error))
         sys.exit(DEVICE_LOST)
     if missing:

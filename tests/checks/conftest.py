@@ -1,4 +1,4 @@
-"""What the checks of a build share; at the end of a run, how much they tried."""
+"""Fixtures of the checks of a build; at the end of a run, prints how much the checks tried."""
 
 from tests.checks.counts import COUNTS
 from tests.valm.conftest import clip, make_kb, tokenizer

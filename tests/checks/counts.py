@@ -1,4 +1,4 @@
-"""What was tried and seen, which conftest.py shows at the end of a run without other processes."""
+"""Counts of what was tried and seen; conftest.py prints them at the end of a run in one process."""
 
 from collections import Counter
 

@@ -1,6 +1,6 @@
-"""Every causal family of transformers, tiny: can it be augmented, and does it then compute what it should?
+"""Augments a tiny model of every causal family of transformers, and checks what it computes.
 
-`python -m tests.checks.families` writes docs/reference/families.md; the tests hold the code to it.
+`python -m tests.checks.families` writes docs/reference/families.md; the tests hold the code to that page.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TINY = {
     **{"is_decoder": True, "num_kv_shared_layers": 2, "no_rope_layers": [1, 1, 0, 1]},
     **{"global_head_dim": 16},
     **{"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8, "n_mamba_heads": 8, "chunk_size": 8},
-    # what changes from some position on does so within the few tokens of a test
+    # changes at a position happen within the few tokens of a test
     **{"original_max_position_embeddings": 4, "floor_scale": 3, "attention_chunk_size": 256},
 }
 HALF = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
@@ -94,19 +94,19 @@ VISION: dict[str, dict[str, Any]] = {
 }
 FAMILIES = (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "mistral4", *VISION)
 MOST_PARAMETERS = 20_000_000
-# Relative to the largest output of the attention: float32 sums in another order.
+# Relative to the largest output of the attention, for float32 sums in different orders.
 TOLERANCE = 2e-5
 BATCH, LENGTH, IMAGE_DIM, IMAGES, POOL = 2, 9, 32, 3, 7
-# The position of the first token of a text at far positions, and the lengths of the parts in which a cache is filled.
+# The first position of a text at far positions, and the lengths of the parts that fill a cache.
 FAR, PARTS = 240, (4, 1, 1, 3)
 
 
 class NotTiny(Exception):
-    """The family has no tiny model that runs here, so nothing is known of it."""
+    """No tiny model of the family runs here, so nothing is known about the family."""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """A text configuration of the family with four layers; of a wrapper, one with a vision tower of as many."""
+    """A text configuration of the family with four layers; for a wrapper, with a vision tower of four layers."""
     config_class = CONFIG_MAPPING[family]
     text = config_class().get_text_config()
     names = set(text.to_dict()) | set(text.attribute_map)
@@ -185,7 +185,7 @@ def random_images() -> dict[str, Tensor]:
 
 
 def open_images(model: PreTrainedModel, logit_bias: float = 0.0) -> None:
-    """Images that matter: an input projection of their size, no biases but that of the scores."""
+    """Images that matter: an input projection of their size, and no biases except on the scores."""
     module = fusion_module(model)
     with torch.no_grad():
         if module.proj is not None:
@@ -195,15 +195,19 @@ def open_images(model: PreTrainedModel, logit_bias: float = 0.0) -> None:
 
 @dataclass
 class Findings:
-    """How far an augmented family is from what it should be; relative to the largest logit or output.
+    """The errors of an augmented family, relative to the largest logit or output.
 
-    text, text_padded: logits without images against the original's. closed: with images closed, against the same.
-    moved: how far open images move the logits. reference, reference_padded, reference_far: the fusion attention's
-    output with open images against the family's own attention over the text and the token's images, at the token's
-    position; far is beyond all thresholds, None where the family takes no positions. cached: logits with open images
-    and a cache against those without; saved: those of the model saved whole and opened again; None where the original's
-    own differ. weights: how far the attention weights of a token, over text and images, are above 1. route: "kernel",
-    or the reason for the eager joint attention.
+    Attributes:
+        text, text_padded: logits without images, compared with the original's.
+        closed: logits with closed images, compared with the original's.
+        moved: how far open images move the logits.
+        reference, reference_padded, reference_far: the fusion attention's output with open images, compared with the
+            family's own attention over the text and the token's images, at the token's position. "far" is beyond all
+            thresholds; None if the family takes no positions.
+        cached: logits with open images and a cache, compared with no cache; None if the original's differ.
+        saved: logits of the model saved whole and opened again; None if the original's differ.
+        weights: how far the attention weights of a token, over text and images, exceed 1.
+        route: "kernel", or the reason for the eager joint attention.
     """
 
     layer: int
@@ -220,7 +224,7 @@ class Findings:
     route: str
 
     def wrong(self) -> list[str]:
-        """The names of what is further off than rounding."""
+        """The names of the errors above rounding."""
         names = ("text", "text_padded", "closed", "reference", "reference_padded", "reference_far", "cached", "saved")
         errors = {name: error for name in (*names, "weights") if (error := getattr(self, name)) is not None}
         wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
@@ -234,7 +238,7 @@ def distance(logits: Tensor, reference: Tensor) -> float:
 def in_parts(
     model: PreTrainedModel, ids: Tensor, image_pool: Tensor | None = None, image_index: Any = None
 ) -> Tensor | None:
-    """Logits (B, T, V) with a cache that is filled in parts; None of a model that has none."""
+    """Logits (B, T, V) with a cache that is filled in parts; None for a model without a cache."""
     found, cache, start = [], None, 0
     for length in PARTS:
         part = slice(start, start := start + length)
@@ -254,7 +258,7 @@ def opened_again(model: PreTrainedModel, door: Any) -> PreTrainedModel:
 
 
 def running(family: str) -> tuple[PreTrainedModel, Tensor]:
-    """A tiny model of the family, and its logits. Raises NotTiny where the family's own code does."""
+    """A tiny model of the family and its logits. Raises NotTiny if the family's own code raises."""
     try:
         model = tiny(family)
         return model, model(token_ids(), use_cache=False).logits
@@ -267,7 +271,7 @@ def running(family: str) -> tuple[PreTrainedModel, Tensor]:
 
 @torch.no_grad()
 def check(family: str, layer: int | None = None) -> Findings:
-    """Augments the family. Raises ValmError where it is refused."""
+    """Augments the family. Raises ValmError if valm rejects it."""
     model, expected = running(family)
     ids, mask, images = token_ids(), left_padding(), random_images()
     present = mask.bool()
@@ -294,7 +298,7 @@ def check(family: str, layer: int | None = None) -> Findings:
         return reasons[-1]
 
     def reference(**inputs: Tensor) -> tuple[Tensor, float]:
-        """The logits with open images, and how far the calls of the attention are from the family's own."""
+        """The logits with open images, and the errors of the attention's calls against the family's own attention."""
         calls = []
         hook = attention.register_forward_hook(
             lambda module, args, kwargs, output: calls.append((args, kwargs, output[0])), with_kwargs=True
@@ -334,8 +338,8 @@ def check(family: str, layer: int | None = None) -> Findings:
 
 
 def eager_reference(own: nn.Module, call: tuple, embedded: Tensor, image_index: Tensor) -> float:
-    """How far the output of a call of the fusion attention is from the family's own attention, token by token, over
-    the text so far and the token's images, which stand at the token's own position."""
+    """The error of a call of the fusion attention against the family's own attention. The latter runs token by token
+    over the text so far and the token's images, at the token's position."""
     args, kwargs, output = call
     names = list(inspect.signature(type(own).forward).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -377,7 +381,7 @@ def eager_reference(own: nn.Module, call: tuple, embedded: Tensor, image_index: 
                     tables = [value] if isinstance(value, Tensor) else value
                     tables = [select_row(table, -3)[..., at, :].unsqueeze(-3) for table in tables]
                     value = tables[0] if isinstance(value, Tensor) else tuple(tables)
-                elif isinstance(value, Tensor) and LENGTH in value.shape[1:]:  # of each token
+                elif isinstance(value, Tensor) and LENGTH in value.shape[1:]:  # one value per token
                     value = select_row(value, 0)[None].index_select(value.shape.index(LENGTH, 1), at)
                 changed[name] = value
             expected = own(**changed)[0][0, token]

@@ -1,13 +1,13 @@
-"""Mutants of the code, drawn at random, and a test that kills each of them.
+"""Random mutants of the code, and for each a test that kills it.
 
     python -m tests.checks.mutants draw --seed 1    # writes tests/checks/mutants.json, without the tests
-    python -m tests.checks.mutants run              # plants each, and looks for a test that fails; resumes
-    python -m tests.checks.mutants check --only valm/model  # plants those that died again; fails where one lives now
+    python -m tests.checks.mutants run              # plants each mutant and looks for a test that fails; resumes
+    python -m tests.checks.mutants check --only valm/model  # plants killed mutants again; fails if one lives now
 
-A mutant is one changed line. Its tests are those in the file that mirrors the source, then those in its folder, then
-those that name the module, without the slow ones. `killed_by` is the first that fails, "the compiler", the status of a
-process that died, or null. A line that has moved is looked for in the rest of its package; one that is nowhere, or in
-several places, is gone. The checkout is changed while this runs, so use one of your own.
+A mutant is one changed line. Its tests come from the file that mirrors the source, then from that folder, then from
+files that name the module; slow tests are left out. `killed_by` is the first test that fails, "the compiler", the
+status of a process that died, or null. A line that has moved is searched in the rest of its package. A line that is
+nowhere, or in several places, is gone. The run changes the checkout, so use a separate one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_suffix(".json")
 COUNT = 200
 SOURCES = ("valm", "valm_kernels", "studies", "csrc")
-SECONDS = 600  # for the tests of one step; who runs longer hangs
+SECONDS = 600  # for the tests of one step; longer counts as a hang
 NAMING = 6  # files that name the module, at most
 
 SWAPS = {
@@ -44,7 +44,7 @@ CPP_SWAPS = SWAPS | {"&&": "||", "||": "&&", "+=": "-=", "-=": "+="}
 
 
 def python_sites(file: Path) -> Iterator[tuple[int, str]]:
-    """(number of a line, what it becomes)."""
+    """Pairs (number of a line, what the line becomes)."""
     text = file.read_text(encoding="utf-8")
     lines = [line.encode() for line in text.splitlines()]
 
@@ -100,7 +100,7 @@ def cpp_sites(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def draw(seed: int) -> list[dict[str, Any]]:
-    """COUNT lines at random, and one change at random of each."""
+    """COUNT random lines, each with one random change."""
     sites: dict[tuple[str, int], list[str]] = {}
     for source in SOURCES:
         for file in sorted((ROOT / source).rglob("*")):
@@ -124,8 +124,8 @@ def draw(seed: int) -> list[dict[str, Any]]:
 
 
 def place(mutant: dict[str, Any]) -> tuple[Path, int] | None:
-    """Its file and the number of its line, from 1: where it was drawn, or the one place in the package that has it now.
-    None if there is none."""
+    """The mutant's file and the number of its line, from 1: the recorded place, or the only place in the package with
+    this line now. None if there is none."""
     own = ROOT / mutant["file"]
     found = numbers(own, mutant["line"])
     if mutant["occurrence"] < len(found):
@@ -188,8 +188,8 @@ def steps(file: str) -> Iterator[list[str]]:
 
 
 def failing(tests: list[str], log: Path) -> str | None:
-    """The first of the tests that fails, "timeout", or None. In a process forked from this one, which has imported
-    what takes long to import."""
+    """The first test that fails, "timeout", or None. The tests run in a fork of this process, which has imported the
+    large packages."""
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -221,7 +221,7 @@ def failing(tests: list[str], log: Path) -> str | None:
 
 
 def kill(mutant: dict[str, Any], path: Path, number: int, log: Path) -> str | None:
-    """A test that fails with the mutant in this line, the recorded one tried first, or None."""
+    """A test that fails with the mutant in this line, or None; tries the recorded test first."""
     file = str(path.relative_to(ROOT))
     candidates = [*recorded(mutant), *steps(file)]
     before = plant(path, number, mutant["becomes"])
@@ -238,7 +238,7 @@ def kill(mutant: dict[str, Any], path: Path, number: int, log: Path) -> str | No
 
 
 def recorded(mutant: dict[str, Any]) -> list[list[str]]:
-    """The recorded test, if it is there still."""
+    """The recorded test, if it still exists."""
     file, _, name = (mutant.get("killed_by") or "").partition("::")
     path = ROOT / file
     there = path.suffix == ".py" and path.exists() and f"def {name}(" in path.read_text(encoding="utf-8")
@@ -288,7 +288,7 @@ def main() -> None:
 
 
 def run(mutants: list[dict[str, Any]], chosen: list[dict[str, Any]], log: Path, out: Path) -> None:
-    """Records what kills each of `chosen`, but those of an earlier run."""
+    """Records what kills each of `chosen`; skips mutants with a result."""
     for mutant in chosen:
         found = place(mutant)
         if "killed_by" not in mutant and found is not None:
@@ -299,7 +299,7 @@ def run(mutants: list[dict[str, Any]], chosen: list[dict[str, Any]], log: Path, 
 
 
 def check(chosen: list[dict[str, Any]], log: Path) -> list[str]:
-    """Plants again what died; returns what lives. Prints how many lines are gone, by folder."""
+    """Plants killed mutants again and returns those that live. Prints how many lines are gone, by folder."""
     living = []
     gone: Counter[str] = Counter()
     for mutant in chosen:

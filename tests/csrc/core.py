@@ -1,4 +1,4 @@
-"""The native CPU code as a program without Python: a driver and sources that setup.py compiles."""
+"""The native CPU code as a program without Python: a driver, and the sources that setup.py compiles."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ISA_FLAGS = {
 
 
 def build(compiler: str, folder: Path, *flags: str, x86: bool, sources: Sequence[Path] | None = None) -> Path:
-    """Compiles `sources`, by default driver.cpp and all native code, into `folder` with `flags`, and where `x86` each
-    file with its instruction set's flags."""
+    """Compiles `sources` (by default driver.cpp and all native code) into `folder` with `flags`. With `x86`, each file
+    also gets its instruction set's flags."""
     if sources is None:
         sources = [path for path in CSRC.rglob("*.cpp") if path.name != "bindings.cpp"]
         sources.append(ROOT / "tests" / "csrc" / "driver.cpp")
@@ -42,7 +42,7 @@ def build(compiler: str, folder: Path, *flags: str, x86: bool, sources: Sequence
 
 
 def lines_of(*command: str | Path, **environment: str) -> list[str]:
-    """What a program prints that finds no difference."""
+    """The output of a program that finds no difference."""
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-10000:]
     lines = done.stdout.splitlines()

@@ -1,10 +1,10 @@
-"""What tiny models compute, to be the same after every change that is not meant to change it.
+"""Outputs of tiny models, which must stay equal unless a change intends otherwise.
 
-    python -m tests.record.cases    # writes tests/record/outputs.safetensors, with the code as it is
+    python -m tests.record.cases    # writes tests/record/outputs.safetensors with the current code
 
-Recorded at commit ad5fab6. Documents in a row of a VaLM were told apart by each bos then; `packed` gives the positions,
-which are the same documents. A folder that ad5fab6 wrote (the demo's, a study's) is turned into today's format by
-tests/record/convert.py of the commit "Convert folders of ad5fab6 to today's format, once".
+The outputs were recorded at commit ad5fab6. At that time bos separated the documents in a row of a VaLM; `packed` gives
+the positions of the same documents. To convert a folder that ad5fab6 wrote (the demo's, a study's) to today's format,
+use tests/record/convert.py of the commit "Convert folders of ad5fab6 to today's format, once".
 """
 
 from collections.abc import Callable, Iterator
@@ -58,16 +58,16 @@ MODELS: dict[str, Callable[[], Any]] = {
     "minimax": lambda: augmented(tiny_minimax),
     "phi3-longrope": lambda: augmented(tiny_phi3_longrope),
 }
-# Families whose padding is NaN in float64, also without images.
+# Families whose padding becomes NaN in float64, even without images.
 NOT_PADDED = ("gemma2",)
-# Those that mix documents in a row, or whose cache cannot be static.
+# Families that mix the documents of a row, or whose cache cannot be static.
 NOT_PACKED, NOT_STATIC = ("minimax", "gpt-oss"), ("minimax", "phi3-longrope")
 
 
 def model_of(name: str) -> Any:
-    """In float64, so that the order of sums does not show, with open images and without dropout."""
+    """In float64, so that the order of sums does not matter; with open images and without dropout."""
     model = MODELS[name]().double().eval()
-    model.set_experts_implementation("eager")  # grouped products know no float64
+    model.set_experts_implementation("eager")  # grouped products do not support float64
     draw(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -80,7 +80,7 @@ def takes_images(model: Any) -> bool:
 
 
 def ids_of(seed: int = 0) -> Tensor:
-    """(B, T) tokens, a start token first and nowhere else."""
+    """(B, T) tokens; a start token stands first and nowhere else."""
     ids = torch.randint(3, BOS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = BOS
     return ids
@@ -100,7 +100,7 @@ def images_of(model: Any, shape: torch.Size) -> dict[str, Tensor]:
 
 
 def packed() -> tuple[Tensor, Tensor]:
-    """Ids of several documents in each row, each behind a bos, and their positions."""
+    """Ids of several documents in each row, each after a bos, and their positions."""
     ids = ids_of(2)
     for row, starts in enumerate([(4,), (1, 6, 7), ()]):
         ids[row, list(starts)] = BOS
@@ -123,7 +123,7 @@ def padded(side: str, name: str) -> tuple[Tensor, Tensor]:
 
 
 def outputs_of(name: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything that is recorded of a model."""
+    """(name, tensor) for every recorded output of a model."""
     model = model_of(name)
     with torch.no_grad():
         yield from given_images(model, name)

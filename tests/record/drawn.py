@@ -1,4 +1,4 @@
-"""Weights that depend on the name and shape of each tensor alone, so that a record of outputs needs none beside it."""
+"""Weights that depend only on the name and shape of each tensor, so that a record of outputs needs no weights."""
 
 import zlib
 from pathlib import Path
@@ -12,7 +12,7 @@ GAINS = ("norm", "ln_", "layernorm")
 
 
 def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-    """The values of the tensor `name`. RandomState draws the same numbers in every version of numpy."""
+    """The values of the tensor `name`. RandomState returns equal numbers in every version of numpy."""
     numbers = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     if len(shape) > 1:
         scale, offset = 0.3, 0.0
@@ -23,8 +23,8 @@ def drawn(name: str, shape: torch.Size) -> torch.Tensor:
 
 @torch.no_grad()
 def draw(model: torch.nn.Module) -> None:
-    """Gives every parameter of `model` its drawn value. What is stored as a difference from its initial value was
-    recorded as the value itself."""
+    """Sets every parameter of `model` to its random value. Parameters that are stored as a difference from their
+    initial value were recorded as the value itself."""
     options = getattr(model, "fusion_options", None)
     for name, parameter in model.named_parameters():
         value = drawn(name.removesuffix("_delta"), parameter.shape)

@@ -1,8 +1,8 @@
-"""Queries, images, documents and files of tiny texts, to be the same after each change that does not mean them.
+"""Queries, images and documents of tiny texts, which must stay equal unless a change intends otherwise.
 
-    python -m tests.record.retrieval    # writes tests/record/retrieval.safetensors, with the code as it is
+    python -m tests.record.retrieval    # writes tests/record/retrieval.safetensors with the current code
 
-Recorded at commit ad5fab6, the vectors at cb7a91eb. Files are not recorded, as their format may change.
+They were recorded at commit ad5fab6, the vectors at cb7a91eb. Files are not recorded, because their format may change.
 """
 
 import tempfile
@@ -50,7 +50,7 @@ def write_embeddings(folder: Path) -> EmbeddingSource:
 
 
 def outputs(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of everything that is recorded; works in `folder`, which is empty."""
+    """(name, tensor) for everything that is recorded; works in the empty `folder`."""
     clip = tiny_clip()
     kb = build(write_embeddings(folder / "embeddings"), folder / "kb", clip, progress=False)
     yield "vectors", torch.from_numpy(np.array(kb.vectors()))

@@ -1,8 +1,8 @@
-"""Documents of small files of every format, to be the same after each change that does not mean them.
+"""Documents of small files of every format, which must stay equal unless a change intends otherwise.
 
-    python -m tests.record.texts    # writes tests/record/texts.json, with the code as it is
+    python -m tests.record.texts    # writes tests/record/texts.json with the current code
 
-Recorded at commit b3dfd16. A long document is recorded as its length and SHA-256.
+They were recorded at commit b3dfd16. A long document is recorded as its length and SHA-256.
 """
 
 import csv
@@ -23,13 +23,13 @@ from valm.corpus.texts import read_documents
 DOCUMENTS = Path(__file__).with_suffix(".json")
 PROSE = Path(__file__).parents[1] / "fixtures" / "prose.txt"
 LONG = "a long document, " * 300_000  # 5 MB
-# What a reader of tables takes for something else than a text.
+# Values that a reader of tables could take for something other than text.
 TEXTS = [
     *("NA", "null", "007", "2024-01-31", "2024-01-31T10:00:00Z", "None", "nan", "#N/A", "1e5", "true", "-0", "'", " "),
     *("", "  padded  ", 'a "quoted", word', "two\nlines", "two\r\nlines", "\ttab", "naïve ☕", "a\u2028b\x0cc\x85d"),
     *("\ufeffmarked", "a\\b", "half\ufffd", '"', "last"),
 ]
-# The second column of these tables, of one type in none of them.
+# The second column of these tables, which mixes types in each.
 OTHERS = [1, "x", 2.5, None, True, "", "NA", "2024-01-31", -7]
 ROWS = [(text, OTHERS[number % len(OTHERS)]) for number, text in enumerate(TEXTS)]
 
@@ -42,7 +42,7 @@ def table(delimiter: str, **options: object) -> str:
 
 
 def contents() -> dict[str, str]:
-    """Of files by their names; each is written compressed as well."""
+    """The content of files by name; each is also written compressed."""
     rows = [json.dumps({"other": other, "text": text}) for text, other in ROWS]
     lines = "\n".join(text.replace("\n", " ") for text in TEXTS)
     long = json.dumps({"text": LONG})
@@ -86,7 +86,7 @@ def write(folder: Path) -> None:
 
 
 def outputs(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(name, documents) of each file and of the folder; works in `folder`, which is empty."""
+    """(name, documents) for each file and for the folder; works in the empty `folder`."""
     write(folder)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         yield file.relative_to(folder).as_posix(), list(map(short, read_documents([file])))

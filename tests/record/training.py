@@ -1,7 +1,8 @@
-"""Losses of tiny trainings, step by step, to be the same after each change that does not mean them: they say the order
-of the documents, their images and the weights.
+"""Losses of each step of tiny trainings, which must stay equal unless a change intends otherwise.
 
-    python -m tests.record.training    # writes tests/record/training.safetensors, with the code as it is
+They depend on the order of the documents, their images and the weights.
+
+    python -m tests.record.training    # writes tests/record/training.safetensors with the current code
 """
 
 import contextlib
@@ -46,7 +47,7 @@ COMMANDS = {
 
 
 def write_inputs(folder: Path) -> dict[str, Path]:
-    """What the commands read, by name."""
+    """The inputs of the commands, by name."""
     clip = tiny_clip()
     clip.save(folder / "clip")
     build(write_embeddings(folder / "embeddings"), folder / "kb", clip, progress=False)
@@ -86,7 +87,7 @@ def losses(folder: Path, name: str, paths: dict[str, Path]) -> Tensor:
 
 
 def outputs(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, losses) of every command; works in `folder`, which is empty."""
+    """(name, losses) for every command; works in the empty `folder`."""
     paths = write_inputs(folder)
     for name in COMMANDS:
         yield name, losses(folder, name, paths)

@@ -1,4 +1,4 @@
-"""Decoders in a folder, which are opened quantised, and what must hold of an adapter on such a base."""
+"""Decoders in a folder that tests open quantised, and the checks of an adapter on such a base."""
 
 import warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ COARSELY = "is quantised, here or where the adapter was made, so its weights wer
 
 
 def save_bases(folder: Path) -> None:
-    """A float base, another of the same shapes, and one that differs from the base in what is quantised alone."""
+    """A float base, another base of its shapes, and a base that differs only in its quantised weights."""
     base, other = (tiny_llama(seed, **SIZES) for seed in (0, 1))
     base.save_pretrained(folder / "base")
     other.save_pretrained(folder / "other")
@@ -42,9 +42,9 @@ def logits(model):
 
 
 def check_adapters(folder: Path, quantised, make_base=opened) -> None:
-    """Of the bases that `save_bases` put into `folder`.
+    """Checks an adapter on the bases that `save_bases` put into `folder`.
 
-    quantised: makes the options by which a base is opened quantised, as a library may change them.
+    quantised: makes the options that open a base quantised; made for each call, as a library may change them.
     """
 
     def base(name="base"):
@@ -63,7 +63,7 @@ def check_adapters(folder: Path, quantised, make_base=opened) -> None:
         loaded = load_adapter(base(), folder / "of-float")
     save_adapter(loaded, folder / "again")
     for name in ("adapter", "of-float"):
-        if make_base is opened:  # whose weights can be read
+        if make_base is opened:  # its weights can be read
             with pytest.raises(ValmError, match=r"belongs to another base model.*_proj\.weight has other values"):
                 load_adapter(base("other-layers"), folder / name)
         with pytest.raises(ValmError, match="belongs to another base model"):
@@ -73,9 +73,9 @@ def check_adapters(folder: Path, quantised, make_base=opened) -> None:
 
 
 def check_training(folder: Path, quantised, kind: str) -> None:
-    """That weights which train are not quantised.
+    """Checks that valm rejects quantised weights which would train.
 
-    quantised: makes the options, as above, with names of the modules that stay as they are.
+    quantised: makes the options, as above, with the names of the modules that stay in float.
     kind: class of the quantised weights.
     """
     save_bases(folder)

@@ -25,7 +25,7 @@ def clip(tokenizer) -> Clip:
 
 @pytest.fixture(scope="module", autouse=True)
 def clip_forgets_where_a_module_saved_it():
-    """Otherwise the manifests of knowledge bases would depend on the order of the tests."""
+    """Makes the manifests of knowledge bases independent of the order of the tests."""
     yield
     for clip in SHARED:
         clip.source = None
@@ -41,7 +41,7 @@ def clip_forgets_where_a_test_saved_it():
 
 @pytest.fixture(scope="session")
 def make_kb(clip, tmp_path_factory):
-    """Knowledge bases of pictures of one colour each, so that their vectors differ clearly."""
+    """Knowledge bases of single-colour pictures, whose vectors differ clearly."""
 
     def make(count):
         folder = tmp_path_factory.mktemp("colours")

@@ -1,10 +1,10 @@
-"""A model folder as the Hugging Face cache has it."""
+"""A model folder in the layout of the Hugging Face cache."""
 
 from pathlib import Path
 
 
 def as_in_the_hub_cache(folder: Path, cache: Path) -> Path:
-    """The snapshot of `folder` in `cache`, whose files are moved to blobs/ and linked from there."""
+    """Moves the files of `folder` to blobs/ in `cache`, and returns a snapshot with links to them."""
     snapshot, blobs = cache / "snapshots" / "main", cache / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

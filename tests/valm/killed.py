@@ -1,4 +1,4 @@
-"""A child process that is killed in the middle of its work, at a point that a test chooses."""
+"""Kills a child process during its work, at a point that the test chooses."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import torch
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-SECONDS = 120  # after which a child is taken to hang
+SECONDS = 120  # after this time a child counts as hanging
 
 
-# What Python tells an audit hook of before it changes a folder; `open` counts where it writes.
+# Audit events before Python changes a folder; `open` counts if it writes.
 WRITES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def exit_code_if_killed_at(
     function: Callable[[], Any], folder: Path, point: int, number: signal.Signals = signal.SIGKILL
 ) -> int:
-    """Exit code of a child that runs `killed_at`; 0 where it makes fewer changes."""
+    """Exit code of a child that runs `killed_at`; 0 if it makes fewer changes."""
     return exit_code(forked(killed_at(function, folder, point, number)))
 
 
 def killed_at(
     function: Callable[[], Any], folder: Path, point: int, number: signal.Signals = signal.SIGKILL
 ) -> Callable[[], None]:
-    """For a child: `function`, in which it sends itself a signal before its `point`-th (from 0) change of `folder`, or
-    of a name that begins so: a file opened to be written, a name made, moved or removed."""
+    """For a child: runs `function`, and sends itself a signal before the `point`-th (from 0) change of `folder` or of a
+    name that begins with it: a file opened for writing, or a name made, moved or removed."""
     root = os.fspath(folder)
 
     def run() -> None:
@@ -51,7 +51,7 @@ def killed_at(
             if done == point + 1:
                 os.kill(os.getpid(), number)
 
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
         sys.addaudithook(hook)
         function()
 
@@ -59,8 +59,8 @@ def killed_at(
 
 
 def _path(event: str, arguments: tuple[Any, ...]) -> str:
-    """The file of an audit event. shutil.rmtree names files from the folder that it has opened."""
-    name = arguments[event == "os.link"]  # the new one
+    """The file of an audit event. shutil.rmtree gives names relative to the folder that it has opened."""
+    name = arguments[event == "os.link"]  # the new name
     if not isinstance(name, str):
         return ""
     if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:
@@ -69,7 +69,7 @@ def _path(event: str, arguments: tuple[Any, ...]) -> str:
 
 
 def exit_code(process: multiprocessing.Process) -> int:
-    """Of a started child, once it has ended."""
+    """The exit code of a started child, once it has ended."""
     process.join(SECONDS)
     if process.is_alive():
         process.kill()
@@ -79,9 +79,9 @@ def exit_code(process: multiprocessing.Process) -> int:
 
 
 def forked(function: Callable[[], Any]) -> multiprocessing.Process:
-    """A started child that runs `function` on one thread: a fork copies no others, yet OpenMP waits for them.
+    """A started child that runs `function` on one thread: a fork copies no other threads, but OpenMP waits for them.
 
-    Nor does it collect its parent's garbage: an index of faiss would join threads there that the child does not have.
+    The child does not collect its parent's garbage, because a faiss index would join threads that the child lacks.
     """
 
     def run() -> None:
@@ -95,8 +95,8 @@ def forked(function: Callable[[], Any]) -> multiprocessing.Process:
 
 
 def exit_code_if_killed(function: Callable[[], Any], point: int, calls: tuple = ((os, "replace"),)) -> int:
-    """Exit code of a child that runs `function` and kills itself before its `point`-th (from 0) call of `calls`, each
-    an object and the name of its function: by default, before its `point`-th finished file."""
+    """Exit code of a child that runs `function` and kills itself before its `point`-th (from 0) call of `calls`. Each
+    of `calls` is an object and the name of its function; by default the call that finishes a file."""
 
     def run() -> None:
         done = 0
@@ -119,7 +119,7 @@ def exit_code_if_killed(function: Callable[[], Any], point: int, calls: tuple = 
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there, and not dead and waiting for its parent to notice. Linux only."""
+    """Whether a process runs and is no zombie. Linux only."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
@@ -128,7 +128,7 @@ def is_running(pid: int) -> bool:
 
 
 def still_running(pids: list[int], seconds: float = 10) -> list[int]:
-    """Those of `pids` that run on after so long; they are killed then."""
+    """The processes of `pids` that still run after this time; kills them."""
     deadline = time.monotonic() + seconds
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)

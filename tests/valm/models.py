@@ -17,7 +17,7 @@ def tiny_config(**arguments) -> ValmConfig:
 
 
 def tiny_model(seed: int = 0, **arguments) -> VaLMForCausalLM:
-    """In eval mode, with weights and biases large enough that everything in it matters."""
+    """A tiny model in eval mode, with weights and biases large enough that everything matters."""
     torch.manual_seed(seed)
     model = VaLMForCausalLM(tiny_config(**arguments)).eval()
     with torch.no_grad():
@@ -27,18 +27,18 @@ def tiny_model(seed: int = 0, **arguments) -> VaLMForCausalLM:
 
 
 def model_of(tokenizer: PreTrainedTokenizerFast, **arguments) -> VaLMForCausalLM:
-    """A `tiny_model` that reads and writes the tokens of `tokenizer`."""
+    """A `tiny_model` for the tokens of `tokenizer`."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return tiny_model(vocab_size=len(tokenizer), **special, **arguments)
 
 
 def model_for(retriever, **arguments) -> VaLMForCausalLM:
-    """A `model_of` the retriever's tokenizer that takes its images."""
+    """A `model_of` the retriever's tokenizer, for its number and width of images."""
     return model_of(retriever.encoder.tokenizer, image_dim=retriever.dim, num_images=retriever.k, **arguments)
 
 
 def llama_of(tokenizer: PreTrainedTokenizerFast, **more) -> LlamaForCausalLM:
-    """A decoder of others with three layers, for the tokens of `tokenizer`."""
+    """A decoder of transformers with three layers, for the tokens of `tokenizer`."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def llama_of(tokenizer: PreTrainedTokenizerFast, **more) -> LlamaForCausalLM:
 
 
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """(batch, length) ordinary pieces, SOT first."""
+    """(batch, length) ordinary tokens, SOT first."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, BOS, (batch, length), generator=generator)
     ids[:, 0] = BOS
@@ -62,25 +62,25 @@ def random_images(config: ValmConfig, batch: int, length: int, pool: int = 10, s
 
 
 def random_scores(index: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Retrieval scores (B, T, K) of the images at `index`, -inf where there is none."""
+    """Retrieval scores (B, T, K) of the images at `index`; -inf for no image."""
     scores = torch.randn(index.shape, generator=torch.Generator().manual_seed(seed))
     return scores.masked_fill(index < 0, -torch.inf)
 
 
 def again_from_the_start(model, ids: torch.Tensor, steps: int = 8) -> torch.Tensor:
-    """`ids` and the likeliest tokens after them, for each of which everything is read again."""
+    """`ids` and the likeliest tokens after them; the model reads the whole text again for each."""
     for _ in range(steps):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
 
 
 class HashRetriever:
-    """Images that depend on the last two tokens, found in one call or token by token."""
+    """Finds images that depend on the last two tokens, in one call or token by token."""
 
     k, dim, size = 3, 24, 50
 
     def __init__(self, bos=None):
-        """bos: begins a document, before which a token sees nothing."""
+        """bos: begins a document; tokens do not see beyond it."""
         self.bos = bos
         self.pool = torch.randn(self.size, self.dim, generator=torch.Generator().manual_seed(1))
 
@@ -109,7 +109,7 @@ class HashRetriever:
 
 
 class WholeTextRetriever(HashRetriever):
-    """Images that depend on all of a row's text so far; only whole rows are read."""
+    """Finds images that depend on all of a row's text so far; reads only whole rows."""
 
     def _find(self, ids, previous, mask):
         text = ids if mask is None else ids * mask

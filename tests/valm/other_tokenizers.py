@@ -1,4 +1,4 @@
-"""Tokenizers of language models that are not CLIP's, trained on a few lines."""
+"""Tokenizers of language models other than CLIP's, trained on a few lines."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.
 
 
 def chat_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
-    """As SmolLM2-Instruct's: bos begins each turn of a chat, and only the chat template puts it before a text."""
+    """Like SmolLM2-Instruct's: bos begins each turn of a chat, and only the chat template adds it before a text."""
     backend = gpt2_like(lines, vocab_size - 2).backend_tokenizer
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -35,7 +35,7 @@ def chat_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
 
 
 def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
-    """Blanks as a character of the words, and bytes as tokens for the characters that are in no word."""
+    """Blanks are a character of words; characters outside the vocabulary become byte tokens."""
     blank = "\u2581"
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -58,7 +58,7 @@ def llama_like(lines=LINES, vocab_size: int = 200) -> PreTrainedTokenizerFast:
 
 
 def qwen_like(lines=LINES, vocab_size: int = 420) -> PreTrainedTokenizerFast:
-    """As GPT-2's, without bos: eos is the end of a document, and another token pads."""
+    """Like GPT-2's, without bos: eos ends a document, and another token pads."""
     tokenizer = gpt2_like(lines, vocab_size)
     backend = tokenizer.backend_tokenizer
     backend.add_special_tokens(["<|pad|>"])

@@ -1,4 +1,4 @@
-"""One small store of each kind, in one folder, for the tests that damage them or read them with little memory."""
+"""One small store of each kind in one folder, for tests that damage them or open them with little memory."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ a small boat, a lemon, and 12 black cats.
 the grey boat is not a brown bus, and the apple is green: it is no lemon at all, she said, and ran to the red boat.
 blue
 """
-# Smaller than `tiny_clip`: some of these tests read its weights thousands of times.
+# Smaller than `tiny_clip`, because some tests load its weights thousands of times.
 CLIP = {
     "embed_dim": 8,
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "mlp_ratio": 1},
     "text_cfg": {"context_length": 20, "width": 8, "heads": 1, "layers": 2, "mlp_ratio": 1},
 }
 SIZES = {"n_embd": 8, "n_inner": 16, "n_layer": 2, "n_head": 1, "image_dim": CLIP["embed_dim"]}
-# Finished files after which a process is killed: in the second shard.
+# A process is killed after so many finished files: in the second shard.
 KILLED_AFTER = 4
 
 
 def make_stores(out: Path) -> Path:
-    """Writes pictures, corpus.txt, clip, kb with an index, corpus, both unfinished too, the models valm, gpt2 and
-    blind, and of each dtype an index in flat, with the queries.npy that they are asked."""
+    """Writes pictures, corpus.txt, clip, kb with an index, and corpus, the last two also unfinished. Writes the models
+    valm, gpt2 and blind, and in flat an index of each dtype with its queries.npy."""
     make_pictures(out / "pictures")
     (out / "corpus.txt").write_text(CORPUS)
     torch.manual_seed(0)
@@ -77,13 +77,13 @@ def make_stores(out: Path) -> Path:
 
 
 def build_kb(stores: Path, out: Path) -> ImageKnowledgeBase:
-    """The knowledge base of the pictures in `stores`; one that was killed is finished."""
+    """The knowledge base of the pictures in `stores`; finishes a build that was killed."""
     source = FolderSource(stores / "pictures", shard_size=SHARD)
     return build(source, out, Clip.load(stores / "clip"), Encoding(batch_size=8, thumbnails=8), progress=False)
 
 
 def make_pictures(out: Path) -> None:
-    """Single colors with captions, one picture and one caption file that are damaged."""
+    """Single-colour pictures with captions; one picture and one caption file are damaged."""
     out.mkdir()
     random = np.random.default_rng(0)
     texts: dict[str, str | list[str]] = {}
@@ -106,11 +106,11 @@ def save_model(out: Path, tokenizer: PreTrainedTokenizerFast, source: ImageSourc
     if source is not None:
         model.finder.set_source(source)
     save_checkpoint(model, tokenizer, out)
-    (out / "README.md").unlink()  # the card, which is not read
+    (out / "README.md").unlink()  # the model card, which nothing loads
 
 
 def save_flat_indexes(out: Path) -> None:
-    """Over rows of which some are equal."""
+    """An index over rows of which some are equal."""
     random = np.random.default_rng(0)
     rows = random.normal(size=(40, 10)).astype(np.float32)
     rows[[7, 20]] = rows[3]

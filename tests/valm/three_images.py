@@ -1,4 +1,4 @@
-"""A knowledge base of three images of one colour each, beside its CLIP."""
+"""A knowledge base of three single-colour images, and its CLIP."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from valm.retrieval.source import open_encoder
 
 
 def retriever_in(folder: Path, clip: Clip) -> Retriever:
-    """Writes `clip`, `images` and `kb` into `folder`; the retriever finds two images a token.
+    """Writes `clip`, `images` and `kb` into `folder`; the retriever finds two images per token.
 
-    It is opened as `load` opens one.
+    It is opened as `load` opens a retriever.
     """
     clip.save(folder / "clip")
     (folder / "images").mkdir()

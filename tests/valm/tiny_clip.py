@@ -16,7 +16,7 @@ TINY = {
 
 
 def make_clip(tokenizer, seed=0, custom_text=False, **text_cfg) -> Clip:
-    """A tiny CLIP whose random weights are large enough that every part of the text tower matters."""
+    """A tiny CLIP whose random weights are large enough that every part of the text encoder matters."""
     torch.manual_seed(seed)
     model_cfg = {**TINY, "custom_text": custom_text, "text_cfg": {**TINY["text_cfg"], **text_cfg}}
     clip = Clip.create(model_cfg, tokenizer, name="tiny")

@@ -1,4 +1,4 @@
-"""What would be uploaded to the Hugging Face Hub, which no test reaches."""
+"""Records what would be uploaded to the Hugging Face Hub, which no test reaches."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from huggingface_hub.utils import filter_repo_objects
 from valm.model.card import MARKER
 from valm.retrieval.source import ImageSource
 
-# A folder of the user's that is nobody else's business.
+# A private folder of the user.
 SECRET = "secret-project"
 
 
-# Written by the Trainer, and not in valm's hands: they name the output folder (docs/how-to/sharing.md).
+# Files of the Trainer, which name the output folder (docs/how-to/sharing.md); valm does not control them.
 OF_TRAINER = ("training_args.bin", "trainer_state.json")
 
 
 class Uploads(dict[str, bytes]):
-    """Takes the place of the Hub: the content of each file that it would get, by repository and name.
+    """Replaces the Hub: the content of each file that would be uploaded, by repository and name.
 
     Attributes:
-        options: of the repositories that would be created.
-        card: the README.md that the repository has; None: none.
+        options: the options of the repositories that would be created.
+        card: the repository's README.md; None for no file.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
@@ -71,8 +71,8 @@ class Uploads(dict[str, bytes]):
         return ModelCard(self.card)
 
     def check(self, folder: str, source: ImageSource, *secrets: str) -> None:
-        """Checks that `folder` of a repository has weights, and a config and a card that identify the images, and that
-        nothing that was uploaded has SECRET or one of `secrets`, except for OF_TRAINER."""
+        """Checks that `folder` of a repository contains weights, and a config and a card that identify the images.
+        Checks that no uploaded file except OF_TRAINER contains SECRET or one of `secrets`."""
         assert any(name.startswith(f"{folder}/") and name.endswith(".safetensors") for name in self)
         config = self.get(f"{folder}/config.json", self.get(f"{folder}/image_fusion.json", b""))
         card = self[f"{folder}/README.md"]

@@ -2,9 +2,8 @@
 
     python -m tests.valm_kernels.attack [--attention 10000] [--searches 2000] [--first 0] [--impl cpu]
 
-A case depends on its number alone: `--attention 1 --searches 0 --first N` repeats case N. Prints what it ran and how
-far the results were off, and exits with 1 if one was wrong.
-tests/README.md has the counts of a whole run.
+A case depends only on its number: `--attention 1 --searches 0 --first N` repeats case N. The command prints what it ran
+and the errors, and exits with 1 if a result was wrong. tests/README.md contains the counts of a whole run.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import torch
 from tests.valm_kernels.topk.random_searches import check_search
 from tests.valm_kernels.visual_fusion.random_cases import ALLOWED, Error, attention_errors
 
-# Errors as multiples of eager's, from which on a case is counted.
+# Multiples of eager's error above which a case is counted.
 COUNTED = (2, 4, 10)
 
 
 def run(what: str, numbers: range, case: Callable[[int], None]) -> int:
-    """Runs cases by their numbers, prints those that are wrong, and returns how many are."""
+    """Runs cases by their numbers, prints the wrong ones, and returns their number."""
     wrong = 0
     for number in numbers:
         try:

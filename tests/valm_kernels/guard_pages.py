@@ -1,4 +1,4 @@
-"""Tensors beside pages of memory that may not be read or written: a process that leaves such a tensor ends."""
+"""Tensors next to forbidden pages of memory: an access outside of such a tensor ends the process."""
 
 from __future__ import annotations
 

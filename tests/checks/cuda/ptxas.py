@@ -1,7 +1,7 @@
-"""What ptxas makes of the CUDA kernels: registers, spills and how their loops of products get rows, by architecture
-that setup.py builds machine code for.
+"""Figures of ptxas for the CUDA kernels: registers, spills, and how their loops of products load rows.
 
-`python -m tests.checks.cuda.ptxas` writes the committed table anew.
+The figures are for each architecture for which setup.py builds machine code. `python -m tests.checks.cuda.ptxas`
+rewrites the committed table.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ARCHITECTURES = ("80", "90")
 
 
 class Figures(NamedTuple):
-    """A row of the record; benchmarks/records/ has the same first columns for every compiler."""
+    """A row of the record. All tables in benchmarks/records/ begin with these columns."""
 
     kernel: str
-    variant: str  # what the template is instantiated with
+    variant: str  # template arguments
     arch: str
     registers: int
-    spill_bytes: int  # stored and loaded
-    shared_bytes: int  # of fixed size; a launch asks for more
+    spill_bytes: int  # spill stores and loads
+    shared_bytes: int  # static; a launch adds dynamic shared memory
     stack_bytes: int
     # in the innermost loop with tensor-core instructions, zeros without one
     mma: int
@@ -41,7 +41,7 @@ def nvcc_version() -> str:
 
 
 def source_hash() -> str:
-    """Of csrc/topk/cuda/search.cu and all that it includes from csrc/: the figures are those of these sources."""
+    """Hash of csrc/topk/cuda/search.cu and all that it includes from csrc/, to which the figures belong."""
     found, contents = ["topk/cuda/search.cu"], []
     for name in found:
         contents.append((ROOT / "csrc" / name).read_bytes())
@@ -51,7 +51,7 @@ def source_hash() -> str:
 
 
 def measure(architecture: str) -> list[Figures]:
-    """Compiles csrc/topk/cuda/search.cu and reads the figures of each kernel, in order of their names."""
+    """Compiles csrc/topk/cuda/search.cu and returns the figures of each kernel, ordered by name."""
     import triton  # only on Linux
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,9 +112,7 @@ def _kernel_and_variant(signature: str) -> tuple[str, str]:
 
 
 def read_table() -> tuple[str, str, dict[tuple[str, str, str], Figures]]:
-    """The nvcc version and the hash of the sources that the table was written with, and its figures by kernel,
-    variant and architecture.
-    """
+    """The table's nvcc version and hash of sources, and its figures by kernel, variant and architecture."""
     with TABLE.open(newline="") as file:
         version, sources = re.fullmatch(r"# nvcc (\S+), sources (\S+)", file.readline().strip()).groups()
         rows = [Figures(*row[:3], *map(int, row[3:])) for row in list(csv.reader(file))[1:]]

@@ -7,7 +7,7 @@ from tests.valm.stores import make_stores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """An hour for each test: thousands of mutants take minutes beside other work. A hang is still found."""
+    """Allows an hour for each test: thousands of mutants take minutes on a busy machine. A hang is still found."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(3600))
@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def whole_stores(tmp_path_factory) -> Path:
-    """Not to be changed."""
+    """The stores; no test may change them."""
     pytest.importorskip("faiss", reason="needs faiss: install valm[faiss]")
     return make_stores(tmp_path_factory.mktemp("stores"))
 

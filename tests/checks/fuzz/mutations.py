@@ -1,4 +1,4 @@
-"""Small damages to files: of their bytes, of the JSON in them, and of what stands at their name; and what they show."""
+"""Damages files: their bytes, their JSON, or the object at their name; and checks how a reader reacts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from valm.errors import ValmError, sentence
 
 SEED = int(os.environ.get("VALM_FUZZ_SEED", "0"))
 REFUSED = "refused"
-# The errors of valm itself.
+# valm's own errors.
 OURS = (ValmError, OSError)
 
-# What PyTorch writes.
+# Files that PyTorch writes.
 PICKLES = (".pt", ".pth", ".bin")
 ODD_VALUES = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "x", "../x", "/etc/passwd", "a\0b", "\ud800",
@@ -37,7 +37,7 @@ ODD_YAML = [
 
 
 def fuzzed(examples: int) -> Callable[..., Any]:
-    """A test of so many mutants, the same ones for a seed."""
+    """A test of a number of mutants, equal for a seed."""
 
     def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
         return seed(SEED)(
@@ -54,7 +54,7 @@ def fuzzed(examples: int) -> Callable[..., Any]:
 
 
 def result_of(read: Callable[[], Any], errors: tuple[type[Exception], ...] = OURS) -> Any:
-    """What `read` returns, or REFUSED with an error that does not quote what is outside; one of OURS is a sentence."""
+    """The result of `read`, or REFUSED. Its error must not quote files outside; an error of OURS must be a sentence."""
     try:
         found = read()
     except errors as error:
@@ -74,8 +74,7 @@ def check_mutants(
     expected: Any,
     errors: tuple[type[Exception], ...] = OURS,
 ) -> None:
-    """One of `files` is damaged: `read` raises one of `errors`, or returns what is `expected` (... stands for
-    anything)."""
+    """Damages one of `files`: `read` must raise one of `errors`, or return `expected` (... allows anything)."""
     before, executed = outside.read_bytes(), Path(f"{outside}.executed")
     file = data.draw(st.sampled_from(files))
     with damaged(data.draw, file, outside) as how:
@@ -93,7 +92,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 class Executes:
-    """Unpickled, it makes the file `path`."""
+    """An object that makes the file `path` when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -123,7 +122,7 @@ def mutated_bytes(draw: Callable[..., Any], content: bytes) -> bytes:
 
 
 def mutated_json(draw: Callable[..., Any], content: bytes) -> bytes:
-    """`content` with a value somewhere in it removed, doubled, or replaced by an odd one."""
+    """`content` with one of its values removed, doubled, or replaced by an odd value."""
     value = json.loads(content)
     places = list(_places(value))
     if not places:
@@ -154,7 +153,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def damaged(draw: Callable[..., Any], file: Path, outside: Path) -> Iterator[str]:
-    """`file` is another while the block runs, whose name says how. `outside` has the content of a file elsewhere."""
+    """Replaces `file` while the block runs, as the name says. `outside` contains the content of a file elsewhere."""
     ways = ["bytes", "bytes", "missing", "empty", "folder", "link out"]
     ways += ["code"] * (file.suffix in PICKLES)
     how = draw(st.sampled_from([*ways, *["json"] * 6] if file.suffix == ".json" else ways))

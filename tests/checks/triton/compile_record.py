@@ -1,11 +1,11 @@
-"""Compiles the Triton kernels for cards that are not there, and reads what the compiler reports.
+"""Compiles the Triton kernels for GPUs that are not there, and collects the compiler's report.
 
-The launchers run on meta tensors with every kernel replaced by a recorder; each recorded launch is compiled ahead of
-time exactly as Triton would specialise it for a card of the architecture. Triton keeps what it compiled, by the hash of
-source and options, in its own cache.
+The launchers run on meta tensors with a recorder instead of every kernel. Each recorded launch is compiled ahead of
+time exactly as Triton would specialise it for a GPU of the architecture. Triton caches the results by the hash of
+source and options.
 
-The figures of one Triton version are recorded in benchmarks/records/triton_compile.csv. Where a kernel or its tiles
-changed on purpose, this writes the table anew, in a few minutes:
+benchmarks/records/triton_compile.csv records the figures of one Triton version. After an intended change of a kernel or
+its tiles, rewrite the table in a few minutes:
 
     python -m tests.checks.triton.compile_record
 """
@@ -47,7 +47,7 @@ BIASES = ("image_k_bias", "image_v_bias", "image_logit_bias")
 ARCHITECTURES = (80, 90, 100, "gfx942")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-# bfloat16 takes float16's tiles: of 126 pairs of kernels none differed in spills or shared memory (Triton 3.9.0).
+# bfloat16 uses float16's tiles: none of 126 pairs of kernels differed in spills or shared memory (Triton 3.9.0).
 RECORDED_DTYPES = ("float16", "float32")
 KERNELS = {
     "forward": (forward, "_forward_kernel"),
@@ -79,28 +79,28 @@ WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
 SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
-# Of a compute unit of gfx9, each with wavefronts of its own.
+# SIMD units of a gfx9 compute unit, each with its own wavefronts.
 SIMDS = 4
 # Products of tiles at each step of a loop.
 PRODUCTS = {"forward": 2, "query": 3, "key": 4}
-# Registers are handed out per warp in units of 256; a block's shared memory has 1 KiB of the system's beside it.
+# Registers are allocated per warp in units of 256; each block needs 1 KiB of shared memory for the system.
 REGISTER_UNIT = 256
 SHARED_RESERVED = 1024
 
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel: how it was launched and what the compiler says of it. A row of the table."""
+    """A row of the table: a compiled kernel, its launch and the compiler's figures."""
 
     kernel: str
     variant: str
     arch: str
     registers: int
     spill_bytes: int
-    # instructions that store or load what did not fit into registers, in loops over keys or queries and over images
+    # spill instructions in loops over keys or queries, and over images
     text_loop_spills: int
     image_loop_spills: int
-    products: float | None  # multiply-adds issued on tensor cores over those needed
+    products: float | None  # multiply-adds issued on tensor cores ÷ multiply-adds needed
     shared_bytes: int
     block_m: int | None
     block_n: int | None
@@ -112,7 +112,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel was launched with."""
+    """The arguments of a launch."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -120,7 +120,7 @@ class Launch:
 
 
 class Recorder:
-    """Stands in for a kernel and records its launches and their grids."""
+    """Replaces a kernel, and records its launches and their grids."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -137,7 +137,7 @@ class Recorder:
 
 @contextmanager
 def recorders(arch: int | str) -> Iterator[dict[str, Recorder]]:
-    """Every kernel replaced by a recorder, on a card of `arch` with the multiprocessors of an H100."""
+    """Replaces every kernel by a recorder, on a GPU of `arch` with the multiprocessors of an H100."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(launchers, "architecture", lambda _: arch))
         stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda _: 132))
@@ -162,7 +162,7 @@ def meta_inputs(
     seqlens: bool = False,
     by_head: bool = False,
 ) -> Inputs:
-    """Arguments of forward with all switched on but the options here: B 4, 12 key-value heads, T 1024, K 8."""
+    """Arguments of forward with every option except those given here: B 4, 12 key-value heads, T 1024, K 8."""
     batch, heads = 4, 12
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -218,14 +218,14 @@ class Specialisation:
 
 
 def target(arch: int | str) -> GPUTarget:
-    """A card of a compute capability, or of an architecture of AMD's, whose wavefronts have 64 threads up to gfx9."""
+    """A GPU of a compute capability, or of an AMD architecture, whose wavefronts have 64 threads up to gfx9."""
     if isinstance(arch, int):
         return GPUTarget("cuda", arch, 32)
     return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
 
 
 def specialise(launch: Launch, arch: int | str) -> Specialisation:
-    """What a launch would compile on a card of `arch`, by Triton's own rules."""
+    """What a launch would compile on a GPU of `arch`, by Triton's own rules."""
     function = launch.kernel
     backend = make_backend(target(arch))
     bind = create_function_from_signature(function.signature, function.params, backend)
@@ -238,7 +238,7 @@ def specialise(launch: Launch, arch: int | str) -> Specialisation:
 
 @cache
 def compile_case(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> Report:
-    """Compiles one row of the table; raises what Triton raises where that fails."""
+    """Compiles one row of the table. Triton's exceptions pass."""
     options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
     inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
     if call == "joined":
@@ -250,7 +250,7 @@ def compile_case(kernel: str, call: str, arch: int | str, head_dim: int, dtype: 
 
 
 def row_key(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> tuple[str, str, str]:
-    """Kernel, variant and architecture of a case, as the table writes them."""
+    """Kernel, variant and architecture of a case, in the table's words."""
     return kernel, f"{call} D{head_dim} {dtype}", f"sm_{arch}" if isinstance(arch, int) else arch
 
 
@@ -263,9 +263,9 @@ def compile_kernel(
     with_image_scores: bool = False,
     with_flash: bool = False,
 ) -> tuple[str, Report]:
-    """Compiles `kernel` as it would be launched for `inputs`, in the backward with the gradients of lse and of the
-    image scores or without; with flash attention for the text as impl="flash+triton" launches it. Its PTX, for NVIDIA's
-    cards, and the report."""
+    """Compiles `kernel` as it would be launched for `inputs`, in the backward with or without the gradients of lse and
+    of the image scores. With flash attention for the text, as impl="flash+triton" launches it. Returns the PTX (for
+    NVIDIA GPUs) and the report."""
     special = specialise(record(kernel, arch, inputs, with_lse, with_image_scores, with_flash), arch)
     compiled = triton.compile(special.source, target=target(arch), options=special.options)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -291,13 +291,13 @@ def compile_kernel(
 
 
 def _products_needed(kernel: str, values: dict[str, Any]) -> int:
-    """Multiply-adds of one step of the loop over tiles; three for each of float32 by tf32x3."""
+    """Multiply-adds of one step of the loop over tiles; float32 by tf32x3 counts three times."""
     terms = 3 if values["INPUT_PRECISION"] == "tf32x3" else 1
     return PRODUCTS[kernel] * terms * values["BLOCK_M"] * values["BLOCK_N"] * values["BLOCK_D"]
 
 
 def _nvidia_usage(asm: Any, warps: int, shared: int, tensor_memory: int, arch: int) -> dict[str, Any]:
-    """What ptxas says of a kernel, and what its code shows."""
+    """The figures of ptxas for a kernel, and of its code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -323,7 +323,7 @@ def _nvidia_usage(asm: Any, warps: int, shared: int, tensor_memory: int, arch: i
 
 
 def _amd_usage(assembly: str, warps: int, shared: int, arch: str) -> dict[str, Any]:
-    """The same from AMDGCN assembly: bytes of scratch memory per thread, wavefronts per compute unit."""
+    """The figures from AMDGCN assembly: bytes of scratch memory per thread, wavefronts per compute unit."""
 
     def figure(name: str) -> int:
         return int(re.search(rf"{name}:\s+(\d+)", assembly)[1])
@@ -349,7 +349,7 @@ def _cuobjdump(*arguments: str) -> str:
 def all_cases() -> Iterator[tuple[str, str, int | str, int, str]]:
     """Arguments of compile_case for every row of the table."""
     for case, arch, head_dim, dtype in product(CASES, ARCHITECTURES, HEAD_DIMS, RECORDED_DTYPES):
-        if "joined" not in case or dtype != "float32":  # which flash attention does not take
+        if "joined" not in case or dtype != "float32":  # flash attention does not support float32
             yield *case, arch, head_dim, dtype
 
 
@@ -369,7 +369,7 @@ def read_table() -> tuple[str, dict[tuple[str, str, str], Report]]:
 
 
 def write_table() -> None:
-    from tqdm import tqdm  # which nobody needs who only collects the tests
+    from tqdm import tqdm  # not needed to collect the tests
 
     cases = list(all_cases())
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

@@ -1,8 +1,8 @@
-"""Reads from a kernel's code what its loops do twice: products of tiles, and trips of registers to memory.
+"""Finds wasted work in the loops of a kernel's code: repeated products of tiles, and register spills.
 
-Where a tile has fewer rows than its warps' instructions, Triton lets groups of warps compute the same products, and the
-same exponentials after them. Registers that do not fit are stored and loaded again; outside of loops that costs next to
-nothing. No result shows either.
+If a tile has fewer rows than its warps' instructions, Triton lets groups of warps compute equal products and equal
+exponentials. Registers that do not fit are stored and loaded again; outside of loops that costs almost nothing. No
+result shows either.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;")
 _SASS_JUMP = re.compile(r"^(?:@!?U?P\w+\s+)?(?:BRA|BSSY|CALL|JMP)\b.*?\b0x(?P<to>[0-9a-f]+)$")
 _SASS_END = re.compile(r"^(?:EXIT|RET|(?:BRA|JMP)(?:\.\w+)* 0x)")
 
-# Products by one warp, by one group of four warps, by a whole program; AMD's by one wavefront.
+# Products by one warp, by a group of four warps, by a whole program; on AMD by one wavefront.
 _MMA = re.compile(r"\bmma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)\.")
 _WGMMA = re.compile(r"\bwgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)\.")
 _TCGEN05 = re.compile(r"\btcgen05\.mma\.\S*kind::(\w+) \[[^\]]+\], [^,]+, [^,]+, (%r\d+),")
@@ -41,15 +41,15 @@ _AMD_SPILL = re.compile(r"\bscratch_(?:load|store)_")
 
 @dataclass
 class _Code:
-    """The instructions of a kernel, and for some of them the number of another that may follow, or that none does."""
+    """The instructions of a kernel. For some of them, the number of another that may follow, or that none follows."""
 
     instructions: list[str]
     jumps: dict[int, int]
     ends: set[int]
 
     def loops(self) -> Iterator[str]:
-        """The instructions of every loop: those that can be reached from each other."""
-        # gpu-check imports this module where there may be no scipy, and reads no code
+        """The instructions of every loop: instructions that can reach each other."""
+        # gpu-check imports this module without scipy, and analyses no code
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -63,7 +63,7 @@ class _Code:
 
 
 def _code(assembly: str, label: re.Pattern[str], jump: re.Pattern[str], end: re.Pattern[str]) -> _Code:
-    """Of assembly whose lines are labels and instructions."""
+    """The code of assembly whose lines are labels and instructions."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in assembly.splitlines():
@@ -89,14 +89,14 @@ def _sass_code(sass: str) -> _Code:
 
 
 class Spills(NamedTuple):
-    """Instructions inside loops that store or load what did not fit into registers."""
+    """Spill instructions inside loops."""
 
-    text: int  # in loops with products of tiles: those over keys or queries
-    images: int  # in the others
+    text: int  # in loops with products of tiles, over keys or queries
+    images: int  # in other loops
 
 
 def spills_in_sass(sass: str) -> Spills:
-    """Of one kernel in the output of `cuobjdump -sass`."""
+    """The code of one kernel in the output of `cuobjdump -sass`."""
     return _spills(_sass_code(sass), _SASS_PRODUCT, _SASS_SPILL)
 
 
@@ -115,7 +115,7 @@ def _spills(code: _Code, product: re.Pattern[str], spill: re.Pattern[str]) -> Sp
 
 
 def products_in_ptx(ptx: str, warps: int) -> int:
-    """Multiply-adds that a program issues on tensor cores at each step of a loop, the most of all loops."""
+    """Multiply-adds that a program issues on tensor cores per step of a loop; the largest of all loops."""
     constants = dict(_CONSTANT.findall(ptx))
     most = 0
     for loop in _code(ptx, _PTX_LABEL, _PTX_JUMP, _PTX_END).loops():
@@ -129,7 +129,7 @@ def products_in_ptx(ptx: str, warps: int) -> int:
 
 
 def products_of_amd(assembly: str, warps: int) -> int:
-    """The same on AMD's matrix cores."""
+    """Multiply-adds per step of a loop on AMD's matrix cores."""
     loops = _code(assembly, _AMD_LABEL, _AMD_JUMP, _AMD_END).loops()
     return max((_volume(_AMD_PRODUCT, loop) * warps for loop in loops), default=0)
 

@@ -1,7 +1,7 @@
-"""Reads from a kernel's PTX how it moves its data: the width of every access to global memory, and what each loop does.
+"""Finds in a kernel's PTX how it moves data: the width of each access to global memory, and what each loop does.
 
-Registers and spills tell nothing of loads that fell apart into single elements, or that a loop waits for; both cost a
-kernel more than a spill does, and no result shows them.
+Registers and spills do not show loads that fell apart into single elements, or loads for which a loop waits. Both cost
+more than a spill, and no result shows them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAX_STAGES = 8
 
 @dataclass(frozen=True)
 class Code:
-    """What a stretch of PTX does; bytes are those of one thread in one instruction."""
+    """Counts of a stretch of PTX; bytes are per thread and instruction."""
 
-    loads: Counter[int]  # how many loads from global memory into registers, by bytes
+    loads: Counter[int]  # loads from global memory into registers, by bytes
     stores: Counter[int]
-    async_copies: Counter[int]  # copies from global to shared memory that nobody waits for here, by bytes
+    async_copies: Counter[int]  # asynchronous copies from global to shared memory, by bytes
     products: int  # tensor-core instructions
     instructions: int
-    # instructions from the issue of a copy to the wait for it, the shortest of the loop; None without such copies
+    # least number of instructions from a copy to its wait in the loop; None without asynchronous copies
     copy_distance: int | None = None
 
 
@@ -57,7 +57,7 @@ def loops(ptx: str) -> list[Code]:
 def _code(lines: list[str], repeats: bool = False) -> Code:
     counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter(), "cp": Counter()}
     products = 0
-    issues, waits = [], []  # instruction numbers; a wait with the number of groups that may stay in flight
+    issues, waits = [], []  # instruction numbers; each wait with the number of groups that may stay in flight
     instructions = [text for line in lines if (text := line.strip()).endswith(";") and not text.startswith(".")]
     for number, text in enumerate(instructions):
         if access := _ACCESS.search(text):
@@ -80,7 +80,7 @@ def _copy_distance(issues: list[int], waits: list[tuple[int, int]], length: int)
     distances = []
     allowed = dict(waits)
     for issue in issues:
-        # once round the loop after the other; a wait covers the copy when enough groups were committed after it
+        # iteration by iteration: a wait covers the copy if enough groups were committed after it
         later = 0
         for number in range(issue + 1, issue + 1 + MAX_STAGES * length):
             later += number % length in issues

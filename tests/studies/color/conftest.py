@@ -1,4 +1,4 @@
-"""Pictures of things without any file: their names and colours."""
+"""Pictures of objects without files: their names and colours."""
 
 import pytest
 
@@ -9,7 +9,7 @@ COLORS = ("red", "yellow", "green", "blue")
 
 @pytest.fixture
 def pictures():
-    """Two of each of forty things that are in no test set, ten of each colour; and of a scene."""
+    """Two pictures of each of forty objects in no test set, ten of each colour, and two of a scene."""
     made = []
     for number in range(40):
         name, color = f"gizmo{chr(97 + number // 26)}{chr(97 + number % 26)}", COLORS[number % 4]

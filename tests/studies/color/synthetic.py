@@ -1,4 +1,4 @@
-"""Results of a study whose numbers are known: VaLM with the cut follows its images, base and twin say one colour."""
+"""Synthetic results of a study: VaLM with the threshold follows its images, base and baseline say one colour."""
 
 import json
 
@@ -9,12 +9,12 @@ from studies.color.config import EXCHANGES
 ITEMS, PROMPTS, COLORS = 30, 9, np.array(["red", "blue", "green"])
 RIGHT = COLORS[np.random.default_rng(100).integers(0, 3, ITEMS)]
 PICTURED = np.arange(ITEMS) % 2 == 0
-# Hits of PROMPTS: always, 8 times of 9, never, and where "red" is right.
+# Hits among PROMPTS: always, 8 of 9, never, and only if "red" is right.
 ALL, MOST, NONE = (np.full(ITEMS, count) for count in (PROMPTS, PROMPTS - 1, 0))
 RED = PROMPTS * (RIGHT == "red")
 CALIBRATIONS = ("calibrated", "calibrated apart")
 BASE, TWIN, CUT = ("base", "none"), ("twin", "none"), ("cut", "retrieved")
-# What each arm hits with what it sees; a picture has another colour after an exchange, but that of the first item.
+# The hits of each arm by what it sees. An exchange changes the colour of every picture except the first item's.
 HITS = {
     ("base", "none"): {"raw": RED},
     ("twin", "none"): {"raw": RED},
@@ -28,7 +28,7 @@ HITS = {
 
 
 def rows(hits, sets=("memory_color", "validation")):
-    """Rows of the results; calibrated answers are the raw ones, apart or not."""
+    """Rows of the results; the calibrated answers equal the raw answers."""
     found = []
     for (arm, images), measured in hits.items():
         for of in sets:
@@ -57,7 +57,7 @@ def asked_texts(of):
 
 
 def result(seed, pictured=PICTURED):
-    """The validation things are each seed's own. pictured: of these."""
+    """Each seed has its own validation objects. pictured: which of them have a picture."""
     things, own = ([f"{of} {number}" for number in range(ITEMS)] for of in ("thing", str(seed)))
     measures = ("raw", *CALIBRATIONS, *EXCHANGES)
     return {
@@ -78,7 +78,7 @@ def result(seed, pictured=PICTURED):
 
 
 def write(folder, seeds=(0, 1), made=result):
-    """The files of these seeds."""
+    """Writes the files of these seeds."""
     files = []
     for seed in seeds:
         files.append(folder / f"seed-{seed}.json")

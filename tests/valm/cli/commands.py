@@ -1,4 +1,4 @@
-"""The valm command called from tests, and the sizes of the models it trains there."""
+"""Calls the valm command from tests, and the sizes of the models that it trains there."""
 
 import json
 import re
@@ -21,13 +21,13 @@ def run(*arguments) -> int:
 
 
 def wrong_inputs(said):
-    """Parametrizes a test by command lines, in which {world} and {tmp} are the folders, and what is `said` of each."""
+    """Parametrizes a test by command lines and the sentence `said` of each; {world} and {tmp} are the folders."""
     return pytest.mark.parametrize(("command", "message"), said.items(), ids=said)
 
 
 @contextmanager
 def serving(model, *options):
-    """The process of `valm serve`, and its address."""
+    """The process of `valm serve` and its address."""
     command = [sys.executable, "-m", "valm", "serve", str(model), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -37,13 +37,13 @@ def serving(model, *options):
 
 
 def asked(address, **fields):
-    """The answer to a request for a completion, open."""
+    """The open answer to a request for a completion."""
     body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
     return urllib.request.urlopen(urllib.request.Request(f"{address}/completions", body, headers), timeout=120)
 
 
 def evaluations(folder):
-    """What each evaluation of the training in `folder` found, from its last checkpoint."""
+    """The results of each evaluation during the training in `folder`, from its last checkpoint."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "eval_loss" in entry]

@@ -1,4 +1,4 @@
-"""A tiny CLIP's world, in which each command runs, and the check of what a command says of wrong input."""
+"""A folder with a tiny CLIP, in which each command runs, and a check of the sentences on wrong input."""
 
 import os
 import shlex
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(world):
-    """A pretrained chat model with a tokenizer of its own, and the corpus retrieved with that."""
+    """A pretrained chat model with its own tokenizer, and the corpus retrieved with that tokenizer."""
     tokenizer = chat_like(["the color of the coal is black"], vocab_size=300)
     llama_of(tokenizer, max_position_embeddings=64).save_pretrained(world / "base")
     tokenizer.save_pretrained(world / "base")
@@ -51,14 +51,14 @@ def base(world):
 
 @pytest.fixture(scope="module")
 def address(world):
-    """Of a server that the tests of a module share."""
+    """The address of a server that the tests of a module share."""
     with serving(world / "valm", "--max-waiting", "200") as (_, address):
         yield address
 
 
 @pytest.fixture
 def copy_of(world, tmp_path):
-    """Copies part of the world, to be damaged."""
+    """Copies a part of the world that a test may damage."""
 
     def copy(*names):
         for name in names:
@@ -70,7 +70,7 @@ def copy_of(world, tmp_path):
 
 @pytest.fixture
 def alone(copy_of):
-    """A renamed model of which nothing says where its images are: {tmp}/alone."""
+    """A renamed model in {tmp}/alone whose folder does not say where its images are."""
     root = copy_of("valm")
     (root / "valm").rename(root / "alone")
     (root / "alone" / "_retrieval.json").unlink()
@@ -78,7 +78,7 @@ def alone(copy_of):
 
 @pytest.fixture
 def output_of(capsys):
-    """Runs a command that succeeds; returns what it prints."""
+    """Runs a command that succeeds, and returns its output."""
 
     def output_of(*arguments):
         capsys.readouterr()
@@ -90,7 +90,7 @@ def output_of(capsys):
 
 @pytest.fixture
 def error_of(capsys):
-    """Runs a command that fails; returns what it says of that."""
+    """Runs a command that fails, and returns its message."""
 
     def error_of(*arguments):
         capsys.readouterr()
@@ -102,10 +102,9 @@ def error_of(capsys):
 
 @pytest.fixture
 def sentence(world, tmp_path, error_of):
-    """Checks that a command line fails with one sentence and leaves no model or knowledge base behind; returns it.
+    """Checks that a command line fails with one sentence and leaves no model or knowledge base; returns the sentence.
 
-    In the line and in what the sentence must say, {world} and {tmp} are the folders. The latter has an empty.txt
-    without text.
+    In the command line and in the expected words, {world} and {tmp} are the folders. {tmp} contains an empty empty.txt.
     """
     (tmp_path / "empty.txt").write_text("\n\n")
 

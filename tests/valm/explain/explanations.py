@@ -1,4 +1,4 @@
-"""An explanation made by hand: two heads, three tokens, two images, all of it to be found again on a page."""
+"""An explanation made by hand: two heads, three tokens, two images. A test finds all of it on a page."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ IMAGES = [[0.40, 0.10], [0.25, 0.25], [0, 0]]
 
 
 def explanation(**changes) -> Explanation:
-    """Head 0 looks as TEXT and IMAGES say, head 1 at the token itself only."""
+    """Head 0 attends as TEXT and IMAGES say, head 1 only to the token itself."""
     itself = np.eye(3)
     made = Explanation(
         text="the bat",

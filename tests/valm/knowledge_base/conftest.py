@@ -9,7 +9,7 @@ from tests.valm.knowledge_base.inputs import COUNT, build_folder, png, write_tar
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """23 small pictures; three more that cannot be read: cut short, not a picture, too large."""
+    """23 small pictures, and three unreadable files: cut short, not a picture, too large."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     for index in range(COUNT):
@@ -25,14 +25,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kb(folder, clip, tmp_path_factory):
-    unsaved = copy.copy(clip)  # whatever the module that asks first has done with it
+    unsaved = copy.copy(clip)  # independent of what the first module did with it
     unsaved.source = None
     return build_folder(folder, tmp_path_factory.mktemp("kb"), unsaved)
 
 
 @pytest.fixture
 def tars(tmp_path):
-    """Two archives as img2dataset writes them, with a broken picture, a second picture of a sample, odd names."""
+    """Two archives in img2dataset's layout, with a broken picture, a second picture of a sample, and odd names."""
     folder = tmp_path / "tars"
     folder.mkdir()
     caption = b'{"caption": "a red apple", "url": "x"}'

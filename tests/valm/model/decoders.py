@@ -1,4 +1,4 @@
-"""Tiny augmented decoders with open images, and `each_model`, which a test of any model that takes images runs with."""
+"""Tiny augmented decoders with open images, and `each_model`, which parametrizes a test by all models with images."""
 
 from functools import partial
 
@@ -26,19 +26,19 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 
 def tiny_llama(seed=0, **arguments):
-    """Grouped queries, rotary positions; weights large enough that everything matters."""
+    """Grouped queries, rotary positions, and weights large enough that everything matters."""
     return _randomised(LlamaForCausalLM, LlamaConfig(**(SMALL | SIZES | HEADS | arguments)), seed)
 
 
 def tiny_minimax(seed=0):
-    """Full attention and linear attention in turn, with a cache class of its own."""
+    """Full and linear attention in turn, with its own cache class."""
     sizes = SIZES | {"num_hidden_layers": 4, "head_dim": 8, "block_size": 8}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     return _randomised(MiniMaxForCausalLM, MiniMaxConfig(**SMALL, **sizes, **HEADS, **experts), seed)
 
 
 def tiny_phi3_longrope(seed=0):
-    """Beyond 10 tokens the frequencies of the rotation are others."""
+    """Beyond 10 tokens the frequencies of the rotation change."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
     rotation = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 10, **factors}
     threshold = {"rope_parameters": rotation, "original_max_position_embeddings": 10}
@@ -60,7 +60,7 @@ def _randomised(model_class, config, seed):
 
 
 def augmented(base=tiny_llama, seed=0, **arguments):
-    """With open images and biases that are not 0."""
+    """Opens the images and sets biases that are not 0."""
     model = augment(base(seed), IMAGE_DIM, IMAGES, **arguments)
     open_images(model)
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ each_model = pytest.mark.parametrize("make", [augmented, partial(augmented, tiny
 
 
 def random_ids(batch, length, seed=0):
-    """Ordinary tokens, of a `tiny_model` too."""
+    """Ordinary tokens, also for a `tiny_model`."""
     return torch.randint(3, BOS, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,4 +1,4 @@
-"""A step of an augmented model whose attention heads are divided among two processes, against one process.
+"""Compares a step of an augmented model whose attention heads are divided among two processes with one process.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.valm.model.tensor_parallel FOLDER
 """
@@ -22,7 +22,7 @@ DIVIDED = DistributedConfig(tp_plan="auto", tp_size=2)
 
 
 def opened(folder, **arguments):
-    """In float64, so that a wrong gradient is not taken for rounding."""
+    """In float64, so that a wrong gradient does not pass as rounding."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **arguments)
 
 

@@ -1,4 +1,4 @@
-"""A knowledge base of given vectors, with an index, for the tests of both."""
+"""A knowledge base of given vectors with an index, for the tests of both."""
 
 from functools import partial
 from unittest.mock import Mock
@@ -17,12 +17,12 @@ make_index = partial(build_index, k=K, progress=False)
 
 
 def slow(*values):
-    """A case of a `parametrize` that is slow."""
+    """A slow case of a `parametrize`."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_directions(count, dim, seed, centres=40):
-    """Unit vectors around some centres, as pictures of like things are."""
+    """Unit vectors around some centres, like pictures of similar objects."""
     generator = np.random.default_rng(seed)
     middle = np.random.default_rng(99).normal(size=(centres, dim))
     rows = middle[generator.integers(0, centres, count)] + 0.7 * generator.normal(size=(count, dim))
@@ -34,7 +34,7 @@ def queries(kb, count=400, seed=1) -> torch.Tensor:
 
 
 def make_kb_of_directions(clip, out, caption="", copies=1) -> ImageKnowledgeBase:
-    """COUNT vectors in three shards, each `copies` times, far from each other."""
+    """COUNT vectors in three shards, far from each other, each `copies` times."""
     vectors = np.tile(random_directions(COUNT // copies, clip.embed_dim, seed=0), (copies, 1))
 
     def table_of(part, progress):
@@ -55,6 +55,6 @@ def make_indexed(clip, out, **arguments) -> ImageKnowledgeBase:
 
 
 def spoil(kb, shard, rows):
-    """Makes some neighbouring vectors of a shard ones that are no numbers."""
+    """Replaces some neighbouring vectors of a shard by NaN."""
     file, vectors = kb.shard_files()[shard][0], vectors_of(kb.table(shard))[rows]
     file.write_bytes(file.read_bytes().replace(vectors.tobytes(), np.full_like(vectors, np.nan).tobytes()))

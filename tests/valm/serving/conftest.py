@@ -1,4 +1,4 @@
-"""A tiny VaLM with its retriever, and a stand-in for a model that generates one letter after the other."""
+"""A tiny VaLM with its retriever, and a substitute model that generates one letter after the other."""
 
 import threading
 from types import SimpleNamespace
@@ -44,8 +44,8 @@ def served(request, make_served):
 
 
 class Letters:
-    """A model that continues with "a", "b", ..., and its tokenizer, for which a letter is its code. `go` lets so many
-    more tokens be generated."""
+    """A model that continues with "a", "b", ..., and its tokenizer, in which a letter's id is its code. `go` allows a
+    number of further tokens."""
 
     eos_token_id = bos_token_id = 0
     chat_template = retriever = None
@@ -60,8 +60,8 @@ class Letters:
         self.begun = threading.Semaphore(0)
         self.go = threading.Semaphore(0)
         self.error = None
-        self.batches = []  # the rows of every step
-        self.prompts = []  # the tokens of the prompts that were read together
+        self.batches = []  # the rows of each step
+        self.prompts = []  # the tokens of prompts read together
 
     def __call__(self, text, **options):
         return {"input_ids": list(map(ord, text))}

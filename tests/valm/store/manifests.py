@@ -17,14 +17,14 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def edit_manifest(folder: Path, name: str = "manifest.json", **changes: Any) -> None:
-    """Changes entries of the file `name`, with a checksum that agrees, as whoever may write the folder could."""
+    """Changes entries of the file `name` and its checksum, as anybody who may write the folder could."""
     file = folder / name
     file.write_text(json.dumps(sealed(json.loads(file.read_text()) | changes)))
 
 
 def replacements(file: Path, outside: Path) -> Iterator[None]:
-    """Puts a pipe, a link to a device, and a link to a copy of the file in the folder `outside` in the place of
-    `file`, one after the other: none of them is a file of its folder."""
+    """Replaces `file` by a pipe, a link to a device, and a link to its copy in the folder `outside`, one after the
+    other: none of them is a regular file of its folder."""
     outside.mkdir()
     copy = outside / file.name
     file.rename(copy)
@@ -35,7 +35,7 @@ def replacements(file: Path, outside: Path) -> Iterator[None]:
 
 
 def check_every_bit_counts(file: Path, read: Callable[[], object], count: int) -> None:
-    """That `read` refuses the JSON `file` with one changed bit, of which it tries `count`, unless it says the same."""
+    """Checks that `read` rejects the JSON `file` after a bit has changed its value; tries `count` bits."""
     whole = file.read_bytes()
     for bit in np.random.default_rng(0).choice(8 * len(whole), count, replace=False).tolist():
         changed = bytearray(whole)

@@ -16,7 +16,7 @@ TOKENIZER = prune_tokenizer(clip_tokenizer(), TEXTS)
 
 
 class Vectors:
-    """What the collator needs of an ImageKnowledgeBase."""
+    """The part of an ImageKnowledgeBase that the collator uses."""
 
     dim = 24
 
@@ -54,20 +54,21 @@ def documents(num_images=3, count=8, seed=0):
 
 
 def new_model(**arguments):
-    """A tiny VaLM that reads with TOKENIZER, the same in every call."""
+    """A tiny VaLM for TOKENIZER, equal in every call."""
     torch.manual_seed(0)
     ids = {"bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id}
     return VaLMForCausalLM(tiny_config(vocab_size=len(TOKENIZER), **ids, **arguments))
 
 
-# Arguments of `trainer` that a `new_trainer` hands on.
+# Arguments of `trainer` that `new_trainer` passes on.
 OPTIONS = ("row_length", "cache_below", "fusion_lr", "limit_softmax", "image_dropout", "compute_loss_func")
 
 
 def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, tokenizer=TOKENIZER, **fields):
-    """A trainer of `new_model` on `documents`: six steps of three, every loss logged and nothing printed.
+    """A trainer of `new_model` on `documents`: six steps of three documents, with every loss logged and nothing
+    printed.
 
-    fields: of its training arguments, and OPTIONS.
+    fields: training arguments, and OPTIONS.
     """
     defaults = {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 3e-3, "logging_steps": 1}
     defaults |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -86,7 +87,7 @@ def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=
 
 
 def trained(folder, *, resume=None, **arguments):
-    """A `new_trainer` that has trained, or gone on from a checkpoint (True: the newest)."""
+    """A `new_trainer` after training, or after a resume from a checkpoint (True: the newest)."""
     made = new_trainer(folder, **arguments)
     made.train(resume_from_checkpoint=resume)
     return made

@@ -1,4 +1,4 @@
-"""A training as one of several processes; what it read and its losses go into a folder as JSON.
+"""Trains as one of several processes, and writes the documents read and the losses into a folder as JSON.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.valm.training.process FOLDER FIELDS
 """
@@ -15,7 +15,7 @@ STEPS = 50
 
 
 def unequal_documents(count, seed=0):
-    """Documents with 3 to 12 tokens, in no order of length."""
+    """Documents of 3 to 12 tokens, not ordered by length."""
     made = documents(count=count, seed=seed)
     for number, document in enumerate(made):
         for name, values in document.items():

@@ -1,4 +1,4 @@
-"""The gradients of a step of two processes between which `fully_shard` divides the model; one has no image.
+"""The gradients of a step of two processes that share the model by `fully_shard`; one process has no images.
 
 python -m torch.distributed.run --nproc-per-node 2 -m tests.valm.training.sharded
 """
@@ -38,7 +38,7 @@ def main():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     model, whole = with_biases(), with_biases()
-    for part in (fusion_module(model), *model.model.layers):  # the fusion by itself, as a policy by size does it
+    for part in (fusion_module(model), *model.model.layers):  # the fusion separately, as a policy by size does
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model(**batch(dist.get_rank())).loss.backward()

@@ -1,5 +1,6 @@
-"""Databases for the tests of exact search: random ones, and those that defeat a threshold, a bound or a tie rule. And
-whether two answers are the same.
+"""Databases for the tests of exact search: random, and adversarial to a threshold, a bound or a tie rule.
+
+Also a comparison of two answers.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ def _one_row(rows: Tensor) -> Tensor:
     return normals(1, rows.shape[1], seed=2)
 
 
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {  # of random rows
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {  # from random rows
     "ascending": lambda rows: _by_score(rows, descending=False),
     "descending": lambda rows: _by_score(rows, descending=True),
     "equal": lambda rows: rows[:1].repeat(len(rows), 1),
     "duplicates": lambda rows: rows[torch.arange(len(rows)) % 7],
-    # apart by less than a score's last bit
+    # scores that differ by less than the last bit
     "nearly equal": lambda rows: _one_row(rows) * (1 + 1e-7 * rows.sign()),
     "six decades": lambda rows: rows * _scales(len(rows)),
     "hidden by an offset": lambda rows: rows * 1e-3 + 100 * _one_row(rows),
@@ -56,7 +57,7 @@ def adversarial(kind: str, rows: int, dim: int) -> Tensor:
 
 
 def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Scores and rows bit for bit; no score is NaN but of a query that is not finite, which gets no rows."""
+    """Compares scores and rows bit for bit. Only a query that is not finite has NaN scores; it gets no rows."""
     scores, rows = expected
     assert torch.equal(actual[1], rows)
     torch.testing.assert_close(actual[0], scores, rtol=0, atol=0, equal_nan=True)

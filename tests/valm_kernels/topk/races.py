@@ -1,8 +1,8 @@
 """Finds races between streams without a device that has any.
 
-`Streams` stands for torch.cuda: its events order nothing, since all runs at once on the CPU, but they carry vector
-clocks. Inside `Streams.watch(host_memory)` each operation on a tensor is set against the earlier ones on the same
-memory: where one of the two writes and no event orders them, that is a race, however it ended here.
+`Streams` replaces torch.cuda. Everything runs immediately on the CPU, so its events order nothing, but they carry
+vector clocks. Inside `Streams.watch(host_memory)` each operation on a tensor is compared with earlier operations on its
+memory. If one of the two writes and no event orders them, that is a race, whatever its result here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def joined(a: Clock, b: Clock) -> Clock:
 
 
 class Streams:
-    """What a device module has of streams and events. `deaf` names the method that forgets to wait."""
+    """The streams and events of a device module. `deaf` names the method that does not wait."""
 
     def __init__(self, deaf: str | None = None) -> None:
         streams, self.clocks, self.current, self.races = self, {HOST: {HOST: 1}}, "default", set()
@@ -60,16 +60,16 @@ class Streams:
         self.current = before
 
     def tick(self, agent: str) -> Clock:
-        """A new time on the agent's clock; what the host has done so far comes before what it now gives a stream."""
+        """A new time on the agent's clock. The host's earlier work precedes the work that it now gives to a stream."""
         clock = joined(self.clocks.setdefault(agent, {}), self.clocks[HOST])
         clock[agent] = clock.get(agent, 0) + 1
         self.clocks[agent] = clock
         return clock
 
     def watch(self, host_memory: list[torch.Tensor]) -> TorchDispatchMode:
-        """Operations that read `host_memory`, or no tensor, are the host's, all others the current stream's."""
+        """Operations on `host_memory`, or on no tensor, belong to the host, all others to the current stream."""
         host = {tensor.untyped_storage().data_ptr() for tensor in host_memory}
-        # of each storage: who used it, at which of their times, and whether that wrote; the storages stay alive
+        # for each storage: its users, the time of each use, and whether it wrote; storages stay alive
         uses: dict[int, list[tuple[str, int, bool]]] = {}
         kept = []
         streams = self

@@ -1,4 +1,4 @@
-"""Random searches with all options of `FlatIPIndex` and `ip_topk`, held against float64."""
+"""Random searches with all options of `FlatIPIndex` and `ip_topk`, compared with float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def check_search(number: int) -> list[str]:
-    """Runs search `number` and returns what was special about it.
+    """Runs search `number`, and returns its special features.
 
     Raises:
         AssertionError: its result differs from the definition, or from float64 by more than its rounding.
@@ -30,7 +30,7 @@ def check_search(number: int) -> list[str]:
     count = min(count, 1 + 400_000 // dim)
     rows = normals(count, dim, seed=number) if kind == "normal" else adversarial(kind, count, dim)
     stored = draw.choice((*DTYPES, "int8"))
-    if stored == "float16":  # which has no larger numbers
+    if stored == "float16":  # float16 has no larger numbers
         rows = rows.clamp(-6e4, 6e4)
     k = draw.choice((1, draw.randint(1, min(count, 20)), draw.randint(1, min(count, 1024))))
     queries = _queries(draw, rows, number)
@@ -71,7 +71,7 @@ def _bounds(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _queries(draw: random.Random, rows: Tensor, seed: int) -> Tensor:
-    """(Q, E): normal ones, rows of the database, zeros, very large or small ones, and ones that are not finite."""
+    """Queries (Q, E): normal, rows of the database, zeros, very large or small, and not finite."""
     count = draw.choice((0, 1, draw.randint(1, 8), draw.randint(1, 40)))
     queries = normals(count, rows.shape[1], seed=seed + 1)
     for number in range(count):
@@ -113,7 +113,7 @@ def _check(found: TopK, queries: Tensor, rows: Tensor, k: int, ids: Tensor | Non
     same = (found.scores == expected.scores) | (found.scores.isnan() & expected.scores.isnan())
     assert same.all(), "other scores than the definition's"
 
-    # and the definition by other means: products and sums in float64, in PyTorch's order
+    # the definition computed differently: products and sums in float64, in PyTorch's order
     exact = queries.double() @ rows.double().T  # (Q, N)
     slack = 2**-50 * rows.shape[1] * (queries.double().abs() @ rows.double().abs().T)
     rounded = exact.float()

@@ -1,10 +1,9 @@
-"""Prints how far gradients on the CPU are from float64's, beside eager PyTorch in the same precision: the table of
-tests/README.md.
+"""Prints the errors of gradients on the CPU relative to eager PyTorch's, both against float64: tests/README.md's table.
 
     python -m tests.valm_kernels.visual_fusion.gradient_errors
 
-An entry is the least and the largest ratio of the two RMS errors over the seeds. "exact delta" is what the two biases
-would have if the backward took delta = sum(grad_out * out) from float64 and not from the rounded `out`.
+An entry is the least and the largest ratio of the two RMS errors over the seeds. "exact delta": the ratio if the
+backward computed delta = sum(grad_out * out) in float64 instead of from the rounded `out`.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ NO_TEXT = 2**-13
 def gradients(
     inputs: dict, impl: str, grad_out: Tensor, grad_lse: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The gradient of each of NAMES, and out."""
+    """The gradients of NAMES, and out."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in NAMES}
     out, lse = visual_fusion_attn(**(inputs | leaves), impl=impl, return_lse=True)
     return gradients_of((out, lse), (grad_out, grad_lse), leaves), out.detach()
 
 
 def errors(problem: Problem, dtype: torch.dtype, mean: int) -> dict[str, tuple[float, float]]:
-    """By name: our RMS error over eager's, and with an exact delta. mean: of the gradient of out."""
+    """By name: our RMS error ÷ eager's, and with an exact delta. mean: mean of the gradient of out."""
     inputs = problem.inputs(dtype)
     wide = {
         name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
@@ -52,7 +51,7 @@ def errors(problem: Problem, dtype: torch.dtype, mean: int) -> dict[str, tuple[f
     truth, exact = gradients(wide, "reference", grad_out.double())
     eager, _ = gradients(inputs, "reference", grad_out)
     ours, out = gradients(inputs, "cpu", grad_out)
-    # the gradient of lse is subtracted from delta; where images have all of the weight, delta is exact already
+    # the gradient of lse is subtracted from delta; if images have all of the weight, delta is exact already
     correction = (grad_out.double() * (out.double() - exact)).sum(-1).float()
     _, weights = visual_fusion_attn(**wide, impl="reference", return_image_weights=True)
     correction = correction.masked_fill(1 - weights.sum(-1) < NO_TEXT, 0)

@@ -1,4 +1,4 @@
-"""Random inputs of visual_fusion_attn, and the comparison of an implementation with the reference on them."""
+"""Random inputs of visual_fusion_attn, and comparisons of an implementation with the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from valm_kernels import sort_image_slots, visual_fusion_attn
 from valm_kernels.visual_fusion.inputs import Gradients
 
 DIFFERENTIABLE = Gradients._fields
-# Gradients that in 16 bits may be four times as wrong as eager ones: tests/README.md has the reason.
+# Gradients whose error in 16 bits may be four times eager's; tests/README.md explains why.
 ROUNDED = ("image_k_bias", "image_logit_bias")
 
 
@@ -22,8 +22,8 @@ ROUNDED = ("image_k_bias", "image_logit_bias")
 class Problem:
     """A shape and a layout; `inputs` fills it with seeded random numbers.
 
-    The image values and the cotangent of out have mean 1, so that the loss likes images: the gradients of the biases
-    are sums over all tokens, and sums of terms with random signs would mostly compare rounding errors.
+    The image values and the cotangent of out have mean 1, so that the loss favours images. The gradients of the biases
+    are sums over all tokens; with random signs, such sums would mostly compare rounding errors.
     """
 
     batch: int = 2
@@ -34,20 +34,20 @@ class Problem:
     head_dim: int = 16
     num_images: int = 3
     pool_size: int | None = None  # None: dense layout
-    by_head: bool = False  # each key head has images of its own
+    by_head: bool = False  # each key head has its own images
     first_key: str | None = None  # a name of FIRST_KEYS
     cu_seqlens: bool = False  # documents, an empty one among them
-    seqlens: bool = False  # cache_seqlens: other numbers of keys in each row, fewer than queries in the last
+    seqlens: bool = False  # cache_seqlens: different in each row, and below the number of queries in the last
     causal: bool = True
     scale: float | None = None
     softcap: float | None = None
     image_q: bool = False
     biases: bool = True
     score_bias: bool = False  # NaN at slots without an image
-    weights: bool = False  # the loss has the weights of the images too
-    gaps: bool = True  # some slots hold no image
+    weights: bool = False  # the loss also depends on the weights of the images
+    gaps: bool = True  # some slots contain no image
     sorted_slots: bool = False  # the slots of a pool are sorted before the call
-    tokens_first: bool = True  # memory (B, T, H, D), as a projection leaves it
+    tokens_first: bool = True  # memory order (B, T, H, D), as after a projection
     seed: int = 0
 
     @property
@@ -55,7 +55,7 @@ class Problem:
         return self.num_queries + self.prefix
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor | bool | None]:
-        """Keyword arguments. The same numbers whatever the dtype: 16-bit values that every dtype holds exactly."""
+        """Keyword arguments, equal for every dtype: 16-bit values that are exact in each."""
         generator = torch.Generator().manual_seed(self.seed)
         wide = torch.promote_types(dtype, torch.float32)
 
@@ -123,7 +123,7 @@ class Problem:
 
 
 def _documents(problem: Problem, generator: torch.Generator) -> Tensor:
-    """Documents of uneven length, other ones in each batch row; the first one sees the prefix."""
+    """Documents of uneven length, different in each batch row; the first document sees the prefix."""
     position = torch.arange(problem.num_queries)
     rows = []
     for row in range(problem.batch):
@@ -144,18 +144,18 @@ def _sliding_window(problem: Problem, generator: torch.Generator) -> Tensor:
 
 
 def _random(problem: Problem, generator: torch.Generator) -> Tensor:
-    """Not monotone, and beyond the last visible key for many queries: these see no text."""
+    """Not monotone, and for many queries beyond the last visible key: these queries see no text."""
     return torch.randint(-3, problem.num_keys + 2, (problem.batch, problem.num_queries), generator=generator).int()
 
 
 def _descending(problem: Problem, generator: torch.Generator) -> Tensor:
-    """Every query sees one key more than the one before, at both ends."""
+    """Every query sees one more key at both ends than the query before."""
     first = problem.num_keys - 1 - torch.arange(problem.num_queries)
     return first.expand(problem.batch, -1).int()
 
 
 def _alternating(problem: Problem, generator: torch.Generator) -> Tensor:
-    """Every second query sees all text, those between none of it; in the second batch row the other way round."""
+    """Every second query sees all text, the others none; in the second batch row the other way round."""
     sees = (torch.arange(problem.num_queries) + torch.arange(problem.batch)[:, None]) % 2 == 0
     return torch.where(sees, 0, problem.num_keys).int()
 
@@ -170,8 +170,8 @@ def _extreme(problem: Problem, generator: torch.Generator) -> Tensor:
 
 
 def _striped(problem: Problem, generator: torch.Generator) -> Tensor:
-    """Runs of 16 queries that see all text between runs that see their own key only: whole tiles to skip in the middle
-    of what a key tile is seen by."""
+    """Runs of 16 queries that see all text alternate with runs that see only their own key. So a key tile can skip
+    whole tiles in the middle of its queries."""
     position = torch.arange(problem.num_queries)
     first = torch.where(position // 16 % 2 == 0, 0, position + problem.prefix)
     return first.expand(problem.batch, -1).int()
@@ -190,7 +190,7 @@ FIRST_KEYS = {
 
 
 def differentiable(inputs: dict[str, Tensor | bool | None]) -> dict[str, Tensor]:
-    """The tensors that have a gradient."""
+    """The tensors with a gradient."""
     names = DIFFERENTIABLE if inputs["image_k"] is not None else ("q", "k", "v")
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
@@ -198,8 +198,8 @@ def differentiable(inputs: dict[str, Tensor | bool | None]) -> dict[str, Tensor]
 def solve(
     inputs: dict[str, Tensor | bool | None], impl: str, cotangents: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor]:
-    """out, lse and the gradient of every input by `impl`. Cotangents: of out, of lse (None: lse unused) and, where the
-    image weights are asked for, of these."""
+    """out, lse and the gradient of every input by `impl`. Cotangents: of out, of lse (None: lse unused) and, if the
+    image weights are returned, of the weights."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in differentiable(inputs).items()}
     names = ("out", "lse", "image_weights")[: len(cotangents)]
     results = visual_fusion_attn(
@@ -212,7 +212,7 @@ def solve(
 def gradients_of(
     results: tuple[Tensor, ...], cotangents: tuple[Tensor | None, ...], leaves: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """By name of the leaf; a result without cotangent is unused."""
+    """The gradients by name of the leaf; a result without cotangent is unused."""
     pairs = [(r, c.to(r)) for r, c in zip(results, cotangents, strict=True) if c is not None]
     outputs, grad_outputs = zip(*pairs, strict=True)
     gradients = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
@@ -220,7 +220,7 @@ def gradients_of(
 
 
 def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """`expected` may have more names."""
+    """Compares the results; `expected` may contain more names."""
     for name, tensor in found.items():
         assert tensor.equal(expected[name]), name
 
@@ -235,7 +235,7 @@ def cotangents(problem: Problem, with_lse: bool = True) -> tuple[Tensor | None, 
 
 
 def assert_solves(impl: str, problem: Problem, dtype: torch.dtype, with_lse: bool = True, device: str = "cpu") -> None:
-    """Checks `impl` on `device` on the problem in `dtype`, forward and backward, against float64 on the CPU."""
+    """Compares `impl` on `device` in `dtype`, forward and backward, with float64 on the CPU."""
     grads = cotangents(problem, with_lse)
     truth = solve(problem.inputs(torch.float64), "reference", grads)
     eager = solve(problem.inputs(dtype), "reference", grads)
@@ -253,7 +253,7 @@ def assert_solves(impl: str, problem: Problem, dtype: torch.dtype, with_lse: boo
 def assert_result_accurate(
     name: str, actual: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype, units: float = 1
 ) -> None:
-    """`assert_accurate`; of weights the logarithms are compared, for what is rounded are scores."""
+    """`assert_accurate`; compares the logarithms of weights, because scores are what is rounded."""
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, expected {eager.dtype}"
     if name == "image_weights":
         actual, eager, truth = actual.log(), eager.log(), truth.log()
@@ -263,7 +263,7 @@ def assert_result_accurate(
 
 
 def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
-    """Checks that a NaN in `name` shows itself in the results of every query it takes part in, and in those only."""
+    """Checks that a NaN in `name` appears in the results of exactly the queries that depend on it."""
     inputs = Problem(batch=1, num_queries=6, num_images=3, head_dim=8).inputs(dtype)
     inputs["image_mask"][:] = True
     inputs[name][0, 1, 4, ..., 2] = torch.nan
@@ -274,7 +274,7 @@ def assert_passes_nan_on(impl: str, name: str, dtype: torch.dtype) -> None:
 
 
 def assert_minus_infinity_is_weight_zero(impl: str, problem: Problem) -> None:
-    """Checks that an image whose image_score_bias is -inf counts as one that is absent."""
+    """Checks that an image whose image_score_bias is -inf counts as absent."""
     inputs = replace(problem, score_bias=True).inputs(torch.float32)
     excluded = torch.rand(inputs["image_score_bias"].shape, generator=torch.Generator().manual_seed(3)) < 0.4
     excluded[:, -1] = True
@@ -316,8 +316,8 @@ def assert_unused_keys_may_be_anything(impl: str, problem: Problem) -> None:
 
 
 def assert_unseen_gradient_of_lse_is_ignored(impl: str, problem: Problem) -> None:
-    """Checks that where a query sees nothing, a NaN as the gradient of its lse changes no gradient (merging results by
-    log-sum-exp gives one), and its own is zero."""
+    """Checks a query that sees nothing: a NaN as the gradient of its lse, as merging by log-sum-exp produces, changes
+    no gradient, and the query's own gradient is zero."""
     inputs = problem.inputs(torch.float32)
     leaves = [inputs[name].requires_grad_() for name in ("q", "k")]
     _, lse = visual_fusion_attn(**inputs, return_lse=True, impl=impl)
@@ -331,7 +331,7 @@ def assert_unseen_gradient_of_lse_is_ignored(impl: str, problem: Problem) -> Non
     assert not with_zero[0][unseen].any()
 
 
-# What an implementation has to get right, by name. Sizes cross the borders of 16-, 32-, 64- and 128-wide tiles.
+# The problems that an implementation must solve. Sizes cross the borders of 16-, 32-, 64- and 128-wide tiles.
 PROBLEMS = {
     "dense": Problem(),
     "pooled": Problem(pool_size=11),
@@ -443,8 +443,8 @@ BEYOND_32_BITS = {"dense": _BEYOND_32_BITS, "pooled": replace(_BEYOND_32_BITS, p
 
 
 def far_apart(inputs: dict[str, Tensor | bool | None]) -> Iterator[tuple[str, Tensor]]:
-    """Each 16-bit tensor of `inputs` with heads, positions, slots or pool rows 2^31 elements and more from each other,
-    in pages of memory that are never touched but for the rows themselves."""
+    """Spreads each 16-bit tensor of `inputs`: heads, positions, slots or pool rows are 2^31 elements or more apart.
+    Only the pages of the rows themselves are touched."""
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (2**32 + 64)), dtype=torch.float16)
     for name, tensor in inputs.items():
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.float16:

@@ -1,4 +1,4 @@
-"""Random problems of visual_fusion_attn with all its options, and how far an implementation is off on them."""
+"""Random problems of visual_fusion_attn with all its options, and the errors of an implementation on them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.valm_kernels.visual_fusion.problems import DIFFERENTIABLE, FIRST_KEYS
 Cotangents = tuple[Tensor | None, ...]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = 2
-# PyTorch's flash attention on CPU computes exp to this precision for 16-bit tensors, where the sum in lse is float32.
+# Precision of exp in PyTorch's flash attention on CPU for 16-bit tensors, whose sum in lse is float32.
 FLASH_EXP = 2**-15
-# Numbers of the image keys of all query heads, at most: so a case takes some 30 ms.
+# Most elements of the image keys of all query heads, so that a case takes about 30 ms.
 LARGEST = 1 << 19
 LAYOUTS = ("as is", "strided rows", "reversed dimensions", "expanded")
 
@@ -26,13 +26,13 @@ LAYOUTS = ("as is", "strided rows", "reversed dimensions", "expanded")
 class Case:
     problem: Problem
     dtype: torch.dtype
-    with_lse: bool  # the loss has lse too
+    with_lse: bool  # the loss also depends on lse
     layout: str  # of q, k, v, image_q and the images in memory
-    hidden: bool  # what no query may see is NaN, and some score biases are -inf
+    hidden: bool  # hidden inputs are NaN, and some score biases are -inf
 
 
 def random_case(number: int) -> Case:
-    # seeded by a string, as which Python's generator is the same in all versions
+    # seeded by a string: then Python's generator is equal in all versions
     draw = random.Random(f"attention {number}")
     chance = draw.random
     batch, kv_heads = draw.randint(1, 3), draw.choice((1, 1, 2, 3))
@@ -71,9 +71,9 @@ def random_case(number: int) -> Case:
 
 
 def case_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor | bool | None]:
-    """Keyword arguments; the same numbers whatever the dtype."""
+    """Keyword arguments, equal for every dtype."""
     inputs = case.problem.inputs(dtype)
-    if case.layout == "expanded":  # all heads of the text have one key and value, all batch rows one query
+    if case.layout == "expanded":  # all text heads share one key and value, all batch rows one query
         inputs["k"], inputs["v"] = (inputs[name][:, :1].expand_as(inputs[name]) for name in ("k", "v"))
         inputs["q"] = inputs["q"][:1].expand_as(inputs["q"])
     if case.hidden:
@@ -85,7 +85,7 @@ def case_inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor | bool | Non
 
 
 def _hide(inputs: dict[str, Tensor | bool | None], seed: int) -> None:
-    """NaN where nothing may be read: keys from cache_seqlens on, images that are masked out."""
+    """Writes NaN where nothing may be read: keys from cache_seqlens on, and masked images."""
     if inputs.get("cache_seqlens") is not None:
         unused = torch.arange(inputs["k"].shape[2]) >= inputs["cache_seqlens"][:, None]
         for name in ("k", "v"):
@@ -109,7 +109,7 @@ def _laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 class Error(NamedTuple):
-    """The RMS error of a result as a multiple of what it may be.
+    """The RMS error of a result as a multiple of the allowed error.
 
     of_eager: of the error of eager code and a unit in the last place. of_bound: of that, and of what the rounding
     inside the backward of a flash attention adds to a gradient.
@@ -120,7 +120,7 @@ class Error(NamedTuple):
 
 
 def attention_errors(number: int, impl: str) -> tuple[str, dict[str, Error]]:
-    """The dtype of case `number`, and how far each result of `impl` is off.
+    """The dtype of case `number`, and the error of each result of `impl`.
 
     Raises:
         AssertionError: a result is NaN, of a wrong shape, dtype or infinity, or off by more than `ALLOWED` bounds.
@@ -145,7 +145,7 @@ def attention_errors(number: int, impl: str) -> tuple[str, dict[str, Error]]:
         return {name: round(error.of_bound, 1) for name, error in found.items() if not error.of_bound <= ALLOWED}
 
     found = errors(1)
-    if beyond(found):  # where a gradient is one number, the signs of a single draw may cancel
+    if beyond(found):  # if a gradient is one number, the signs of a single sample may cancel
         found = errors(16)
     assert not beyond(found), f"off by more than {ALLOWED} times its bound: {beyond(found)} in {case}"
     return str(case.dtype).removeprefix("torch."), found
@@ -157,7 +157,7 @@ def _scaled(grad: Tensor, of_queries: Tensor) -> Tensor:
 
 
 def _float32_unit(case: Case) -> float:
-    """Of a float32 sum over the images of a query, which are added one after the other."""
+    """The rounding of a float32 sum over the images of a query, which are added one after the other."""
     return torch.finfo(torch.float32).eps * (1 + case.problem.num_images / 32)
 
 

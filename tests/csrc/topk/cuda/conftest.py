@@ -22,7 +22,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Simulator]:
-    """simulate(library, ...): from here on valm_kernels.topk.cuda runs on such a Simulator, with CPU tensors."""
+    """simulate(library, ...): lets valm_kernels.topk.cuda run on a Simulator, with CPU tensors."""
 
     def start(library: Path, *arguments, **options) -> Simulator:
         simulator = Simulator(library, *arguments, **options)

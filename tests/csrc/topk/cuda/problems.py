@@ -11,7 +11,7 @@ ADVERSARIAL = (*databases.ADVERSARIAL, "overflow")
 
 
 def adversarial(kind: str, rows: int, dim: int, dtype: str) -> Tensor:
-    """Float32 rows against the threshold, the pools, the bound or the tie rule, such that `dtype` can hold them."""
+    """Float32 rows that attack the threshold, the pools, the bound or the tie rule, exact in `dtype`."""
     if kind == "overflow":
         values = (1e38 * normals(rows, dim, seed=1)).clamp(-3.38e38, 3.38e38)
     else:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of top-K search, compiled by g++ against the shim in shim/ and called as valm_kernels._native is."""
+"""The CUDA kernels of top-K search, compiled by g++ with the shim in shim/ and called like valm_kernels._native."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[3] / "csrc"
 ORDERS = {"rising": 0, "falling": 1, "random": 2}
-# Bytes that must still be there after the workspace.
+# Bytes after the workspace, which must not change.
 GUARD_BYTES = 256
 
 
 def build(library: Path, sources: Path = SOURCES, driver: Path = HERE / "driver.cpp") -> Path:
     """Compiles `driver`, and the kernels under `sources` that it includes, into `library`."""
     options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    # longjmp between the fibers' stacks, which the fortified one takes for an error
+    # longjmp between the fibers' stacks, which a fortified longjmp would reject
     options += ["-U_FORTIFY_SOURCE"]
     includes = [f"-I{HERE / 'shim'}", f"-I{sources}"]
     command = ["g++", *options, *includes, str(driver), "-o", str(library)]
@@ -31,12 +31,12 @@ def build(library: Path, sources: Path = SOURCES, driver: Path = HERE / "driver.
 def copy_sources(folder: Path) -> Path:
     """A copy of the kernels to change before `build`."""
     shutil.copytree(SOURCES / "topk", folder / "topk")
-    (folder / "topk" / "cuda" / "device.cuh").unlink()  # the shim's is meant
+    (folder / "topk" / "cuda" / "device.cuh").unlink()  # the shim's device.cuh replaces it
     return folder
 
 
 class Rows:
-    """Stands for valm_kernels._native.Rows."""
+    """Replaces valm_kernels._native.Rows."""
 
     def __init__(self, data: int, scale: int, dtype: str, count: int, dim: int) -> None:
         element = ("float32", "float16", "bfloat16", "int8").index(dtype)
@@ -45,7 +45,7 @@ class Rows:
 
 
 class Simulator:
-    """One device. `order` says which of the waiting threads and blocks goes on; `shared_bytes` is what a block gets."""
+    """One device. `order` chooses the next of the waiting threads and blocks; `shared_bytes` is per block."""
 
     built_with_cuda = True
     Rows = Rows
@@ -63,9 +63,9 @@ class Simulator:
         self._library.workspace_bytes.restype = ctypes.c_int64
         self._schedule = (ORDERS[order], ctypes.c_uint64(seed))
         self._limits = (multiprocessors, ctypes.c_int64(shared_bytes))
-        self.redone = 0  # queries that the exact scan answered in the last search
-        self.offered = 0  # keys that its pools were offered, those again that a full pool turned away
-        self.launches = 0  # of its kernels
+        self.redone = 0  # queries of the last search that the exact scan answered
+        self.offered = 0  # keys offered to its pools; a key that a full pool rejected counts again
+        self.launches = 0  # of kernels
 
     def _call(self, name: str, *arguments) -> None:
         assert OnDevice.depth > 0, "nothing restores PyTorch's device after the launch"
@@ -111,7 +111,7 @@ class Simulator:
 
 
 class OnDevice:
-    """Stands for torch.cuda.device(device): launches choose a device, and this restores the one of PyTorch."""
+    """Replaces torch.cuda.device(device): launches choose a device, and this restores PyTorch's device."""
 
     depth = 0
 
@@ -126,7 +126,7 @@ class OnDevice:
 
 
 class NoStream:
-    """Stands for torch.cuda.current_stream(device) on a machine without CUDA."""
+    """Replaces torch.cuda.current_stream(device) on a machine without CUDA."""
 
     cuda_stream = 0
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, without what it does again and again: half of its time, for the same results."""
+"""Triton's interpreter without its repeated work: half of the time, with equal results."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=os.environ.get("TRITON_INTERPRET") == "1")
 def each_launch_patches_once() -> Iterator[None]:
-    """A launch puts the interpreter's functions in the place of those of triton.language, and takes them away at its
-    end. Every call of a device function puts them there once more, and searches the whole module for that; only the
-    first from each module finds anything to replace.
+    """Patches each module once per launch. A launch replaces the functions of triton.language by the interpreter's, and
+    restores them at its end. Every call of a device function repeats this and searches its whole module, but only the
+    first call from each module finds anything to replace.
     """
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()  # by this launch: the globals of the functions that were called
+    patched: set[int] = set()  # in this launch: the globals of the functions that were called
 
     def patch_once(function: Callable[..., Any]) -> Any:
         if id(function.__globals__) in patched:
-            return None  # which the call of a device function does not look at
+            return None  # the call of a device function ignores the result
         patched.add(id(function.__globals__))
         return patch(function)
 

@@ -1,11 +1,10 @@
-"""Triton's interpreter as a stricter machine: what a GPU would do wrong in silence is an error here.
+"""Triton's interpreter as a stricter machine: it raises errors where a GPU would go wrong in silence.
 
-`guarded` watches every access to memory. It has to lie within a tensor of the launch; numbers lie on borders of their
-size, and rows on the borders that the kernel promised to the compiler; no program reads or writes what another program
-of the same launch wrote, or writes what another one read. Programs run in a shuffled order, as nothing orders them on a
-card. bfloat16 products, which the interpreter computes from the numbers' bits as if they were integers, are right here,
-and so is the rounding to bfloat16, where the interpreter cuts off. float32 products lose what the three tf32 terms of a
-tensor core lose.
+`guarded` checks every access to memory. An access must be within a tensor of the launch. Numbers must be aligned to
+their size, and rows as the kernel promised to the compiler. No program may read or write what another program of the
+launch wrote, or write what another program read. Programs run in a shuffled order, because a GPU does not order them.
+bfloat16 products are right here; the interpreter computes them from the bits as if they were integers. Rounding to
+bfloat16 is right too; the interpreter truncates. float32 products lose what the three tf32 terms of a tensor core lose.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 NOBODY, SEVERAL = -1, -2
-# Terms that a tensor core adds up at once; the sum is cut off towards zero.
+# Terms that a tensor core adds at once; the sum is truncated towards zero.
 TF32_STEP = 8
 
 
 class IllegalAccess(Exception):
-    """A kernel did what a GPU does not promise to do as meant."""
+    """A kernel did something that a GPU does not guarantee."""
 
 
 class Memory:
-    """The tensors of one launch, and which program wrote and read each of their numbers."""
+    """The tensors of one launch, and for each number the programs that wrote and read it."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         extents = sorted(_extent(t) for t in tensors if t.numel())
@@ -174,7 +173,7 @@ def tf32x3(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a_high, b_high = _tf32(a), _tf32(b)
         a_low, b_low = _tf32(a - a_high), _tf32(b - b_high)
         small = _tensor_core(a_high, b_low, _tensor_core(a_low, b_high, np.zeros((), np.float32)))
-        # inf - inf of the low parts is no number; what matters is in the high ones
+        # inf - inf of the low parts is NaN; only the high parts matter
         return _tensor_core(a_high, b_high, np.where(np.isnan(small), np.float32(0), small))
 
 

@@ -1,4 +1,4 @@
-"""Tiles so small that the problems cross their borders, for the interpreter, and which of the tests are quick there."""
+"""Tiles for the interpreter, so small that the problems cross their borders, and the tests that are quick there."""
 
 from collections.abc import Collection, Iterable
 from types import ModuleType
@@ -26,5 +26,5 @@ def use_small_tiles(
 
 
 def quick_or_slow(names: Iterable[str], quick: Collection[str]) -> list[Any]:
-    """The names as parameters, slow but for the quick ones."""
+    """The names as parameters; all except the quick names are slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
