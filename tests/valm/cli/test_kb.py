@@ -134,7 +134,7 @@ def test_kb_build_from_a_table(world, tmp_path, output_of):
     (tmp_path / "table.tsv").write_text("\n".join(["photo\tcaption", *rows, "none.png\tx"]))
     build = ["kb", "build", tmp_path / "table.tsv", "--clip", world / "clip", "--out", tmp_path / "kb"]
     out = output_of(*build, "--format", "csv", "--columns", "photo")
-    assert "6 images" in out and "none.png: it is no file" in out
+    assert "6 images" in out and "none.png: it is not a file" in out
     assert ImageKnowledgeBase.open(tmp_path / "kb").item(5).caption == "a snow"
 
 
@@ -210,7 +210,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, error_of, 
     monkeypatch.setattr("valm.knowledge_base.encode.encode_records", lambda *_, **__: pytest.fail("it encodes"))
     for out, error in (
         ("kb", "holds another knowledge base: its after is not given"),
-        ("clip", "is not empty (it has "),
+        ("clip", "is not empty (it contains "),
         ("file", "file: File exists"),
     ):
         assert error in error_of("kb", "add", world / "kb", world / "pictures", "--out", root / out)
@@ -253,7 +253,7 @@ SEARCH, INDEX = "kb search {world}/kb ", "kb index {world}/kb --factory "
         BUILD + "--format webdataset": "no tar files in {world}/pictures",
         BUILD + "--format embeddings": "no embeddings in {world}/pictures",
         BUILD + "--format csv": "{world}/pictures: Is a directory",
-        f"kb build {TABLE} {OUT}--format csv": "starts with 'Index,Descriptor,Item,Color'; expected a header with",
+        f"kb build {TABLE} {OUT}--format csv": "starts with 'Index,Descriptor,Item,Color', expected a header with",
         BUILD + "--columns x": "--columns is for --format dataset or csv, not for pictures",
         BUILD + "--streaming": "--streaming is for --format dataset, not for pictures",
         BUILD + "--format webdataset --captions x.csv": "--captions is for --format pictures",

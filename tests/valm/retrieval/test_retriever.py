@@ -250,7 +250,7 @@ def test_an_actor_that_is_started_again_searches_the_same_vectors(clip, make_kb)
     rows = _Rows(pickle.loads(handed_on), 1, 4)
     assert len(rows.index) == 3
     edit_manifest(kb.path, normalized=False)
-    with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
+    with pytest.raises(ValmError, match="has changed since another process opened it"):
         _Rows(pickle.loads(handed_on), 1, 4)
 
 

@@ -146,7 +146,7 @@ def test_tabs_absolute_paths_and_named_columns(table, tmp_path):
 def test_wrong_tables(table, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         TableSource(tmp_path / "none.csv")
-    with pytest.raises(ValmError, match=r"starts with 'Caption,id,Path'; expected a header with a column photo and"):
+    with pytest.raises(ValmError, match=r"starts with 'Caption,id,Path', expected a header with a column photo and"):
         TableSource(table, image_column="photo")
     with pytest.raises(ValmError, match=r"expected a header with a column image or file or .* and a column text$"):
         TableSource(table, caption_column="text")
