@@ -52,7 +52,7 @@ def test_kb_search_says_how_many_images_there_are(world, capsys, error_of, monke
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 6 and f"{world / 'kb'} has 6 images, fewer than -k 100,000" in err
     monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
-    said = f"k must be from 1 to 5, got 100,000: a search finds no more of the 6 images of {world / 'kb'}"
+    said = f"k must be from 1 to 5, got 100,000: a search returns no more of the 6 images of {world / 'kb'}"
     assert said in error_of(*search)
 
 
@@ -101,7 +101,7 @@ def test_kb_index(copy_of, output_of, error_of):
         assert run(*command) == 0
     (root / "kb" / "index.faiss").write_bytes(b"")
     for command in commands:
-        assert f"make it anew with `valm kb index {root / 'kb'}`" in error_of(*command).replace("valm/../", "")
+        assert f"make it again with `valm kb index {root / 'kb'}`" in error_of(*command).replace("valm/../", "")
     assert "index.faiss" in error_of("verify", root / "kb")
     (root / "kb" / "index-0123456789abcdef.partial").touch()  # of a killed build
     assert "searched exactly" in output_of(*index)
@@ -149,7 +149,7 @@ def test_what_kb_build_passes_over_is_said(world, tmp_path, capsys):
     assert "6 images, 5 with captions" in out
     for remark in (
         "files ignored: 1 .heic, 1 .svg; HEIC is not read: convert it to JPEG, such as by ImageMagick: magick NAME.he",
-        "; SVG is not read: draw it as PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
+        "; SVG is not read: convert it to PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
         "1 of 6 images have no caption",
     ):
         assert remark in err
@@ -270,7 +270,7 @@ SEARCH, INDEX = "kb search {world}/kb ", "kb index {world}/kb --factory "
         INDEX + "IVF7,Flat": "of 7 cells needs as many",
         INDEX + "IVF1,Flat -k 7": "k must be from 1 to the 6 images of",
         INDEX + "IVF1,Flat --queries {world}/pictures/sea.png": "sea.png is not UTF-8",
-        INDEX + "IVF1,Flat --queries {tmp}/empty.txt": "no text to make queries of",
+        INDEX + "IVF1,Flat --queries {tmp}/empty.txt": "no text to make queries from",
     }
 )
 def test_wrong_input_is_one_sentence(sentence, command, message):

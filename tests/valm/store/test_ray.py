@@ -165,7 +165,7 @@ def test_a_corpus_retrieval_and_its_search_while_a_node_is_killed(cluster, add_n
     here = retrieve("here")
     # without any of them there is a core for a task beside the two actors: it would wait for one forever
     nodes = {node.node_id: node for node in (add_node(num_cpus=2), add_node(num_cpus=2), add_node())}
-    with pytest.raises(ValmError, match=r"40 actors of 1 cores leave no room .* has room for \d of them; take fewer"):
+    with pytest.raises(ValmError, match=r"40 actors of 1 cores leave no room .* room for \d actors: use fewer"):
         ShardedIndex(kb, 40, "auto")
     index = ShardedIndex(kb, 2, "auto")
     victim = nodes[ray.get(index._actors[0].__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id()))]

@@ -163,7 +163,7 @@ REFUSALS = [
     (lambda rows: with_ids(rows).remove(torch.tensor([[11]])), ValueError, r"ids must have shape \(n,\), .*\(1, 1\)"),
     (lambda rows: FlatIPIndex(rows).remove(torch.arange(50)), ValueError, "all 50 rows would be removed"),
     (lambda rows: FlatIPIndex(rows).remove(torch.tensor([50])), ValueError, "ids must be from 0 to 49, .* from 50"),
-    (lambda rows: searched(rows, allowed=torch.tensor([3])), ValueError, "allowed contains 3, which is not the id of a row"),
+    (lambda rows: searched(rows, allowed=torch.tensor([3])), ValueError, "allowed contains 3, which is not the id"),
 ]
 
 
