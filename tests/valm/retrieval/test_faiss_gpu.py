@@ -134,9 +134,7 @@ def test_searches_on_gpus_go_one_after_the_other(kb, two_gpus):
 @pytest.mark.parametrize("factory", ["PCA8,IVF32,PQ8x4fs", slow("HNSW8")])
 def test_what_a_gpu_does_not_hold_is_searched_on_the_cpu(kb, clip, two_gpus, monkeypatch, factory):
     """With a warning, both where it is tuned and where it is searched."""
-    said = (
-        rf"cannot search the index of {kb.path} on cuda \(.*not supported\), so the CPU searches it\. `valm kb index"
-    )
+    said = rf"cannot search the index of {kb.path} on cuda \(.*not supported\), so the CPU searches it\. `valm kb index"
     with pytest.warns(UserWarning, match=said):
         built = build(kb, factory, device="cuda")
     assert built.device == torch.device("cpu") and not two_gpus
