@@ -95,7 +95,7 @@ def _cpu_path() -> str:
     try:
         return f"native code, {cpu_isa()}"
     except (ImportError, ValueError):
-        return "impl='reference' alone"
+        return "only impl='reference'"
 
 
 def _gpu_search() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 
-class Lock(RLock):  # type: ignore[misc]  # final in typeshed alone
+class Lock(RLock):  # type: ignore[misc]  # final only in typeshed
     """A `threading.RLock` whose pickles and copies are new, open locks. In a forked child it is open, because the
     thread that held it is not in the child.
 

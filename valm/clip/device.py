@@ -8,11 +8,7 @@ from valm.errors import ValmError
 
 
 def open_device(name: str) -> torch.device:
-    """The device that torch calls `name`; "auto" is a GPU if torch finds one, otherwise the CPU.
-
-    Raises:
-        ValmError: there is no such device.
-    """
+    """The device that torch calls `name`; "auto" is a GPU or else the CPU. Raises ValmError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

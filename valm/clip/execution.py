@@ -50,11 +50,7 @@ class Execution:
         return device
 
     def runner(self) -> Runner:
-        """The runner that writes the shards, here or on the Ray cluster.
-
-        Raises:
-            ImportError, ValmError: as `RayRun`.
-        """
+        """The runner that writes the shards, here or on the Ray cluster. Errors are those of `RayRun`."""
         if self.ray is None:
             from valm.store.shards import run_here
 

@@ -61,11 +61,7 @@ class ClipBpeTokenizer(PreTrainedTokenizerFast):
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer that `save_pretrained` wrote into `folder`.
-
-    Raises:
-        ValmError: the files are damaged.
-    """
+    """The tokenizer that `save_pretrained` wrote into `folder`. Raises ValmError if its files are damaged."""
     what = f"the tokenizer in {folder}"
     tokenizer = from_pretrained(PreTrainedTokenizerFast, folder, what, local_files_only=True)
     if getattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix", None):
@@ -181,11 +177,7 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
 
 
 def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id of the token that begins a document: bos, or eos if a tokenizer has no bos (Qwen's).
-
-    Raises:
-        ValmError: the tokenizer has no eos, which ends a document.
-    """
+    """The id of the token that begins a document: bos, or eos without bos (Qwen's). Raises ValmError without eos."""
     if tokenizer.eos_token_id is None:
         raise ValmError("the tokenizer names no eos token, which ends a document: set its eos_token")
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -193,22 +185,14 @@ def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """The tokens of `text` as the beginning of a document: after bos (`begin_id`), unless the text begins with bos, as
-    a prompt from a chat template may.
-
-    Raises:
-        ValmError: the tokenizer has no eos.
-    """
+    a prompt from a chat template may. Raises ValmError without eos."""
     begin = begin_id(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if ids[:1] == [begin] else [begin, *ids]
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Each text as a document: bos (`begin_id`), its tokens, eos; an empty list for a text without tokens.
-
-    Raises:
-        ValmError: the tokenizer has no eos.
-    """
+    """Each text as a document: bos, its tokens, eos; [] for a text without tokens. Errors are those of `begin_id`."""
     begin, end = begin_id(tokenizer), tokenizer.eos_token_id
     tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[begin, *ids, end] if ids else [] for ids in tokens]

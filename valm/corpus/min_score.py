@@ -46,11 +46,7 @@ def find_min_score(
 
 
 def _captions(kb: ImageKnowledgeBase) -> list[str]:
-    """The first captions of some images.
-
-    Raises:
-        ValmError: none of the images has a caption.
-    """
+    """The first captions of some images. Raises ValmError if no image has a caption."""
     images = np.unique(np.linspace(0, len(kb) - 1, CAPTIONS, dtype=int))
     found = [caption for image in images if (caption := kb.item(int(image)).caption.split("\n")[0])]
     if not found:

@@ -45,8 +45,7 @@ class RetrievalPlan(Execution):
     )
     images: int = option("images that each token sees", 4, short="-k", least=1, below=MAX_IMAGES + 1)
     query: str = option(
-        "kind of retrieval query: CLIP's text feature of the text so far (eot), or the text tower's state at the token "
-        "(state)",
+        "retrieval query: CLIP's feature of the text so far (eot), or its text tower's state at the token (state)",
         "eot",
         choices=["eot", "state"],
     )

@@ -237,20 +237,12 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return np.concatenate([self._shard(number).groups for number in range(len(self._ends))])
 
     def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
-        """Checks that the images were retrieved from `kb`.
-
-        Raises:
-            ValmError: they were retrieved from another knowledge base.
-        """
+        """Raises ValmError unless the images were retrieved from `kb`."""
         if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
             raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}: retrieve it again")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Checks that `tokenizer` made the tokens, unchanged or as `load_tokenizer` sets it up.
-
-        Raises:
-            ValmError: another tokenizer made them.
-        """
+        """Raises ValmError unless `tokenizer` made the tokens, unchanged or as `load_tokenizer` sets it up."""
         made = (tokenizer, beginning_with_bos(tokenizer))
         if self.manifest["plan"]["tokenizer"] not in map(_tokenizer_hash, made):
             raise ValmError(f"{self.path} was read with another tokenizer than the model's: retrieve it again")
@@ -269,11 +261,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return damaged_files(self.path, self.manifest, progress)
 
     def verify_once(self) -> None:
-        """`verify`, unless this object has been verified. Training calls it before it begins.
-
-        Raises:
-            ValmError: a file is damaged.
-        """
+        """Raises ValmError for a damaged file, unless this object was verified before. Training begins with it."""
         if not self._verified:
             if damaged := self.verify():
                 raise ValmError(f"{self.path} is damaged, retrieve it again: {', '.join(damaged)}")

@@ -61,11 +61,7 @@ class Encoded(NamedTuple):
 
 
 def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> Encoded:
-    """Decodes and encodes the images of `records`.
-
-    Raises:
-        ValmError: a transient error (`is_transient`) while an image is read.
-    """
+    """Decodes and encodes the images of `records`. Errors are those of `decoded_batches`."""
     progress.begin(len(records))
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
     rows: list[dict[str, Any]] = []

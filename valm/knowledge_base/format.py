@@ -126,11 +126,7 @@ def vectors_of(table: pa.Table) -> np.ndarray:
 
 
 def skipped_of(table: pa.Table) -> list[Skipped]:
-    """The entries of a shard's source that could not be read.
-
-    Raises:
-        ValueError: the list is damaged.
-    """
+    """The entries of a shard's source that could not be read. Raises ValueError if the list is damaged."""
     found: list[Skipped] = parse_json((table.schema.metadata or {}).get(SKIPPED_KEY, b""), list[Skipped])
     return found
 

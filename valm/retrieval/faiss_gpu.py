@@ -12,11 +12,7 @@ from valm.retrieval.index_parameters import import_faiss, stages
 
 
 def faiss_device(device: torch.device | str) -> torch.device:
-    """Where faiss searches for a caller on `device`: there if it is a GPU and faiss supports GPUs, else on the CPU.
-
-    Raises:
-        ImportError: faiss is not installed.
-    """
+    """Where faiss searches for a caller on `device`: there if it is a GPU that faiss supports, else on the CPU."""
     device = torch.device(device)
     return device if device.type == "cuda" and import_faiss().get_num_gpus() > 0 else torch.device("cpu")
 

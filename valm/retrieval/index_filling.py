@@ -115,11 +115,7 @@ class NearestCell:
 
 
 def training_rows(kb: ImageKnowledgeBase, index: Any) -> int:
-    """The number of vectors that train a new `index`.
-
-    Raises:
-        ValmError: the index has more cells than there are vectors.
-    """
+    """The number of vectors that train a new `index`. Raises ValmError if it has more cells than vectors."""
     if index.is_trained:  # it needs no training
         return 0
     ivf = import_faiss().try_extract_index_ivf(index)

@@ -55,8 +55,7 @@ class IndexPlan:
     factory: str | None = option("faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
     queries: str | os.PathLike | None = option("text file that tunes the index (default: captions of the images)")
     query: str = option(
-        "kind of retrieval query: CLIP's text feature of the text so far (eot), or the text tower's state at the token "
-        "(state)",
+        "retrieval query: CLIP's feature of the text so far (eot), or its text tower's state at the token (state)",
         "eot",
         choices=["eot", "state"],
     )
@@ -161,11 +160,7 @@ def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
 
 
 def new_index(dim: int, factory: str) -> Any:
-    """The untrained faiss index of vectors of width `dim` from a factory string.
-
-    Raises:
-        ValmError: faiss does not know the string.
-    """
+    """The untrained faiss index of vectors of width `dim`. Raises ValmError if faiss does not know the factory."""
     faiss = import_faiss()
     try:
         # the nearest unit vectors have the largest inner product, which no transform changes
@@ -184,11 +179,7 @@ def stages(index: Any) -> tuple[list[Any], Any]:
 
 
 def import_faiss() -> ModuleType:
-    """The module faiss.
-
-    Raises:
-        ImportError: faiss is not installed; the message says how to install it.
-    """
+    """The module faiss. Raises ImportError, which says how to install it."""
     try:
         import faiss
     except ImportError as error:

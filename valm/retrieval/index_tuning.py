@@ -183,11 +183,7 @@ def build_index(
 
 
 def captions(kb: ImageKnowledgeBase, images: int = CAPTIONED, seed: int = 0) -> list[str]:
-    """The captions of some random images of `kb`: one text per image, one caption a line.
-
-    Raises:
-        ValmError: the images have no captions.
-    """
+    """The captions of some random images: a text per image, a caption a line. Raises ValmError if there are none."""
     ids = np.random.default_rng(seed).choice(len(kb), min(images, len(kb)), replace=False)
     found = [text for id in np.sort(ids).tolist() if (text := kb.item(id).caption.strip())]
     if not found:

@@ -427,11 +427,7 @@ def _check_index(index: Any, kb: ImageKnowledgeBase) -> None:
 
 
 def check_k(k: int, kb: ImageKnowledgeBase) -> None:
-    """Checks that a search of `kb` can find the `k` nearest images.
-
-    Raises:
-        ValmError: it cannot.
-    """
+    """Raises ValmError unless a search of `kb` can find the `k` nearest images."""
     if 1 <= k <= min(len(kb), MAX_TOPK):
         return
     images = f"{len(kb):,} images of {kb.path}"

@@ -208,11 +208,7 @@ def set_mode(file: Path, mode: int) -> None:
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
-    """The folder `path`, created if missing.
-
-    Raises:
-        OSError: the folder cannot be created or is not writable.
-    """
+    """The folder `path`, created if missing. Raises OSError if it is not writable."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):  # fail before hours of work

@@ -55,11 +55,7 @@ def gguf_option(source: str | os.PathLike) -> tuple[str | os.PathLike, dict[str,
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that the files of a model's folder name no weights outside of it.
-
-    Raises:
-        ValmError: a name leads out of the folder.
-    """
+    """Raises ValmError if the files of a model's folder name weights outside of it."""
     if (folder / CONFIG_FILE).is_file():
         config = read_json(folder / CONFIG_FILE, "the config", dict[str, Any], REMEDY)
         # a file name, or a remark for other classes in our own models

@@ -125,11 +125,7 @@ def free_tasks(cpus: int, gpus: float = 0) -> int:
 
 
 def task_result(reference: Any, what: str) -> Any:
-    """The result of a task or an actor.
-
-    Raises:
-        ValmError: the task raised it, or Ray gave up on the task.
-    """
+    """The result of a task or an actor. Raises ValmError if the task did, or if Ray gave up on it."""
     ray = import_ray()
     try:
         return ray.get(reference)

@@ -176,11 +176,7 @@ class ShardedBuild:
             write_json(out / BUILD_FILE, {"plan": plan})
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The record of every finished shard, by number.
-
-        Raises:
-            ValmError: a record or its shard is damaged.
-        """
+        """The record of every finished shard, by number. Raises ValmError if a record or shard is damaged."""
         if self.finished:
             return self._finished_records
         records = {}
@@ -327,11 +323,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(content: Mapping[str, Any], path: Path, remedy: str = "make it again") -> None:
-    """Checks that `content`, read from `path`, has not changed since `sealed`.
-
-    Raises:
-        ValmError: an entry or the checksum has changed.
-    """
+    """Raises ValmError if `content`, read from `path`, has changed since `sealed`."""
     if content.get("sha256") != json_sha256(content):
         raise ValmError(f"{path} is damaged: it differs from its own checksum; {remedy}")
 

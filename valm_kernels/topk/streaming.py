@@ -29,7 +29,7 @@ class _Buffer:
         dim = sources[0].shape[1]
         shapes = [(chunk_rows, dim + -dim % DIM_MULTIPLE), (chunk_rows,)][: len(sources)]
         pinned = device.type == "cuda"
-        allocate = torch.zeros if dim % DIM_MULTIPLE else torch.empty  # for the padding alone
+        allocate = torch.zeros if dim % DIM_MULTIPLE else torch.empty  # zeros only for the padding
         self.host = [
             allocate(shape, dtype=source.dtype, pin_memory=pinned)
             for source, shape in zip(sources, shapes, strict=True)

@@ -136,8 +136,8 @@ def visual_fusion_attn(
             cache_seqlens. Wrong values raise on CPU and are undefined behaviour on CUDA.
         max_seqlen: an upper bound of the documents' lengths in cu_seqlens, by default Tk, so that "flash+triton" starts
             fewer programs. A longer document raises on CPU and is undefined behaviour on CUDA.
-        cache_seqlens: (B,) int32, the number of keys in each row, those of this call included, for a cache of constant
-            size Tk (StaticCache, CUDA graphs). It replaces Tk in the causal limit, and later keys and values are not
+        cache_seqlens: (B,) int32, the number of keys in each row, including this call's, for a cache of constant size
+            Tk (StaticCache, CUDA graphs). It replaces Tk in the causal limit, and later keys and values are not
             used. Values outside 0 to Tk raise on CPU and are clamped on CUDA. It does not limit images.
         image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)`, with a row for each key head if
             image_index has them. Checked on CPU; it changes no result and saves no time yet.

@@ -126,11 +126,7 @@ def _items(metadata: pa.Table, vector_file: Path) -> pa.Table:
 
 
 def _by_number(files: Iterable[Path]) -> dict[int, Path]:
-    """The files by the number at the end of their names, 0 without one: img_emb_12.npy comes after img_emb_2.npy.
-
-    Raises:
-        ValmError: two files have the same number.
-    """
+    """The files by the number at the end of their names, or 0. Raises ValmError if two have the same number."""
     found: dict[int, Path] = {}
     for file in sorted(files):
         number = int((re.search(r"(\d+)$", file.stem) or ["0"])[0])

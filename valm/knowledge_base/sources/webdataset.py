@@ -72,11 +72,7 @@ class WebdatasetSource:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and sizes of `files`.
-
-    Raises:
-        OSError: a file is missing.
-    """
+    """SHA-256 over the names and sizes of `files`. Raises OSError if a file is missing."""
     sizes = [[file.name, file.stat().st_size] for file in files]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
@@ -134,11 +130,7 @@ def tar_records(path: Path) -> list[Record]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive.
-
-    Raises:
-        tarfile.ReadError: the archive ends early or in a damaged header, which tarfile itself takes for the end.
-    """
+    """The members of an archive. Raises ReadError for an early end or a damaged header, which tarfile accepts."""
     for member in tar:
         if member.size < 0:  # tarfile would read this member again
             raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
