@@ -107,6 +107,7 @@ class Clip:
                 is set to the tokenizer's, and its pooling too if EOT is not the largest id.
             tokenizer: by default CLIP's own, with 49,408 tokens.
             preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
+            name: a name for the model, in errors and knowledge bases.
 
         Raises:
             TypeError: preprocess_cfg contains an unknown key.

@@ -38,7 +38,7 @@ class ContextCache:
         self.states = [SegmentState() for _ in range(batch)]
         self.texts = [TextState() for _ in range(batch)]  # used if the ids are not CLIP's
         like = tower.positions
-        # Holds SOT and the tokens of a segment; no token sees an EOT of another. Token p of a segment is at index
+        # Holds SOT and the tokens of a segment, but no EOT, which no other token sees. Token p of a segment is at index
         # capacity-1-p, so the last P entries are always the P tokens before the next token.
         self.capacity = len(like) - 1
         self.past = like.new_zeros(len(tower.blocks), 2, batch, tower.heads, self.capacity, tower.head_dim)

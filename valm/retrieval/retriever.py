@@ -290,7 +290,12 @@ class Retriever:
     def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:
         """The `k` images nearest to CLIP's feature of a text or an image, with their scores, best first.
 
-        An approximate index may find fewer.
+        Args:
+            query: a text, or an image as for `Clip.encode_images`.
+            k: number of images; an approximate index may find fewer.
+
+        Returns:
+            A list of (score, `Item`): the inner product, and the image's id, uri, caption and size.
 
         Raises:
             ValmError: `k` is below 1, above the number of images, or above the most results of a search.
