@@ -227,7 +227,7 @@ def test_datasets_are_opened(dataset, clip, tmp_path):
         (":test", r"\(default:test\): it was saved as one split"),
         ("some", r"\(some:train\): it was saved without configs"),
     ):
-        with pytest.raises(ValmError, match=f"cannot read the dataset .*one {reason}; leave the (split|config) out"):
+        with pytest.raises(ValmError, match=f"cannot read the dataset .*one {reason}: leave the (split|config) out"):
             open_dataset(f"{tmp_path}/one:{wrong}")
     with pytest.raises(ValmError, match="it was saved without configs"):
         open_dataset(f"{tmp_path}/several:some:test")
