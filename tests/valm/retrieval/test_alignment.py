@@ -247,7 +247,7 @@ def test_tokenizers_that_cannot_be_followed_are_refused(clip):
     without_eos.bos_token = without_eos.eos_token = None
     with pytest.raises(ValmError, match="names no eos token, which ends a document"):
         Alignment(without_eos, clip.tokenizer)
-    with pytest.raises(ValmError, match="tokenizer is a ByT5Tokenizer, expected a fast one"):
+    with pytest.raises(ValmError, match="tokenizer is a ByT5Tokenizer, expected a fast tokenizer"):
         ContextEncoder(clip, tokenizer=ByT5Tokenizer())
     word_pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "s": 1, "the": 2, "##e": 3, "[B]": 4}, unk_token="[UNK]"))
     word_pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -191,7 +191,7 @@ def test_too_little_memory_is_named(kb, two_gpus, monkeypatch):
     build(kb, "IVF32,Flat")
     error = RuntimeError("Error in virtual void* faiss::gpu::allocMemory\ncudaMalloc error out of memory [2]")
     monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", Mock(side_effect=error))
-    with pytest.warns(UserWarning, match=r"on cuda:1 \(cudaMalloc error out of memory \[2\]\): it is searched on the"):
+    with pytest.warns(UserWarning, match=r"on cuda:1 \(cudaMalloc error out of memory \[2\]\), so the CPU"):
         FaissIndex.open(kb, "cuda:1")
 
 

@@ -26,7 +26,7 @@ from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.retriever import BlindRetriever, NoImages
 from valm.retrieval.source import read_places
 
-OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would be found by other \(SHA-256 \w{12}\)"
+OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), but its images would be found by other \(SHA-256 \w{12}\)"
 OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), but its images now come from .*\)"
 
 
