@@ -1,11 +1,11 @@
 """Builds valm_kernels._native with one build.ninja for host and CUDA code.
 
-The module has no PyTorch headers, so one build serves every torch version and pip's build isolation needs
-only pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part. "auto" (the default) builds it with the
-nvcc that it finds; if there is none, or it fails, the module is built for the CPU alone, and
-`python -m valm_kernels` says why. "on" raises an error in both cases. The GPU itself is never looked at:
-VALM_KERNELS_CUDA_ARCH=90 builds for compute capability 9.0, and as PTX for newer ones, which takes less time.
-VALM_KERNELS_CXXFLAGS has more flags for the host code, behind ours (`make sanitize`).
+The module includes no PyTorch headers, so one build serves every torch version, and pip's build isolation needs only
+pybind11 and ninja. VALM_KERNELS_CUDA=auto|on|off chooses the CUDA part. "auto" (the default) builds it if nvcc is found
+and works. Otherwise it builds the module only for the CPU, and `python -m valm_kernels` prints why. "on" raises an
+error instead. The build never looks at the GPU. VALM_KERNELS_CUDA_ARCH=90 builds only for compute capability 9.0, and
+PTX for newer GPUs, which takes less time. VALM_KERNELS_CXXFLAGS adds flags for the host code, after ours (`make
+sanitize`).
 
 `python setup.py build_ext --inplace` also works without pybind11, whose headers PyTorch ships, without ninja (then
 every source is compiled each time, in as many processes as there are cores) and with a setuptools before 77.
@@ -37,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 HOST_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# A Python module leaves Python's own functions open; only macOS wants that said.
+# A Python module leaves Python's own functions undefined; only macOS's linker needs a flag for that.
 LINK_FLAGS = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
 # One binary for every x86-64: a file whose stem ends in one of these is compiled for that instruction set
 # and called only after a run-time check. Never -march=native.
@@ -47,11 +47,11 @@ ISA_FLAGS = {
     "_amxint8": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
     "_avx512vnni": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"],
 }
-# Machine code for A100, H100, B200 and RTX 50, of which nvcc knows the third and fourth from 12.8 on.
+# Machine code for A100, H100, B200 and RTX 50; nvcc knows B200 and RTX 50 from 12.8 on.
 CUDA_ARCHS = ("80", "90", "100", "120")
-# Other chips compile PTX at load time. The newest PTX here is of 9.0, so that a driver of CUDA 12 can compile it.
+# Other GPUs compile PTX at load time. The newest PTX here is for 9.0, so that a driver of CUDA 12 can compile it.
 NEWEST_PTX = 90
-# Where CUDA's installers put the toolkit, as torch.utils.cpp_extension looks for it.
+# Where CUDA's installers put the toolkit, and torch.utils.cpp_extension looks for it.
 CUDA_FOLDER = "/usr/local/cuda"
 # All architectures at the same time.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "--threads", "0"]
@@ -60,7 +60,7 @@ LAUNCHERS = ("ccache", "sccache", "distcc")
 
 
 class NoCuda(Exception):
-    """The CUDA part cannot be built; says why, without a full stop."""
+    """The CUDA part cannot be built. The message says why, without a full stop."""
 
 
 def cuda_choice() -> str:
@@ -74,7 +74,7 @@ def find_nvcc() -> str:
     """The nvcc to build with, in the order in which PyTorch looks for it.
 
     Raises:
-        NoCuda: there is none.
+        NoCuda: there is no nvcc.
     """
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [*(Path(home) / "bin" / "nvcc" for home in homes), shutil.which("nvcc"), f"{CUDA_FOLDER}/bin/nvcc"]
@@ -85,10 +85,10 @@ def find_nvcc() -> str:
 
 
 def cuda_archs(nvcc: str) -> tuple[list[str], str]:
-    """What nvcc compiles for, VALM_KERNELS_CUDA_ARCH alone or else what it knows of CUDA_ARCHS, and the oldest.
+    """nvcc's options for VALM_KERNELS_CUDA_ARCH or the CUDA_ARCHS that it knows, and the oldest of these.
 
     Raises:
-        NoCuda: nvcc knows none of them.
+        NoCuda: nvcc knows none of the CUDA_ARCHS.
     """
     arch = os.environ.get("VALM_KERNELS_CUDA_ARCH", "")
     if arch:
@@ -98,7 +98,7 @@ def cuda_archs(nvcc: str) -> tuple[list[str], str]:
     try:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise NoCuda(f"{nvcc} --list-gpu-arch fails, which CUDA 11.2 and newer know ({error})") from error
+        raise NoCuda(f"{nvcc} --list-gpu-arch fails ({error}); CUDA 11.2 and newer support it") from error
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
     if not archs:
         raise NoCuda(f"{nvcc} compiles for none of the compute capabilities {', '.join(CUDA_ARCHS)}")
@@ -135,7 +135,7 @@ def openmp_flags() -> list[str]:
         if subprocess.run(command, capture_output=True).returncode == 0:
             return ["-fopenmp"]
     print(f"valm_kernels: {cxx()} has no OpenMP (-fopenmp), so the CPU code runs on one thread")
-    return ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]  # the number of threads is used by pragmas alone
+    return ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]  # only pragmas use the number of threads
 
 
 def host_flags(source: Path) -> list[str]:
@@ -147,20 +147,21 @@ def host_flags(source: Path) -> list[str]:
 
 
 class NativeFirst(build_command.build):
-    """The native module comes first, so that what stops it does not stand below hundreds of copied files."""
+    """Builds the native module first, so that its errors do not stand below hundreds of copied files."""
 
     sub_commands = sorted(build_command.build.sub_commands, key=lambda command: command[0] != "build_ext")
 
 
 class NativeAlone(Distribution):
-    """The native module, of which pyproject.toml says nothing."""
+    """The native module, which pyproject.toml does not mention."""
 
     def parse_config_files(self, *arguments: object, **keywords: object) -> None:
         pass
 
 
 def distribution() -> type[Distribution]:
-    """An older setuptools cannot read the licence in pyproject.toml, and needs not where nothing is packed."""
+    """The class of the distribution. An old setuptools cannot read the licence in pyproject.toml, and need not do so
+    if nothing is packed."""
     old = int(setuptools.__version__.partition(".")[0]) < 77
     return NativeAlone if old and sys.argv[1:2] == ["build_ext"] else Distribution
 
@@ -175,15 +176,15 @@ class Build:
     flags: str = ""
 
     def command(self, rules: dict[str, str]) -> str:
-        """As the shell takes it."""
+        """The command line for the shell."""
         inputs = " ".join(shlex.quote(str(path)) for path in self.inputs)
         values = {"in": inputs, "out": shlex.quote(self.output), "flags": self.flags}
         return Template(rules[self.rule]).safe_substitute(values)
 
 
 class NativeBuild(build_ext):
-    """build_ext whose compiler calls go through ninja, or without it through a few threads. In place, as tests run it,
-    the module has AMX's code with arrays as its registers too (VALM_KERNELS_EMULATE_AMX)."""
+    """build_ext whose compiler calls go through ninja, or without ninja through a few processes. A build in place, for
+    tests, also contains AMX's code with arrays as its registers (VALM_KERNELS_EMULATE_AMX)."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -207,7 +208,7 @@ class NativeBuild(build_ext):
             self.build_native(ext, None, str(error))
 
     def build_native(self, ext: Extension, nvcc: str | None, obstacle: str) -> None:
-        """Builds the module, with a CUDA part if there is an nvcc, or else with the reason why there is none.
+        """Builds the module, with a CUDA part if there is an nvcc, otherwise with the reason why not.
 
         Raises:
             NoCuda: the CUDA part cannot be built.
@@ -227,8 +228,8 @@ class NativeBuild(build_ext):
         if ninja := find_ninja():
             (build_dir / "build.ninja").write_text(ninja_file(rules, builds))
         else:
-            print("valm_kernels: there is no ninja, so every source is compiled, changed or not")
-        for rule in ("cuda", "host", "link"):  # if nvcc fails, nothing else was compiled in vain
+            print("valm_kernels: ninja is missing, so every source is compiled, changed or not")
+        for rule in ("cuda", "host", "link"):  # nvcc first, so that nothing is compiled in vain if it fails
             some = [build for build in builds if build.rule == rule]
             if ninja and some:
                 failed = output_of_failed([ninja, "-C", str(build_dir), *(build.output for build in some)])
@@ -241,7 +242,7 @@ class NativeBuild(build_ext):
 
 
 def pybind11_include() -> str:
-    """The headers of the pybind11 that is installed, or of PyTorch, which ships them."""
+    """The headers of the installed pybind11, or of PyTorch, which ships them."""
     if importlib.util.find_spec("pybind11") is not None:
         import pybind11
 
@@ -250,7 +251,7 @@ def pybind11_include() -> str:
     folders = [Path(folder) / "include" for folder in torch.submodule_search_locations or ()] if torch else []
     for folder in folders:
         if (folder / "pybind11" / "pybind11.h").exists():
-            print(f"valm_kernels: pybind11 is not installed, taking PyTorch's headers of it in {folder}")
+            print(f"valm_kernels: pybind11 is not installed, using its headers from PyTorch in {folder}")
             return str(folder)
     raise SystemExit("valm_kernels is built with pybind11, which is not installed: pip install pybind11")
 
@@ -264,7 +265,7 @@ def find_ninja() -> str | None:
 
 
 def write_if_changed(file: Path, text: str) -> None:
-    """Leaves a file with this text alone, so that ninja does not compile again what includes it."""
+    """Writes a file unless it has this text, so that ninja does not compile again what includes it."""
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
 
@@ -286,7 +287,7 @@ def compiler_rules(nvcc: str | None, openmp: list[str], includes: list) -> dict[
 
 
 def native_builds(nvcc: str | None, flags: list[str], output: Path) -> list[Build]:
-    """The objects, and at the end the module."""
+    """The builds of the objects, and last of the module."""
     objects = []
     for source in sorted((ROOT / "csrc").rglob("*.c*")):
         if source.suffix not in (".cpp", ".cu") or (source.suffix == ".cu" and not nvcc):
@@ -313,7 +314,7 @@ def ninja_file(rules: dict[str, str], builds: list[Build]) -> str:
 
 
 def output_of_failed(command: list[str] | str, folder: Path | None = None) -> str:
-    """Runs a command and prints what it prints; returns that if the command fails, else ""."""
+    """Runs a command and prints its output. Returns the output if the command fails, otherwise ""."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     done = subprocess.run(command, shell=isinstance(command, str), cwd=folder, **options)
     print(done.stdout, end="", flush=True)
@@ -327,14 +328,14 @@ def first_error(output: str) -> str:
 
 
 def run_all(commands: list[str], folder: Path) -> str:
-    """Runs commands in as many processes as there are cores; returns the output of those that fail."""
+    """Runs commands in as many processes as there are cores. Returns the output of the failed commands."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return "".join(threads.map(lambda command: output_of_failed(command, folder), commands))
 
 
 def write_compile_commands(rules: dict[str, str], builds: list[Build]) -> None:
-    """compile_commands.json in the root of the sources, for editors and clang-tidy."""
-    # every path but that of the output is absolute, and pip removes the build's own folder
+    """Writes compile_commands.json in the root of the sources, for editors and clang-tidy."""
+    # every path except the output's is absolute, and pip removes the build's own folder
     commands = [
         {"directory": str(ROOT), "command": build.command(rules), "file": str(build.inputs[0]), "output": build.output}
         for build in builds[:-1]

@@ -1,5 +1,5 @@
 // pybind11 module valm_kernels._native: glue only. Raw pointers come in as integers (tensor.data_ptr());
-// shapes and dtypes are checked in Python before.
+// Python has checked shapes and dtypes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
-// Huge pages under large memory that is about to be written for the first time: fewer faults then, and fewer misses of
-// the address cache afterwards.
+// Huge pages for large memory that is about to be written for the first time: fewer page faults, and later fewer misses
+// of the address cache.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace valm {
 
-// Only advice: where it is refused, the pages stay small.
+// Only advice: if the system rejects it, pages stay small.
 inline void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;

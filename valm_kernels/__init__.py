@@ -1,7 +1,7 @@
 """Kernels of a visually-augmented language model: fused image attention and exact top-K inner product.
 
-Names are imported on first use, so code that needs only files or the version does not wait for torch. The import
-registers the operator: a saved `torch.export` program needs `import valm_kernels.visual_fusion` or `.topk` first.
+Names are imported on first use, so code that needs only files or the version does not wait for torch. Before you load a
+saved `torch.export` program, import `valm_kernels.visual_fusion` or `valm_kernels.topk`, which registers its operator.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The operators' namespace: one for each copy of this package in a process.
+"""The operators' namespace: each copy of this package in a process uses its own.
 
-torch defines an operator once, and a kernel hub loads several versions of a package side by side, each under a module
-name of its own. The hub's builder replaces this file by its own, with the same two names.
+torch defines an operator only once, and a kernel hub may load several versions of a package under different module
+names. The hub's builder replaces this file with one that defines the same two names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: a temporary name, fsync, one rename.
 
-A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock (flock) on the file or folder while it lives. One
-without a lock belongs to a writer that was killed, and may be removed.
+A temporary name is NAME.<32 hex digits>.tmp. Its writer holds a lock (flock) on the file or folder while it lives. A
+temporary file without a lock belongs to a writer that was killed, and may be removed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SAVE_WAIT_SECONDS = 60.0
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, moved to it when the block succeeds and removed when it raises.
+    """A temporary file next to `path`, moved to it when the block succeeds and removed when the block raises.
 
     If the process is killed, `path` holds either its old content or everything that was written. Several processes may
-    write `path` at once; the last one wins.
+    write `path` at once: the last one wins.
 
     Raises:
-        OSError: it cannot be written, such as on a full disk; the error names `path`.
+        OSError: the file cannot be written (for example, the disk is full); the error names `path`.
     """
     with temporary_file(path) as temporary:
         yield temporary
@@ -49,10 +49,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty, locked file beside `path`, removed when the block ends unless `move` has moved it.
+    """An empty, locked file next to `path`, removed when the block ends unless `move` has moved it.
 
     Raises:
-        OSError: it cannot be written; the error names `path`.
+        OSError: the file cannot be written; the error names `path`.
     """
     with claimed(path, lambda temporary: temporary.touch(exist_ok=False)) as temporary:
         try:
@@ -64,10 +64,10 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, made by `make` and locked until the block ends.
+    """A temporary file or folder next to `path`, made by `make` and locked until the block ends.
 
     Raises:
-        OSError: it cannot be made; or the block raised it, and if that names no file, it names `path`.
+        OSError: the file cannot be made, or the block raised an OSError; if that names no file, it gets `path`.
     """
     with _naming(path):
         temporary, descriptor = _claim(path, make)
@@ -117,9 +117,9 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def folder_lock(path: Path, seconds: float) -> Iterator[None]:
-    """Holds the lock of a file or folder that several processes may write; others wait for it until the block ends.
+    """Holds the lock of a file or folder until the block ends; other processes wait for it.
 
-    Where there are no locks (Windows, some network file systems) nothing is waited for.
+    Without file locks (Windows, some network file systems) nobody waits.
 
     Raises:
         TimeoutError: another process held the lock for longer than `seconds`.
@@ -135,23 +135,23 @@ def folder_lock(path: Path, seconds: float) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with suppress(OSError):  # closed alone, it would stay with processes that were forked meanwhile
+            with suppress(OSError):  # only closed, it would stay locked in processes forked meanwhile
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
 def temporary_name(path: Path) -> Path:
-    """A unique name beside `path`."""
+    """A unique name next to `path`."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is one of our temporary ones."""
+    """Whether this is a temporary name of this module."""
     return TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str] = TEMPORARY_NAME) -> None:
-    """Removes the temporary files and folders in `folder` whose writers were killed; ignores those it may not."""
+    """Removes temporary files and folders in `folder` whose writers were killed, if this process may."""
     for path in list(folder.iterdir()):
         if is_temporary(path.name) and names.fullmatch(path.name):
             with suppress(OSError):
@@ -159,7 +159,7 @@ def remove_leftovers(folder: Path, names: re.Pattern[str] = TEMPORARY_NAME) -> N
 
 
 def remove_if_abandoned(path: Path) -> None:
-    """Removes a file or folder that nobody has locked; without locks, one that is ABANDONED_SECONDS old."""
+    """Removes a file or folder that nobody has locked or, without file locks, that is ABANDONED_SECONDS old."""
     found = path.lstat()
     if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
         return  # we write nothing else
@@ -176,11 +176,11 @@ def remove_if_abandoned(path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Names `path` in an OSError that names no file, as those of write() and fsync(), or a temporary one."""
+    """Names `path` in an OSError that names a temporary file, or no file (write, fsync)."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # numpy's, for a write that was cut off
+        if error.errno is None:  # numpy raises this if a write was cut off
             reason = f"not all of it could be written ({error}); the disk may be full"
             raise OSError(errno.ENOSPC, reason, os.fspath(path)) from error
         if error.filename is None or is_temporary(os.path.basename(error.filename)):
@@ -189,7 +189,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int | None:
-    """A descriptor that holds the lock of a temporary file or folder; None without locks, or if it was removed."""
+    """A descriptor that holds the lock of a temporary file or folder. None: no file locks, or the file was removed."""
     if fcntl is None:
         return None
     try:
@@ -212,7 +212,7 @@ def _close(descriptor: int | None) -> None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Locks an open file or folder unless another process has locked it; None where there are no locks."""
+    """Locks an open file or folder unless another process has locked it. None: the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What this build of valm_kernels can do on this machine, and why not where it cannot."""
+"""What this build of valm_kernels can do on this machine, and why something is not usable."""
 
 from __future__ import annotations
 
@@ -16,15 +16,24 @@ from .native import cpu_isa, native
 from .topk.cuda import has_code
 from .version import __version__
 
-# Of the GPU, for Triton's kernels.
+# The compute capability that Triton's kernels need.
 LEAST_CAPABILITY = (8, 0)
 
 
 def show_config() -> str:
-    """Print, and return, what was built, what is usable and why something is not.
+    """Prints what was built, what is usable and why something is not, for a bug report.
 
-    For a bug report: versions, the native module and its instruction set, CUDA devices, Triton, and every OpenMP
-    runtime in the process (more than one means that they compete for the cores).
+    Lists versions, the native module and its instruction set, CUDA devices, Triton, and every OpenMP runtime in the
+    process. If there are several OpenMP runtimes, they compete for the cores.
+
+    Returns:
+        The printed text, one line for each item.
+
+    Example:
+        >>> report = valm_kernels.show_config()
+        valm ...
+        Python ...
+        OpenMP runtimes ...
     """
     lines = [
         ("valm", __version__),
@@ -42,7 +51,7 @@ def show_config() -> str:
 
 
 def show_paths() -> str:
-    """Print, and return, five lines: what was built, and which code each operation runs here."""
+    """Prints and returns five lines: what was built, and which code each operation runs here."""
     attention = triton_obstacle()
     lines = [
         ("native module", _native_module()),
@@ -62,7 +71,7 @@ def _table(lines: list[tuple[str, str]]) -> str:
 
 
 def triton_obstacle() -> str:
-    """Why Triton cannot launch a kernel here; "" if it can. Triton compiles a launcher in C at its first launch."""
+    """Why Triton cannot launch a kernel here, or "" if it can. Its first launch compiles a launcher in C."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -86,7 +95,7 @@ def _cpu_path() -> str:
     try:
         return f"native code, {cpu_isa()}"
     except (ImportError, ValueError):
-        return "impl='reference' alone"
+        return "only impl='reference'"
 
 
 def _gpu_search() -> str:

@@ -1,4 +1,4 @@
-"""Checksums of files, and of JSON objects that carry their own."""
+"""Checksums of files, and of JSON objects that contain their own checksum."""
 
 from __future__ import annotations
 

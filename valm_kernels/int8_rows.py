@@ -1,5 +1,5 @@
-"""What a linear layer in int8 does on CPU before and after its integer products, each in one pass over memory; and all
-of it for a few rows."""
+"""Linear layers in int8 on CPU: the steps before and after PyTorch's integer products, each in one pass over memory,
+and one native call that does everything for a few rows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Int8Layer(NamedTuple):
 
 
 def has_avx2() -> bool:
-    """Whether the products here, of int8 and float32, are faster than PyTorch's for a few rows."""
+    """Whether the native products of int8 and float32 are faster than PyTorch's for a few rows."""
     return cpu_isa() not in ("generic", "tiles")
 
 
 def has_vnni() -> bool:
-    """Whether PyTorch's products of int8 are faster than those of float32."""
+    """Whether PyTorch multiplies int8 faster than float32."""
     return cpu_isa() in ("avx512vnni", "amxint8")
 
 
 def is_int8_fast() -> bool:
-    """Whether a tower reads in int8 as fast as in float32, and its next tokens faster: not with AVX-512 and no VNNI."""
+    """Whether int8 reads a text as fast as float32 and the next tokens faster. False on AVX-512 without VNNI."""
     return has_vnni() or cpu_isa() == "avx2"
 
 
@@ -39,7 +39,7 @@ def is_int8_fast() -> bool:
 def round_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds each row to 256 steps from its least to its largest value: rows ~ zero + step * rounded.
 
-    Bit for bit what these operations of PyTorch compute of finite rows:
+    For finite rows the result equals these operations of PyTorch bit for bit:
 
         least, largest = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
         step = ((largest - least) / 255).clamp(min=torch.finfo(torch.float32).tiny)
@@ -50,10 +50,10 @@ def round_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows: (n, W) float32 on CPU, without a gradient.
 
     Returns:
-        rounded (n, W) int8; step (n,) and zero (n,) float32, both NaN where a row holds a NaN or an infinity.
+        rounded (n, W) int8; step (n,) and zero (n,) float32, both NaN for a row with NaN or infinity.
 
     Raises:
-        ValueError: rows are something else, or W is 0.
+        ValueError: rows have another dtype, shape or device, or W is 0.
     """
     rows = _checked(rows)
     rounded = torch.empty_like(rows, dtype=torch.int8)
@@ -75,7 +75,7 @@ def scale_products_(products: Tensor, step: Tensor, zero: Tensor, scale: Tensor,
     """bias + step * scale * products + zero * sum, in the memory of `products`.
 
     Args:
-        products: (n, N) int32 on CPU, contiguous, of rounded rows and rounded weights. Holds the result afterwards.
+        products: (n, N) int32 on CPU, contiguous: rounded rows times rounded weights. Holds the result afterwards.
         step, zero: (n,) float32, of the rows.
         scale, sum, bias: (N,) float32, of the weights.
 
@@ -83,7 +83,7 @@ def scale_products_(products: Tensor, step: Tensor, zero: Tensor, scale: Tensor,
         (n, N) float32, a view of `products`.
 
     Raises:
-        ValueError: a tensor is of another dtype or shape, not contiguous or not on CPU.
+        ValueError: a tensor has another dtype or shape, is not contiguous or is not on CPU.
     """
     rows, columns = products.shape[0], products.shape[-1]
     check_tensor("products", products, torch.int32, (rows, columns))
@@ -108,10 +108,10 @@ def scale_products_(products: Tensor, step: Tensor, zero: Tensor, scale: Tensor,
 
 @survives_fork
 def linear_rows(rows: Tensor, weight: Tensor, scale: Tensor, sum: Tensor, bias: Tensor) -> Tensor:
-    """`round_rows`, the products with the weights and `scale_products_` in one call, with the same bits.
+    """`round_rows`, the products with the weights and `scale_products_` in one call, bit for bit.
 
-    The weights are read once, which takes most of the time for a few rows. For many, PyTorch's products are faster
-    where the processor has VNNI, and slower where it has not.
+    For a few rows, reading the weights takes most of the time, and this call reads them once. For many rows, PyTorch's
+    products are faster if the processor supports VNNI, and slower if it does not.
 
     Args:
         rows: (n, W) float32 on CPU, without a gradient.
@@ -122,7 +122,7 @@ def linear_rows(rows: Tensor, weight: Tensor, scale: Tensor, sum: Tensor, bias: 
         (n, N) float32.
 
     Raises:
-        ValueError: a tensor is of another dtype or shape or not on CPU, or one of the weights not contiguous.
+        ValueError: a tensor has another dtype or shape or is not on CPU, or a weight is not contiguous.
     """
     rows = _checked(rows)
     outputs, width = weight.shape[0], rows.shape[1]

@@ -1,4 +1,4 @@
-"""Reads JSON files, and keeps to the files of a folder."""
+"""Reads JSON files, and checks that a folder's files belong to it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def read_json(path: Path) -> Any:
     """The JSON value in the file `path`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON; the message names it.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_bytes())
@@ -26,13 +26,13 @@ def read_json(path: Path) -> Any:
 
 
 def check_own(path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of a file or folder that belongs to the folder it is in.
+    """The status of a file or folder that belongs to its parent folder.
 
-    A link may lead to something else in that folder. If the folder is a snapshot in the cache of the Hugging Face Hub,
-    a link may lead to a blob of that cache.
+    A link may lead to another file of that folder. In a snapshot of the Hugging Face Hub's cache, a link may lead to a
+    blob of that cache.
 
     Raises:
-        OSError: there is nothing, the link leads elsewhere, or `check_regular` raises it.
+        OSError: there is no such file, a link leads elsewhere, or `check_regular` raises it.
     """
     if stat.S_ISLNK(os.lstat(path).st_mode):
         folder, target = os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
@@ -43,16 +43,16 @@ def check_own(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def _blobs(folder: str) -> str | None:
-    """The folder of blobs of the hub's cache that `folder` is a snapshot of, CACHE/snapshots/REVISION, or is below."""
+    """The blobs of the Hub's cache, if `folder` is in one of its snapshots (CACHE/snapshots/REVISION)."""
     before, snapshots, _ = folder.rpartition(f"{os.sep}snapshots{os.sep}")
     return os.path.join(before, "blobs") if snapshots else None
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of a regular file or a folder, which links may lead to.
+    """The status of a regular file or folder, following links.
 
     Raises:
-        OSError: there is nothing, or a pipe, a socket or a device: reading it may wait forever or never end.
+        OSError: there is no such file, or it is a pipe, a socket or a device, whose reading may never end.
     """
     found = os.stat(path)
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
@@ -61,7 +61,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 
 
 def short(value: Any) -> str:
-    """A value for an error message: on one line, shortened if long."""
+    """A value for an error message, on one line, shortened if long."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 200:

@@ -8,12 +8,12 @@ from typing import Any
 from weakref import WeakSet
 
 
-class Lock(RLock):  # type: ignore[misc]  # final in typeshed alone
-    """A `threading.RLock` that pickles and copies as a new one, re-entrant because a signal handler runs on the thread
-    that it interrupts. A forked child finds it open: the thread that held it is not in the child.
+class Lock(RLock):  # type: ignore[misc]  # final only in typeshed
+    """A `threading.RLock` whose pickles and copies are new, open locks. In a forked child it is open, because the
+    thread that held it is not in the child.
 
-    Entering and leaving are the base's, in C: a handler's exception between the two of Python's own would leave it
-    closed.
+    It is re-entrant because a signal handler runs on the thread that it interrupts. It enters and leaves in the base
+    class's C code: in Python code, an exception from a signal handler could leave it locked.
     """
 
     def __init__(self) -> None:

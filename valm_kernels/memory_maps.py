@@ -1,4 +1,4 @@
-"""How memory maps are read that are larger than the memory."""
+"""Hints to the system for reading memory maps that are larger than memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 CGROUPS = Path("/sys/fs/cgroup")
-# A map of more than this share of the memory is not expected to stay in it. What does is there sooner if the pages
-# around those that are asked for are read too.
+# A map larger than this share of memory is not expected to stay in it. A smaller map gets into memory sooner if the
+# system also reads the neighbouring pages.
 SHARE = 0.5
 
 
 def exceeds_memory(nbytes: int) -> bool:
-    """Whether rows of a map of so many bytes, read here and there, are better read alone (`read_at_random`)."""
+    """Whether a map is too large to stay in memory, so that `read_at_random` helps random access."""
     return nbytes > SHARE * memory_limit()
 
 
@@ -54,16 +54,16 @@ def memory_limit(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgroup"))
 
 
 def read_at_random(array: np.ndarray) -> None:
-    """Tells the system that rows of a memory-mapped array are read here and there: it then reads their pages alone, and
-    not up to megabytes behind each. It changes how fast they are read, if anything."""
+    """Tells the system that a memory-mapped array is read at random: it then reads only the pages of the rows, not up
+    to megabytes after each. This affects only speed."""
     if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
         start = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise()(start, array.ctypes.data + array.nbytes - start, mmap.MADV_RANDOM)
 
 
 def read_ahead(array: np.ndarray, rows: np.ndarray) -> None:
-    """Tells the system that these rows (n,) int64 of a memory-mapped array are read next: it begins to read the pages
-    of all of them, where threads that touch them would wait for one after the other."""
+    """Tells the system that these rows (n,) int64 of a memory-mapped array are read next. It starts to read all their
+    pages, while threads that touch the rows would wait for one page after the other."""
     if not hasattr(mmap, "MADV_WILLNEED"):  # Windows
         return
     madvise, size = _madvise(), array.strides[0]

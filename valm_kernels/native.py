@@ -16,23 +16,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _process = os.getpid()
 
-# Of the calls in csrc/bindings.cpp, which has the same number.
+# The number in csrc/bindings.cpp: raised when a call there changes.
 INTERFACE_VERSION = 10
 
 
 def native() -> ModuleType:
-    """The module `_native` of this package, for a call with the addresses of tensors.
+    """The compiled module `_native`, whose functions take the addresses of tensors.
 
     Raises:
-        ImportError: it is not built, cannot be loaded or is of another version than the Python code; the message says
-            how to build it.
-        NotImplementedError: inside a transform of torch.func, whose tensors may have the address 0. (Operators come
-            here outside of it.)
+        ImportError: the module is not built, cannot be loaded, or its version differs from the Python code's. The
+            message says how to build it.
+        NotImplementedError: inside a transform of torch.func, where a tensor's address may be 0. Operators are called
+            outside of the transform.
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "this function of valm_kernels cannot run inside a transform of torch.func (vmap, grad, functionalize): "
-            "call it before; visual_fusion_attn, ip_topk and searches of an index that is built before can"
+            "call it before. visual_fusion_attn, ip_topk and FlatIPIndex.search can run inside"
         )
     return _module()
 
@@ -44,20 +44,20 @@ def _module() -> ModuleType:
     except ImportError as error:
         if __package__ != "valm_kernels" and isinstance(error, ModuleNotFoundError):
             raise ImportError(
-                f"this copy of valm_kernels ({Path(__file__).parent}) has no native code, as kernel hubs have Python "
-                "code alone: choose impl='reference' where there is one, or install valm with pip and import "
+                f"this copy of valm_kernels ({Path(__file__).parent}) has no native code, because kernel hubs ship "
+                "only Python. Choose impl='reference' if the function takes it, or install valm with pip and import "
                 "valm_kernels."
             ) from error
         raise ImportError(
-            f"the native code of valm_kernels cannot be loaded ({error}). Unless memory is short, build it with `pip "
-            "install -e .` (or `python setup.py build_ext --inplace`), or choose impl='reference'."
+            f"the native code of valm_kernels cannot be loaded ({error}). Build it with `pip install -e .` (or `python "
+            "setup.py build_ext --inplace`) unless memory ran out, or choose impl='reference'."
         ) from error
     version = getattr(module, "interface_version", "none")
     if version != INTERFACE_VERSION:
         raise ImportError(
-            f"the native code of valm_kernels is of another version than its Python code: {module.__file__} has "
-            f"interface version {version}, expected {INTERFACE_VERSION}. Build it again with `pip install -e .` (or "
-            "`python setup.py build_ext --inplace`)."
+            f"the native code and the Python code of valm_kernels differ in version: {module.__file__} has interface "
+            f"version {version}, expected {INTERFACE_VERSION}. Build it again with `pip install -e .` (or `python "
+            "setup.py build_ext --inplace`)."
         )
     return module
 
@@ -66,7 +66,7 @@ def cpu_isa() -> str:
     """The instruction set of all native CPU code: VALM_KERNELS_ISA, or by default the best of this machine.
 
     Raises:
-        ValueError: VALM_KERNELS_ISA is unknown or not supported by this machine; the message lists what is.
+        ValueError: this machine does not support VALM_KERNELS_ISA; the message lists the supported values.
     """
     return _usable_isa(os.environ.get("VALM_KERNELS_ISA"))
 
@@ -82,10 +82,10 @@ def _usable_isa(asked: str | None) -> str:
 
 
 def survives_fork(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes `function` run on one thread in a forked child, both native code and PyTorch's own operations.
+    """Makes `function` run on one thread in a forked child, in native code and in PyTorch's operations.
 
-    OpenMP's threads do not survive a fork, and a child that used them would wait forever. A compiled graph has no such
-    guard.
+    OpenMP's threads do not survive a fork, and a child that used them would wait forever. Compiled graphs are not
+    guarded.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""The next tokens of texts in a text tower's blocks of float32 or int8 linear layers: on CPU, in one native call."""
+"""Reads the next tokens of texts through a text tower's blocks, in float32 or int8, in one native CPU call."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ class TextBlock(NamedTuple):
 
 
 class TextBlocks:
-    """The blocks of a text tower, of one size. They read the weights where they are, and so see their changes. There is
-    no gradient.
+    """The blocks of a text tower, all of one size. They read the weights in place, so a changed weight takes effect.
+    There is no gradient.
 
     Args:
-        heads: H, of queries, keys and values alike.
-        quick_gelu: the activation is x sigmoid(1.702 x), and not x Phi(x).
+        heads: H, the number of heads of queries, keys and values.
+        quick_gelu: the activation is x sigmoid(1.702 x) instead of x Phi(x).
 
     Raises:
-        ValueError: a weight is of another dtype or shape, not contiguous or not on CPU.
+        ValueError: a weight has another dtype or shape, is not contiguous or is not on CPU.
     """
 
     def __init__(self, blocks: Sequence[TextBlock], heads: int, quick_gelu: bool):
         self.blocks, self.heads, self.quick_gelu = blocks, heads, quick_gelu
         self.width, self.inner_width = blocks[0].mlp_in.weight.shape[1], blocks[0].mlp_in.weight.shape[0]
         if self.width % heads:
-            raise ValueError(f"a width of {self.width} is not of {heads} heads")
+            raise ValueError(f"the width {self.width} is not a multiple of {heads} heads")
         self._eps = [(block.attention_norm.eps, block.mlp_norm.eps) for block in blocks]
         self._checked: list[list[int]] = []
         self._addresses()
 
     def _addresses(self) -> list[list[int]]:
-        """Of each block those of the norms, and then four of each layer. Weights that have moved are checked."""
+        """For each block, the addresses of its norms and then four for each layer. Checks weights that have moved."""
         weights = map(_weights, self.blocks)
         addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in block] for block in weights]
         if addresses != self._checked:
@@ -88,33 +88,33 @@ class TextBlocks:
         eot_after: Sequence[int] = (),
         first_key: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Reads the next tokens of N texts and, in a second stream, an EOT behind some of them.
+        """Reads the next tokens of N texts and, in a second stream, an EOT after some of the tokens.
 
-        A token sees those of its text before it and itself, an EOT what its token sees and itself. Equals the
-        operations of PyTorch, of int8 layers with `linear_rows`, up to rounding.
+        A token sees itself and the tokens of its text before it. An EOT sees itself and what its token sees. Results
+        equal PyTorch's operations (for int8 layers, `linear_rows`) up to rounding.
 
         Args:
-            hidden: (T + A, W) float32, contiguous, of the T tokens of the first text, the second and so on, and of the
-                A EOTs; changed in place.
-            lengths: of each text the number of its new tokens, at least 1.
+            hidden: (T + A, W) float32, contiguous: the T tokens, text after text, and then the A EOTs. Changed in
+                place.
+            lengths: the number of new tokens of each text, at least 1.
             past: (blocks, 2, N, H, P, W / H) float32, keys and values of the tokens before, each head's numbers
                 contiguous.
-            eot_after: of each EOT the number of its token.
-            first_key: of each text the first of the P keys that it sees; by default all see all.
+            eot_after: for each EOT the number of its token, from 0 to T - 1.
+            first_key: for each text the first of the P keys that it sees; by default every text sees all keys.
 
         Returns:
-            The output of the last block, (A, W) of the EOTs or without any (T, W), and of all blocks the queries, keys
-            and values of what was read, (blocks, T + A, 3 W) float32.
+            The last block's output, (A, W) for the EOTs, or (T, W) if there are none; and the queries, keys and values
+            in every block, (blocks, T + A, 3 W) float32.
 
         Raises:
-            ValueError: a tensor is of another dtype, shape or layout or not on CPU, or has a gradient; or the other
+            ValueError: a tensor has another dtype, shape or layout, is not on CPU or needs a gradient, or the other
                 arguments do not fit.
         """
         texts, count = past.shape[2], sum(lengths)
         if len(lengths) != texts or len(first_key) not in (0, texts) or min(lengths, default=1) < 1:
             raise ValueError(
-                f"lengths must be positive and, as first_key, one of each of the past's {texts} texts, got {lengths} "
-                f"and {first_key}"
+                f"lengths, and first_key if given, must have one number for each of the {texts} texts in past, and "
+                f"lengths must be positive, got {lengths} and {first_key}"
             )
         if not all(0 <= token < count for token in eot_after):
             raise ValueError(f"eot_after must be from 0 to {count - 1}, got {eot_after}")
@@ -154,7 +154,7 @@ def _layers(block: TextBlock) -> tuple[FloatLayer | Int8Layer, ...]:
 
 
 def _weights(block: TextBlock) -> list[Tensor | None]:
-    """Of the norms weight and bias, of the layers weight, scale, sum and bias."""
+    """Weight and bias of each norm, then weight, scale, sum and bias of each layer."""
     weights: list[Tensor | None] = []
     for norm in (block.attention_norm, block.mlp_norm):
         weights += (norm.weight, norm.bias)

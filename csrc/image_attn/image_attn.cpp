@@ -1,4 +1,4 @@
-// Typed views of what Python hands over, and the choice among the kernels of the instruction sets.
+// Typed views of Python's tensors, and the choice among the kernels of the instruction sets.
 #include "image_attn/image_attn.hpp"
 
 #include <stdexcept>
@@ -65,8 +65,8 @@ void backward(void (*kernel)(const Problem<T, Wide>&), const Problem<T, Wide>& p
     const ImageAttnSizes& n = p.sizes;
     if (!p.pooled() && p.grad_image_k) {
         const int64_t bytes = n.batch * n.kv_heads * n.queries * n.images * n.head_dim * int64_t{sizeof(T)};
-        // With pages of 4 KiB the faults cost more than the kernel: two fresh gradients of 100 MB took 126 ms to
-        // write, 47 ms with huge pages.
+        // With pages of 4 KiB page faults cost more than the kernel: writing two fresh gradients of 100 MB took 126
+        // ms, and 47 ms with huge pages.
         use_huge_pages(p.grad_image_k.data, bytes);
         use_huge_pages(p.grad_image_v.data, bytes);
     }

@@ -1,8 +1,8 @@
 // The kernels, compiled once per instruction set: each kernels_*.cpp includes this file.
 //
-// Threads share out units of kTokensPerUnit neighbouring tokens of one batch row, with all their heads. Sums over
-// tokens (the gradients of the biases) are kept per unit and added up in the order of the units, and a pool row's
-// gradient is summed by one thread in the order of the tokens: so no result depends on the number of threads.
+// Threads share out units of kTokensPerUnit neighbouring tokens of one batch row, with all their heads. No result
+// depends on the number of threads: sums over tokens (the gradients of the biases) are kept per unit and added up in
+// the order of the units, and one thread sums a pool row's gradient in the order of the tokens.
 #pragma once
 
 #include <algorithm>
@@ -15,16 +15,16 @@ namespace valm {
 namespace {
 
 constexpr int64_t kTokensPerUnit = 16;
-// A pool row's slots are summed in parts, whose sums are then added up: a popular image has thousands of slots, and
-// one sum over all of them would gather a rounding error each.
+// A pool row's slots are summed in parts, whose sums are then added up: a popular image fills thousands of slots, and
+// one sum over all of them would add a rounding error for each.
 constexpr int64_t kSlotsPerPart = 16;
-// delta = sum(grad_out * out) is as wrong as out is rounded. Where the text has less of the weight than this, far less
-// than 16 bits round, the images' score gradients sum to the gradient of lse, and are corrected to do so.
+// delta = sum(grad_out * out) inherits the rounding of out. If the text's weight is below this, far less than 16 bits
+// round, the images' score gradients must sum to the gradient of lse, and are corrected to do so.
 constexpr float kNoText = 0x1p-13f;
 constexpr int64_t kMaxImages = 64;
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kCacheLine = 64;
-// Dense image gradients from this size on are written around the caches.
+// Dense image gradients of at least this size are written around the caches.
 constexpr int64_t kAroundCachesBytes = int64_t{8} << 20;
 
 // head_dim, known when compiling unless kValue is 0.
@@ -34,7 +34,7 @@ struct HeadDim {
     operator int64_t() const { return kValue ? kValue : value; }
 };
 
-// One row of head_dim numbers in the precision of the sums, zeros behind them.
+// One row of head_dim numbers in the precision of the sums, padded with zeros.
 template <typename Wide>
 struct alignas(64) Row {
     using Vector = typename Lanes<Wide>::Vector;
@@ -89,7 +89,7 @@ struct alignas(64) Scores {
     }
 };
 
-// The keys and values of one token and head; nullptr where a slot holds no image.
+// The keys and values of one token and head; nullptr if a slot holds no image.
 template <typename T>
 struct TokenImages {
     const T *keys[kMaxImages], *values[kMaxImages];
@@ -110,8 +110,8 @@ struct TokenImages {
 };
 
 // Calls f(b, i, kv_head, unit, images, scratch) for every token and key/value head; a unit stays with one thread.
-// Within a unit tokens and heads are walked in the order in which their images lie in memory, and the images of the
-// next call are fetched while this one computes.
+// Within a unit, tokens and heads come in the order of their images in memory, and the images of the next call are
+// prefetched while this one computes.
 template <typename Scratch, typename T, typename Wide, typename Function>
 void for_each_token(const Problem<T, Wide>& p, Function f) {
     const ImageAttnSizes& n = p.sizes;
@@ -151,7 +151,7 @@ struct Capped {
     Wide value, slope;
 };
 
-// Adds image_score_bias to the scores of the images that there are.
+// Adds image_score_bias to the scores of images that are present.
 template <typename T, typename Wide>
 void add_score_bias(const Problem<T, Wide>& p, int64_t b, int64_t i, const TokenImages<T>& rows, Scores<Wide>& scores) {
     if (!p.image_score_bias) return;
@@ -160,7 +160,7 @@ void add_score_bias(const Problem<T, Wide>& p, int64_t b, int64_t i, const Token
         if (rows.keys[k]) scores[k] += bias[k];
 }
 
-// What one thread needs for one token and head.
+// One thread's buffers for one token and head.
 template <typename Wide>
 struct ForwardScratch {
     explicit ForwardScratch(const ImageAttnSizes&) {}
@@ -199,7 +199,7 @@ void forward(const Problem<T, Wide>& p) {
                     if (weights[k] > highest || std::isnan(weights[k])) highest = weights[k];
 
                 out.clear(dim);
-                if (highest != kNone) {  // otherwise it sees nothing: lse stays -inf, and out becomes 0
+                if (highest != kNone) {  // otherwise the query sees nothing: lse stays -inf, and out becomes 0
                     typename Lanes<Wide>::Vector sums = {};
                     for (int64_t k = 0; k <= images; k += Scores<Wide>::kLanes)
                         sums += weights.vector_at(k) = exp_of(weights.vector_at(k) - highest);
@@ -272,7 +272,7 @@ struct BiasGradients {
     Buffer<Wide> keys, values, logits;
 };
 
-// The slots (b * queries + i) * images + k of a head that hold each row of the pool, ascending: those of row u are
+// The slots (b * queries + i) * images + k of a head that hold each row of the pool, ascending: row u is in
 // slots[first[u]] ... slots[first[u + 1] - 1].
 struct PoolSlots {
     Buffer<int64_t> first, slots;
@@ -303,7 +303,7 @@ void write_pool_gradients(const Problem<T, Wide>& p, const Buffer<Wide>& weights
     const ImageAttnSizes& n = p.sizes;
     const HeadDim<kHeadDim> dim{n.head_dim};
     const int64_t group = n.query_heads / n.kv_heads;
-    // Of a row of the pool and a head.
+    // Writes the gradients of a row of the pool and a head.
     const auto write = [&](const PoolSlots& pool, int64_t row, int64_t kv_head) {
         Row<Wide> grad_key, grad_value, key_part, value_part;
         grad_key.clear(dim);
@@ -407,7 +407,7 @@ void backward(const Problem<T, Wide>& p) {
                     Wide* grad_score_bias = p.grad_image_score_bias.at(b, i);
                     for (int64_t k = 0; k < images; ++k) grad_score_bias[k] += grad_scores[k];
                 }
-                // grad_scores are those of the scores so far, and of the products from here on
+                // grad_scores are gradients of the scores so far, and of the products from here on
                 Wide grad_score_sum = grad_logit;
                 if (p.softcap != 0) {
                     typename Lanes<Wide>::Vector sums = {};
@@ -462,7 +462,7 @@ void backward(const Problem<T, Wide>& p) {
     bias.write_logit_sum(p.grad_image_logit_bias);
 }
 
-// A head_dim of 64, that of most language models, has kernels of its own whose loops are unrolled.
+// A head_dim of 64, as in most language models, gets its own kernels, with unrolled loops.
 template <typename T, typename Wide>
 void any_forward(const Problem<T, Wide>& p) {
     p.sizes.head_dim == 64 ? forward<64>(p) : forward<0>(p);

@@ -1,4 +1,4 @@
-// What the kernels get: sizes and typed views. Shared by the dispatch and the kernels of every instruction set.
+// The kernels' arguments: sizes and typed views. Shared by the dispatch and the kernels of every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace valm {
 
-// Inlined into its caller always, so that no copy for one instruction set can be linked into another's code.
+// Always inlined into its caller, so that no copy for one instruction set can be linked into another's code.
 #define VALM_INLINE inline __attribute__((always_inline))
 
-// A strided tensor of at most five dimensions, of which the last has stride 1 and is walked by hand.
+// A strided tensor of at most five dimensions. The last dimension has stride 1, and callers walk it.
 template <typename T>
 struct View {
     T* data = nullptr;
@@ -36,7 +36,7 @@ struct View {
     }
 };
 
-// T is the dtype of the tensors, Wide that of all sums.
+// T is the dtype of the tensors, Wide the type of all sums.
 template <typename T, typename Wide>
 struct Problem {
     ImageAttnSizes sizes;
@@ -52,7 +52,7 @@ struct Problem {
 
     VALM_INLINE bool pooled() const { return sizes.pool_rows >= 0; }
 
-    // Whether each head has images of its own.
+    // Whether each head sees its own images.
     VALM_INLINE bool by_head() const { return image_index.strides[1] != 0; }
 
     VALM_INLINE bool has_image(int64_t b, int64_t head, int64_t i, int64_t k) const {

@@ -1,5 +1,5 @@
 // 16-bit floats to float32 and back, one by one and by vectors. The functions are local to the including
-// file, as simd/vector.hpp.
+// file, like simd/vector.hpp.
 #pragma once
 
 #if defined(__SSE2__)
@@ -22,7 +22,7 @@ namespace {
 inline float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
     const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
-    // the exponent's bias is corrected by a product, which also normalises what is denormal
+    // a product corrects the exponent's bias, and also normalises denormal numbers
     float value;
     std::memcpy(&value, &magnitude, sizeof value);
     value *= 0x1p112f;
@@ -80,7 +80,7 @@ inline HalfBitsVector narrow_float16(FloatVector x) {
 inline FloatVector widen_float16(HalfBitsVector half) {
     const BitsVector x = widen_bits(half);
     const BitsVector magnitude = x & 0x7fffu;
-    // The exponent's bias goes from 15 to 127 by a product, which turns subnormals into normal numbers on the way.
+    // A product raises the exponent's bias from 15 to 127, and also turns subnormals into normal numbers.
     const FloatVector scaled = bit_cast<FloatVector>(magnitude << 13) * 0x1p112f;
     const BitsVector infinite = bit_cast<BitsVector>(magnitude >= 0x7c00u) & 0x7f800000u;
     return bit_cast<FloatVector>(bit_cast<BitsVector>(scaled) | infinite | ((x & 0x8000u) << 16));

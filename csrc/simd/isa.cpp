@@ -32,8 +32,8 @@ bool has_amx() {
 #endif
 }
 
-// Linux saves AMX's registers only for a process that asks. Its threads and what it forks inherit that; a program that
-// it starts asks anew.
+// Linux saves AMX's registers only for a process that asks. Its threads and forked children inherit the permission; a
+// program that it starts must ask again.
 int ask_for_amx() {
 #ifdef VALM_AMX
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -43,8 +43,7 @@ int ask_for_amx() {
 #endif
 }
 
-// The best instruction set of this processor. If the operating system does not save the registers of one, the processor
-// counts as one without it.
+// The best instruction set of this processor, without sets whose registers the operating system does not save.
 Isa find_best_isa() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -1,4 +1,4 @@
-// What kernels do with vectors: reading and writing rows of any dtype, and exp. Local to the including file, as
+// Vector operations of kernels: reading and writing rows of any dtype, and exp. Local to the including file, like
 // simd/vector.hpp.
 #pragma once
 
@@ -17,8 +17,8 @@
 namespace valm {
 namespace {
 
-// An array of n zeros. (std::vector would bring functions that all instruction sets share under one name, and the
-// linker might keep the copy that was compiled for another machine.)
+// An array of n zeros. (Functions of std::vector have the same name for all instruction sets, and the linker might keep
+// the copy that was compiled for another machine.)
 template <typename T>
 class Buffer {
   public:
@@ -58,7 +58,7 @@ struct Element<Float16> {
     static Memory narrow(FloatVector x) { return narrow_float16(x); }
 };
 
-// Around the caches, for outputs that are larger than them; p is aligned to the stored vector.
+// Writes around the caches, for outputs that exceed them; p is aligned to the stored vector.
 template <typename T>
 void store_around_caches(T* p, typename Lanes<typename Element<T>::Wide>::Vector x) {
     const typename Element<T>::Memory memory = Element<T>::narrow(x);
@@ -76,14 +76,14 @@ void store_around_caches(T* p, typename Lanes<typename Element<T>::Wide>::Vector
 #endif
 }
 
-// To be called by a thread after its last store_around_caches.
+// A thread must call it after its last store_around_caches.
 inline void finish_stores_around_caches() {
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
 }
 
-// The first n elements from p, zeros behind them.
+// The first n elements from p, padded with zeros.
 template <typename T>
 typename Lanes<typename Element<T>::Wide>::Vector load(const T* p, int64_t n) {
     typename Element<T>::Memory memory = {};

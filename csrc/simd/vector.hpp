@@ -1,5 +1,5 @@
 // Vectors of the widest registers that the including file is compiled for, by the compiler's vector extension.
-// Everything is local to the including file: each instruction set has its own copy, and the linker must never hand the
+// Everything is local to the including file: each instruction set gets its own copy, and the linker must never hand the
 // code of one to another.
 #pragma once
 

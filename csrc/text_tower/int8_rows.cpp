@@ -11,7 +11,7 @@ namespace valm {
 
 namespace {
 
-// Fewer numbers are left to one thread, as by PyTorch's own operations.
+// One thread handles fewer numbers, as in PyTorch's own operations.
 constexpr int64_t kNumbersPerThread = 32768;
 // Outputs of a layer that a thread computes at once.
 constexpr int64_t kOutputsAtOnce = 64;

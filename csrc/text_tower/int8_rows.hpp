@@ -1,5 +1,5 @@
-// What an int8 linear layer does before and after its integer products: rounding the rows that come in, and scaling the
-// products; and all of the layer for a few rows. Names are those of valm_kernels/int8_rows.py.
+// The steps of an int8 linear layer before and after its integer products: rounding the input rows, and scaling the
+// products; and the whole layer for a few rows. Names are as in valm_kernels/int8_rows.py.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace valm {
 
-// Rounds float32 rows (count, width), width >= 1, to 256 steps from the least to the largest value of each:
+// Rounds float32 rows (count, width), width >= 1, to 256 steps from the least to the largest value of each row:
 // rows ~ zero + step * rounded. isa is one of cpu_isas() of simd/isa.hpp.
 //
-// out: rounded (count, width), step (count), zero (count); step and zero of a row with a NaN or an infinity are NaN
+// out: rounded (count, width), step (count), zero (count); step and zero of a row with NaN or infinity are NaN
 void round_rows(const std::string& isa, int threads, const float* rows, int64_t count, int64_t width, int8_t* rounded,
                 float* step, float* zero);
 

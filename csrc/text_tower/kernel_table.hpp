@@ -1,4 +1,4 @@
-// What each instruction set has a kernel for.
+// The kernels of one instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@ namespace valm {
 
 enum class Activation { kGelu, kQuickGelu };
 
-// Keys and values of one head, of tokens one behind the other.
+// Keys and values of one head, for consecutive tokens.
 struct TokenSpan {
     const float *keys, *values;
     int64_t step, count;
 };
 
-// A query of one head (dim), and the tokens of the past, the new ones and the EOT that it sees; at least one.
+// A query of one head (dim), and the tokens that it sees, at least one: of the past, new tokens, and the EOT.
 struct SeenTokens {
     const float* query;
     TokenSpan spans[3];

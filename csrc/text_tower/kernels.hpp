@@ -1,6 +1,5 @@
-// The kernels, compiled once per instruction set: each kernels_*.cpp includes this file. All of it has internal
-// linkage: the linker must never hand code of one instruction set to another. The compiler makes vectors of the plain
-// loops.
+// The kernels, compiled once per instruction set: each kernels_*.cpp includes this file. Everything has internal
+// linkage: the linker must never hand code of one instruction set to another. The compiler vectorises the plain loops.
 #pragma once
 
 #include <cmath>
@@ -24,7 +23,7 @@ void round_row(const float* row, int64_t width, int8_t* rounded, float* step, fl
         std::memcpy(&x, row + e, sizeof x);
         least_lanes = smaller(x, least_lanes);
         largest_lanes = larger(x, largest_lanes);
-        probe += x * 0.0f;  // NaN from infinity or NaN, which comparisons would skip
+        probe += x * 0.0f;  // NaN for infinity or NaN, which comparisons would skip
     }
     float least = join_lanes(least_lanes, smaller), largest = join_lanes(largest_lanes, larger),
           skipped = sum_of(probe);
@@ -55,7 +54,7 @@ void scale_row(int32_t* products, int64_t width, float step, float zero, const f
     }
 }
 
-// Unused where an instruction set has its own.
+// Unused if an instruction set defines its own.
 [[maybe_unused]] void multiply(const int8_t* rows, int64_t count, int64_t width, const int8_t* weight, int64_t first,
                                int64_t last, int64_t outputs, int32_t* products) {
     for (int64_t n = first; n < last; ++n) {
@@ -76,8 +75,8 @@ void multiply_some_floats(const float* rows, int64_t width, const float* weight,
         const int64_t some = last - n < kOutputs ? last - n : kOutputs;
         const float* factor[kOutputs];
         for (int m = 0; m < kOutputs; ++m) factor[m] = weight + (n + (m < some ? m : 0)) * width;
-        // rows of weights are too short for the processor to see where the next ones are; behind the last nothing
-        // happens
+        // prefetched, because rows of weights are too short for the processor to predict the next; harmless after the
+        // last row
         const float* next = weight + (n + kOutputs) * width;
         FloatVector sums[kRows][kOutputs] = {};
         const auto add_products = [&](int64_t e, int64_t count) {
@@ -123,7 +122,7 @@ void normalise(const float* row, int64_t width, const float* weight, const float
     for (e = 0; e < width; ++e) out[e] = (row[e] - mean) * factor * weight[e] + bias[e];
 }
 
-// x Phi(x), where Phi(-z) = exp(-z^2 / 2) t p(t) with t = 1 / (1 + 0.4 z / sqrt 2): a polynomial that was fitted to
+// x Phi(x), where Phi(-z) = exp(-z^2 / 2) t p(t) with t = 1 / (1 + 0.4 z / sqrt 2). The polynomial p is fitted to
 // scipy's erfcx(z / sqrt 2) / t for z / sqrt 2 up to 12, with a relative error of 8e-8.
 FloatVector gelu(FloatVector x) {
     const FloatVector z = x < 0.0f ? -x : x, t = 1.0f / (1.0f + z * 0.282842712f);
@@ -157,7 +156,7 @@ float dot(const float* a, const float* b, int64_t n) {
     return sum_of(sums);
 }
 
-// One pass over the tokens: where a score is the highest yet, what was summed is scaled down to it.
+// One pass over the tokens: if a score is the highest yet, the sums so far are scaled down to it.
 void attend(const SeenTokens& seen, float* out) {
     const float scale = 1 / std::sqrt(static_cast<float>(seen.dim));
     float highest = -std::numeric_limits<float>::infinity(), sum = 0;

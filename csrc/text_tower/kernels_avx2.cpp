@@ -1,4 +1,4 @@
-// With AVX2: two products of 16-bit numbers a lane and instruction. AVX-512 without VNNI runs this too.
+// With AVX2: two products of 16-bit numbers per lane and instruction. AVX-512 without VNNI runs this too.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

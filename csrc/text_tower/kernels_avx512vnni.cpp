@@ -1,4 +1,4 @@
-// With VNNI: four products of bytes a lane and instruction.
+// With VNNI: four products of bytes per lane and instruction.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBytes = 64, kRows = 4, kOutputs = 4;
 
-// The numbers e, e + 1, ... of a row of `width`, and zeros behind its end.
+// The numbers e, e + 1, ... of a row of `width`, padded with zeros.
 __m512i load(const int8_t* row, int64_t e, int64_t width) {
     const __mmask64 inside = width - e < kBytes ? (uint64_t{1} << (width - e)) - 1 : ~uint64_t{0};
     return _mm512_maskz_loadu_epi8(inside, row + e);
@@ -24,8 +24,8 @@ __m128i sums_of(const __m512i* x) {
     return _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
 }
 
-// The instruction takes one factor without a sign. So 128 is added to the weights, by turning their sign bits, and 128
-// times the sum of a row is too much in each of its products.
+// One factor of the instruction is unsigned. So 128 is added to the weights, by flipping their sign bits, and 128 times
+// the sum of a row must be subtracted from each of its products.
 template <int kSomeRows>
 void multiply_rows(const int8_t* rows, int64_t width, const int8_t* weight, int64_t first, int64_t last,
                    int64_t outputs, int32_t* products) {

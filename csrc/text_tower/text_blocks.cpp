@@ -9,7 +9,7 @@ namespace valm {
 
 namespace {
 
-// Fewer numbers, or products of them, are left to one thread.
+// One thread handles fewer numbers, or fewer products.
 constexpr int64_t kNumbersPerThread = 32768;
 // Outputs of a float32 layer that a thread computes at once: their weights stay in its cache.
 constexpr int64_t kOutputsAtOnce = 16;
@@ -54,8 +54,7 @@ struct Call {
     }
 };
 
-// What a new token or an EOT sees besides the past: tokens `begin` to `end` of the new ones, and itself if it is an
-// EOT.
+// What a new token or an EOT sees besides the past: the new tokens `begin` to `end`, and an EOT also itself.
 struct Row {
     int64_t text, begin, end;
     bool is_eot;
@@ -75,7 +74,7 @@ std::vector<Row> rows_of(const NewTokens& tokens) {
     return rows;
 }
 
-// out (rows - first_out, width); `keys` and `values` are those of the past in this block.
+// out (rows - first_out, width); `keys` and `values` are the past of this block.
 void attend(const Call& call, const TextBlock& block, const PastTokens& past, const float* keys, const float* values,
             const std::vector<Row>& rows, const float* projected, int64_t first_out, float* out) {
     const int64_t dim = block.width / block.heads, row_step = 3 * block.width;
@@ -103,7 +102,7 @@ void attend(const Call& call, const TextBlock& block, const PastTokens& past, co
 
 void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, PastTokens past,
                       const NewTokens& tokens, float* hidden, float* projected) {
-    if (past.count == 0) past.steps = {};  // as there is no address to count from
+    if (past.count == 0) past.steps = {};  // there is no address to count from
     const Call call{isa, threads, text_tower_kernels(isa)};
     const std::vector<Row> rows = rows_of(tokens);
     const int64_t count = rows.size(), eots = tokens.eot_after.size();

@@ -1,5 +1,5 @@
-// The next tokens of texts in the blocks of a text tower, whose linear layers are float32 or int8: all operations in
-// one call, as each is too small to be called from Python. Names are those of valm_kernels/text_blocks.py.
+// The next tokens of texts in the blocks of a text tower, whose linear layers are float32 or int8. All operations are
+// one call, because each is too small to be called from Python. Names are as in valm_kernels/text_blocks.py.
 #pragma once
 
 #include <array>
@@ -11,8 +11,8 @@
 
 namespace valm {
 
-// Weights (outputs, width) and bias (outputs), float32; or int8 with scale and sum (outputs), as linear_rows takes
-// them.
+// Weights (outputs, width) and bias (outputs) in float32, or int8 weights with scale and sum (outputs), as for
+// linear_rows.
 struct Layer {
     const void* weight;
     const float *scale, *sum, *bias;
@@ -32,21 +32,21 @@ struct TextBlock {
     Activation activation;
 };
 
-// Keys and values (blocks, 2, texts, heads, count, width / heads) of the tokens before, with the steps from one to the
-// next in all but the last.
+// Keys and values (blocks, 2, texts, heads, count, width / heads) of the tokens before, with the strides of all
+// dimensions except the last.
 struct PastTokens {
     const float* data;
     std::array<int64_t, 5> steps;
     int64_t count;
-    std::vector<int64_t> first;  // that each text sees; empty where each sees all
+    std::vector<int64_t> first;  // the first that each text sees; empty if each text sees all
 };
 
-// T tokens, `lengths` of each text, and then an EOT behind each of the tokens `eot_after`.
+// T tokens, `lengths` of each text, and then an EOT after each of the tokens `eot_after`.
 struct NewTokens {
     std::vector<int64_t> lengths, eot_after;
 };
 
-// hidden (T + EOTs, width), in place; in the last block tokens stay as they are if there are EOTs.
+// hidden (T + EOTs, width), in place. If there are EOTs, the last block does not change the tokens.
 //
 // out: projected (blocks, T + EOTs, 3 * width), the queries, keys and values
 void text_blocks_step(const std::string& isa, int threads, const std::vector<TextBlock>& blocks, PastTokens past,

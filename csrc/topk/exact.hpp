@@ -1,10 +1,10 @@
-// What a score is, and what "better" means. Every implementation, CPU or CUDA, ends in these two definitions,
-// so their answers agree bit for bit.
+// The definitions of a score and of "better". Every implementation, CPU or CUDA, ends in these two definitions,
+// so their results agree bit for bit.
 //
 // The score of a float32 query and a stored row (each element read as float32: a 16-bit element widened, an
 // int8 element times its row's scale, rounded to float32) is the sum of the products in float64, in this order:
 // kExactLanes partial sums, partial sum l over the elements l, l + kExactLanes, ... from low to high, each
-// starting at +0; then partial sum l takes up partial sum l + 16, then l + 8, l + 4, l + 2, l + 1; then one
+// starting at +0; then partial sum l + 16 is added to partial sum l, then l + 8, l + 4, l + 2, l + 1; then one
 // rounding to float32, where -0 becomes +0. A product of two float32 numbers is exact in float64, so a fused
 // multiply-add gives the same bits as a product and a sum. 32 lanes are one warp, or four AVX-512 registers.
 #pragma once
@@ -49,7 +49,7 @@ VALM_HOST_DEVICE inline float exact_score(const float* query, Row row, int64_t d
     return exact_round(lanes[0]);
 }
 
-// The order of the answer as one integer: a larger key is a higher score or, among equal scores, a lower row.
+// The order of the result as one integer: a larger key is a higher score or, among equal scores, a lower row.
 // Rows are below 2^32. Zero is below every key of a real candidate, so it can stand for "none yet".
 VALM_HOST_DEVICE inline uint64_t candidate_key(float score, uint32_t row) {
     uint32_t bits;

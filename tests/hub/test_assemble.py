@@ -94,7 +94,7 @@ kernel.show_config()
 assert not [name for name in sys.modules if name.split(".")[0] == "valm_kernels"]
 """
     printed = run(kernel, code, before="import sys; sys.modules['numpy'] = sys.modules['triton'] = None")
-    refusal = "has no native code, as kernel hubs have Python code alone: choose impl='reference'"
+    refusal = "has no native code, because kernel hubs ship only Python. Choose impl='reference'"
     assert printed.count(refusal) == 4  # one of them by show_config
 
 

@@ -258,9 +258,9 @@ def test_other_arguments_are_refused():
     with pytest.raises(ValueError, match="with contiguous rows"):
         blocks.step(hidden, lengths, past.repeat_interleave(2, -1)[..., ::2])
     for wrong in ([1, 5], [0, 3, 3], [-1, 4, 3]):
-        with pytest.raises(ValueError, match="lengths must be positive and"):
+        with pytest.raises(ValueError, match="lengths must be positive, got"):
             blocks.step(hidden, wrong, past)
-    with pytest.raises(ValueError, match="one of each of the past's 3 texts"):
+    with pytest.raises(ValueError, match="one number for each of the 3 texts in past"):
         blocks.step(hidden, lengths, past, first_key=[0, 1])
     for wrong in ([5, 6], [-1]):
         with pytest.raises(ValueError, match="eot_after must be from 0 to 5"):
@@ -286,5 +286,5 @@ def test_other_weights_are_refused(make_layer):
         TextBlocks([good._replace(attention_out=good.mlp_out)], 2, False)
     with pytest.raises(ValueError, match="weight and bias of a norm must be"):
         TextBlocks([good._replace(mlp_norm=torch.nn.LayerNorm(15))], 2, False)
-    with pytest.raises(ValueError, match="a width of 16 is not of 3 heads"):
+    with pytest.raises(ValueError, match="the width 16 is not a multiple of 3 heads"):
         TextBlocks([good], 3, False)

@@ -35,7 +35,7 @@ TEXT_BATCH = 256
 
 
 class ModelConfig(TypedDict):
-    """The keys of `model_cfg` that are read here."""
+    """The keys of `model_cfg` that this module reads."""
 
     embed_dim: Annotated[int, Field(ge=1)]
     text_cfg: dict[str, Any]
@@ -43,30 +43,36 @@ class ModelConfig(TypedDict):
 
 
 class OpenClipConfig(TypedDict):
-    """The keys of open_clip_config.json that are read here."""
+    """The keys of open_clip_config.json that this module reads."""
 
     model_cfg: ModelConfig
 
 
 def in_own_precision(device: torch.device) -> torch.autocast:
-    """Without an autocast around: image vectors and queries, and what is cached of them, must not depend on one."""
+    """Turns off autocast, on which image vectors, queries and their caches must not depend."""
     return torch.autocast(device.type, enabled=False)
 
 
 class Clip:
-    """An open_clip model in eval mode, with the tokenizer its text tower was trained with.
+    """An open_clip model in eval mode, with the tokenizer its text tower was trained with. Open it with `Clip.load`.
 
-    open_clip finds the EOT, whose state is the text feature, in one of two ways: the largest id of the row
-    (`pool_type` "argmax", the default) or `text_cfg.eos_id` (`pool_type` "eos"). With a tokenizer that disagrees it
-    would silently pool another token.
+    The text feature is the state at EOT. open_clip finds EOT as the largest id of the row (`pool_type` "argmax", the
+    default) or as `text_cfg.eos_id` (`pool_type` "eos"). If the tokenizer disagreed, open_clip would silently pool
+    another token, so this class checks it.
 
     Args:
         model: any open_clip model (`CLIP`, `CustomTextCLIP`), used in its own precision and on its own device.
-        tokenizer: CLIP's BPE or a pruned one (valm/clip/tokenizer.py); its bos is SOT and its eos is EOT.
-        model_cfg: the `model_cfg` that built the model, as in open_clip's own config files.
+        tokenizer: CLIP's BPE, complete or pruned (valm/clip/tokenizer.py); its bos is SOT and its eos is EOT.
+        model_cfg: the `model_cfg` that built the model, as in open_clip's config files.
+        name: a name for the model, in errors and knowledge bases.
 
     Raises:
         ValmError: the tokenizer does not fit the model.
+
+    Example:
+        >>> clip = valm.Clip.load("clip")
+        >>> clip.encode_texts(["a red apple", "the blue sky"]).shape
+        torch.Size([2, 16])
     """
 
     def __init__(
@@ -81,7 +87,7 @@ class Clip:
         self.tokenizer = tokenizer
         self.model_cfg = model_cfg
         self.name = name
-        self.source = source  # what `load` finds it by: set by `load` and `save`
+        self.source = source  # where `load` finds it: set by `load` and `save`
         self.transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
         self._check_tokenizer()
 
@@ -94,16 +100,17 @@ class Clip:
         preprocess_cfg: dict[str, Any] | None = None,
         name: str = "clip",
     ) -> Clip:
-        """A CLIP with random weights: to train, or to test with.
+        """A CLIP with random weights, for training or tests.
 
         Args:
-            model_cfg: `model_cfg` of an open_clip config, or the name of one of open_clip's architectures. Its
-                vocabulary size is set to the tokenizer's, and its pooling too if EOT is not the largest id.
+            model_cfg: `model_cfg` of an open_clip config, or the name of an open_clip architecture. Its vocabulary size
+                is set to the tokenizer's, and its pooling too if EOT is not the largest id.
             tokenizer: by default CLIP's own, with 49,408 tokens.
             preprocess_cfg: mean, std, interpolation, ... as in open_clip's config files.
+            name: a name for the model, in errors and knowledge bases.
 
         Raises:
-            TypeError: preprocess_cfg has another key.
+            TypeError: preprocess_cfg contains an unknown key.
             ValmError: open_clip does not know the architecture.
         """
         if isinstance(model_cfg, str):
@@ -128,14 +135,15 @@ class Clip:
         """Loads a CLIP in float32.
 
         Args:
-            source: a folder in open_clip's format (`open_clip_config.json`, the weights, and `tokenizer.json` unless it
-                is CLIP's own), also written `local-dir:FOLDER`; nothing is downloaded for it. Or
-                `hf-hub:ORGANISATION/MODEL`, or `ARCHITECTURE:WEIGHTS` from open_clip's list
-                (`ViT-B-32:laion2b_s34b_b79k`), which open_clip downloads.
+            source: a folder in open_clip's format, also written `local-dir:FOLDER`: `open_clip_config.json`, the
+                weights, and `tokenizer.json` unless it is CLIP's own. Nothing is downloaded for a folder. open_clip
+                downloads `hf-hub:ORGANISATION/MODEL`, and `ARCHITECTURE:WEIGHTS` from its list
+                (`ViT-B-32:laion2b_s34b_b79k`).
+            device: where the model runs.
 
         Raises:
-            ValmError: it does not exist, is damaged, reads text with a tokenizer other than CLIP's, or has weights that
-                were trained with another activation than the architecture's.
+            ValmError: the CLIP does not exist, is damaged, reads text with a tokenizer other than CLIP's, or its
+                weights were trained with another activation than the architecture's.
         """
         source = os.fspath(source)
         folder = Path(source.removeprefix("local-dir:"))
@@ -148,8 +156,8 @@ class Clip:
             if weights not in tags:
                 known = f"; weights of {model_name}: {', '.join(tags)}" if tags else ""
                 raise ValmError(
-                    f"no CLIP at {source!r}: it is neither a folder, nor hf-hub:ORGANISATION/MODEL, nor one of "
-                    f"open_clip's ARCHITECTURE:WEIGHTS{known}"
+                    f"no CLIP at {source!r}: it is not a folder, hf-hub:ORGANISATION/MODEL, or one of open_clip's "
+                    f"ARCHITECTURE:WEIGHTS{known}"
                 )
         with library_errors(f"the CLIP {source}"):
             model_cfg = open_clip.get_model_config(model_name)
@@ -181,7 +189,7 @@ class Clip:
         if ":" in str(model_cfg["vision_cfg"].get("timm_model_name")):  # hf-hub:... or local-dir:...
             outside.append("timm_model_name")
         if outside:  # open_clip or timm would download it, or read it elsewhere
-            raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must have all that it needs")
+            raise ValmError(f"{folder / CONFIG_FILE} names {outside[0]}: a CLIP folder must contain all its files")
         with library_errors(f"the CLIP {folder}"):
             if (files / "tokenizer.json").exists():
                 tokenizer = open_tokenizer(files)
@@ -191,8 +199,15 @@ class Clip:
             return cls(model, tokenizer, config["model_cfg"], config.get("name", folder.resolve().name), str(folder))
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes open_clip's own folder format and the tokenizer; `open_clip.create_model("local-dir:FOLDER")`
-        reads it too. Killed at any point, `load` loads the old CLIP or the new one."""
+        """Writes a folder in open_clip's format and the tokenizer. `open_clip.create_model("local-dir:FOLDER")` reads
+        it too. If the process is killed, `load` loads the old or the new CLIP.
+
+        Args:
+            folder: created if missing.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
         config = {"name": self.name, "model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg()}
         with replaced_files(folder, "the CLIP") as temporary:
@@ -206,11 +221,11 @@ class Clip:
         """Image features, (n, E) float32, L2-normalised, on the model's device.
 
         Args:
-            images: PIL images of any size and mode, which are read as those of a knowledge base (`read_image`); or the
-                (n, 3, H, W) tensor that `transform` made of RGB images.
+            images: PIL images of any size and mode, read as for a knowledge base (`read_image`), or the (n, 3, H, W)
+                tensor that `transform` made of RGB images.
 
         Raises:
-            ValueError: an image that `read_image` refuses.
+            ValueError: `read_image` rejects an image.
         """
         if not isinstance(images, torch.Tensor):
             images = torch.stack([self.transform(read_image(image)) for image in images])
@@ -222,13 +237,15 @@ class Clip:
     def encode_texts(self, texts: list[str], keep: Literal["beginning", "end"] = "beginning") -> torch.Tensor:
         """Text features as CLIP was trained (the state at EOT), (n, E) float32, L2-normalised.
 
-        A text longer than the context is cut to its first `context_length - 2` tokens, or its last.
+        Args:
+            texts: a list of texts.
+            keep: whether a text longer than the context keeps its first or its last `context_length - 2` tokens.
 
         Raises:
             ValueError: a single text instead of a list.
         """
         if isinstance(texts, str):
-            raise ValueError(f"texts must be a list of texts, got a text; give [{texts[:20]!r}]")
+            raise ValueError(f"texts must be a list of texts, got a text: give [{texts[:20]!r}]")
         ids = self.token_ids(texts, keep).to(self.device)
         with in_own_precision(self.device):
             parts = [F.normalize(self.model.encode_text(part).float(), dim=-1) for part in ids.split(TEXT_BATCH)]
@@ -248,7 +265,7 @@ class Clip:
         return rows
 
     def to(self, device: str | torch.device) -> Clip:
-        """Moves this CLIP and returns it. A `ContextEncoder` made of it before stays on the old device."""
+        """Moves this CLIP to `device` and returns it. A `ContextEncoder` made before stays on the old device."""
         self.model.to(device)
         return self
 
@@ -268,21 +285,21 @@ class Clip:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over the names, types, shapes and bytes of the weights, and over both configurations: the same
-        weights with another activation or image transform are another CLIP.
+        """SHA-256 over the names, types, shapes and bytes of the weights, and over both configurations: equal weights
+        with another activation or image transform are another CLIP.
 
-        Computed once: call it only when training is over.
+        It is computed once, so call it only after training.
         """
         configs = json.dumps([self.model_cfg, self.preprocess_cfg()], sort_keys=True)
         digest = hashlib.sha256(configs.encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            # as bytes, because numpy has no bfloat16; flat, because a scalar has no axis to view
+            # as bytes, because numpy lacks bfloat16; flat, because a scalar has no axis to view
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def preprocess_cfg(self) -> dict[str, Any]:
-        """The image transform, as open_clip's configuration files have it."""
+        """The image transform, as in open_clip's configuration files."""
         known = {field.name for field in fields(PreprocessCfg)}
         return {key: value for key, value in self.model.visual.preprocess_cfg.items() if key in known}
 
@@ -294,23 +311,23 @@ class Clip:
             raise ValmError(f"the tokenizer of {self.name} names no bos (SOT) or no eos (EOT) token")
         if vocabulary > self.model.vocab_size:
             raise ValmError(
-                f"the tokenizer of {self.name} has {vocabulary} tokens, its text tower only {self.model.vocab_size}"
+                f"the tokenizer of {self.name} has {vocabulary} tokens, but its text tower only {self.model.vocab_size}"
             )
         if pool_type == "argmax" and eot != vocabulary - 1:
             raise ValmError(
                 f"{self.name} pools the text at the largest id (pool_type argmax), but EOT is {eot} of {vocabulary} "
-                f"tokens; set text_cfg pool_type to eos and eos_id to {eot}"
+                f"tokens: set text_cfg pool_type to eos and eos_id to {eot}"
             )
         if pool_type == "eos" and text_cfg.get("eos_id") != eot:
             raise ValmError(f"text_cfg eos_id of {self.name} is {text_cfg.get('eos_id')}, but EOT is {eot}")
 
 
 def _default_tokenizer(model_cfg: dict[str, Any], name: str) -> PreTrainedTokenizerFast:
-    """CLIP's own tokenizer, if the open_clip configuration names no other."""
+    """CLIP's own tokenizer, if the open_clip configuration names no other tokenizer."""
     text_cfg = model_cfg.get("text_cfg", {})
     other = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
     if other:
         raise ValmError(
-            f"{name} reads text with the tokenizer of {other}; only CLIPs with CLIP's own BPE are supported"
+            f"{name} reads text with the tokenizer of {other}, but only CLIPs with CLIP's own BPE are supported"
         )
     return clip_tokenizer()

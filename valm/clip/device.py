@@ -1,4 +1,4 @@
-"""The device that a name means."""
+"""Finds the device for a name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from valm.errors import ValmError
 
 
 def open_device(name: str) -> torch.device:
-    """The device that torch calls `name`; "auto" is a GPU where torch has one, and else the CPU.
-
-    Raises:
-        ValmError: there is no such device.
-    """
+    """The device that torch calls `name`; "auto" is a GPU or else the CPU. Raises ValmError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -20,5 +16,5 @@ def open_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError from a torch without CUDA
         reason = str(error).partition("\n")[0]
-        raise ValmError(f"there is no device {name!r} here ({reason}); drop --device, or give cpu") from error
+        raise ValmError(f"there is no device {name!r} here ({reason}): drop --device, or give cpu") from error
     return device

@@ -1,4 +1,4 @@
-"""Where texts or images are encoded, and by which CLIP: options that are the same in every command that has them."""
+"""Where texts or images are encoded, and by which CLIP: options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,46 +15,42 @@ if TYPE_CHECKING:
 
 
 CLIP_HELP = (
-    "the CLIP, where it is no longer where the knowledge base found it; with --allow-download it comes from the hub "
-    "that the knowledge base names"
+    "folder or name of the CLIP, if it has moved since the knowledge base was built; --allow-download loads it from "
+    "the hub that the knowledge base names"
 )
 QUERY_DTYPES = ("float32", "bfloat16", "int8")  # precisions of CLIP's text tower
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Where shards are encoded and written. Its fields are options, whose help says what they are."""
+    """Where shards are encoded and written. Its fields are options; their help explains them."""
 
-    device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
+    device: str = option("where models run: cpu, cuda, cuda:1, ...; auto is a GPU if torch finds one, else cpu", "auto")
     ray: str | None = option(
-        "do it on a Ray cluster: auto, HOST:PORT, or local for one of this machine; all its machines must see the same "
-        "files under the same paths",
+        "run on a Ray cluster: auto, HOST:PORT, or local for only this machine; all machines must see the same files "
+        "under the same paths",
         metavar="ADDRESS",
     )
-    cpus: int = option("with --ray, cores of each task; it has a GPU too if --device is one", 1, least=1)
+    cpus: int = option("with --ray, cores of each task, which also gets a GPU if --device is a GPU", 1, least=1)
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def opened_device(self) -> torch.device:
-        """The device, on a cluster that of each task.
+        """The device; on a cluster, the device of each task.
 
         Raises:
-            ValmError: there is no such device, or no task has it.
+            ValmError: there is no such device, or a task has no such device.
         """
         from valm.clip.device import open_device
 
         device = open_device(self.device)
         if self.ray is not None and device.index:
-            raise ValmError(f"--device {device} with --ray: a task has one GPU, which is its first: give --device cuda")
+            raise ValmError(f"--device {device} with --ray: a task has only one GPU, its first: give --device cuda")
         return device
 
     def runner(self) -> Runner:
-        """What writes the shards.
-
-        Raises:
-            ImportError, ValmError: as `RayRun` does.
-        """
+        """The runner that writes the shards, here or on the Ray cluster. Errors are those of `RayRun`."""
         if self.ray is None:
             from valm.store.shards import run_here
 

@@ -19,8 +19,8 @@ from valm_kernels import visual_fusion_attn
 from valm_kernels.int8_rows import Int8Layer, has_avx2, is_int8_fast
 from valm_kernels.text_blocks import FloatLayer, TextBlock, TextBlocks
 
-# New segments are padded to such a length: PyTorch's flash attention on CPUs sums by vectors of 16 numbers, and rounds
-# otherwise where the rest of a row is a part of one. So a segment's states do not depend on the others in a call.
+# New segments are padded to a multiple of this length. PyTorch's flash attention on CPUs sums vectors of 16 numbers,
+# and rounds differently in a partial vector. So a segment's states do not depend on other segments in a call.
 ROW_MULTIPLE = 16
 
 
@@ -34,7 +34,7 @@ class BlockLinear(NamedTuple):
 
 
 class _Rows:
-    """Where the attention has T tokens of N segments, and A EOTs: in rows of L, which pad the longest segment to a
+    """The places of T tokens of N segments, and of A EOTs, in the attention: rows of L, the longest segment padded to a
     `multiple`, for each of S streams."""
 
     def __init__(self, lengths: list[int], eot_after: list[int] | None, multiple: int, device: torch.device):
@@ -55,7 +55,7 @@ class _Rows:
         return (states if self.is_whole else states.index_select(0, self.state)).unflatten(0, self.shape)
 
     def unpad(self, mixed: list[Tensor]) -> Tensor:
-        """Attention (N, H, L, D) of the last streams to (T + A, W), or of the EOTs alone to (A, W)."""
+        """Attention (N, H, L, D) of all streams to (T + A, W), or of only the EOTs to (A, W)."""
         streams = [stream.transpose(1, 2).flatten(2).flatten(0, 1) for stream in mixed]
         if not self.is_whole:
             places = self.places[-len(mixed) :]
@@ -64,15 +64,15 @@ class _Rows:
 
 
 class TextTower:
-    """The text tower of `clip` in `dtype`, its last projection in float32 at least.
+    """The text tower of `clip` in `dtype`, with its last projection in float32 or wider.
 
-    Any open_clip text transformer whose feature is the state at EOT under a causal mask works. int8 quantises the
+    Any open_clip text transformer works whose feature is the state at EOT under a causal mask. int8 quantises the
     linear layers of the tower's blocks (`Int8Linear`); the rest is then float32.
 
     Raises:
-        ValmError: the tower sees later tokens (bidirectional ones: SigLIP, CLIPA, most MobileCLIPs, Hugging Face
-            encoders), pools elsewhere (CoCa's class token after the text), or has other than standard pre-LN blocks;
-            or int8 would be slow (`check_int8`).
+        ValmError: the tower sees later tokens (bidirectional towers: SigLIP, CLIPA, most MobileCLIPs, Hugging Face
+            encoders), pools elsewhere (CoCa's class token after the text), or its blocks are not standard pre-LN
+            blocks; or int8 would be slow (`check_int8`).
     """
 
     def __init__(self, clip: Clip, dtype: torch.dtype):
@@ -90,7 +90,7 @@ class TextTower:
             modules = copy.deepcopy(modules).to(dtype)
         self.embedding: torch.nn.Embedding = modules["embedding"]
         self.blocks: Any = modules["blocks"]
-        # of each block: queries, keys and values; output of the attention; first and second of the MLP
+        # for each block: queries, keys and values; output of the attention; first and second layer of the MLP
         self.linear = [
             BlockLinear(
                 make(block.attn.in_proj_weight, block.attn.in_proj_bias),
@@ -105,7 +105,7 @@ class TextTower:
         projection = tower.text_projection
         self.projection: Tensor | None
         self.projection_bias: Tensor | None
-        if isinstance(projection, torch.nn.Linear):  # a module, with a bias, in some towers
+        if isinstance(projection, torch.nn.Linear):  # in some towers a module with a bias
             self.projection, self.projection_bias = projection.weight.T.to(self.wide), projection.bias.to(self.wide)
         else:
             self.projection = None if projection is None else projection.to(self.wide)  # (W, E)
@@ -128,21 +128,21 @@ class TextTower:
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states of the tokens of N segments, before the last LayerNorm.
 
-        Linear layers read the tokens one behind the other; for the attention segments have a row of L tokens each,
-        padded on the right.
+        Linear layers read all tokens in one row. For the attention each segment is a row of L tokens, padded on the
+        right.
 
         Args:
-            ids: (T,) int64, those of the first segment, then those of the second, and so on.
-            lengths: of each segment the number of its tokens.
+            ids: (T,) int64, segment after segment.
+            lengths: the number of tokens of each segment.
             positions: (T,) int64, each token's position in its segment.
-            eot_after: ascending numbers of A tokens: returns the state of an EOT right after each.
-                They are a second stream: the EOT after position t sees the text up to t and itself, through
-                `visual_fusion_attn` with its own key as the one "image". None returns the states of all tokens.
-            past: (layers, 2, N, H, P, D), keys and values of earlier tokens, in any order, as they contain the
+            eot_after: ascending numbers of A tokens: returns the state of an EOT right after each of these tokens.
+                EOTs are a second stream: the EOT after position t sees the text up to t and itself, through
+                `visual_fusion_attn` with its own key as the only "image". None returns the states of all tokens.
+            past: (layers, 2, N, H, P, D), keys and values of earlier tokens, in any order, because they contain the
                 positions.
-            first_key: of each segment the first of the P + L keys that its tokens see; by default all.
+            first_key: for each segment the first of the P + L keys that its tokens see; by default all keys.
             keep: also return keys and values; otherwise buffers are reused, which avoids page faults on CPU.
-            step: reads them in one call where that is faster, which rounds otherwise.
+            step: read the tokens in one native call if that is faster; it rounds differently.
 
         Returns:
             States (T, W) or (A, W), and the keys and values (layers, 2, N, H, L, D) if `keep` or `step`.
@@ -152,7 +152,7 @@ class TextTower:
             ends = self.embedding.weight[self.eot] + self.positions[positions[eot_after] + 1]
             hidden = torch.cat([hidden, ends])  # (T + A, W)
 
-        # in int8 for any number of rows: how they are rounded should not depend on the batch
+        # in int8 for any number of rows, so that rounding does not depend on the batch
         if self.native_blocks is not None and step and (self.dtype == torch.int8 or len(hidden) <= FEW_ROWS):
             return self._step(self.native_blocks, hidden, lengths, eot_after, first_key, past)
 
@@ -167,7 +167,7 @@ class TextTower:
             if keep:
                 present.append(torch.stack([k[0], v[0]]))
             streams = q.unbind()
-            if eot_after is not None and block is self.blocks[-1]:  # which needs the text no more
+            if eot_after is not None and block is self.blocks[-1]:  # the last block needs only the EOTs
                 streams, hidden = streams[1:], hidden[len(ids) :]
             before = None if past is None else past[layer]
             if before is not None and max(lengths) == 1:
@@ -188,7 +188,7 @@ class TextTower:
         first_key: list[int] | None,
         past: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """`run` in one call, of hidden (T + A, W), the tokens and the EOTs."""
+        """`run` in one native call; hidden (T + A, W) is the tokens and the EOTs."""
         if past is None:
             past = hidden.new_empty(len(self.blocks), 2, len(lengths), self.heads, 0, self.head_dim)
         states, projected = blocks.step(hidden, lengths, past, eot_after=eot_after or (), first_key=first_key or ())
@@ -201,7 +201,7 @@ class TextTower:
         return states, rows.unflatten(3, (2, self.heads, self.head_dim)).permute(2, 3, 0, 4, 1, 5)
 
     def project(self, states: Tensor) -> Tensor:
-        """Text features (n, E) float32, L2-normalised, of final hidden states (n, W)."""
+        """Text features (n, E) float32, L2-normalised, from final hidden states (n, W)."""
         features = self.norm(states).to(self.wide)
         if self.projection is not None:
             features = features @ self.projection
@@ -213,12 +213,12 @@ class TextTower:
 def _attend(
     streams: Sequence[Tensor], k: Tensor, v: Tensor, past: Tensor | None, first_key: Tensor | None
 ) -> list[Tensor]:
-    """The attention (N, H, L, D) of each of `streams`, the text's, the EOTs' or both.
+    """The attention (N, H, L, D) of each of `streams`: the text, the EOTs, or both.
 
     Args:
-        streams: queries (N, H, L, D), the last that of the EOTs if there are any.
+        streams: queries (N, H, L, D); EOTs, if any, are the last stream.
         k, v: (S, N, H, L, D), of the text and, if S is 2, of the EOTs.
-        past: keys and values (2, N, H, P, D) before them.
+        past: keys and values (2, N, H, P, D) of earlier tokens.
     """
     keys, values = k[0], v[0]
     if past is not None:
@@ -236,7 +236,7 @@ def _attend(
 def _attend_next(
     streams: Sequence[Tensor], k: Tensor, v: Tensor, past: Tensor, first_key: Tensor | None
 ) -> list[Tensor]:
-    """As `_attend`, for one new token of each segment: both streams in one call, which for so few queries is faster."""
+    """As `_attend`, for one new token of each segment: both streams in one call, which is faster for few queries."""
     keys, values = (torch.cat([old, *new], 2) for old, new in zip(past, (k, v), strict=True))  # (N, H, P + S, D)
     place = torch.arange(keys.shape[2], device=keys.device)
     seen = place <= place[-len(streams) :, None]  # (streams, P + S): the text does not see the EOT
@@ -246,7 +246,7 @@ def _attend_next(
 
 
 def _native_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> TextBlocks | None:
-    """The blocks as they read a few tokens in one call; None where one has other parts."""
+    """The blocks for a native call that reads a few tokens; None if a block has unsupported parts."""
     found, quick_gelu = [], isinstance(blocks[0].mlp.gelu, QuickGELU)
     for block, of_block in zip(blocks, layers, strict=True):
         native_layers = [layer for layer in map(_native_layer, of_block) if layer is not None]
@@ -264,7 +264,7 @@ def _native_blocks(blocks: Sequence[Any], layers: list[BlockLinear]) -> TextBloc
 
 
 def _native_layer(layer: Linear) -> FloatLayer | Int8Layer | None:
-    """What `TextBlocks` take; None where that is another layer, or slower."""
+    """The layer for `TextBlocks`; None if it is unsupported or slower."""
     if isinstance(layer, Int8Linear):
         return layer.layer
     if not isinstance(layer, PackedLinear) or layer.weight.dtype != torch.float32 or not has_avx2():
@@ -295,9 +295,9 @@ def _check(tower: Any, name: str) -> None:
         return ValmError(f"the CLIP {name} cannot be used for context queries: {reason}")
 
     if isinstance(tower, HFTextEncoder):
-        raise refuse("its text tower is a Hugging Face encoder, in which a token sees those after it")
+        raise refuse("its text tower is a Hugging Face encoder, in which a token sees later tokens")
     if tower.attn_mask is None:
-        raise refuse("its text tower is bidirectional, a token sees those after it")
+        raise refuse("its text tower is bidirectional: a token sees later tokens")
     if getattr(tower, "cls_emb", None) is not None:
         raise refuse("its text feature is the state of a class token after the text, not of EOT")
     pool_type = tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type
@@ -305,4 +305,4 @@ def _check(tower: Any, name: str) -> None:
         raise refuse(f"its text feature is pooled by {pool_type!r}, not at EOT")
     for block in tower.transformer.resblocks:
         if type(block) is not ResidualAttentionBlock:
-            raise refuse(f"its text tower has blocks of type {type(block).__name__}, not the standard one")
+            raise refuse(f"its text tower has blocks of type {type(block).__name__}, not the standard type")

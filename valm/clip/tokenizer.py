@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as a Hugging Face tokenizer, the same pruned to the tokens a corpus needs, and others.
+"""CLIP's tokenizer as a Hugging Face tokenizer, complete or pruned to the tokens of a corpus, and other tokenizers.
 
 VaLM reads text in CLIP's own tokens by default, so that one position of the language model is one position of the
 text tower that computes retrieval queries (the published model does the same). The vocabulary comes from the file in
@@ -26,14 +26,14 @@ from valm_kernels.json_files import short
 SOT = "<|startoftext|>"
 EOT = "<|endoftext|>"
 
-# How many merges of the file CLIP uses: 49,408 tokens less 2 x 256 bytes and the two special tokens.
+# The number of merges of the file that CLIP uses: 49,408 tokens less 2 x 256 bytes and the two special tokens.
 NUM_MERGES = 49408 - 2 * 256 - 2
 
-# A word, one digit, or a run of anything else; blanks separate and vanish.
+# A word, one digit, or a run of anything else. Blanks separate and vanish.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-# What open_clip's cleaning (ftfy) does to single characters. Its repair of wrongly decoded text and of HTML entities
-# (`open_clip.tokenizer.basic_clean`) needs whole strings, which a tokenizer file cannot express.
+# How open_clip's cleaning (ftfy) changes single characters. It also repairs wrongly decoded text and HTML entities
+# (`open_clip.tokenizer.basic_clean`), which needs whole strings and cannot be expressed in a tokenizer file.
 CHARACTER_FIXES = [
     ("[\u2018\u2019\u201a\u201b\u02bc]", "'"),
     ("[\u201c\u201d\u201e\u201f]", '"'),
@@ -47,10 +47,10 @@ CHARACTER_FIXES = [
 
 
 class ClipBpeTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer whose tokens mark the end of a word and so the blank after it, as CLIP's do.
+    """A tokenizer whose tokens mark the end of a word, and so the blank after it, like CLIP's.
 
-    `decode` of a continuation, which does not begin with bos, begins with the blank before its first word. GPT-2's
-    tokens contain that blank, and transformers' pipelines and streamers append a continuation directly to the prompt.
+    `decode` of a continuation (ids without bos at the start) begins with the blank before its first word, because
+    transformers' pipelines and streamers append it directly to the prompt. GPT-2's tokens contain this blank.
     """
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
@@ -61,11 +61,7 @@ class ClipBpeTokenizer(PreTrainedTokenizerFast):
 
 
 def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer that `save_pretrained` wrote into `folder`.
-
-    Raises:
-        ValmError: its files are damaged.
-    """
+    """The tokenizer that `save_pretrained` wrote into `folder`. Raises ValmError if its files are damaged."""
     what = f"the tokenizer in {folder}"
     tokenizer = from_pretrained(PreTrainedTokenizerFast, folder, what, local_files_only=True)
     if getattr(tokenizer.backend_tokenizer.model, "end_of_word_suffix", None):
@@ -76,8 +72,8 @@ def open_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 def clip_tokenizer() -> PreTrainedTokenizerFast:
     """CLIP's tokenizer: 49,408 tokens, lower-cased text, the ids of open_clip's `SimpleTokenizer`.
 
-    `tokenizer(text)` starts with SOT, as `generate()` needs; the caller adds EOT, which ends a document.
-    It pads on the left, with EOT. EOT is the largest id, which open_clip's pooling relies on.
+    `tokenizer(text)` starts with SOT, as `generate()` needs. The caller adds EOT, which ends a document. Padding is EOT
+    on the left. EOT is the largest id, because open_clip's pooling relies on that.
     """
     with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
@@ -86,11 +82,10 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> PreTrainedTokenizerFast:
-    """The same tokenizer pruned to the tokens that `texts` need and all single bytes, with new ids.
+    """The tokenizer pruned to the tokens that `texts` need and all single bytes, with new ids.
 
-    The texts are tokenized as before; any other text still can be, into more tokens. A merge stays if some token of the
-    texts is made with it. The result of a merge is always part of a token, so all merges of the texts stay, in the same
-    order.
+    The texts are tokenized as before. Other texts can still be tokenized, into more tokens. A merge stays if it makes a
+    token of the texts or a part of one, so all merges of the texts stay, in the same order.
     """
     merges = [(left, right) for left, right in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
     parts = {left + right: (left, right) for left, right in merges}
@@ -106,15 +101,15 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Pre
 
 
 def load_tokenizer(source: str | os.PathLike, *, chats: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of another language model (GPT-2's, Llama's, ...), set up for a new VaLM.
+    """The tokenizer of another language model (GPT-2, Llama, ...), set up for a new VaLM.
 
-    As with CLIP's, `tokenizer(text)` starts with bos and pads on the left. Without a bos, texts begin with eos, as
-    GPT-2 was trained; without a pad token it pads with eos. It has no chat template, unless `chats`. Arguments and
-    errors otherwise as in `own_tokenizer`.
+    As with CLIP's tokenizer, `tokenizer(text)` starts with bos and pads on the left. If there is no bos, texts begin
+    with eos, as GPT-2 was trained. If there is no pad token, padding is eos. The chat template is removed unless
+    `chats`. Other arguments and errors are those of `own_tokenizer`.
     """
     loaded = own_tokenizer(source)
     made = beginning_with_bos(loaded)
-    return PreTrainedTokenizerFast(  # the class of its family would build the way it begins anew when it is opened
+    return PreTrainedTokenizerFast(  # its family's class would replace the beginning of texts when it is opened
         tokenizer_object=made.backend_tokenizer,
         bos_token=made.bos_token,
         eos_token=loaded.eos_token,
@@ -125,24 +120,24 @@ def load_tokenizer(source: str | os.PathLike, *, chats: bool = False) -> PreTrai
 
 
 def own_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of another language model as it is, with its chat template.
+    """The tokenizer of another language model, unchanged, with its chat template.
 
     Args:
         source: a folder with its `tokenizer.json`, or its name on the Hugging Face Hub.
 
     Raises:
-        ValmError: it cannot be loaded, is no fast tokenizer, or has no eos.
+        ValmError: the tokenizer cannot be loaded, is not a fast tokenizer, or has no eos.
     """
     loaded = from_pretrained(AutoTokenizer, source, f"the tokenizer {source}")
     if not isinstance(loaded, PreTrainedTokenizerFast):
-        raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, not a fast one with a tokenizer.json")
+        raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, expected a fast one (tokenizer.json)")
     if loaded.eos_token is None:
         raise ValmError(f"the tokenizer {source} names no eos token, which ends a document")
     return loaded
 
 
 def beginning_with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A copy whose `tokenizer(text)` starts as a document (`begin_id`)."""
+    """A copy whose `tokenizer(text)` begins a document (`begin_id`)."""
     made = copy.deepcopy(tokenizer)
     made.bos_token = made.bos_token or made.eos_token
     with library_errors(f"the bos token {short(made.bos_token)} of the tokenizer {tokenizer.name_or_path}"):
@@ -171,7 +166,7 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    # the last blank by Replace, as Strip panics where there is no text
+    # Replace removes the last blank, because Strip panics on empty text
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Replace(Regex(r" \z"), "")]
     )
@@ -182,34 +177,22 @@ def _build(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
 
 
 def begin_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id of the token that begins a document: bos, or eos if a tokenizer has no bos (Qwen's).
-
-    Raises:
-        ValmError: the tokenizer has no eos, which ends a document.
-    """
+    """The id of the token that begins a document: bos, or eos without bos (Qwen's). Raises ValmError without eos."""
     if tokenizer.eos_token_id is None:
         raise ValmError("the tokenizer names no eos token, which ends a document: set its eos_token")
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The tokens of `text` as the beginning of a document: after bos (`begin_id`), unless the text itself begins with
-    that, as a prompt made by a chat template may.
-
-    Raises:
-        ValmError: the tokenizer has no eos.
-    """
+    """The tokens of `text` as the beginning of a document: after bos (`begin_id`), unless the text begins with bos, as
+    a prompt from a chat template may. Raises ValmError without eos."""
     begin = begin_id(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if ids[:1] == [begin] else [begin, *ids]
 
 
 def tokenize_documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Each text as a document: bos (`begin_id`), its tokens, eos. A text without tokens gives an empty list.
-
-    Raises:
-        ValmError: the tokenizer has no eos.
-    """
+    """Each text as a document: bos, its tokens, eos; [] for a text without tokens. Errors are those of `begin_id`."""
     begin, end = begin_id(tokenizer), tokenizer.eos_token_id
     tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return [[begin, *ids, end] if ids else [] for ids in tokens]
@@ -226,7 +209,7 @@ def padded(documents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, most: int) -> list[list[int]]:
-    """Indices of documents of similar length, at most `most` tokens with their padding (a single one may have more)."""
+    """Indices of documents of similar length, in batches of at most `most` tokens with padding, or of one document."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > most:

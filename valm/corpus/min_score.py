@@ -1,4 +1,4 @@
-"""Chooses `min_score` (`valm.retrieval.min_score`) from the captions of a knowledge base, or from the user's texts."""
+"""Chooses the score threshold `min_score` from the captions of a knowledge base, or from the user's texts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.min_score import choose_min_score
 from valm.retrieval.retriever import Retriever
 
-# Captions that are read, of images evenly spaced in the knowledge base.
+# Captions that are read, from images evenly spaced in the knowledge base.
 CAPTIONS = 1000
-# Texts that are read ahead, to find the images of equally long ones together.
+# Texts that are read ahead, so that texts of equal length share a search.
 WINDOW = 256
 
 
@@ -28,12 +28,13 @@ def find_min_score(
     questions: str | os.PathLike | None = None,
     ordinary_text: str | os.PathLike | None = None,
 ) -> float:
-    """The min_score that `choose_min_score` takes for texts at whose last tokens images matter, or for texts that need
-    none: by default for the captions of the knowledge base, which are such texts.
+    """The score threshold that `choose_min_score` finds for texts whose last token needs images, or for texts that need
+    no images. By default the texts are captions of the knowledge base, whose last tokens need images.
 
     Args:
         retriever: finds the images of the texts.
-        questions, ordinary_text: a text file instead of the captions.
+        questions: a text file whose lines need images at their last tokens, instead of the captions.
+        ordinary_text: instead, a text file that needs no images.
 
     Raises:
         ValmError: the file cannot be read, there are no captions, or no token has images.
@@ -45,23 +46,19 @@ def find_min_score(
 
 
 def _captions(kb: ImageKnowledgeBase) -> list[str]:
-    """The first caption of some images.
-
-    Raises:
-        ValmError: none of them has any.
-    """
+    """The first captions of some images. Raises ValmError if no image has a caption."""
     images = np.unique(np.linspace(0, len(kb) - 1, CAPTIONS, dtype=int))
     found = [caption for image in images if (caption := kb.item(int(image)).caption.split("\n")[0])]
     if not found:
         raise ValmError(
-            f"the knowledge base {kb.path} has no captions to choose min_score from: name texts at whose last tokens "
-            "images matter (--questions) or that need none (--ordinary-text)"
+            f"the knowledge base {kb.path} has no captions to choose min_score from: name texts whose last tokens need "
+            "images (--questions) or texts that need none (--ordinary-text)"
         )
     return found
 
 
 def _scores(texts: Iterable[str], retriever: Retriever) -> Iterator[np.ndarray]:
-    """The retrieval scores (T, K) of each text, in any order."""
+    """The retrieval scores (T, K) of each text. The order of texts may change."""
     texts = iter(texts)
     while window := list(itertools.islice(texts, WINDOW)):
         rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in window]

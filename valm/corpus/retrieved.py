@@ -1,14 +1,14 @@
 """Retrieval done once for a corpus, so that training reads image ids instead of running CLIP.
 
     manifest.json          format, version, documents, tokens, plan, shards
-    shard-00000.arrow      a row a document (`corpus_schema`): its tokens, the images of each of them, 2**32 - 1 = none,
-                           their scores unless they were not wanted, -inf = none, and its group: the same number for the
-                           texts of one image, 0 for that of none
+    shard-00000.arrow      a row a document (`corpus_schema`): its tokens, the images of each token (2**32 - 1 = none),
+                           their scores if wanted (-inf = none), and its group: equal for texts of one image, 0 for a
+                           text without an image
     tokenizer.json, ...    the tokenizer of the corpus, in Hugging Face's format
-    _clip.json             where its CLIP was, if the user said so
+    _clip.json             the place of the CLIP, if the user named it
 
-A document's images depend on that document alone (to rounding, on its shard too): training can cut it to any length
-without retrieving again.
+A document's images depend only on that document (and, up to rounding, on its shard). So training can cut documents to
+any length without retrieving again.
 """
 
 from __future__ import annotations
@@ -63,16 +63,15 @@ from valm_kernels.json_files import check_own
 WHAT = "corpus retrieval"
 VERSION = 4
 CLIP_FILE = "_clip.json"
-# Size of a shard, of text or of token ids in 32 bits: about a million tokens either way. A retrieval that was killed
-# repeats at most one.
+# Bytes of a shard's text or 32-bit token ids: about a million tokens. A killed retrieval repeats at most one shard.
 PART_BYTES = 4 << 20
-# How a file, whose image ids have no sign, holds the -1 of a document.
+# Stands for -1 in a file, whose image ids are unsigned.
 NO_IMAGE = 2**32 - 1
 # Tokens retrieved at once.
 BATCH_TOKENS = 16384
 # Shards mapped at once.
 OPEN_SHARDS = 1 << 13
-# What the record of a shard counts, and the manifest sums.
+# The record of a shard counts these, and the manifest contains their sums.
 FACTS = ("documents", "tokens")
 
 
@@ -84,7 +83,7 @@ class CorpusRecord(Record):
 
 
 class CorpusPlan(TypedDict):
-    """The keys of the plan that are read here; `retrieve_corpus` writes all of them."""
+    """The keys of the plan that this module reads; `retrieve_corpus` writes more."""
 
     precision: str
     tokenizer: str
@@ -102,19 +101,19 @@ class CorpusManifest(Manifest):
 
     documents: Annotated[int, Field(ge=1)]
     tokens: Count
-    plan: CorpusPlan  # type: ignore[misc]  # says more than the inherited one
+    plan: CorpusPlan  # type: ignore[misc]  # narrower than the inherited type
     shards: list[CorpusRecord]  # type: ignore[misc]
 
 
 def corpus_schema(k: int, scores: bool) -> pa.Schema:
-    """The columns of a shard with `k` images a token."""
+    """The columns of a shard with `k` images per token."""
     columns = [("input_ids", pa.list_(pa.int32())), ("group", pa.int64())]
     columns.append(("image_ids", pa.list_(pa.list_(pa.uint32(), k))))
     return pa.schema(columns + [("image_scores", pa.list_(pa.list_(pa.float32(), k)))] * scores)
 
 
 class _Shard(NamedTuple):
-    offsets: np.ndarray  # (documents + 1,) int32: where each document begins in the others
+    offsets: np.ndarray  # (documents + 1,) int32: where each document begins in the other arrays
     groups: np.ndarray  # (documents,) int64
     tokens: np.ndarray  # (n,) int32
     image_ids: np.ndarray  # (n, K) uint32
@@ -122,14 +121,14 @@ class _Shard(NamedTuple):
 
 
 class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
-    """The tokens of a corpus with the images of each, memory-mapped from the folder that retrieval wrote.
+    """The tokens of a corpus with the images of each token, memory-mapped from the folder that retrieval wrote.
 
-    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) int64}`, found in O(log shards); image ids are those
-    of the knowledge base, -1 is none. If `has_scores`, there is also `image_scores` (T, K) float32, -inf = none.
+    Document i is `{"input_ids": (T,) int32, "image_ids": (T, K) int64}`, found in O(log shards). Image ids are ids in
+    the knowledge base, -1 = none. If `has_scores`, there is also `image_scores` (T, K) float32, -inf = none.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path = path.absolute()  # shards are opened later, wherever the process works then
+        self.path = path.absolute()  # shards are opened later, when the working directory may have changed
         self.manifest = manifest
         self._ends = np.cumsum([shard["documents"] for shard in manifest["shards"]]).tolist()
         self._shard = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
@@ -140,8 +139,8 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """Opens the folder `path`.
 
         Raises:
-            OSError: a file cannot be read, is a link out of the folder or no regular file.
-            ValmError: it is missing, something else, unfinished, damaged or of another version.
+            OSError: a file cannot be read, is a link out of the folder or not a regular file.
+            ValmError: the folder is missing, something else, unfinished, damaged or of another version.
         """
         path = Path(path)
         return cls(path, open_manifest(path, WHAT, VERSION, "valm retrieve", CorpusManifest, FACTS))
@@ -183,22 +182,23 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @property
     def query(self) -> str:
-        """The kind of query they were retrieved with (see `ContextEncoder`)."""
+        """The kind of query that found the images (see `ContextEncoder`)."""
         return self.manifest["plan"]["query"]
 
     @property
     def query_settings(self) -> dict[str, Any]:
-        """Those of the `ContextEncoder` that they were retrieved with."""
+        """The query settings of the `ContextEncoder` that found the images."""
         return {name: self.manifest["plan"][name] for name in QUERY_SETTINGS}
 
     def clip(self, allow_download: bool = False) -> str | None:
-        """The CLIP that made the queries, as for `ImageKnowledgeBase.load_clip`; None: that which it names itself.
+        """The CLIP that made the queries, for `ImageKnowledgeBase.load_clip`. None: the CLIP that the knowledge base
+        names.
 
         Args:
-            allow_download: also one on a hub.
+            allow_download: also return a CLIP on a hub.
 
         Raises:
-            ValmError: its note is damaged.
+            ValmError: the note on the CLIP is damaged.
         """
         if not (self.path / CLIP_FILE).is_file():
             return None
@@ -208,7 +208,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
 
     @property
     def fingerprint(self) -> str:
-        """The manifest's own checksum, over those of all files."""
+        """The manifest's checksum, which covers the checksums of all files."""
         return self.manifest["sha256"]
 
     @functools.cached_property
@@ -216,52 +216,44 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         """The tokenizer of the corpus.
 
         Raises:
-            OSError: a file is a link out of the folder or no regular file.
-            ValmError: its files are damaged.
+            OSError: a file is a link out of the folder or not a regular file.
+            ValmError: the tokenizer's files are damaged.
         """
         for file in self.path.rglob("*"):  # transformers opens files of many names
             check_own(file)
         tokenizer = open_tokenizer(self.path)
         if _tokenizer_hash(tokenizer) != self.manifest["plan"]["tokenizer"] or not self._has_eos_of(tokenizer):
-            raise ValmError(f"the tokenizer in {self.path} is not the one that the corpus was read with")
+            raise ValmError(f"the tokenizer in {self.path} is not the one that read the corpus: retrieve it again")
         return tokenizer
 
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, (documents,) int64."""
+        """The number of tokens of each document, (documents,) int64."""
         return np.concatenate(
             [np.diff(self._shard(number).offsets) for number in range(len(self._ends))], dtype=np.int64
         )
 
     def groups(self) -> np.ndarray:
-        """(documents,) int64: those that are texts of one image have the same number, that of none has 0."""
+        """The group of each document, (documents,) int64: equal for texts of one image, 0 for a text without image."""
         return np.concatenate([self._shard(number).groups for number in range(len(self._ends))])
 
     def check_knowledge_base(self, kb: ImageKnowledgeBase) -> None:
-        """Checks that the image ids are those of `kb`.
-
-        Raises:
-            ValmError: they are not.
-        """
+        """Raises ValmError unless the images were retrieved from `kb`."""
         if self.manifest["plan"]["knowledge_base"] != kb.fingerprint:
-            raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}; do it again")
+            raise ValmError(f"{self.path} was retrieved from another knowledge base than {kb.path}: retrieve it again")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Checks that the tokens are those of `tokenizer`, as it is or as `load_tokenizer` sets it up.
-
-        Raises:
-            ValmError: they are not.
-        """
+        """Raises ValmError unless `tokenizer` made the tokens, unchanged or as `load_tokenizer` sets it up."""
         made = (tokenizer, beginning_with_bos(tokenizer))
         if self.manifest["plan"]["tokenizer"] not in map(_tokenizer_hash, made):
-            raise ValmError(f"{self.path} was read with another tokenizer than the model's; retrieve it again")
+            raise ValmError(f"{self.path} was read with another tokenizer than the model's: retrieve it again")
         if not self._has_eos_of(tokenizer):
             raise ValmError(
                 f"the documents of {self.path} end in token {self.manifest['plan']['eos']}, the model's in "
-                f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}); retrieve it again"
+                f"{tokenizer.eos_token_id} ({tokenizer.eos_token!r}): retrieve it again"
             )
 
     def _has_eos_of(self, tokenizer: PreTrainedTokenizerFast) -> bool:
-        """Whether documents end in its eos, which its hash does not say."""
+        """Whether documents end in the tokenizer's eos, which its hash does not cover."""
         return self.manifest["plan"]["eos"] == tokenizer.eos_token_id
 
     def verify(self, *, progress: bool = True) -> list[str]:
@@ -269,11 +261,7 @@ class CorpusRetrieval(Sequence[dict[str, np.ndarray]]):
         return damaged_files(self.path, self.manifest, progress)
 
     def verify_once(self) -> None:
-        """`verify`, unless this object has done so. Training calls it before it begins.
-
-        Raises:
-            ValmError: a file is damaged.
-        """
+        """Raises ValmError for a damaged file, unless this object was verified before. Training begins with it."""
         if not self._verified:
             if damaged := self.verify():
                 raise ValmError(f"{self.path} is damaged, retrieve it again: {', '.join(damaged)}")
@@ -310,19 +298,19 @@ def retrieve_corpus(
 ) -> CorpusRetrieval:
     """Retrieves the images of every token of `documents` and writes the folder `out`.
 
-    A retrieval that was killed resumes, with the same bytes as in one run: it reads over the documents of finished
-    shards, which must be the same. So must those of a finished one in `out`, which is then opened.
+    A killed retrieval resumes, with the same bytes as in one run: it skips the documents of finished shards, which must
+    not have changed. If `out` is finished, its documents are compared and it is opened.
 
     Args:
-        documents: texts, which the retriever's tokenizer reads (`valm.corpus.texts`), or token ids. They are read once,
-            in order and by the calling thread, so they need not fit into memory.
-        part_bytes: of a shard's texts, or of its token ids in 32 bits.
+        documents: texts, which the retriever's tokenizer reads (`valm.corpus.texts`), or token ids. The calling thread
+            reads them once, in order, so they need not fit into memory.
+        part_bytes: bytes of a shard's texts, or of its 32-bit token ids.
         scores: also write the score of each image, which `min_score` and models with `score_scale` need.
-        run: where it runs: here, or on the machines of a `valm.store.ray.RayRun`, which get the documents.
+        run: where shards are made: here, or on the machines of a `valm.store.ray.RayRun`, which get the documents.
 
     Raises:
-        ValmError: there are no documents, one is empty or too long, or `out` holds something else or was begun with
-            other documents, another knowledge base or other settings.
+        ValmError: there are no documents, a document is empty or too long, or `out` holds something else or was begun
+            with other documents, another knowledge base or other settings.
     """
     if len(retriever.kb) > NO_IMAGE:
         raise ValmError(f"ids of {len(retriever.kb):,} images do not fit into 32 bits")
@@ -352,20 +340,20 @@ def retrieve_corpus(
                 raise ValmError("the corpus has no documents: it has no text")
             try:
                 encoder.tokenizer.save_pretrained(build.out)
-            except Exception as error:  # tokenizers' own for a full disk
-                raise ValmError(f"cannot write the tokenizer into {build.out}: {error}; run the same again") from error
+            except Exception as error:  # tokenizers raises its own type for a full disk
+                raise ValmError(f"cannot write the tokenizer into {build.out}: {error}. Run it again") from error
             build.finish(version=VERSION, **facts)
     return CorpusRetrieval.open(out)
 
 
 def note_clip(folder: Path, source: str) -> None:
-    """Notes in the retrieval in `folder` that its CLIP was loaded from `source`, as the user asked for."""
+    """Notes in the retrieval in `folder` that the user loaded its CLIP from `source`."""
     write_json(folder / CLIP_FILE, os.path.abspath(source) if os.path.isdir(source) else source)
 
 
 def _parts(documents: Iterable[Any], part_bytes: int, bar: ProgressBar) -> Iterator[Part]:
-    """`documents` in lists of `part_bytes`, read as they are asked for. Of files the `bar` is told how many parts there
-    will be, from how much of their bytes was read."""
+    """`documents` in lists of `part_bytes`, read lazily. For files, the `bar` gets an estimate of the number of parts,
+    from the share of bytes read."""
     part: list[Any] = []
     count = size = 0
     for document in documents:
@@ -391,7 +379,7 @@ def _parts(documents: Iterable[Any], part_bytes: int, bar: ProgressBar) -> Itera
 
 
 def _index_entry(index: Any) -> Any:
-    """What the plan says of an index: the parameters of a faiss index, "exact", or the class of one's own."""
+    """The plan's entry for an index: the parameters of a faiss index, "exact", or the name of the user's class."""
     if isinstance(index, FaissIndex):
         return asdict(index.parameters)
     if isinstance(index, FlatIPIndex):
@@ -403,12 +391,12 @@ def _retrieve_part(
     part: list[str] | list[Sequence[int]], progress: Progress, *, retriever: Retriever, index: Any, scores: bool
 ) -> tuple[pa.Table, dict[str, int]]:
     """The shard of the documents `part`."""
-    if _index_entry(retriever.index) != index:  # another process opens it itself
+    if _index_entry(retriever.index) != index:  # a worker process opens the index itself
         raise ValmError(
-            f"the index of {retriever.kb.path} has been made or removed since the retrieval began: run it again with "
-            "the index that it had"
+            f"the index of {retriever.kb.path} was made or removed after the retrieval began: restore it and run the "
+            "retrieval again"
         )
-    # the cache decides which segments are encoded together, which affects rounding
+    # cached segments are not encoded, and the segments encoded together affect rounding
     retriever.cache.clear()
     documents, groups = tokenized(part, retriever.encoder.tokenizer)
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int32)
@@ -439,8 +427,8 @@ def _retrieve_part(
 
 
 def tokenized(texts: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Any], np.ndarray]:
-    """The documents of texts as token ids (`tokenize_documents`; those that are stay), and their `groups`, (documents,)
-    int64."""
+    """Texts as documents of token ids (`tokenize_documents`), and their `groups`, (documents,) int64. Documents that
+    are token ids already do not change."""
     if not texts or not isinstance(texts[0], str):
         return list(texts), np.zeros(len(texts), np.int64)
     documents = tokenize_documents(texts, tokenizer)
@@ -449,7 +437,7 @@ def tokenized(texts: Sequence[Any], tokenizer: PreTrainedTokenizerFast) -> tuple
 
 
 def _group(text: str) -> int:
-    """A number of 63 bits that tells the image of a caption; 0 of a text without one."""
+    """A 63-bit number for the image of a caption; 0 for a text without an image."""
     if not isinstance(text, Caption):
         return 0
     return 1 + int.from_bytes(hashlib.sha256(text.image.encode()).digest()[:8], "big") // 4
@@ -457,5 +445,5 @@ def _group(text: str) -> int:
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    del state["padding"], state["truncation"]  # left by the last call of it
+    del state["padding"], state["truncation"]  # left by the tokenizer's last call
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Runs a `RetrievalPlan`: a retrieval from beginning to end."""
+"""Runs a `RetrievalPlan`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from valm.corpus.plan import RetrievalPlan
 from valm.knowledge_base.store import ImageKnowledgeBase
 
-if TYPE_CHECKING:  # what takes seconds to import comes after the check of what is given
+if TYPE_CHECKING:  # imports that take seconds come after the check of the plan
     from valm.corpus.retrieved import CorpusRetrieval
     from valm.retrieval.retriever import Retriever
 
@@ -15,9 +15,21 @@ if TYPE_CHECKING:  # what takes seconds to import comes after the check of what 
 def run_retrieval(plan: RetrievalPlan) -> CorpusRetrieval:
     """Retrieves the images of every token of `plan.corpus`, and writes them to `plan.out`.
 
+    Returns:
+        The opened result: document i is `{"input_ids": (T,) int32, "image_ids": (T, K) int64}`, with `image_scores`
+        (T, K) float32 if `plan.scores`.
+
     Raises:
-        ValmError: fields do not go together; something cannot be read or does not belong together; or as in
+        ValmError: fields do not go together, or files cannot be read or do not belong together; or as in
             `retrieve_corpus`.
+
+    Example:
+        >>> from valm.corpus.plan import RetrievalPlan
+        >>> from valm.corpus.run import run_retrieval
+        >>> from valm.corpus.texts import TextCorpus
+        >>> plan = RetrievalPlan(corpus=TextCorpus(["corpus.txt"]), kb="kb", out="retrieved", images=2)
+        >>> run_retrieval(plan)[0]["image_ids"].shape
+        (..., 2)
     """
     plan.check()
     kb, documents = ImageKnowledgeBase.open(plan.kb), plan.corpus.documents()
@@ -32,7 +44,7 @@ def run_retrieval(plan: RetrievalPlan) -> CorpusRetrieval:
 
 
 def open_retriever(plan: RetrievalPlan, kb: ImageKnowledgeBase) -> Retriever:
-    """What finds the images of `plan` in its knowledge base. Errors as in `run_retrieval`."""
+    """The retriever that finds the images of `plan` in its knowledge base. Errors are those of `run_retrieval`."""
     import torch
 
     from valm.clip.tokenizer import load_tokenizer

@@ -1,9 +1,9 @@
-"""The texts of a corpus: of text, JSON, CSV, TSV and parquet files, of folders of them, and of rows of a dataset.
+"""The texts of a corpus: from text, JSON, CSV, TSV and parquet files, folders of such files, and rows of a dataset.
 
-The suffix decides the format: JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
-`.parquet` have a text in a column. Anything else is UTF-8 text with one document a line. A text of an image is a
-`Caption`. All but parquet, which is compressed itself, may end in `.gz`. A file is read once, as a stream; a JSON array
-is in memory as a whole.
+The suffix decides the format. JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
+`.parquet` contain texts in a column. Any other file is UTF-8 text with one document a line. A text of an image is a
+`Caption`. All formats except parquet, which is compressed itself, may end in `.gz`. A file is read once, as a stream,
+but a JSON array is read into memory.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from valm.store.files import files_below
 from valm.text import one_line, utf8
 from valm_kernels.json_files import check_regular, short
 
-COLUMN = "text"  # where the text is, unless another column is named; of an image also in the first of CAPTION_COLUMNS
+COLUMN = "text"  # the column of texts by default; captions of images are also in the first of CAPTION_COLUMNS
 READ_ROWS = 4096
-# Characters of a document. Tokenizers take 140 times the memory, and abort where there is not as much.
+# The most characters of a document. Tokenizers take 140 times the memory, and abort if there is less.
 MAX_DOCUMENT = 16 << 20
 TOO_LONG = f"a document or line of more than {MAX_DOCUMENT >> 20} MiB: split it into several"
 JSON_LINES = (".jsonl", ".jsonlines", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-# Suffixes of the files that are read in a folder; all but parquet also with `.gz`.
+# Suffixes of files that are read in a folder; all except parquet also with `.gz`.
 SUFFIXES = (".txt", ".text", *JSON_LINES, *DELIMITERS, ".parquet")
-FLICKR_CAPTIONS = "captions.txt"  # a CSV, if it has columns of images and captions
+FLICKR_CAPTIONS = "captions.txt"  # a CSV, if its columns are images and captions
 HEAD_BYTES = 1 << 12
 NAME_IT = "name one by --column"
 END = object()
 
 
 class Caption(str):
-    """A text of an image, of which others may be too, such as one caption of several.
+    """A text that describes an image, such as one of several captions.
 
     Attributes:
-        image: what tells it from other images of the corpus.
+        image: a name that is different for every image of the corpus.
     """
 
     image: str
@@ -65,16 +65,21 @@ class Caption(str):
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """The texts that `valm retrieve` and `valm train` read; nothing is opened before they are asked for.
+    """The texts that `valm retrieve` and `valm train` read. `documents` opens the files.
 
     Attributes:
-        files: of texts, and folders of them, as for `read_documents`.
+        files: text files and folders of text files, as for `read_documents`.
         dataset: a Hugging Face dataset instead of files, NAME[:CONFIG[:SPLIT]] (`open_dataset`).
-        streaming: read the dataset as it is downloaded.
-        column: where the text is in all but text files.
+        streaming: read the dataset while it is downloaded.
+        column: name of the text column, in formats with columns.
 
     Raises:
         ValmError: both files and a dataset are given, or streaming without a dataset.
+
+    Example:
+        >>> from valm.corpus.texts import TextCorpus
+        >>> next(TextCorpus(["corpus.txt"]).documents())
+        'a red apple'
     """
 
     files: Sequence[str | os.PathLike] = ()
@@ -86,7 +91,7 @@ class TextCorpus:
         if self.dataset is not None and self.files:
             raise ValmError("give either corpus files or --dataset")
         if self.dataset is None and self.streaming:
-            raise ValmError("--streaming is of a Hugging Face dataset: give --dataset too")
+            raise ValmError("--streaming needs a Hugging Face dataset: give --dataset too")
 
     def documents(self) -> Iterator[str]:
         """Every document, in order.
@@ -103,38 +108,37 @@ class TextCorpus:
 
 
 def read_documents(paths: Iterable[str | os.PathLike], *, column: str = COLUMN) -> FileDocuments:
-    """The documents of files and folders (see `corpus_files`), in order. Blank ones are skipped.
+    """The documents of files and folders (see `corpus_files`), in order, without blank documents.
 
     Args:
-        column: of the text in JSON, CSV, TSV and parquet files.
+        column: name of the text column in JSON, CSV, TSV and parquet files.
 
     Raises:
-        OSError: a file is missing, or no regular file.
-        ValmError: a file has another format than its suffix, or its first document cannot be read. Iterating raises it
-            for any other document; the message names the file and the row.
+        OSError: a file is missing or not a regular file.
+        ValmError: a file's format differs from its suffix, or its first document cannot be read. Iterating raises it
+            for other documents. The message names the file and the row.
     """
     return FileDocuments(corpus_files(paths), column)
 
 
 def row_documents(rows: Iterable[Mapping[str, Any]], column: str = COLUMN) -> Iterator[str]:
-    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows); blank ones are skipped.
+    """The text in `column` of each row of a dataset (`open_dataset`, or any iterable of rows), without blank texts.
 
     Raises:
-        ValmError: a row has no text there; the message names the row.
+        ValmError: a row contains no text there; the message names the row.
     """
     return _documents("the dataset", iter(rows), column)
 
 
 def corpus_files(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, str]]:
-    """The files among `paths`; a folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path
-    and without metadata of images (`_without_metadata`).
+    """The files among `paths`, each with its name in the corpus: the number of the path, and the file below it.
 
-    With each file comes its name in the corpus, however its path is typed: the number of the path, and the file below
-    it.
+    A folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path and without metadata of
+    images (`_without_metadata`).
 
     Raises:
-        OSError: a path is missing or is neither a folder nor a regular file: a pipe cannot be read twice.
-        ValmError: a folder has no such file.
+        OSError: a path is missing, or is neither a folder nor a regular file (a pipe cannot be read twice).
+        ValmError: a folder contains no such file.
     """
     files = []
     for number, path in enumerate(map(Path, paths)):
@@ -161,10 +165,10 @@ def fingerprint(documents: Iterable[str | Sequence[int]]) -> str:
 
 
 class FileDocuments(Iterator[str]):
-    """The documents of `files` (`corpus_files`), in order; arguments and errors as in `read_documents`."""
+    """The documents of `files` (`corpus_files`), in order. Arguments and errors are those of `read_documents`."""
 
     def __init__(self, files: Sequence[tuple[Path, str]], column: str) -> None:
-        for file, _ in files:  # which would else be refused only after the hours that those before it take
+        for file, _ in files:  # reject a wrong file now, not after the hours that earlier files take
             with open(file, "rb") as raw:
                 next(_documents(f"the corpus {file}", _rows(file, raw, column), column), None)
         self._total = sum(file.stat().st_size for file, _ in files)
@@ -177,7 +181,7 @@ class FileDocuments(Iterator[str]):
 
     @property
     def share(self) -> float:
-        """How much of the files' bytes has been read, from 0 to 1."""
+        """The share of the files' bytes that has been read, from 0 to 1."""
         return (self._before + (self._raw.tell() if self._raw is not None else 0)) / max(1, self._total)
 
     def _read(self, files: Sequence[tuple[Path, str]], column: str) -> Iterator[str]:
@@ -192,8 +196,8 @@ class FileDocuments(Iterator[str]):
 
 
 def _without_metadata(files: list[Path]) -> list[Path]:
-    """`files` without each NAME.json that stands beside an image and its NAME.txt: img2dataset writes the caption into
-    both, and as a document of the corpus it would be read twice."""
+    """`files` without each NAME.json next to an image and its NAME.txt: img2dataset writes the caption into both, so
+    the corpus would contain it twice."""
     suffixes: dict[tuple[Path, str], set[str]] = {}
     for file in files:
         suffixes.setdefault((file.parent, file.stem), set()).add(file.suffix.lower())
@@ -215,7 +219,7 @@ def _is_image(name: object) -> bool:
 
 
 def _suffix(file: Path) -> str:
-    """The suffix that tells a file's format: the one before `.gz`, in lower case."""
+    """The suffix that names a file's format, in lower case and without `.gz`."""
     return os.path.splitext(file.name.lower().removesuffix(".gz"))[1]
 
 
@@ -229,19 +233,19 @@ def _rows(file: Path, raw: BinaryIO, column: str) -> Iterator[Any]:
                 raise ValueError(
                     f"there is no column {column!r}, only {', '.join(table.schema_arrow.names)}: {NAME_IT}"
                 )
-            for group in range(table.num_row_groups):  # one after the other: pyarrow reads ahead all that it is asked
+            for group in range(table.num_row_groups):  # one at a time: pyarrow reads ahead everything it is asked for
                 for batch in table.iter_batches(READ_ROWS, [group], names):
                     yield from batch.to_pylist()
         return
     content: Any = gzip.GzipFile(fileobj=raw) if file.suffix.lower() == ".gz" else raw
     is_table = suffix in DELIMITERS or (file.name == FLICKR_CAPTIONS and _has_captions(raw))
     text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="" if is_table else None)
-    lines = iter(functools.partial(text.readline, MAX_DOCUMENT + 1), "")  # never more of a line is in memory
+    lines = iter(functools.partial(text.readline, MAX_DOCUMENT + 1), "")  # bounds the memory of a line
     if is_table:
         csv.field_size_limit(MAX_DOCUMENT)
         for row in csv.DictReader(map(_whole, lines), delimiter=DELIMITERS.get(suffix, ","), strict=True):
             if None in row or None in row.values():
-                raise csv.Error("it has another number of fields than the header; quote fields as in RFC 4180")
+                raise csv.Error("it has another number of fields than the header: quote fields as in RFC 4180")
             yield row
     elif suffix in JSON_LINES:
         first = next(filter(str.strip, lines), "")
@@ -254,7 +258,7 @@ def _rows(file: Path, raw: BinaryIO, column: str) -> Iterator[Any]:
 
 
 def _whole(line: str) -> str:
-    """A line of at most MAX_DOCUMENT and its end; as ValueError, that it is only the beginning of a longer one."""
+    """A line of at most MAX_DOCUMENT characters and its end. Raises ValueError for a longer line."""
     if len(line) > MAX_DOCUMENT and line[-1] not in "\r\n":
         raise ValueError(TOO_LONG)
     return line
@@ -266,19 +270,19 @@ def _parsed(line: str) -> Any:
 
 
 def _is_of_caption(field: pa.Field) -> bool:
-    """Whether a column has texts that are captions or names of images; a column of images may hold the images too."""
+    """Whether a column contains captions or names of images as text. (A column of images may hold the images.)"""
     is_text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
     return is_text and field.name.lower() in (*CAPTION_COLUMNS, *IMAGE_COLUMNS)
 
 
 def _has_captions(raw: BinaryIO) -> bool:
-    """Whether a file begins with a header of a table of captions."""
+    """Whether a file begins with the header of a caption table."""
     header = raw.peek(HEAD_BYTES).decode("utf-8-sig", "replace").partition("\n")[0].split(",")  # type: ignore[attr-defined]
     return None not in (first_of(IMAGE_COLUMNS, header), first_of(CAPTION_COLUMNS, header))
 
 
 def _documents(name: str, rows: Iterator[Any], column: str) -> Iterator[str]:
-    """The texts in `column` of rows of what errors call `name`; blank ones are skipped."""
+    """The texts in `column` of `rows`, without blank texts. `name` names the source in errors."""
     for number in itertools.count(1):
         try:
             if (row := next(rows, END)) is END:
@@ -291,7 +295,7 @@ def _documents(name: str, rows: Iterator[Any], column: str) -> Iterator[str]:
 
 
 def _text_of(row: Any, column: str) -> str:
-    """The text in `column` of a row; as ValueError, why there is none."""
+    """The text in `column` of a row. Raises ValueError if there is none."""
     if isinstance(row, str):
         row = {column: row}  # a line of text
     if not isinstance(row, Mapping):

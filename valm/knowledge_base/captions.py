@@ -1,4 +1,4 @@
-"""Captions of images: in files beside them, and in tables."""
+"""Captions of images: in files next to them, and in tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from valm.text import one_line, split_lines
 from valm_kernels.json_files import check_regular, short
 
 CAPTION_SUFFIXES = (".txt", ".json")
-# Suffixes of captions beside an image, in both cases: a camera or an old program writes IMAGE.TXT beside IMAGE.JPG.
+# Suffixes of captions next to an image. Cameras and old programs write IMAGE.TXT next to IMAGE.JPG.
 SUFFIXES_BESIDE = (".txt", ".TXT", ".json", ".JSON")
 CAPTION_TABLES = ("captions.csv", "captions.txt", "captions.json")
-# Common column names of a table. The first that it has is read.
+# Common column names of a table. The first one in the table is read.
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "uri")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
-# A larger file beside an image is not read as a caption.
+# A larger file next to an image is not read as a caption.
 MAX_CAPTION_BYTES = 1 << 20
 
 
@@ -30,8 +30,8 @@ class FolderCaptions(NamedTuple):
     """The captions of a folder of images.
 
     Attributes:
-        of_image: the caption of each image that has one, several captions on a line each.
-        damaged: the damaged caption files beside images, each with the reason.
+        of_image: the captions of each captioned image, one a line.
+        damaged: the damaged caption files next to images, each with the reason.
         table: the table that was read, if there is one.
     """
 
@@ -43,14 +43,14 @@ class FolderCaptions(NamedTuple):
 def read_captions(folder: Path, images: list[str], table: Path | None = None) -> FolderCaptions:
     """Finds the captions of images in `folder`.
 
-    Captions are looked for in this order: `NAME.txt` beside the image; `caption` in `NAME.json` beside it (as
-    img2dataset writes); a table of captions. The table is `table`, or else `captions.csv`, `captions.txt` (as in
+    An image's caption is the first of these: `NAME.txt` next to the image, `caption` in `NAME.json` next to it (as
+    img2dataset writes), or a row in a table of captions. The table is `table`, or `captions.csv`, `captions.txt` (as in
     Flickr8k: a CSV with the header `image,caption`) or `captions.json` (an object from file name to caption or list of
-    captions) in the folder. It names images by path, or by file name alone where one image has it.
+    captions) in the folder. It names images by path, or by file name if only one image has that name.
 
     Raises:
-        OSError: a file cannot be read, or the table is no regular file.
-        ValmError: the table is damaged, or has a file name alone that several images have.
+        OSError: a file cannot be read, or the table is not a regular file.
+        ValmError: the table is damaged, or names an image by a file name that several images have.
     """
     tables = [folder / name for name in CAPTION_TABLES]
     table = table or next((file for file in tables if file.is_file()), None)
@@ -71,7 +71,7 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
             if name != image and number_of[name] > 1:
                 raise ValmError(
                     f"{name} in the caption table {table} is the name of {number_of[name]} images, such as {image}: "
-                    "name them by their paths in the folder"
+                    "name images by their paths in the folder"
                 )
             caption = "\n".join(by_name[name])
         if caption:
@@ -80,14 +80,14 @@ def read_captions(folder: Path, images: list[str], table: Path | None = None) ->
 
 
 def parse_caption(content: bytes, suffix: str) -> str:
-    """The caption in a `.txt` file, or under `caption` in a `.json` file (a text or a list of texts; img2dataset writes
-    null for none), without blank lines.
+    """The caption in a `.txt` file, or under `caption` in a `.json` file, without blank lines. In JSON a caption is a
+    text, a list of texts, or null (img2dataset's sign for no caption).
 
     Raises:
-        ValueError: it is not UTF-8 or not JSON, its caption is no text, or it has more than MAX_CAPTION_BYTES.
+        ValueError: the file is not UTF-8 or JSON, its caption is not a text, or it exceeds MAX_CAPTION_BYTES.
     """
     if len(content) > MAX_CAPTION_BYTES:
-        raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes, which is skipped")
+        raise ValueError(f"a caption file of more than {MAX_CAPTION_BYTES:,} bytes is skipped")
     text = content.decode("utf-8-sig")
     if suffix != ".json":
         return join_captions(split_lines(text))
@@ -103,17 +103,17 @@ def parse_caption(content: bytes, suffix: str) -> str:
 
 
 def join_captions(captions: Iterable[str]) -> str:
-    """Joins captions, one a line, without blank ones."""
+    """Joins captions, one a line, without blank captions."""
     return "\n".join(line for line in map(one_line, captions) if line)
 
 
 def read_table(table: Path) -> dict[str, list[str]]:
-    """The captions of each image that a table names: of CSV or TSV (`read_rows`), or of JSON, an object from file name
-    to a caption or a list of them.
+    """The captions of each image in a table: CSV or TSV (`read_rows`), or JSON, an object from file name to a caption
+    or a list of captions.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValmError: it is damaged.
+        OSError: the table cannot be read or is not a regular file.
+        ValmError: the table is damaged.
     """
     found: dict[str, list[str]] = {}
     if table.suffix != ".json":
@@ -126,7 +126,7 @@ def read_table(table: Path) -> dict[str, list[str]]:
         content = parse_json(table.read_bytes().removeprefix(codecs.BOM_UTF8), dict[str, str | list[str]])
     except ValueError as error:
         raise ValmError(
-            f"the caption table {table} is no object from file names to a caption or a list of captions: {error}"
+            f"the caption table {table} is not an object from file names to a caption or a list of captions: {error}"
         ) from error
     for image, captions in content.items():
         found[image] = [line for line in map(one_line, [captions] if isinstance(captions, str) else captions) if line]
@@ -136,12 +136,12 @@ def read_table(table: Path) -> dict[str, list[str]]:
 def read_rows(
     table: Path, image_column: str | None = None, caption_column: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Image and caption of each row of a table with a header, separated by commas or tabs; "" if a row has none.
+    """Image and caption of each row of a table with a header, separated by commas or tabs; "" for an empty field.
 
-    By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that the table has, ignoring case.
+    By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS in the table, ignoring case.
 
     Raises:
-        OSError: the table cannot be read, or is no regular file.
+        OSError: the table cannot be read or is not a regular file.
         ValmError: the table is damaged or lacks the columns.
     """
     check_regular(table)  # opening a pipe would wait
@@ -149,7 +149,7 @@ def read_rows(
         with open(table, encoding="utf-8-sig", newline="") as file:
             header = file.readline()
             file.seek(0)
-            # strict: a quote that is opened by mistake would swallow the rows up to the next one
+            # strict: a quote opened by mistake would swallow the rows up to the next quote
             reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",", strict=True)
             image_names, caption_names = (
                 names if column is None else (column,)
@@ -158,7 +158,7 @@ def read_rows(
             image, caption = (first_of(names, reader.fieldnames or []) for names in (image_names, caption_names))
             if image is None or caption is None:
                 raise ValmError(
-                    f"the caption table {table} starts with {header.strip()[:60]!r}; expected a header with a column "
+                    f"the caption table {table} starts with {header.strip()[:60]!r}, expected a header with a column "
                     f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}"
                 )
             for row in reader:
@@ -167,11 +167,11 @@ def read_rows(
                 yield (row[image] or "").strip(), one_line(row[caption] or "")
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValmError(
-            f"cannot read the caption table {table}: {error}; quote fields as in RFC 4180, or write a captions.json"
+            f"cannot read the caption table {table}: {error}. Quote fields as in RFC 4180, or write a captions.json"
         ) from error
 
 
 def first_of(names: Iterable[str], fields: Iterable[str]) -> str | None:
-    """The field with the first of `names` that there is, ignoring case and blanks around."""
+    """The first of `names` that is in `fields`, as it stands there, ignoring case and surrounding blanks."""
     found = {field.strip().lower(): field for field in fields}
     return next((found[name.lower()] for name in names if name.lower() in found), None)

@@ -22,8 +22,8 @@ MARGIN = 8
 def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], title: str) -> Image.Image:
     """The thumbnails of `results` (from `Retriever.search`) in rows, each with its score and caption below.
 
-    An image without a thumbnail is an empty frame; the text of one without a caption is where it is from. Characters
-    that the font (DejaVu where the system has it, else Pillow's) has not are drawn as it draws them.
+    An image without a thumbnail is an empty frame, and an image without a caption shows its uri. The font is DejaVu if
+    the system has it, otherwise Pillow's.
     """
     line = FONT_SIZE + 3
     width, height = CELL + MARGIN, CELL + MARGIN + (1 + TEXT_LINES) * line
@@ -49,12 +49,12 @@ def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], tit
 
 
 def _composed(text: str) -> str:
-    """The text on one line, with one character for a letter and its accent, which file names of macOS have apart."""
+    """The text on one line, with a letter and its accent as one character: file names of macOS separate them."""
     return unicodedata.normalize("NFC", one_line(utf8(text)))
 
 
 def _wrapped(text: str) -> list[str]:
-    """The lines of a caption, none wider than CELL."""
+    """A caption in lines that are at most CELL wide."""
     for columns in range(CELL // 3, 1, -1):
         lines = textwrap.wrap(_composed(text), columns, max_lines=TEXT_LINES, placeholder="…")
         if all(_font(FONT_SIZE).getlength(line) <= CELL for line in lines):
@@ -66,7 +66,7 @@ def _wrapped(text: str) -> list[str]:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:  # Pillow's own has no accents
+    except OSError:  # Pillow's font lacks accents
         own = ImageFont.load_default(size)
         assert isinstance(own, ImageFont.FreeTypeFont)  # as it is for a size
         return own

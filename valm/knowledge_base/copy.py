@@ -1,6 +1,6 @@
-"""Knowledge bases made of others: several joined into one, and one without the images that it holds twice.
+"""Knowledge bases made of others: several joined into one, and one without its duplicate images.
 
-K equal images would be all K images of a token, and crowd out the others.
+K equal images would be all K images of a token, and crowd out other images.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from valm_kernels.checksums import file_sha256
 def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> ImageKnowledgeBase:
     """Merges the knowledge bases in the folders `parts`, all of one CLIP, into a new one in `out`.
 
-    Images are numbered in the order of `parts`. The files are those of the parts, under further names (hard links),
-    with the checksums that the parts' manifests have; where the file system makes no links, they are copied. A merge
-    that was killed resumes.
+    Images are numbered in the order of `parts`. The files are hard links to the parts' files, with the checksums in
+    the parts' manifests. If the file system has no links, files are copied. A killed merge resumes.
 
     Raises:
         OSError: `out` cannot be written.
-        ValmError: there are no parts, they are of different CLIPs, or `out` holds something else.
+        ValmError: there are no parts, the parts belong to different CLIPs, or `out` holds something else.
     """
     opened = [ImageKnowledgeBase.open(part) for part in parts]
     if not opened:
@@ -42,10 +41,10 @@ def merge(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> ImageKn
         other = kb.manifest["clip"]
         if other["weights_hash"] != first["weights_hash"]:
             raise ValmError(
-                f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}) but "
-                f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}); merge only those of one CLIP"
+                f"{opened[0].path} was built with the CLIP {first['name']} (weights {first['weights_hash'][:12]}), but "
+                f"{kb.path} with {other['name']} ({other['weights_hash'][:12]}): merge knowledge bases of one CLIP"
             )
-    encoding = next((kb.encoding for kb in opened if kb.encoding), {})  # that of embeddings is not known
+    encoding = next((kb.encoding for kb in opened if kb.encoding), {})  # the encoding of embeddings is not known
     plan = {"source": "merge", "parts": [kb.fingerprint for kb in opened], **encoding}
     with sharded_build(out, WHAT, plan, ImageRecord) as build:
         build.link(shard for kb in opened for shard in kb.shard_files())
@@ -58,15 +57,15 @@ def duplicates(kb: ImageKnowledgeBase) -> np.ndarray:
     """Ids (n,) int64, ascending, of the images whose vector equals an earlier one bit for bit. Reads all vectors."""
     rows = (row.tobytes() for vectors in kb.shards() for row in vectors)
     digests = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in rows)
-    order = np.argsort(np.frombuffer(digests, "S16"), kind="stable")  # ids, those of equal vectors adjacent
+    order = np.argsort(np.frombuffer(digests, "S16"), kind="stable")  # ids; ids of equal vectors are adjacent
     ordered = np.frombuffer(digests, np.uint64).reshape(-1, 2)[order]
     return np.sort(order[1:][(ordered[1:] == ordered[:-1]).all(1)])
 
 
 def dedupe(kb: ImageKnowledgeBase, out: str | os.PathLike, *, progress: bool = True) -> ImageKnowledgeBase:
-    """Copies `kb` without its `duplicates` to the new folder `out`; of equal images the first is copied.
+    """Copies `kb` without its `duplicates` to the new folder `out`. The first of several equal images is copied.
 
-    A run that was killed resumes.
+    A killed run resumes.
 
     Raises:
         ValmError: a file of `kb` is damaged, or `out` holds something else.
@@ -91,7 +90,7 @@ def _without(
 ) -> tuple[pa.Table, dict[str, int]]:
     """Shard `number` of `kb` without the images `dropped`."""
     file, record = kb.shard_files()[number]
-    if file_sha256(file) != record["sha256"]:  # or damaged content would get a good checksum
+    if file_sha256(file) != record["sha256"]:  # otherwise damaged content would get a good checksum
         raise ValmError(f"{file} is damaged: it does not match its checksum; make it again")
     table = kb.table(number)
     progress.begin(len(table))
@@ -102,8 +101,8 @@ def _without(
 
 
 def _moved_clip(kbs: Sequence[ImageKnowledgeBase], out: str | os.PathLike) -> dict[str, Any]:
-    """The CLIP entry of `kbs`, all of one CLIP, for the manifest of a knowledge base in `out`: the first folder of them
-    that is there, relative to `out`."""
+    """The CLIP entry of `kbs`, all of one CLIP, for a manifest in `out`: with the first CLIP folder that exists,
+    relative to `out`."""
     clip: dict[str, Any] = kbs[0].manifest["clip"]
     folders = (kb.path / (kb.manifest["clip"]["source"] or "none") for kb in kbs)
     found = next(filter(Path.is_dir, folders), None)

@@ -1,4 +1,4 @@
-"""Encodes image files to CLIP vectors: decoded in worker processes, encoded in batches."""
+"""Encodes image files to CLIP vectors: worker processes decode the images, which are encoded in batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Progress
 from valm.text import one_line
 
-# Fewer images than this are decoded in this process: starting workers would take longer.
+# Fewer images are decoded in this process: starting workers would take longer.
 WORKERS_FROM_IMAGES = 512
 MAX_WORKERS = 8
 # prctl(2), of Linux
@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a worker says of an image: its `row` of a knowledge base, but for the vector, or why it could not be read.
+    """A worker's result for an image: its `row` of a knowledge base without the vector, or why it could not be read.
 
     Attributes:
         transient: whether the machine, not the image, is the reason (`is_transient`).
@@ -47,13 +47,13 @@ class Decoded:
 
 
 def decoding_workers(images: int) -> int:
-    """How many processes decode so many images, 0 for this one."""
-    # torch's threads, not the machine's cores: a Ray task has only some of those
+    """The number of processes that decode `images` images; 0 means this process."""
+    # torch's threads, not the machine's cores: a Ray task has only some of the cores
     return min(torch.get_num_threads(), MAX_WORKERS) if images >= WORKERS_FROM_IMAGES else 0
 
 
 class Encoded(NamedTuple):
-    """The images of one shard, as `image_table` takes them; damaged images are skipped and listed."""
+    """The images of one shard for `image_table`; damaged images are skipped and listed."""
 
     rows: list[dict[str, Any]]
     vectors: np.ndarray  # (n, E) float32
@@ -61,11 +61,7 @@ class Encoded(NamedTuple):
 
 
 def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> Encoded:
-    """Decodes and encodes the images of `records`.
-
-    Raises:
-        ValmError: a transient error (`is_transient`) while an image is read.
-    """
+    """Decodes and encodes the images of `records`. Errors are those of `decoded_batches`."""
     progress.begin(len(records))
     vectors = [np.empty((0, clip.embed_dim), np.float32)]
     rows: list[dict[str, Any]] = []
@@ -83,7 +79,7 @@ def encode_records(records: list[Record], clip: Clip, encoding: Encoding, progre
 def decoded_batches(
     records: list[Record], clip: Clip, encoding: Encoding
 ) -> Iterator[tuple[list[Decoded], torch.Tensor]]:
-    """The images of `records` by batches: each record's result, and the pixels (n, 3, H, W) of those that can be read.
+    """The images of `records` in batches: each record's result, and the pixels (n, 3, H, W) of the readable images.
 
     Raises:
         ValmError: a transient error (`is_transient`) while an image is read.
@@ -101,7 +97,7 @@ def decoded_batches(
 
 
 def _decode(records: list[Record], transform: Any, thumbnails: int) -> tuple[list[Decoded], torch.Tensor]:
-    """A batch of decoded images and their pixels (n, 3, H, W); a DataLoader calls it in its worker processes."""
+    """Decodes a batch of images, with their pixels (n, 3, H, W). A DataLoader calls it in its worker processes."""
     found, pixels = [], []
     for record in records:
         row: dict[str, Any] = {"uri": record.uri, "caption": record.caption}
@@ -129,12 +125,12 @@ def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
 def end_with_parent(worker: int = 0) -> None:
     """Makes this process end when its parent is killed, on Linux. A DataLoader calls it in worker number `worker`.
 
-    PyTorch's own workers may stay: they write to pipes whose read ends other workers hold open too, so they wait
-    forever for a reader.
+    Otherwise PyTorch's workers may stay: other workers hold open the read ends of the pipes that they write to, so they
+    wait forever for a reader.
     """
     parent = multiprocessing.parent_process()
     if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent.pid:  # the parent was killed before that
+    if os.getppid() != parent.pid:  # the parent was killed before prctl
         os._exit(1)

@@ -1,8 +1,8 @@
-"""The tables of a knowledge base, and writing them.
+"""The tables of a knowledge base, and how they are written.
 
     manifest.json        format, version, count, dim, dtype, normalized, clip, plan, skipped, shards
-    shard-00000.arrow    a row an image: uri, caption, width, height, jpeg (a thumbnail, or null), vector (E float16);
-                         in the schema's metadata the images and caption files that could not be read, with the reason
+    shard-00000.arrow    a row an image: uri, caption, width, height, jpeg (a thumbnail, or null), vector (E float16).
+                         The schema's metadata lists images and caption files that could not be read, with the reason
 
 The id of an image is its row, counted over all shards. `valm.store.shards` resumes builds and runs them on several
 machines.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 WHAT = "knowledge base"
 VERSION = 3
 SKIPPED_KEY = b"skipped"
-# The columns of a shard but the vectors. Large: a shard is one batch, whose thumbnails may exceed 2 GiB.
+# The columns of a shard except the vectors. The large types allow thumbnails of more than 2 GiB in one batch.
 ITEM_SCHEMA = pa.schema(
     [
         ("uri", pa.large_string()),
@@ -42,7 +42,7 @@ ITEM_SCHEMA = pa.schema(
         ("jpeg", pa.large_binary()),
     ]
 )
-# What the record of a shard counts, and the manifest sums.
+# The record of a shard counts these, and the manifest contains their sums.
 FACTS = ("count", "skipped")
 
 
@@ -54,7 +54,7 @@ class ImageRecord(Record):
 
 
 class ClipEntry(TypedDict):
-    """The CLIP that encoded the images. `source`: where it was, a folder relative to the manifest."""
+    """The CLIP that encoded the images. `source`: its folder relative to the manifest, or its name."""
 
     name: str
     weights_hash: str
@@ -69,7 +69,7 @@ class KnowledgeBaseManifest(Manifest):
     dtype: Literal["float16"]
     clip: ClipEntry
     skipped: Count
-    shards: list[ImageRecord]  # type: ignore[misc]  # says more than the inherited one
+    shards: list[ImageRecord]  # type: ignore[misc]  # narrower than the inherited type
 
 
 class Skipped(TypedDict):
@@ -83,7 +83,7 @@ class Skipped(TypedDict):
 class Item:
     """The metadata of one image.
 
-    uri: where it came from, relative to the source. caption: may be empty; several captions are on a line each.
+    uri: its place in the source. caption: empty, or one or several captions, one a line.
     """
 
     id: int
@@ -115,34 +115,30 @@ def image_table(
 
 
 def read_images(file: Path, dim: int, rows: int) -> pa.Table:
-    """The table of a shard with vectors of width `dim`; other arguments and errors as in `read_shard`."""
+    """The table of a shard with vectors of width `dim`. Other arguments and errors are those of `read_shard`."""
     return read_shard(file, pa.schema([*ITEM_SCHEMA, *vector_schema(dim)]), rows, nullable=("jpeg",))
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:
-    """The vectors (n, E) float16 of a shard, not copied."""
+    """The vectors (n, E) float16 of a shard, without a copy."""
     column = column_of(table, "vector")
     return column.flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
 def skipped_of(table: pa.Table) -> list[Skipped]:
-    """What the source of a shard had besides its images that could not be read.
-
-    Raises:
-        ValueError: the list is damaged.
-    """
+    """The entries of a shard's source that could not be read. Raises ValueError if the list is damaged."""
     found: list[Skipped] = parse_json((table.schema.metadata or {}).get(SKIPPED_KEY, b""), list[Skipped])
     return found
 
 
 def facts_of(table: pa.Table) -> dict[str, int]:
-    """What the record of a shard says of its table."""
+    """The facts about its table in the record of a shard."""
     return {"count": len(table), "skipped": len(skipped_of(table))}
 
 
 def clip_entry(clip: Clip, out: str | os.PathLike) -> dict[str, Any]:
-    """The encoder's entry in the manifest: `source`, where it was, a folder relative to `out`, so that the two can be
-    moved together."""
+    """The CLIP's entry in the manifest. A folder in `source` is relative to `out`, so that CLIP and knowledge base can
+    be moved together."""
     source = clip.source
     if source is not None and Path(source).is_dir():
         source = relative_path(source, out)
@@ -153,7 +149,7 @@ def finish_knowledge_base(build: ShardedBuild, clip: dict[str, Any], dim: int) -
     """Makes the shards of `build` a knowledge base of vectors of width `dim`, encoded by `clip` (see `clip_entry`).
 
     Raises:
-        ValmError: they have no images; the build is removed.
+        ValmError: the shards contain no images; the build is removed.
     """
     records = build.done()
     facts = totals(records.values(), FACTS)

@@ -1,4 +1,4 @@
-"""Images with their captions, as commands name them: a source of `valm.knowledge_base.sources` by format and name."""
+"""Images with their captions as commands name them, by format and name: a source of `valm.knowledge_base.sources`."""
 
 from __future__ import annotations
 
@@ -14,35 +14,42 @@ if TYPE_CHECKING:
     from valm.knowledge_base.sources import Source
 
 FORMATS = ("pictures", "webdataset", "dataset", "embeddings", "csv")
-# The fields that are of some formats only.
+# The formats to which a field belongs.
 FORMATS_OF = {"captions": ("pictures",), "columns": ("dataset", "csv"), "streaming": ("dataset",)}
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The images that `valm kb build`, `kb add` and `clip train` read; nothing is opened before `open`.
+    """The images that `valm kb build`, `kb add` and `clip train` read. `open` opens the source.
 
     Attributes:
-        source: folder of the images, tar file or folder of them, table, or dataset as `open_dataset` takes it.
+        source: a folder of images, a tar file or a folder of tar files, a table, or a dataset as for `open_dataset`.
 
     Raises:
-        ValmError: there is no such format, or a field belongs to another one.
+        ValmError: there is no such format, or a field belongs to another format.
+
+    Example:
+        >>> from valm.knowledge_base.images import ImageSource
+        >>> source = ImageSource("pictures").open()
+        >>> [image.caption for image in source.images()]
+        ['the blue sky', 'the green grass', 'a red apple']
     """
 
     source: str | os.PathLike
     format: str = option(
-        "images with captions beside them or in a captions table; tar files as img2dataset writes them; a Hugging Face "
-        "dataset, NAME[:CONFIG[:SPLIT]]; embeddings that --clip has made, in clip-retrieval's layout; a table (CSV or "
-        "TSV) of image paths, relative to it, and captions",
+        "pictures: a folder of images, with captions next to them or in a table of captions. webdataset: tar files as "
+        "img2dataset writes them. dataset: a Hugging Face dataset, NAME[:CONFIG[:SPLIT]]. embeddings: vectors made by "
+        "--clip, in clip-retrieval's layout. csv: a table (CSV or TSV) of image paths, relative to the table, and "
+        "captions",
         "pictures",
         choices=FORMATS,
     )
-    captions: str | os.PathLike | None = option("table of captions, where it is not beside the images")
+    captions: str | os.PathLike | None = option("table of captions, if it is not in the folder of the images")
     columns: str | None = option(
-        "of a dataset or table, where they have other than the usual names; either may be empty",
+        "columns of a dataset or table, if their names are unusual; either may be empty",
         metavar="IMAGE,CAPTION",
     )
-    streaming: bool = option("read a dataset as it is downloaded", False)
+    streaming: bool = option("read a dataset while it is downloaded", False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -51,10 +58,10 @@ class ImageSource:
                 raise ValmError(f"--{name} is for --format {' or '.join(formats)}, not for {self.format}")
 
     def open(self) -> Source:
-        """The source.
+        """The source, opened: an object of a class in `valm.knowledge_base.sources`.
 
         Raises:
-            OSError, ValmError: as the class of the source.
+            OSError, ValmError: the source cannot be read (see its class).
             ImportError: a dataset is given, and the package `datasets` is not installed.
         """
         image, _, caption = (self.columns or "").partition(",")

@@ -1,4 +1,4 @@
-"""The images of a source, undecoded, and how they are encoded."""
+"""The undecoded images of a source, and how they are encoded."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from valm.options import check_fields, option
 from valm.store.files import cannot_read, is_transient
 from valm.text import utf8
 
-if TYPE_CHECKING:  # the command line reads the options of `Encoding` before it knows what it needs
+if TYPE_CHECKING:  # the command line reads the options of `Encoding` before it imports torch
     from PIL import Image
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images of any source are decoded and encoded; its fields are options of `valm kb build`.
+    """How images are decoded and encoded: options of `valm kb build`.
 
     Attributes:
-        workers: processes that decode images; None chooses by the number of images and cores, 0 uses this process.
+        workers: number of processes that decode images. None chooses by the number of images and cores, 0 decodes in
+            this process.
 
     Raises:
         ValmError: a number is too small.
+
+    Example:
+        >>> from valm.knowledge_base.records import Encoding
+        >>> Encoding(thumbnails=0)  # stores no thumbnails
+        Encoding(batch_size=64, thumbnails=0, workers=None)
     """
 
     batch_size: int = option("images that CLIP encodes at once", 64, least=1)
-    thumbnails: int = option("longer side, in pixels, of the small images stored; 0 for none", 64, least=0)
+    thumbnails: int = option("longer side of the stored thumbnails, in pixels; 0 stores none", 64, least=0)
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,9 +53,9 @@ class Record:
     """One image of a source.
 
     Attributes:
-        source: a file, whose image is the whole or `size` bytes from `offset` (a member of a tar file); the content of
-            a file; a PIL image; or None for an entry to be listed as skipped.
-        reason: why it is skipped, if there is no image.
+        source: a file, whose image is the whole file or `size` bytes from `offset` (a member of a tar file); or the
+            content of a file, or a PIL image. None is an entry that is listed as skipped.
+        reason: why an entry without an image is skipped.
     """
 
     uri: str
@@ -60,7 +66,7 @@ class Record:
     reason: str = "there is no picture"
 
     def __post_init__(self) -> None:
-        for name in ("uri", "caption"):  # they are written as UTF-8
+        for name in ("uri", "caption"):  # written as UTF-8
             object.__setattr__(self, name, utf8(getattr(self, name)))
 
     def read(self) -> Image.Image:
@@ -73,7 +79,7 @@ class Record:
 
         if isinstance(self.source, Path):
             if not self.source.is_file():  # opening a pipe would block
-                raise ValueError("it is no file, or a link to none")
+                raise ValueError("it is not a file, or a link that leads to no file")
             with open(self.source, "rb") as file:
                 file.seek(self.offset)
                 return read_image(io.BytesIO(file.read(self.size)))
@@ -82,8 +88,8 @@ class Record:
         return read_image(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
 
     def identity(self) -> int | str | None:
-        """The size of a file (None if it is missing) or of its part, or a hash of bytes or pixels. It identifies a
-        record together with its name.
+        """The size of a file (None if it is missing) or of its part, or a hash of bytes or pixels. Name and identity
+        together identify a record.
 
         Raises:
             ValmError: a transient error (`is_transient`) while a file is looked up.
@@ -103,7 +109,7 @@ class Record:
 
 
 def _pixels_sha256(image: Image.Image) -> str:
-    """A hash of what a PIL image shows."""
+    """A hash of the pixels of a PIL image, as it is shown."""
     from valm.clip.read_image import read_image
 
     try:
@@ -123,13 +129,13 @@ def fingerprint_records(records: Iterable[Record]) -> str:
 
 
 def written_since(files: Iterable[Path], since: float) -> Path | None:
-    """The first of `files` that was written after `since`, in seconds since 1970, if there is one."""
+    """The first of `files` that was written after `since` (seconds since 1970), or None."""
     now = time.time()
     for file in files:
         try:
             written = file.stat().st_mtime
         except OSError:  # a damaged record, as for `Record.identity`
             continue
-        if since < written <= now:  # a time in the future, as of an archive, says nothing
+        if since < written <= now:  # a time in the future, as in some archives, is ignored
             return file
     return None

@@ -31,34 +31,41 @@ from valm.knowledge_base.format import (
 from valm.store.shards import damaged_files, open_manifest, read_shard, shard_file
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
-if TYPE_CHECKING:  # so that opening a knowledge base does not wait for what reads its images
+if TYPE_CHECKING:  # opening a knowledge base should not wait for imports that only reading images needs
     from PIL import Image
     from torch import Tensor
 
     from valm.clip.clip import Clip
 
-# Shards mapped at once, each of them three times at most; a process may have 65,530 maps on Linux.
+# Shards mapped at once, each at most three times. On Linux a process may have 65,530 maps.
 OPEN_SHARDS = 1 << 13
-# Of vectors that exceed the memory, the pages of rows that are farther apart than this many bytes are read alone. A
-# disk that reads 1.5 GB/s one after the other, and 70,000 pages a second here and there, is as fast at 5 pages; a
-# slower disk at more. But pages that are read alone stay in the cache, and the next search needs many of them again.
+# If vectors exceed the memory, only the pages of rows are read whose distance is more than this many bytes. A disk that
+# reads 1.5 GB/s sequentially and 70,000 pages a second at random breaks even at 5 pages, a slower disk at more. But
+# pages read singly stay in the cache, and the next search needs many of them again.
 APART = 4 * mmap.PAGESIZE
-# Of such rows, so many are on their way from the disk at once, from no more shards: each is a map.
+# The most rows that are requested from the disk at once, and so the most shards: each shard is a map.
 ROWS_AHEAD = 1 << 16
 SHARDS_AHEAD = 256
 
 
 class ImageKnowledgeBase:
-    """A knowledge base opened from its folder (see `valm.knowledge_base.format` for the files in it).
+    """A knowledge base: CLIP vectors and metadata of images, in a folder. Open it with `ImageKnowledgeBase.open`.
 
-    Shards are memory-mapped on use, so opening only checks the size of each file. Threads may share it, and any of its
-    methods may run at once.
+    Image ids are from 0 to `len(kb)` - 1. Shards are memory-mapped on use, so opening only checks the size of each file
+    (`valm.knowledge_base.format` describes the files). Threads may share it and call any of its methods at once.
+
+    Example:
+        >>> kb = valm.ImageKnowledgeBase.open("kb")
+        >>> len(kb), kb.dim
+        (3, 16)
+        >>> kb.item(0).caption
+        'the blue sky'
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path = path.absolute()  # it stays open wherever the process works later
+        self.path = path.absolute()  # the working directory may change later
         self.manifest = manifest
-        # the manifest's own checksum, over those of all other files: identifies the knowledge base
+        # the manifest's checksum, which covers the checksums of all files, identifies the knowledge base
         self.fingerprint: str = manifest["sha256"]
         self._counts = [shard["count"] for shard in manifest["shards"]]
         self._ends = np.cumsum(self._counts)
@@ -68,21 +75,21 @@ class ImageKnowledgeBase:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
-        """Opens the knowledge base in folder `path`.
+        """Opens the knowledge base in the folder `path`.
 
-        Checks the manifest and the size of every file. The number of a shard's rows is checked when the shard is first
-        read, and contents by `verify`.
+        It checks the manifest and the size of every file. The number of a shard's rows is checked when the shard is
+        first read. `verify` checks contents.
 
         Raises:
-            OSError: a file cannot be read, is a link out of the folder or no regular file. In a snapshot of the Hugging
-                Face Hub's cache a link may lead to a blob of that cache.
+            OSError: a file cannot be read, is a link out of the folder or not a regular file. In a snapshot of the
+                Hugging Face Hub's cache, a link may lead to a blob of that cache.
             ValmError: a check failed; the message names the file.
         """
         path = Path(path)
         return cls(path, open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest, FACTS))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_again, (self.path, self.fingerprint)  # another process opens the folder itself
+        return _open_again, (self.path, self.fingerprint)  # another process opens the folder again
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -94,12 +101,12 @@ class ImageKnowledgeBase:
 
     @property
     def encoding(self) -> dict[str, int]:
-        """How its images were encoded, as the arguments of an `Encoding`; of embeddings nothing is known."""
+        """The arguments of the `Encoding` of its images; empty for embeddings."""
         plan = self.manifest["plan"]
         return {name: plan[name] for name in ("batch_size", "thumbnails") if name in plan}
 
     def shard_files(self) -> list[tuple[Path, dict[str, Any]]]:
-        """The file of each shard, with its record."""
+        """The file and the record of each shard."""
         return [(shard_file(self.path, number), record) for number, record in enumerate(self.manifest["shards"])]
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
@@ -114,8 +121,11 @@ class ImageKnowledgeBase:
         return out
 
     def scores(self, queries: Tensor, query_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Exact scores (n,) float32 of queries[query_ids[i]] and image ids[i] (`ip_scores`), for queries (Q, E) and ids
-        (n,) int64.
+        """Exact scores (n,) float32 of queries[query_ids[i]] and image ids[i] (`ip_scores`).
+
+        Args:
+            queries: (Q, E) float32, float16 or bfloat16.
+            query_ids, ids: (n,) int64.
 
         Raises:
             IndexError: an id is out of range.
@@ -128,12 +138,12 @@ class ImageKnowledgeBase:
         return out
 
     def vectors(self) -> np.ndarray:
-        """All vectors, (N, E) float16: the memory map of a single shard, else a copy in memory."""
+        """All vectors, (N, E) float16: the memory map of a single shard, or a copy of several shards."""
         shards = list(self.shards())
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
     def shards(self) -> Iterator[np.ndarray]:
-        """The vectors (n, E) float16 of each shard that has images, in order, memory-mapped."""
+        """The vectors (n, E) float16 of each shard, in order, memory-mapped, without empty shards."""
         return (self._vectors(number) for number, count in enumerate(self._counts) if count)
 
     def table(self, number: int) -> pa.Table:
@@ -150,7 +160,7 @@ class ImageKnowledgeBase:
         return Item(id, **{name: table[name][row].as_py() for name in ITEM_SCHEMA.names if name != "jpeg"})
 
     def thumbnail(self, id: int) -> Image.Image | None:
-        """The thumbnail of image `id`, or None if the knowledge base was built without.
+        """The thumbnail of image `id`, or None if the knowledge base stores no thumbnails.
 
         Raises:
             IndexError: the id is out of range.
@@ -166,18 +176,18 @@ class ImageKnowledgeBase:
             small = Image.open(io.BytesIO(jpeg), formats=["JPEG"])
             small.load()
         except Exception as error:  # decoders raise many types for damaged bytes
-            raise ValmError(f"{self.path} is damaged: the thumbnail of image {id} is no JPEG; make it again") from error
+            raise ValmError(f"{self.path} is damaged: thumbnail {id} is not a JPEG; make it again") from error
         return small
 
     def captioned(self) -> int:
-        """Number of images with a caption. Reads all captions."""
+        """The number of images with a caption. Reads all captions."""
         import pyarrow.compute as pc
 
         tables = map(self._table, range(len(self._counts)))
         return sum(pc.sum(pc.not_equal(table["caption"], ""), min_count=0).as_py() for table in tables)
 
     def skipped(self) -> Iterator[Skipped]:
-        """`uri` and `reason` of every image, caption file and archive of the source that could not be read."""
+        """The `uri` of every image, caption file and archive of the source that could not be read, and the `reason`."""
         for number in range(len(self._counts)):
             table = self._table(number)
             try:
@@ -189,25 +199,26 @@ class ImageKnowledgeBase:
         """Checks that `clip` encoded the images.
 
         Raises:
-            ValmError: it was another CLIP.
+            ValmError: another CLIP encoded them.
         """
         built_with = self.manifest["clip"]
         if built_with["weights_hash"] != clip.weights_hash:
             raise ValmError(
                 f"the knowledge base {self.path} was built with the CLIP {built_with['name']} (weights "
-                f"{built_with['weights_hash'][:12]}), not with {clip.name} ({clip.weights_hash[:12]}); load that CLIP "
+                f"{built_with['weights_hash'][:12]}), not with {clip.name} ({clip.weights_hash[:12]}): load that CLIP "
                 f"or build the knowledge base again"
             )
 
     def load_clip(self, source: str | os.PathLike[str] | None = None, *, allow_download: bool = False) -> Clip:
-        """The CLIP that encoded the images, from where it was then, or from `source` (see `Clip.load`).
+        """Loads the CLIP that encoded the images.
 
         Args:
-            allow_download: download the CLIP if the knowledge base names one on a hub. Use it only if you trust whoever
-                wrote the knowledge base.
+            source: the CLIP, as for `Clip.load`. None: the place that the knowledge base names.
+            allow_download: download the CLIP if the knowledge base names a CLIP on a hub. Use it only if you trust the
+                author of the knowledge base.
 
         Raises:
-            ValmError: the CLIP is missing or is another one.
+            ValmError: the CLIP is missing, or is another CLIP.
         """
         from valm.clip.clip import Clip
 
@@ -221,8 +232,8 @@ class ImageKnowledgeBase:
                 source = noted
             else:
                 raise ValmError(
-                    f"the knowledge base {self.path} says that its CLIP is {noted!r}, which is no folder beside it: "
-                    "give its folder or name (--clip), or allow its download (--allow-download) if you trust both"
+                    f"the knowledge base {self.path} names the CLIP {noted!r}, which is not a folder there: give its "
+                    "folder or name (--clip), or allow its download (--allow-download) if you trust both"
                 )
         clip = Clip.load(source)
         self.check_encoder(clip)
@@ -233,8 +244,8 @@ class ImageKnowledgeBase:
         return damaged_files(self.path, self.manifest, progress)
 
     def _by_shard(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each shard that holds some of `ids` (n,): their positions in `ids`, sorted by row; the shard's vectors;
-        and their rows in it. The next shards are opened before, and what is to be read of them is on its way.
+        """For each shard that holds some of `ids` (n,): their positions in `ids`, sorted by row, the shard's vectors,
+        and their rows in the shard. The next shards are opened, and their rows requested, ahead of time.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
@@ -272,7 +283,7 @@ class ImageKnowledgeBase:
         return int(self._ends[shard]) - self._counts[shard]
 
     def _row(self, id: int) -> tuple[pa.Table, int]:
-        """The shard of image `id`, and its row in it."""
+        """The shard of image `id`, and its row in the shard."""
         if not 0 <= id < len(self):
             raise IndexError(f"image ids go from 0 to {len(self) - 1}, got {id}")
         shard = int(np.searchsorted(self._ends, id, side="right"))
@@ -282,11 +293,11 @@ class ImageKnowledgeBase:
         return read_images(shard_file(self.path, number), self.dim, self._counts[number])
 
     def _open_vectors(self, number: int) -> np.ndarray:
-        # alone: the texts, which are checked as they are read, need not come from the disk
+        # only the vectors: texts are checked when they are read, and need not come from the disk here
         return vectors_of(read_shard(shard_file(self.path, number), vector_schema(self.dim), self._counts[number]))
 
     def _open_sparse_vectors(self, number: int) -> np.ndarray:
-        vectors = self._open_vectors(number)  # a map of their own
+        vectors = self._open_vectors(number)  # a separate map
         read_at_random(vectors)
         return vectors
 
@@ -294,5 +305,5 @@ class ImageKnowledgeBase:
 def _open_again(path: Path, fingerprint: str) -> ImageKnowledgeBase:
     kb = ImageKnowledgeBase.open(path)
     if kb.fingerprint != fingerprint:
-        raise ValmError(f"the knowledge base {path} is another one than in the process that handed it on")
+        raise ValmError(f"the knowledge base {path} has changed since another process opened it: start again")
     return kb

@@ -1,11 +1,10 @@
-"""Other vocabularies than CLIP's: for each LM token, the CLIP tokens of the text up to and including it.
+"""Vocabularies other than CLIP's: for each LM token, the CLIP tokens of the text up to and including the LM token.
 
-CLIP's tokens for a text depend on how its last word continues: "ban" is one CLIP token, and so is "banana". So the
+CLIP's tokens for a text depend on how its last word continues: "ban" is one CLIP token, and "banana" is one too. So the
 tokenization of the whole text would look ahead. Instead every prefix is tokenized as if the text ended there. The words
-before its last one have the same tokens in all longer texts; only the last word is tokenized again for each LM token.
-LM tokens that end a word, most of them, lie on the tokenization of the whole text. Any other is a fork of it: a few
-CLIP tokens that are read behind the keys and values of the text before them. A word is closed after LONGEST_WORD
-characters.
+before the last word have the same tokens in all longer texts; only the last word is tokenized again for each LM token.
+Most LM tokens end a word and lie on the tokenization of the whole text. Any other LM token is a fork: a few CLIP tokens
+that are read after the keys and values of the text before them. A word is closed after LONGEST_WORD characters.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from valm.clip.tokenizer import begin_id
 from valm.errors import ValmError
 from valm.retrieval.segments import Reading
 
-# Blanks after which CLIP's tokens do not depend on the text before: neither words nor Unicode normalisation cross one.
-# Its tokenizer handles other blanks.
+# Blanks after which CLIP's tokens do not depend on the text before: neither words nor Unicode normalisation cross them.
+# CLIP's tokenizer handles other blanks.
 BLANKS = re.compile(r"[ \t\n\r]+")
-# Characters after which an open word is closed as if a blank followed. Each token tokenizes the open word again, and a
-# text without blanks (base64, Chinese) is a single word: time and memory would be quadratic in its length. Real words
-# are shorter, and a text tower sees 75 tokens at once anyway.
+# Characters after which an open word is closed as if a blank followed. Each token tokenizes the open word again, so for
+# a text without blanks (base64, Chinese) time and memory would be quadratic in its length. Real words are shorter, and
+# a text tower sees only 75 tokens at once.
 LONGEST_WORD = 64
 # Words whose CLIP tokens are cached.
 WORD_CACHE = 1 << 16
-# The text that `token_bytes` is checked on.
+# The text that checks `token_bytes`.
 PROBE = "The colour of a ripe banana isn't 12% blue: na\u00efve caf\u00e9, \u4f60\u597d \U0001f600!"
 
 
@@ -42,7 +41,7 @@ class TextState:
     """State of reading one row of a language model's tokens.
 
     open: whether a document is open. undecoded: bytes of an incomplete character.
-    word: the text after the last blank, which later tokens may continue; less than LONGEST_WORD characters.
+    word: the text after the last blank, which later tokens may continue; shorter than LONGEST_WORD.
     """
 
     open: bool = False
@@ -54,13 +53,14 @@ class TextState:
 
 
 class Alignment:
-    """Reads the tokens of `tokenizer` as those of `clip_tokenizer`.
+    """Reads the tokens of `tokenizer` as tokens of `clip_tokenizer`.
 
-    Its bos begins a document and its eos ends one. If both are one token (GPT-2's) or there is no bos, that token
-    begins one. Other special tokens end a word and have no text.
+    bos begins a document and eos ends it. If bos is missing or equals eos (GPT-2), eos begins a document. Other special
+    tokens end a word and have no text.
 
-    With a chat template bos and eos may begin and end a turn (SmolLM2-Instruct's, Qwen's, Llama 3's), and an answer's
-    images should depend on the question. So there a row is one document, and they are like other special tokens.
+    If the tokenizer has a chat template, bos and eos may begin and end a turn (SmolLM2-Instruct, Qwen, Llama 3), and an
+    answer's images should depend on the question. So a row is then one document, in which bos and eos are like other
+    special tokens.
 
     Raises:
         ValmError: the tokenizer has no eos or no tokenizer.json, or a text is not the concatenation of its tokens'
@@ -70,14 +70,14 @@ class Alignment:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, clip_tokenizer: PreTrainedTokenizerFast):
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ValmError(
-                f"the language model's tokenizer is a {type(tokenizer).__name__}, expected a fast one, which has a "
-                "tokenizer.json"
+                f"the language model's tokenizer is a {type(tokenizer).__name__}, expected a fast tokenizer (with a "
+                "tokenizer.json)"
             )
         self.bos, self.eos = begin_id(tokenizer), tokenizer.eos_token_id
         self.one_document = tokenizer.chat_template is not None
         self.sot, self.eot = clip_tokenizer.bos_token_id, clip_tokenizer.eos_token_id
         self.bytes_of = token_bytes(tokenizer)
-        self._clip = Tokenizer.from_str(clip_tokenizer.backend_tokenizer.to_str())  # a copy, as the settings change
+        self._clip = Tokenizer.from_str(clip_tokenizer.backend_tokenizer.to_str())  # a copy: its settings change
         self._clip.no_padding()
         self._clip.no_truncation()
         self._words: dict[str, list[int]] = {}
@@ -88,7 +88,7 @@ class Alignment:
         The last word is read but not stored: later calls read it again with its continuation.
         """
         closed: list[int] = []  # CLIP tokens that later text cannot change
-        # for each token but the first of a document: its position, the number of closed tokens, the open word
+        # for each token except the first of a document: its position, the number of closed tokens, the open word
         prefixes = []
         for position, id in tokens:
             separates = id in (self.bos, self.eos) and not self.one_document
@@ -112,7 +112,7 @@ class Alignment:
 
         whole = closed + self.clip_ids(text.word)
         wanted = defaultdict(list)  # positions whose text is the first n tokens of the whole text
-        forks = defaultdict(list)  # positions whose text has other tokens behind these
+        forks = defaultdict(list)  # positions whose text continues with other tokens
         for position, begin, word in prefixes:
             ids = self.clip_ids(word)
             shared = 0
@@ -145,7 +145,7 @@ class Alignment:
         return ids
 
     def _decode(self, id: int, text: TextState) -> str:
-        """The characters that token `id` completes. Invalid UTF-8 becomes U+FFFD, as in any decoder."""
+        """The characters that token `id` completes. Invalid UTF-8 becomes U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         characters = decoder.decode(text.undecoded + self.bytes_of[id])
         text.undecoded = decoder.getstate()[0]
@@ -153,7 +153,7 @@ class Alignment:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The UTF-8 bytes of each id, a blank for special tokens; a token may be part of a character.
+    """The UTF-8 bytes of each id, which may be a part of a character; a blank for special tokens.
 
     Raises:
         ValmError: a text is not the concatenation of its tokens' texts.
@@ -179,11 +179,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
             return bytes.fromhex(byte[1])
         if backend.decoder is None:
             return f" {token}".encode()
-        # between two others, as the decoder may strip blanks at the ends of a text
+        # between two other tokens, because the decoder may strip blanks at the ends of a text
         return backend.decoder.decode(["x", token, "x"])[1:-1].encode()
 
     vocabulary = tokenizer.get_vocab()
-    table = [b""] * (max(vocabulary.values()) + 1)  # ids may have holes
+    table = [b""] * (max(vocabulary.values()) + 1)  # some ids may be unused
     for token, id in vocabulary.items():
         table[id] = of(id, token)
 
@@ -192,7 +192,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     expected = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
     if joined != expected:
         raise ValmError(
-            f"the language model's tokenizer reads {PROBE!r} as {expected!r}, but its tokens one after the other are "
-            f"{joined!r}: images can be retrieved only for tokenizers in which each token has a text of its own"
+            f"the language model's tokenizer reads {PROBE!r} as {expected!r}, but its tokens joined are {joined!r}: "
+            "images can be retrieved only for tokenizers in which each token has a text of its own"
         )
     return table

@@ -15,37 +15,37 @@ from valm.retrieval.alignment import Alignment, TextState
 from valm.retrieval.segments import Reading, Run, SegmentRule, SegmentState, sentence_end_ids
 
 QUERIES = ("eot", "state")
-# Names of what the queries depend on besides CLIP and tokenizer: in a corpus' plan and a model's config.
+# The settings of queries besides CLIP and tokenizer, in a corpus' plan and a model's config.
 QUERY_SETTINGS = ("query", "overlap", "min_tokens", "precision")
 
-# Tokens repeated at the start of the next segment. On running prose (LAMBADA) and a context of 77 tokens the text tower
-# then reads 1.27 tokens for each token of the text; with 16 it would be 1.35.
+# Tokens repeated at the start of the next segment. On running prose (LAMBADA) with a context of 77 tokens, the text
+# tower reads 1.27 tokens for each token of the text; with an overlap of 16 it would be 1.35.
 OVERLAP = 12
 
-# Tokens of one call of the text tower, which bounds memory for any batch. On a CPU the allocator would return larger
-# blocks to the system, which causes page faults in the next layer; a GPU needs larger calls.
+# Tokens of one call of the text tower, which bounds memory for any batch. On a CPU the allocator returns larger blocks
+# to the system, which causes page faults in the next layer. A GPU needs larger calls.
 CALL_TOKENS = 8192
 CPU_CALL_TOKENS = 2048
 
 
 class ContextCache:
-    """State of incremental encoding for each row: its segment, with the segment's keys and values.
+    """State of incremental encoding: for each row its segment, with the segment's keys and values.
 
-    `ContextEncoder.new_cache` makes one; `ContextEncoder.step` changes it in place.
+    `ContextEncoder.new_cache` makes a cache, `ContextEncoder.step` changes it in place.
     """
 
     def __init__(self, batch: int, tower: TextTower, embed_dim: int):
         self.states = [SegmentState() for _ in range(batch)]
         self.texts = [TextState() for _ in range(batch)]  # used if the ids are not CLIP's
         like = tower.positions
-        # SOT and the tokens of a segment; no other token sees its EOT. Token p of a segment is at index capacity-1-p,
-        # so the last P entries are always the P tokens before the next one.
+        # Holds SOT and the tokens of a segment, but no EOT, which no other token sees. Token p of a segment is at index
+        # capacity-1-p, so the last P entries are always the P tokens before the next token.
         self.capacity = len(like) - 1
         self.past = like.new_zeros(len(tower.blocks), 2, batch, tower.heads, self.capacity, tower.head_dim)
-        self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, of the last cached token
+        self.last_query = torch.zeros(batch, embed_dim, device=like.device)  # float32, for the last cached token
 
     def reorder(self, beam_idx: Tensor) -> None:
-        """Row i becomes a copy of row beam_idx[i], (new batch,) int64: beam search."""
+        """Makes row i a copy of row beam_idx[i], (new batch,) int64, for beam search."""
         self.states = [self.states[row].copy() for row in beam_idx.tolist()]
         self.texts = [self.texts[row].copy() for row in beam_idx.tolist()]
         index = beam_idx.to(self.last_query.device)
@@ -53,7 +53,7 @@ class ContextCache:
         self.last_query = self.last_query[index]
 
     def join(self, other: ContextCache) -> None:
-        """Adds the rows of another cache of the same encoder behind its own."""
+        """Appends the rows of another cache of the same encoder."""
         self.states += other.states
         self.texts += other.texts
         self.past = torch.cat([self.past, other.past], 2)
@@ -61,28 +61,36 @@ class ContextCache:
 
 
 class ContextEncoder:
-    """Queries for retrieval: CLIP's encoding of the text up to each token.
+    """Retrieval queries: CLIP's encoding of the text up to each token. `encoder(input_ids)` returns (B, T, E) float32.
 
-    A token's query depends on itself and the tokens before it alone: it is the same (to rounding) in any batch, with
-    any padding, at the end of a prefix, and token by token. bos (SOT) in the ids begins a document and eos (EOT) ends
-    one; text without bos is read as if it had one. The query at eos is that of the whole text, in both kinds. With a
-    tokenizer of its own that has a chat template a row is one document, as there both may stand between turns. The
-    first token of a document has no query, and so no images: the other tokens rest on it, and an image there took 99 %
-    of its attention (SmolLM2-135M).
+    A token's query depends only on the token and the tokens before it. It is the same, up to rounding, in any batch,
+    with any padding, and token by token. bos begins a document and eos ends it; text without bos is read as if it had
+    one. The query at eos encodes the whole text. If the language model's tokenizer has a chat template, bos and eos may
+    separate turns, so a row is one document. The first token of a document gets no query and so no images: other tokens
+    attend to it as a sink, and an image there took 99 % of its attention (SmolLM2-135M).
 
-    Threads may share an encoder, and any of its methods may run at once. A cache belongs to one thread at a time.
+    Threads may share an encoder and call any of its methods at once. A cache belongs to one thread at a time.
 
     Args:
         clip: the CLIP; its text tower must be causal (see `TextTower`).
-        tokenizer: the tokenizer of the ids; by default CLIP's own. Another one is read through `Alignment`: a token's
-            query is then that of the text up to its last character, tokenized by CLIP.
-        query: "eot" is CLIP's own text feature of each prefix, as if EOT followed: the state that CLIP was trained
-            for. "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
-        overlap, min_tokens: see `SegmentRule`; by default OVERLAP or a quarter of a segment, and half a segment.
-        dtype: precision of the text tower, float32, bfloat16, float64 or int8; queries are always float32.
+        tokenizer: the tokenizer of the ids, by default CLIP's. For another tokenizer, CLIP tokenizes the text up to
+            each token's last character (`Alignment`).
+        query: "eot" is CLIP's text feature of each prefix, as if EOT followed: the state that CLIP was trained for.
+            "state" is the tower's state at the token itself, as published (Wang et al. 2022, section 2.2).
+        overlap, min_tokens: see `SegmentRule`. By default the overlap is OVERLAP or, if less, a quarter of a segment,
+            and min_tokens is half a segment.
+        dtype: precision of the text tower: float32, bfloat16, float64 or int8. Queries are always float32.
 
     Raises:
+        ValueError: query, overlap or min_tokens has a wrong value.
         ValmError: the text tower or the tokenizer cannot be used; see `TextTower` and `Alignment`.
+
+    Example:
+        >>> encoder = valm.ContextEncoder(valm.Clip.load("clip"))
+        >>> input_ids = encoder.tokenizer(["a red apple"], return_tensors="pt").input_ids
+        >>> queries = encoder(input_ids)
+        >>> queries.shape == (1, input_ids.shape[1], encoder.clip.embed_dim)
+        True
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class ContextEncoder:
             raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
         self.clip = clip
         self.tower = TextTower(clip, dtype)
-        self.own_tokenizer = tokenizer is None  # so the ids are CLIP's because nobody said whose they are
+        self.own_tokenizer = tokenizer is None  # the caller named no tokenizer, so the ids are CLIP's
         self.tokenizer = clip.tokenizer if tokenizer is None else tokenizer
         self.query = query
         self.num_ids, self._whose_ids = self.tower.embedding.num_embeddings, f"the CLIP {clip.name}"
@@ -126,17 +134,17 @@ class ContextEncoder:
 
     @property
     def query_settings(self) -> dict[str, Any]:
-        """What the queries depend on besides CLIP and tokenizer: the QUERY_SETTINGS."""
+        """The QUERY_SETTINGS, on which queries depend besides CLIP and tokenizer."""
         precision = str(self.tower.dtype).removeprefix("torch.")
         values = (self.query, self.rule.overlap, self.rule.min_tokens, precision)
         return dict(zip(QUERY_SETTINGS, values, strict=True))
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Queries (B, T, E) float32, L2-normalised; zeros where attention_mask (B, T) is 0, and at the first token of a
-        document.
+        """Queries (B, T, E) float32, L2-normalised; zeros for padding and at the first token of a document.
 
         Args:
             input_ids: (B, T) int64 ids of the tokenizer.
+            attention_mask: (B, T), 0 for padding; None: no padding.
 
         Raises:
             ValueError: a wrong shape, dtype or id.
@@ -144,14 +152,14 @@ class ContextEncoder:
         return self.encode(self.runs(input_ids, attention_mask), input_ids.shape)
 
     def runs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Run]:
-        """The segments of a batch, as `encode` takes them. Arguments and errors as in `__call__`."""
+        """The segments of a batch, for `encode`. Arguments and errors are those of `__call__`."""
         tokens = self._tokens(input_ids, attention_mask)
         readings = [self._read(row, of_row, SegmentState(), TextState()) for row, of_row in enumerate(tokens)]
         return [run for reading in readings for run in reading.runs + reading.forks]
 
     @torch.no_grad()
     def encode(self, runs: list[Run], shape: tuple[int, ...]) -> Tensor:
-        """Queries (B, T, E) of `shape` (B, T), zeros at positions that `runs` do not ask for."""
+        """Queries (B, T, E) for `shape` (B, T), zeros at positions that `runs` do not ask for."""
         queries = self._zeros(shape)
         with in_own_precision(queries.device):
             for some in _calls(runs, self._most()):
@@ -159,18 +167,18 @@ class ContextEncoder:
         return queries
 
     def new_cache(self, batch: int) -> ContextCache:
-        """An empty cache for `step` on `batch` rows of text."""
+        """An empty cache for `step`, for `batch` rows of text."""
         return ContextCache(batch, self.tower, self.clip.embed_dim)
 
     def step(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> Tensor:
-        """Queries (B, T, E) of the next T tokens of each row; `cache` has the earlier ones.
+        """Queries (B, T, E) float32 of the next T tokens of each row; `cache` holds the earlier tokens.
 
-        Pass a whole prompt first, then one token at a time. Arguments and errors otherwise as in `__call__`.
+        Pass a whole prompt first, then one token at a time. Other arguments and errors are those of `__call__`.
         """
         return self.encode_next(self.next_runs(input_ids, cache, attention_mask), input_ids.shape, cache)
 
     def next_runs(self, input_ids: Tensor, cache: ContextCache, attention_mask: Tensor | None = None) -> list[Run]:
-        """The segments of the next tokens, as `encode_next` takes them, which must follow. Arguments as in `step`."""
+        """The segments of the next tokens, for `encode_next`, which must follow. Arguments are those of `step`."""
         runs = []
         for row, of_row in enumerate(self._tokens(input_ids, attention_mask, rows=len(cache.states))):
             reading = self._read(row, of_row, cache.states[row], cache.texts[row])
@@ -180,7 +188,7 @@ class ContextEncoder:
 
     @torch.no_grad()
     def encode_next(self, runs: list[Run], shape: tuple[int, ...], cache: ContextCache) -> Tensor:
-        """As `encode`, for `runs` of `next_runs`. The cache needs none of those that are `whole`."""
+        """As `encode`, for `runs` of `next_runs`. Runs that are `whole` may be left out, as no cache needs them."""
         queries = self._zeros(shape)
         new: list[Run] = []
         going_on: list[Run] = []
@@ -190,9 +198,9 @@ class ContextEncoder:
                     queries[run.row, position] = cache.last_query[run.row]
             if run.ids:
                 (going_on if run.start else new).append(run)
-            else:  # it has no tokens itself, so its branches continue from the cache
+            else:  # a run without tokens: its branches continue from the cache
                 going_on += run.branches
-        # first those that read the cache, as the others may overwrite it
+        # runs that read the cache come first, because others may overwrite it
         with in_own_precision(queries.device):
             for some in _calls(going_on, CALL_TOKENS) + _calls(new, self._most()):
                 self._encode(some, queries, cache)
@@ -215,7 +223,7 @@ class ContextEncoder:
     def _tokens(
         self, input_ids: Tensor, attention_mask: Tensor | None, rows: int | None = None
     ) -> list[list[tuple[int, int]]]:
-        """(position, id) of the tokens of each row that are not padding; `rows`: how many an earlier call had."""
+        """(position, id) of each row's tokens without padding; `rows`: the number of rows in an earlier call."""
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids must be (B, T) int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -224,7 +232,7 @@ class ContextEncoder:
                 f"{tuple(attention_mask.shape)}"
             )
         if rows is not None and len(input_ids) != rows:
-            raise ValueError(f"input_ids has {len(input_ids)} rows, the cache {rows}")
+            raise ValueError(f"input_ids has {len(input_ids)} rows, the cache {rows}: they must be equal")
         tokens = [list(enumerate(row)) for row in input_ids.tolist()]
         if attention_mask is not None:
             masks = attention_mask.tolist()
@@ -234,14 +242,14 @@ class ContextEncoder:
             ]
         wrong = next((id for row in tokens for _, id in row if not 0 <= id < self.num_ids), None)
         if wrong is not None:
-            raise ValueError(f"input_ids has {wrong}, but {self._whose_ids} has {self.num_ids} tokens")
+            raise ValueError(f"input_ids contains {wrong}, but {self._whose_ids} has {self.num_ids} tokens")
         return tokens
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(*shape, self.clip.embed_dim, dtype=torch.float32, device=self.tower.positions.device)
 
     def _most(self) -> int:
-        """Tokens of a call that reads new segments."""
+        """The most tokens of a call that reads new segments."""
         most = CPU_CALL_TOKENS if self.tower.positions.device.type == "cpu" else CALL_TOKENS
         return most // 2 if self.query == "eot" else most
 
@@ -265,7 +273,7 @@ class ContextEncoder:
         for some in _calls([branch for _, branch in branches], CALL_TOKENS):
             branched = _Bucket(some, queries.device)
             n = torch.tensor([parent[id(branch)] for branch in some], device=queries.device)
-            # a branch's past is at the end; first_key hides what longer ones have before it
+            # a branch's past is at the end; first_key hides the entries before it, which longer branches use
             first = torch.tensor([bucket.first[parent[id(branch)]] for branch in some], device=n.device)
             own = torch.tensor(branched.first, device=n.device)
             place = (first - own)[:, None] + torch.arange(branched.longest, device=n.device)
@@ -282,8 +290,8 @@ class ContextEncoder:
         keep: bool = False,
         step: bool = False,
     ) -> Tensor:
-        """Runs `bucket` behind `past`; writes the wanted queries into `queries` (B, T, E), and later context into the
-        cache. Returns the keys and values of its tokens if `keep`; `step` as in `TextTower.run`."""
+        """Runs `bucket` after `past`. Writes the wanted queries into `queries` (B, T, E), and later context into the
+        cache. Returns the keys and values of its tokens if `keep`. `step` is as in `TextTower.run`."""
         runs = list(zip(bucket.begins, bucket.runs, strict=True))
         wanted = [(begin + at, run.row, position) for begin, run in runs for position, at in run.wanted if at >= 0]
         last = [(begin + run.kept - 1, run.row) for begin, run in runs if cache is not None and run.kept]
@@ -315,11 +323,10 @@ class ContextEncoder:
 
 
 class _Bucket:
-    """Runs that the text tower reads in one call, either all new or all continuing from cached tokens, of which
-    `longest` is the largest number.
+    """Runs that the text tower reads in one call: all new, or all continuing from at most `longest` cached tokens.
 
-    Token `at` of run n is number begins[n] + at of ids (T,). The keys of the first p tokens of its segment, cached ones
-    included, are first[n] to first[n] + p - 1 of row n.
+    Token `at` of run n is number begins[n] + at of ids (T,). The keys of the first p tokens of its segment, including
+    cached tokens, are first[n] to first[n] + p - 1 of row n.
     """
 
     def __init__(self, runs: list[Run], device: torch.device):
@@ -335,12 +342,12 @@ class _Bucket:
 
 
 def _calls(runs: list[Run], most: int) -> list[list[Run]]:
-    """Splits runs into calls of `most` tokens, those of cached tokens that they see included, or of one run.
+    """Splits runs into calls of at most `most` tokens, including cached tokens that they see, or of a single run.
 
-    In a call they are of similar length, so that padding to the longest at most doubles what the attention reads.
+    The runs of a call have similar lengths, so that padding at most doubles what the attention reads.
     """
     calls: list[list[Run]] = []
-    count = tokens = cached = 0  # of the last call: runs, their tokens, and the most cached ones that one sees
+    count = tokens = cached = 0  # in the last call: runs, their tokens, and the most cached tokens of a run
     for run in sorted(runs, key=lambda run: (-len(run.ids), -run.start)):
         first = calls[-1][0] if calls else run
         count, tokens, cached = count + 1, tokens + len(run.ids), max(cached, run.start)

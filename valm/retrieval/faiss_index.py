@@ -1,4 +1,4 @@
-"""Searches a knowledge base: exactly, or through its faiss index if it has one.
+"""Searches a knowledge base, exactly or through its faiss index.
 
 faiss finds candidates, which are reranked by their float16 vectors in the knowledge base, so scores and order are
 exact. `valm.retrieval.index_tuning` makes the index and measures its recall.
@@ -40,10 +40,9 @@ CELL_DISTANCES = 1 << 24
 
 
 def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> FlatIPIndex | FaissIndex:
-    """The index that searches `kb`: its faiss index if it has one, else exact search; both on `device`.
+    """The index that searches `kb` on `device`: its faiss index if there is one, otherwise exact search.
 
-    Only this function decides it. Warns if exact search has to search EXACT_BELOW images or more. A faiss without GPUs
-    (faiss-cpu) searches on the CPU.
+    Warns if exact search compares EXACT_BELOW images or more. faiss-cpu searches on the CPU.
 
     Raises:
         ValmError: the faiss index is damaged or stale.
@@ -54,8 +53,8 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
     if len(kb) >= EXACT_BELOW:
         size = f"{2e-9 * len(kb) * kb.dim:,.1f} GB"
         warnings.warn(
-            f"the knowledge base {kb.path} has no index: all its {len(kb):,} vectors ({size}) are in memory and "
-            f"compared with each query; `valm kb index {kb.path}` makes an index that needs neither",
+            f"the knowledge base {kb.path} has no index, so all its {len(kb):,} vectors ({size}) are held in memory "
+            f"and compared with each query. `valm kb index {kb.path}` makes an index that needs neither",
             stacklevel=2,
         )
     try:
@@ -65,9 +64,9 @@ def open_index(kb: ImageKnowledgeBase, device: torch.device | str = "cpu") -> Fl
 
 
 def verify_index(kb: ImageKnowledgeBase) -> list[str]:
-    """The name of the index file of `kb` in a list if its content has changed, or it is gone; else an empty list.
+    """A list with the name of the index file of `kb` if the file has changed or is missing, otherwise an empty list.
 
-    One without parameters, as a killed `build_index` leaves it, is not used, and not damaged either.
+    An index file without parameters, which a killed `build_index` leaves, is not used and does not count as damaged.
     """
     parameters, file = index_parameters(kb), kb.path / INDEX_FILE
     if not os.path.lexists(file):
@@ -77,21 +76,21 @@ def verify_index(kb: ImageKnowledgeBase) -> list[str]:
 
 
 def remove_index(kb: ImageKnowledgeBase) -> None:
-    """Removes the index of `kb`, if any: it is searched exactly from then on."""
+    """Removes the index of `kb`, if any. From then on `kb` is searched exactly."""
     for name in (PARAMETERS_FILE, INDEX_FILE):
         (kb.path / name).unlink(missing_ok=True)
 
 
 class FaissIndex:
-    """Search through faiss, reranked by the exact vectors; made by `build_index`, opened by `FaissIndex.open`.
+    """Search through faiss, reranked by the exact vectors. `build_index` makes it, `FaissIndex.open` opens it.
 
-    Threads may share an index and search at once; on GPUs, faiss finds candidates for one search after the other.
+    Threads may share an index and search at once. On GPUs, faiss finds candidates for one search after the other.
 
     Args:
         index: a faiss index on the CPU.
         device: where faiss finds the candidates: "cpu", one GPU ("cuda:0"), or all GPUs that faiss sees ("cuda"), each
-            of which holds a part of the index. An index that faiss cannot search there is searched on the CPU, with a
-            warning. Candidates are reranked on the CPU, where the knowledge base is.
+            with a part of the index. If faiss cannot search the index there, it is searched on the CPU, with a warning.
+            Candidates are reranked on the CPU, where the knowledge base is.
 
     Raises:
         ValmError: faiss has no GPU.
@@ -111,8 +110,8 @@ class FaissIndex:
             except RuntimeError as error:
                 reason = one_line(str(error).strip().rpartition("\n")[2])
                 warnings.warn(
-                    f"faiss cannot search the index of {kb.path} on {self.device} ({reason}): it is searched on the "
-                    f"CPU; `valm kb index {kb.path} --device cuda` makes one for GPUs",
+                    f"faiss cannot search the index of {kb.path} on {self.device} ({reason}), so the CPU searches it. "
+                    f"`valm kb index {kb.path} --device cuda` makes an index for GPUs",
                     stacklevel=2,
                 )
                 self.device = torch.device("cpu")
@@ -129,7 +128,7 @@ class FaissIndex:
         self.use(parameters)
 
     def use(self, parameters: IndexParameters) -> None:
-        """Search by these parameters from now on: tuning tries many. Not while another thread searches."""
+        """Searches by these parameters from now on, for tuning. No other thread may search meanwhile."""
         self._settings.set_index_parameters(self._index, parameters.search)
         self.parameters = parameters
 
@@ -138,12 +137,12 @@ class FaissIndex:
         """The index in the folder of `kb`, memory-mapped, or copied to GPUs (`device` as for the class).
 
         Raises:
-            ValmError: there is none, it is damaged, it belongs to another knowledge base, or faiss has no GPU.
+            ValmError: the index is missing, damaged or of another knowledge base, or faiss has no GPU.
             ImportError: faiss is not installed.
         """
         parameters = index_parameters(kb)
         if parameters is None:
-            raise ValmError(f"the knowledge base {kb.path} has no index: it has no {PARAMETERS_FILE}")
+            raise ValmError(f"the knowledge base {kb.path} has no index: {PARAMETERS_FILE} is missing")
         path = kb.path / INDEX_FILE
         try:
             found = check_own(path).st_size
@@ -167,15 +166,15 @@ class FaissIndex:
     def search(self, queries: Tensor, k: int) -> TopK:
         """The `k` best candidates for each query (..., E), by (score falling, id rising).
 
-        Scores are exact, float32. Results are padded with id -1 and score -inf; a query with NaN or infinity has ids -1
-        and scores NaN.
+        Scores are exact, float32. Results are padded with id -1 and score -inf. A query with NaN or infinity gets ids
+        -1 and scores NaN.
         """
         flat = queries.reshape(-1, queries.shape[-1]).float().cpu()
         broken = ~flat.isfinite().all(1)
         flat = flat.masked_fill(broken[:, None], 0)
         found = self._find(flat.numpy(), min(len(self), k * self.parameters.candidates))
         if found.size and found.max() >= len(self.kb):
-            raise ValmError(f"{self.kb.path / INDEX_FILE} is damaged, it finds image {found.max()}; {remedy(self.kb)}")
+            raise ValmError(f"{self.kb.path / INDEX_FILE} is damaged: it finds image {found.max()}; {remedy(self.kb)}")
         scores, ids = _rerank(self.kb, flat, torch.from_numpy(found), k)
         if scores.isnan().any():
             raise ValmError(f"the knowledge base {self.kb.path} is damaged: a vector is not finite; build it again")
@@ -198,16 +197,16 @@ class FaissIndex:
 
 
 class _Cells:
-    """IVF of 4-bit codes whose cells PyTorch selects, because faiss's CPU matmul would dominate such fast scans.
+    """IVF of 4-bit codes whose cells PyTorch selects, because faiss's CPU matmul would dominate these fast scans.
 
-    Other codes take longer to scan, and faiss distributes them over threads in its own search only.
+    Other codes take longer to scan, and only faiss's own search distributes them over threads.
     """
 
     def __init__(self, ivf: Any, quantizer: Any):
         if quantizer.ntotal != ivf.nlist:
             raise RuntimeError(f"an inverted file of {ivf.nlist} cells has {quantizer.ntotal} centroids")
         self._ivf = ivf
-        # faiss's own memory, which lives as long as the index
+        # a view of faiss's memory, which lives as long as the index
         centroids = import_faiss().rev_swig_ptr(quantizer.get_xb(), ivf.nlist * ivf.d)
         self._centroids = torch.from_numpy(centroids).reshape(ivf.nlist, ivf.d)
         self._squares = self._centroids.square().sum(1)
@@ -237,7 +236,7 @@ def read_index(path: Path) -> Any:
 
 def _rerank(kb: ImageKnowledgeBase, queries: Tensor, found: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of the candidates `found` (Q, C), -1 = none, by (exact score falling, id rising): scores and ids."""
-    found = found.sort(-1).values  # so that equal scores are in order of id
+    found = found.sort(-1).values  # equal scores will be in order of id
     scores = torch.full(found.shape, -torch.inf)
     query_ids, places = (found >= 0).nonzero(as_tuple=True)
     pairs = query_ids.numpy(), found[query_ids, places].numpy()

@@ -1,10 +1,10 @@
 """Trains the faiss index of a knowledge base and adds the vectors in parts.
 
-    index-PLAN.partial    the index with its first vectors, as faiss writes it; PLAN is a hash of all that the index
-                          follows from
+    index-PLAN.partial    the index with its first vectors, as faiss writes it; PLAN is a hash of everything on which
+                          the index depends
 
-The next build goes on from that file, so a killed build loses the training, or a sixteenth of the vectors. Most of the
-time goes into the nearest cell of each vector, which an exact top-K search finds faster than faiss.
+The next build continues with this file, so a killed build loses at most the training or a sixteenth of the vectors.
+Finding the nearest cell of each vector takes most of the time; an exact top-K search finds it faster than faiss.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ TRAIN_PER_CELL = 40
 MIN_TRAIN, MAX_TRAIN = 1 << 16, 1 << 20
 # Vectors in memory at once, in float32.
 ROWS = 1 << 15
-# The index is written after each of so many parts of the vectors, but of no fewer than this.
+# The index is written after each of PARTS parts of the vectors, of at least MIN_PART vectors.
 PARTS, MIN_PART = 16, 1 << 19
-# Numbers of a vector that FlatIPIndex takes, one of which is that of the centroid's square.
+# Widths of a vector that FlatIPIndex takes, less one for the centroid's square.
 MIN_DIM, MAX_DIM = 8, 2047
 
 
 def partial_file(kb: ImageKnowledgeBase, factory: str, seed: int) -> Path:
-    """The file of what is done of an index; removes the files of other indexes."""
+    """The file of a partly built index. Removes the files of other indexes."""
     sizes = (TRAIN_PER_CELL, MIN_TRAIN, MAX_TRAIN, ROWS, import_faiss().__version__)
     plan = hashlib.sha256(repr((kb.fingerprint, factory, seed, sizes)).encode()).hexdigest()
     file = kb.path / f"index-{plan[:16]}.partial"
@@ -45,7 +45,7 @@ def partial_file(kb: ImageKnowledgeBase, factory: str, seed: int) -> Path:
 
 
 def remove_partials(kb: ImageKnowledgeBase, keep: Path | None = None) -> None:
-    """Removes what killed builds have left, but not `keep`."""
+    """Removes the files that killed builds left, except `keep`."""
     for file in kb.path.glob("index-*.partial"):
         if file != keep:
             file.unlink()
@@ -64,9 +64,9 @@ def filled_index(
     """The file of the faiss index of a factory string, trained and with all vectors of `kb`.
 
     Args:
-        partial: file of what is done (`partial_file`), which may be missing. It ends with all vectors.
-        packed: where an index is written whose codes are packed once all are there. Any other index is in `partial`.
-        device: where cells are trained and the nearest ones searched: the CPU, or GPUs that faiss has.
+        partial: file of the partly built index (`partial_file`), which may be missing. In the end it holds all vectors.
+        packed: where the index is written if its codes are packed once all are added. Other indexes stay in `partial`.
+        device: where cells are trained and nearest cells searched: the CPU, or GPUs that faiss supports.
 
     Raises:
         OSError: `partial` cannot be written, or is a link that leads out of its folder.
@@ -88,7 +88,7 @@ def filled_index(
     _add(kb, index, partial, device, progress)
     if block is None:
         return partial
-    del index  # before its codes are in memory a second time, packed
+    del index  # frees its codes before they are packed in memory
     mapped = faiss.read_index(str(partial), faiss.IO_FLAG_MMAP)
     whole = _with_searched(mapped, faiss.IndexIVFPQFastScan(stages(mapped)[1], block))
     _write_to(packed, whole, kb.path / INDEX_FILE)
@@ -96,7 +96,7 @@ def filled_index(
 
 
 class NearestCell:
-    """Finds the nearest of `centroids` (C, d) float32, exactly: |x - c|² is least where x·c - |c|² / 2 is largest."""
+    """Finds the nearest of `centroids` (C, d) float32 exactly: |x - c|² is least if x·c - |c|² / 2 is largest."""
 
     def __init__(self, centroids: np.ndarray, device: torch.device):
         self.dim, self.device = centroids.shape[1], device
@@ -115,22 +115,18 @@ class NearestCell:
 
 
 def training_rows(kb: ImageKnowledgeBase, index: Any) -> int:
-    """How many vectors train `index`, which is not trained yet.
-
-    Raises:
-        ValmError: the index has more cells than there are vectors.
-    """
+    """The number of vectors that train a new `index`. Raises ValmError if it has more cells than vectors."""
     if index.is_trained:  # it needs no training
         return 0
     ivf = import_faiss().try_extract_index_ivf(index)
     cells = 0 if ivf is None else ivf.nlist
     if cells > len(kb):
-        raise ValmError(f"an index of {cells:,} cells needs as many images, the knowledge base has {len(kb):,}")
+        raise ValmError(f"an index of {cells:,} cells needs as many images, but the knowledge base has {len(kb):,}")
     return min(len(kb), MAX_TRAIN, max(MIN_TRAIN, TRAIN_PER_CELL * cells))
 
 
 def _train(index: Any, sample: np.ndarray, device: torch.device) -> None:
-    """Trains `index` on `sample` (n, E); faiss finds its cells on all GPUs if `device` is one."""
+    """Trains `index` on `sample` (n, E). If `device` is a GPU, faiss finds the cells on all GPUs."""
     faiss = import_faiss()
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is None or device.type == "cpu":
@@ -142,15 +138,15 @@ def _train(index: Any, sample: np.ndarray, device: torch.device) -> None:
         index.train(sample)
     finally:
         ivf.clustering_index = None
-        nearest.this.own(True)  # which the assignment took from Python, and faiss does not free
+        nearest.this.own(True)  # Python frees it again: the assignment gave it to faiss, which does not
 
 
 def _add(kb: ImageKnowledgeBase, index: Any, partial: Path, device: torch.device, progress: bool) -> None:
-    """Adds the vectors of `kb` that `index` lacks, and writes it after each part of them."""
+    """Adds the vectors of `kb` that `index` lacks, and writes `index` after each part."""
     faiss = import_faiss()
     transforms, searched = stages(index)
     nearest = None
-    if not torch.cuda.is_available():  # faiss may have a GPU where torch has none
+    if not torch.cuda.is_available():  # faiss may support GPUs although torch does not
         device = torch.device("cpu")
     if (
         isinstance(searched, faiss.IndexIVF)
@@ -165,7 +161,7 @@ def _add(kb: ImageKnowledgeBase, index: Any, partial: Path, device: torch.device
             end = min(start + part, len(kb))
             for first in range(start, end, ROWS):
                 vectors = _vectors(kb, np.arange(first, min(first + ROWS, end)))
-                if nearest is None:  # faiss alone adds to graphs, and to an index within another
+                if nearest is None:  # only faiss can add to graphs, and to an index within another
                     index.add(vectors)
                 else:
                     for transform in transforms:
@@ -178,8 +174,8 @@ def _add(kb: ImageKnowledgeBase, index: Any, partial: Path, device: torch.device
 
 
 def _unpacked(index: Any) -> tuple[Any, int | None]:
-    """`index`, an untrained one, with codes as `add_core` adds them, if it packs codes of 4 bits by the block, and how
-    many vectors a block has; None for another."""
+    """An untrained `index`, and None; or, if it packs 4-bit codes in blocks, the same index with codes that `add_core`
+    adds, and the vectors of a block."""
     faiss = import_faiss()
     searched = stages(index)[1]
     if not isinstance(searched, faiss.IndexIVFPQFastScan):
@@ -190,12 +186,12 @@ def _unpacked(index: Any) -> tuple[Any, int | None]:
 
 
 def _with_searched(index: Any, other: Any) -> Any:
-    """`index` with `other` in the place of the inverted file behind its transforms; `other` has its quantizer."""
+    """`index` in which `other` replaces the inverted file after the transforms; `other` takes over its quantizer."""
     searched = stages(index)[1]
     searched.own_fields, other.own_fields = False, True
     if searched is index:
         return other
-    index.index = other  # which `index` owns now
+    index.index = other  # `index` owns it now
     searched.this.own(True)
     return index
 
@@ -213,7 +209,7 @@ def _read(partial: Path) -> Any:
     try:
         return import_faiss().read_index(str(partial))
     except RuntimeError as error:
-        raise ValmError(f"{partial} is damaged: delete it, and the index is made from the beginning") from error
+        raise ValmError(f"{partial} is damaged: delete it, and the index is made from the start") from error
 
 
 def _write(index: Any, partial: Path) -> None:
@@ -222,12 +218,12 @@ def _write(index: Any, partial: Path) -> None:
 
 
 def _write_to(temporary: Path, index: Any, file: Path) -> None:
-    """Writes a faiss index to `temporary`, which is to become `file`."""
+    """Writes a faiss index to `temporary`, which will become `file`."""
     faiss = import_faiss()
     try:
-        # faiss's own file says nothing where its last bytes do not fit
+        # faiss's own writer does not report that the last bytes do not fit on the disk
         with temporary.open("wb") as opened:
             faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
-    except (OSError, RuntimeError) as error:  # the latter from inside faiss
-        reason = "the disk is full, or does not let it be written"
-        raise ValmError(f"cannot write {file}: {reason}; what was there is untouched") from error
+    except (OSError, RuntimeError) as error:  # faiss raises RuntimeError
+        reason = "the disk is full, or cannot be written"
+        raise ValmError(f"cannot write {file}: {reason}. The old file is untouched") from error

@@ -1,4 +1,4 @@
-"""How a knowledge base is indexed: what a user asks for, the faiss index that suits it, and index.json beside it."""
+"""How a knowledge base is indexed: the user's plan, the faiss index for it, and index.json next to the index."""
 
 from __future__ import annotations
 
@@ -26,30 +26,39 @@ INDEX_FILE = "index.faiss"
 PARAMETERS_FILE = "index.json"
 # Number of images from which an index is worthwhile.
 EXACT_BELOW = 50_000
-# Number of images, by device, from which codes of 64 bytes are taken to save memory: otherwise the codes of so many
-# take 14 GB of the machine's, or 2.6 GB of a GPU's. On CPUs a search among 10 M takes six times as long through them
+# Number of images, by device, from which codes of 64 bytes save memory. The other codes of this many images take 14 GB
+# of a machine's memory, or 2.6 GB of a GPU's. On CPUs a search among 10 M images takes six times as long with 64 bytes
 # (docs/results/scale.md).
 PRODUCT_CODES_FROM = {"cpu": 100_000_000, "cuda": 10_000_000}
-# Principal components by which candidates are found. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py) 16
-# candidates per image then contain 0.97 of the true nearest; scanning all 768 numbers took three times as long.
+# Principal components by which candidates are found. On 1 M vectors of 768 numbers (benchmarks/valm/inputs.py), 16
+# candidates per image contain 0.97 of the true nearest. Scanning all 768 numbers took three times as long.
 PRINCIPAL = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexPlan:
-    """What an index is tuned to, and on which queries; its fields are options of `valm kb index`.
+    """The target and the queries for which an index is tuned: options of `valm kb index`.
 
     Raises:
         ValmError: a field is out of its bounds.
+
+    Example:
+        >>> from valm.retrieval.index_parameters import IndexPlan
+        >>> IndexPlan(target_recall=0.9, images=8)
+        IndexPlan(target_recall=0.9, images=8, factory=None, queries=None, query='eot')
     """
 
     target_recall: float = option(
-        "share of the -k images nearest to a query that the index is tuned to find, above 0 and at most 1", 0.95
+        "share of the -k images nearest to a query that the index must find, above 0 and at most 1", 0.95
     )
-    images: int = option("images a token sees", 4, short="-k", least=1)
+    images: int = option("images that each token sees", 4, short="-k", least=1)
     factory: str | None = option("faiss factory string, such as IVF4096,Flat or HNSW32 (default: by size)")
-    queries: str | os.PathLike | None = option("text file to be tuned on (default: captions of the images)")
-    query: str = option("kind of the retrieval query", "eot", choices=["eot", "state"])
+    queries: str | os.PathLike | None = option("text file that tunes the index (default: captions of the images)")
+    query: str = option(
+        "retrieval query: CLIP's feature of the text so far (eot), or its text tower's state at the token (state)",
+        "eot",
+        choices=["eot", "state"],
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,16 +80,16 @@ def file_entry(path: Path) -> IndexFile:
 
 @dataclass(frozen=True)
 class IndexParameters:
-    """The content of index.json, but its checksum: how a knowledge base is indexed, and with what recall.
+    """The content of index.json without its checksum: how a knowledge base is indexed, and its recall.
 
     Attributes:
         factory: faiss's description of the index.
-        trained_on: number of vectors it was trained on.
+        trained_on: number of vectors that trained the index.
         search: faiss's search parameters, such as "nprobe=32" (cells of an inverted file to search) or "efSearch=64"
-            (of an HNSW graph).
-        candidates: how many are reranked exactly for each of the K results.
-        recall: share of the true `k` nearest found, on `queries` queries that were not tuned on.
-        target: the recall to be reached.
+            (search width of an HNSW graph).
+        candidates: number of candidates that are reranked exactly for each of the K results.
+        recall: share of the true `k` nearest found, on `queries` queries that did not tune the index.
+        target: the recall that was asked for.
         asked: description of the queries.
         knowledge_base: fingerprint of the indexed knowledge base.
         file: name, size and SHA-256 of the index.
@@ -109,8 +118,8 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
     """The parameters of the index of `kb`; None without an index.
 
     Raises:
-        OSError: the file is a link out of the folder or no regular file.
-        ValmError: they are damaged or stale.
+        OSError: the file is a link out of the folder or not a regular file.
+        ValmError: the parameters are damaged or stale.
     """
     path = kb.path / PARAMETERS_FILE
     if not os.path.lexists(path):
@@ -120,25 +129,25 @@ def index_parameters(kb: ImageKnowledgeBase) -> IndexParameters | None:
     check_seal(values, path, remedy(kb))
     parameters = IndexParameters(**{field.name: values[field.name] for field in fields(IndexParameters)})
     if parameters.knowledge_base != kb.fingerprint:
-        raise ValmError(f"the index in {kb.path} is of another state of the knowledge base; {remedy(kb)}")
+        raise ValmError(f"the index in {kb.path} was made for another state of the knowledge base; {remedy(kb)}")
     return parameters
 
 
 def remedy(kb: ImageKnowledgeBase) -> str:
     """What to do if the index is damaged or stale."""
-    return f"make it anew with `valm kb index {kb.path}`, or delete {PARAMETERS_FILE} to search exactly"
+    return f"make it again with `valm kb index {kb.path}`, or delete {PARAMETERS_FILE} to search exactly"
 
 
 def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
     """The faiss factory string for `count` vectors of width `dim`; None if exact search is as good.
 
-    An inverted file of about 4 sqrt(N) cells with 4 bits for each of PRINCIPAL numbers, in memory; for very many
-    vectors (PRODUCT_CODES_FROM) 64 bytes a vector, as published, which faiss reads from a memory map. With half as many
-    cells a search has to scan more vectors for the same recall. GPUs of faiss hold no such codes of 4 bits, so there
-    each number has 8.
+    The index is an inverted file of about 4 sqrt(N) cells: with half as many, a search scans more vectors for the same
+    recall. Its codes are 4 bits for each of PRINCIPAL numbers, in memory. faiss does not support these codes on GPUs,
+    so there each number takes 8 bits. From PRODUCT_CODES_FROM vectors on, codes are 64 bytes a vector, as published,
+    which faiss reads from a memory map.
 
     Args:
-        device: "cpu" or "cuda", where faiss is to search.
+        device: "cpu" or "cuda", where faiss will search.
     """
     if count < EXACT_BELOW:
         return None
@@ -151,21 +160,17 @@ def choose_factory(count: int, dim: int, device: str = "cpu") -> str | None:
 
 
 def new_index(dim: int, factory: str) -> Any:
-    """The untrained faiss index of vectors of width `dim` from a factory string.
-
-    Raises:
-        ValmError: faiss does not know the string.
-    """
+    """The untrained faiss index of vectors of width `dim`. Raises ValmError if faiss does not know the factory."""
     faiss = import_faiss()
     try:
-        # for unit vectors the nearest have the largest inner product, and no transform changes that
+        # the nearest unit vectors have the largest inner product, which no transform changes
         return faiss.index_factory(dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ValmError(f"faiss makes no index of {dim} dimensions from the factory string {factory!r}") from error
 
 
 def stages(index: Any) -> tuple[list[Any], Any]:
-    """The transforms of a faiss index, in order, and the index behind them."""
+    """The transforms of a faiss index, in order, and the index after them."""
     faiss = import_faiss()
     if not isinstance(index, faiss.IndexPreTransform):
         return [], index
@@ -174,11 +179,7 @@ def stages(index: Any) -> tuple[list[Any], Any]:
 
 
 def import_faiss() -> ModuleType:
-    """The module faiss.
-
-    Raises:
-        ImportError: it is not installed; the message says how to install it.
-    """
+    """The module faiss. Raises ImportError, which says how to install it."""
     try:
         import faiss
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""`min_score`: a token whose best image is found with less certainty than this sees none of its K images.
+"""The score threshold `min_score`: a token whose best image scores below it sees none of its K images.
 
-Retrieval always finds something. Prose has few words that a picture shows, and there the nearest images only disturb.
-In a finished model of the first study (studies/color/archive.md, seed 0) a cut at 0.62, nothing trained again, brought
-the perplexity of photo captions from 1.32 to 0.65 times that of the text-only twin, and 44.6 of 45.2 points on
-questions about colours stayed.
+Retrieval always finds something. Most words of prose are not shown by a picture, and there the nearest images only
+disturb. In a finished model of the first study (studies/color/archive.md, seed 0), a score threshold of 0.62 without
+further training lowered the perplexity of photo captions from 1.32 to 0.65 times that of the text-only baseline. On
+questions about colours 44.6 of 45.2 points stayed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from valm.errors import ValmError
 
-# `choose_min_score` keeps the images of all but so many percent of the questions, and of so many percent of the tokens
-# of ordinary text.
+# `choose_min_score` takes the images away from at most this share of the questions, or leaves them to at most this
+# share of the tokens of ordinary text.
 PERCENT = 5.0
 
 
 def cut(ids: Tensor, scores: Tensor, min_score: float | None) -> tuple[Tensor, Tensor]:
-    """Ids or rows, and scores, (..., K) each, with none (-1 and -inf) where the token's are all below `min_score`."""
+    """Ids or rows, and scores, (..., K) each; -1 and -inf for tokens whose scores are all below `min_score`."""
     if min_score is None:
         return ids, scores
     none = (scores < min_score).all(-1, keepdim=True)
@@ -32,25 +32,25 @@ def cut(ids: Tensor, scores: Tensor, min_score: float | None) -> tuple[Tensor, T
 
 
 def set_min_score(model: Any, value: float, name: object) -> None:
-    """Sets that of `model`, one that takes images; of one that retrieves none a warning says so, with its `name`."""
+    """Sets the score threshold of `model`. Warns, with its `name`, if the model retrieves no images."""
     if model.fusion_options.retrieves:
         model.set_min_score(value)
     else:
-        warnings.warn(f"--min-score changes nothing of {name}, which retrieves no images", stacklevel=2)
+        warnings.warn(f"--min-score has no effect on {name}, which retrieves no images", stacklevel=2)
 
 
 def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterable[np.ndarray] | None = None) -> float:
-    """The `min_score` at which nearly all questions keep their images, or nearly no token of a text has any.
+    """The score threshold at which nearly all questions keep their images, or nearly no token of a text does.
+
+    It has four decimals, so that every device chooses the same number.
 
     Args:
         questions: the retrieval scores (T, K) of each question, whose last token must see its images. At most PERCENT
-            of them lose theirs; of fewer than 100 / PERCENT, none.
-        text: instead, the scores (T, K) of documents that need no images. At most PERCENT of their tokens keep theirs.
-
-    It has four decimals, so that another device chooses the same.
+            of the questions lose their images; with fewer than 100 / PERCENT questions, none does.
+        text: instead, the scores (T, K) of documents that need no images. At most PERCENT of the tokens keep theirs.
 
     Raises:
-        ValmError: there is nothing to choose from.
+        ValmError: no token has images.
     """
     if questions is not None:
         best = np.array([scores[-1].max() for scores in questions], np.float64)
@@ -62,6 +62,6 @@ def choose_min_score(questions: Iterable[np.ndarray] | None = None, text: Iterab
     if len(best) == 0:
         raise ValmError(f"the {what} to choose min_score from has no token with images")
     few = int(len(best) * PERCENT / 100)
-    # down to a number that the last one to be kept reaches, or up to one that the last one to be cut does not
+    # rounded down, so that the lowest kept score still reaches it; or up, so that the highest removed score does not
     steps = np.floor(best[few] * 1e4) if questions is not None else np.floor(best[-few - 1] * 1e4) + 1
     return float(steps / 1e4)

@@ -1,4 +1,4 @@
-"""Searches a large knowledge base on the machines of a Ray cluster; `valm.store.ray` says what they must share."""
+"""Searches a large knowledge base on the machines of a Ray cluster (requirements: `valm.store.ray`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from valm_kernels import FlatIPIndex, TopK, merge_topk
 class ShardedIndex:
     """Exact search over a knowledge base whose vectors are spread over Ray actors: the `index` of a `Retriever`.
 
-    Each of `actors` actors holds an equal share of the rows in memory, as a `FlatIPIndex`; if its machine is lost, they
-    are read again elsewhere. Results are bit-identical to those of a single index.
+    Each of `actors` actors holds an equal share of the rows in memory, as a `FlatIPIndex`. If its machine is lost,
+    another machine reads the rows again. Results equal those of a single index bit for bit.
 
     Raises:
-        ValmError: as `RayRun`; also if there are more actors than rows, or no core is left for the process that queries
-            them.
+        ValmError: as `RayRun`, or there are more actors than rows, or no core is left for the process that queries the
+            actors.
         ImportError: as `RayRun`.
     """
 
@@ -34,8 +34,8 @@ class ShardedIndex:
         room = free_tasks(cpus)
         if actors >= room:
             raise ValmError(
-                f"{actors} actors of {cpus} cores leave no room for what asks them in a cluster that has room for "
-                f"{room} of them; take fewer"
+                f"{actors} actors of {cpus} cores leave no room for the process that queries them, in a cluster with "
+                f"room for {room} actors: use fewer actors"
             )
         lasting = {"max_restarts": -1, "max_task_retries": -1}
         actor = ray.remote(_Rows).options(num_cpus=cpus, scheduling_strategy="SPREAD", **lasting)
@@ -62,7 +62,7 @@ class _Rows:
     """An actor: rows [start, stop) of a knowledge base, ready for search."""
 
     def __init__(self, kb: ImageKnowledgeBase, start: int, stop: int):
-        # opened here from its folder, which must still hold the same: an actor may be started again much later
+        # kb was opened again here, which checks its fingerprint: an actor may be restarted much later
         self.index = FlatIPIndex(kb.gather(np.arange(start, stop)))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

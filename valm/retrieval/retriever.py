@@ -1,4 +1,4 @@
-"""From token ids to images: a query per token, the K nearest in the knowledge base, each vector once."""
+"""From token ids to images: a query per token, the K nearest images in the knowledge base, each vector once."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Retrieved(NamedTuple):
 
     Attributes:
         image_pool: (U, E) float32, the vectors of all images of the batch, each once.
-        image_index: (B, T, K) int64, the K images of each token as rows of the pool, best first; -1 = none.
+        image_index: (B, T, K) int64, the K images of each token as rows of the pool, best first; -1 = no image.
         image_ids: (U,) int64, the id in the knowledge base of each row of the pool.
-        scores: (B, T, K) float32, inner product of query and image; -inf = none.
+        scores: (B, T, K) float32, inner product of query and image; -inf = no image.
     """
 
     image_pool: Tensor
@@ -43,17 +43,17 @@ class Retrieved(NamedTuple):
 
 
 class VectorIndex(Protocol):
-    """Searches the vectors of a knowledge base: `FlatIPIndex`, `FaissIndex`, `ShardedIndex`, or one's own class."""
+    """Searches the vectors of a knowledge base: `FlatIPIndex`, `FaissIndex`, `ShardedIndex`, or your own class."""
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """The `k` best for each query (..., E), best first: scores, and ids in the knowledge base (-1 = none)."""
+        """The `k` best images for each query (..., E): scores, and ids in the knowledge base (-1 = none)."""
         ...
 
 
 class ImageRetriever(Protocol):
-    """Finds the images of a model: `Retriever`, `BlindRetriever`, or one's own class.
+    """Finds the images of a model: `Retriever`, `BlindRetriever`, or your own class.
 
-    `start` and `step` are for cached generation: `start` makes the state that `step` changes in place.
+    Cached generation calls `start`, which makes the state, and `step`, which changes it in place.
     """
 
     @property
@@ -82,9 +82,9 @@ class ImageRetriever(Protocol):
 class SegmentCache:
     """Caches the images of segments, and evicts the least recently used segments first. Threads may share it.
 
-    A token's query depends on its segment alone, so equal segments have equal images anywhere.
+    A token's query depends only on its segment, so equal segments have equal images anywhere.
 
-    capacity: tokens whose images are cached, 12 K bytes each; 0 caches none.
+    capacity: number of tokens whose images are cached, 12 K bytes each; 0 caches none.
     `hits` and `misses` count tokens.
     """
 
@@ -98,7 +98,7 @@ class SegmentCache:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the tokens found in the cache, 0 before the first."""
+        """Share of the tokens found in the cache; 0 before the first token."""
         return self.hits / max(1, self.hits + self.misses)
 
     def clear(self) -> None:
@@ -134,17 +134,29 @@ class SegmentCache:
 class Retriever:
     """Finds the `k` images of `kb` nearest to the context query of every token.
 
-    Threads may share a retriever, and any of its methods may run at once if those of its `index` may. A state of
-    `start` belongs to one thread at a time.
+    `retriever(input_ids)` returns the images of a batch as a `Retrieved`: image_pool (U, E), image_index (B, T, K),
+    image_ids (U,) and scores (B, T, K). Threads may share a retriever and call any of its methods at once, if its
+    `index` allows it. A state from `start` belongs to one thread at a time.
 
     Args:
-        index: what searches; by default the faiss index of the knowledge base if it has one, else exact search
-            (`valm.retrieval.faiss_index.open_index`).
-        cache_tokens: results cached across batches, in tokens; 0 deduplicates within a batch only. `cache` counts hits.
+        encoder: makes the query of every token.
+        kb: the knowledge base, built with the encoder's CLIP.
+        k: K, images per token.
+        index: searches the vectors. By default the faiss index of the knowledge base if there is one, otherwise exact
+            search (`valm.retrieval.faiss_index.open_index`).
+        cache_tokens: results cached across batches, in tokens; 0 deduplicates only within a batch. `cache` counts hits.
 
     Raises:
-        ValmError: the knowledge base was built with another CLIP than the encoder's, or has fewer than `k` images; or
-            `index` has another number of vectors, or is that of another knowledge base.
+        ValmError: the knowledge base was built with another CLIP or has fewer than `k` images, or `index` has another
+            number of vectors or belongs to another knowledge base.
+
+    Example:
+        >>> kb = valm.ImageKnowledgeBase.open("kb")
+        >>> retriever = valm.Retriever(valm.ContextEncoder(kb.load_clip()), kb, k=2)
+        >>> retriever(["a red apple"]).scores.shape  # B T K
+        torch.Size([1, ..., 2])
+        >>> sorted(item.uri for score, item in retriever.search("a red apple", k=3))
+        ['blue.png', 'green.png', 'red.png']
     """
 
     def __init__(
@@ -167,13 +179,13 @@ class Retriever:
         self.cache = SegmentCache(cache_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # another process opens the knowledge base itself
+        return type(self), self._arguments  # another process opens the knowledge base again
 
     def with_k(self, k: int) -> Retriever:
-        """The same for another number of images, without what is cached.
+        """This retriever with another number of images and an empty cache.
 
         Raises:
-            ValmError: the knowledge base has fewer.
+            ValmError: the knowledge base has fewer than `k` images.
         """
         check_k(k, self.kb)
         other = object.__new__(type(self))
@@ -189,28 +201,28 @@ class Retriever:
         return self.kb.dim
 
     def __call__(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> Retrieved:
-        """Images for every token of a batch; arguments and errors as in `find`."""
+        """Images for every token of a batch. Arguments and errors are those of `find`."""
         return self._pooled(*self.find(input_ids, attention_mask))
 
     def retrieve(self, queries: Tensor) -> Retrieved:
-        """Images for queries (B, T, E); a query of zeros has none."""
+        """Images for queries (B, T, E). A query of zeros has no images."""
         return self._pooled(*self.nearest(queries))
 
     def find(self, input_ids: Tensor | Sequence[str], attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (B, T, K) int64, -1 = none, and scores (B, T, K) float32 of a batch of tokens.
 
-        Equal segments are encoded and searched for once, and not at all if their images are cached.
+        Equal segments are encoded and searched for once, or not at all if their images are cached.
 
         Args:
-            input_ids: (B, T), or a list of texts, which are tokenized by the encoder's tokenizer (`prompt_ids`) and
-                padded on the right.
+            input_ids: (B, T) int64; or a list of texts, which the encoder's tokenizer reads (`prompt_ids`), padded on
+                the right.
             attention_mask: as in `ContextEncoder.__call__`.
 
         Raises:
-            ValueError: as `ContextEncoder.__call__`; also for a single text instead of a list.
+            ValueError: as `ContextEncoder.__call__`, or a single text instead of a list.
         """
         if isinstance(input_ids, str):
-            raise ValueError(f"input_ids must be ids or a list of texts, got a text; give [{input_ids[:20]!r}]")
+            raise ValueError(f"input_ids must be ids or a list of texts, got a text: give [{input_ids[:20]!r}]")
         if not isinstance(input_ids, Tensor):
             input_ids, attention_mask = padded([prompt_ids(self.encoder.tokenizer, text) for text in input_ids])
         runs = self.encoder.runs(input_ids, attention_mask)
@@ -237,11 +249,11 @@ class Retriever:
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
-        """Images for the next tokens (B, T) of each row; `state` has the earlier ones.
+        """Images for the next tokens (B, T) of each row; `state` holds the earlier tokens.
 
-        Of the prompt of a single row (B = 1), segments that end before its last token are cached, as in `find`: what
-        the next prompt of a conversation repeats is not encoded again. Each is encoded and searched for by itself, so
-        its images are the same, bit by bit, whether they were cached or not.
+        For a prompt of a single row (B = 1), segments that end before its last token are cached, as in `find`, so a
+        conversation's next prompt does not encode them again. Each segment is encoded and searched for separately, so
+        its images are the same, bit for bit, with or without the cache.
         """
         if len(input_ids) > 1 or input_ids.shape[1] == 1:  # several rows share calls of the text tower
             return self.retrieve(self.encoder.step(input_ids, state, attention_mask))
@@ -254,7 +266,7 @@ class Retriever:
         return self._pooled(ids, scores)
 
     def _of_segment(self, run: Run, length: int) -> Nearest:
-        """The images of the n positions of a whole run, in a row of `length` tokens."""
+        """The images of the n positions of a whole run in a row of `length` tokens."""
         key, places = run.key(), run.positions()
         known = self.cache.get(key)
         self.cache.count(*((0, len(places)) if known is None else (len(places), 0)))
@@ -266,7 +278,7 @@ class Retriever:
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Ids in the knowledge base (..., K) int64 and scores (..., K) float32 for queries (..., E).
 
-        A query of zeros, as of padding, has no images: ids -1 and scores -inf.
+        A query of zeros (padding) has no images: ids -1 and scores -inf.
         """
         shape = (*queries.shape[:-1], self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=queries.device)
@@ -276,12 +288,17 @@ class Retriever:
         return ids, scores
 
     def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:
-        """The `k` images nearest to CLIP's own feature of a text or of an image, with their scores, best first.
+        """The `k` images nearest to CLIP's feature of a text or an image, with their scores, best first.
 
-        Returns fewer if the knowledge base has fewer, or the index finds fewer.
+        Args:
+            query: a text, or an image as for `Clip.encode_images`.
+            k: number of images; an approximate index may find fewer.
+
+        Returns:
+            A list of (score, `Item`): the inner product, and the image's id, uri, caption and size.
 
         Raises:
-            ValmError: `k` is below 1, or more than a search finds of the images that there are.
+            ValmError: `k` is below 1, above the number of images, or above the most results of a search.
         """
         if k > len(self.kb) <= MAX_TOPK:
             k = len(self.kb)
@@ -304,14 +321,14 @@ class Retriever:
 
 
 class BlindRetriever:
-    """Blind-VaLM (Ontalvilla et al. 2024): the query of a token is itself its one "image", and nothing is searched.
+    """The query control, Blind-VaLM (Ontalvilla et al. 2024): a token's query is its only "image"; nothing is searched.
 
-    Used like a `Retriever`; image_ids are all -1, as these images are in no knowledge base. The first token of a
-    document has none, as with a `Retriever`.
+    Used like a `Retriever`. image_ids are all -1, because these images are in no knowledge base. The first token of a
+    document has no image, as with a `Retriever`.
 
     Args:
-        cache_tokens: tokens of rows whose queries are kept for the next time that they are read, 4 E bytes each: a
-            training reads its documents in every epoch. The first rows stay; 0 keeps none.
+        cache_tokens: number of tokens whose queries are cached, 4 E bytes each, because training reads its documents in
+            every epoch. The first rows stay cached; 0 caches none.
     """
 
     k = 1
@@ -319,7 +336,7 @@ class BlindRetriever:
     def __init__(self, encoder: ContextEncoder, cache_tokens: int = 0):
         self.encoder = encoder
         self.cache_tokens = cache_tokens
-        self._rows: dict[tuple[int, ...], Tensor] = {}  # by the ids of a row
+        self._rows: dict[tuple[int, ...], Tensor] = {}  # queries by the ids of a row
         self._room = cache_tokens
 
     @property
@@ -328,9 +345,9 @@ class BlindRetriever:
         return self.encoder.clip.embed_dim
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
-        """The query of every token of a batch; arguments and errors as in `ContextEncoder.__call__`."""
+        """The query of every token of a batch. Arguments and errors are those of `ContextEncoder.__call__`."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if self.cache_tokens == 0 or mask.shape != input_ids.shape:  # which the encoder refuses
+        if self.cache_tokens == 0 or mask.shape != input_ids.shape:  # the encoder rejects another shape
             return self._pooled(self.encoder(input_ids, attention_mask))
         input_ids, mask = (tensor.to(self.encoder.clip.device) for tensor in (input_ids, mask))
         real = mask.bool()
@@ -353,12 +370,12 @@ class BlindRetriever:
         return self.encoder.new_cache(batch)
 
     def step(self, input_ids: Tensor, state: ContextCache, attention_mask: Tensor | None = None) -> Retrieved:
-        """The queries of the next tokens (B, T) of each row; `state` has the earlier ones."""
+        """The queries of the next tokens (B, T) of each row; `state` holds the earlier tokens."""
         return self._pooled(self.encoder.step(input_ids, state, attention_mask))
 
     @staticmethod
     def _pooled(queries: Tensor) -> Retrieved:
-        asked = queries.any(-1)  # (B, T): padding and the first token of a document have a query of zeros
+        asked = queries.any(-1)  # (B, T): the query is zeros for padding and the first token of a document
         pool = queries[asked]  # (U, E)
         index = torch.full(asked.shape, -1, device=queries.device)
         index[asked] = torch.arange(len(pool), device=queries.device)
@@ -369,9 +386,9 @@ class BlindRetriever:
 
 
 class NoImages:
-    """A retriever that finds nothing, so that a model of `k` images per token reads the text alone.
+    """A retriever that finds nothing, so that a model of `k` images per token reads only the text.
 
-    Used like a `Retriever`, also by a blind model.
+    Used like a `Retriever`, also by a model of the query control (Blind).
     """
 
     def __init__(self, k: int, dim: int):
@@ -389,7 +406,7 @@ class NoImages:
         )
 
     def start(self, batch: int) -> Any:
-        """The state of `batch` rows, which is empty."""
+        """The empty state of `batch` rows."""
         return _NoState()
 
     def step(self, input_ids: Tensor, state: Any, attention_mask: Tensor | None = None) -> Retrieved:
@@ -406,23 +423,19 @@ class _NoState:
 
 
 def _check_index(index: Any, kb: ImageKnowledgeBase) -> None:
-    """Checks what an index says of itself."""
+    """Checks that an index belongs to `kb`, if it says so, and has as many vectors."""
     of = getattr(index, "kb", None)
     if isinstance(of, ImageKnowledgeBase) and of.fingerprint != kb.fingerprint:
-        raise ValmError(f"the index is that of the knowledge base {of.path}, not of {kb.path}")
+        raise ValmError(f"the index belongs to the knowledge base {of.path}, not to {kb.path}")
     if hasattr(index, "__len__") and len(index) != len(kb):
-        raise ValmError(f"the index has {len(index):,} vectors, but the knowledge base {kb.path} {len(kb):,}")
+        raise ValmError(f"the index has {len(index):,} vectors, but the knowledge base {kb.path} has {len(kb):,}")
 
 
 def check_k(k: int, kb: ImageKnowledgeBase) -> None:
-    """Checks that a search of `kb` can find the `k` nearest images.
-
-    Raises:
-        ValmError: it cannot.
-    """
+    """Raises ValmError unless a search of `kb` can find the `k` nearest images."""
     if 1 <= k <= min(len(kb), MAX_TOPK):
         return
     images = f"{len(kb):,} images of {kb.path}"
     if len(kb) <= MAX_TOPK:
         raise ValmError(f"k must be from 1 to the {images}, got {k:,}")
-    raise ValmError(f"k must be from 1 to {MAX_TOPK:,}, got {k:,}: a search finds no more of the {images}")
+    raise ValmError(f"k must be from 1 to {MAX_TOPK:,}, got {k:,}: a search returns no more of the {images}")

@@ -1,8 +1,8 @@
-"""Splits text into the text tower's segments, by past tokens alone.
+"""Splits text into the text tower's segments, by past tokens only.
 
-A segment is what the text tower sees at once: SOT and at most `limit` tokens. It ends after a sentence once it
-has `min_tokens` of its own, or when it is full. The next one starts with its last `overlap` tokens, so that every
-token has some context. SOT and EOT in the text begin and end documents, and no context crosses documents.
+The text tower sees one segment at once: SOT and at most `limit` tokens. A segment ends after a sentence, once it holds
+`min_tokens` new tokens, or when it is full. The next segment starts with its last `overlap` tokens, so that every token
+has some context. SOT and EOT in the text begin and end documents, and no context crosses documents.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class SegmentRule:
     """The limits and ids that determine segments.
 
     Attributes:
-        limit: most tokens of a segment, besides SOT.
-        overlap: tokens carried into the next segment, or all of a shorter one.
-        min_tokens: tokens of its own from which on a sentence end ends a segment.
+        limit: the most tokens of a segment, without SOT.
+        overlap: tokens carried over into the next segment (a shorter segment is carried over whole).
+        min_tokens: number of new tokens from which on the end of a sentence ends a segment.
         eot_in_segment: whether the text tower reads EOT as the last token of its segment.
     """
 
@@ -38,15 +38,15 @@ class SegmentRule:
 
 @dataclass
 class Run:
-    """Tokens of one segment of one row that are to be encoded in one call.
+    """Tokens of one segment of one row that will be encoded in one call.
 
     Attributes:
         ids: the tokens.
-        start: how many tokens of the segment (with SOT) were encoded before, 0 for a new segment.
+        start: the number of tokens of the segment (with SOT) encoded before, 0 for a new segment.
         wanted: (position in the row's input, position in `ids`) of the tokens whose query is needed. A position of -1
             in `ids` is the last token cached by an earlier call.
-        kept: how many of `ids` are cached for later calls.
-        branches: runs that continue from a token of this one, which their `start` tells.
+        kept: the number of `ids` that are cached for later calls.
+        branches: runs that continue from a token of this run; their `start` names the token.
     """
 
     row: int
@@ -57,12 +57,12 @@ class Run:
     branches: list[Run] = field(default_factory=list)
 
     def key(self) -> bytes:
-        """Equal for two runs if and only if they need the same queries of the same tokens."""
+        """A key that is equal for two runs if and only if they need the same queries of the same tokens."""
         return array("q", self._numbers()).tobytes()
 
     @property
     def whole(self) -> bool:
-        """Whether no later call continues the run, nor did it continue an earlier one: its queries depend on `key`."""
+        """Whether the run neither continues an earlier call nor is continued, so that its queries depend on `key`."""
         return self.start == 0 and self.kept == 0
 
     def positions(self) -> list[int]:
@@ -82,7 +82,7 @@ class SegmentState:
     open: bool = False  # the next token belongs to the current document
     ended: bool = False  # the next token starts a new segment
     text: list[int] = field(default_factory=list)  # the segment's tokens after SOT
-    own: int = 0  # how many of them were not carried over
+    own: int = 0  # the number of these tokens that were not carried over
 
     def copy(self) -> SegmentState:
         return SegmentState(self.open, self.ended, list(self.text), self.own)
@@ -91,8 +91,8 @@ class SegmentState:
 class Reading:
     """Splits further tokens of one row into runs, continuing from `state`.
 
-    `add` reads a token. After it `want` requests the query of the text so far, `fork` the query of the text so far with
-    other tokens behind it, and `keep` makes later calls continue from here: `kept` is their state.
+    `add` reads a token. Then `want` requests the query of the text so far, `fork` the query of the text so far followed
+    by other tokens, and `keep` makes later calls continue from here: `kept` is their state.
     """
 
     def __init__(self, row: int, state: SegmentState, rule: SegmentRule):
@@ -137,7 +137,7 @@ class Reading:
         branch = Reading(self.row, self.state, self.rule)
         for id in ids:
             branch.add(id)
-        run = branch.runs[-1]  # no queries are needed of the segments before it
+        run = branch.runs[-1]  # segments before it need no queries
         run.wanted = [(position, len(run.ids) - 1) for position in positions]
         if run.start:
             self.runs[-1].branches.append(run)

@@ -1,7 +1,7 @@
-"""What finds a model's images: which knowledge base, CLIP and queries, and where they are on this machine.
+"""The source of a model's images: the knowledge base, the CLIP and the kind of queries, and their places here.
 
-What identifies them is part of the model's config, and goes wherever the model goes. Where they are is in PLACES_FILE
-beside it, which is not published.
+Names and checksums are part of the model's config and go wherever the model goes. Paths on this machine are in
+PLACES_FILE next to the config, which is not published.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from valm.store.folders import PLACES_FILE, current_files
 from valm.store.pretrained import from_pretrained
 from valm_kernels.json_files import check_own
 
-# The Trainer uploads such a folder whole, so `save_pretrained` notes its places in the folder above.
+# The Trainer uploads a checkpoint folder whole, so `save_pretrained` notes its places in the folder above.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class Places(TypedDict, total=False):
-    """The content of PLACES_FILE. A path is relative to the file's folder; clip may be a name on a hub. base: that of
-    an adapter, if it is a folder."""
+    """The content of PLACES_FILE. Paths are relative to the file's folder; clip may be a name on a hub. base: an
+    adapter's base, if it is a folder."""
 
     knowledge_base: PathText
     clip: PathText
@@ -42,19 +42,19 @@ class Places(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """What finds the images of a model.
+    """The source of a model's images.
 
     Attributes:
         query: the kind of retrieval query of a `ContextEncoder`.
-        clip_name, clip_sha256: of the CLIP's weights (`Clip.weights_hash`).
-        knowledge_base_name, knowledge_base_sha256: of its folder and its content (`ImageKnowledgeBase.fingerprint`);
-            None for a blind model, which needs a CLIP only.
-        overlap, min_tokens: of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
-        precision: of the queries that the model was trained with.
-        reading_precision: of the retriever that the model was saved with, if that precision was chosen. None: what the
-            machine is fast in.
-        knowledge_base, clip: where they are, absolute, or a name on a hub; clip only where there is no knowledge base,
-            which has its own. None: not known here.
+        clip_name, clip_sha256: the CLIP's name and its `Clip.weights_hash`.
+        knowledge_base_name, knowledge_base_sha256: the name of the folder and its `ImageKnowledgeBase.fingerprint`;
+            None for the query control (Blind), which needs only a CLIP.
+        overlap, min_tokens: rules of the segments that CLIP reads (`ContextEncoder`); None: its defaults.
+        precision: precision of the queries in training.
+        reading_precision: precision of the retriever that the model was saved with, if it was chosen. None: the
+            precision that is fast on this machine.
+        knowledge_base, clip: absolute paths, or a CLIP's name on a hub; clip only without a knowledge base, which names
+            its own CLIP. None: not known on this machine.
     """
 
     query: str
@@ -71,14 +71,14 @@ class ImageSource:
 
     @classmethod
     def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str, **of_queries: Any) -> ImageSource:
-        """of_queries: overlap, min_tokens and precision."""
+        """The source of images from `kb`. of_queries: overlap, min_tokens and precision."""
         path, clip = Path(kb.path).absolute(), kb.manifest["clip"]
         names = {"clip_name": clip["name"], "clip_sha256": clip["weights_hash"], "knowledge_base_name": path.name}
         return cls(query, **names, knowledge_base_sha256=kb.fingerprint, knowledge_base=path, **of_queries)
 
     @classmethod
     def of_retriever(cls, retriever: object) -> ImageSource | None:
-        """That of `retriever`; None for a retriever of the user's own, which a file cannot describe."""
+        """The source of `retriever`; None for a user's own class, which a file cannot describe."""
         if isinstance(retriever, Retriever):
             return cls.of_knowledge_base(retriever.kb, **retriever.encoder.query_settings)
         if isinstance(retriever, BlindRetriever):
@@ -92,26 +92,26 @@ class ImageSource:
 
     @classmethod
     def of_config(cls, identity: Any, folder: str | os.PathLike | None = None) -> ImageSource | None:
-        """That in a model's config, with the places beside the model in `folder`; None if the config has none.
+        """The source in a model's config, with the places noted in the model's `folder`; None if there is none.
 
         Raises:
-            ValmError: either is damaged.
+            ValmError: the config or the places are damaged.
         """
         if identity is None:
             return None
         try:
             source = cls(**identity)
         except TypeError as error:
-            raise ValmError(f"the config's retrieval does not fit: {error}") from error
+            raise ValmError(f"the config's entry for retrieval is damaged: {error}") from error
         return source if folder is None else source.in_places(folder)
 
     def identity(self) -> dict[str, Any]:
-        """What the config has."""
+        """The source's entry in the config."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: found[name] for name in found if name not in Places.__annotations__ and found[name] is not None}
 
     def in_places(self, folder: str | os.PathLike) -> ImageSource:
-        """With the places that are noted beside the model in `folder`."""
+        """This source with the places noted in the model's `folder`."""
         places, beside = read_places(folder), os.path.realpath(places_folder(folder))
         noted, clip = places.get("knowledge_base"), places.get("clip")
         if clip is not None:  # a relative path, or a name on a hub
@@ -121,27 +121,26 @@ class ImageSource:
         return replace(self, knowledge_base=kb, clip=clip)
 
     def same_images(self, found: ImageSource) -> str | None:
-        """What differs, in a sentence, if the images of `found` come from another knowledge base than these, of the
-        same CLIP; None if they are the same.
+        """A sentence on the difference if `found` names another knowledge base of the same CLIP; otherwise None.
 
         Raises:
-            ValmError: they come by another CLIP.
+            ValmError: `found` names another CLIP.
         """
         if self.clip_sha256 != found.clip_sha256:
             raise ValmError(
-                f"this model was saved with the CLIP {_named(self.clip_name, self.clip_sha256)}, and its images would "
+                f"this model was saved with the CLIP {_named(self.clip_name, self.clip_sha256)}, but its images would "
                 f"be found by {_named(found.clip_name, found.clip_sha256)}: give it a knowledge base of its own CLIP"
             )
         hashes = self.knowledge_base_sha256, found.knowledge_base_sha256
         if hashes[0] == hashes[1]:
             return None
         return (
-            f"this model was saved with the knowledge base {_named(self.knowledge_base_name, hashes[0])}, and its "
-            f"images are now those of {_named(found.knowledge_base or found.knowledge_base_name, hashes[1])}"
+            f"this model was saved with the knowledge base {_named(self.knowledge_base_name, hashes[0])}, but its "
+            f"images now come from {_named(found.knowledge_base or found.knowledge_base_name, hashes[1])}"
         )
 
     def missing(self) -> str | None:
-        """What does not exist here, in a sentence with the remedy; None if all does. A CLIP on a hub is assumed to."""
+        """A sentence on what is missing here, with the remedy, or None. A CLIP on a hub counts as present."""
         if self.knowledge_base_sha256 is not None or self.knowledge_base is not None:
             if self.knowledge_base is None:
                 named = _named(self.knowledge_base_name, self.knowledge_base_sha256)
@@ -162,7 +161,7 @@ def _named(name: object, sha256: str | None) -> str:
 
 
 def places_folder(folder: str | os.PathLike) -> Path:
-    """Where the places of the model in `folder` are noted: there, or in the folder above a checkpoint of a training."""
+    """The folder that notes the places of the model in `folder`: the same, or the one above a training's checkpoint."""
     folder = Path(folder)
     own = current_files(folder) / PLACES_FILE
     return folder if os.path.lexists(own) or not _is_of_training(folder) else folder.resolve().parent
@@ -173,10 +172,10 @@ def _is_of_training(folder: Path) -> bool:
 
 
 def read_places(folder: str | os.PathLike) -> Places:
-    """The places noted for the model in `folder`, empty if none are.
+    """The places noted for the model in `folder`, or an empty dict.
 
     Raises:
-        OSError: the file is a link out of its folder or no regular file.
+        OSError: the file is a link out of its folder or not a regular file.
         ValmError: the file is damaged.
     """
     file = current_files(places_folder(folder)) / PLACES_FILE
@@ -193,14 +192,14 @@ def write_places(
     place: str | os.PathLike | None = None,
     base: str | os.PathLike | None = None,
 ) -> None:
-    """Notes where the images of the model in `folder` are, and the folder of its `base`; nothing if nothing is known.
+    """Notes where the images of the model in `folder` and its `base` are, if known.
 
     place: where `folder` will be moved.
     """
     folder = Path(folder)
     of_training = _is_of_training(folder)
     if of_training:
-        (folder / PLACES_FILE).unlink(missing_ok=True)  # which would be read first
+        (folder / PLACES_FILE).unlink(missing_ok=True)  # it would be read first
         folder = folder.resolve().parent
     place = folder if place is None else place
     named = {} if source is None else {"knowledge_base": source.knowledge_base, "clip": source.clip}
@@ -212,7 +211,7 @@ def write_places(
     file = folder / PLACES_FILE
     if places:
         write_json(file, places)
-    elif not of_training:  # there it is that of other checkpoints too
+    elif not of_training:  # in training, other checkpoints use the file too
         file.unlink(missing_ok=True)
 
 
@@ -228,25 +227,25 @@ def open_encoder(
     overlap: int | None = None,
     min_tokens: int | None = None,
 ) -> ContextEncoder:
-    """What makes the queries: the CLIP that `place` names, on `device`, for ids of `tokenizer`.
+    """The encoder of queries: the CLIP that `place` names, on `device`, for ids of `tokenizer`.
 
     Args:
         place: the knowledge base, or the CLIP of a source without one (`ImageSource.clip`).
         query, tokenizer, overlap, min_tokens: as for `ContextEncoder`.
-        dtype: precision of the text tower; by default what the device is fast in (`fastest_dtype`). Images that are
-            kept name theirs, as they should not depend on the machine that found them.
-        clip: the CLIP, if it has moved from there (see `Clip.load`).
+        dtype: precision of the text tower; by default the fastest on the device (`fastest_dtype`). Name it if images
+            are stored, which should not depend on the machine that found them.
+        clip: the CLIP, if it has moved (see `Clip.load`).
         allow_download: as in `ImageKnowledgeBase.load_clip`.
 
     Raises:
-        ValmError: the CLIP is missing, damaged or not that of the knowledge base, or would have to be downloaded; or
-            the text tower cannot have this precision.
+        ValmError: the CLIP is missing, damaged, another CLIP than the knowledge base's, or not downloaded; or the text
+            tower does not support this precision.
     """
     if isinstance(place, ImageKnowledgeBase):
         loaded = place.load_clip(clip, allow_download=allow_download)
     elif clip is None and not os.path.isdir(place) and not allow_download:
         raise ValmError(
-            f"the model's CLIP is noted as {place!r}, which is no folder here: give its folder or name (--clip), or "
+            f"the model names the CLIP {place!r}, which is not a folder here: give its folder or name (--clip), or "
             "allow its download (--allow-download) if you trust both"
         )
     else:
@@ -266,18 +265,18 @@ def open_retriever(
     dtype: torch.dtype | None = None,
     **how: Any,
 ) -> Retriever | BlindRetriever:
-    """What `source` says finds the images of a model that reads with `tokenizer`.
+    """The retriever that `source` describes, for a model that reads with `tokenizer`.
 
     Args:
         num_images: K of a Retriever.
-        blind: whether the images are the queries, so that a CLIP is enough.
-        as_trained: whether the default dtype is that of the model's training, because the model depends on it. That of
-            the retriever that the model was saved with comes first.
-        dtype, how: clip, allow_download and device, as in `open_encoder`.
+        blind: whether the images are the queries (the query control), so that a CLIP is enough.
+        as_trained: whether the default dtype is the precision in training, because the model depends on it. The
+            precision of the retriever that the model was saved with comes first.
+        dtype, how: dtype, and clip, allow_download and device, as in `open_encoder`.
 
     Raises:
         ValmError: the knowledge base or the CLIP is missing or damaged, or they do not belong together; or the text
-            tower cannot have this precision.
+            tower does not support this precision.
     """
     place: Any = source.clip
     if place is None or not blind:
@@ -294,10 +293,10 @@ def open_retriever(
 
 
 def open_tokenizer(folder: str | os.PathLike, base: str | None) -> Any:
-    """The tokenizer of the model in `folder`: the one saved there, or that of its `base`, a folder or name.
+    """The tokenizer saved in the model's `folder`, or the tokenizer of its `base`, a folder or name.
 
     Raises:
-        ValmError: neither has one here.
+        ValmError: neither contains a tokenizer here.
     """
     files = current_files(Path(folder))
     place: Any = files if (files / "tokenizer_config.json").is_file() else base
@@ -305,5 +304,5 @@ def open_tokenizer(folder: str | os.PathLike, base: str | None) -> Any:
         return from_pretrained(AutoTokenizer, place, f"the tokenizer in {place}", local_files_only=True)
     except ValmError as error:
         raise ValmError(
-            f"no tokenizer can be loaded from {place}; save one there by tokenizer.save_pretrained"
+            f"no tokenizer can be loaded from {place}: save one there by tokenizer.save_pretrained"
         ) from error

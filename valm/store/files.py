@@ -1,4 +1,4 @@
-"""Reads and writes files of JSON, YAML and text, and output files and folders. An OSError passes as it is."""
+"""Reads and writes files of JSON, YAML and text, and output files and folders. OSErrors are not wrapped."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ from valm.text import one_line
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_regular, short
 
-# OSErrors caused by the content of a file: Pillow's have no errno, and a damaged archive or dataset leads to an invalid
-# offset or name. All others come from the machine: disk, memory, permissions, open files.
+# OSErrors caused by the content of a file: Pillow sets no errno, and a damaged archive or dataset leads to an invalid
+# offset or name. Other errors come from the machine: disk, memory, permissions, open files.
 CONTENT_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)
-# Seconds that a build waits for the lock of its folder: long enough for the workers of a killed command, which share
-# it, to end.
+# Seconds that a build waits for the lock of its folder. The workers of a killed command share the lock and end sooner.
 WAIT_SECONDS = 5.0
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-# Without NUL, which no system call takes.
+# Without NUL, which system calls reject.
 PathText = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def relative_path(target: str | os.PathLike, folder: str | os.PathLike) -> str:
-    """`target` as seen from `folder`, also where a link leads to either: the system looks for ".." behind a link."""
+    """`target` relative to `folder`. Links are resolved first, because the system resolves them before ".."."""
     path = Path(target)
     if path.name in ("", ".."):
         place = os.path.realpath(path)
-    else:  # not the name itself, which may be a link that comes to lead elsewhere
+    else:  # keep the name itself, which may be a link whose target changes later
         place = os.path.join(os.path.realpath(path.parent), path.name)
     return Path(os.path.relpath(place, os.path.realpath(folder))).as_posix()
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Writes `value` as JSON, indented or (None) in one line, all or nothing."""
+    """Writes `value` as JSON, all or nothing; indent=None writes one line."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -54,11 +53,11 @@ def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again")
 
     Args:
         what: what the file is, for the error.
-        remedy: what to do if it is damaged, for the error.
+        remedy: what to do if the file is damaged, for the error.
 
     Raises:
         OSError: the file cannot be read.
-        ValmError: it is no JSON, or does not match the schema.
+        ValmError: the file is not JSON or does not match the schema.
     """
     content = path.read_bytes()
     try:
@@ -68,13 +67,13 @@ def read_json(path: Path, what: str, schema: Any, remedy: str = "make it again")
 
 
 def parse_json(content: bytes | str, schema: Any) -> Any:
-    """The JSON value in `content`, also what the schema does not have.
+    """The JSON value in `content`, including keys that the schema lacks.
 
     Args:
         schema: a type that pydantic checks strictly, such as a TypedDict of typing_extensions or a dataclass.
 
     Raises:
-        ValueError: it is no JSON, or does not match the schema; the message names the first difference.
+        ValueError: the content is not JSON or does not match the schema; the message names the first difference.
     """
     try:
         _checker(schema).validate_json(content, strict=True)
@@ -99,7 +98,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValmError: it is no YAML, or has a key twice.
+        ValmError: the file is not YAML, or contains a key twice.
     """
     import yaml
 
@@ -107,13 +106,13 @@ def read_yaml(path: Path, what: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
             if twice := [key for key in keys if keys.count(key) > 1]:  # PyYAML would take the last
-                raise ValueError(f"it has {short(twice[0])} twice: leave one out")
+                raise ValueError(f"it contains {short(twice[0])} twice: leave one out")
             return super().construct_mapping(node, deep)
 
     text = read_text(path)
     try:
         return yaml.load(text, Loader)
-    except Exception as error:  # a value that is none, such as 2026-99-99, makes PyYAML raise anything
+    except Exception as error:  # PyYAML raises many types for an invalid value, such as 2026-99-99
         raise ValmError(f"{what} {path} cannot be read: {one_line(str(error))}") from error
 
 
@@ -121,8 +120,8 @@ def read_text(path: str | os.PathLike) -> str:
     """The content of a UTF-8 text file, without a byte order mark.
 
     Raises:
-        OSError: it cannot be read.
-        ValmError: it is no UTF-8 text.
+        OSError: the file cannot be read.
+        ValmError: the file is not UTF-8 text.
     """
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -131,14 +130,14 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def name_of(folder: str | os.PathLike, unlike: Iterable[str] = ()) -> str:
-    """A name for what is in `folder`: the end of its path, long enough to differ from the names `unlike`."""
+    """A name for the content of `folder`: the end of its path, long enough to differ from the names `unlike`."""
     parts = Path(os.path.abspath(folder)).parts
     tails = ("/".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
     return next((tail for tail in tails if tail not in unlike), f"{folder} again")
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The end of each path, long enough to differ from the others' ends; of the same path the whole."""
+    """The end of each path, long enough to differ from the other ends; equal paths are not shortened."""
     every = [Path(os.path.abspath(path)).parts for path in paths]
     return [
         next(
@@ -155,14 +154,13 @@ def is_transient(error: BaseException) -> bool:
 
 
 def cannot_read(name: object, reason: object) -> ValmError:
-    """The error for a source that a transient error keeps from being read."""
-    return ValmError(f"cannot read {name}: {reason}; once it can be read, run the same command again: it resumes")
+    """The error for a source that cannot be read because of a transient error."""
+    return ValmError(f"cannot read {name}: {reason}. Once it can be read, run the same command again: it resumes")
 
 
 def files_below(folder: Path) -> list[str]:
-    """Sorted paths of all files in `folder` and below, relative to it, with forward slashes; without hidden files and
-    folders. Linked folders are looked into after all others: a folder that several paths lead to is read once, by its
-    own path where that is below `folder`.
+    """Sorted paths of all files in `folder` and below, relative to it, with forward slashes. Hidden files and folders
+    are left out. A folder that several paths lead to is read once, by its own path if it is below `folder`.
 
     Raises:
         OSError: a folder cannot be read.
@@ -174,7 +172,7 @@ def files_below(folder: Path) -> list[str]:
     names: list[str] = []
     visited: set[tuple[int, int]] = set()
     roots = [folder]
-    for root in roots:  # to which links are added
+    for root in roots:  # the loop adds links
         for directory, folders, files in os.walk(root, onerror=unreadable):
             found = os.stat(directory)
             if (found.st_dev, found.st_ino) in visited:
@@ -191,10 +189,10 @@ def files_below(folder: Path) -> list[str]:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """A temporary file whose content goes to the file `path` that a user named, all or nothing; a link is followed.
+    """A temporary file whose content replaces the file `path`, all or nothing. `path` may be a link.
 
     Raises:
-        OSError: it cannot be written, or `path` is a pipe, a socket or a device.
+        OSError: the file cannot be written, or `path` is a pipe, a socket or a device.
     """
     with suppress(FileNotFoundError):
         check_regular(path)
@@ -203,20 +201,16 @@ def output_file(path: Path) -> Iterator[Path]:
 
 
 def set_mode(file: Path, mode: int) -> None:
-    """Gives a file its mode, where the file system has modes."""
+    """Sets the mode of a file, if the file system supports modes."""
     if stat.S_IMODE(file.stat().st_mode) != mode:
         with suppress(PermissionError):
             file.chmod(mode)
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
-    """The folder `path`, created if missing.
-
-    Raises:
-        OSError: it cannot be created or is not writable.
-    """
+    """The folder `path`, created if missing. Raises OSError if it is not writable."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):  # said before hours of work
+    if not os.access(path, os.W_OK | os.X_OK):  # fail before hours of work
         raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
     return path

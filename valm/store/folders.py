@@ -1,5 +1,5 @@
 """Folders that appear whole or not at all, and the folder of a model (checkpoint, adapter, CLIP), whose files are
-replaced at once: the old or the new model loads after any kill."""
+replaced together: if the process is killed, the old or the new model loads."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from valm_kernels.atomic_files import (
     temporary_name,
 )
 
-# Holds completely written files until they have replaced the old ones; named when only checkpoints had it.
+# Holds completely written files until they have replaced the old files, of checkpoints, adapters and CLIPs.
 NEW_FOLDER = "checkpoint.new"
-# Weights of a checkpoint. transformers prefers one file to several, so stale ones are removed. So are an adapter, which
-# would be loaded in the place of the checkpoint, and the places of the images of a model that was there.
+# Weights of a checkpoint. transformers prefers one file to several, so stale weights are removed. So are an adapter,
+# which would be loaded instead of the checkpoint, and the places of an old model's images.
 WEIGHTS = "model*.safetensors*"
 ADAPTER = "image_fusion.*"
-# Where the images are. Uploads ignore names that begin so.
+# Where the images are. Uploads ignore names that begin with "_".
 PLACES_FILE = "_retrieval.json"
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary, locked folder beside `path`, moved to it when the block succeeds and removed when it raises."""
+    """A temporary, locked folder next to `path`, moved to it when the block succeeds, removed when the block raises."""
     with claimed(path, Path.mkdir) as temporary:
         try:
             yield temporary
@@ -46,8 +46,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _move_folder(temporary: Path, path: Path) -> None:
-    """Moves a finished folder to `path`, and replaces one that is there. Its files get the mode that the umask says,
-    which was that of the folder: safetensors makes its own for their owner alone."""
+    """Moves a finished folder to `path`, where it replaces an old one. The files get the mode that the umask allows,
+    like the folder: safetensors makes files that only their owner can read."""
     mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
     for file in temporary.rglob("*"):
         if file.is_dir():
@@ -65,7 +65,7 @@ def _move_folder(temporary: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder. If the process is killed meanwhile, what is left has a temporary name."""
+    """Removes a folder. If the process is killed meanwhile, the rest of the folder has a temporary name."""
     gone = temporary_name(path)
     os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)
@@ -75,34 +75,34 @@ def remove_folder(path: Path) -> None:
 def replaced_files(folder: str | os.PathLike, what: str) -> Iterator[Path]:
     """An empty folder whose files replace those of `folder` when the block ends without an error.
 
-    It appears whole as NEW_FOLDER in `folder`, and its files are then linked over the old ones.
+    The new folder appears whole as NEW_FOLDER in `folder`, and its files are then linked over the old files.
 
     Args:
-        folder: created if missing. Its other files stay, except for weights that the new ones lack.
-        what: names what is written in error messages.
+        folder: created if missing. Its other files stay, except old weights, which are removed.
+        what: what is written, for error messages.
 
     Raises:
-        OSError: the folder cannot be written, or another process is writing it. What was there before still loads; if
-            only the last step failed, what is new does.
+        OSError: the folder cannot be written, or another process is writing it. The old files still load, or the new
+            files if only the last step failed.
         ValmError: the block raised another error.
     """
     folder = writable_folder(folder)
     try:
         with folder_lock(folder, SAVE_WAIT_SECONDS):
             remove_leftovers(folder)
-            _switch(folder)  # where an earlier save was killed
+            _switch(folder)  # finishes an earlier save that was killed
             with atomic_folder(folder / NEW_FOLDER) as temporary:
                 yield temporary
             _switch(folder)
     except (OSError, ValmError):
         raise
-    except Exception as error:  # a full disk has a type of its own in safetensors, and in tokenizers
+    except Exception as error:  # safetensors and tokenizers raise their own types for a full disk
         raise ValmError(f"cannot write {what} {folder}: {one_line(str(error))}") from error
 
 
 def finish_save(folder: str | os.PathLike) -> None:
-    """Moves what a killed save has left whole in NEW_FOLDER of `folder`, before other files are written there; errors
-    as in `replaced_files`."""
+    """Finishes a killed save, whose files are whole in NEW_FOLDER of `folder`. Call it before you write other files
+    there. Errors are those of `replaced_files`."""
     folder = Path(folder)
     if (folder / NEW_FOLDER).is_dir():
         with folder_lock(folder, SAVE_WAIT_SECONDS):
@@ -110,8 +110,7 @@ def finish_save(folder: str | os.PathLike) -> None:
 
 
 def current_files(folder: Path) -> Path:
-    """The folder of the model's files: NEW_FOLDER if the writer was killed while linking, as some files in `folder` are
-    then old."""
+    """The folder of the model's files: NEW_FOLDER if the writer was killed while linking, otherwise `folder`."""
     return folder / NEW_FOLDER if (folder / NEW_FOLDER).is_dir() else folder
 
 
@@ -134,7 +133,7 @@ def _switch(folder: Path) -> None:
 
 
 def link(file: Path, target: Path) -> None:
-    """Makes `target` the same file as `file` (a hard link, or a copy where the file system makes none), atomically."""
+    """Makes `target` the same file as `file`, atomically: a hard link, or a copy if the file system has no links."""
     temporary = temporary_name(target)
     try:
         os.link(file, temporary)

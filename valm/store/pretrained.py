@@ -1,4 +1,4 @@
-"""Opens models and tokenizers of transformers: without code of others, from their own folder, errors in a sentence."""
+"""Opens models and tokenizers of transformers: without foreign code, only from their folder, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ REMEDY = "save the model again"
 
 
 class _Index(TypedDict):
-    """The keys of model.safetensors.index.json that are read here."""
+    """The keys of model.safetensors.index.json that this module reads."""
 
     weight_map: dict[str, PathText]
 
 
 def from_pretrained(loader: Any, source: str | os.PathLike, what: str, remedy: str = "", **options: Any) -> Any:
-    """`loader.from_pretrained(source)` of a class of transformers, which never runs code that `source` brings along.
+    """`loader.from_pretrained(source)` of a class of transformers, without running code from `source`.
 
     Args:
-        source: a folder, which is checked before anything in it is opened, or a name on the Hugging Face Hub.
-        what, remedy: name it in the error, and what to do.
+        source: a folder, which is checked before its files are opened, or a name on the Hugging Face Hub.
+        what, remedy: what the source is, and what to do, for the error.
         options: such as gguf_file (`gguf_option`).
 
     Raises:
-        ValmError: it cannot be read, needs code of its own, or names files outside of its folder.
+        ValmError: the source cannot be read, needs its own code, or names files outside of its folder.
     """
     with library_errors(what, remedy), quiet_transformers():
         if Path(source).is_dir():
             check_folder(Path(source))
-        elif os.path.isabs(source) or os.fspath(source).startswith("."):  # no name on the hub
+        elif os.path.isabs(source) or os.fspath(source).startswith("."):  # not a name on the hub
             raise ValmError(f"{what} cannot be read: there is no folder {source}{remedy}")
         return loader.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def gguf_option(source: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, str]]:
-    """`source`, or the folder or the name on the Hugging Face Hub in which it is a GGUF file, and the option of
-    `from_pretrained` that names this."""
+    """`source` without options; or, if it is a GGUF file, its folder or name on the Hugging Face Hub, and the option of
+    `from_pretrained` that names the file."""
     if not os.fspath(source).endswith(".gguf") or Path(source).is_dir():
         return source, {}
     folder, file = os.path.split(source)
@@ -55,14 +55,10 @@ def gguf_option(source: str | os.PathLike) -> tuple[str | os.PathLike, dict[str,
 
 
 def check_folder(folder: Path) -> None:
-    """Checks the names of weights that the files in the folder of a model give.
-
-    Raises:
-        ValmError: one leads out of the folder.
-    """
+    """Raises ValmError if the files of a model's folder name weights outside of it."""
     if (folder / CONFIG_FILE).is_file():
         config = read_json(folder / CONFIG_FILE, "the config", dict[str, Any], REMEDY)
-        # a file, or what a model of our own says to other classes
+        # a file name, or a remark for other classes in our own models
         _check_inside(folder / CONFIG_FILE, str(config.get("transformers_weights")))
     for index in folder.glob("*.index.json"):
         for name in read_json(index, "the index of weights", _Index, REMEDY)["weight_map"].values():
@@ -79,7 +75,7 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turns the many errors that transformers and tokenizers raise for damaged files into a ValmError of one sentence.
 
     Raises:
-        ValmError: the block raised an error, but not for want of memory, or panicked in Rust.
+        ValmError: the block raised an error (other than a MemoryError), or panicked in Rust.
     """
     try:
         yield
@@ -89,14 +85,14 @@ def library_errors(what: str, remedy: str = "") -> Iterator[None]:
         if is_out_of_memory(error) or (not isinstance(error, Exception) and not is_panic(error)):
             raise
         if "trust_remote_code" in str(error):
-            raise ValmError(f"{what} needs code of its own (auto_map), which is not run") from error
+            raise ValmError(f"{what} needs code of its own (auto_map), which valm does not run") from error
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValmError(f"{what} cannot be read: {one_line(first_line)}{remedy}") from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' progress bar for every file and its table of weights that do not fit."""
+    """Hides transformers' progress bars and its table of weights that do not fit."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Compares the settings that a folder was made with before with those it is to be continued with."""
+"""Compares the settings that a folder was made with and the settings of a run that continues it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def check_same(
     remedy: str,
     named: Callable[[str], str] = str,
 ) -> None:
-    """Checks that what a folder holds was made with the settings of now.
+    """Checks that the content of a folder was made with the current settings.
 
     Args:
-        holds: the folder and what is in it, as the error's beginning.
-        there, here: the settings noted in the folder, as JSON has them, and those of now.
-        named: what a user calls a setting.
+        holds: the folder and its content, as the beginning of the error.
+        there, here: the settings noted in the folder, as JSON, and the current settings.
+        named: a user's name for a setting.
 
     Raises:
-        ValmError: they differ; it names the first one of `here` that does.
+        ValmError: settings differ; the message names the first one.
     """
     now = json.loads(json.dumps(here))
     for name in dict.fromkeys([*now, *there]):

@@ -1,13 +1,13 @@
-"""Folders of numbered shards, written by one process or many, and resumed after any of them was killed.
+"""Folders of numbered shards, written by one process or many, and resumed after a process was killed.
 
     build.json           the plan: everything the result depends on; only while the folder is unfinished
     shard-00000.arrow    a table of one record batch in Arrow's file format, memory-mapped when read
-    shard-00000.json     the record of that shard: its size and checksum, a hash of what it was made of, and what the
-                         kind of folder adds; only while the folder is unfinished
-    manifest.json        the plan, the record of every shard, and a checksum of all this; only when it is finished
+    shard-00000.json     the record of the shard: its size and checksum, a hash of its source, and facts that the kind
+                         of folder adds; only while the folder is unfinished
+    manifest.json        the plan, the record of every shard, and a checksum of both; only in a finished folder
 
-A shard is the unit of work. It depends on the plan and on its own part of the source alone, so shards can be written in
-any order and anywhere that sees the folder, and one that was begun twice is the same shard.
+A shard is the unit of work. It depends only on the plan and on its part of the source. So shards can be written in any
+order, on any machine that sees the folder, and a shard that was begun twice is the same shard.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DELETE = "delete it or choose another folder"
 
 
 class Record(TypedDict):
-    """The record of a shard of any content."""
+    """The entries that the record of every shard contains."""
 
     content: str
     bytes: Count
@@ -54,13 +54,13 @@ class Record(TypedDict):
 
 
 class Plan(TypedDict):
-    """The content of BUILD_FILE, and a part of a manifest."""
+    """The content of BUILD_FILE, which is also a part of the manifest."""
 
     plan: dict[str, Any]
 
 
 class Manifest(Plan):
-    """The manifest of a finished folder of any content."""
+    """The entries that the manifest of every finished folder contains."""
 
     format: str
     version: int
@@ -72,35 +72,35 @@ class Progress(Protocol):
     """Receives the progress of a shard."""
 
     def begin(self, units: int) -> None:
-        """Reports that a shard of this many units of work was begun."""
+        """Reports that a shard with this many units of work was begun."""
 
     def advance(self, units: int, skipped: int = 0) -> None:
         """Reports that this many more units are done, of which `skipped` could not be read."""
 
 
 class Part(NamedTuple):
-    """What becomes one shard: `source`, which can be pickled, and a hash of its `content`."""
+    """The source of one shard: `source`, which can be pickled, and a hash of its `content`."""
 
     content: str
     source: Any
 
 
-# Makes a shard's table from its part's source, and the entries that its record gets besides.
+# Makes a shard's table from its part's source, and further entries for its record.
 Work = Callable[[Any, Progress], tuple[pa.Table, dict[str, Any]]]
-# Runs a task for numbered parts: here, or on other machines (valm/store/ray.py).
+# Writes a numbered part, here or on another machine (valm/store/ray.py).
 Task = Callable[[int, Part, Progress], None]
 Runner = Callable[[Task, Iterable[tuple[int, Part]], Progress], None]
 
 
 def run_here(task: Task, parts: Iterable[tuple[int, Part]], progress: Progress) -> None:
-    """One shard after the other, in this process."""
+    """Writes one shard after the other, in this process."""
     for number, part in parts:
         task(number, part, progress)
 
 
 class ProgressBar:
-    """Rate and time left over `shards` shards (None = unknown), of which `done` were written before. Their sizes are
-    known only once they begin: the total is estimated from those begun so far."""
+    """Shows rate and time left over `shards` shards (None = unknown), of which `done` were written before. A shard's
+    size is known only when it begins, so the total is estimated from the shards begun so far."""
 
     def __init__(self, description: str, unit: str, shards: int | None, shown: bool):
         self.shards = shards
@@ -133,9 +133,9 @@ def sharded_build(
     """The folder `out`, locked, in which the block writes shards.
 
     Args:
-        out: new, empty, or holding the build of the same plan, finished or not.
+        out: a new or empty folder, or a build of the same plan, finished or not.
         what: what the folder will be, for errors.
-        plan: everything the result depends on besides the content of the source, as JSON.
+        plan: everything the result depends on except the content of the source, as JSON.
         record: the schema of a shard's record, a `Record`.
 
     Raises:
@@ -148,9 +148,9 @@ def sharded_build(
 
 
 class ShardedBuild:
-    """A folder of shards, finished or being written; arguments and errors as in `sharded_build`, which locks it.
+    """A folder of shards, finished or being written. Arguments and errors are those of `sharded_build`, which locks it.
 
-    since: when the plan that was there already was written, in seconds since 1970; None in a new folder.
+    since: when an existing plan was written, in seconds since 1970; None in a new folder.
     """
 
     def __init__(self, out: Path, what: str, plan: dict[str, Any], record: type):
@@ -161,10 +161,10 @@ class ShardedBuild:
         if self.finished:
             manifest = read_manifest(out, Plan)
             check_seal(manifest, out / MANIFEST_FILE)
-            # before the schema, which another version's records do not match
+            # before the schema check, which records of another version would fail
             check_same(f"{out} holds another {what}", manifest["plan"], plan, "choose another folder")
             self._finished_records = dict(enumerate(read_manifest(out, Manifest)["shards"]))
-            self._remove_state()  # where it was killed between its last steps
+            self._remove_state()  # if the build was killed between its last steps
         elif self.since is not None:
             check_own(out / BUILD_FILE)
             state = read_json(out / BUILD_FILE, f"the state of an unfinished {what}", Plan, DELETE)
@@ -172,15 +172,11 @@ class ShardedBuild:
         else:
             remove_leftovers(out)
             if others := sorted(file.name for file in out.iterdir() if not is_temporary(file.name)):
-                raise ValmError(f"the output folder {out} is not empty (it has {others[0]}); choose another")
+                raise ValmError(f"the output folder {out} is not empty (it contains {others[0]}): choose another")
             write_json(out / BUILD_FILE, {"plan": plan})
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The record of every finished shard, by number.
-
-        Raises:
-            ValmError: one is damaged, or its file is.
-        """
+        """The record of every finished shard, by number. Raises ValmError if a record or shard is damaged."""
         if self.finished:
             return self._finished_records
         records = {}
@@ -191,27 +187,27 @@ class ShardedBuild:
         return records
 
     def link(self, shards: Iterable[tuple[Path, Mapping[str, Any]]]) -> None:
-        """Makes the first shards those of other folders, each a file with its record: as hard links, or as copies where
-        the file system makes none."""
+        """Takes shards of other folders, each a file with its record, as the first shards: as hard links, or as copies
+        if the file system has no links."""
         done = self.done()
         for number, (file, record) in enumerate(shards):
             if number in done:
                 continue
             target = shard_file(self.out, number)
-            target.unlink(missing_ok=True)  # of a run that was killed
+            target.unlink(missing_ok=True)  # left by a killed run
             try:
                 os.link(file.resolve(), target)
-            except OSError:  # another file system, one without links, or a file of somebody else
+            except OSError:  # another file system, a file system without links, or another user's file
                 with atomic_path(target) as temporary:
                     shutil.copyfile(file, temporary)
             sync_folder(self.out)
             write_json(_record_file(self.out, number), record)
 
     def write(self, work: Work, parts: Iterable[Part], run: Runner, bar: ProgressBar, first: int = 0) -> None:
-        """Writes the missing shards, of all `parts` of the source, the first of which is shard number `first`.
+        """Writes the missing shards. `parts` is the whole source, whose first part is shard number `first`.
 
         Raises:
-            ValmError: a part is not what a finished shard was made of.
+            ValmError: a part has changed since its shard was written.
         """
         bar.done = len(self.done())
         run(partial(write_shard, self.out.absolute(), work), self._missing(parts, first), bar)
@@ -234,15 +230,15 @@ class ShardedBuild:
         )
 
     def finish(self, **manifest: Any) -> None:
-        """Writes the manifest with these entries, the plan and the records, which finishes the folder."""
+        """Finishes the folder: writes the manifest with these entries, the plan and the records."""
         shards = [record for _, record in sorted(self.done().items())]
         whole = {"format": f"valm {self.what}", **manifest, "plan": self.plan, "shards": shards}
         write_json(self.out / MANIFEST_FILE, sealed(whole))
         self._remove_state()
 
     def abandon(self) -> None:
-        """Removes all that was written. If killed meanwhile, it is still an unfinished build."""
-        for file in sorted(self.out.glob("shard-*"), reverse=True):  # a record goes before its table
+        """Removes everything that was written. If killed meanwhile, the folder is still an unfinished build."""
+        for file in sorted(self.out.glob("shard-*"), reverse=True):  # a record before its table
             file.unlink()
         self._remove_state()
 
@@ -267,7 +263,7 @@ def _number(file: Path) -> int:
 
 
 def write_shard(out: Path, work: Work, number: int, part: Part, progress: Progress) -> None:
-    """A task: makes shard `number` in the folder `out`."""
+    """A task that writes shard `number` in the folder `out`."""
     table, facts = work(part.source, progress)
     file = shard_file(out, number)
     with atomic_path(file) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
@@ -280,13 +276,13 @@ def read_shard(file: Path, schema: pa.Schema, rows: int, nullable: Collection[st
     """The table of a shard, memory-mapped; no file stays open.
 
     Args:
-        schema: columns of the shard that are read, a part of those that it has.
-        rows: how many rows its record says that it has.
-        nullable: the columns that may have nulls.
+        schema: the columns to read; the shard may contain more.
+        rows: the number of rows in its record.
+        nullable: the columns that may contain nulls.
 
     Raises:
-        OSError: it cannot be read, is a link out of its folder or no regular file.
-        ValmError: it is damaged, or has other columns, another number of rows or nulls in another column.
+        OSError: the file cannot be read, is a link out of its folder or not a regular file.
+        ValmError: the file is damaged, or has other columns, another number of rows or unexpected nulls.
     """
     check_own(file)
     try:
@@ -295,15 +291,15 @@ def read_shard(file: Path, schema: pa.Schema, rows: int, nullable: Collection[st
             found = pa.schema([field for field in reader.schema if field.name in schema.names])
             if not found.equals(schema):
                 raise ValueError(f"it has {reader.schema}, expected {schema}")
-            # pyarrow's own choice of columns copies them instead of mapping them
+            # if pyarrow chooses columns itself, it copies them instead of mapping them
             table = reader.read_all().select(schema.names)
-        table.validate(full=True)  # or damaged offsets would be followed
+        table.validate(full=True)  # otherwise damaged offsets would be followed
         if len(table) != rows or reader.num_record_batches > 1:
             raise ValueError(f"it has {len(table)} rows, expected {rows} in one batch")
         for name in schema.names:
             if name not in nullable and _has_nulls(column_of(table, name)):
-                raise ValueError(f"its {name} has nulls")
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8, for one
+                raise ValueError(f"its {name} contains nulls")
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: for example names that are not UTF-8
         if is_transient(error):
             raise
         raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
@@ -311,27 +307,23 @@ def read_shard(file: Path, schema: pa.Schema, rows: int, nullable: Collection[st
 
 
 def _has_nulls(array: pa.Array) -> bool:
-    """Whether `array` has nulls, or what its lists hold."""
+    """Whether `array` or its lists contain nulls."""
     return array.null_count > 0 or (pa.types.is_nested(array.type) and _has_nulls(array.values))
 
 
 def column_of(table: pa.Table, name: str) -> pa.Array:
-    """A column of a shard, not copied."""
+    """A column of a shard, without a copy."""
     column = table[name]
     return column.chunk(0) if column.num_chunks else pa.array([], column.type)
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content`, a JSON object, with the checksum of its other entries, which `check_seal` compares."""
+    """`content`, a JSON object, with a checksum of its entries, which `check_seal` compares."""
     return {**content, "sha256": json_sha256(content)}
 
 
 def check_seal(content: Mapping[str, Any], path: Path, remedy: str = "make it again") -> None:
-    """Checks that `content`, read from `path`, is as `sealed` made it.
-
-    Raises:
-        ValmError: an entry has changed, or the checksum itself.
-    """
+    """Raises ValmError if `content`, read from `path`, has changed since `sealed`."""
     if content.get("sha256") != json_sha256(content):
         raise ValmError(f"{path} is damaged: it differs from its own checksum; {remedy}")
 
@@ -343,7 +335,7 @@ def totals(records: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[s
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any], progress: bool) -> list[str]:
-    """The names of those files whose content is not what the manifest of `folder` lists. Reads all."""
+    """The names of files whose content differs from the manifest of `folder`. Reads all files."""
     records = manifest["shards"]
     bar = progress_bar(enumerate(records), total=len(records), desc="verify", unit=" files", shown=progress)
     files = ((shard_file(folder, number), record) for number, record in bar)
@@ -363,11 +355,11 @@ def _check_sizes(folder: Path, records: Mapping[int, Mapping[str, Any]], what: s
 
 
 def read_manifest(folder: Path, schema: Any = dict[str, Any]) -> dict[str, Any]:
-    """The manifest of `folder`, which has its own checksum.
+    """The manifest of `folder`, which contains its own checksum.
 
     Raises:
-        OSError: it cannot be read, or is a link out of its folder or no regular file.
-        ValmError: it is no JSON, or does not match the schema.
+        OSError: the manifest cannot be read, or is a link out of its folder or not a regular file.
+        ValmError: the manifest is not JSON or does not match the schema.
     """
     check_own(folder / MANIFEST_FILE)
     manifest: dict[str, Any] = read_json(folder / MANIFEST_FILE, "the manifest", schema)
@@ -377,21 +369,21 @@ def read_manifest(folder: Path, schema: Any = dict[str, Any]) -> dict[str, Any]:
 def open_manifest(
     path: Path, what: str, version: int, command: str, schema: type = Manifest, sums: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The manifest of the folder `path`, which is a `what` of format `version` that `command` makes.
+    """The manifest of the folder `path`, a `what` of format `version` made by `command`.
 
-    Checks format, version, the rest of `schema` (a `Manifest`), its own checksum, that its entries `sums` are the sums
-    over its shards, and the size of every file.
+    Checks format, version, `schema` (a `Manifest`), the checksum, the entries `sums` against the sums over all shards,
+    and the size of every file.
 
     Raises:
-        OSError: it cannot be read, or a file is a link out of the folder or no regular file.
+        OSError: the manifest cannot be read, or a file is a link out of the folder or not a regular file.
         ValmError: a check failed; the message names the file.
     """
     if not path.is_dir():
         raise ValmError(f"no {what} at {path}: there is no such folder")
     if not (path / MANIFEST_FILE).exists():
         if (path / BUILD_FILE).exists():
-            raise ValmError(f"the {what} {path} is unfinished; run `{command}` again, it resumes where it stopped")
-        raise ValmError(f"{path} is not a {what}: it has no {MANIFEST_FILE}; make one with `{command}`")
+            raise ValmError(f"the {what} {path} is unfinished: run `{command}` again, it resumes where it stopped")
+        raise ValmError(f"{path} is not a {what}: it has no {MANIFEST_FILE}. Make one with `{command}`")
     noted = read_manifest(path)
     if noted.get("format") != f"valm {what}":
         raise ValmError(f"{path / MANIFEST_FILE} is not the manifest of a {what}")

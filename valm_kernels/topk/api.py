@@ -52,33 +52,38 @@ def ip_topk(
     allowed: Tensor | np.ndarray | None = None,
     impl: str = "auto",
 ) -> TopK | NumpyTopK:
-    """The k database rows of largest inner product for each query: exact, and identical on every implementation.
+    """The k database rows with the largest inner product for each query, exact and identical on every implementation.
 
-    The score is the sum of the products in float64 in one fixed order, rounded to float32
-    (`valm_kernels.topk.reference.exact_scores`). For repeated searches a `FlatIPIndex` is faster: this function
-    prepares the database in every call. Scores have no gradient, as if queries and database were detached.
+    A score is the sum of the products in float64 in one fixed order, rounded to float32
+    (`valm_kernels.topk.reference.exact_scores`). Each call prepares the database, so a `FlatIPIndex` is faster for
+    repeated searches. Scores have no gradient.
 
     Args:
         queries: (..., E) float32, float16 or bfloat16; any number, including none.
-        database: (N, E), same dtypes, same device; E from 8 to 2048. A row with NaN or infinity raises on the CPU; a
-            CUDA search never returns it. Or several databases of one size, such as the keys of each head: (..., N, E)
-            with queries (..., Q, E), and results (..., Q, k). On the CPU each thread then searches databases of its
-            own, if there are at least as many as threads.
-        k: 1 to 1024, at most N; above 128 a CUDA search reads the database again for every 3 or 4 queries.
-        allowed: the rows that may be returned, on the device of the database: (N,) bool, or their numbers (n,) int64.
-            With fewer than k of them results are padded with index −1 and score −inf. On a CUDA device numbers out of
-            range are undefined.
-        impl: "auto" (by device; on CUDA without native code for it "matmul"), "cpu", "cuda", "matmul" (on any device:
-            matrix products in PyTorch, and exact scores of what may be among the best) or "reference" (plain PyTorch).
+        database: (N, E), same dtypes, same device; E from 8 to 2048. Several databases of one size, such as the keys
+            of each head, are (..., N, E), with queries (..., Q, E) and results (..., Q, k). A row with NaN or infinity
+            raises on the CPU; a CUDA search never returns it.
+        k: 1 to 1024, at most N. Above 128, a CUDA search reads the database again for every 3 or 4 queries.
+        allowed: the rows that may be returned, on the device of the database: flags (N,) bool, or row numbers (n,)
+            int64. If fewer than k rows are allowed, results are padded with index −1 and score −inf. On CUDA, row
+            numbers out of range are undefined behaviour.
+        impl: "auto" (by device), "cpu", "cuda", "matmul" (PyTorch's matrix products on any device, then exact scores
+            of the candidates) or "reference" (plain PyTorch). On CUDA without native code, "auto" uses "matmul".
 
     Returns:
-        A `TopK`, or a `NumpyTopK` for arrays: scores (..., k) float32 and indices (..., k) int64, best first; of equal
-        scores the row with the lower number comes first.
+        A `TopK`, or a `NumpyTopK` for numpy queries: scores (..., k) float32 and indices (..., k) int64, best first.
+        Of equal scores the row with the lower number comes first.
 
     Raises:
-        TypeError: a wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: a wrong shape, device, k or impl, or a row that is not finite; the message says which.
         ImportError: the native code that `impl` needs is not built.
+
+    Example:
+        >>> queries, database = torch.eye(8)[:2], torch.eye(8)
+        >>> valm_kernels.ip_topk(queries, database, k=1).indices
+        tensor([[0],
+                [1]])
     """
     rows = as_tensor(database, "database")
     check_database(rows, several=True)
@@ -99,9 +104,8 @@ def ip_scores(
 ) -> Tensor:
     """The exact scores of (query, row) pairs, to rerank candidates from another search.
 
-    They equal those of `ip_topk` bit for bit. Pairs sorted by row are read fastest. On the CPU a contiguous database is
-    not copied, and only the named rows are read; on other devices the reference implementation runs. Scores have no
-    gradient.
+    Scores equal those of `ip_topk` bit for bit and have no gradient. On the CPU only the named rows of a contiguous
+    database are read, fastest if pairs are sorted by row. On other devices the reference implementation runs.
 
     Args:
         queries: (Q, E) float32, float16 or bfloat16.
@@ -109,13 +113,18 @@ def ip_scores(
         query_ids, row_ids: (n,) int64: pair i is queries[query_ids[i]] and database[row_ids[i]].
 
     Returns:
-        (n,) float32. A score is not finite where its query or row is not.
+        (n,) float32. A score is not finite if its query or row is not.
 
     Raises:
-        TypeError: a wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: a wrong shape or device, or an id out of range; the message says which.
         ImportError: the native code is not built.
         NotImplementedError: on the CPU, inside a transform of torch.func.
+
+    Example:
+        >>> rows = torch.eye(8)
+        >>> valm_kernels.ip_scores(rows[:1], rows, torch.tensor([0, 0]), torch.tensor([0, 1]))
+        tensor([1., 0.])
     """
     rows = as_tensor(database, "database")
     check_database(rows)
@@ -128,7 +137,7 @@ def ip_scores(
     check_ids(query_ids, len(flat), rows.device, "query_ids")
     check_ids(row_ids, len(rows), rows.device, "row_ids")
     if len(query_ids) != len(row_ids):
-        raise ValueError(f"query_ids has {len(query_ids)} ids, row_ids {len(row_ids)}: a pair has one of each")
+        raise ValueError(f"query_ids has {len(query_ids)} ids and row_ids {len(row_ids)}, expected as many in each")
     compute = cpu.pair_scores if rows.device.type == "cpu" else reference.pair_scores
     return compute(flat, rows, query_ids, row_ids)
 
@@ -144,8 +153,8 @@ def search(
     streamed: bool = False,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dispatches checked arguments: scores and indices (..., k) of queries (..., E). With `streamed`, the rows stay in
-    host memory and are searched on the queries' device.
+    """Dispatches checked arguments: scores and indices (..., k) of queries (..., E). If `streamed`, the rows stay in
+    host memory and are copied in chunks to the queries' device.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, expected one of {', '.join(IMPLS)}")

@@ -1,6 +1,4 @@
-"""Argument checks shared by `ip_topk` and `FlatIPIndex`: each error names the argument, what came and what was
-expected.
-"""
+"""Argument checks of `ip_topk` and `FlatIPIndex`: each error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 
 MAX_TOPK = 1024
 MIN_DIM, MAX_DIM = 8, 2048
-# Rows are counted in 32 bits; a larger database needs several indexes and `merge_topk`.
+# Row numbers have 32 bits. A larger database needs several indexes and `merge_topk`.
 MAX_ROWS = 2**31 - 1
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Values per step of a scan over a whole tensor (4 MiB of float32).
@@ -23,7 +21,7 @@ SCAN_VALUES = 1 << 20
 
 
 def is_array(value: Any) -> TypeGuard[np.ndarray]:
-    """Whether `value` is a numpy array. Who has one has imported numpy; without numpy there are none."""
+    """Whether `value` is a numpy array, without importing numpy."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
@@ -39,18 +37,16 @@ def as_tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
     if not is_array(value):
         raise TypeError(f"{name} must be a torch tensor or a numpy array, but is a {type(value).__name__}")
     if hasattr(value, "mask"):  # numpy.ma
-        raise TypeError(f"{name} has a mask, which a search does not see: fill it, or name rows by allowed")
+        raise TypeError(f"{name} has a mask, which a search ignores: fill it, or pass allowed")
     if value.dtype.kind not in "fi" or not value.dtype.isnative:
-        raise TypeError(
-            f"{name} must hold floating-point numbers (or int64, where they are ids), but has numpy dtype {value.dtype}"
-        )
+        raise TypeError(f"{name} must hold floating-point numbers (ids: int64), but has numpy dtype {value.dtype}")
     if not all(stride > 0 for stride in value.strides) or not value.flags.writeable:
         return _read_only_tensor(value)
     return torch.from_numpy(value)
 
 
 def _read_only_tensor(array: np.ndarray) -> Tensor:
-    """A tensor over a read-only array (a memory-mapped file), without torch's warning: it is never written."""
+    """A tensor over a read-only array (a memory-mapped file), without torch's warning. It is never written."""
     import numpy as np
 
     array = np.ascontiguousarray(array)
@@ -70,11 +66,11 @@ class _Memory:
 def check_float(tensor: Tensor, name: str) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {expected}; convert it first")
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {expected}: convert it first")
 
 
 def check_database(database: Tensor, several: bool = False) -> None:
-    """A database (N, E), or with `several` perhaps (..., N, E)."""
+    """Checks a database (N, E), or with `several` also (..., N, E)."""
     if database.dim() != 2 and not (several and database.dim() > 2):
         expected = "(N, E) or (..., N, E)" if several else "(N, E)"
         raise ValueError(f"database must have shape {expected}, but has shape {tuple(database.shape)}")
@@ -82,7 +78,7 @@ def check_database(database: Tensor, several: bool = False) -> None:
     if database.shape[:-1].numel() == 0:
         raise ValueError("database is empty: it has no rows to search")
     if rows > MAX_ROWS:
-        raise ValueError(f"database has {rows} rows, at most {MAX_ROWS} fit; split it and join by merge_topk")
+        raise ValueError(f"database has {rows} rows, at most {MAX_ROWS} fit: split it and join results by merge_topk")
     if not MIN_DIM <= dim <= MAX_DIM:
         raise ValueError(f"database has E = {dim}, expected {MIN_DIM} to {MAX_DIM}")
 
@@ -92,7 +88,7 @@ def check_queries(queries: Tensor, dim: int, device: torch.device) -> None:
     if queries.dim() == 0 or queries.shape[-1] != dim:
         raise ValueError(f"queries must have shape (..., {dim}) as the database, but have {tuple(queries.shape)}")
     if queries.device != device:
-        raise ValueError(f"queries are on {queries.device}, the database is on {device}; move one of them")
+        raise ValueError(f"queries are on {queries.device}, the database is on {device}: move one of them")
 
 
 def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: int) -> None:
@@ -106,36 +102,36 @@ def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: 
 
 
 def check_queries_of_each(queries: Tensor, databases: Tensor, allowed: object) -> None:
-    """Queries (..., Q, E) of databases (..., N, E)."""
+    """Checks queries (..., Q, E) of databases (..., N, E)."""
     leading = databases.shape[:-2]
     if queries.dim() != databases.dim() or queries.shape[:-2] != leading:
         shape = ", ".join(map(str, (*leading, "Q", databases.shape[-1])))
         raise ValueError(
-            f"queries must have shape ({shape}), some for each database of {tuple(databases.shape)}, but have "
+            f"queries must have shape ({shape}), Q queries for each database of {tuple(databases.shape)}, but have "
             f"{tuple(queries.shape)}"
         )
     if allowed is not None:
-        raise ValueError("allowed names the rows of one database (N, E), but there are several")
+        raise ValueError("allowed names rows of one database (N, E), but there are several: search them one by one")
 
 
 def check_ids(ids: Tensor, count: int, device: torch.device, name: str) -> None:
-    """Ids (n,) int64 from 0 to count - 1, on `device`."""
+    """Checks ids (n,) int64 from 0 to count - 1, on `device`."""
     if ids.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {ids.dtype}, expected int64")
     if ids.dim() != 1:
         raise ValueError(f"{name} must have shape (n,), but has shape {tuple(ids.shape)}")
     if ids.device != device:
-        raise ValueError(f"{name} is on {ids.device}, the database is on {device}; move one of them")
+        raise ValueError(f"{name} is on {ids.device}, the database is on {device}: move one of them")
     if len(ids) and not (ids.min() >= 0 and ids.max() < count):
         raise ValueError(f"{name} must be from 0 to {count - 1}, but goes from {int(ids.min())} to {int(ids.max())}")
 
 
 def distinct_ids(ids: Tensor | np.ndarray, rows: int) -> Tensor:
-    """The rows' own numbers (N,) int64.
+    """A copy of the ids of rows, (N,) int64.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, or numbers that are negative or not distinct.
+        ValueError: a wrong shape, or ids that are negative or not distinct.
     """
     found = as_tensor(ids, "ids")
     if found.dtype != torch.int64:
@@ -144,10 +140,10 @@ def distinct_ids(ids: Tensor | np.ndarray, rows: int) -> Tensor:
         raise ValueError(f"ids must have shape ({rows},), one for each row, but has {tuple(found.shape)}")
     ordered = found.sort().values
     if rows and ordered[0] < 0:
-        raise ValueError(f"ids has {int(ordered[0])}, but must not be negative: -1 stands for no row")
+        raise ValueError(f"ids contains {int(ordered[0])}, but must not be negative: -1 stands for no row")
     same = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(same):
-        raise ValueError(f"ids has {int(same[0])} more than once")
+        raise ValueError(f"ids contains {int(same[0])} more than once")
     return found.clone()
 
 
@@ -169,11 +165,11 @@ def allowed_rows(
         allowed = torch.from_numpy(allowed.copy())
     found = as_tensor(allowed, what)
     if found.dtype not in (torch.bool, torch.int64):
-        raise TypeError(f"{what} has dtype {found.dtype}, expected bool (a flag a row) or int64 (numbers of rows)")
+        raise TypeError(f"{what} has dtype {found.dtype}, expected bool (a flag a row) or int64 (row numbers)")
     if found.dim() != 1 or (found.dtype == torch.bool and len(found) != rows):
         raise ValueError(f"{what} must have shape ({rows},) bool or (n,) int64, but has shape {tuple(found.shape)}")
     if found.device != device:
-        raise ValueError(f"{what} is on {found.device}, the database is on {device}; move one of them")
+        raise ValueError(f"{what} is on {found.device}, the database is on {device}: move one of them")
     if found.dtype == torch.bool:
         return found
     if device.type == "cpu":
@@ -185,12 +181,12 @@ def check_finite(rows: Tensor, what: str) -> None:
     """Checks that rows (N, E) are finite.
 
     Raises:
-        ValueError: a row holds NaN or infinity; the message has the number of the first one.
+        ValueError: a row holds NaN or infinity; the message names the first such row.
     """
     step = max(1, SCAN_VALUES // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
-        # a NaN or infinity always shows in the sum, but the sum may also overflow without one
+        # NaN and infinity always show in the sum, but finite rows may overflow too
         if not part.sum(dtype=torch.float32).isfinite():
             broken = ~part.isfinite().all(1)
             if broken.any():

@@ -21,11 +21,11 @@ STATS = 4
 
 
 class PackedRows(NamedTuple):
-    """Input of the first pass: the centred rows at 8 bits an element; see csrc/topk/cpu/first_pass.hpp.
+    """Input of the first pass: the centred rows at 8 bits an element (csrc/topk/cpu/first_pass.hpp).
 
     codes (panels, ceil(E / 4), 32, 4) uint8 · stats (panels, 4, 32) float32 · frame (2, E) float32, the centre and
-    the axis. Of equal rows only the first is packed; first_rows (packed rows,) int32 and next_duplicate (N,) int32
-    lead to the others.
+    the axis. Equal rows are packed once: first_rows (packed rows,) int32 and next_duplicate (N,) int32 lead to the
+    duplicates.
     """
 
     codes: Tensor
@@ -86,10 +86,10 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> PackedRows:
 
 @survives_fork
 def extend(packed: PackedRows, count: int, rows: Tensor, row_scale: Tensor | None) -> PackedRows:
-    """The packed copy of contiguous rows (N, E), of which `packed` has the first `count`.
+    """The packed copy of contiguous rows (N, E) whose first `count` rows are in `packed`.
 
-    Only the others are packed, around the centre of the first ones. Of these, none is taken as equal to one of the
-    first: that costs time where many are, and changes no answer.
+    Packs only the new rows, around the centre of the old ones. A new row that equals an old one is packed too, which
+    costs time if there are many and changes no result.
 
     Raises:
         ValueError: a row is not finite; the message has its number.
@@ -112,7 +112,7 @@ def extend(packed: PackedRows, count: int, rows: Tensor, row_scale: Tensor | Non
 
 
 def _equal_rows(rows: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """`PackedRows.first_rows` and next_duplicate, and how many different rows there are."""
+    """`PackedRows.first_rows` and next_duplicate, and the number of different rows."""
     first_rows = rows.new_empty(len(rows), dtype=torch.int32)
     next_duplicate = torch.empty_like(first_rows)
     native_rows = _native_rows(rows, row_scale)
@@ -123,14 +123,14 @@ def _equal_rows(rows: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 def _empty_panels(count: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and stats of so many packed rows of the width of `rows`."""
+    """Codes and stats for `count` packed rows of the width of `rows`."""
     panels = -(-count // PANEL_ROWS)
     codes = rows.new_empty(panels, -(-rows.shape[1] // 4), PANEL_ROWS, 4, dtype=torch.uint8)
     return codes, rows.new_empty(panels, STATS, PANEL_ROWS, dtype=torch.float32)
 
 
 def _pack(rows: Tensor, row_scale: Tensor | None, packed: PackedRows, first_panel: int) -> None:
-    """Fills the panels from `first_panel` on, and from 0 on the frame."""
+    """Fills the panels from `first_panel` on, and if that is 0 also the frame."""
     native_packed = _native_packed_rows(packed, len(rows))
     broken_row = native().pack(
         _native_rows(rows, row_scale), native_packed, first_panel, cpu_isa(), torch.get_num_threads()
@@ -147,10 +147,10 @@ def search(
     k: int,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows, or those that allowed (N,) bool names; without
-    `packed` the search packs and checks them block by block.
+    """Scores and indices (Q, k) of queries (Q, E) over contiguous rows, or over the rows in allowed (N,) bool.
 
-    Of n databases, rows (n, N, E) without `packed` and `allowed`, (n, Q, k) of queries (n, Q, E).
+    Without `packed`, the search packs and checks the rows block by block. It then also takes n databases (n, N, E),
+    without `allowed`, with queries (n, Q, E) and results (n, Q, k).
     """
     queries = queries.float().contiguous()
     # a name, because the native code reads it after this expression
@@ -178,7 +178,7 @@ def search(
 def pair_scores(queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor) -> Tensor:
     """Scores (n,) of the queries (Q, E) and rows (N, E) that the ids (n,) name."""
     queries = queries.float().contiguous()
-    if missing := -queries.shape[1] % EXACT_LANES:  # the kernels read a query in steps of so many numbers
+    if missing := -queries.shape[1] % EXACT_LANES:  # the kernels read a query in steps of EXACT_LANES numbers
         queries = torch.nn.functional.pad(queries, (0, missing))
     rows, query_ids, row_ids = rows.contiguous(), query_ids.contiguous(), row_ids.contiguous()
     scores = queries.new_empty(len(row_ids))

@@ -1,5 +1,5 @@
-"""Exact top-K inner product search on CUDA devices: csrc/topk/cuda/kernel.cuh, called on torch's current stream; where
-the native code has no CUDA part, matmul.py in PyTorch.
+"""Exact top-K inner product search on CUDA devices: calls csrc/topk/cuda/kernel.cuh on torch's current stream. If the
+native code was built without CUDA, matmul.py searches in PyTorch.
 
 The host never waits for the device and all memory comes from torch, so a search can be captured in a CUDA graph. The
 tests run the kernels without a GPU, as plain C++: tests/csrc/topk/cuda/.
@@ -20,14 +20,14 @@ from . import matmul
 from .cpu import DTYPE_NAMES
 from .result import topk_of_each
 
-# The kernels load 16 bytes at once: so many elements of int8 rows, and rows of one length for all dtypes.
+# The kernels load 16 bytes at once: 16 elements of int8 rows. Other dtypes are padded alike.
 DIM_MULTIPLE = 16
-# Bounds the workspace, which grows by about 2 E + 8 KiB bytes a query, and for k above 128 by 12 KiB more.
+# Bounds the workspace, which grows by about 2 E bytes + 8 KiB a query, for k above 128 by 12 KiB more.
 QUERIES_PER_LAUNCH = 1 << 14
 
 
 def has_code(device: torch.device) -> bool:
-    """Whether the native module is there and has code for this device."""
+    """Whether the native module is built and contains code for this device."""
     try:
         module = native()
     except ImportError:
@@ -42,13 +42,13 @@ def has_code(device: torch.device) -> bool:
 
 @cache
 def _driver_takes_it() -> bool:
-    """Whether the driver runs the CUDA runtime of the native module, which may be newer than torch's. Warns if not."""
+    """Whether the driver runs the native module's CUDA runtime, which may be newer than torch's. Warns if not."""
     try:
         native().cuda_devices()
     except RuntimeError as error:
         warnings.warn(
-            f"the native CUDA code of valm_kernels cannot run ({error}), so PyTorch's matrix products search: build it "
-            "again with a CUDA toolkit that is no newer than the driver",
+            f"the native CUDA code of valm_kernels cannot run ({error}), so PyTorch's matrix products search instead. "
+            "Build it again with a CUDA toolkit that is no newer than the driver.",
             stacklevel=4,
         )
         return False
@@ -59,13 +59,13 @@ def code() -> ModuleType:
     """The native module.
 
     Raises:
-        ImportError: it has no CUDA code.
+        ImportError: the native module contains no CUDA code.
     """
     module = native()
     if not module.built_with_cuda:
         raise ImportError(
             "the native code of valm_kernels was built without CUDA: put nvcc on the PATH and build it again, or "
-            "choose impl='auto', which then searches in PyTorch"
+            "choose impl='auto', which searches in PyTorch"
         )
     return module
 
@@ -77,8 +77,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def aligned(values: Tensor) -> Tensor:
-    """(N, E) as the kernels read it: contiguous, 16-byte aligned, E padded with zeros to a multiple of 16 (which
-    changes no score). Copies only if needed.
+    """(N, E) as the kernels read it: contiguous, 16-byte aligned, E padded with zeros to a multiple of 16. The padding
+    changes no score. Copies only if needed.
     """
     missing = -values.shape[1] % DIM_MULTIPLE
     if missing:
@@ -99,7 +99,7 @@ def pack(rows: Tensor, row_scale: Tensor | None) -> RowNorms:
 
 
 def row_norms(rows: Tensor, row_scale: Tensor | None) -> Tensor:
-    """The norms of rows (N, E). A row that is not finite is marked: raising an error would wait for the device."""
+    """The norms of rows (N, E). Marks rows that are not finite, because raising an error would wait for the device."""
     rows = aligned(rows)
     norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     stream = torch.cuda.current_stream(rows.device).cuda_stream
@@ -118,10 +118,9 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k best rows (N, E) of each query (Q, E) by (score falling, index rising): scores and indices, both (Q, k).
 
-    `packed` comes from `pack`; with None the search itself finds the norms. A row that is not finite, or that allowed
-    (N,) bool excludes, is never returned; results are padded with score −inf and index −1. A query that is not finite
-    gets scores NaN and indices −1. Databases (n, N, E) of float numbers are searched one after the other, for queries
-    (n, Q, E).
+    `packed` comes from `pack`; if it is None, the search computes the norms. A row that is not finite, or that allowed
+    (N,) bool excludes, is never returned. Results are padded with score −inf and index −1. A query that is not finite
+    gets scores NaN and indices −1. Float databases (n, N, E) with queries (n, Q, E) are searched one after the other.
     """
     if rows.dim() == 3:
         return topk_of_each(lambda some, database: search(some, database, None, None, k), queries, rows)

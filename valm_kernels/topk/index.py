@@ -41,25 +41,25 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, "<u2"),
     "int8": (torch.int8, "|i1"),
 }
-# What makes the first pass's copy of the rows, by device.
+# Makes the first pass's copy of the rows, by device.
 PACKERS: dict[str, Callable[[Tensor, Tensor | None], cpu.PackedRows | cuda.RowNorms]] = {
     "cpu": cpu.pack,
     "cuda": cuda.pack,
 }
-# The memory layout that a device's kernels need; none on other devices.
+# Brings rows into the memory layout that a device's kernels need.
 LAYOUTS = {"cuda": cuda.aligned}
-# Added rows are packed around the centre of those before, until there are so many times as many. Any centre gives the
-# right answers; one far from the mean gives looser bounds.
+# Added rows are packed around the old centre until there are this many times as many rows. Any centre gives the right
+# results, but bounds are looser far from the mean.
 GROWTH = 2
-# Rows that need more than this share of a device's free memory are streamed, because a search needs memory too.
+# Rows that need more than this share of a device's free memory are streamed: a search needs memory too.
 SHARE_OF_DEVICE = 0.8
 
 
 class _Stored(NamedTuple):
-    """What an index holds at one time. A change replaces all of it at once, so no search sees half of a change.
+    """What an index holds at one time. A change replaces the whole object, so no search sees half of a change.
 
-    prepared: of the first pass; None if there is none, or until the next search makes it.
-    centred: how many rows there were when the packed rows of `prepared` got their centre.
+    prepared: input of the first pass; None if there is no first pass, or until the next search makes it.
+    centred: the number of rows when the packed rows of `prepared` got their centre.
     """
 
     rows: Tensor
@@ -73,29 +73,33 @@ class FlatIPIndex:
     """Exact top-K inner product search over stored rows.
 
     On the CPU it also stores a packed copy of the rows for a first pass (E + 16 bytes a row), which `save` writes too.
-    On a CUDA device it stores their norms (4 bytes a row), and E is padded to a multiple of 16.
+    On a CUDA device it stores their norms (4 bytes a row), and pads E to a multiple of 16.
 
-    Threads and signal handlers may share an index: any of its methods may run at once. A search returns the result over
-    the rows that it began with, `add` and `remove` run one after the other, and the first search after them prepares
-    what they left.
+    Threads and signal handlers may share an index and call any of its methods at once. A search uses the rows that were
+    stored when it began. `add` and `remove` run one after the other, and the next search prepares the new rows.
 
     Args:
-        database: (N, E) float32, float16 or bfloat16 tensor, or a numpy array, which may be memory-mapped; E from 8
-            to 2048. With the same dtype and device it is used without a copy: do not write to it while the index lives.
-        dtype: what is stored: "float32", "float16", "bfloat16" or "int8" (symmetric, one float32 scale per row;
-            the search is exact over the dequantised rows). None: the dtype of the database.
-        device: where it is stored and searched. None: the device of the database.
-        pack: False stores no packed copy; every search packs the rows block by block. This is slower, and meant for
-            a memory-mapped database whose packed copy would not fit into memory.
-        streamed: True leaves the rows in host memory, or in the file they are mapped from; every search copies them
-            to the device in chunks. None does so when a CUDA device has too little free memory.
-        ids: (N,) int64, the rows' own numbers, distinct and not negative: searches return them, and `allowed` and
-            `remove` take them. None: rows are numbered from 0.
+        database: (N, E) float32, float16 or bfloat16 tensor or numpy array, which may be memory-mapped; E from 8 to
+            2048. It is not copied if dtype and device stay the same: do not write to it while the index lives.
+        dtype: the stored dtype: "float32", "float16", "bfloat16" or "int8" (symmetric, one float32 scale per row; the
+            search is exact over the dequantised rows). None: the dtype of the database.
+        device: where the rows are stored and searched. None: the device of the database.
+        pack: False stores no packed copy, and every search packs the rows block by block. This is slower, for a
+            memory-mapped database whose packed copy would not fit into memory.
+        streamed: True leaves the rows in host memory or in their memory-mapped file, and every search copies them to
+            the device in chunks. None does so if a CUDA device has too little free memory.
+        ids: (N,) int64, distinct and not negative: searches return these ids, and `allowed` and `remove` take them.
+            None: rows are numbered from 0.
 
     Raises:
-        TypeError: a wrong type or dtype.
+        TypeError: an argument has the wrong type or dtype.
         ValueError: a wrong shape, ids that are not distinct, or a row that is not finite as given or in the stored
             dtype.
+
+    Example:
+        >>> index = valm_kernels.FlatIPIndex(torch.randn(100, 16))
+        >>> index.search(torch.randn(2, 16), k=4).scores.shape
+        torch.Size([2, 4])
     """
 
     @survives_fork
@@ -120,11 +124,11 @@ class FlatIPIndex:
         row_ids = None if ids is None else distinct_ids(ids, len(rows)).to(self._device)
         rows, row_scale = store(rows, dtype, self._home)
         self._pack = pack and not self._streamed and self._device.type in PACKERS
-        self._lock = Lock()  # of changes of _stored
+        self._lock = Lock()  # held while _stored changes
         self._stored = self._prepare(_Stored(self._laid_out(rows), row_scale, row_ids, None))
 
     def _choose_place(self, rows: Tensor, dtype: str, device: torch.device | str, streamed: bool | None) -> None:
-        """Where to search, and where to store the rows."""
+        """Decides where to search and where to store the rows."""
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -147,12 +151,12 @@ class FlatIPIndex:
         """What is stored now, prepared for a search."""
         stored = self._stored
         if self._pack and stored.prepared is None:  # rows were added or removed
-            stored = self._change(self._prepare)  # another thread may be doing it
+            stored = self._change(self._prepare)  # another thread may have prepared them meanwhile
         return stored
 
     def _change(self, change: Callable[[_Stored], _Stored]) -> _Stored:
-        """Stores and returns what `change` makes of what is stored. Threads take turns. A signal handler cannot wait
-        for the thread that it interrupts: where it has stored something meanwhile, that is changed again.
+        """Stores and returns `change` of the stored rows. Threads take turns. A signal handler cannot wait for the
+        thread that it interrupts: if it has stored something meanwhile, `change` is applied again, to that.
         """
         with self._lock:
             while True:
@@ -191,14 +195,14 @@ class FlatIPIndex:
 
     @property
     def bytes_per_row(self) -> float:
-        """Bytes stored per row: the row, its scale, its own number and its share of the packed copy."""
+        """Bytes stored per row: the row, its scale, its id and its share of the packed copy."""
         rows, row_scale, ids, prepared = self._stored[:4]
         arrays = [rows, row_scale, ids, *(prepared or ())]
         return sum(array.nbytes for array in arrays if array is not None) / len(rows)
 
     @survives_fork
     def dequantised(self) -> Tensor:
-        """A copy of the stored rows as the float32 numbers (N, E) that are searched."""
+        """A copy of the stored rows as the float32 values (N, E) that are searched."""
         stored = self._stored
         rows = stored.rows[:, : self._dim]
         return rows.clone() if rows.dtype == torch.float32 else dequantise(rows, stored.row_scale)
@@ -211,11 +215,25 @@ class FlatIPIndex:
     def search(
         self, queries: Tensor | np.ndarray, k: int, *, allowed: Tensor | np.ndarray | None = None
     ) -> TopK | NumpyTopK:
-        """The k best rows of each query (..., E), or of those that `allowed` names, as `ip_topk` defines them. Scores
-        have no gradient, as if queries and database were detached.
+        """The k rows with the largest inner product for each query, exactly as `ip_topk`.
+
+        Args:
+            queries: (..., E) float32, float16 or bfloat16, on `device`.
+            k: 1 to 1024, at most the number of rows.
+            allowed: the rows that may be returned, on `device`: flags (N,) bool, or the numbers (n,) int64 that
+                searches return.
+
+        Returns:
+            A `TopK`, or a `NumpyTopK` for numpy queries: scores (..., k) float32, without a gradient, and indices
+            (..., k) int64, best first.
 
         Raises:
             TypeError, ValueError: as `ip_topk`.
+
+        Example:
+            >>> index = valm_kernels.FlatIPIndex(torch.eye(8), ids=torch.arange(10, 18))
+            >>> index.search(torch.eye(8)[3], k=2, allowed=torch.tensor([12, 13]))
+            TopK(scores=tensor([1., 0.]), indices=tensor([13, 12]))
         """
         flat = as_tensor(queries, "queries")
         stored = self._searchable()
@@ -228,35 +246,34 @@ class FlatIPIndex:
         return like_queries(queries, scores, indices)
 
     def _named(self, names: Tensor | np.ndarray, stored: _Stored, what: str) -> Tensor:
-        """The rows (N,) bool that flags, or the numbers that searches return, name."""
+        """The named rows as flags (N,) bool; `names` are flags, or the numbers that searches return."""
         if stored.ids is None or str(getattr(names, "dtype", "")).endswith("bool"):
             named = allowed_rows(names, len(stored.rows), self.device, what)
             assert named is not None
             return named
         numbers = as_tensor(names, what)
         if numbers.dtype != torch.int64:
-            raise TypeError(f"{what} has dtype {numbers.dtype}, expected bool (a flag a row) or int64 (their ids)")
+            raise TypeError(f"{what} has dtype {numbers.dtype}, expected bool (a flag a row) or int64 (row ids)")
         if numbers.dim() != 1:
             raise ValueError(f"{what} must have shape (n,), but has shape {tuple(numbers.shape)}")
         if numbers.device != self.device:
-            raise ValueError(f"{what} is on {numbers.device}, the index is on {self.device}; move one of them")
+            raise ValueError(f"{what} is on {numbers.device}, the index is on {self.device}: move one of them")
         if self.device.type == "cpu":
             missing = numbers[~torch.isin(numbers, stored.ids)]
             if len(missing):
-                raise ValueError(f"{what} has the number {int(missing[0])}, which no row of the index has")
+                raise ValueError(f"{what} contains {int(missing[0])}, which is not the id of a row of the index")
         return torch.isin(stored.ids, numbers)
 
     @survives_fork
     def add(self, vectors: Tensor | np.ndarray, ids: Tensor | np.ndarray | None = None) -> None:
-        """Appends rows (M, E), numbered from `len(index)` on, or by ids (M,) where the rows have their own.
+        """Appends rows (M, E), numbered from `len(index)` on. If the index was built with ids, pass ids (M,) too.
 
-        Each call copies all stored rows. On the CPU it packs the new ones alone, until the index has more than doubled
-        since all were packed; then, and always on other devices, the next search prepares all rows again, which takes
+        Each call copies all stored rows. On the CPU it packs only the new rows, until the index has doubled since all
+        rows were packed. After that, and always on other devices, the next search prepares all rows again, which takes
         about as long as building the index.
 
         Raises:
-            TypeError, ValueError: as the constructor; also ids where the rows have none of their own, or none where
-                they have.
+            TypeError, ValueError: as the constructor, or ids are missing or not expected.
         """
         rows = as_tensor(vectors, "vectors")
         check_float(rows, "vectors")
@@ -265,16 +282,16 @@ class FlatIPIndex:
         self._change(lambda stored: self._with(rows, ids, stored))
 
     def _with(self, rows: Tensor, ids: Tensor | np.ndarray | None, stored: _Stored) -> _Stored:
-        """What is stored, and float rows behind it."""
+        """The stored rows followed by new float rows."""
         count = len(stored.rows)
         if count + len(rows) > MAX_ROWS:
             raise ValueError(
-                f"vectors has {len(rows)} rows, but beside the {count} stored only {MAX_ROWS - count} more "
-                "fit; split them and join by merge_topk"
+                f"vectors has {len(rows)} rows, but only {MAX_ROWS - count} more fit next to the {count} stored: build "
+                "a second index and join results by merge_topk"
             )
         if (ids is None) != (stored.ids is None):
             expected = "must have ids too" if ids is None else "must have no ids"
-            raise ValueError(f"vectors {expected}, as the rows of the index")
+            raise ValueError(f"vectors {expected}, like the rows of the index")
         all_ids = stored.ids
         if ids is not None and stored.ids is not None:
             new = distinct_ids(ids, len(rows)).to(stored.ids.device)
@@ -290,11 +307,13 @@ class FlatIPIndex:
 
     @survives_fork
     def remove(self, ids: Tensor | np.ndarray) -> None:
-        """Removes the rows that have these numbers (n,), or these flags (N,) bool. Rows without ids of their own are
-        numbered anew: later ones move up. As with `add`, all rows that stay are copied, and packed again.
+        """Removes rows, named by the numbers (n,) that searches return or by flags (N,) bool.
+
+        Without ids, the rows after a removed row move up and change their numbers. The remaining rows are copied, and
+        the next search packs them again.
 
         Raises:
-            TypeError, ValueError: as `allowed` of a search; also if no row would stay.
+            TypeError, ValueError: as `allowed` in `search`, or no row would stay.
         """
         self._change(lambda stored: self._without(ids, stored))
 
@@ -302,7 +321,7 @@ class FlatIPIndex:
         rows, row_scale, row_ids = stored[:3]
         stays = ~self._named(ids, stored, "ids")
         if not stays.any():
-            raise ValueError(f"all {len(rows)} rows would be removed, and an index has at least one")
+            raise ValueError(f"all {len(rows)} rows would be removed, but an index needs at least one")
         at_home = stays.to(self._home)
         row_ids = None if row_ids is None else row_ids[stays]
         row_scale = None if row_scale is None else row_scale[at_home]
@@ -313,7 +332,7 @@ class FlatIPIndex:
         """Writes the folder `path`: npy files and a manifest.json with their checksums, all or nothing.
 
         Raises:
-            OSError: the index could not be written, and what the folder held before is untouched; or it is written
+            OSError: the index could not be written, and the folder's old content is untouched; or the index was written
                 but could not be flushed to the disk. The message says which.
         """
         from . import storage
@@ -343,15 +362,15 @@ class FlatIPIndex:
         """Opens a saved index.
 
         Args:
-            path: the folder.
+            path: the folder that `save` wrote.
             mmap: memory-map the rows instead of reading them.
-            verify: compare checksums, which reads everything; None does so unless `mmap`. Sizes, dtypes and shapes are
+            verify: compare checksums, which reads every file. None does so unless `mmap`. Sizes, dtypes and shapes are
                 always compared.
             device, streamed: as for the constructor.
 
         Raises:
             FileNotFoundError: there is no saved index.
-            ValueError: it is damaged, or of a format version that this code does not read.
+            ValueError: the index is damaged, or its format version is not supported.
         """
         from . import storage
 
@@ -368,7 +387,7 @@ class FlatIPIndex:
     def _read(cls, folder: storage.Folder, device: torch.device | str, streamed: bool | None) -> FlatIPIndex:
         dtype, (count, dim) = folder.dtype, folder.shape
         if dtype not in DTYPES:
-            raise ValueError(f"{folder.manifest_path} is damaged: it says dtype {dtype!r}")
+            raise ValueError(f"{folder.manifest_path} is damaged: unknown dtype {dtype!r}")
         torch_dtype, file_dtype = DTYPES[dtype]
         array = folder.read("rows", file_dtype, (count, dim))
         # torch views int16, not uint16, as bfloat16
@@ -393,7 +412,7 @@ class FlatIPIndex:
             index._pack = "codes" in folder
             prepared = _read_packed_rows(folder, count, dim) if index._pack else None
             if folder.mmap and prepared is not None and exceeds_memory(array.nbytes + prepared.codes.nbytes):
-                read_at_random(array)  # a search reads all codes, and few rows
+                read_at_random(array)  # a search reads all codes but few rows
         index._lock = Lock()
         index._stored = _Stored(index._laid_out(rows.to(index._home)), row_scale, row_ids, prepared, len(rows))
         return index
@@ -408,7 +427,7 @@ def _read_packed_rows(folder: storage.Folder, count: int, dim: int) -> cpu.Packe
         packed = len(first_rows)
         for name, rows in (("first_rows", first_rows), ("next_duplicate", next_duplicate)):
             if packed == 0 or rows.min() < 0 or rows.max() >= count:
-                raise ValueError(f"{folder.path} is damaged: {name} names rows outside of 0 to {count - 1}")
+                raise ValueError(f"{folder.path} is damaged: {name} contains row numbers outside of 0 to {count - 1}")
         if packed + int(next_duplicate.count_nonzero()) != count:
             raise ValueError(f"{folder.path} is damaged: first_rows and next_duplicate do not name each row once")
     panels = -(-packed // cpu.PANEL_ROWS)
@@ -425,7 +444,7 @@ def store(rows: Tensor, dtype: str, device: torch.device, what: str = "database"
     """Float rows (N, E) in the stored dtype, and for int8 their scales (N,).
 
     Raises:
-        ValueError: a row is not finite as given or in the stored dtype; the message has its number.
+        ValueError: a row is not finite as given or in the stored dtype; the message names the row.
     """
     if rows.dtype == DTYPES[dtype][0]:
         check_finite(rows, what)

@@ -1,15 +1,14 @@
-"""Exact top-K inner product search by PyTorch's matrix products: impl="matmul", and the search of a GPU without native
+"""Exact top-K inner product search by PyTorch's matrix products: impl="matmul", and the search on GPUs without native
 CUDA code (no nvcc, a CPU wheel, ROCm).
 
-A product gives every score up to a proven error, and the pairs that may be among the k best are then scored exactly.
-Queries q of 16-bit rows are rounded to as many bits, q'; of others q' is q::
+A matrix product gives every score up to a proven error; pairs that may be among the k best are then scored exactly.
+For 16-bit rows the queries q are rounded to 16 bits, q'; otherwise q' is q::
 
     |product - score| <= (|q - q'| + r |q'|) |row| + E 2^-125
 
-The last term is for products below the normal numbers; who has such queries or rows flushed to zero
-(torch.set_flush_denormal) has them searched as zeros here. On tensor cores r is 2^-18 for each 16 of the E elements, as
-csrc/topk/cuda/kernel.cuh says. For E products in float32 summed in any order, of operands that were rounded to a
-relative error e (TF32)::
+The last term covers subnormal products. With torch.set_flush_denormal, subnormal queries and rows are searched as
+zeros. On tensor cores r is 2^-18 for each 16 of the E elements (csrc/topk/cuda/kernel.cuh). For E float32 products
+summed in any order, with operands rounded to a relative error e (TF32)::
 
     r = E u / (1 - E u) (1 + e)^2 + 2 e + e^2      u = 2^-24
 
@@ -28,20 +27,20 @@ from .checks import check_finite
 from .reference import dequantise, pair_scores
 from .result import TopK, merge_topk, topk_of_each
 
-# Scores of one matrix product, at most (32 MiB, which an H100's second-level cache of 50 MB holds), and its queries.
+# The most scores of one matrix product (32 MiB, which fits an H100's second-level cache of 50 MB), and its queries.
 SCORES_PER_CHUNK = 1 << 23
 QUERIES_PER_CHUNK = 1 << 12
-# Numbers of rows that are copied to float32 at a time; rows that tensor cores multiply are not copied.
+# Values of rows that are copied to float32 at a time. Rows that tensor cores multiply are not copied.
 VALUES_PER_CHUNK = 1 << 24
-# How much PyTorch may round the operands of a product in float32.
+# The relative error to which PyTorch may round the operands of a float32 product.
 OPERAND_ERRORS = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
-# Exponents of a query's largest element: of float16 for the least loss to numbers below the normal ones.
+# Queries are scaled until their largest element has this exponent; for float16 it loses least to subnormal numbers.
 LARGEST = {torch.float16: 15, torch.bfloat16: 0}
 
 
 @survives_fork
 def ip_topk(queries: Tensor, rows: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`valm_kernels.topk.reference.ip_topk` of float rows."""
+    """Equals `valm_kernels.topk.reference.ip_topk` for float rows."""
     if rows.dim() == 3:
         return topk_of_each(lambda some, database: ip_topk(some, database, k), queries, rows)
     if rows.device.type == "cpu":
@@ -63,7 +62,7 @@ def row_norms(rows: Tensor, row_scale: Tensor | None) -> Tensor:
 def search(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tensor, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`valm_kernels.topk.cuda.search` with the `row_norms` of the rows. It waits for the device."""
+    """As `valm_kernels.topk.cuda.search`, with the `row_norms` of the rows. It waits for the device."""
     queries = queries.float()
     broken = ~queries.isfinite().all(1, keepdim=True)
     if allowed is not None:
@@ -75,8 +74,8 @@ def search(
 
 
 class _Factor(NamedTuple):
-    """Queries as the left factor of products: values (Q, E) near scale (Q, 1) times the queries, and their norm (Q, 1).
-    Over the scale, a product is off its score by at most error (Q, 1) times the row's norm, and tiny (Q, 1).
+    """Queries as the left factor of products: values (Q, E), about scale (Q, 1) times the queries, and norm (Q, 1).
+    A product divided by scale differs from its score by at most error (Q, 1) times the row's norm, plus tiny (Q, 1).
     """
 
     values: Tensor
@@ -86,7 +85,7 @@ class _Factor(NamedTuple):
     tiny: Tensor
 
     def errors(self, norms: Tensor, queries: Tensor | slice = slice(None)) -> Tensor:
-        """Of products with rows of these norms. A query of zeros has no error, and times infinity it would be NaN."""
+        """The errors of products with rows of these norms; 0 for a query of zeros (0 times infinity would be NaN)."""
         error = self.error[queries]
         return torch.where(error > 0, error * norms + self.tiny[queries], 0)
 
@@ -106,7 +105,7 @@ def _factor(queries: Tensor, dtype: torch.dtype) -> _Factor:
 
 
 def _on_tensor_cores(factor: Tensor) -> bool:
-    """Whether PyTorch multiplies such 16-bit numbers as they are, with sums in float32."""
+    """Whether PyTorch multiplies these 16-bit numbers without conversion, with sums in float32."""
     if factor.dtype not in LARGEST or not factor.is_cuda or torch.version.hip is not None:
         return False
     if factor.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
@@ -115,7 +114,7 @@ def _on_tensor_cores(factor: Tensor) -> bool:
 
 
 def _product(queries: Tensor, rows: Tensor) -> Tensor:
-    """(Q, N) float32 of (Q, E) and (N, E) of one dtype."""
+    """The products (Q, N) float32 of (Q, E) and (N, E) of one dtype."""
     with torch.autocast(queries.device.type, enabled=False):
         if _on_tensor_cores(queries):
             return torch.mm(queries, rows.T, out_dtype=torch.float32)
@@ -147,16 +146,16 @@ def _search(queries: Tensor, rows: Tensor, row_scale: Tensor | None, norms: Tens
 
 
 def _candidates(factor: _Factor, product: Tensor, norm: Tensor, best: TopK, many: int) -> tuple[Tensor, Tensor]:
-    """The queries and rows of the products (Q, n) that may be among the best, in this order. `best` is of rows before.
+    """Queries and rows of the products (Q, n) that may be among the best; `best` is the result of earlier rows.
 
-    Bounds are rounded as scores are, which preserves their order: equal scores are told apart by their rows.
+    Bounds are rounded like scores, which preserves their order. Of equal scores the lower row wins.
     """
     norm = norm.double()
     searched = ~norm.isnan()
     largest, down = norm.nan_to_num(0, torch.inf).amax(), best.scores.new_full((), -torch.inf)
 
     def near(least: Tensor) -> Tensor:
-        """One look at all products, by the largest error of any; where a sum could overflow, all are near."""
+        """Compares all products with one bound, by their largest error; if a sum could overflow, all are near."""
         bar = (torch.nextafter(least, down).double() - factor.errors(largest)) * factor.scale
         overflows = factor.norm * largest > 2.0**126
         return ~(product < torch.nextafter(bar.float(), down).masked_fill(overflows, -torch.inf))
@@ -179,7 +178,7 @@ def _candidates(factor: _Factor, product: Tensor, norm: Tensor, best: TopK, many
 
 
 def _best(query: Tensor, row: Tensor, scores: Tensor, count: int, k: int) -> TopK:
-    """The k best of pairs (n,) that stand in order of query and row, for each of `count` queries."""
+    """The k best pairs for each of `count` queries; pairs (n,) are sorted by query, then by row."""
     order = scores.argsort(descending=True, stable=True)
     order = order[query[order].argsort(stable=True)]
     query, row, scores = query[order], row[order], scores[order]
@@ -197,10 +196,10 @@ def _values(rows: Tensor, row_scale: Tensor | None, part: slice) -> Tensor:
 
 
 def _relative_error(dim: int) -> float:
-    """Bound of the error of a product of E = dim terms, over the norms of its operands."""
+    """Bound of the error of a product of E = dim terms, relative to the norms of its operands."""
     try:
         operand = OPERAND_ERRORS[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # it was set in another way than PyTorch can tell here
+    except RuntimeError:  # it was set in a way that PyTorch cannot report here
         operand = OPERAND_ERRORS["medium"]
     unit = dim * 2.0**-24
     return (unit / (1 - unit) * (1 + operand) ** 2 + 2 * operand + operand**2) * (1 + 2**-20)

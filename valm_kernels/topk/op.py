@@ -12,9 +12,9 @@ from .._ops import add_op_namespace_prefix
 from . import cpu, cuda, streaming
 
 NAME = add_op_namespace_prefix("ip_topk")
-# `allowed` (N,) bool names the rows that may be returned. Streamed rows are on the CPU. The
-# tensors behind are those of cpu.PackedRows, then those of cuda.RowNorms. Where there is none, nor `allowed`, there may
-# be several databases (n, N, E), with queries (n, Q, E).
+# `allowed` (N,) bool flags the rows that may be returned. Streamed rows are on the CPU. The last tensors are the fields
+# of cpu.PackedRows, then of cuda.RowNorms. Without them and `allowed` there may be several databases (n, N, E), with
+# queries (n, Q, E).
 torch.library.define(
     NAME,
     "(Tensor queries, Tensor rows, Tensor? row_scale, int k, Tensor? allowed=None, bool streamed=False, "
@@ -25,7 +25,7 @@ NO_PACKED_ROWS = (None,) * len(cpu.PackedRows._fields)
 
 
 def tensors_of(prepared: cpu.PackedRows | cuda.RowNorms | None) -> tuple[Tensor | None, ...]:
-    """The last arguments of the operator."""
+    """The last arguments of the operator, from a prepared copy of the rows."""
     return (*NO_PACKED_ROWS, *prepared) if isinstance(prepared, cuda.RowNorms) else prepared or ()
 
 

@@ -17,10 +17,10 @@ PARTIAL_SUMS_PER_CHUNK = 1 << 23
 
 
 def exact_scores(queries: Tensor, rows: Tensor) -> Tensor:
-    """Scores of queries (Q, E) and rows (N, E), both float32: (Q, N) float32.
+    """Scores (Q, N) float32 of queries (Q, E) and rows (N, E), both float32.
 
-    The sum of the products in float64, in one fixed order: `EXACT_LANES` interleaved partial sums, joined
-    pairwise (l with l + 16, then l + 8, ...), and rounded once to float32; −0 becomes +0.
+    A score is the sum of the products in float64, in one fixed order: `EXACT_LANES` interleaved partial sums, joined
+    pairwise (l with l + 16, then l + 8, ...). It is rounded once to float32, and −0 becomes +0.
     """
     return _sums_of_products(queries[:, None], rows[None])
 
@@ -28,7 +28,7 @@ def exact_scores(queries: Tensor, rows: Tensor) -> Tensor:
 def pair_scores(
     queries: Tensor, rows: Tensor, query_ids: Tensor, row_ids: Tensor, row_scale: Tensor | None = None
 ) -> Tensor:
-    """Scores (n,) float32 of the queries (Q, E) and rows (N, E) that the ids (n,) name, int8 rows by their scales."""
+    """Scores (n,) float32 of pairs of queries (Q, E) and rows (N, E), named by ids (n,); int8 rows need row_scale."""
     chunk = max(1, PARTIAL_SUMS_PER_CHUNK // rows.shape[1])
     scores = []
     for some, others in zip(query_ids.split(chunk), row_ids.split(chunk), strict=True):
@@ -49,7 +49,7 @@ def _sums_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dequantise(rows: Tensor, row_scale: Tensor | None) -> Tensor:
-    """Stored rows (N, E) as the float32 values that are searched; int8 rows times their scale (N,)."""
+    """Stored rows (N, E) as the float32 values that are searched: int8 rows are multiplied by their scale (N,)."""
     rows = rows.float()
     return rows if row_scale is None else rows * row_scale[:, None]
 
@@ -59,10 +59,10 @@ def ip_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k best rows of each query by (score falling, index rising): scores and indices, both (Q, k).
 
-    queries (Q, E) and database (N, E) in any float dtype, or database int8 with row_scale (N,). With allowed (N,) bool,
-    of these rows only, padded with score −inf and index −1. A query that is not finite gets scores NaN and indices −1.
-    A row that is not finite raises a ValueError on the CPU, and is not returned elsewhere.
-    Databases (n, N, E) of float numbers have queries (n, Q, E) and results (n, Q, k).
+    queries (Q, E) and database (N, E) have any float dtype, or the database is int8 with row_scale (N,). Only rows in
+    allowed (N,) bool are returned, padded with score −inf and index −1. A query that is not finite gets scores NaN and
+    indices −1. A row that is not finite raises a ValueError on the CPU, and is not returned elsewhere.
+    Float databases (n, N, E) take queries (n, Q, E) and return (n, Q, k).
     """
     if database.dim() == 3:
         return topk_of_each(lambda some, rows: ip_topk(some, rows, None, k), queries, database)

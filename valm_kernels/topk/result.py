@@ -1,4 +1,4 @@
-"""The result of a search, and merging the results of a database's shards."""
+"""The result of a search, and the merge of results from a database's shards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 
 class TopK(NamedTuple):
-    """The k best rows of each query, by (score falling, index rising).
+    """The k best rows of each query, as torch tensors: higher scores first, of equal scores the lower index.
 
-    scores (..., k) float32 and indices (..., k) int64: torch tensors; numpy queries get a `NumpyTopK`.
-    A query with NaN or infinity has scores NaN and indices −1.
+    scores (..., k) is float32, indices (..., k) is int64. Padding has index −1 and score −inf. A query with NaN or
+    infinity gets scores NaN and indices −1.
+
+    Example:
+        >>> scores, indices = valm_kernels.ip_topk(torch.eye(8)[:1], torch.eye(8), k=2)
+        >>> scores
+        tensor([[1., 0.]])
     """
 
     scores: Tensor
@@ -28,7 +33,13 @@ class TopK(NamedTuple):
 
 
 class NumpyTopK(NamedTuple):
-    """`TopK` in numpy arrays, for numpy queries."""
+    """A `TopK` of numpy arrays, the result for numpy queries.
+
+    Example:
+        >>> vectors = np.eye(8, dtype=np.float32)
+        >>> valm_kernels.ip_topk(vectors[:1], vectors, k=2)
+        NumpyTopK(scores=array([[1., 0.]], dtype=float32), indices=array([[0, 1]]))
+    """
 
     scores: np.ndarray
     indices: np.ndarray
@@ -39,7 +50,7 @@ def like_queries(queries: Tensor, scores: Tensor, indices: Tensor) -> TopK: ...
 @overload
 def like_queries(queries: np.ndarray, scores: Tensor, indices: Tensor) -> NumpyTopK: ...
 def like_queries(queries: Tensor | np.ndarray, scores: Tensor, indices: Tensor) -> TopK | NumpyTopK:
-    """The result as tensors or numpy arrays, like the queries."""
+    """The result in tensors or numpy arrays, like the queries."""
     if is_array(queries):
         return NumpyTopK(scores.numpy(), indices.numpy())
     return TopK(scores, indices)
@@ -60,14 +71,24 @@ def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[
     """Merges the results of the shards of one database into the result of the whole.
 
     Args:
-        results: one `TopK` per shard, for the same queries; a shard with fewer than k rows has fewer columns.
-            An index of −1 is padding.
+        results: one `TopK` or `NumpyTopK` (..., k_i) per shard, for the same queries. A shard with fewer than k rows
+            returns fewer columns. An index of −1 is padding.
         offsets: the number of each shard's first row in the whole database.
-        k: results per query, at most the columns given; padded with index −1 and score −inf.
+        k: results per query, at most the columns of all shards together.
+
+    Returns:
+        A `TopK`, or a `NumpyTopK` if the queries were numpy arrays, with k columns, padded with index −1 and score
+        −inf.
 
     Raises:
-        TypeError: something else than results, or a wrong dtype; an offset or k that is no int.
+        TypeError: a result is not a `TopK` or has a wrong dtype, or an offset or k is not an int.
         ValueError: no results, shapes that disagree, a wrong k, or not one offset per result.
+
+    Example:
+        >>> query, database = torch.eye(8)[5:6], torch.eye(8)
+        >>> shards = [valm_kernels.ip_topk(query, rows, k=2) for rows in database.split(4)]
+        >>> valm_kernels.merge_topk(shards, offsets=[0, 4], k=1).indices
+        tensor([[5]])
     """
     if not results or len(results) != len(offsets):
         raise ValueError(f"merge_topk got {len(results)} results and {len(offsets)} offsets, expected one for each")
@@ -89,7 +110,7 @@ def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[
         raise ValueError(f"k is {k}, expected 1 to the {sum(r.scores.shape[-1] for r in results)} columns given")
     leading = {tuple(result.scores.shape[:-1]) for result in results}
     if len(leading) != 1:
-        raise ValueError(f"results are of different queries: leading shapes {sorted(leading)}")
+        raise ValueError(f"results must be for the same queries, got leading shapes {sorted(leading)}")
     scores = [as_tensor(result.scores, "results") for result in results]
     indices = [as_tensor(result.indices, "results") for result in results]
     all_scores = torch.cat(scores, -1)

@@ -1,8 +1,8 @@
 """Exact search of rows that stay in host memory, streamed in chunks through a device that cannot hold them all.
 
-While the device searches one chunk, the host copies the next into pinned memory, and a separate stream copies that to
-the device. Both sides have two buffers; events mark when a buffer is full and when it may be overwritten. Buffers pad E
-with zeros as the CUDA kernels need, which changes no score.
+While the device searches one chunk, the host copies the next chunk into pinned memory, and a separate stream copies it
+to the device. Host and device hold two buffers each. Events mark when a buffer is full and when it may be overwritten.
+Buffers pad E with zeros as the CUDA kernels need, which changes no score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._ops import ops
 from .cuda import DIM_MULTIPLE, aligned
 from .result import TopK, merge_topk
 
-# Size of one buffer: two are pinned in host memory, two are on the device.
+# Bytes of one buffer: two are pinned in host memory, two are on the device.
 CHUNK_BYTES = 64 << 20
 
 
@@ -29,7 +29,7 @@ class _Buffer:
         dim = sources[0].shape[1]
         shapes = [(chunk_rows, dim + -dim % DIM_MULTIPLE), (chunk_rows,)][: len(sources)]
         pinned = device.type == "cuda"
-        allocate = torch.zeros if dim % DIM_MULTIPLE else torch.empty  # for the padding alone
+        allocate = torch.zeros if dim % DIM_MULTIPLE else torch.empty  # zeros only for the padding
         self.host = [
             allocate(shape, dtype=source.dtype, pin_memory=pinned)
             for source, shape in zip(sources, shapes, strict=True)
@@ -55,10 +55,10 @@ class _Buffer:
 def search(
     queries: Tensor, rows: Tensor, row_scale: Tensor | None, k: int, allowed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices (Q, k) of queries (Q, E) on their device over rows (N, E), and row_scale (N,), on the CPU.
+    """Scores and indices (Q, k) of queries (Q, E), on their device. rows (N, E) and row_scale (N,) are on the CPU,
     allowed (N,) bool is on the device.
 
-    Chunks may be smaller than k. On a CPU device, torch's CPU streams are used, which do nothing.
+    Chunks may be smaller than k. If the device is the CPU, torch's CPU streams are used, which do nothing.
     """
     queries = aligned(queries)
     device = queries.device

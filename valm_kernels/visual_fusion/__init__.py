@@ -1,6 +1,6 @@
 """Fused image attention: one softmax over a query's text keys and its own images.
 
-api.py has the public functions, varlen.py the packed layout, checks.py the checks of their arguments, reference.py the
+api.py contains the public functions, varlen.py the packed layout, checks.py the argument checks, reference.py the
 executable specification, op.py the registration with torch.library, cpu.py and triton/ the implementations.
 """
 

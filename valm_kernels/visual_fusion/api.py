@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Of the tensor cores that take bfloat16, and of asynchronous copies to shared memory.
+# The kernels need tensor cores for bfloat16 and asynchronous copies to shared memory.
 MIN_CAPABILITY = (8, 0)
 
 
 class PackedOptions(TypedDict, total=False):
-    """The keyword arguments of `visual_fusion_attn_varlen` but those that decide what it returns."""
+    """The keyword arguments of `visual_fusion_attn_varlen`, except those that decide what it returns."""
 
     image_q: Tensor | None
     softcap: float | None
@@ -47,7 +47,7 @@ class PackedOptions(TypedDict, total=False):
 
 
 class Options(PackedOptions, total=False):
-    """Those of `visual_fusion_attn`."""
+    """The keyword arguments of `visual_fusion_attn`, except those that decide what it returns."""
 
     cu_seqlens: Tensor | None
     cache_seqlens: Tensor | None
@@ -99,90 +99,70 @@ def visual_fusion_attn(
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention of every token over its text and its own K images, with one softmax over both.
 
-    For query i of head h, its text keys j and its images k (equations 3 to 7 of Wang et al., "Visually-Augmented
-    Language Modeling", with several heads, a prefix, first_key and the two biases of scores added):
+    The weights are softmax([s | t]), with text scores s = scale * q.k and image scores t = scale * image_q.(image_k +
+    image_k_bias) + image_logit_bias + image_score_bias. `out` is the weighted sum of v and image_v + image_v_bias, and
+    lse the logarithm of the softmax's denominator (Wang et al., "Visually-Augmented Language Modeling", eq. 3 to 7).
+    Query i sees the keys up to i + Tk - Tq. A query that sees nothing gets zeros, lse -inf and zero gradient.
 
-        s_ij = scale * q_i . k_j                            first_key_i <= j <= i + (Tk - Tq)
-        t_ik = scale * u_i . (image_k_ik + image_k_bias) + image_logit_bias_h + image_score_bias_ik
-        [a_i | b_i] = softmax([s_i | t_i])
-        out_i = sum_j a_ij v_j + sum_k b_ik (image_v_ik + image_v_bias)
-        lse_i = log(sum_j exp s_ij + sum_k exp t_ik)
-
-    u_i is image_q_i, or q_i without it. With softcap c the s_ij, and the products in t_ik before the two biases of
-    scores are added, become c tanh(. / c).
-    A query that sees neither text nor image gets zeros, lse -inf and zero gradient.
+    Results are differentiable once, by autograd or torch.func (grad, vjp, jacrev, vmap). Second derivatives and forward
+    mode raise, except with impl="reference". Under torch.autocast, q, k, v, image_k, image_v and image_q are cast.
+    docs/reference/valm_kernels.md has the formula, the layouts, the dispatch and the limits of each implementation.
 
     Args:
-        q: (B, Hq, Tq, D) float32, float16 or bfloat16 (float64 too for "cpu" and "reference"), 8 <= D <= 256.
-            Any strides.
-        k, v: (B, Hkv, Tk, D), dtype of q. Tk >= Tq (the first Tk - Tq keys are a prefix, e.g. a cache); Hq is a
-            multiple of Hkv (grouped-query attention).
-        image_k, image_v: keys and values of the images, dtype of q. Dense layout (B, Hkv, Tq, K, D), or pooled
-            layout (Hkv, U, D) together with image_index. 0 <= K <= 64. Both None means no images.
-        image_q: (B, Hq, Tq, D), dtype of q: the query for the images; by default q. In a rotary model pass the query
-            before rotation, so that every image is at its token's own position. The gradient of q then comes from the
-            text alone.
-        softcap: cap of the scores as in Gemma 2, from 2**-60 to 2**60; None means no cap.
-        image_index: (B, Tq, K) int32 or int64 rows of the pool; -1 = no image. Selects the pooled layout. With
-            (B, Hkv, Tq, K) each key head has images of its own: head h those rows of image_k[h] and image_v[h].
-            On CPU an index outside [-1, U) raises. On CUDA it is undefined behaviour, unless the environment has
-            VALM_KERNELS_CHECK_INDEX=1: then every call checks the indices, which waits for the device.
-        image_mask: (B, Tq, K) bool, dense layout only; False = no image.
-        image_k_bias, image_v_bias: (Hkv, D) added to every image's key / value; dtype of q or float32.
-        image_logit_bias: (Hq,) float32 added to every image score of a head (float64 beside a float64 q).
-        image_score_bias: (B, Tq, K) float32 added to the score of each image in all heads (float64 beside a float64
-            q): a prior, such as the retrieval score. Differentiable. -inf gives an image the weight 0; a large negative
-            number does not do instead, as the float32 lse of a query that sees nothing else cannot tell such scores
-            apart. A slot without an image remains without, whatever its bias, NaN too.
-        first_key: (B, Tq) int32, the first text key that each query sees: left padding, packed documents and
-            sliding windows. It need not be monotone; values <= 0 mean all keys. It limits text only: mask the
-            images of a padding query by image_index or image_mask.
-        cu_seqlens: (N + 1,) int32 or int64: the B rows, concatenated, are N documents, and document n is the
-            keys from cu_seqlens[n] to cu_seqlens[n + 1] - 1 of these B Tk, as in flash-attention. It rises from 0 to
-            B Tk, has the bound of each row, and may repeat a number (an empty document); on CPU anything else raises,
-            on CUDA it is undefined behaviour, as for image_index. A query sees only text of its own document; with
-            first_key as well, the later of the two limits counts. Every call computes first_key from it, so a model of
-            many layers saves time by doing that once. It needs causal=True and no cache_seqlens.
-        cache_seqlens: (B,) int32, how many keys of each row there are, those of this call included: takes the place of
-            Tk in j <= i + (Tk - Tq), for a cache of constant size Tk that is being filled (StaticCache, CUDA graphs).
-            The keys and values from there on are not used and may be anything, NaN too. 0 to Tk, fewer than Tq too:
-            on CPU anything else raises, on CUDA it counts as the nearest of these. It limits text only.
-        max_seqlen: the longest document of cu_seqlens has at most as many tokens, Tk by default: "flash+triton" then
-            starts fewer programs. On CPU a longer document raises, on CUDA it is undefined behaviour.
-        image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)` (with a row for each key head where
-            image_index has one). It changes nothing: the backward of the pooled layout on CUDA sorts image_index
-            itself until a card has shown that this costs time. On CPU it raises if it belongs to another image_index.
+        q: (B, Hq, Tq, D) float32, float16 or bfloat16, any strides, D from 8 to 256. "cpu" and "reference" also take
+            float64.
+        k, v: (B, Hkv, Tk, D), dtype of q. Hq is a multiple of Hkv (grouped-query attention). Tk >= Tq: the first
+            Tk - Tq keys are a prefix, such as a KV cache.
+        image_k, image_v: keys and values of the images, dtype of q: dense, (B, Hkv, Tq, K, D), or a pool (Hkv, U, D)
+            with image_index. K is at most 64. None for both means no images.
+        image_q: (B, Hq, Tq, D), dtype of q: the query of the image scores, by default q. In a rotary model pass the
+            query before rotation, so that every image stands at its token's position.
+        softcap: cap c of the scores, from `2**-60` to `2**60`: a product x becomes c tanh(x / c), before the two score
+            biases are added (Gemma 2). None means no cap.
+        image_index: (B, Tq, K) int32 or int64, rows of the pool; -1 means no image. With (B, Hkv, Tq, K) each key head
+            sees its own images. An index outside [-1, U) raises on CPU. On CUDA it is undefined behaviour, unless the
+            environment variable VALM_KERNELS_CHECK_INDEX is 1: then every call checks, which waits for the device.
+        image_mask: (B, Tq, K) bool, dense layout only; False means no image.
+        image_k_bias, image_v_bias: (Hkv, D), dtype of q or float32, added to the key and the value of every image.
+        image_logit_bias: (Hq,) float32 (float64 for a float64 q), added to every image score of a head.
+        image_score_bias: (B, Tq, K) float32 (float64 for a float64 q), added to an image's score in all heads, such as
+            its retrieval score. -inf gives the image the weight 0. Do not use a large negative number instead: the
+            float32 lse of a query that sees nothing else cannot tell such scores apart.
+        first_key: (B, Tq) int32, the first text key that each query sees, for left padding, packed documents and
+            sliding windows; values <= 0 mean all keys. It does not limit images.
+        cu_seqlens: (N + 1,) int32 or int64: document n is the keys from cu_seqlens[n] to cu_seqlens[n + 1] - 1 of the B
+            concatenated rows, as in flash-attention. It rises from 0 to B Tk and contains the bound of each row. A
+            query sees only text of its own document, from first_key on if given. Needs causal=True and no
+            cache_seqlens. Wrong values raise on CPU and are undefined behaviour on CUDA.
+        max_seqlen: an upper bound of the documents' lengths in cu_seqlens, by default Tk, so that "flash+triton" starts
+            fewer programs. A longer document raises on CPU and is undefined behaviour on CUDA.
+        cache_seqlens: (B,) int32, the number of keys in each row, including this call's, for a cache of constant size
+            Tk (StaticCache, CUDA graphs). It replaces Tk in the causal limit, and later keys and values are not
+            used. Values outside 0 to Tk raise on CPU and are clamped on CUDA. It does not limit images.
+        image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)`, with a row for each key head if
+            image_index has them. Checked on CPU; it changes no result and saves no time yet.
         causal: False lets every query see all keys from first_key on.
-        scale: factor of the scores, from 2**-60 to 2**60; 1 / sqrt(D) by default.
-        return_lse: return (out, lse) instead of out.
-        return_image_weights: return the weights b_ik of the images as well, after the other results. Without a second
-            pass over the text: the same kernel writes the scores t_ik, and the weights are exp(t_ik - lse_i).
-        impl: "auto" takes "cpu" for CPU tensors. For CUDA tensors it takes "flash+triton" (PyTorch's flash attention
-            for the text, and one kernel that joins the images) if there are no images, or several queries and a long
-            text, else "triton". Long is Tk D >= 2048 * 128, an estimate, until `make gpu-check` has measured it on such
-            a card; of documents in cu_seqlens their mean length counts.
-            "flash+triton" needs float16 or bfloat16, D a multiple of 8, as many queries as keys (if causal or with
-            cu_seqlens; a single query is causal with any keys), and none of first_key, cache_seqlens and softcap;
-            "auto" takes "triton" where that is not so. Its backward is that of "triton" where lse or the weights of the
-            images have a gradient, or with `torch.use_deterministic_algorithms(True)`. A named implementation never
-            falls back to another one.
-            Under TRITON_INTERPRET=1 both Triton implementations take CPU tensors; bfloat16 is wrong there, as Triton's
-            interpreter multiplies its bits.
+        scale: factor of the scores, from `2**-60` to `2**60`; by default 1 / sqrt(D).
+        return_lse: also return lse.
+        return_image_weights: also return the weights of the images, which the same pass computes.
+        impl: "auto" (by device and length), "cpu", "triton", "flash+triton" (PyTorch's flash attention for the text,
+            and a kernel that joins the images) or "reference". A named implementation never falls back to another.
 
     Returns:
-        out (B, Hq, Tq, D) in the dtype of q; with return_lse also lse (B, Hq, Tq), with return_image_weights also the
-        weights (B, Hq, Tq, K), both float32 (float64 for float64 inputs). A weight is 0 where there is no image. All
-        are differentiable once, by autograd or torch.func (grad, vjp, jacrev, also with vmap): second derivatives and
-        forward mode (jvp, jacfwd, hessian) raise, except in impl="reference".
-        Under torch.autocast q, k, v, image_k, image_v and image_q are cast to the autocast dtype first.
-        In 16 bits the gradients of image_k_bias and image_logit_bias are rounded more than the other ones, because the
-        backward starts from the rounded out, as in all flash attention (tests/README.md has the numbers). Where
-        images have nearly all of a query's weight, "cpu" undoes this; with the two Triton implementations the gradients
-        of image_k, image_q and image_score_bias, nearly 0 there, are rounded more too, and that of q without image_q.
+        out (B, Hq, Tq, D) in the dtype of q. With return_lse also lse (B, Hq, Tq), with return_image_weights also the
+        weights (B, Hq, Tq, K), which are 0 where there is no image; both float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or value, or impl cannot serve these tensors.
+
+    Example:
+        >>> q = torch.randn(2, 4, 6, 16)  # B Hq Tq D
+        >>> k, v = torch.randn(2, 2, 2, 6, 16)  # each B Hkv Tk D
+        >>> image_k, image_v = torch.randn(2, 2, 10, 16)  # each Hkv U D
+        >>> image_index = torch.randint(10, (2, 6, 3))  # B Tq K
+        >>> valm_kernels.visual_fusion_attn(q, k, v, image_k, image_v, image_index=image_index).shape
+        torch.Size([2, 4, 6, 16])
     """
     check_bool("return_lse", return_lse)
     check_bool("return_image_weights", return_image_weights)
@@ -197,7 +177,7 @@ def visual_fusion_attn(
     if asked == "auto" and impl == "triton" and flash.is_faster(inputs):
         impl = flash.NAME
     if inputs.cu_seqlens is not None and impl != flash.NAME:
-        inputs = inputs._replace(cu_seqlens=None, max_seqlen=None)  # the others read first_key
+        inputs = inputs._replace(cu_seqlens=None, max_seqlen=None)  # other implementations read first_key
     with outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)
@@ -212,7 +192,7 @@ def visual_fusion_attn(
 
 @survives_fork
 def _image_weights(image_scores: Tensor, lse: Tensor) -> Tensor:
-    # where nothing is seen lse is -inf, as are the scores, and the weights are 0
+    # a query that sees nothing has lse and scores -inf, and weights 0
     return torch.exp(image_scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1))
 
 
@@ -235,24 +215,30 @@ def attention_weights(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The joint softmax of `visual_fusion_attn` itself, for plots and explanations: eager PyTorch on any device.
+    """The joint softmax of `visual_fusion_attn`, for plots and explanations: eager PyTorch on any device.
 
-    For the weights of images alone `visual_fusion_attn(..., return_image_weights=True)` takes less time, and memory
-    linear in the number of tokens.
+    If you need only the weights of images, `visual_fusion_attn(..., return_image_weights=True)` takes less time, and
+    memory linear in the number of tokens.
 
-    Args: as in `visual_fusion_attn`, with any head dimension, and
+    Args: as `visual_fusion_attn`, with any head dimension, and
 
-        text_bias: (B or 1, Hq or 1, Tq, Tk) float, added to the scores of text after scale and softcap; -inf hides a
-            key. So positions can have a bias (ALiBi), and with causal=False any mask will do.
+        text_bias: (B or 1, Hq or 1, Tq, Tk) float, added to the text scores after scale and softcap, such as ALiBi;
+            -inf hides a key. With causal=False it can express any mask.
 
     Returns:
         text_weights (B, Hq, Tq, Tk), image_weights (B, Hq, Tq, K) and lse (B, Hq, Tq), in float32 (float64 for float64
-        inputs). The two weights of a query sum to 1 together, or to 0 where the query sees nothing.
+        inputs). All weights of a query sum to 1, or to 0 if the query sees nothing.
 
     Raises:
         TypeError, ValueError: as `visual_fusion_attn`.
+
+    Example:
+        >>> q, k, image_k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 3, 8)
+        >>> text_weights, image_weights, lse = valm_kernels.attention_weights(q, k, image_k)
+        >>> text_weights.shape, image_weights.shape
+        (torch.Size([1, 2, 4, 4]), torch.Size([1, 2, 4, 3]))
     """
-    # the weights do not depend on the values, so the keys stand in for them
+    # weights do not depend on values, so keys are passed in their place
     images = (image_k, image_k, image_q, image_index, image_mask)
     biases = (image_k_bias, None, image_logit_bias, image_score_bias)
     tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, None, cu_seqlens)
@@ -265,10 +251,9 @@ def attention_weights(
 
 
 def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Under autocast q, k, v, image_k, image_v and image_q in its dtype.
+    """The tensors; under autocast, q, k, v, image_k, image_v and image_q are cast to its dtype.
 
-    Applied here, for all implementations: torch.library.register_autocast knows one fixed dtype and would cast the
-    float32 biases too.
+    torch.library.register_autocast does not serve here: it knows one fixed dtype and would cast the float32 biases too.
     """
     q = tensors[0]
     device_type = q.device.type
@@ -279,7 +264,7 @@ def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_documents(inputs: Inputs) -> Inputs:
-    """The inputs with the first_key of the documents in cu_seqlens, or the inputs' own where that is later."""
+    """The inputs, whose first_key is the later of their own and the start of the document in cu_seqlens."""
     if inputs.cu_seqlens is None:
         return inputs
     batch, _, num_queries, _ = inputs.q.shape
@@ -290,7 +275,7 @@ def _with_documents(inputs: Inputs) -> Inputs:
 
 
 def _is_cast(tensor: Any) -> bool:
-    """Whether autocast casts it: not float64, as everywhere in PyTorch, nor what the checks reject."""
+    """Whether autocast casts this tensor: not float64, as everywhere in PyTorch, nor what the checks reject."""
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
@@ -310,8 +295,8 @@ def _choose_impl(impl: str, q: Tensor) -> str:
     if impl in ("triton", flash.NAME):
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f'impl="{impl}" needs CUDA tensors, but q is on {q.device}; use impl="auto" (CPU tensors are '
-                "served only by Triton's interpreter, with TRITON_INTERPRET=1 set before Python starts)"
+                f'impl="{impl}" needs CUDA tensors, but q is on {q.device}; use impl="auto". (Triton\'s interpreter '
+                "takes CPU tensors, if TRITON_INTERPRET=1 is set before Python starts.)"
             )
         if not HAS_TRITON:
             raise ValueError(f'impl="{impl}" needs the package triton, which is not installed; use impl="reference"')
@@ -329,17 +314,17 @@ def _choose_impl(impl: str, q: Tensor) -> str:
 
 @cache
 def _warn_of_amd() -> None:
-    """Once in a process."""
+    """Warns once in a process."""
     warnings.warn(
-        "the Triton kernels of visual_fusion_attn were compiled for AMD GPUs, but have never run on one: compare with "
-        'impl="reference"',
+        "the Triton kernels of visual_fusion_attn compile for AMD GPUs, but have never run on an AMD GPU: compare "
+        'results with impl="reference"',
         stacklevel=4,
     )
 
 
 @cache
 def _too_old(device: torch.device) -> str | None:
-    """The compute capability of an NVIDIA GPU that the kernels do not serve; None of others."""
+    """The compute capability of an NVIDIA GPU that is too old for the kernels; None for other devices."""
     if not torch.cuda.is_available() or torch.version.hip is not None:  # a fake tensor, an AMD GPU
         return None
     capability = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""torch.autocast around the kernels, which have precisions of their own."""
+"""torch.autocast around the kernels, which choose their precisions themselves."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def outside_autocast(device_type: str) -> AbstractContextManager:
 
 
 def is_autocast_enabled(device_type: str) -> bool:
-    # of a device without autocast, such as "meta", PyTorch raises
+    # PyTorch raises for a device without autocast, such as "meta"
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

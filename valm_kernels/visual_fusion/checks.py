@@ -1,7 +1,6 @@
-"""Checks of the arguments of `visual_fusion_attn` and its neighbours: each error names the argument, what was expected
-and what came.
+"""Argument checks of visual_fusion: each error names the argument, what was expected and what came.
 
-Those that read the values of a tensor, at the end, are called by the implementations: on CUDA they wait for the device.
+The checks at the end read the values of tensors. Implementations call them, because on CUDA they wait for the device.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from .inputs import TENSOR_NAMES, Inputs
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_IMAGES = 64
-# scale and softcap are from 2**-RANGE to 2**RANGE: beyond, scores or their gradients would not be finite in float32.
+# scale and softcap must be from 2**-RANGE to 2**RANGE, so that scores and their gradients are finite in float32.
 RANGE = 60
 # The tensors with the dtype of q.
 _LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
@@ -24,7 +23,7 @@ _NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in TENSOR_NAMES if name
 
 
 def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
-    """What each of the tensors may be beside a q of that dtype."""
+    """The dtypes that each tensor may have if q has this dtype."""
     wide = torch.promote_types(q, torch.float32)
     others = {
         "image_index": (torch.int32, torch.int64),
@@ -53,14 +52,14 @@ def checked_inputs(
     *,
     any_dim: bool = False,
 ) -> Inputs:
-    """The arguments with their defaults; K = 0 always becomes None.
+    """The arguments with their defaults; images with K = 0 become None.
 
     Args:
         tensors: q to cu_seqlens, in the order of `Inputs` and cast to the autocast dtype; the first is a tensor.
         any_dim: whether a head may have any dimension.
 
     Raises:
-        TypeError, ValueError: as `visual_fusion_attn`, but for the values of tensors.
+        TypeError, ValueError: as `visual_fusion_attn`, except for the values of tensors.
     """
     _check_tensors(tensors)
     check_bool("causal", causal)
@@ -80,7 +79,7 @@ def checked_inputs(
     if inputs.cu_seqlens is not None:
         _check_documents(inputs, inputs.cu_seqlens)
     elif max_seqlen is not None:
-        raise ValueError("max_seqlen is the length of the longest document in cu_seqlens: give that too")
+        raise ValueError("max_seqlen is the length of the longest document in cu_seqlens: give cu_seqlens too")
     if num_images == 0:
         inputs = inputs._replace(**_NO_IMAGES)
     return inputs
@@ -119,7 +118,7 @@ def _check_tensors(tensors: tuple[Any, ...]) -> None:
             if name in _LIKE_Q:
                 raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensor.dtype}")
             names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
-            raise TypeError(f"{name} must be {names} beside a {dtype} q, got {tensor.dtype}")
+            raise TypeError(f"{name} must be {names} for a {dtype} q, got {tensor.dtype}")
 
 
 def check_bool(name: str, value: bool) -> None:
@@ -166,11 +165,11 @@ def _check_image_shapes(inputs: Inputs) -> int:
     kv_heads = k.shape[1]
 
     if image_q is not None:
-        _check_shape("image_q", image_q, q.shape, "that of q")
+        _check_shape("image_q", image_q, q.shape, "q.shape")
     if inputs.image_slots is not None and image_index is None:
         raise ValueError("image_slots belongs to the pooled layout: give image_index too")
     if image_index is not None and image_mask is not None:
-        raise ValueError("image_mask belongs to the dense layout; in the pooled layout put -1 into image_index instead")
+        raise ValueError("image_mask belongs to the dense layout: in the pooled layout put -1 into image_index instead")
     slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
     if slots is not None:
         if inputs.by_head:
@@ -205,11 +204,11 @@ def _check_image_shapes(inputs: Inputs) -> int:
     else:
         if image_k.dim() != 3:
             raise ValueError(
-                f"image_k must have 3 dimensions (Hkv, U, D) beside image_index, got shape {tuple(image_k.shape)}"
+                f"image_k must have 3 dimensions (Hkv, U, D) with image_index, got shape {tuple(image_k.shape)}"
             )
         num_images = image_index.shape[-1]
         _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
-    _check_shape("image_v", image_v, image_k.shape, "that of image_k")
+    _check_shape("image_v", image_v, image_k.shape, "image_k.shape")
     if inputs.image_slots is not None:
         length = image_k.shape[1] + 1 + batch * num_queries * num_images
         if inputs.by_head:
@@ -257,7 +256,7 @@ def _check_documents(inputs: Inputs, cu_seqlens: Tensor) -> None:
 
 
 def check_index_on_cpu(image_index: Tensor) -> None:
-    """Checks type, shape and device of the image_index that is sorted on the CPU."""
+    """Checks type, shape and device of an image_index that will be sorted on the CPU."""
     if not isinstance(image_index, Tensor) or image_index.dtype not in (torch.int32, torch.int64):
         found = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
         raise TypeError(f"image_index must be an int32 or int64 tensor, got {found}")
@@ -266,7 +265,7 @@ def check_index_on_cpu(image_index: Tensor) -> None:
             f"image_index must have 3 dimensions (B, Tq, K) or 4, (B, Hkv, Tq, K), got shape {tuple(image_index.shape)}"
         )
     if image_index.device.type != "cpu":
-        raise ValueError(f"image_index must be on the CPU, but is on {image_index.device}; the backward sorts it there")
+        raise ValueError(f"image_index must be on the CPU, but is on {image_index.device}: the backward sorts it there")
 
 
 def check_image_index(image_index: Tensor, pool_size: int) -> None:
@@ -294,20 +293,21 @@ def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
     low, high = (int(x) for x in torch.aminmax(cache_seqlens))
     if low < 0 or high > num_keys:
         wrong = low if low < 0 else high
-        raise ValueError(f"cache_seqlens must be from 0 to {num_keys}, the keys that there are (Tk), got {wrong}")
+        raise ValueError(f"cache_seqlens must be from 0 to {num_keys}, the number of keys (Tk), got {wrong}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, num_keys: int, max_seqlen: int | None) -> None:
     """Checks the values of cu_seqlens, which on CUDA waits for the device.
 
     Raises:
-        ValueError: they do not rise from 0 to batch * num_keys, a document is in two rows or longer than max_seqlen.
+        ValueError: the values do not rise from 0 to batch * num_keys, or a document is in two rows or longer than
+            max_seqlen.
     """
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != batch * num_keys:
         raise ValueError(
-            f"cu_seqlens must begin with 0 and end with {batch * num_keys}, the keys that there are (B Tk), got "
-            f"{bounds[0]} and {bounds[-1]}"
+            f"cu_seqlens must begin with 0 and end with {batch * num_keys}, the number of keys (B Tk), got {bounds[0]} "
+            f"and {bounds[-1]}"
         )
     for n, (start, end) in enumerate(pairwise(bounds)):
         if start > end:
@@ -316,6 +316,6 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, num_keys: int, max_seqlen: 
             raise ValueError(f"max_seqlen is {max_seqlen}, but document {n} of cu_seqlens has {end - start} tokens")
         if start < end and start // num_keys != (end - 1) // num_keys:
             raise ValueError(
-                f"cu_seqlens must have the bound of each row of {num_keys} keys, but document {n}, {start} to {end}, "
-                "is in two rows"
+                f"cu_seqlens must contain the bound of each row of {num_keys} keys, but document {n}, {start} to "
+                f"{end}, is in two rows"
             )

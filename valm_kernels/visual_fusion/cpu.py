@@ -1,10 +1,10 @@
 """visual_fusion_attn on CPU: PyTorch's flash attention for the text, joined with the images by log-sum-exp.
 
-A softmax over the union of two key sets is the mean of the softmaxes over each, weighted by their shares of the
-joint sum: out = exp(lse_text - lse) out_text + sum_k exp(t_k - lse) v_k with lse = logaddexp(lse_text, lse_image).
-The same joins the text when it takes several calls of the flash kernel (`text_segments`).
+A softmax over two sets of keys is the mean of the softmaxes over each set, weighted by its share of the joint sum:
+out = exp(lse_text - lse) out_text + sum_k exp(t_k - lse) v_k with lse = logaddexp(lse_text, lse_image).
+If the text takes several calls of the flash kernel (`text_segments`), they are joined in this way too.
 
-Backward: with the joint lse the weight of every key, in either part, is exp(score - lse). With the joint out the
+Backward: with the joint lse the weight of every key, text or image, is exp(score - lse). With the joint out the
 softmax's correction is delta = sum(grad_out * out) - grad_lse. So the flash backward, called with the joint out and
 lse, returns exactly the text's share of the gradients.
 """
@@ -28,9 +28,9 @@ from .slots import check_pool
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# A run of queries with one first_key gets its own calls from this length on; shorter runs share masked calls of at most
+# A run of at least MIN_RUN queries with one first_key gets its own calls. Shorter runs share masked calls of at most
 # MASKED_QUERIES queries. Forward + backward of the text (B1 H12 T1024 D64 float32, one thread of an AVX-512 server):
-# documents of 16 tokens take 16 ms as runs and 20 ms masked, of 8 tokens 22 and 19 ms; a window of 64 tokens takes 31,
+# documents of 16 tokens take 16 ms as runs and 20 ms masked, of 8 tokens 22 and 19 ms. A window of 64 tokens takes 31,
 # 32, 38 and 54 ms in masked calls of 32, 64, 128 and 256 queries. One document takes 113 ms.
 MIN_RUN = 16
 MASKED_QUERIES = 64
@@ -70,18 +70,18 @@ def backward(
 ) -> Gradients:
     """The needed gradients, in the order of `Gradients`.
 
-    Those of the text are computed if q, k or v needs one, those of the images if image_k or image_v does, all others
-    always: each shares its work with the others.
+    Gradients of the text are computed if q, k or v needs one, gradients of images if image_k or image_v does, and all
+    others always, because they share their work.
     """
     grad_out, out, inputs = whole_rows(grad_out), whole_rows(out), _whole_rows(inputs)
-    # Where a query sees nothing, exp(score - lse) has to be 0, and the gradient of lse may be anything.
+    # If a query sees nothing, exp(score - lse) must be 0, and the gradient of lse may be anything.
     unseen = lse == -torch.inf
     lse = lse.masked_fill(unseen, torch.inf)
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(unseen, 0)
     grad_k, grad_v = None, None
     if any(needed[:3]):
         grad_q, grad_k, grad_v = _text_backward(grad_out, grad_lse, out, lse, inputs)
-    else:  # of a frozen model in which only what makes the image keys and values learns
+    else:  # a frozen model, of which only the layers that make image keys and values learn
         grad_q = empty_tokens_first(inputs.q).zero_()
     if inputs.image_k is None or inputs.image_v is None:
         return _only(needed, grad_q, grad_k, grad_v, *[None] * 7)
@@ -121,7 +121,7 @@ def _only(needed: Sequence[bool], *gradients: Tensor | None) -> Gradients:
 def _whole_rows(inputs: Inputs) -> Inputs:
     """The inputs with contiguous rows of q, k and v, as the flash kernel and the image branch read them."""
     q = whole_rows(inputs.q)
-    # out is laid out like q, and of a q whose rows overlap it would have no contiguous ones
+    # out is laid out like q: if the rows of q overlap, out would have no contiguous rows
     if torch.empty_like(q, device="meta").stride(-1) != 1:
         q = q.contiguous()
     return inputs._replace(q=q, k=whole_rows(inputs.k), v=whole_rows(inputs.v))
@@ -173,9 +173,9 @@ def text_segments(
     """Cuts the visible (query, key) pairs of the text into calls of the flash kernel.
 
     Consecutive queries with the same first_key (a document, or everything after left padding) see a rectangle and a
-    causal square, which need no mask. A mask is used only where first_key changes from query to query (sliding
-    windows, anything irregular), over blocks of queries and just the keys that they see, and where rows of few queries
-    (a token of each text that is being generated) begin at different keys: all rows are one call then.
+    causal square, which need no mask. Masks are used in two cases. If first_key changes from query to query (sliding
+    windows, anything irregular), blocks of queries are masked over just the keys that they see. If rows of few queries
+    (a token of each text that is being generated) begin at different keys, all rows are one masked call.
     """
     everything = slice(0, batch)
     if first_key is None:
@@ -274,7 +274,7 @@ def _text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         at = (segment.rows, slice(None), segment.queries)
         keys = (segment.rows, slice(None), segment.keys)
         part, part_lse = _attend(inputs, segment, q[at], k[keys], v[keys])
-        if segment.visible is not None:  # the kernel reports lse 0 for a query that sees nothing
+        if segment.visible is not None:  # the kernel returns lse 0 for a query that sees nothing
             part_lse = part_lse.masked_fill(~segment.visible.any(-1), -torch.inf)
         if segment.joins:
             joint = torch.logaddexp(lse[at], part_lse)
@@ -294,14 +294,14 @@ def _text_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs[:3]
     head_dim = q.shape[-1]
-    unit: Tensor | None = None  # of the gradients, a power of two
+    unit: Tensor | None = None  # the gradients' scale, a power of two
     if grad_lse is not None:
-        # The kernel has no gradient of lse, but computes delta = sum(grad_out * out). A column with -1 in out and
-        # grad_lse in grad_out turns that into sum(grad_out * out) - grad_lse. Zeros in q, k and v exclude that column
-        # from everything else; eight columns preserve the alignment of rows. Three of them hold grad_lse and its
+        # The kernel takes no gradient of lse, but computes delta = sum(grad_out * out). A column with -1 in out and
+        # grad_lse in grad_out turns delta into sum(grad_out * out) - grad_lse. Zeros in q, k and v exclude that column
+        # from everything else, and eight columns preserve the alignment of rows. Three of them hold grad_lse and its
         # remainders after rounding to 16 bits, so that both parts of the backward use the same value.
         grad_out, out, q, k, v = (torch.nn.functional.pad(t, (0, 8)) for t in (grad_out, out, q, k, v))
-        if q.dtype == torch.float16:  # which ends at 2^16, for the kernel's products with the weights too
+        if q.dtype == torch.float16:  # its range ends at 2^16, in the kernel's products with the weights too
             largest = grad_lse.abs().nan_to_num(posinf=0).amax()
             unit = torch.exp2(torch.log2(largest / 2**14).ceil().clamp(min=0))
             grad_out, grad_lse = (grad_out / unit).to(q.dtype), grad_lse / unit
@@ -344,7 +344,7 @@ def _attend(inputs: Inputs, segment: TextSegment, q: Tensor, k: Tensor, v: Tenso
 def _attend_backward(
     inputs: Inputs, segment: TextSegment, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the tensors are those of the segment."""
+    """Gradients of q, k and v of one segment."""
     if inputs.softcap is not None:
         limits = (segment.causal, segment.visible, inputs.scale, inputs.softcap)
         return cpu_softcap.backward(grad_out, q, k, v, out, lse, *limits)
@@ -357,5 +357,5 @@ def _covers(segment: TextSegment, q: Tensor) -> bool:
 
 
 def _additive(visible: Tensor | None, q: Tensor) -> Tensor | None:
-    """The mask as the kernel takes it: additive, as it rejects booleans, and of 2 or 4 dimensions."""
+    """The mask as the kernel takes it: additive, because it rejects booleans, and with 2 or 4 dimensions."""
     return None if visible is None else q.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)

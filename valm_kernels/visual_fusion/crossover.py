@@ -1,7 +1,8 @@
-"""From how many keys on flash attention for the text, and a kernel that joins the images, beat one kernel for both.
+"""The number of keys from which on impl="auto" runs flash attention for the text and a kernel that joins the images,
+instead of one kernel for text and images.
 
-An estimate from the compiler's figures, until a card has measured it: measured_crossover.json, which `make gpu-check`
-writes, has the lengths of the cards that have. VALM_KERNELS_CROSSOVER names another such file.
+It is estimated from the compiler's figures until a GPU has measured it. `make gpu-check` writes measured lengths to
+measured_crossover.json; VALM_KERNELS_CROSSOVER names another such file.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ FILE = Path(__file__).with_name("measured_crossover.json")
 
 
 class MeasuredCrossover(TypedDict):
-    """An entry of measured_crossover.json, for head dimensions up to `head_dim` on the cards of one capability."""
+    """An entry of measured_crossover.json, for head dimensions up to `head_dim` on GPUs of one compute capability."""
 
     capability: int  # 90 for 9.0
     head_dim: Literal[64, 128, 256]
-    keys: int | None  # of a text, from which on flash attention was faster; null where it was not at the longest
-    longest: int  # that was measured
+    keys: int | None  # the text length from which on flash attention was faster; null if it never was
+    longest: int  # the longest measured text
     device: str
     torch: str
     triton: str
@@ -44,12 +45,12 @@ def read_measured(path: Path) -> dict[tuple[int, int], tuple[int | None, int]]:
 
 
 NAMED = os.environ.get("VALM_KERNELS_CROSSOVER")
-# Read once, and not while torch.compile looks on, which knows no files.
+# Read at import, because torch.compile cannot trace the reading of a file.
 MEASURED = read_measured(Path(NAMED or FILE)) if NAMED or FILE.exists() else {}
 
 
 def is_long(keys: int, documents: int, head_dim: int, device: torch.device) -> bool:
-    """Whether documents of so many keys together are long on average: flash attention takes their text."""
+    """Whether documents of `keys` keys together are long on average, so that flash attention reads their text."""
     shortest, longest = None, 0
     if MEASURED:
         most = next((most for most in HEAD_DIMS if head_dim <= most), 0)
@@ -61,7 +62,7 @@ def is_long(keys: int, documents: int, head_dim: int, device: torch.device) -> b
 
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> int:
-    """The compute capability as one number, 90 for 9.0; 0 without a card of NVIDIA's."""
+    """The compute capability as one number, 90 for 9.0; 0 without an NVIDIA GPU."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,9 +1,9 @@
-"""PyTorch's flash attention on CUDA for the text of a long call, whose images one kernel of ours then joins to it.
+"""PyTorch's flash attention on CUDA for the text of a long call; one Triton kernel then joins the images.
 
-The images of a query take registers that a tile of text products could use, so for long texts two passes take less time
-than one. crossover.py has the length from which on.
+The images of a query take registers that a tile of text products could use, so two passes take less time than one pass
+for long texts (crossover.py).
 
-The operators are those that `torch.nn.attention.activate_flash_attention_impl` replaces: after "FA3" or "FA4" they are
+`torch.nn.attention.activate_flash_attention_impl` replaces the operators used here: after "FA3" or "FA4" they run
 FlashAttention-3 or -4.
 """
 
@@ -22,29 +22,29 @@ from .inputs import Inputs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-# The same for documents, with tokens before heads.
+# Flash attention for packed documents, with tokens before heads.
 _packed_flash = torch.ops.aten._flash_attention_forward.default
 _packed_flash_backward = torch.ops.aten._flash_attention_backward.default
-# Under Triton's interpreter, whose tensors are the CPU's.
+# Used under Triton's interpreter, with CPU tensors.
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-# The compute capabilities, rounded down, and the largest head dimension that other implementations of these operators
-# serve.
+# Other implementations of these operators: the compute capabilities, rounded down, and the largest head dimension that
+# they support.
 SERVED = {"FA3": ((9,), 256), "FA4": ((9, 10), 128)}
-# PyTorch's own has no backward for these head dimensions where a block has 99 KiB of shared memory.
+# PyTorch's own flash attention has no backward for these head dimensions on GPUs with 99 KiB of shared memory a block.
 NO_BACKWARD, SMALL_BLOCKS = range(193, 225), ((8, 6), (8, 9), (12, 0), (12, 1))
 
 NAME = "flash+triton"
 
 
 def is_faster(inputs: Inputs) -> bool:
-    """Whether impl="auto" takes flash attention for the text of these inputs on CUDA."""
+    """Whether impl="auto" chooses flash attention for the text of these inputs on CUDA."""
     if refusal(inputs) is not None:
         return False
-    if inputs.image_k is None:  # there is nothing to join
+    if inputs.image_k is None:  # no images to join
         return True
-    if inputs.q.shape[2] == 1:  # "triton" spreads its keys over the card, images included
+    if inputs.q.shape[2] == 1:  # "triton" spreads the keys and images over the GPU
         return False
     batch, _, num_keys, head_dim = inputs.k.shape
     documents = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
@@ -52,7 +52,7 @@ def is_faster(inputs: Inputs) -> bool:
 
 
 def refusal(inputs: Inputs) -> str | None:
-    """What of these inputs flash attention cannot do; None if there is nothing."""
+    """Why flash attention does not support these inputs; None if it does."""
     q, k = inputs.q, inputs.k
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"does not take {str(q.dtype).removeprefix('torch.')}, only float16 and bfloat16"
@@ -69,25 +69,25 @@ def refusal(inputs: Inputs) -> str | None:
     if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device, q.shape[3]):
         if active in SERVED:
             remedy = "call torch.nn.attention.restore_flash_attention_impl()"
-            return f"is {active} now, which does not serve head dimension {q.shape[3]} on {q.device}: {remedy}"
-        return f"does not serve head dimension {q.shape[3]} on {q.device}"
+            return f"is {active} now, which does not support head dimension {q.shape[3]} on {q.device}: {remedy}"
+        return f"does not support head dimension {q.shape[3]} on {q.device}"
     return None
 
 
 def _is_causal(inputs: Inputs) -> bool:
-    """Whether a query does not see all keys: the last one, which a single query is, does."""
+    """Whether some query does not see all keys. A single query is the last one and sees all."""
     return inputs.causal and inputs.q.shape[2] > 1
 
 
 def active_implementation() -> str | None:
-    """The name of what takes the place of PyTorch's own flash attention."""
+    """The name of the implementation that replaces PyTorch's own flash attention, or None."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from PyTorch 2.11 on
     return None if current is None else current()
 
 
 @cache
 def serves(implementation: str | None, device: torch.device, head_dim: int) -> bool:
-    """Whether an implementation of the operators, None for PyTorch's own, serves a device, with a backward."""
+    """Whether an implementation of the operators (None: PyTorch's own) supports a device, with a backward."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return True
     capability = torch.cuda.get_device_capability(device)
@@ -98,9 +98,9 @@ def serves(implementation: str | None, device: torch.device, head_dim: int) -> b
 
 
 def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Tq, D) and lse (B, Hq, Tq) float32 of attention to the text alone."""
+    """out (B, Hq, Tq, D) and lse (B, Hq, Tq) float32 of attention to only the text."""
     text = inputs[:3]
-    options = (0.0, _is_causal(inputs))  # there is no dropout
+    options = (0.0, _is_causal(inputs))  # dropout probability 0
     if inputs.cu_seqlens is not None:
         rows = [_one_row(x) for x in text]
         if _on_cpu(inputs):
@@ -120,13 +120,13 @@ def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     """The text's part of the gradients of q, k and v, for the out and lse of text and images together.
 
-    With these, flash attention's backward weighs each key with exp(score - lse) and subtracts sum(grad_out * out), as
-    the joint softmax does.
+    With these, flash attention's backward weighs each key by exp(score - lse) and subtracts sum(grad_out * out), like
+    the joint softmax.
     """
     q, k, v = inputs[:3]
     tensors = (grad_out, q, k, v, out, lse)
     options: tuple[Any, ...] = (0.0, _is_causal(inputs))
-    # of a dropout that there is not
+    # the random state of dropout, which is not used
     random = (lse.new_empty(2, dtype=torch.int64), lse.new_empty((), dtype=torch.int64))
     if inputs.cu_seqlens is not None:
         rows = [_one_row(x) for x in tensors]
@@ -149,10 +149,10 @@ def _on_cpu(inputs: Inputs) -> bool:
 
 
 def _bounds(inputs: Inputs) -> tuple[Any, ...]:
-    """The documents of queries and keys, and how long the longest may be."""
+    """The document bounds of queries and keys, and an upper bound of the longest document."""
     assert inputs.cu_seqlens is not None
     bounds = inputs.cu_seqlens.int()
-    # how long it is only the device knows
+    # only the device knows the exact length
     longest = inputs.q.shape[2] if inputs.max_seqlen is None else min(inputs.max_seqlen, inputs.q.shape[2])
     return bounds, bounds, longest, longest
 
@@ -168,7 +168,7 @@ def _rows(x: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _of_each_document(operator: Any, rows: list[Tensor], options: Any, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The results of an operator of the CPU for one document after the other, joined along the tokens."""
+    """The results of a CPU operator for one document after the other, joined along the tokens."""
     assert inputs.cu_seqlens is not None
     documents = [slice(*bounds) for bounds in pairwise(inputs.cu_seqlens.tolist()) if bounds[0] < bounds[1]]
     parts = [operator(*(x[None, :, tokens] for x in rows), *options, scale=inputs.scale) for tokens in documents]

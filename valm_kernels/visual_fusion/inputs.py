@@ -10,8 +10,8 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
-    Shapes and dtypes as there. At K = 0 image_k, image_v and all other image arguments are None. The values of
-    image_index and image_slots are not checked yet. Where cu_seqlens is given, first_key says the same.
+    Shapes and dtypes are those of visual_fusion_attn. If K is 0, all image arguments are None. The values of
+    image_index and image_slots are not checked yet. If cu_seqlens is given, first_key contains its limits too.
     """
 
     q: Tensor
@@ -37,16 +37,16 @@ class Inputs(NamedTuple):
 
     @property
     def by_head(self) -> bool:
-        """Whether each key head has images of its own, image_index (B, Hkv, Tq, K)."""
+        """Whether each key head sees its own images: image_index is (B, Hkv, Tq, K)."""
         return self.image_index is not None and self.image_index.dim() == 4
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """q to cache_seqlens, in order: what the forward reads."""
+        """The tensors that the forward reads: q to cache_seqlens, in order."""
         return self[:14]
 
 
-# q to cu_seqlens: the others are options
+# q to cu_seqlens; the other fields are options
 TENSOR_NAMES = Inputs._fields[:16]
 
 
@@ -66,7 +66,7 @@ class Gradients(NamedTuple):
 
 
 def num_images(inputs: Inputs) -> int:
-    """K of either layout."""
+    """K, in the dense or the pooled layout."""
     if inputs.image_index is not None:
         return inputs.image_index.shape[-1]
     return 0 if inputs.image_k is None else inputs.image_k.shape[3]

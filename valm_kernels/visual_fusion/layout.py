@@ -21,8 +21,8 @@ def empty_tokens_first(like: Tensor) -> Tensor:
 
 
 def empty_rows_like(like: Tensor) -> Tensor:
-    """An uninitialised tensor laid out like `like`, or contiguous where that would have no contiguous rows: the last
-    dimension of `like` is strided, or its rows overlap (`Tensor.unfold`)."""
+    """An uninitialised tensor laid out like `like`. It is contiguous if the last dimension of `like` is strided or its
+    rows overlap (`Tensor.unfold`)."""
     empty = torch.empty_like(like)
     return empty if like.stride(-1) == empty.stride(-1) == 1 else like.new_empty(like.shape)
 
@@ -49,7 +49,7 @@ def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
 
 
 def empty_image_scores(inputs: Inputs, wanted: bool) -> Tensor:
-    """Uninitialised (B, Hq, Tq, K), in the precision of lse; (0,) if nobody wants them."""
+    """Uninitialised (B, Hq, Tq, K), in the precision of lse, or (0,) if not wanted."""
     q = inputs.q
     if not wanted:
         return q.new_empty(0)
@@ -58,5 +58,5 @@ def empty_image_scores(inputs: Inputs, wanted: bool) -> Tensor:
 
 
 def whole_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy where its last dimension is strided."""
+    """The tensor itself, or a contiguous copy if its last dimension is strided."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

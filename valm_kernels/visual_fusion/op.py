@@ -1,7 +1,7 @@
 """visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
 
-The gradient of an input that is absent or needs none is an empty tensor here, and so are image_scores where nobody
-asked for them; layout.py defines the layouts of the others.
+The gradient of an input that is absent or needs none is an empty tensor here, as are image_scores that nobody asked
+for. layout.py defines the layouts of the other tensors.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def fused_attention(inputs: Inputs, impl: str, with_image_scores: bool) -> tuple
 
 
 def document_starts(cu_seqlens: Tensor, batch: int, num_queries: int, num_keys: int, max_seqlen: int | None) -> Tensor:
-    """first_key (B, Tq) int32 of the last `num_queries` tokens of each row of documents with the bounds `cu_seqlens`.
+    """first_key (B, Tq) int32 for the last `num_queries` tokens of each row of documents with the bounds `cu_seqlens`.
 
-    An operator, so that a compiled graph checks the values too.
+    It is an operator so that a compiled graph checks the values too.
 
     Raises:
         ValueError: cu_seqlens is on the CPU and fails `check_cu_seqlens`.
@@ -72,7 +72,7 @@ def _implementation(impl: str) -> tuple[Any, Any]:
 
 @cache
 def _triton(with_flash: bool) -> tuple[Any, Any]:
-    """Triton is imported only where it is used."""
+    """(forward, backward) in Triton, which is imported only when it is used."""
     from .triton import backward, forward, joined
 
     return (joined.forward, joined.backward) if with_flash else (forward.forward, backward.backward)
@@ -125,7 +125,7 @@ def _backward_fake(
 
 
 class _Attention(torch.autograd.Function):
-    """The operator with a node of the autograd graph, which has the differentiable inputs only."""
+    """The operator as a node of the autograd graph, which takes only the differentiable inputs."""
 
     @staticmethod
     def forward(
@@ -144,7 +144,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
         if not ctx.with_image_scores:
-            grad_image_scores = None  # of the empty tensor that stands for them
+            grad_image_scores = None  # image_scores is an empty tensor
         needed = ctx.needs_input_grad[2:]
         if grad_out is None:
             if grad_lse is None and grad_image_scores is None:
@@ -156,7 +156,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """The backward operator with a node that says that it cannot be differentiated."""
+    """The backward operator as a node that raises when it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, inputs: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -165,7 +165,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(
-            'visual_fusion_attn can be differentiated once only; for second derivatives use impl="reference"'
+            'visual_fusion_attn can be differentiated only once; for second derivatives use impl="reference"'
         )
 
 
@@ -175,7 +175,7 @@ def _below_autograd(op: Any, keyset: Any, inputs: tuple[Any, ...]) -> tuple[Tens
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._are_functorch_transforms_active():
             return op.redispatch(keyset, *inputs)
-        # a Function turns both modes off, but an outer transform records in its turn
+        # a Function turns both modes off, but an outer transform may record
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return op.redispatch(keyset, *inputs)
 
@@ -196,8 +196,8 @@ def _records_gradients(inputs: tuple[Any, ...]) -> bool:
 
 
 def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """function.apply, also inside transforms of torch.func: as for PyTorch's own operators, the dispatcher comes here
-    once for each of them."""
+    """function.apply, also inside transforms of torch.func: the dispatcher comes here once for each transform, as for
+    PyTorch's own operators."""
     if not torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     from torch._functorch.utils import enable_single_level_autograd_function
@@ -208,17 +208,17 @@ def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 @cache
 def _in_transform(function: Any) -> Any:
-    """The same node for one transform; inside of it a torch.autograd.Function asks for rules of its own."""
+    """The node for one transform of torch.func, in which a torch.autograd.Function would need its own rules."""
     from torch.autograd.function import _SingleLevelFunction
 
     methods = {"forward": staticmethod(function.forward), "backward": staticmethod(function.backward)}
     return type(function.__name__, (_SingleLevelFunction,), methods)
 
 
-# Of PyTorch's private names three serve every call, and three more transforms of torch.func. The public ones do not do
-# here (2.13): with torch.library.register_autograd torch.func.grad raises, forward mode gives zeros, and a call with
-# gradients takes 100 µs more, as it reads the schema; an autograd.Function around the operator is not traced by
-# torch.compile where it has a jvp, is not functionalised, and leaves exported programs without torch.func.
+# Every call uses three private names of PyTorch, and transforms of torch.func use three more. The public ways fail in
+# PyTorch 2.13. With torch.library.register_autograd, torch.func.grad raises, forward mode returns zeros, and a call
+# with gradients takes 100 µs more to read the schema. An autograd.Function around the operator is not traced by
+# torch.compile if it has a jvp, is not functionalised, and leaves exported programs without torch.func.
 def _autograd(keyset: Any, *inputs: Any) -> tuple[Tensor, ...]:
     if _records_gradients(inputs):
         return _apply(_Attention, keyset, inputs, *(inputs[i] for i in _DIFFERENTIABLE))

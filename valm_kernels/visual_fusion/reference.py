@@ -1,7 +1,7 @@
 """The executable specification of visual_fusion_attn: eager PyTorch in the dtype of its inputs.
 
-Every other implementation is compared with it in float64. In 16 bits it rounds where eager attention rounds (scores and
-weights), and so sets the error that the others may have.
+Tests compare every other implementation with it in float64. In 16 bits it rounds scores and weights like eager
+attention, and its error bounds the error that other implementations may have.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from .slots import check_pool
 def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The weights of text (B, Hq, Tq, Tk) and images (B, Hq, Tq, K), and lse (B, Hq, Tq); float32 or wider.
 
-    The two weights of a query sum to 1 together, or to 0 where the query sees nothing. text_bias is as in
-    `attention_weights`.
+    All weights of a query sum to 1, or to 0 if the query sees nothing. text_bias is as in `attention_weights`.
     """
     q, k, image_k = inputs.q, _used(inputs.k, inputs.cache_seqlens), inputs.image_k
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -95,7 +94,7 @@ def text_visible(
 
 
 def _used(text: Tensor, cache_seqlens: Tensor | None) -> Tensor:
-    """The keys or values (B, Hkv, Tk, D), with zeros for those from cache_seqlens on."""
+    """The keys or values (B, Hkv, Tk, D), with zeros from cache_seqlens on."""
     if cache_seqlens is None:
         return text
     check_cache_seqlens(cache_seqlens, text.shape[2])
@@ -108,12 +107,12 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _images(image: Tensor, image_index: Tensor | None, image_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The images of every query, (B, Hkv, Tq, K, D), and which are present, (B, 1 or Hkv, Tq, K) or None for all."""
+    """The images of every query, (B, Hkv, Tq, K, D), and flags of those present, (B, 1 or Hkv, Tq, K) or None: all."""
     if image_index is None:
         if image_mask is None:
             return image, None
         present = image_mask[:, None]
-        return image.masked_fill(~present.unsqueeze(-1), 0), present  # what is masked may be anything, NaN too
+        return image.masked_fill(~present.unsqueeze(-1), 0), present  # masked images may hold anything, even NaN
     padded = torch.nn.functional.pad(image, (0, 0, 0, 1))  # (Hkv, U + 1, D): index -1 reads the zero row
     index = image_index.long() if image_index.dim() == 4 else image_index.long()[:, None]  # (B, 1 or Hkv, Tq, K)
     head = torch.arange(len(image), device=image.device)[:, None, None]

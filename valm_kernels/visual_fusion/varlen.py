@@ -1,4 +1,4 @@
-"""The packed layout: all tokens in one dimension, documents by cu_seqlens, as flash-attention's varlen functions."""
+"""The packed layout: all tokens in one dimension, documents by cu_seqlens, like flash-attention's varlen functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .api import PackedOptions
 
-# The options with a token dimension, which gets a batch of one before it.
+# The options with a token dimension; a batch of one is put before it.
 _OF_TOKENS = ("image_index", "image_mask", "image_score_bias", "first_key")
 
 
@@ -42,28 +42,36 @@ def visual_fusion_attn_varlen(
     return_image_weights: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, ...]:
-    """`visual_fusion_attn` for documents that lie one after the other, with neither a batch nor padding.
+    """`visual_fusion_attn` for packed documents: all tokens in one dimension, without a batch and without padding.
 
-    It calls `visual_fusion_attn` with a batch of one, whose tensors are views: no argument is copied, and out and the
-    gradients are laid out as the arguments are.
+    It calls `visual_fusion_attn` with views of the arguments as a batch of one. Nothing is copied, and out and the
+    gradients are laid out like the arguments.
 
     Args: T is the number of all tokens; dtypes and devices are those of `visual_fusion_attn`.
 
         q: (T, Hq, D).
-        k, v: (T, Hkv, D), of the same tokens.
-        image_k, image_v: (Hkv, U, D), a pool, with image_index; or (T, K, Hkv, D), each token's own images; or None.
-        cu_seqlens: (N + 1,) int32 or int64: document n is the tokens from cu_seqlens[n] to cu_seqlens[n + 1] - 1. It
-            rises from 0 to T.
-        return_lse, return_image_weights: return these after out.
-        options: max_seqlen and the others of `visual_fusion_attn`, but causal and cache_seqlens. Those of tokens
-            have no batch: image_q (T, Hq, D); image_index (T, K), or (Hkv, T, K) by key head; image_mask (T, K);
-            image_score_bias (T, K); first_key (T,), counted from the first of all tokens.
+        k, v: (T, Hkv, D).
+        image_k, image_v: a pool (Hkv, U, D) with image_index, or each token's own images (T, K, Hkv, D), or None.
+        cu_seqlens: (N + 1,) int32 or int64, rising from 0 to T: document n is the tokens from cu_seqlens[n] to
+            cu_seqlens[n + 1] - 1.
+        return_lse, return_image_weights: also return lse, and the weights of the images.
+        options: the other arguments of `visual_fusion_attn`, except causal and cache_seqlens. Arguments for tokens
+            have no batch dimension: image_q (T, Hq, D), image_index (T, K) or by key head (Hkv, T, K), image_mask and
+            image_score_bias (T, K), first_key (T,), counted from the first of all tokens.
 
     Returns:
-        out (T, Hq, D); with return_lse also lse (Hq, T), with return_image_weights also the weights (Hq, T, K).
+        out (T, Hq, D). With return_lse also lse (Hq, T), with return_image_weights also the weights (Hq, T, K).
 
     Raises:
         TypeError, ValueError: as `visual_fusion_attn`, whose messages name the shapes with a batch of one.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 5, 2, 8)  # each T H D
+        >>> image_k, image_v = torch.randn(2, 2, 10, 8)  # each H U D
+        >>> image_index = torch.randint(10, (5, 3))  # T K
+        >>> cu_seqlens = torch.tensor([0, 2, 5])  # two documents, of 2 and 3 tokens
+        >>> valm_kernels.visual_fusion_attn_varlen(q, k, v, image_k, image_v, cu_seqlens, image_index=image_index).shape
+        torch.Size([5, 2, 8])
     """
     text: dict[str, Any] = {"q": q, "k": k, "v": v}
     if options.get("image_q") is not None:
@@ -89,5 +97,5 @@ def visual_fusion_attn_varlen(
 
 
 def _images(image: Any) -> Any:
-    """A pool as it is; (T, K, Hkv, D) as (1, Hkv, T, K, D)."""
+    """A pool unchanged, or (T, K, Hkv, D) as (1, Hkv, T, K, D)."""
     return image.permute(2, 0, 1, 3)[None] if isinstance(image, Tensor) and image.dim() == 4 else image

@@ -1,4 +1,4 @@
-// What the AVX-512 kernels with and without VNNI share.
+// Common code of the AVX-512 kernels with and without VNNI.
 #pragma once
 
 #include <immintrin.h>

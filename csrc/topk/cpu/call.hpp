@@ -1,5 +1,5 @@
-// What a call of the CPU search shares with its caller: threads, signals, and the floating-point environment. For files
-// that are compiled for any processor.
+// State that a call of the CPU search shares with its caller: threads, signals, and the floating-point environment. For
+// files that are compiled for any processor.
 #pragma once
 
 #if defined(_OPENMP)
@@ -21,8 +21,8 @@ inline int thread_number() {
 #endif
 }
 
-// IEEE 754 arithmetic on one thread, during the lifetime of this object. A caller may have switched denormal numbers
-// off on its own thread (torch.set_flush_denormal), and then threads would disagree on a score.
+// IEEE 754 arithmetic on one thread, during the lifetime of this object. A caller may have switched off denormal
+// numbers on its own thread (torch.set_flush_denormal), and then threads would disagree on a score.
 class PlainArithmetic {
   public:
     PlainArithmetic() {
@@ -37,7 +37,7 @@ class PlainArithmetic {
     fenv_t before_;
 };
 
-// Asks the caller about every 50 ms whether to stop. Use it on the calling thread only, where no tiles of AMX are
+// Asks the caller about every 50 ms whether to stop. Use it only on the calling thread while no tiles of AMX are
 // configured: the caller may run a signal handler, which may search, multiply, or change the floating-point
 // environment.
 class Interruption {

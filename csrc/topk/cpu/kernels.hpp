@@ -1,5 +1,5 @@
 // The row kernels, written once over the vectors of simd/vector.hpp and included by the file of each instruction set.
-// All of it has internal linkage: the linker must never hand code of one instruction set to another.
+// Everything has internal linkage: the linker must never hand code of one instruction set to another.
 #pragma once
 
 #include <cmath>
@@ -43,12 +43,12 @@ bool pack_row(const Rows& rows, int64_t index, const float* centre, const float*
         store_vector(centred + e, d);
         largest = larger_of(largest, abs_of(d));
         along += d * load_floats(axis + e);
-        probe += d * 0.0f;  // NaN from infinity or NaN
+        probe += d * 0.0f;  // NaN for infinity or NaN
     }
     const float reach = largest_of(largest);
     const bool finite = sum_of(probe) == 0;
-    // Relative bounds do not hold for tiny rows, and with huge rows the bound's own arithmetic may overflow. An
-    // infinite error passes both on to the exact routine.
+    // Relative bounds do not hold for tiny rows, and for huge rows the bound's own arithmetic may overflow. An
+    // infinite error passes such rows on to the exact routine.
     const bool bounded = finite && (reach == 0 || (reach > 1e-30f && reach < kMaxReach));
     const float step = bounded ? reach / 127 : 0;
     const float scale = step > 0 ? 127 / reach : 0;
@@ -130,7 +130,7 @@ void dot(const Rows& rows, int64_t index, const float* query, float* product, fl
 using Sums = int32_t[kMaxTile][kPanelRows];
 
 // The rest of a pass after g.c, for queries [begin, end) of a tile: first_pass.hpp's `upper` and its test. The sums,
-// which lack `start`, are passed in memory, so that the loops before can hold theirs in registers.
+// without `start`, are passed in memory, so that the loops before can hold their sums in registers.
 Hit* keep(const Sums& sums, const float* stats, const Tile& tile, int begin, int end, const float* theta, Hit* hits) {
     for (int j = begin; j < end; ++j) {
         const FloatVector along = splat(tile.along[j]), length = splat(tile.length[j]);
@@ -155,8 +155,8 @@ Hit* keep(const Sums& sums, const float* stats, const Tile& tile, int begin, int
 }
 
 // The sums of a tile of kQueries queries. Codes stands for the codes of Codes::kRows rows at one step, in registers:
-// its add() takes the query's Codes::kWords words of that step and adds the products to a Codes::Sum. Two at a time
-// and all their sums stay in registers, hence the unrolled loops.
+// its add() takes the query's Codes::kWords words of that step and adds the products to a Codes::Sum. The loops are
+// unrolled, so that two Codes and all their sums stay in registers.
 template <class Codes, int kQueries>
 void multiply_tile(const Panel& panel, const Tile& tile, Sums& sums) {
     for (int row = 0; row < kPanelRows; row += 2 * Codes::kRows) {

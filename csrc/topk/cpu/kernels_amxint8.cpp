@@ -1,4 +1,4 @@
-// The kernels for AMX: 16 x 16 sums of 64 products of bytes an instruction.
+// The kernels for AMX: 16 x 16 sums of 64 products of bytes per instruction.
 #include "simd/isa.hpp"
 #ifdef VALM_AMX
 
@@ -7,7 +7,7 @@
 namespace valm {
 namespace {
 
-// In assembly, because GCC's intrinsics take a register's number only as a literal, so not from a template.
+// In assembly, because GCC's intrinsics take a register's number only as a literal, not from a template.
 struct Registers {
     template <int r>
     static void zero() {

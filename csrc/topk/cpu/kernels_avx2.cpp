@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA and F16C: two products of 16-bit numbers a lane and instruction.
+// The kernels for AVX2 with FMA and F16C: two products of 16-bit numbers per lane and instruction.
 #if defined(__x86_64__)
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with VNNI: four products of bytes a lane and instruction.
+// The kernels for AVX-512 with VNNI: four products of bytes per lane and instruction.
 #if defined(__x86_64__)
 
 #include "topk/cpu/avx512.hpp"

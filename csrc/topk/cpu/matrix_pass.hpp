@@ -1,4 +1,4 @@
-// The first pass by products of matrices, for AMX and, with arrays as its registers, for any processor. Local to the
+// The first pass by products of matrices, for AMX or, with arrays as registers, for any processor. Local to the
 // including file.
 #pragma once
 
@@ -8,12 +8,12 @@
 namespace valm {
 namespace {
 
-// The sums of a tile of at most 16 queries, or 32 where kTwo. Calls meanwhile(part, parts) between products, which take
+// The sums of a tile of at most 16 queries, or 32 if kTwo. Calls meanwhile(part, parts) between products, which take
 // long and need no other registers.
 //
-// Registers names eight matrices. It has zero<r>(), load<r>(from, stride), load_once<r>(from, stride) for what the
-// cache need not keep, store<r>(to, stride), and add<sum, queries, codes>(), which adds the products of 16 queries'
-// signed bytes and 16 rows' unsigned ones to sums of 32 bits.
+// Registers names eight matrices. Its functions are zero<r>(), load<r>(from, stride), load_once<r>(from, stride) for
+// data that the cache need not keep, store<r>(to, stride), and add<sum, queries, codes>(), which adds the products of
+// 16 queries' signed bytes and 16 rows' unsigned bytes to sums of 32 bits.
 template <class Registers, bool kTwo, class Meanwhile>
 void multiply_matrices(const Panel& panel, const Tile& tile, Sums& sums, Meanwhile meanwhile) {
     constexpr int64_t kSumStride = sizeof sums[0], kCodeStride = kPanelRows * 4;
@@ -47,7 +47,7 @@ void multiply_matrices(const Panel& panel, const Tile& tile, Sums& sums, Meanwhi
     }
 }
 
-// Kernels::pass. The rows that a tile keeps are found while the next tile's products run.
+// Kernels::pass. It finds the rows that a tile keeps while the next tile's products run.
 template <class Registers>
 Hit* matrix_pass(const Panel& panel, const Tile* tiles, size_t n_tiles, const float* theta, Hit* hits) {
     alignas(64) Sums sums[2];

@@ -109,7 +109,7 @@ int64_t find_duplicates(const Rows& rows, int threads, int32_t* row, int32_t* ne
     uint64_t slots = 1;
     while (slots < 2 * static_cast<uint64_t>(rows.count)) slots *= 2;
     std::vector<int32_t> table(slots, -1);  // first rows, open addressing
-    std::vector<int32_t> last(rows.count);  // of a first row: the latest row equal to it
+    std::vector<int32_t> last(rows.count);  // for a first row, the latest row equal to it
     int64_t different = 0;
     for (int32_t i = 0; i < rows.count && !stopped; ++i) {
         if (i % kRowsBetweenQuestions == 0 && interruption.now()) stopped = true;

@@ -21,7 +21,7 @@ double norm(const float* values, int64_t dim) {
     return std::sqrt(square);
 }
 
-// The next number above or below, as std::nextafter, whose call is slow; an infinity has none beyond it.
+// The next number above or below. (The call of std::nextafter is slow.) Nothing lies beyond an infinity.
 float next_float(float value, bool up) {
     if (value == 0) return up ? kSmallest : -kSmallest;
     const uint64_t key = candidate_key(value, 0), one = uint64_t{1} << 32;
@@ -57,7 +57,7 @@ Query prepare_query(const float* values, const PackedRows& packed, int64_t dim, 
     }
     // at least 2^-40 |a|, so that A cannot make the bound overflow
     const double unit = std::max(largest / levels, std::abs(a) * 0x1p-40);
-    // a query too small for relative bounds keeps g = 0, all of it in f
+    // a query too small for relative bounds keeps g = 0, and all of it is in f
     const bool tiny = unit < 1e-30;
     query.unit = tiny ? 1 : unit;
     int64_t sum = 0;
@@ -131,7 +131,7 @@ void lay_out(QueryLayout layout, const int16_t* g, int64_t steps, int count, int
     }
 }
 
-// At least 16 partial sums of at most dim / 16 + 64 roundings each, or up to 64 elements one by one; the exact
+// At least 16 partial sums of at most dim / 16 + 64 roundings each, or up to 64 elements one by one. The exact
 // routine's own error is far below the factor.
 double float_error(int64_t dim) { return (static_cast<double>(dim) / 16 + 80) * kUnitRoundoff * (1 + 0x1p-10); }
 

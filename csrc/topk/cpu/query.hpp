@@ -12,13 +12,13 @@ namespace valm {
 inline int64_t padded_dim(int64_t dim) { return (dim + kExactLanes - 1) / kExactLanes * kExactLanes; }
 
 struct Query {
-    int64_t output;       // its place in the answer
+    int64_t output;       // its place in the result
     const float* values;  // (padded_dim)
     double base;          // q.m, which the bounds do not include
     double slack;         // in the score's unit
     double unit;          // t: a bound times unit, plus base, is a score
     double norm;          // |q|
-    // of Tile, for a packed first pass
+    // copied to Tile, for a packed first pass
     int32_t start;
     float along, length, error;
 };
@@ -41,8 +41,8 @@ Query prepare_float_query(const float* values, int64_t dim);
 // How far the float32 product with a row may be off the score, over |q| |x|.
 double float_error(int64_t dim);
 
-// The bound below which a row cannot enter the answer, given the key of the kth best so far (0: fewer than k yet)
-// and whether the row stands after that one.
+// The bound below which a row cannot enter the result, given the key of the kth best so far (0: fewer than k yet)
+// and whether the row comes after the kth best.
 float threshold(const Query& query, uint64_t kth, bool after);
 
 }  // namespace valm

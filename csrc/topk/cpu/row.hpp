@@ -1,4 +1,4 @@
-// Reading one stored row as float32, whatever its type. Local to the including file, as simd/vector.hpp.
+// Reads one stored row of any type as float32. Local to the including file, like simd/vector.hpp.
 #pragma once
 
 #include "topk/cpu/vectors.hpp"
@@ -7,7 +7,7 @@
 namespace valm {
 namespace {
 
-// One row, read as float32: by the vector where a whole one is left, by the element at the end.
+// One row, read as float32: by whole vectors, and element by element at the end.
 template <Element kElement>
 struct Row;
 
@@ -45,8 +45,8 @@ struct Row<Element::kInt8> {
     FloatVector vector(int64_t e) const { return to_float(load_vector<ByteVector>(data + e)) * scale; }
 };
 
-// Fetches what stands kPrefetchBytes behind element e of a row, in the rows that follow: the processor itself looks no
-// further than to the end of a page. Beyond the last row nothing happens.
+// Prefetches the bytes kPrefetchBytes after element e of a row, in the rows that follow: the processor itself looks
+// ahead only to the end of a page. Harmless beyond the last row.
 constexpr int64_t kPrefetchBytes = 4096;
 template <class RowType>
 inline void prefetch(RowType row, int64_t e) {

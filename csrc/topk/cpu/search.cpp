@@ -1,7 +1,7 @@
 // Exact top-K inner product search on the CPU. Threads take blocks of rows. For every query of a group, a thread bounds
-// the scores of its block (the first pass), collects the rows that may belong to the answer, and scores them exactly,
+// the scores of its block (the first pass), collects the rows that may belong to the result, and scores them exactly,
 // highest bound first, until the bounds fall below the kth best. Threads share each query's kth best score, so that
-// one thread's results raise the threshold of all.
+// one thread's results raise the threshold of all threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,24 +17,24 @@ namespace valm {
 
 namespace {
 
-// Bounds the group size times the number of all threads, so that their buffers stay below 32 MiB; for k up to
-// kUsualBest, and less above.
+// Bounds the group size times the number of threads, so that their buffers stay below 32 MiB. Larger k than kUsualBest
+// lowers it.
 constexpr int64_t kGroupTimesThreads = 8192;
 constexpr int64_t kUsualBest = 128;
-// The dimension that Kernels::group_queries is for.
+// The dimension for which Kernels::group_queries is chosen.
 constexpr int64_t kUsualDim = 768;
 // Rows collected for a query before they are scored.
 constexpr int kBuffer = 256;
-// Candidates that are scored exactly before the kth best is known anew: k, but no fewer and no more than these. So many
-// of a full buffer are.
+// Candidates that are scored exactly before the kth best is updated: k, within these limits. A full buffer is scored in
+// such parts.
 constexpr int64_t kFewestScored = 8, kMostScored = 32;
-// The others stay in the buffer, if no more than these are in reach of the kth best then.
+// Other candidates stay in the buffer, if at most this many are still in reach of the kth best.
 constexpr int64_t kLeft = 192;
 // A block's packed rows: a share of the second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
-// Size of a block of rows that are multiplied as float32. They are read once, so long blocks are best.
+// Size of a block of rows that are multiplied as float32. Rows are read once, so long blocks are best.
 constexpr int64_t kFloatBlockBytes = 2 << 20;
-// Up to this many queries, unpacked rows are multiplied as float32; above it packing them first is cheaper.
+// Up to this many queries, unpacked rows are multiplied as float32. For more queries packing them first is cheaper.
 constexpr int64_t kFloatQueries = 3;
 
 // One thread's state for one query.
@@ -45,7 +45,7 @@ struct Find {
     bool after = false;
 };
 
-// A cache line of the queries' integers, which tiles begin at.
+// A cache line of the queries' integers, at which tiles begin.
 struct alignas(64) Line {
     uint8_t bytes[64];
 };
@@ -126,7 +126,7 @@ class Search {
     int32_t next_duplicate(int32_t row) const {
         while (true) {
             const int32_t next = packed_rows_.next_duplicate[row];
-            if (next <= row) return 0;  // also where a file's row numbers were altered
+            if (next <= row) return 0;  // also if a file's row numbers were altered
             if (allowed_ == nullptr || allowed_[next]) return next;
             row = next;
         }
@@ -138,13 +138,13 @@ class Search {
     const int64_t k_, scored_at_once_;
     const bool* const allowed_;
     std::vector<uint32_t> allowed_panels_;  // a bit for each position; empty: all are allowed
-    std::vector<int32_t> allowed_rows_;     // by position, where rows are equal
-    const int threads_, at_once_;           // of this search; searches that run beside each other
+    std::vector<int32_t> allowed_rows_;     // by position, if rows are equal
+    const int threads_, at_once_;           // of this search; the number of searches that run at once
     const int64_t steps_;
     bool packed_;
     bool float_pass_ = false;
     int64_t block_rows_ = 0, n_blocks_ = 0;
-    std::vector<float> centre_;  // and axis, of a database that comes unpacked
+    std::vector<float> centre_;  // and axis, of an unpacked database
     std::unique_ptr<PaddedCentre> padded_centre_;
     std::atomic<int64_t> broken_{std::numeric_limits<int64_t>::max()};
     Interruption interruption_;
@@ -159,7 +159,7 @@ class Search {
     std::vector<Worker> workers_;
 };
 
-// Which positions hold a row that may be returned, and which of their rows is the first.
+// Finds the positions that hold a row that may be returned, and the first such row of each.
 void Search::find_allowed() {
     const int64_t count = packed_rows_.count;
     allowed_panels_.assign((count + kPanelRows - 1) / kPanelRows, 0);
@@ -187,7 +187,7 @@ void Search::run(const float* queries, int64_t n_queries, float* scores, int64_t
     block_rows_ = std::max<int64_t>(1, block_bytes / (row_bytes * kPanelRows)) * kPanelRows;
     n_blocks_ = (packed_rows_.count + block_rows_ - 1) / block_rows_;
     const int64_t group_times_threads = kGroupTimesThreads * kUsualBest / std::max(k_, kUsualBest);
-    // Each group packs unpacked rows anew. The integers of more short queries stay in the cache too.
+    // Each group packs unpacked rows again. The integers of more short queries stay in the cache too.
     const int64_t short_queries = packed_ ? 1 : std::max<int64_t>(1, kUsualDim / dim);
     const int64_t largest = std::min<int64_t>(kMaxGroup, kernels_.group_queries * short_queries);
     const int64_t group = std::clamp<int64_t>(group_times_threads / (threads_ * at_once_), kMaxTile, largest);
@@ -275,10 +275,10 @@ void Search::start_group(const std::vector<int64_t>& members, const float* queri
 }
 
 bool Search::search_group() {
-    // Few blocks: share out the tiles of a block too.
+    // If there are few blocks, threads share the tiles of a block too.
     const int64_t n_tiles = std::max<int64_t>(1, static_cast<int64_t>(tiles_.size()));
     const int64_t slices = std::clamp<int64_t>(4 * threads_ / n_blocks_, 1, n_tiles);
-    // Blocks are taken in an order that no sorted database foils, near the golden section of their number apart.
+    // Consecutive blocks are about the golden section of their number apart, so that a sorted database does no harm.
     int64_t stride = std::max<int64_t>(1, static_cast<int64_t>(0.618 * static_cast<double>(n_blocks_)));
     while (std::gcd(stride, n_blocks_) != 1) ++stride;
 
@@ -355,12 +355,12 @@ void Search::float_block(Worker& worker, int64_t begin, int64_t end) {
 void Search::collect(Worker& worker, int64_t query, float upper, int64_t position) {
     Find& find = worker.finds[query];
     if (upper < worker.theta[query]) return;                                // theta rose since the kernel saw it
-    if (std::isnan(upper)) upper = std::numeric_limits<float>::infinity();  // of an overflow
+    if (std::isnan(upper)) upper = std::numeric_limits<float>::infinity();  // after an overflow
     worker.candidates[query * kBuffer + find.candidates++] = candidate_key(upper, static_cast<uint32_t>(position));
     if (find.candidates < kBuffer) return;
     settle(worker, query, false);
     const uint64_t kth = kth_[query].load(std::memory_order_relaxed);
-    refresh(worker, query, kth, key_row(kth) <= row_at(position));  // of the rows that follow
+    refresh(worker, query, kth, key_row(kth) <= row_at(position));  // for the rows that follow
 }
 
 // Brings a query's theta up to date.
@@ -372,9 +372,9 @@ void Search::refresh(Worker& worker, int64_t query, uint64_t kth, bool after) {
     worker.theta[query] = threshold(group_[query], kth, after);
 }
 
-// Scores the collected rows of the best bounds exactly. Those still in reach of the kth best wait in the buffer,
-// because a better kth best may spare them; where they are many, or the search is at its last, they are scored too, as
-// far as the bounds reach, and float32 products tighten the bounds of many before.
+// Scores the collected rows with the best bounds exactly. Rows still in reach of the kth best wait in the buffer,
+// because a better kth best may spare them. If there are many, or the search ends, they are scored too, as far as the
+// bounds reach; float32 products first tighten the bounds of many rows.
 void Search::settle(Worker& worker, int64_t query, bool last) {
     Find& find = worker.finds[query];
     uint64_t* const begin = worker.candidates.data() + query * kBuffer;
@@ -402,7 +402,7 @@ void Search::settle(Worker& worker, int64_t query, bool last) {
     score(worker, query, rest, end);
 }
 
-// Scores candidates that stand in the order of their bounds, and stops where the bounds fall below the kth best.
+// Scores candidates in the order of their bounds, and stops when the bounds fall below the kth best.
 void Search::score(Worker& worker, int64_t query, const uint64_t* begin, const uint64_t* end) {
     Find& find = worker.finds[query];
     uint64_t* const best = worker.best.data() + query * (k_ + scored_at_once_);
@@ -424,7 +424,7 @@ void Search::score(Worker& worker, int64_t query, const uint64_t* begin, const u
     }
 }
 
-// Leaves the k best of a query's scored rows, and tells the other threads of the kth.
+// Keeps the k best of a query's scored rows, and tells the other threads the kth best.
 void Search::raise_kth(Worker& worker, int64_t query) {
     Find& find = worker.finds[query];
     if (find.kept < k_) return;
@@ -441,22 +441,22 @@ Search::Bar Search::bar_of(int64_t query) const {
     return {kth, threshold(group_[query], kth, false), threshold(group_[query], kth, true)};
 }
 
-// An upper bound from a float32 product, in the query's unit as those of the first pass.
+// An upper bound from a float32 product, in the query's unit like the bounds of the first pass.
 float Search::float_upper(int64_t query, int64_t row) {
     const Query& q = group_[query];
     float product, square;
     kernels_.dot(rows_, row, q.values, &product, &square);
     if (!std::isfinite(square) && !row_is_finite(rows_, row)) report_broken(row);
-    // a partial sum that overflowed says nothing of the whole
+    // a partial sum that overflowed tells nothing about the whole
     if (!std::isfinite(product)) return std::numeric_limits<float>::infinity();
-    // the square is off by the same share as the product; where it underflows the row is below 1e-18
+    // the square has the same relative error as the product; if it underflows, the row is below 1e-18
     const double error = float_error(rows_.dim);
     const double reach = q.norm * (std::sqrt(static_cast<double>(square)) * (1 + error) + 1e-18);
     const double upper = (product + error * reach - q.base) / q.unit;
     return static_cast<float>(upper + std::abs(upper) * 0x1p-22);
 }
 
-// Joins the threads' finds. The k best of the first rows hold the first row of every group in the answer: a row
+// Joins the threads' results. The k best of the first rows include the first row of every group in the result: a row
 // better than a first row, or equal to it and before it, is better than all rows of its group.
 void Search::finish_group(float* scores, int64_t* indices) {
 #pragma omp parallel for num_threads(threads_)
@@ -516,7 +516,7 @@ int64_t ip_topk_cpu(const float* queries, int64_t n_queries, const Rows& rows, i
     if (n_databases < threads) {
         for (int64_t database = 0; database < n_databases && !stopped; ++database)
             search_one(database, threads, 1, true);
-    } else {  // each thread has databases of its own
+    } else {  // each thread searches its own databases
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t database = 0; database < n_databases; ++database)
             if (!stopped) search_one(database, 1, threads, thread_number() == 0);

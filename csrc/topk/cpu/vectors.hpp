@@ -26,7 +26,7 @@ Vector load_vector(const T* p) {
 inline FloatVector load_floats(const float* p) { return load_vector<FloatVector>(p); }
 inline void store_vector(float* p, FloatVector x) { std::memcpy(p, &x, sizeof(x)); }
 
-inline FloatVector splat(float x) { return x - FloatVector{}; }  // x - 0 is x, of -0 too
+inline FloatVector splat(float x) { return x - FloatVector{}; }  // x - 0 is x, for -0 too
 inline FloatVector to_float(IntVector x) { return __builtin_convertvector(x, FloatVector); }
 // Intrinsics here and below, because GCC 12 compiles the vector extension's widening lane by lane or through memory.
 inline FloatVector to_float(ByteVector x) {

@@ -1,5 +1,5 @@
 // The instructions that the top-K kernels use and plain C++ lacks. tests/ has a second file of this name with the
-// same functions in plain C++, so that the kernels also run where there is no GPU.
+// same functions in plain C++, so that the kernels also run without a GPU.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -52,8 +52,8 @@ __device__ inline uint32_t pack_bfloat16(float low, float high) {
 
 __device__ inline float float16_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
-// Starts the copy of 16 bytes, aligned to as many, from device to shared memory, past the first-level cache; zeros if
-// not `there`. It belongs to the next commit_copies() of this thread.
+// Starts the copy of 16 bytes, aligned to 16, from device to shared memory, past the first-level cache; copies zeros if
+// not `there`. The copy belongs to the next commit_copies() of this thread.
 template <class Part>
 __device__ inline void copy_async(Part* to, const void* from, bool there) {
     static_assert(sizeof(Part) == 16);
@@ -64,7 +64,7 @@ __device__ inline void copy_async(Part* to, const void* from, bool there) {
 
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the `most` newest groups of this thread's copies are under way. `most` is at most 3.
+// Waits until at most the `most` newest groups of this thread's copies are in flight. `most` is at most 3.
 __device__ inline void wait_copies(int most) {
     if (most == 0) asm volatile("cp.async.wait_group 0;" ::: "memory");
     if (most == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");

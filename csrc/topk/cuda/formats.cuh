@@ -1,8 +1,8 @@
 // How the kernels of top-K search read a row, in each type that rows are stored in, and the norms of the rows.
 //
-// In the first pass 4 lanes share a slab of a row: for the sum the order of the elements is free, so each lane takes
-// those that it can copy at once, a Part. words() turns it into the words of each term of the row, of two 16-bit values
-// or four of 8 bits.
+// In the first pass 4 lanes share a slab of a row. The order of the elements does not matter for the sum, so each lane
+// takes the elements that it can copy at once, a Part. words() turns it into the words of each term of the row, of two
+// 16-bit values or four 8-bit values.
 #pragma once
 
 #include "topk/cuda/device.cuh"
@@ -12,7 +12,7 @@ namespace valm {
 
 __device__ inline float bfloat16_value(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
 
-// Of the two digits of a query's element, for int8 rows.
+// The base of the two digits of a query's element, for int8 rows.
 constexpr int kDigitBase = 256;
 
 template <MmaInput kInput>
@@ -25,8 +25,8 @@ __device__ inline float unpack(uint16_t bits) {
     return kInput == MmaInput::kFloat16 ? float16_value(bits) : bfloat16_value(bits);
 }
 
-// The next term of a query's elements as a word, which it takes away from them. Two elements as the nearest 16-bit
-// values, or four as digits to the base kDigitBase: term 0 has the high ones.
+// The next term of a query's elements as a word, which it subtracts from them: two elements as the nearest 16-bit
+// values, or four as digits to the base kDigitBase, where term 0 holds the high digits.
 template <MmaInput kInput>
 __device__ inline uint32_t take_term(int term, double* rest) {
     if constexpr (kInput == MmaInput::kInt8) {
@@ -99,7 +99,7 @@ struct Int8Rows {
     static constexpr Element kElement = Element::kInt8;
     static constexpr MmaInput kInput = MmaInput::kInt8;
     static constexpr int kRowTerms = 1;
-    // Below 2^14 a high digit is at most 64, so that the low digit leaves half a unit of an element, or one where it
+    // Below 2^14 a high digit is at most 64, so that the low digit leaves half a unit of an element, or one unit if it
     // would be 128. At 2^15 the high digit would not fit.
     static constexpr int kQueryExponent = 14;
 
@@ -146,8 +146,8 @@ struct RowNorms {
     float* norms;  // (rows.count)
 };
 
-// An upper bound of each row's norm; NaN for a row with an element that is not finite. Infinity for a norm above 2^64:
-// the first pass's sums for that row may overflow on the way, and only an infinite bound keeps it.
+// An upper bound of each row's norm; NaN for a row with an element that is not finite, infinity for a norm above 2^64:
+// the first pass's sums for such a row may overflow, and only an infinite bound keeps the row.
 template <class Format>
 __global__ __launch_bounds__(kThreads) void row_norms_kernel(RowNorms s) {
     const int lane = threadIdx.x % kWarp, t = lane % 4;
@@ -164,7 +164,7 @@ __global__ __launch_bounds__(kThreads) void row_norms_kernel(RowNorms s) {
     }
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
-    const bool finite = sum <= 1e100;  // 2048 squares of finite floats stay below
+    const bool finite = sum <= 1e100;  // 2048 squares of finite floats are below
     if (t == 0 && row < s.rows.count) {
         const float norm = sum > 0x1p128 ? INFINITY : static_cast<float>(sqrt(sum) * (1 + 0x1p-20) + 0x1p-96);
         s.norms[row] = finite ? norm : NAN;

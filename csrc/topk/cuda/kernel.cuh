@@ -3,19 +3,19 @@
 // First pass: tensor cores multiply queries of 16-bit numbers, or of two digits of 8 bits for int8 rows, by the
 // database. For query q (times a power of two) and row x the sum s they return satisfies
 // |s - q.x| <= error(q) norm(x), so u = s + error(q) norm(x) is never below the score, and the pass keeps the rows with
-// the best (u falling, index rising). Then the kept rows are scored exactly (exact.hpp). The answer is proven when the
-// k-th exact score is above the u of the last kept row, which bounds every row that was dropped. A query without that
-// proof has more of its candidates scored exactly. One still without goes to a list, and a scan of the whole database
-// computes its answer from exact scores; nothing waits for the host.
+// the best (u falling, index rising). Then the kept rows are scored exactly (exact.hpp). The result is proven if the
+// k-th exact score is above the u of the last kept row, which bounds every row that was dropped. Without this proof,
+// more of a query's candidates are scored exactly. If that is not enough, the query goes to a list, and a scan of the
+// whole database computes its result from exact scores. Nothing waits for the host.
 //
 // The parts of error(q), for E elements and |.| the Euclidean norm, by the Cauchy-Schwarz inequality:
-//   |q - q16|                             q16 the query as the tensor cores get it, measured for each query
+//   |q - q16|                             q16 is the query for the tensor cores, measured for each query
 //   |q16| 2^-18 for each mma              sums in float32: products are exact; an mma adds 16 of them and the sum so
 //                                         far, each cut after 23 bits below the largest, in at most 4 steps, so it
 //                                         loses at most (16 + 4 + 4) 2^-23 of the sum of magnitudes; 2^-18 is 32 of
-//                                         these. NVIDIA does not document this: it is what Fasi, Higham, Mikaitis and
-//                                         Pranesh measured (Numerical behavior of NVIDIA tensor cores, 2021). The sums
-//                                         of int8 rows lose nothing: they are integers of at most E 2^14 <= 2^25
+//                                         these. NVIDIA does not document this: Fasi, Higham, Mikaitis and Pranesh
+//                                         measured it (Numerical behavior of NVIDIA tensor cores, 2021). The sums of
+//                                         int8 rows lose nothing: they are integers of at most E 2^14 <= 2^25
 //   |q16| 2^-16                           float32 rows only: x16 = high + low bfloat16, low x low left out
 //   |q16| 2^-20                           rounding, each time by 2^-24 at most, of u, of the float64 score, and of int8
 //                                         rows: of an element times its scale, and of s = (256 high.x + low.x) scale,
@@ -31,7 +31,7 @@
 
 namespace valm {
 
-// All a kernel needs, passed by value.
+// The arguments of all kernels, passed by value.
 struct Search {
     const float* queries;    // (n_queries, rows.dim)
     Rows rows;               // rows.dim a multiple of 16, so that 16 bytes load at once
@@ -42,9 +42,9 @@ struct Search {
     uint4* packed;         // (padded queries / 16, terms, steps of 16 elements, lanes): `a` of an mma
     float* errors;         // (padded queries): error(q), NaN for a query that is not finite
     int* exponents;        // (padded queries): the first pass works on 2^exponent q
-    uint64_t* thresholds;  // (padded queries): the best key known to have `kept` candidates at or above it
+    uint64_t* thresholds;  // (padded queries): the best key with at least `kept` candidates at or above it
     uint64_t* candidates;  // (lists, kept)
-    int* redo;             // how many queries need the exact scan, then which
+    int* redo;             // the number of queries that need the exact scan, then their numbers
     float* scores;         // (n_queries, k)
     int64_t* indices;      // (n_queries, k)
 };
@@ -52,7 +52,7 @@ struct Search {
 template <class Format>
 constexpr int kQueryTerms = query_terms(Format::kElement);
 
-// How many terms of a row a term of a query is multiplied by: all but low x low.
+// The number of terms of a row that multiply a term of a query: all except low x low.
 template <class Format>
 __host__ __device__ constexpr int row_terms(int query_term) {
     return query_term == 0 ? Format::kRowTerms : 1;
@@ -62,7 +62,7 @@ __host__ __device__ constexpr int row_terms(int query_term) {
 template <class Format>
 constexpr int kProducts = Format::kRowTerms + (kQueryTerms<Format> - 1);
 
-// Sums of a query and a row: one for all terms of the query, but of digits one for each.
+// Sums of a query and a row: one for all terms of the query, or one for each digit.
 template <class Format>
 constexpr int kSums = Format::kInput == MmaInput::kInt8 ? kQueryTerms<Format> : 1;
 template <class Format, int kQueryTiles>
@@ -96,7 +96,7 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
         exponent = Format::kQueryExponent - exponent;
     }
 
-    double square = 0, lost_square = 0;  // of the scaled query, and of what its words leave out
+    double square = 0, lost_square = 0;  // of the scaled query, and of the part that its words leave out
     const int half = query / 8 % 2, g = query % 8;
     const int64_t steps = static_cast<int64_t>(s.plan.slabs) * kSteps<Format>;
     uint4* const packed = s.packed + query / 16 * kQueryTerms<Format> * steps * kWarp;
@@ -136,9 +136,9 @@ __global__ __launch_bounds__(kThreads) void prepare_queries_kernel(Search s) {
 
 // --- first pass --------------------------------------------------------------------------------------------------
 
-// The rows of a lane on their way from device memory, tile after tile, one slab in each stage. A lane copies just what
-// it multiplies, so nobody else waits for it. Through registers instead, the compiler puts the loads of a slab behind
-// the products that should hide them.
+// The rows of a lane on their way from device memory, tile after tile, one slab in each stage. A lane copies only what
+// it multiplies, so no other lane waits for it. If the copies went through registers, the compiler would put the loads
+// of a slab after the products that should hide them.
 template <class Format>
 struct RowStream {
     using Part = typename Format::Part;
@@ -170,7 +170,7 @@ struct RowStream {
         }
     }
 
-    // The oldest slab, in parts that are kWarp apart.
+    // The oldest slab, as parts at a distance of kWarp.
     __device__ Part* oldest() const { return parts + stage * kStageParts; }
 
     __device__ const Part* wait() const {
@@ -195,7 +195,7 @@ struct RowStream {
     }
 };
 
-// sums += queries (16 kQueryTiles) x rows (8 kRowTiles) over one slab, whose rows lie as RowStream says.
+// sums += queries (16 kQueryTiles) x rows (8 kRowTiles) over one slab, whose rows are laid out as in RowStream.
 template <class Format, int kQueryTiles>
 __device__ inline void multiply(const uint4* packed, int slab, int slabs, int lane, const typename Format::Part* rows,
                                 Sums<Format, kQueryTiles>& sums) {
@@ -237,11 +237,11 @@ __device__ inline void multiply(const uint4* packed, int slab, int slabs, int la
 // The queries of a block.
 struct BlockQueries {
     const uint4* words;  // (tiles, terms, steps of 16 elements, lanes), in shared or, if streamed, in device memory
-    float* errors;       // factors, in shared memory, which is free behind them
+    float* errors;       // factors, in shared memory, which is free after them
 };
 
-// Copies the block's queries to shared memory, of streamed ones the error factors alone. By the whole block, before a
-// barrier.
+// Copies the block's queries to shared memory; for streamed queries, only the error factors. Called by the whole block,
+// before a barrier.
 template <class Format, int kQueryTiles, bool kStreamed>
 __device__ inline BlockQueries load_queries(const Search& s) {
     constexpr int kQueries = 16 * kQueryTiles;
@@ -308,12 +308,12 @@ __device__ inline void find_bounds(const Search& s, const BlockQueries& queries,
     }
 }
 
-// The key of a row by its upper bound, of which NaN counts as infinite.
+// The key of a row by its upper bound; a bound of NaN counts as infinite.
 __device__ inline uint64_t bound_key(float bound, int64_t row) {
     return candidate_key(bound == bound ? bound : INFINITY, static_cast<uint32_t>(row));
 }
 
-// A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. Strided, so that the blocks of different
+// A block takes 16 kQueryTiles queries and every splits-th tile of 256 rows. With this stride, blocks of different
 // queries that run together read the same rows, and sorted databases spread over all blocks.
 template <class Format, int kQueryTiles, bool kStreamsQueries>
 __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void first_pass_kernel(Search s) {
@@ -332,8 +332,8 @@ __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void f
     }
     __syncthreads();
 
-    // Publishes the last kept key of this part of the database, and takes over the best of the other parts' keys: no
-    // key below can be among the best of the whole.
+    // Publishes the last kept key of this part of the database, and takes over the best key of the other parts: no
+    // lower key can be among the best of the whole.
     const auto share_threshold = [&](int query) {
         uint64_t& threshold = pools.thresholds[query];
         threshold = max(threshold, atomic_max(s.thresholds + first_query + query, threshold));
@@ -402,7 +402,7 @@ __global__ __launch_bounds__(kThreads, first_pass_residents(kQueryTiles)) void f
 
 // --- merge -------------------------------------------------------------------------------------------------------
 
-// The first k keys of a sorted pool as the scores and indices of a query; zeros, for want of rows, as -inf and -1.
+// Writes the first k keys of a sorted pool as the scores and indices of a query; zeros (too few rows) as -inf and -1.
 __device__ inline void write_answer(const Search& s, int query, const uint64_t* keys) {
     for (int i = threadIdx.x; i < s.k; i += blockDim.x) {
         const uint64_t key = keys[i];
@@ -411,20 +411,20 @@ __device__ inline void write_answer(const Search& s, int query, const uint64_t* 
     }
 }
 
-// Puts a query on the redo list, by one thread.
+// Puts a query on the redo list. Called by one thread.
 __device__ inline void ask_for_scan(const Search& s, int query) { s.redo[1 + atomicAdd(s.redo, 1)] = query; }
 
-// The answer to a query from the `kept` best candidates of all parts, scored exactly; by the whole block. True if it is
-// proven that no other row belongs into it.
+// Finds the result of a query among the `kept` best candidates of all parts, scored exactly. Called by the whole block.
+// Returns true if it is proven that no other row belongs to the result.
 template <class Format>
 __device__ inline bool find_answer(const Search& s, int query, int capacity, int kept) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const Pools pools(dynamic_shared(), 1, capacity, kept);
     uint64_t* const keys = pools.keys;
-    const uint64_t threshold = s.thresholds[query];  // itself a key to be kept
+    const uint64_t threshold = s.thresholds[query];  // the key of a row that is kept
     select_best(pools, s.candidates + static_cast<int64_t>(query) * s.plan.splits * s.plan.kept,
                 static_cast<int64_t>(s.plan.splits) * s.plan.kept, threshold ? threshold - 1 : 0);
-    // Not below the key of any row that was dropped, here or, by the threshold, in the first pass; zero: none was.
+    // At least the key of every row that was dropped, here or, by the threshold, in the first pass; zero: none was.
     const uint64_t last = max(keys[kept - 1], threshold);
     __syncthreads();
 
@@ -441,7 +441,7 @@ __device__ inline bool find_answer(const Search& s, int query, int capacity, int
             for (int mask = kExactLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
             exact_key = candidate_key(exact_round(sum), row);
         }
-        if (lane == 0) keys[i] = exact_key;  // the shuffles have let every lane read the old one
+        if (lane == 0) keys[i] = exact_key;  // after the shuffles every lane has read the old key
     }
     __syncthreads();
     if (warp == 0) sort_descending(keys, capacity, lane);
@@ -450,7 +450,7 @@ __device__ inline bool find_answer(const Search& s, int query, int capacity, int
 
     bool proven = true;
     if (threadIdx.x == 0 && last != 0) {
-        // Both in the query's own scale. A dropped row with the last kept row's bound has a higher index than it.
+        // Bound and score in the query's own scale. A dropped row with the last kept row's bound has a higher index.
         const double bound = ldexp(static_cast<double>(key_score(last)), -s.exponents[query]);
         const float kth = key_score(keys[s.k - 1]);
         const bool tied = s.exponents[query] == 0 && bound == kth && key_row(keys[s.k - 1]) <= key_row(last);
@@ -473,8 +473,8 @@ __global__ __launch_bounds__(kThreads) void merge_kernel(Search s) {
     }
     if (s.plan.first_pass) {
         if (find_answer<Format>(s, query, s.plan.capacity, s.plan.kept)) return;
-        // Many rows are nearly as good as the k-th. A second chance with more of the parts' candidates takes 192 E
-        // products in float64, the scan all N E: it pays where it spares one such query in N / 192 the scan.
+        // Many rows are nearly as good as the k-th. A second attempt with more of the parts' candidates takes 192 E
+        // products in float64, the scan N E: it pays if it spares one query in N / 192 the scan.
         if (s.plan.kept < kMostKept && find_answer<Format>(s, query, kMostCapacity, kMostKept)) return;
     }
     if (threadIdx.x == 0) ask_for_scan(s, query);

@@ -41,7 +41,7 @@ void launch_first_pass(const Search& search, Stream stream) {
     launch(first_pass, dim3(plan.query_blocks, plan.splits), kThreads, plan.first_pass_shared, stream, search);
 }
 
-// `search` with all but its workspace filled in.
+// `search` has all members except its workspace.
 inline void launch_search(Search search, void* workspace, Stream stream) {
     const Plan& plan = search.plan;
     char* const base = static_cast<char*>(workspace);

@@ -20,23 +20,23 @@ constexpr int kWarps = kThreads / kWarp;
 // Rows of a warp in the first pass: 4 mma tiles of 8.
 constexpr int kRowTiles = 4;
 constexpr int kBlockRows = kWarps * kRowTiles * 8;
-// Slabs of a tile that are on their way to shared memory at a time. An H100 needs 20 KB under way in each
-// multiprocessor (3.35 TB/s, 132 of them, 0.8 us); a slab of a tile has kStageBytes, 16 KB.
+// Slabs of a tile that are in flight to shared memory at once. An H100 needs 20 KB in flight in each multiprocessor
+// (3.35 TB/s, 132 multiprocessors, 0.8 us); a slab of a tile is kStageBytes, 16 KB.
 constexpr int kMostStages = 4;
 constexpr int64_t kStageBytes = int64_t{kThreads} * kRowTiles * 16;
-// The exact scan: 4 lanes to a row, of which they read as many elements at a time, and up to as many queries.
+// The exact scan: 4 lanes read a row, kScanSlab elements at once, for up to kMostScanQueries queries.
 constexpr int kScanSlab = 32;
 constexpr int kMostScanQueries = 4;
 constexpr int kScanRows = kWarps * 8;
-// The largest k of the first pass: pools for more do not fit into shared memory beside the queries. A larger k is
-// answered by the exact scan alone.
+// The largest k of the first pass: larger pools do not fit into shared memory next to the queries. For a larger k only
+// the exact scan runs.
 constexpr int kFirstPassBest = 128;
-// The largest pool of a first pass or a merge, and how many of its keys are kept.
+// The largest pool of a first pass or a merge, and the number of its keys that are kept.
 constexpr int kMostCapacity = 256;
 constexpr int kMostKept = 192;
 
-// Tiles of 16 queries in a block whose queries stay in device memory: their largest pools fit beside 2 slabs of rows
-// into 99 KiB, the least of any card since compute capability 8.0.
+// Tiles of 16 queries in a block whose queries stay in device memory: their largest pools fit next to 2 slabs of rows
+// into 99 KiB, the least of any GPU since compute capability 8.0.
 constexpr int kStreamedQueryTiles = 2;
 
 // Bytes of shared memory that CUDA takes for itself with every block.
@@ -45,39 +45,39 @@ constexpr int64_t kReservedShared = 1024;
 struct Plan {
     int slabs;        // of a row
     int query_tiles;  // of 16 queries in a block of the first pass: 4, 2 or 1
-    // The first pass reads the queries from device memory, as they do not fit into shared memory beside 2 slabs of
-    // rows; kStreamedQueryTiles then. A slab of them is an eighth to a quarter of one of rows, and the block's warps
-    // find it in the first-level cache. Else all N E products of such a query would be in float64, of which the cards
-    // that it is for (99 KiB a block) do 1/64 as many a second as of float32.
+    // The first pass reads the queries from device memory, because they do not fit into shared memory next to 2 slabs
+    // of rows; query_tiles is then kStreamedQueryTiles. A slab of queries is an eighth to a quarter of a slab of rows,
+    // and the block's warps find it in the first-level cache. Otherwise all N E products of such a query would be in
+    // float64, which the GPUs with 99 KiB a block multiply at 1/64 of the rate of float32.
     bool streams_queries;
     int stages;        // slabs of rows in the shared memory of the first pass
     int query_blocks;  // blocks that share a part of the database
     int splits;        // parts of the database
     int kept;          // candidates that a part passes on for each query
     int capacity;      // of a pool, a power of two
-    int scan_blocks;   // of the exact scan
-    int scan_queries;  // of such a block
+    int scan_blocks;   // blocks of the exact scan
+    int scan_queries;  // queries of such a block
     int64_t lists;     // candidate lists in the workspace
-    bool first_pass;   // false: the pools do not fit into shared memory, the exact scan searches for all
+    bool first_pass;   // false: the pools do not fit into shared memory, and the exact scan serves all queries
     int64_t first_pass_shared, merge_shared, scan_shared;  // bytes
     // Workspace: offsets and size in bytes.
     int64_t packed, errors, exponents, thresholds, candidates, redo, bytes;
 };
 
-// Blocks of the first pass that share a multiprocessor, by their registers.
+// Blocks of the first pass that share a multiprocessor, limited by their registers.
 constexpr int first_pass_residents(int query_tiles) { return query_tiles == 1 ? 2 : 1; }
 
-// Numbers that stand for one of a query: 16-bit ones, or for int8 rows digits of 8 bits. One float16 is near enough.
-// One bfloat16 is not: it left 13 of 16 queries without proof at k = 16, for 20,000 unit rows of 768 elements with a
-// mean cosine of 0.8.
+// Terms for one number of a query: 16-bit numbers, or for int8 rows digits of 8 bits. One float16 is close enough. One
+// bfloat16 is not: it left 13 of 16 queries without proof at k = 16, for 20,000 unit rows of 768 elements with a mean
+// cosine of 0.8.
 constexpr int query_terms(Element element) { return element == Element::kFloat16 ? 1 : 2; }
 
-// Bytes of them all.
+// Bytes of all terms.
 constexpr int query_element_bytes(Element element) {
     return query_terms(element) * (element == Element::kInt8 ? 1 : 2);
 }
 
-// Elements of a row that a warp multiplies at a time: 4 lanes take 16 bytes each.
+// Elements of a row that a warp multiplies at once: 4 lanes take 16 bytes each.
 constexpr int slab_elements(Element element) {
     return element == Element::kFloat32 ? 16 : element == Element::kInt8 ? 64 : 32;
 }
@@ -99,7 +99,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
                pool_bytes(16 * tiles, plan.capacity) + stages * kStageBytes;
     };
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
-    // with fewer than 2 stages a block waits for every slab
+    // with fewer than 2 stages a block would wait for every slab
     while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles, 2) > limits.shared_per_block) {
         plan.query_tiles /= 2;
     }
@@ -131,7 +131,7 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
         }
     }
     plan.scan_blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, ceil_div(rows.count, kScanRows)));
-    // With 99 KiB a block, 3 queries of more than 1,104 numbers where k is above kFirstPassBest.
+    // With 99 KiB a block this is 3 for queries of more than 1,104 numbers, if k is above kFirstPassBest.
     plan.scan_queries = kMostScanQueries;
     const auto scan_shared = [&] {
         return pool_bytes(plan.scan_queries, plan.capacity) + plan.scan_queries * rows.dim * 8;

@@ -1,13 +1,13 @@
-// The exact scan: a search by exact scores only, for the queries whose answer the first pass could not prove. Its
-// kernels are launched with every search, and return at once if the redo list is empty.
+// The exact scan: a search by only exact scores, for queries whose result the first pass could not prove. Its kernels
+// are launched with every search, and return at once if the redo list is empty.
 #pragma once
 
 #include "topk/cuda/kernel.cuh"
 
 namespace valm {
 
-// The queries of the redo list are scanned in groups of scan_queries, each over as many parts of the database as there
-// are blocks and candidate lists for.
+// The queries of the redo list are scanned in groups of scan_queries. Blocks and candidate lists limit the number of
+// parts of the database.
 __device__ inline int scan_groups(const Search& s) { return (*s.redo + s.plan.scan_queries - 1) / s.plan.scan_queries; }
 
 __device__ inline int scan_splits(const Search& s, int groups) {
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
                     }
                 }
             }
-            double sum = 0;  // of query t, where there is one
+            double sum = 0;  // of query t, if there is one
 #pragma unroll
             for (int q = 0; q < kMostScanQueries; ++q) {
 #pragma unroll
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kThreads, 1) void exact_scan_kernel(Search s) {
             }
             bool pending = t < n && row < s.rows.count && s.row_norms[there] == s.row_norms[there];
             const uint64_t key = candidate_key(exact_round(sum), static_cast<uint32_t>(row));
-            // t by value: by reference, the compiler moves sums to local memory
+            // t by value: by reference, the compiler would move sums to local memory
             pools.take([&, t] { return pending = pending && !pools.offer(t, key); }, [](int) {});
         }
 

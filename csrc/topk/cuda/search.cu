@@ -1,4 +1,4 @@
-// The CUDA part of the extension, as search.hpp describes it.
+// The CUDA part of the extension (search.hpp).
 #include <sstream>
 
 #include "topk/cuda/launch.cuh"
@@ -8,8 +8,8 @@ namespace valm {
 
 namespace {
 
-// The statically linked CUDA runtime has a current device of its own, so every call sets it. The caller restores
-// PyTorch's (torch.cuda.device): setting the one before here would make a context on GPU 0 in a thread without one.
+// The statically linked CUDA runtime has its own current device, so every call sets it. The caller restores PyTorch's
+// (torch.cuda.device): restoring it here would make a context on GPU 0 in a thread without a context.
 void use_device(int device) { check_cuda(cudaSetDevice(device), "choice of the CUDA device"); }
 
 DeviceLimits device_limits(int device) {

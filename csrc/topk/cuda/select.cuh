@@ -1,5 +1,5 @@
-// The best candidates of a query, kept in shared memory: a pool takes keys until it is full, then one warp sorts it,
-// keeps the best and raises the threshold below which keys are not even offered.
+// The best candidates of a query, kept in shared memory. A pool takes keys until it is full. Then one warp sorts it,
+// keeps the best and raises the threshold below which keys are not offered.
 #pragma once
 
 #include "topk/cuda/device.cuh"
@@ -8,7 +8,7 @@
 
 namespace valm {
 
-// Keys of `size` (a power of two, at least 2) in shared memory, largest first; bitonic, by one warp.
+// Sorts `size` keys (a power of two, at least 2) in shared memory, largest first, bitonically. Called by one warp.
 __device__ inline void sort_descending(uint64_t* keys, int size, int lane) {
     for (int run = 2; run <= size; run *= 2) {
         for (int stride = run / 2; stride > 0; stride /= 2) {
@@ -27,8 +27,8 @@ __device__ inline void sort_descending(uint64_t* keys, int size, int lane) {
     sync_warp();
 }
 
-// The pools of a block, one per query, in pool_bytes() of shared memory: `capacity` keys each (a power of two), of
-// which a flush keeps `kept`. Offers and flushes are separated by block barriers; two warps never flush the same pool.
+// The pools of a block, one per query, in pool_bytes() of shared memory: each holds `capacity` keys (a power of two),
+// of which a flush keeps `kept`. Block barriers separate offers and flushes. Two warps never flush the same pool.
 struct Pools {
     uint64_t* keys;        // (queries, capacity)
     uint64_t* thresholds;  // (queries); a key must be above it
@@ -47,7 +47,7 @@ struct Pools {
 
     __device__ uint64_t* query_keys(int query) const { return keys + static_cast<size_t>(query) * capacity; }
 
-    // By one thread, before a barrier.
+    // Called by one thread, before a barrier.
     __device__ void reset(int query, uint64_t threshold) const {
         thresholds[query] = threshold;
         counts[query] = 0;
@@ -62,7 +62,7 @@ struct Pools {
         return true;
     }
 
-    // By one warp: sorts the pool and keeps the best. Unused places are zero, which is below every key.
+    // Called by one warp: sorts the pool and keeps the best. Unused places are zero, which is below every key.
     __device__ void flush(int query, int lane) const {
         uint64_t* const pool = query_keys(query);
         const int count = min(static_cast<int>(counts[query]), capacity);
@@ -74,8 +74,8 @@ struct Pools {
         }
     }
 
-    // By the whole block: `offer()` offers what this thread has and says whether some was turned away, until nothing
-    // is. `flushed(query)` is called by the warp, and on the lane, that set the query's threshold.
+    // Called by the whole block: repeats `offer()`, which offers this thread's keys and returns whether a pool was
+    // full, until no pool is. The lane that set a query's threshold calls `flushed(query)`.
     template <class Offer, class Flushed>
     __device__ void take(Offer offer, Flushed flushed) const {
         const int lane = threadIdx.x % kWarp;
@@ -93,8 +93,8 @@ struct Pools {
 // A threshold that no key passes, for the padding queries of a tile.
 __device__ inline uint64_t closed_threshold() { return candidate_key(INFINITY, 0); }
 
-// The best `kept` of `count` keys in device memory, sorted, in the one pool of `pools`; by the whole block. Zeros are
-// no keys. `threshold`: only keys above it are wanted.
+// Puts the best `kept` of `count` keys in device memory, sorted, into the only pool of `pools`. Called by the whole
+// block. Zeros are not keys, and only keys above `threshold` are wanted.
 __device__ inline void select_best(const Pools& pools, const uint64_t* keys, int64_t count, uint64_t threshold) {
     const int thread = threadIdx.x;
     if (thread == 0) pools.reset(0, threshold);

@@ -48,7 +48,7 @@ def test_eval_prints_and_writes_the_tables(world, tmp_path, output_of):
 def test_eval_with_another_min_score(world, color, tmp_path, output_of):
     """One that no image reaches is the row without images; the twin has none to cut, which a warning says."""
     models, options = (world / "valm", world / "gpt2"), ["--limit", 2, *color, "--json", "--out", tmp_path]
-    with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2"):
+    with pytest.warns(UserWarning, match="--min-score has no effect on .*gpt2"):
         printed = output_of("eval", *models, *options, "--min-score", "2", "--controls", "off")
     cut, off, _ = json.loads(printed)["rows"]
     assert cut["metrics"] == off["metrics"] and "2 images a token with a retrieval score from 2" in cut["kind"]

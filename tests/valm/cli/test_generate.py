@@ -72,7 +72,7 @@ def test_images_only_from_a_score_on(world, tmp_path):
     whole, same, without = page(), page("--min-score", "-1"), page("--min-score", "2")
     assert whole == same != without
     assert run("generate", world / "valm", "the sea", "--max-new-tokens", 2, "--min-score", "0.5") == 0
-    with pytest.warns(UserWarning, match="--min-score changes nothing of .*gpt2, which retrieves no images"):
+    with pytest.warns(UserWarning, match="--min-score has no effect on .*gpt2, which retrieves no images"):
         assert run("generate", world / "gpt2", "the sea", "--max-new-tokens", 2, "--min-score", "0.5") == 0
 
 

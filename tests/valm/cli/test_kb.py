@@ -52,7 +52,7 @@ def test_kb_search_says_how_many_images_there_are(world, capsys, error_of, monke
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 6 and f"{world / 'kb'} has 6 images, fewer than -k 100,000" in err
     monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
-    said = f"k must be from 1 to 5, got 100,000: a search finds no more of the 6 images of {world / 'kb'}"
+    said = f"k must be from 1 to 5, got 100,000: a search returns no more of the 6 images of {world / 'kb'}"
     assert said in error_of(*search)
 
 
@@ -101,7 +101,7 @@ def test_kb_index(copy_of, output_of, error_of):
         assert run(*command) == 0
     (root / "kb" / "index.faiss").write_bytes(b"")
     for command in commands:
-        assert f"make it anew with `valm kb index {root / 'kb'}`" in error_of(*command).replace("valm/../", "")
+        assert f"make it again with `valm kb index {root / 'kb'}`" in error_of(*command).replace("valm/../", "")
     assert "index.faiss" in error_of("verify", root / "kb")
     (root / "kb" / "index-0123456789abcdef.partial").touch()  # of a killed build
     assert "searched exactly" in output_of(*index)
@@ -134,7 +134,7 @@ def test_kb_build_from_a_table(world, tmp_path, output_of):
     (tmp_path / "table.tsv").write_text("\n".join(["photo\tcaption", *rows, "none.png\tx"]))
     build = ["kb", "build", tmp_path / "table.tsv", "--clip", world / "clip", "--out", tmp_path / "kb"]
     out = output_of(*build, "--format", "csv", "--columns", "photo")
-    assert "6 images" in out and "none.png: it is no file" in out
+    assert "6 images" in out and "none.png: it is not a file" in out
     assert ImageKnowledgeBase.open(tmp_path / "kb").item(5).caption == "a snow"
 
 
@@ -149,7 +149,7 @@ def test_what_kb_build_passes_over_is_said(world, tmp_path, capsys):
     assert "6 images, 5 with captions" in out
     for remark in (
         "files ignored: 1 .heic, 1 .svg; HEIC is not read: convert it to JPEG, such as by ImageMagick: magick NAME.he",
-        "; SVG is not read: draw it as PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
+        "; SVG is not read: convert it to PNG, such as by librsvg: rsvg-convert NAME.svg -o NAME.png",
         "1 of 6 images have no caption",
     ):
         assert remark in err
@@ -210,7 +210,7 @@ def test_kb_add_looks_at_its_output_before_it_encodes(world, copy_of, error_of, 
     monkeypatch.setattr("valm.knowledge_base.encode.encode_records", lambda *_, **__: pytest.fail("it encodes"))
     for out, error in (
         ("kb", "holds another knowledge base: its after is not given"),
-        ("clip", "is not empty (it has "),
+        ("clip", "is not empty (it contains "),
         ("file", "file: File exists"),
     ):
         assert error in error_of("kb", "add", world / "kb", world / "pictures", "--out", root / out)
@@ -253,7 +253,7 @@ SEARCH, INDEX = "kb search {world}/kb ", "kb index {world}/kb --factory "
         BUILD + "--format webdataset": "no tar files in {world}/pictures",
         BUILD + "--format embeddings": "no embeddings in {world}/pictures",
         BUILD + "--format csv": "{world}/pictures: Is a directory",
-        f"kb build {TABLE} {OUT}--format csv": "starts with 'Index,Descriptor,Item,Color'; expected a header with",
+        f"kb build {TABLE} {OUT}--format csv": "starts with 'Index,Descriptor,Item,Color', expected a header with",
         BUILD + "--columns x": "--columns is for --format dataset or csv, not for pictures",
         BUILD + "--streaming": "--streaming is for --format dataset, not for pictures",
         BUILD + "--format webdataset --captions x.csv": "--captions is for --format pictures",
@@ -270,7 +270,7 @@ SEARCH, INDEX = "kb search {world}/kb ", "kb index {world}/kb --factory "
         INDEX + "IVF7,Flat": "of 7 cells needs as many",
         INDEX + "IVF1,Flat -k 7": "k must be from 1 to the 6 images of",
         INDEX + "IVF1,Flat --queries {world}/pictures/sea.png": "sea.png is not UTF-8",
-        INDEX + "IVF1,Flat --queries {tmp}/empty.txt": "no text to make queries of",
+        INDEX + "IVF1,Flat --queries {tmp}/empty.txt": "no text to make queries from",
     }
 )
 def test_wrong_input_is_one_sentence(sentence, command, message):

@@ -43,4 +43,4 @@ def test_a_value_that_an_option_cannot_have_is_one_sentence(command, message, ca
 def test_a_device_that_is_not_there_is_one_sentence(sentence, command):
     for device in ("cuda:99", "gpu"):
         error = sentence(f"{command} --device {device}", f"valm: error: there is no device '{device}' here (")
-        assert error.endswith("); drop --device, or give cpu")
+        assert error.endswith("): drop --device, or give cpu")

@@ -17,7 +17,7 @@ RETRIEVE = "retrieve {world}/corpus.txt " + OUT
         "retrieve {tmp}/rows.jsonl --column story " + OUT: "rows.jsonl, row 1: there is no column 'story', only text",
         "retrieve --dataset {tmp}/none " + OUT: "cannot read the dataset {tmp}/none",
         RETRIEVE + "--dataset Salesforce/wikitext": "give either corpus files or --dataset",
-        RETRIEVE + "--streaming": "--streaming is of a Hugging Face dataset",
+        RETRIEVE + "--streaming": "--streaming needs a Hugging Face dataset",
         RETRIEVE + "--out {world}/clip": "is not empty",
         RETRIEVE + "--out {world}/retrieval": "holds another corpus retrieval: its k is ",
         RETRIEVE + "--out {world}/retrieval -k 2 --query-dtype bfloat16": "its precision is ",

@@ -234,7 +234,7 @@ def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp
     (tmp_path / "retrieval" / "_clip.json").unlink()
     for command in (train, ["train", world / "corpus.txt", *kb, *SIZE]):
         error = error_of(*command, "--out", tmp_path / "never")
-        assert "which is no folder beside it: give its folder or name (--clip), or allow" in error
+        assert "which is not a folder there: give its folder or name (--clip), or allow" in error
 
 
 def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path, error_of):
@@ -415,7 +415,7 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
         "train {tmp}/empty.txt " + OUT: "no documents",
         "train {tmp}/empty.txt --unfreeze block " + OF_BASE: "no documents",
         "train {world}/pictures/sea.png --out {tmp}/model": "sea.png, row 1: 'utf-8' codec can't decode",
-        CACHED + " --streaming": "--streaming is of a Hugging Face dataset",
+        CACHED + " --streaming": "--streaming needs a Hugging Face dataset",
         CACHED + " --tokenizer {world}/clip": "`valm retrieve` has the same option",
         CACHED + " --validation {world}/corpus.txt": "retrieve --valid",
         CACHED + " --retrieval {world}/kb": "is not the manifest of a corpus retrieval",
@@ -448,7 +448,7 @@ def test_a_base_that_lacks_weights_is_one_sentence(sentence, base, tmp_path):
 def test_a_folder_of_retrievals_is_one_sentence(sentence, world, tmp_path):
     for store, copy in (("retrieval", "eot"), ("retrieval", "state"), ("kb", "kb")):
         shutil.copytree(world / store, tmp_path / "both" / copy)
-    said = "{tmp}/both is not a corpus retrieval: it has no manifest.json; make one with `valm retrieve`"
+    said = "{tmp}/both is not a corpus retrieval: it has no manifest.json. Make one with `valm retrieve`"
     sentence(CACHED + " --retrieval {tmp}/both", said)
 
 

@@ -61,7 +61,7 @@ def test_a_damaged_tokenizer_and_an_index_without_parameters(copy_of, output_of,
     vocab = content["model"]["vocab"]
     vocab["a</w>"], vocab["b</w>"] = vocab["b</w>"], vocab["a</w>"]
     file.write_text(json.dumps(content))
-    assert "is not the one that the corpus was read with" in error_of("verify", root / "retrieval")
+    assert "is not the one that read the corpus" in error_of("verify", root / "retrieval")
     (root / "kb" / "index.faiss").write_bytes(b"")
     assert "index.faiss has no parameters, as after a killed `valm kb index`" in output_of("verify", root / "kb")
 

@@ -76,7 +76,7 @@ def test_the_frames_of_an_image_that_stays_open(clip, tmp_path):
 
 
 def test_a_single_text_is_no_list(clip):
-    with pytest.raises(ValueError, match=r"texts must be a list of texts, got a text; give \['a dog'\]"):
+    with pytest.raises(ValueError, match=r"texts must be a list of texts, got a text: give \['a dog'\]"):
         clip.encode_texts("a dog")
 
 
@@ -106,7 +106,7 @@ def test_eot_that_is_not_the_largest_id(tokenizer):
     wrong = {**TINY, "text_cfg": {**TINY["text_cfg"], "pool_type": "eos", "eos_id": 2}}
     with pytest.raises(ValmError, match="eos_id of clip is 2, but EOT is 49407"):
         Clip(clip.model, moved, wrong)
-    with pytest.raises(ValmError, match="tokens, its text tower only"):
+    with pytest.raises(ValmError, match="tokens, but its text tower only"):
         Clip(make_clip(tokenizer).model, moved, TINY)
 
 
@@ -161,7 +161,7 @@ def test_a_config_that_is_a_pipe_is_not_opened(clip, tmp_path):
 
 
 def test_errors_name_the_folder(clip, tmp_path):
-    with pytest.raises(ValmError, match="no CLIP at 'nowhere': it is neither a folder"):
+    with pytest.raises(ValmError, match="no CLIP at 'nowhere': it is not a folder"):
         Clip.load("nowhere")
     with pytest.raises(ValmError, match="weights of ViT-B-32: openai"):
         Clip.load("ViT-B-32")
@@ -227,7 +227,7 @@ def test_a_folder_reaches_neither_the_network_nor_other_folders(clip, tmp_path, 
     edit_config(tmp_path, part, **{name: value})
     asked = []
     monkeypatch.setattr("socket.getaddrinfo", lambda host, *_, **__: asked.append(host) or [])
-    with pytest.raises(ValmError, match=f"names {name}: a CLIP folder must have all"):
+    with pytest.raises(ValmError, match=f"names {name}: a CLIP folder must contain all"):
         Clip.load(tmp_path)
     assert asked == []
 

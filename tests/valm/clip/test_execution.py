@@ -20,7 +20,7 @@ def test_the_device_is_chosen(monkeypatch):
             assert Execution(ray=ray, device="cpu").opened_device().type == "cpu"
         assert Execution(ray="auto", cpus=2).runner() == ("auto", 2, int(there))
     assert Execution(device="cuda:1").opened_device().index == 1 and Execution().runner() is run_here
-    with pytest.raises(ValmError, match="--device cuda:1 with --ray: a task has one GPU"):
+    with pytest.raises(ValmError, match="--device cuda:1 with --ray: a task has only one GPU"):
         Execution(ray="auto", device="cuda:1").opened_device()
     with pytest.raises(ValmError, match="--cpus is 0, expected at least 1"):
         Execution(cpus=0)

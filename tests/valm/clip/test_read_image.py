@@ -28,7 +28,7 @@ def test_grey_of_more_than_8_bits_is_scaled(tmp_path, name, white, dtype):
 @pytest.mark.parametrize("value", [-0.5, 300.0, np.nan])
 def test_grey_of_no_known_range_is_refused(tmp_path, value):
     Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="of no known range"):
+    with pytest.raises(ValueError, match="which is not a known range"):
         read_image(tmp_path / "x.tif")
 
 

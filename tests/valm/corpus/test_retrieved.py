@@ -267,7 +267,7 @@ def test_another_end_of_documents_is_refused(clip, kb, tmp_path):
     corpus.check_tokenizer(first)
     with pytest.raises(ValmError, match="its eos is "):
         retrieve(LINES[:3], retrievers[1], tmp_path)
-    with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\); retrieve it again"):
+    with pytest.raises(ValmError, match=r"end in token \d+, the model's in \d+ \('the'\): retrieve it again"):
         corpus.check_tokenizer(other)
 
 
@@ -296,7 +296,7 @@ def test_another_process_searches_with_the_same_index(documents, retriever, tmp_
         for _, part in parts:
             work(part.source, progress)
 
-    with pytest.raises(ValmError, match=r"the index of .* has been made or removed since the retrieval began"):
+    with pytest.raises(ValmError, match=r"the index of .* was made or removed after the retrieval began"):
         retrieve(documents[:2], retriever, tmp_path / "out", run=elsewhere)
 
 

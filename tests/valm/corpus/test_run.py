@@ -35,7 +35,7 @@ def test_a_plan_is_the_retrieval_of_the_command(given, tmp_path):
         ({"images": 65}, "--images is 65, expected at least 1 and below 65"),
         ({"query": "self"}, "--query must be one of eot, state, got 'self'"),
         ({"query_dtype": "auto"}, "--query-dtype must be one of float32, bfloat16, int8, got 'auto'"),
-        ({"search_actors": 2}, "--search-actors are of a Ray cluster: give --ray too"),
+        ({"search_actors": 2}, "--search-actors needs a Ray cluster: give --ray too"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_opened(tmp_path, fields, message):

@@ -290,7 +290,7 @@ def test_a_mistyped_column_of_captions_is_named(tmp_path):
         ("a.json", '[{"text": "x"}, {"text": 2}]', r"a\.json, row 2: 'text' is 2, expected a text"),
         ("a.json", '[{"text": "x"}', r"a\.json, row 1: Expecting"),
         ("a.json", '{\n"text": "x"\n}', r"a\.json, row 1: Expecting"),
-        ("a.csv", "text,n\none,1\n\ntwo\n", r"a\.csv, row 2: it has another number of fields .*; quote fields as"),
+        ("a.csv", "text,n\none,1\n\ntwo\n", r"a\.csv, row 2: it has another number of fields .*: quote fields as"),
         ("a.csv", 'text,n\n"one,1\ntwo,2\n', r"a\.csv, row 1: unexpected end of data"),
         (
             "a.csv",

@@ -49,7 +49,7 @@ def test_a_picture_of_the_same_size_that_was_written_since_is_named(clip, tmp_pa
     Image.new("RGB", (32, 32), "green").save(pictures / "a.bmp")
     (written,) = out.glob("manifest.json" if state == "built" else "build.json")
     os.utime(written, (time.time() - 60,) * 2)
-    with pytest.warns(UserWarning, match=rf"a\.bmp was written since the knowledge base .*kb was {state}\. If its"):
+    with pytest.warns(UserWarning, match=rf"a\.bmp was written since the knowledge base .*kb was {state}\. If the"):
         build(FolderSource(pictures), out, clip, progress=False)
 
 

@@ -78,14 +78,14 @@ def test_caption_tables(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", b"a.png,a red apple\n", "starts with 'a.png,a red apple'; expected a header"),
-        ("t.json", b"{", "is no object from file names"),
-        ("t.json", b"[1]", "is no object from file names"),
-        ("t.json", b'{"a.png": 3}', "is no object from file names"),
-        ("t.json", b'{"a.png": {"caption": "a"}}', "is no object from file names"),
+        ("t.csv", b"a.png,a red apple\n", "starts with 'a.png,a red apple', expected a header"),
+        ("t.json", b"{", "is not an object from file names"),
+        ("t.json", b"[1]", "is not an object from file names"),
+        ("t.json", b'{"a.png": 3}', "is not an object from file names"),
+        ("t.json", b'{"a.png": {"caption": "a"}}', "is not an object from file names"),
         ("t.csv", b'image,caption,by\na.png,A dog\nb.png,"a, b",me,\nc.png,a,b,c\n', "line 4 has more fields than"),
         ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n', r"t\.tsv: .* expected after"),
-        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "unexpected end of data; quote fields"),
+        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "unexpected end of data. Quote fields"),
     ],
 )
 def test_broken_caption_tables(tmp_path, name, content, message):

@@ -54,7 +54,10 @@ def test_a_merge_has_the_files_of_its_parts(tars, table, clip, tmp_path, how):
 
 def test_what_cannot_be_merged(make_kb, folder, tokenizer, tmp_path):
     other = build_folder(folder, tmp_path / "other", make_clip(tokenizer, seed=1))
-    for parts, message in (([make_kb(2).path, other.path], "merge only those of one CLIP"), ([], "nothing to merge")):
+    for parts, message in (
+        ([make_kb(2).path, other.path], "merge knowledge bases of one CLIP"),
+        ([], "nothing to merge"),
+    ):
         with pytest.raises(ValmError, match=message):
             merge(parts, tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -36,7 +36,7 @@ def test_an_error_of_the_drive_is_no_damage(kb, folder, clip, tmp_path, monkeypa
     read = encode.Record.read
     with monkeypatch.context() as patched:
         patched.setattr(encode.Record, "read", failing)
-        with pytest.raises(ValmError, match=r"cannot read p08\.png: .*output error; once"):
+        with pytest.raises(ValmError, match=r"cannot read p08\.png: .*output error\. Once"):
             build_folder(folder, tmp_path, clip, workers=workers)
     assert (tmp_path / "shard-00000.json").exists()
     build_folder(folder, tmp_path, clip)

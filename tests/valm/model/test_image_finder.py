@@ -31,7 +31,7 @@ def test_a_folder_without_a_tokenizer_is_named(saved, tmp_path):
     folder, ids, _ = saved
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "copy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
-    with pytest.raises(ValmError, match=r"no tokenizer can be loaded from .*copy; save one there"):
+    with pytest.raises(ValmError, match=r"no tokenizer can be loaded from .*copy: save one there"):
         loaded(ids)
 
 

@@ -247,7 +247,7 @@ def test_tokenizers_that_cannot_be_followed_are_refused(clip):
     without_eos.bos_token = without_eos.eos_token = None
     with pytest.raises(ValmError, match="names no eos token, which ends a document"):
         Alignment(without_eos, clip.tokenizer)
-    with pytest.raises(ValmError, match="tokenizer is a ByT5Tokenizer, expected a fast one"):
+    with pytest.raises(ValmError, match="tokenizer is a ByT5Tokenizer, expected a fast tokenizer"):
         ContextEncoder(clip, tokenizer=ByT5Tokenizer())
     word_pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "s": 1, "the": 2, "##e": 3, "[B]": 4}, unk_token="[UNK]"))
     word_pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -256,7 +256,7 @@ def test_tokenizers_that_cannot_be_followed_are_refused(clip):
     with pytest.raises(ValmError, match="in which each token has a text of its own"):
         token_bytes(tokenizer)
     other = gpt2_like()
-    with pytest.raises(ValueError, match=f"input_ids has {len(other)}, but the tokenizer has {len(other)} tokens"):
+    with pytest.raises(ValueError, match=f"input_ids contains {len(other)}, but the tokenizer has {len(other)} tokens"):
         alone(ContextEncoder(clip, tokenizer=other), [len(other)])
 
 
@@ -272,5 +272,5 @@ def test_a_vocabulary_may_have_holes_in_its_ids(clip):
     queries = alone(encoder, [300, *tokenizer("a red apple")["input_ids"]])
     expected = alone(ContextEncoder(clip), prompt_ids(clip.tokenizer, "a red apple"))
     torch.testing.assert_close(queries[-1], expected[-1])
-    with pytest.raises(ValueError, match="input_ids has 301, but the tokenizer has 301 tokens"):
+    with pytest.raises(ValueError, match="input_ids contains 301, but the tokenizer has 301 tokens"):
         alone(encoder, [301])

@@ -257,7 +257,7 @@ def test_wrong_arguments(clip):
         ((ids[0],), r"input_ids must be \(B, T\) int64"),
         ((ids.float(),), r"input_ids must be \(B, T\) int64"),
         ((ids, torch.ones(1, 2)), r"attention_mask must have the shape of input_ids \(1, 3\), got \(1, 2\)"),
-        ((ids - 1,), "input_ids has -1, but the CLIP tiny has 589 tokens"),
+        ((ids - 1,), "input_ids contains -1, but the CLIP tiny has 589 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             encoder(*wrong)

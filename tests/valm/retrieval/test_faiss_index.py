@@ -142,7 +142,7 @@ def test_an_image_that_is_not_there_is_damage(indexed, monkeypatch):
     """As 4-bit codes find them whose bytes were changed."""
     index = FaissIndex.open(indexed)
     monkeypatch.setattr(index, "_find", lambda queries, count: np.full((len(queries), count), 1 << 40))
-    with pytest.raises(ValmError, match=r"index\.faiss is damaged, it finds image \d+; .*valm kb index"):
+    with pytest.raises(ValmError, match=r"index\.faiss is damaged: it finds image \d+; .*valm kb index"):
         index.search(torch.randn(2, indexed.dim), 3)
 
 
@@ -177,12 +177,12 @@ def test_damage_is_named_with_its_remedy(copied):
     file.unlink()
     refused(r"index\.faiss is damaged: it is missing")
     edit_manifest(copied.path, "index.json", knowledge_base="another")
-    refused("is of another state of the knowledge base")
+    refused("was made for another state of the knowledge base")
     parameters.write_text(json.dumps({"factory": "Flat"}))
     refused(r"index\.json is damaged")
     remove_index(copied)
     assert index_parameters(copied) is None and verify_index(copied) == []
-    with pytest.raises(ValmError, match=r"has no index: it has no index\.json"):
+    with pytest.raises(ValmError, match=r"has no index: index\.json is missing"):
         FaissIndex.open(copied)
 
 

@@ -83,10 +83,10 @@ def test_more_recall_is_a_longer_search(kb):
 
 def test_what_cannot_be_indexed_is_refused(kb):
     for count, factory, k, message in (
-        (1, "IVF8,Flat", K, "needs queries to be tuned and measured on, got 1"),
+        (1, "IVF8,Flat", K, "needs at least 2 queries, .* got 1"),
         (400, "IVFFF", K, "faiss makes no index of 16 dimensions from the factory string 'IVFFF'"),
-        (400, "IVF5000,Flat", K, "5,000 cells needs as many images, the knowledge base has 3,000"),
-        (400, "Flat", 1025, "k must be from 1 to 1,024, got 1,025: a search finds no more of "),
+        (400, "IVF5000,Flat", K, "5,000 cells needs as many images, but the knowledge base has 3,000"),
+        (400, "Flat", 1025, "k must be from 1 to 1,024, got 1,025: a search returns no more of "),
         (400, "IDMap,Flat", K, "faiss cannot fill an index of the factory string 'IDMap,Flat': "),
     ):
         with pytest.raises(ValmError, match=message):
@@ -99,7 +99,7 @@ def test_what_does_not_reach_the_target_leaves_the_index_that_was_there(kb, monk
     make_index(kb, queries(kb), "IVF16,Flat", target_recall=0.5)
     before = {file.name: file.read_bytes() for file in kb.path.iterdir()}
     monkeypatch.setattr("valm.retrieval.index_tuning.CANDIDATES", (1,))
-    with pytest.raises(ValmError, match=r"finds 0\.\d+ of .* however long it searches, .* not surely the 0\.99"):
+    with pytest.raises(ValmError, match=r"finds at most 0\.\d+ of .* too few to be sure of the target 0\.99"):
         make_index(kb, queries(kb), "IVF16,PQ1x4", target_recall=0.99)
     assert {file.name: file.read_bytes() for file in kb.path.iterdir() if file.suffix != ".partial"} == before
     # for a lower target nothing is made again
@@ -298,7 +298,7 @@ def test_queries_of_texts_are_context_queries(clip, tokenizer, other):
     assert context_queries(encoder, ["a red dog", "the sky"]).any(1).all()
     with pytest.raises(ValmError, match="no text"):
         context_queries(encoder, ["", "  "])
-    with pytest.raises(ValmError, match="there is one text to make queries of"):
+    with pytest.raises(ValmError, match="there is one text to make queries from"):
         context_queries(encoder, ["", "a dog"])
 
 
@@ -337,7 +337,7 @@ def rounded(queries):
 def test_captions(kb, clip, tmp_path):
     assert set(captions(kb)) == {"a red apple\nthe blue sky"}
     assert len(captions(kb, images=10)) == 10
-    with pytest.raises(ValmError, match="have no captions to make queries of: give a text file as --queries"):
+    with pytest.raises(ValmError, match="have no captions to make queries from: give a text file as --queries"):
         captions(make_kb_of_directions(clip, tmp_path / "without"))
 
 

@@ -49,6 +49,6 @@ def test_it_is_set_where_a_model_retrieves():
     seeing, twin = (Mock(**{"fusion_options.retrieves": retrieves}) for retrieves in (True, False))
     set_min_score(seeing, 0.5, "model")
     seeing.set_min_score.assert_called_once_with(0.5)
-    with pytest.warns(UserWarning, match="--min-score changes nothing of twin, which retrieves no images"):
+    with pytest.warns(UserWarning, match="--min-score has no effect on twin, which retrieves no images"):
         set_min_score(twin, 0.5, "twin")
     twin.set_min_score.assert_not_called()

@@ -143,7 +143,7 @@ def test_texts_are_read_with_the_encoders_tokenizer(exact_retriever):
         assert torch.allclose(found_scores[row, : len(ids)], expected_scores[0], rtol=0, atol=UNIT_VECTORS)
         assert (found_ids[row, len(ids) :] == -1).all()
     assert torch.equal(exact_retriever(TEXTS).scores, found_scores)
-    with pytest.raises(ValueError, match=r"got a text; give \['a red apple lies on '\]"):
+    with pytest.raises(ValueError, match=r"got a text: give \['a red apple lies on '\]"):
         exact_retriever(TEXTS[0])
 
 
@@ -250,14 +250,14 @@ def test_an_actor_that_is_started_again_searches_the_same_vectors(clip, make_kb)
     rows = _Rows(pickle.loads(handed_on), 1, 4)
     assert len(rows.index) == 3
     edit_manifest(kb.path, normalized=False)
-    with pytest.raises(ValmError, match="is another one than in the process that handed it on"):
+    with pytest.raises(ValmError, match="has changed since another process opened it"):
         _Rows(pickle.loads(handed_on), 1, 4)
 
 
 def test_an_index_of_another_knowledge_base_is_refused(retriever, make_kb):
     index = FlatIPIndex(retriever.kb.vectors())
     index.kb = make_kb(31)
-    with pytest.raises(ValmError, match=r"the index is that of the knowledge base .*, not of "):
+    with pytest.raises(ValmError, match=r"the index belongs to the knowledge base .*, not to "):
         Retriever(retriever.encoder, retriever.kb, K, index)
     with pytest.raises(ValmError, match=r"the index has 20 vectors, but the knowledge base .* 30"):
         Retriever(retriever.encoder, retriever.kb, K, FlatIPIndex(retriever.kb.vectors()[:20]))
@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_refused(retriever, tokenizer, monkeypatch):
         retriever.search("a", 0)
     monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
     for k in (6, 100_000):
-        with pytest.raises(ValmError, match=f"k must be from 1 to 5, got {k:,}: a search finds no more of the 30"):
+        with pytest.raises(ValmError, match=f"k must be from 1 to 5, got {k:,}: a search returns no more of the 30"):
             retriever.search("a", k)
     with pytest.raises(ValmError, match="was built with the CLIP tiny"):
         Retriever(ContextEncoder(make_clip(tokenizer, seed=1)), retriever.kb, K)

@@ -26,8 +26,8 @@ from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.retriever import BlindRetriever, NoImages
 from valm.retrieval.source import read_places
 
-OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), and its images would be found by other \(SHA-256 \w{12}\)"
-OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), and its images are now those of .*\)"
+OTHER_CLIP = r"saved with the CLIP clip \(SHA-256 \w{12}\), but its images would be found by other \(SHA-256 \w{12}\)"
+OTHER_KB = r"saved with the knowledge base .*kb \(SHA-256 \w{12}\), but its images now come from .*\)"
 
 
 def knowledge_base(root, name, clip_name, colors):
@@ -189,7 +189,7 @@ def test_the_evaluations_report_names_another_knowledge_base(copy):
 @pytest.mark.parametrize("found", [{"query": "eot", "clip": 1, "index": "exact"}, {"overlap": 1}, ["eot"]])
 def test_a_damaged_identity_is_named(copy, found):
     set_identity(copy / "valm", found)
-    with pytest.raises(ValmError, match="the config's retrieval does not fit"):
+    with pytest.raises(ValmError, match="the config's entry for retrieval is damaged"):
         load(copy / "valm")
 
 
@@ -234,7 +234,7 @@ def test_no_clip_is_downloaded_unless_that_is_allowed(copy, monkeypatch):
     monkeypatch.setattr(Clip, "load", loaded)
     for name in ("blind", "valm", "adapter", "whole"):
         model, tokenizer = load(copy / name)
-        with pytest.raises(ValmError, match=r"CLIP is (noted as )?'someone/clip', which is no folder"):
+        with pytest.raises(ValmError, match=r"names the CLIP 'someone/clip', which is not a folder"):
             model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
         with pytest.raises(ValmError, match=r"give its folder or name \(--clip\), or allow its download"):
             load(copy / name, query_dtype=torch.float32)

@@ -66,7 +66,7 @@ def test_yaml(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("a: &x [1]\nb: *x\n")
     assert read_yaml(file, "the config") == {"a": [1], "b": [1]}
-    for content, reason in (("a: [", ""), ("a: 2026-99-99", ""), ("a: 1\nb: {c: 1, c: 2}\n", "it has 'c' twice")):
+    for content, reason in (("a: [", ""), ("a: 2026-99-99", ""), ("a: 1\nb: {c: 1, c: 2}\n", "it contains 'c' twice")):
         file.write_text(content)
         with pytest.raises(ValmError, match=rf"the config .*a\.yaml cannot be read: {reason}"):
             read_yaml(file, "the config")

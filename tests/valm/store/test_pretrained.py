@@ -86,7 +86,9 @@ def test_code_of_others_is_neither_run_nor_asked_for(code_base, tmp_path, door):
         "tokenizer": lambda: load_tokenizer(code_base),
         "evaluation": lambda: open_scorer(str(code_base), Settings()),
     }
-    with pytest.raises(ValmError, match=r"base.* needs code of its own \(auto_map\), which is not run") as raised:
+    with pytest.raises(
+        ValmError, match=r"base.* needs code of its own \(auto_map\), which valm does not run"
+    ) as raised:
         doors[door]()
     assert "\n" not in str(raised.value)
 

@@ -130,12 +130,12 @@ def test_what_ray_gives_up_is_one_sentence(cluster, add_node, make_kb, monkeypat
     add_node(), add_node(num_cpus=2)
     for room, message in (
         ({"cpus": 3}, "no machine of the Ray cluster has the 3 cores and 0 GPUs"),
-        ({"cpus": 2, "gpus": 1}, "the 2 cores and 1 GPUs that a task asks for: give less --cpus"),
+        ({"cpus": 2, "gpus": 1}, "the 2 cores and 1 GPUs that a task reserves: lower --cpus"),
     ):
         with pytest.raises(ValmError, match=message):
             RayRun("auto", **room)
     for part, message in (
-        ("crashes", r"^a shard was given up on the Ray cluster: .*\(WorkerCrashedError\); once"),
+        ("crashes", r"^Ray gave up on a shard: .*\(WorkerCrashedError\)\. Once"),
         ("fails", "^this part is wrong$"),
     ):
         with pytest.raises(ValmError, match=message), ProgressBar("x", " x", None, False) as bar:
@@ -144,7 +144,9 @@ def test_what_ray_gives_up_is_one_sentence(cluster, add_node, make_kb, monkeypat
     kb = make_kb(4)
     shutil.rmtree(kb.path)
     index = ShardedIndex(kb, 1, "auto")
-    with pytest.raises(ValmError, match=rf"^a search actor was given up .*no knowledge base at {kb.path}.*ActorDied"):
+    with pytest.raises(
+        ValmError, match=rf"^Ray gave up on a search actor: .*no knowledge base at {kb.path}.*ActorDied"
+    ):
         index.search(torch.ones(1, kb.dim), 1)
 
 
@@ -163,7 +165,7 @@ def test_a_corpus_retrieval_and_its_search_while_a_node_is_killed(cluster, add_n
     here = retrieve("here")
     # without any of them there is a core for a task beside the two actors: it would wait for one forever
     nodes = {node.node_id: node for node in (add_node(num_cpus=2), add_node(num_cpus=2), add_node())}
-    with pytest.raises(ValmError, match=r"40 actors of 1 cores leave no room .* has room for \d of them; take fewer"):
+    with pytest.raises(ValmError, match=r"40 actors of 1 cores leave no room .* room for \d actors: use fewer"):
         ShardedIndex(kb, 40, "auto")
     index = ShardedIndex(kb, 2, "auto")
     victim = nodes[ray.get(index._actors[0].__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id()))]

@@ -140,9 +140,9 @@ def test_a_folder_of_another_format_or_version_is_named(tmp_path):
             opened(folder, what, version)
 
     fails(r"no heap at .*none: there is no such folder", tmp_path / "none")
-    fails(r"is not a heap: it has no manifest\.json; make one with `make heap`")
+    fails(r"is not a heap: it has no manifest\.json. Make one with `make heap`")
     write(tmp_path, [3], finish=False)
-    fails("is unfinished; run `make heap` again, it resumes where it stopped")
+    fails("is unfinished: run `make heap` again, it resumes where it stopped")
     write(tmp_path, [3])
     fails("is not the manifest of a pile", what="pile")
     fails("has format version 3, this valm reads 4; make it again", version=4)
@@ -184,7 +184,7 @@ def test_nulls_are_damage(tmp_path, values, fixed):
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), schema) as writer:
         writer.write_table(pa.table({"rows": values, "nested": [values, []], "note": ["a", None]}, schema))
     for name in schema.names:
-        with pytest.raises(ValmError, match=rf"a\.arrow is damaged: its {name} has nulls; make it again"):
+        with pytest.raises(ValmError, match=rf"a\.arrow is damaged: its {name} contains nulls; make it again"):
             read_shard(tmp_path / "a.arrow", pa.schema([schema.field(name)]), 2)
     notes = read_shard(tmp_path / "a.arrow", pa.schema([schema.field("note")]), 2, nullable=["note"])
     assert notes["note"].to_pylist() == ["a", None]

@@ -222,7 +222,7 @@ def test_sources_without_captioned_images_are_named(tmp_path):
     (tmp_path / "metadata").mkdir()
     np.save(tmp_path / "img_emb" / "img_emb_0.npy", np.zeros((2, 4), np.float16))
     (tmp_path / "metadata" / "metadata_0.parquet").write_bytes(b"")
-    with pytest.raises(ValmError, match="embeddings have no images"):
+    with pytest.raises(ValmError, match="embeddings contain no images"):
         captioned(EmbeddingSource(tmp_path))
 
 

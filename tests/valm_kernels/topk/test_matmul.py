@@ -235,5 +235,5 @@ def test_it_serves_where_the_native_code_has_no_cuda(monkeypatch):
     expected = reference.ip_topk(queries, rows, None, 8)
     assert_same(ip_topk(queries, rows, 8), expected)
     assert_same(FlatIPIndex(rows).search(queries, 8), expected)
-    with pytest.raises(ImportError, match=r"built without CUDA: .* choose impl='auto', which then searches in PyTorch"):
+    with pytest.raises(ImportError, match=r"built without CUDA: .* choose impl='auto', which searches in PyTorch"):
         cuda.code()

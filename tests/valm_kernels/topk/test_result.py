@@ -35,7 +35,7 @@ def test_merge_fills_up():
     [
         ([ONE, ONE], [0], 1, ValueError, "2 results and 1 offsets"),
         ([ONE, ONE], [0, 1], 3, ValueError, "k is 3, expected 1 to the 2 columns"),
-        ([ONE, ip_topk(torch.ones(2, 8), torch.ones(1, 8), 1)], [0, 1], 1, ValueError, "different queries"),
+        ([ONE, ip_topk(torch.ones(2, 8), torch.ones(1, 8), 1)], [0, 1], 1, ValueError, "the same queries"),
         ([TopK(torch.ones(2, 1), ONE.indices)], [0], 1, ValueError, "scores of shape .2, 1. and indices of"),
         ([TopK(torch.ones(1, 3), ONE.indices)], [0], 1, ValueError, "scores of shape .1, 3. and indices of"),
         ([TopK(ONE.scores, ONE.indices.int())], [0], 1, TypeError, "expected float32 and int64"),

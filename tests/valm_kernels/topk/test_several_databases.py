@@ -84,5 +84,5 @@ def test_wrong_shapes(queries, databases, message):
 
 
 def test_rows_of_several_databases_cannot_be_excluded():
-    with pytest.raises(ValueError, match="allowed names the rows of one database"):
+    with pytest.raises(ValueError, match="allowed names rows of one database"):
         ip_topk(torch.zeros(2, 1, 16), torch.zeros(2, 9, 16), 3, allowed=torch.ones(9, dtype=torch.bool))

@@ -100,7 +100,7 @@ def test_old_gpus_are_named(monkeypatch, capability, hip, message):
     if message:
         expected = pytest.raises(ValueError, match=message)
     elif hip:
-        expected = pytest.warns(UserWarning, match="for AMD GPUs, but have never run on one")
+        expected = pytest.warns(UserWarning, match="for AMD GPUs, but have never run on an AMD GPU")
     caches = (api._too_old, api._warn_of_amd)
     for cached in caches:
         cached.cache_clear()

@@ -19,9 +19,9 @@ def zeros(*shape, dtype=torch.float32, device=None):
 
 # argument, its dtype, what it must
 LIKE_Q = "have the dtype of q, torch.float32"
-WIDE = "be torch.float32 beside a torch.float32 q"
-WHOLE = "be torch.int32 beside a torch.float32 q"
-INDICES = "be torch.int32 or torch.int64 beside a torch.float32 q"
+WIDE = "be torch.float32 for a torch.float32 q"
+WHOLE = "be torch.int32 for a torch.float32 q"
+INDICES = "be torch.int32 or torch.int64 for a torch.float32 q"
 WRONG_DTYPES = [
     ("q", torch.int64, "be float32, float16, bfloat16 or float64"),
     ("q", torch.complex64, "be float32, float16, bfloat16 or float64"),
@@ -32,7 +32,7 @@ WRONG_DTYPES = [
     ("image_v", torch.int32, LIKE_Q),
     ("image_index", torch.float32, INDICES),
     ("image_index", torch.int16, INDICES),
-    ("image_mask", torch.uint8, "be torch.bool beside a torch.float32 q"),
+    ("image_mask", torch.uint8, "be torch.bool for a torch.float32 q"),
     ("image_k_bias", torch.bfloat16, WIDE),
     ("image_v_bias", torch.float64, WIDE),
     ("image_logit_bias", torch.int64, WIDE),
@@ -56,10 +56,10 @@ WRONG_SHAPES = [
     (DENSE, "k", [(2, 2, 7, 9)], r"must have shape .* \(2, 2, 7, 8\), got"),
     (DENSE, "v", [(2, 2, 6, 8)], "must have shape"),
     (DENSE, "q", [(2, 3, 5, 8)], "must have a multiple of k's 2 heads, got 3"),
-    (DENSE, "image_q", [(2, 5, 8), (2, 2, 5, 8), (2, 4, 7, 8)], "must have shape that of q"),
+    (DENSE, "image_q", [(2, 5, 8), (2, 2, 5, 8), (2, 4, 7, 8)], "must have shape q.shape"),
     (DENSE, "image_k", [(2, 5, 3, 8)], "must have 5 dimensions"),
     (DENSE, "image_k", [(2, 2, 7, 3, 8), (2, 4, 5, 3, 8)], "must have shape"),
-    (DENSE, "image_v", [(2, 2, 5, 24), (2, 2, 5, 4, 8)], "must have shape that of image_k"),
+    (DENSE, "image_v", [(2, 2, 5, 24), (2, 2, 5, 4, 8)], "must have shape image_k.shape"),
     (DENSE, "image_mask", [(2, 5)], "must have 3 dimensions"),
     (DENSE, "image_mask", [(2, 7, 3), (2, 5, 4), (3, 5, 3)], "must have shape"),
     (DENSE, "image_k_bias", [(16,), (4, 8)], "must have shape"),
@@ -83,7 +83,7 @@ WRONG_SHAPES = [
     (POOLED, "image_score_bias", [(2, 5, 6), (2, 4, 5, 3)], OF_SCORES),
     (POOLED, "image_slots", [(1, 37), (30,)], r"must have shape \(U \+ 1 \+ B Tq K,\) = \(37,\), got \("),
     (POOLED, "image_mask", [(2, 5, 3)], "belongs to the dense layout"),
-    (NO_IMAGES, "image_q", [(2, 4, 6, 8)], "must have shape that of q"),
+    (NO_IMAGES, "image_q", [(2, 4, 6, 8)], "must have shape q.shape"),
     (NO_IMAGES, "image_score_bias", [(2, 5, 3)], r"must have shape \(B, Tq, K\) = \(2, 5, 0\), got \(2, 5, 3\)"),
     (NO_IMAGES, "image_slots", [(37,)], "belongs to the pooled layout: give image_index too"),
 ]
@@ -184,7 +184,7 @@ WRONG = {
             (ONE_ROW, [[0, 7]], r"have shape \(N \+ 1,\) with .* for each of the 1 rows, got \(1, 2\)"),
             (ONE_ROW, [0], r"have shape .* for each of the 1 rows, got \(1,\)"),
             (DENSE, [0, 7], "have shape .* for each of the 2 rows, got"),
-            (DENSE, [0, 6, 14], "have the bound of each row of 7 keys, but document 1, 6 to 14, is in two rows"),
+            (DENSE, [0, 6, 14], "contain the bound of each row of 7 keys, but document 1, 6 to 14, is in two rows"),
             (ONE_ROW, [1, 7], "begin with 0 and end with 7, .* got 1 and 7"),
             (ONE_ROW, [0, 5], "begin with 0 and end with 7, .* got 0 and 5"),
             (ONE_ROW, [0, 9], "begin with 0 and end with 7, .* got 0 and 9"),

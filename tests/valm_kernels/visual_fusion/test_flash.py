@@ -258,7 +258,7 @@ def test_what_does_not_serve_the_device_is_not_chosen(monkeypatch, active, capab
         cached.cache_clear()
     assert impl_for(monkeypatch, 4096, head_dim) == chosen
     if chosen == "triton":
-        with pytest.raises(ValueError, match=f"does not serve head dimension {head_dim} on cuda"):
+        with pytest.raises(ValueError, match=f"does not support head dimension {head_dim} on cuda"):
             impl_for(monkeypatch, 4096, head_dim, impl="flash+triton")
     for cached in caches:
         cached.cache_clear()

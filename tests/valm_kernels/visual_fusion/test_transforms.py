@@ -110,7 +110,7 @@ def test_forward_mode_and_second_derivatives_raise(name):
         def of_one(value: Tensor, place: int = place) -> Tensor:
             return scalar(*tensors[:place], value, *tensors[place + 1 :])
 
-        for asked, message in ((FORWARD_MODE, "no forward-mode derivative"), (TWICE, "differentiated once only")):
+        for asked, message in ((FORWARD_MODE, "no forward-mode derivative"), (TWICE, "differentiated only once")):
             for how, call in asked.items():
                 with pytest.raises(NotImplementedError, match=f'{message}.* use impl="reference"'):
                     pytest.fail(f"{how} by {of_input} returned {call(of_one, tensors[place])}")

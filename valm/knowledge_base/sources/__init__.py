@@ -18,18 +18,18 @@ from valm.knowledge_base.format import image_table
 from valm.knowledge_base.records import Encoding, Record, fingerprint_records
 from valm.store.shards import Part, Progress
 
-if TYPE_CHECKING:  # a source that is not there is found before torch is imported
+if TYPE_CHECKING:  # a missing source should be found before torch is imported
     from valm.clip.clip import Clip
 
-# The source of a `Part`: calling it reads and encodes the images of one shard, possibly in another process, so it must
-# be picklable: a `functools.partial` of a module's function. For images that function ends in `encode_records`.
+# The source of a `Part`: calling it reads and encodes the images of one shard. It may be called in another process, so
+# it must be picklable: a `functools.partial` of a module's function. For images the function ends in `encode_records`.
 Encode: TypeAlias = "Callable[[Clip, Encoding, Progress], pa.Table]"
 
 
 class Source(Protocol):
     """A source of images, split into shards.
 
-    precomputed: whether its shards already hold CLIP vectors, which `Encoding` does not change.
+    precomputed: whether the shards already hold CLIP vectors, which `Encoding` does not change.
     count: number of shards, for the progress bar; None if unknown.
     """
 
@@ -39,21 +39,21 @@ class Source(Protocol):
     def count(self) -> int | None: ...
 
     def plan(self) -> dict[str, Any]:
-        """Its kind (`source`) and settings, as JSON. A build is resumed only with an equal plan."""
+        """The kind (`source`) and settings of the source, as JSON. A build is resumed only with an equal plan."""
 
     def files(self) -> Iterable[Path]:
-        """The files that it reads. A resumed build warns if a file was written since: a part's hash has only sizes."""
+        """The files of the source. A resumed build warns if a file was written since; a hash covers only sizes."""
 
     def images(self) -> Iterable[Record]:
-        """Every image with its caption, in order and undecoded, to train a CLIP on. Records without an image are
-        skipped entries.
+        """Every image with its caption, in order and undecoded, to train a CLIP. Records without an image are skipped
+        entries.
 
         Raises:
             ValmError: the source has only vectors.
         """
 
     def parts(self) -> Iterable[Part]:
-        """Every shard in order, as an `Encode` and a hash of what it reads: a resumed build compares that."""
+        """Every shard in order, as an `Encode` and a hash of its content, which a resumed build compares."""
 
 
 def record_parts(records: Iterable[Record], shard_size: int) -> Iterator[Part]:
@@ -64,6 +64,6 @@ def record_parts(records: Iterable[Record], shard_size: int) -> Iterator[Part]:
 
 
 def encode_list(records: list[Record], clip: Clip, encoding: Encoding, progress: Progress) -> pa.Table:
-    from valm.knowledge_base.encode import encode_records  # with torch, which a wrong path need not wait for
+    from valm.knowledge_base.encode import encode_records  # imports torch, so a wrong path should fail before
 
     return image_table(*encode_records(records, clip, encoding, progress))

@@ -1,4 +1,4 @@
-"""Images in Hugging Face datasets: loaded or streamed, or any iterable of rows like theirs."""
+"""Images in Hugging Face datasets, loaded or streamed, or in any iterable of similar rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class DatasetSource:
             iterated repeatedly. An image is encoded bytes, a path, a dict of `bytes` and `path` (as `datasets.Image`
             stores it), or a PIL image. None and unreadable images are skipped and listed
             (`ImageKnowledgeBase.skipped`).
-        image_column: by default the one that the dataset says to have images, or else "image".
+        image_column: by default the dataset's column of type image, or "image".
         caption_column: texts or lists of texts; by default the first of CAPTION_COLUMNS that exists, if any.
-        shard_size: images per shard; all of a shard are in memory at once, undecoded. A build that was killed encodes
-            at most one shard again.
+        shard_size: images per shard, which are in memory at once, undecoded. A killed build encodes at most one shard
+            again.
 
     Raises:
         ValmError: the dataset is an iterator, or lacks rows or these columns.
@@ -43,10 +43,10 @@ class DatasetSource:
         shard_size: int = 4096,
     ):
         if isinstance(dataset, Iterator):
-            raise ValmError("the dataset is an iterator, which can be read once only; give what it iterates over")
+            raise ValmError("the dataset is an iterator, which can be read only once: give the object it iterates over")
         features = getattr(dataset, "features", None) or {}
         of_images = [name for name, feature in features.items() if getattr(feature, "_type", None) == "Image"]
-        for column in of_images:  # as stored: workers decode them
+        for column in of_images:  # undecoded: workers decode them
             dataset = dataset.cast_column(column, type(features[column])(decode=False))  # type: ignore[attr-defined]
         first = next(iter(dataset), None)
         if first is None:
@@ -72,7 +72,7 @@ class DatasetSource:
         return {"source": "dataset", "columns": columns, "shard_size": self.shard_size}
 
     def files(self) -> Iterable[Path]:
-        # rows with bytes are not read for this alone: their parts have a hash
+        # only rows with paths are read for this: parts of rows with bytes have a hash
         records = self.images() if self.has_paths else iter(())
         return (record.source for record in records if isinstance(record.source, Path))
 
@@ -100,7 +100,7 @@ class DatasetSource:
         if not all(isinstance(text, str) for text in texts):
             raise ValmError(
                 f"the dataset, row {number}: {self.caption_column!r} is {short(value)}, expected a text or a list of "
-                "texts; name another column (--columns)"
+                "texts: name another column (--columns)"
             )
         return join_captions(texts)
 
@@ -109,18 +109,18 @@ def open_dataset(named: str | os.PathLike, *, streaming: bool = False) -> Iterab
     """A split of a dataset that `save_to_disk` wrote to a folder, or that `datasets.load_dataset` finds.
 
     Args:
-        named: NAME[:CONFIG[:SPLIT]]. The split, by default train, may be a slice, such as in NAME::train[:10%]. What
-            `save_to_disk` wrote has no configs, and its splits, if it has several, have no slices.
-        streaming: read it as it is downloaded.
+        named: NAME[:CONFIG[:SPLIT]]. The split, by default train, may be a slice, as in NAME::train[:10%]. A dataset
+            from `save_to_disk` takes no config and no slices.
+        streaming: read the dataset while it is downloaded.
 
     Raises:
-        ValmError: it cannot be read or has no such config or split.
+        ValmError: the dataset cannot be read or has no such config or split.
         ImportError: the package `datasets` is not installed.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("Hugging Face datasets need a further package: pip install -e '.[huggingface]'") from error
+        raise ImportError("Hugging Face datasets need another package: pip install -e '.[huggingface]'") from error
     source, config, named_split = (*os.fspath(named).split(":", 2), "", "")[:3]
     split = named_split or "train"
     try:
@@ -130,11 +130,11 @@ def open_dataset(named: str | os.PathLike, *, streaming: bool = False) -> Iterab
             )
         dataset = datasets.load_from_disk(source)
         if config:
-            raise ValueError("it was saved without configs; leave the config out")
+            raise ValueError("it was saved without configs: leave the config out")
         if isinstance(dataset, datasets.DatasetDict):
             return dataset[split]
         if named_split:
-            raise ValueError("it was saved as one split; leave the split out")
+            raise ValueError("it was saved as one split: leave the split out")
         return dataset
     except Exception as error:  # datasets raises many types
         first_line = str(error).strip().partition("\n")[0]

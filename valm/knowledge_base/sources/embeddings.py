@@ -30,17 +30,17 @@ BLOCK_ROWS = 1 << 16
 class EmbeddingSource:
     """The embeddings in `folder`, one shard for each file.
 
-    They must come from the CLIP that the knowledge base is built with; only the width of the vectors can be checked.
-    Vectors are L2-normalised; one that is zero or not finite is skipped and listed.
+    They must come from the CLIP of the knowledge base; only the width of the vectors can be checked. Vectors are
+    L2-normalised. A vector that is zero or not finite is skipped and listed.
 
     Args:
-        folder: has `img_emb/*.npy` (N, E) and `metadata/*.parquet` with the same numbers in their names. In the
-            metadata, `url` or else `image_path` becomes the uri; `caption` and `width`, `height` (or `original_width`,
+        folder: contains `img_emb/*.npy` (N, E) and `metadata/*.parquet` with the same numbers in their names. In the
+            metadata, `url` or `image_path` becomes the uri; `caption` and `width`, `height` (or `original_width`,
             `original_height`) are used if present.
 
     Raises:
-        ValmError: files are missing, or two have one number; the build raises it if they are damaged or do not fit
-            together.
+        ValmError: files are missing, or two files have the same number. The build raises it if files are damaged or do
+            not fit together.
     """
 
     precomputed = True
@@ -52,7 +52,7 @@ class EmbeddingSource:
         if not vectors or vectors.keys() != metadata.keys():
             raise ValmError(
                 f"no embeddings in {folder}, or not one file of metadata for each (numbers {list(vectors)} and "
-                f"{list(metadata)}); expected img_emb/img_emb_0.npy and metadata/metadata_0.parquet, ..."
+                f"{list(metadata)}), expected img_emb/img_emb_0.npy and metadata/metadata_0.parquet, ..."
             )
         self.pairs = [(file, metadata[number]) for number, file in vectors.items()]
 
@@ -67,7 +67,7 @@ class EmbeddingSource:
         return (file for pair in self.pairs for file in pair)
 
     def images(self) -> Iterable[Record]:
-        raise ValmError("embeddings have no images: give the images that they were made of")
+        raise ValmError("embeddings contain no images: give the images that they were made from")
 
     def parts(self) -> Iterator[Part]:
         return (Part(fingerprint_files(pair), partial(read_embeddings, *pair)) for pair in self.pairs)
@@ -126,17 +126,13 @@ def _items(metadata: pa.Table, vector_file: Path) -> pa.Table:
 
 
 def _by_number(files: Iterable[Path]) -> dict[int, Path]:
-    """The files by the number at the end of their names, 0 without one: img_emb_12.npy comes after img_emb_2.npy.
-
-    Raises:
-        ValmError: two files have one number.
-    """
+    """The files by the number at the end of their names, or 0. Raises ValmError if two have the same number."""
     found: dict[int, Path] = {}
     for file in sorted(files):
         number = int((re.search(r"(\d+)$", file.stem) or ["0"])[0])
         if number in found:
             raise ValmError(
-                f"{found[number]} and {file.name} both have the number {number}; give each a number of its own"
+                f"{found[number]} and {file.name} both have the number {number}: give each file its own number"
             )
         found[number] = file
     return dict(sorted(found.items()))

@@ -1,4 +1,4 @@
-"""Images in a folder, with captions beside them or in a table; and images that a table names."""
+"""Images in a folder, with captions next to them or in a table, and images that a table names."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class _RecordSource:
 class FolderSource(_RecordSource):
     """Every image under `folder`.
 
-    Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` says which other
-    files were ignored, and how many images have no caption.
+    Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` lists other files,
+    which are ignored, and the number of images without a caption.
 
     Args:
         captions: a table of captions; by default found as in `read_captions`.
-        shard_size: images per shard. A build that was killed encodes at most one shard again.
+        shard_size: images per shard. A killed build encodes at most one shard again.
 
     Raises:
         OSError: the folder cannot be read.
-        ValmError: the folder is missing or has no images, or the table is damaged.
+        ValmError: the folder is missing or contains no images, or the table is damaged.
     """
 
     kind = "folder"
@@ -86,9 +86,9 @@ class TableSource(_RecordSource):
 
     Args:
         table: a file with a header, separated by commas or tabs. Paths in it are relative to its folder, or absolute.
-            Rows of the same path are one image with several captions.
-        image_column, caption_column: by default the first of `IMAGE_COLUMNS` and of `CAPTION_COLUMNS` that it has.
-        shard_size: images per shard. A build that was killed encodes at most one shard again.
+            Rows with the same path are one image with several captions.
+        image_column, caption_column: by default the first of `IMAGE_COLUMNS` and of `CAPTION_COLUMNS` in the table.
+        shard_size: images per shard. A killed build encodes at most one shard again.
 
     Raises:
         ValmError: the table is damaged, lacks a column or has no rows.
@@ -107,11 +107,11 @@ class TableSource(_RecordSource):
         path = Path(table)
         super().__init__(table_records(path, image_column, caption_column), shard_size)
         if not self.records:
-            raise ValmError(f"the table {path} has a header but no rows; add one for each image")
+            raise ValmError(f"the table {path} has a header but no rows: add a row for each image")
 
 
 def table_records(table: Path, image_column: str | None = None, caption_column: str | None = None) -> list[Record]:
-    """The images of a table with their captions, then records without an image for the rows that name none."""
+    """The images of a table with their captions, then records without an image for rows that name no image."""
     captions: dict[str, list[str]] = {}
     unnamed = []
     for number, (image, caption) in enumerate(read_rows(table, image_column, caption_column), start=1):
@@ -127,7 +127,7 @@ def table_records(table: Path, image_column: str | None = None, caption_column: 
 class FolderContent(NamedTuple):
     """The content of a folder of images.
 
-    images: sorted paths relative to it, with forward slashes. ignored: number of other files, by suffix.
+    images: sorted paths relative to the folder, with forward slashes. ignored: number of other files, by suffix.
     """
 
     images: list[str]
@@ -135,11 +135,11 @@ class FolderContent(NamedTuple):
 
 
 def find_images(folder: Path) -> FolderContent:
-    """All images under `folder`: the files with one of IMAGE_SUFFIXES, as `files_below` finds them.
+    """All images under `folder`: the files with one of IMAGE_SUFFIXES, in the order of `files_below`.
 
     Raises:
-        OSError: the folder, or one below it, cannot be read.
-        ValmError: the folder has no image.
+        OSError: the folder, or a folder below it, cannot be read.
+        ValmError: the folder contains no image.
     """
     suffixes = {name: Path(name).suffix.lower() for name in files_below(folder)}
     images = [name for name, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
@@ -147,7 +147,7 @@ def find_images(folder: Path) -> FolderContent:
     if not images:
         unread = "".join(f"; {remark}" for remark in unread_formats(ignored))
         raise ValmError(
-            f"no images in {folder}; looked for files ending in {' '.join(sorted(IMAGE_SUFFIXES))}, in folders below "
+            f"no images in {folder}: looked for files ending in {' '.join(sorted(IMAGE_SUFFIXES))}, in folders below "
             f"it too{unread}"
         )
     return FolderContent(images, ignored)

@@ -30,15 +30,15 @@ END_BYTES = 1 << 20
 
 
 class WebdatasetSource:
-    """The images in tar files; one shard for each file.
+    """The images in tar files, one shard for each file.
 
     Nothing is unpacked, so any names in an archive are safe. A truncated or damaged archive is read up to the damage
-    and listed as skipped. So are damaged images and caption files, images whose name has no sample of its own, and all
-    but the last of several images of one name.
+    and listed as skipped. Also skipped and listed are damaged images and caption files, images whose name belongs to
+    no sample, and all except the last of several images of one name.
 
     Args:
-        tars: a folder of `*.tar` files, one file, or several. Members whose names agree up to the first dot belong
-            together: an image, and its caption in `.txt` or under `caption` in `.json`.
+        tars: a folder of `*.tar` files, one file, or several files. Members whose names agree up to the first dot
+            belong together: an image, and its caption in `.txt` or under `caption` in `.json`.
 
     Raises:
         ValmError: there is no tar file.
@@ -51,7 +51,7 @@ class WebdatasetSource:
             path = Path(tars)
             tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
             if not tars:
-                raise ValmError(f"no tar files in {path}; looked for files ending in .tar, uncompressed")
+                raise ValmError(f"no tar files in {path}: looked for files ending in .tar, uncompressed")
         self.tars = [Path(tar).absolute() for tar in tars]
 
     @property
@@ -72,11 +72,7 @@ class WebdatasetSource:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and sizes of `files`.
-
-    Raises:
-        OSError: a file is missing.
-    """
+    """SHA-256 over the names and sizes of `files`. Raises OSError if a file is missing."""
     sizes = [[file.name, file.stat().st_size] for file in files]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
@@ -86,7 +82,7 @@ def encode_tar(tar: Path, clip: Clip, encoding: Encoding, progress: Progress) ->
 
 
 def tar_records(path: Path) -> list[Record]:
-    """The images of a tar file with their captions, then records without an image for what is damaged.
+    """The images of a tar file with their captions, then records without an image for damaged entries.
 
     Raises:
         ValmError: a transient error (`is_transient`) while the archive is read.
@@ -94,7 +90,7 @@ def tar_records(path: Path) -> list[Record]:
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[tuple[str, str], str] = {}
     skipped: dict[str, str] = {}
-    others: list[tuple[str, str]] = []  # links, formats that are not read, and such as a mask, 0.mask.png
+    others: list[tuple[str, str]] = []  # links, unsupported formats, and images such as a mask, 0.mask.png
     try:
         with tarfile.open(path, "r:") as tar:
             for member in _members(tar):
@@ -134,13 +130,9 @@ def tar_records(path: Path) -> list[Record]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive.
-
-    Raises:
-        tarfile.ReadError: it ends early, or in a damaged header: tarfile takes either for the end.
-    """
+    """The members of an archive. Raises ReadError for an early end or a damaged header, which tarfile accepts."""
     for member in tar:
-        if member.size < 0:  # tarfile would read this one again
+        if member.size < 0:  # tarfile would read this member again
             raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
         yield member
     tar.fileobj.seek(tar.offset)
@@ -150,9 +142,9 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The content of a caption file; as ValueError, why it is none."""
+    """The content of a caption file. Raises ValueError for members that are not read."""
     if not member.isreg() or member.issparse() or member.size > MAX_CAPTION_BYTES:
-        raise ValueError(f"a link, a sparse file or one of more than {MAX_CAPTION_BYTES:,} bytes, which is not read")
+        raise ValueError(f"a link, a sparse file or a file of more than {MAX_CAPTION_BYTES:,} bytes is not read")
     opened = tar.extractfile(member)
     assert opened is not None  # None only for a link or a folder
     return opened.read()

@@ -1,1 +1,1 @@
-"""visual_fusion_attn in Triton: forward.py and backward.py launch the kernels; primitives.py has their common parts."""
+"""visual_fusion_attn in Triton: forward.py and backward.py launch the kernels, which share primitives.py."""

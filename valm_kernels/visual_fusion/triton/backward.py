@@ -1,4 +1,4 @@
-"""Backward of `visual_fusion_attn` in Triton, without atomics: every gradient is the same in every run.
+"""Backward of `visual_fusion_attn` in Triton, without atomics: gradients are bit for bit equal in every run.
 
 With the joint lse, all weights are recomputed one tile at a time (FlashAttention-2, Dao 2023, algorithm 2). For a row:
 
@@ -12,17 +12,17 @@ With the joint lse, all weights are recomputed one tile at a time (FlashAttentio
     dimage_k_bias = scale sum dx_k u    dimage_v_bias = sum b_k do       dimage_logit_bias = sum dt_k
     dimage_score_bias_k = dt_k summed over all heads
 
-u is image_q, and du its gradient; without it u is q, and du is added to dq. With softcap c a score is c tanh(x / c) of
-the product x, so ds_j and dx_k have the factor 1 - tanh² too; dt_k, the gradient after the biases of scores, has not.
-The gradient of the image scores t_k themselves (return_image_weights) is added to dt_k.
+u is image_q, and du its gradient. Without image_q, u is q and du is added to dq. With softcap c a score is
+c tanh(x / c) of the product x, so ds_j and dx_k get the factor 1 - tanh², but not dt_k, the gradient after the score
+biases. The gradient of the image scores t_k themselves (return_image_weights) is added to dt_k.
 
-Three steps, by what their programs own:
-- query tiles (backward_query.py): dq, delta, one partial sum of each bias gradient per program, and of the
-  images either their gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
-- key tiles (backward_key.py): dk and dv; under first_key a small kernel finds their rows of queries before;
-- images of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
-In joined.py flash attention computes dk, dv and the text's part of dq, in place of the second step. Its dq may differ
-in the last bits from run to run, so where PyTorch is asked for deterministic algorithms these kernels take its place.
+Three steps, by what a program owns:
+- a query tile (backward_query.py): dq, delta, partial sums of the bias gradients, and for the images either their
+  gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
+- a key tile (backward_key.py): dk and dv. Under first_key a small kernel first finds the queries of each key tile;
+- an image of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
+In joined.py flash attention replaces the second step: it computes dk, dv and the text's part of dq. Its dq may differ
+in the last bits from run to run, so these kernels replace it under torch.use_deterministic_algorithms(True).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def backward(
     inputs: Inputs,
     needed: Sequence[bool],
 ) -> Gradients:
-    """The needed gradients, in the order of `Gradients`; nothing is launched for the others alone.
+    """The needed gradients, in the order of `Gradients`. No kernel is launched only for others.
 
     out and lse come from `forward` for the same inputs.
     """

@@ -26,7 +26,7 @@ from .primitives import (
     visible_keys,
 )
 
-# Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a card.
+# Queries per step of the scan of first_key. Chosen by arithmetic, not yet measured on a GPU.
 SCAN = 1024
 
 
@@ -54,8 +54,8 @@ def _query_range_kernel(
 ):
     """`_causal_range` of every key tile under first_key.
 
-    Where first_key is not monotone, queries in between may see none: they are computed like the others, and masked. A
-    kernel of its own, for bounds that `_key_kernel` computes itself keep its loops from being pipelined.
+    If first_key is not monotone, queries in the range may see none of the keys: they are computed and masked. This is a
+    separate kernel, because loops over bounds that `_key_kernel` computes itself are not pipelined.
     """
     n_tiles = tl.cdiv(Tk, BLOCK_N)
     i_b = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -118,7 +118,7 @@ def _key_query_tiles(
     INPUT_PRECISION: tl.constexpr,
     BY_SLABS: tl.constexpr,
 ):
-    """Adds the queries of [begin, end) to dk / scale and dv. MASKED: some of them may not see every key."""
+    """Adds the queries of [begin, end) to dk / scale and dv. MASKED: some queries may not see every key."""
     m_d = tl.arange(0, BLOCK_D) < D
     for i_r in range(begin * BLOCK_G, end * BLOCK_G, BLOCK_M):
         o_t, o_h, m_row = tile_rows(i_r, i_h, Tq, G, BLOCK_G, BLOCK_M)
@@ -160,7 +160,7 @@ def _key_query_tiles(
 
 
 class KeyStrides(NamedTuple):
-    """Of the tensors of `_key_kernel`."""
+    """The strides of the tensors of `_key_kernel`."""
 
     q: RowStrides
     k: RowStrides
@@ -229,7 +229,7 @@ def _key_kernel(
     BLOCK_T: tl.constexpr = max(1, BLOCK_M // BLOCK_G)
     full = begin + (full - begin + BLOCK_T - 1) // BLOCK_T * BLOCK_T
     if cache_seqlens is not None:
-        # no query for a tile of which no key is used
+        # a tile whose keys are all unused needs no query
         end = tl.where(n_first < n_keys, end, begin)
         full = tl.maximum(full, begin)
     for i_part in tl.static_range(0 if CAUSAL or first_key is not None else 1, 2):
@@ -279,12 +279,12 @@ def _key_kernel(
 
 
 def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, gradients: Gradients) -> None:
-    """Writes the gradients of k and v; inputs are those of `kernel_inputs`."""
+    """Writes the gradients of k and v; inputs come from `kernel_inputs`."""
     q, k, v = inputs[:3]
     batch, kv_heads, k_len = k.shape[:3]
     constants = kernel_constants(q, k, inputs.causal)
     tiles = choose_tiles("key" if inputs.softcap is None else "key softcap", inputs)
-    # one without the other is no less work
+    # computing only one of them is no less work
     dk = empty_tokens_first(k) if gradients.k is None else gradients.k
     dv = empty_tokens_first(v) if gradients.v is None else gradients.v
 

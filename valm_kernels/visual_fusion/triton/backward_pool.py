@@ -1,13 +1,13 @@
 """Gradients of the image pool: a segmented reduction over the slots (b, t, k) of image_index that hold an image.
 
 The maths is in backward.py. The slots are sorted by image. A program then owns one image, for as many heads as fit, and
-sums dx u and b do over its slots in that order, so the result is the same in every run.
+sums dx u and b do over the image's slots in order, so results are bit for bit equal in every run.
 
-A popular image, with very many slots, would make one program long: of B4 T1024 K8, one that a tenth of the slots hold
-has 3,277 of them, 820 steps one after the other, and the others 4. So the sorted slots are also cut into blocks of
-BLOCK_SLOTS, and separate programs sum the part of each block that belongs to a popular image. As such an image has
-more slots than a block, a block has parts of at most two of them, one at its beginning and one at its end. The program
-of the image then adds up these parts, again in order.
+A popular image, with very many slots, would make one program long. For B4 T1024 K8, an image in a tenth of the slots
+takes 3,277 slots, or 820 steps one after the other, while other images take 4. So the sorted slots are also cut into
+blocks of BLOCK_SLOTS, and separate programs sum the part of each block that belongs to a popular image. A popular image
+takes more slots than a block, so a block contains parts of at most two popular images, one at its beginning and one at
+its end. The program of the image then adds up these parts, again in order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .primitives import kernel, row_pointers
 from .tiles import block_d
 
 # Slots per step of a program, columns (heads x D) of its sums, and slots from which an image is popular. Chosen by
-# arithmetic and by the registers that the compiler reports, not yet measured on a card.
+# arithmetic and by the registers that the compiler reports, not yet measured on a GPU.
 SLOTS = 4
 COLUMNS = 512
 BLOCK_SLOTS = 256
@@ -85,7 +85,7 @@ def _sum_slots(
 
 @triton.jit
 def _of_heads(x, length, BY_HEAD: tl.constexpr):
-    """Where x of the program's heads begins: all share one, or each has its own, of that length."""
+    """Pointers to x for the program's heads: shared by all heads, or one x of `length` for each head."""
     if BY_HEAD:
         x += tl.program_id(1).to(tl.int64) * length
     return x
@@ -93,7 +93,7 @@ def _of_heads(x, length, BY_HEAD: tl.constexpr):
 
 @triton.jit
 def _columns(p_row, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
-    """`columns` of rows in two dimensions."""
+    """`columns`, for rows in two dimensions."""
     p = p_row[:, :, None] + tl.arange(0, BLOCK_D)[None, None, :]
     if ALIGNED:
         p = tl.max_contiguous(tl.multiple_of(p, [1, 1, 16]), [1, 1, 16])
@@ -109,7 +109,7 @@ def _popular_kernel(
     image_index,  # (B Tq K), or (Hkv, B Tq K), as order
     order,
     segment,  # (U + 1) or (Hkv, U + 1): where the slots of an image begin in `order`
-    parts,  # (blocks, 2, 2, Hkv, D) float32: of the image at the beginning and at the end of a block, dk and dv
+    parts,  # (blocks, 2, 2, Hkv, D) float32: (image at the beginning or the end of a block, dk or dv)
     stride_iq,
     stride_do,
     Hkv,
@@ -138,7 +138,7 @@ def _popular_kernel(
         i_u = i_first
         if i_end == 1:
             i_u = tl.load(image_index + tl.load(order + last)).to(tl.int64)
-            # an image that the whole block belongs to counts as the one at its beginning
+            # an image that fills the whole block counts as the image at its beginning
             i_u = tl.where(i_u == i_first, -1, i_u)
         begin = tl.load(segment + i_u, mask=i_u >= 0, other=0).to(tl.int32)
         end = tl.load(segment + i_u + 1, mask=i_u >= 0, other=0).to(tl.int32)
@@ -233,7 +233,7 @@ def _pool_kernel(
     )
     first_block = begin // BLOCK_SLOTS
     for i_s in range(first_block, tl.where(is_popular, tl.cdiv(end, BLOCK_SLOTS), first_block)):
-        # the image is at the end of the block in which it begins, unless it begins with it
+        # the image is at the end of the block in which it begins, unless it begins with the block
         i_end = tl.where(i_s * BLOCK_SLOTS < begin, 1, 0).to(tl.int64)
         p_part = parts + ((i_s * 2 + i_end) * 2 * Hkv + o_h)[:, None] * D + o_d[None, :]
         b_dk += tl.load(p_part, mask=m_hd, other=0.0)
@@ -245,11 +245,11 @@ def _pool_kernel(
 
 
 def pool_gradients(inputs: Inputs, grad_out: Tensor, results: QueryResults, gradients: Gradients) -> None:
-    """Writes the gradients of image_k and image_v (Hkv, U, D); inputs are those of `kernel_inputs`."""
+    """Writes the gradients of image_k and image_v (Hkv, U, D); inputs come from `kernel_inputs`."""
     image_k, image_v, image_index = inputs.image_k, inputs.image_v, inputs.image_index
     assert image_k is not None and image_v is not None and image_index is not None and results.image_b is not None
     image_q = inputs.q if inputs.image_q is None else inputs.image_q
-    # one without the other is hardly less work
+    # computing only one of them is hardly less work
     dimage_k = empty_rows_like(image_k) if gradients.image_k is None else gradients.image_k
     dimage_v = empty_rows_like(image_v) if gradients.image_v is None else gradients.image_v
     kv_heads, pool_size, head_dim = dimage_k.shape

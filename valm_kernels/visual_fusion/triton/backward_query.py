@@ -1,4 +1,4 @@
-"""Gradients that belong to queries: dq, delta and all of the images'; the maths is in backward.py."""
+"""Gradients that belong to queries: dq, delta and all gradients of images. The maths is in backward.py."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _dq_step(b_dq, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION: tl.constexp
 
 
 class QueryStrides(NamedTuple):
-    """Of the tensors of `_query_kernel`; a tensor that is absent has zeros."""
+    """The strides of the tensors of `_query_kernel`, zeros for absent tensors."""
 
     q: RowStrides
     k: RowStrides
@@ -73,15 +73,15 @@ class QueryStrides(NamedTuple):
 
 
 class QueryResults(NamedTuple):
-    """What `_query_kernel` writes; None where nobody asks for it.
+    """The tensors that `_query_kernel` writes; None if nobody asks for them.
 
-    All of it is allocated here, so that its addresses are aligned: Triton compiles anew for others (`kernel`), and on
-    AMD for tensors from 2 GiB on.
+    They are allocated here, so that their addresses are aligned: Triton compiles again for other addresses (`kernel`),
+    and on AMD for tensors from 2 GiB on.
     """
 
     dq: Tensor | None
     delta: Tensor  # (B, Hq, Tq), for `_key_kernel`
-    dimage_k: Tensor | None  # dense layout: (B, Hkv, Tq, K, D), or one such for each part of a group of heads
+    dimage_k: Tensor | None  # dense layout: (B, Hkv, Tq, K, D), or one for each part of a group of heads
     dimage_v: Tensor | None
     dimage_q: Tensor | None
     image_dx: Tensor | None  # pooled layout: dx and b, (B, Hq, K, Tq)
@@ -171,7 +171,7 @@ def _query_kernel(
         b_t0, b_logit = image_score_terms(
             b_u, image_k_bias, image_logit_bias, i_h, o_h, scale_log2, D, BLOCK_D, ALIGNED
         )
-        # what all images of a row share in db - delta, [BM]
+        # the part of db - delta that all images of a row share, [BM]
         b_db0 = -b_delta
         if image_v_bias is not None:
             b_db0 += tl.sum(b_dof * load_bias(image_v_bias, i_h, D, BLOCK_D, ALIGNED)[None, :], 1)
@@ -179,7 +179,7 @@ def _query_kernel(
         b_dt_sum = tl.zeros([BLOCK_M], tl.float32)
         b_dx_sum = tl.zeros([BLOCK_M], tl.float32)
         b_b_sum = tl.zeros([BLOCK_M], tl.float32)
-        # one row per position: where the gradients of a group's shared images go, [BT]
+        # one row per position, for the gradients of a group's shared images, [BT]
         o_t1 = i_m * BLOCK_M // BLOCK_G + tl.arange(0, BLOCK_T).to(tl.int64)
         m_t1 = (o_t1 < Tq)[:, None] & m_d[None, :]
         o_part = (i_m % (BLOCK_G // BLOCK_H)).to(tl.int64) * stride_part
@@ -285,13 +285,13 @@ def query_gradients(
     gradients: Gradients,
     text_dq: Tensor | None = None,
 ) -> QueryResults:
-    """Writes all gradients that are not None, except those of k, v and a pool; inputs are those of `kernel_inputs`.
+    """Writes all gradients that are not None, except k, v and a pool; inputs come from `kernel_inputs`.
 
     Args:
         text_dq: the text's part of the gradient of q, if it is computed already.
 
     Returns:
-        with delta for `key_gradients`, and image_dx and image_b for `pool_gradients` if those are needed.
+        delta for `key_gradients`, and image_dx and image_b for `pool_gradients` if it needs them.
     """
     q, k, v, image_k, image_v, image_q, image_index, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape
@@ -312,10 +312,10 @@ def query_gradients(
     parts = block_g // block_h  # tiles among which the heads of a group are divided
     dense_k, dense_v = (None, None) if pooled else (gradients.image_k, gradients.image_v)
     if parts > 1:
-        # a dense image belongs to all heads of its group: the sum over each part of them is a result of its own
+        # a dense image belongs to all heads of its group: each part of the heads writes its own sum
         dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
         dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
-    # tiles of one part follow each other at a distance of `parts`
+    # consecutive tiles of one part are `parts` tiles apart
     of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
     results = QueryResults(
         dq=gradients.q,
@@ -383,7 +383,7 @@ def query_gradients(
 
 
 def _sum_into(gradient: Tensor | None, partial: Tensor | None) -> None:
-    """Sums over the leading dimensions of `partial` that `gradient` has not; nothing where there is no partial."""
+    """Sums over the leading dimensions of `partial` that `gradient` lacks. Does nothing without a partial sum."""
     if gradient is None or partial is None:
         return
     dimensions = tuple(range(partial.dim() - gradient.dim()))

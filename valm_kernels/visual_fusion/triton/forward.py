@@ -6,18 +6,18 @@ For a row (query i of head h), with scores in units of log 2 and a running maxim
     l   = sum_k 2^(t_k - m) + sum_j 2^(s_j - m)
     out = (sum_k 2^(t_k - m) (image_v_k + image_v_bias) + sum_j 2^(s_j - m) v_j) / l,      lse = (m + log2 l) ln 2
 
-u is image_q where given and q otherwise; cap(x) = c tanh(x / c) with softcap c, and x without.
+u is image_q if given, otherwise q. cap(x) = c tanh(x / c) with softcap c, otherwise x.
 
-The K images of a row belong to that row alone, so their scores are element-wise sums; they enter the softmax first.
-The text keys are shared by all rows of the tile and go through tensor-core products (FlashAttention-2, Dao 2023,
-algorithm 1). image_k_bias adds the same u.image_k_bias to every image product, and image_v_bias is weighted by the sum
-of the image weights, which after the image loop is l: neither bias is ever added to an image vector.
+Each row sees its own K images, so their scores are element-wise sums; they enter the softmax first. All rows of the
+tile share the text keys, which go through tensor-core products (FlashAttention-2, Dao 2023, algorithm 1).
+image_k_bias adds u.image_k_bias to every image product, and image_v_bias is weighted by the sum of the image weights,
+which is l after the image loop: neither bias is ever added to an image vector.
 
-Where attention to the text is computed already (joined.py), its out and lse take the place of the keys: they enter as
-one more term of the sums, of weight 2^(lse_text - m).
+If attention to the text is computed already (joined.py), its out and lse replace the keys: they enter as one more term
+of the sums, with weight 2^(lse_text - m).
 
-Where too few tiles exist to fill the chip (decoding) the keys that a tile may see are split, and the images are one
-more split, the last; each writes a float32 partial result with its own lse, and `_merge_kernel` joins them.
+If there are too few tiles to fill the GPU (decoding), the keys that a tile may see are split, and the images are the
+last split. Each split writes a float32 partial result with its own lse, and `_merge_kernel` joins them.
 """
 
 from __future__ import annotations
@@ -65,26 +65,26 @@ from .primitives import (
     visible_keys,
 )
 
-# For finding a wrong index: the host reads them all before each launch.
+# To find a wrong index: the host reads all indices before each launch.
 CHECK_INDEX = os.environ.get("VALM_KERNELS_CHECK_INDEX") == "1"
 
-# A row's running maximum before its first key. Finite, so that 2^(-inf - m) is 0 and not NaN while no key was seen.
+# A row's running maximum before its first key. It is finite, so that 2^(-inf - m) is 0, not NaN, before the first key.
 NO_SCORE = tl.constexpr(-1.0e30)
 
-# Up to this many rows per key-value head (queries x group) the tiles of "decode" are taken: the rows of a larger tile
-# would repeat the last one, 8 times the products at 128.
+# Up to this many rows per key-value head (queries x group) the "decode" tiles are used: a larger tile would repeat the
+# last row, 8 times the products at 128.
 DECODE_ROWS = 16
-# Bounds of a split: shorter ones gain less than the merge costs, and the merge reads the splits of a row one by one.
-# Chosen by arithmetic, not yet measured on a card.
+# Bounds of a split: shorter splits gain less than the merge costs, which reads the splits of a row one by one. Chosen
+# by arithmetic, not yet measured on a GPU.
 MIN_KEYS_PER_SPLIT = 256
 MAX_SPLITS = 64
 
 
 def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int) -> int:
-    """Into how many parts the keys and images are split.
+    """The number of parts into which the keys and images are split.
 
-    Where the programs leave multiprocessors idle, two programs for each; the images are then a part of their own. Such
-    a call reads every key once, at the rate of the multiprocessors that read: 12 heads alone are 12 of an H100's 132.
+    If the programs leave multiprocessors idle, there are two programs for each multiprocessor, and the images are a
+    separate part. Each key is read once, so more multiprocessors read faster: 12 heads use 12 of an H100's 132.
     """
     if programs >= multiprocessors:
         return 1
@@ -94,7 +94,7 @@ def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int)
 
 @triton.jit
 def _softmax_step(carry, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION: tl.constexpr):
-    """Takes a key tile into the running softmax."""
+    """Adds a key tile to the running softmax."""
     b_acc, b_m, b_l = carry
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
     b_alpha = tl.exp2(b_m - b_m_new)
@@ -106,7 +106,7 @@ def _softmax_step(carry, row_values, b_s, b_dp, b_k, b_v, INPUT_PRECISION: tl.co
 
 @triton.jit
 def _softmax_row_step(carry, b_s, b_v):
-    """Takes one value of each row, [BM, BD], with its score, [BM], into the running softmax."""
+    """Adds one value of each row, [BM, BD], with its score, [BM], to the running softmax."""
     b_acc, b_m, b_l = carry
     b_m_new = tl.maximum(b_m, b_s)
     b_alpha = tl.exp2(b_m - b_m_new)
@@ -117,7 +117,7 @@ def _softmax_row_step(carry, b_s, b_v):
 
 
 class ForwardStrides(NamedTuple):
-    """Of the tensors of `_forward_kernel` but text_out; a tensor that is absent has zeros."""
+    """The strides of the tensors of `_forward_kernel` except text_out, zeros for absent tensors."""
 
     q: RowStrides
     k: RowStrides
@@ -147,7 +147,7 @@ def _forward_kernel(
     out,
     lse,
     image_scores,  # (B, Hq, Tq, K) float32
-    text_out,  # of attention to the text alone; None: the kernel attends to it
+    text_out,  # output of attention to only the text; None: the kernel computes it
     text_lse,
     strides,  # ForwardStrides
     stride_part,  # from one split's out to the next
@@ -278,7 +278,7 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Joins the splits of one row: each counts with 2^(its lse - the joint lse)."""
+    """Joins the splits of one row, each weighted by 2^(its lse - the joint lse)."""
     i_r = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
@@ -306,7 +306,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Tq, D), laid out as q, and lse (B, Hq, Tq) float32; writes image_scores (B, Hq, Tq, K) float32.
 
-    With `text`, the out and lse of attention to the text alone, the images are joined to it and no key is read.
+    `text` is the out and lse of attention to only the text, if computed already: the images are joined to it, and no
+    key is read.
     """
     text_out, text_lse = (None, None) if text is None else text
     if CHECK_INDEX:

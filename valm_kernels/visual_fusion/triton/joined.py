@@ -1,4 +1,4 @@
-"""impl="flash+triton": flash attention for the text (flash.py), and the kernels of images joined to it."""
+"""impl="flash+triton": flash attention for the text (flash.py), to which Triton kernels join the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
     text = flash.text_forward(inputs)
     if inputs.image_k is None:
         return _into(empty_rows_like(q), text[0]), text[1]
-    # out is laid out like the original q; documents were a matter of the text
+    # out is laid out like the original q; first_key limits only the text
     return triton_forward.forward(inputs._replace(q=q, first_key=None), image_scores, text)
 
 
@@ -40,7 +40,7 @@ def backward(
     needed: Sequence[bool],
 ) -> Gradients:
     """The needed gradients, in the order of `Gradients`; out and lse come from `forward` for the same inputs."""
-    # flash attention's backward knows no gradient of lse, and adds up dq in any order
+    # flash attention's backward takes no gradient of lse, and sums dq in any order
     if grad_lse is not None or torch.are_deterministic_algorithms_enabled():
         return triton_backward.backward(grad_out, grad_lse, grad_image_scores, out, lse, inputs, needed)
     gradients = empty_gradients(inputs, needed)
@@ -63,7 +63,7 @@ def backward(
 
 
 def _with(gradients: Gradients, **found: Tensor) -> Gradients:
-    """`gradients` with those of `found` that are wanted."""
+    """`gradients` with the wanted gradients from `found`."""
     wanted = {name: (getattr(gradients, name), tensor) for name, tensor in found.items()}
     return gradients._replace(**{name: _into(*pair) for name, pair in wanted.items() if pair[0] is not None})
 

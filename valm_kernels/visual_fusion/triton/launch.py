@@ -16,14 +16,14 @@ from .tiles import Tiles, block_d, tiles_for
 # Bytes of the widest load and store.
 VECTOR = 16
 
-# Strides (batch, head, position), and (batch, head, position, slot). A launch has one NamedTuple of these plain tuples:
-# with a NamedTuple for each tensor, Triton would look at its arguments for longer (95 µs instead of 67 for 14 tensors).
+# Strides (batch, head, position), and (batch, head, position, slot). A launch takes one NamedTuple of these plain
+# tuples: with a NamedTuple for each of 14 tensors, Triton examines its arguments for 95 µs instead of 67.
 RowStrides = tuple[int, int, int]
 ImageStrides = tuple[int, int, int, int]
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
-    """The inputs as kernels read them: rows are contiguous and aligned, the small tensors have no gaps."""
+    """The inputs as kernels read them: rows are contiguous and aligned, small tensors contiguous."""
     given: list[Any] = list(inputs)
     rows = [None if x is None else aligned_rows(x) for x in given[:6]]
     small = [None if x is None else aligned_rows(x.contiguous()) for x in given[6 : len(TENSOR_NAMES)]]
@@ -31,18 +31,17 @@ def kernel_inputs(inputs: Inputs) -> Inputs:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy if its last dimension is strided or a row is not vector-aligned that a
-    copy would align."""
+    """The tensor itself, or a contiguous copy if its last dimension is strided or if a copy would align its rows."""
     multiple = _address_multiple(x.shape, x.stride(), x.element_size())
     if multiple and x.data_ptr() % multiple == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-# Of the latest layouts only: during generation the keys have a new one at every step.
+# Only the latest layouts are cached: during generation the layout of the keys changes at every step.
 @lru_cache(maxsize=1024)
 def _address_multiple(shape: torch.Size, strides: tuple[int, ...], itemsize: int) -> int:
-    """What the address of a tensor must be a multiple of for all its rows to be whole and aligned; 0 if they cannot."""
+    """A tensor's rows are contiguous and aligned if its address is a multiple of this number; 0: they never are."""
     *sizes, row = shape
     *strides_of_rows, last = strides
     if last != 1 and row > 1:
@@ -55,19 +54,19 @@ def _address_multiple(shape: torch.Size, strides: tuple[int, ...], itemsize: int
 
 
 def choose_tiles(kernel: str, inputs: Inputs) -> Tiles:
-    """The tiles of `kernel`, a name of the table in tiles.py, on the device of the inputs."""
+    """The tiles of `kernel`, a name in the table in tiles.py, on the device of the inputs."""
     q = inputs.q
     return tiles_for(kernel, architecture(q.device), q.shape[3], q.dtype)
 
 
 def kernel_constants(q: Tensor, k: Tensor, causal: bool) -> dict[str, Any]:
-    """The compile-time arguments that all attention kernels share, but for the tiles."""
+    """The compile-time arguments that all attention kernels share, except the tiles."""
     return _constants(q.shape[3], q.shape[1] // k.shape[1], q.dtype, causal, architecture(q.device))
 
 
 @cache
 def _constants(head_dim: int, group: int, dtype: torch.dtype, causal: bool, arch: int | str) -> dict[str, Any]:
-    # one tf32 term keeps 11 bits of a float32 product, three keep nearly all; AMD's cards multiply in float32
+    # one tf32 term keeps 11 bits of a float32 product, three keep nearly all; AMD GPUs multiply in float32
     tf32 = dtype == torch.float32 and isinstance(arch, int)
     return {
         "D": head_dim,
@@ -82,7 +81,7 @@ def _constants(head_dim: int, group: int, dtype: torch.dtype, causal: bool, arch
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up; Triton's own function takes several microseconds on the host."""
+    """a / b rounded up. Triton's own function takes several microseconds on the host."""
     return -(-a // b)
 
 
@@ -115,15 +114,15 @@ def dense_strides(image: Tensor | None) -> ImageStrides:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """x without gaps: the small tensors (index, mask, biases, first_key, lse) are addressed without strides."""
+    """x, contiguous: the small tensors (index, mask, biases, first_key, lse) are addressed without strides."""
     return None if x is None else x.contiguous()
 
 
 @cache
 def architecture(device: torch.device) -> int | str:
-    """Compute capability as one number, 90 for 9.0, or the name of AMD's architecture, such as "gfx942".
+    """Compute capability as one number, 90 for 9.0, or the name of an AMD architecture, such as "gfx942".
 
-    Under the interpreter that of the oldest supported card of NVIDIA's.
+    Under the interpreter it is the oldest supported compute capability.
     """
     if device.type != "cuda":
         return 80
@@ -135,5 +134,5 @@ def architecture(device: torch.device) -> int | str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs the chip runs side by side at the least; 1 under the interpreter."""
+    """The least number of programs that the GPU runs at once; 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

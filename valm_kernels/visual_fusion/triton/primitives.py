@@ -1,13 +1,13 @@
-"""What the Triton kernels share: the rows of a program, the keys and images that a row may see, the loop over keys.
+"""Common code of the Triton kernels: the rows of a program, the keys and images that a row may see, the loop over keys.
 
-A program owns BLOCK_M rows. A row is one query of one head; the heads of a group (grouped-query attention) are
-neighbouring rows, so that a key or value tile is loaded once for all of them:
+A program owns BLOCK_M rows. A row is one query of one head. The heads of a group (grouped-query attention) are
+neighbouring rows, so that a key or value tile is loaded once for the group:
 
     row r  ->  position r / BLOCK_G,   head i_h * G + r % BLOCK_G
 
-BLOCK_G is the group size G rounded up to a power of two. Where it is larger than BLOCK_M a tile has a part of one
-position's heads. Rows past the last position or head repeat the last one, so loads need no mask; such rows are masked
-only where something is stored or summed.
+BLOCK_G is the group size G rounded up to a power of two. If it is larger than BLOCK_M, a tile holds a part of one
+position's heads. Rows past the last position or head repeat the last row, so loads need no mask. They are masked only
+in stores and sums.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Stages of the loop over a row's images. With two, as in every loop here, Triton copies the next step's data when the
-# work on this one is done, and waits for it at once: only a third lets copies and work overlap.
+# Stages of the loop over a row's images. With two stages Triton copies the next step's data after the work on this
+# step, and waits for it at once. Only a third stage lets copies and work overlap.
 IMAGE_STAGES = tl.constexpr(3)
 
 # Columns of the slabs in which `products` reads rows.
@@ -32,15 +32,15 @@ SLAB = tl.constexpr(32)
 
 
 def kernel(function: Callable) -> Any:
-    """`triton.jit` for a kernel that is compiled once whatever the values of its arguments, but for the strides.
+    """`triton.jit` for a kernel that is compiled once for all values of its arguments, except strides.
 
-    By default Triton compiles anew where an integer turns 1 or a multiple of 16, or a pointer is aligned otherwise.
-    During generation the number of keys takes every value: each new variant would be a stall of seconds, and fatal to a
-    CUDA graph. The alignment that loads need is stated where they are (`columns`).
+    By default Triton compiles again if an integer becomes 1 or a multiple of 16, or if a pointer's alignment changes.
+    During generation the number of keys takes every value: each new variant would stall for seconds and break a CUDA
+    graph. Loads state the alignment that they need (`columns`).
 
-    This does not reach into tuples, so sizes and tensors of others are parameters of their own. Strides are in tuples,
-    as they hardly change: those of a cache that grows by torch.cat do, and make a second variant where D is 72. So are
-    tensors that are allocated for the kernel, whose addresses are always aligned.
+    This does not reach into tuples, so sizes and the caller's tensors are separate parameters. Strides are in tuples,
+    because they hardly change (a cache that grows by torch.cat makes a second variant if D is 72). Tensors allocated
+    for the kernel are in tuples too, because their addresses are always aligned.
     """
     parameters = inspect.signature(function).parameters.values()
     runtime = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
@@ -49,7 +49,7 @@ def kernel(function: Callable) -> Any:
 
 @triton.jit
 def tile_rows(i_r, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Position and head (int64 [BM]) of the rows from row i_r on, and whether they are rows at all."""
+    """Position and head (int64 [BM]) of the rows from row i_r on, and whether each row exists."""
     o_r = i_r + tl.arange(0, BLOCK_M)
     o_t = o_r // BLOCK_G
     o_g = o_r % BLOCK_G
@@ -61,7 +61,7 @@ def tile_rows(i_r, i_h, Tq, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.
 
 @triton.jit
 def row_pointers(x, stride, i_b, o_h, o_t):
-    """Where the rows of x begin; stride is that of (batch, head, position, ...)."""
+    """Pointers to the rows of x; stride is (batch, head, position, ...)."""
     return x + i_b * stride[0] + o_h * stride[1] + o_t * stride[2]
 
 
@@ -69,8 +69,8 @@ def row_pointers(x, stride, i_b, o_h, o_t):
 def columns(p_row, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to the elements [BM, BD] of rows that begin at p_row [BM].
 
-    The compiler cannot always see that rows are contiguous and aligned, and then loads element by element: behind loop
-    bounds that were loaded, and where D is no multiple of 16.
+    Without ALIGNED the compiler may load element by element, because it cannot see that rows are contiguous and
+    aligned: after loop bounds that were loaded, or if D is not a multiple of 16.
     """
     p = p_row[:, None] + tl.arange(0, BLOCK_D)[None, :]
     if ALIGNED:
@@ -87,7 +87,7 @@ def load_rows(x, stride, i_b, o_h, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 @triton.jit
 def used_keys(cache_seqlens, i_b, Tk):
-    """How many keys the batch row has."""
+    """The number of keys of the batch row."""
     if cache_seqlens is not None:
         Tk = tl.minimum(tl.maximum(tl.load(cache_seqlens + i_b), 0), Tk)
     return Tk
@@ -95,7 +95,7 @@ def used_keys(cache_seqlens, i_b, Tk):
 
 @triton.jit
 def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
-    """First and last key, both inclusive, that each row may see ([BM] each). Nothing is seen where first > last."""
+    """First and last key, both inclusive, that each row may see ([BM] each). If first > last, it sees nothing."""
     if CAUSAL:
         b_last = o_t.to(tl.int32) + (Tk - Tq)
     else:
@@ -111,8 +111,8 @@ def visible_keys(first_key, i_b, o_t, Tq, Tk, CAUSAL: tl.constexpr):
 def key_tile_range(b_first, b_last, lo, hi, BLOCK_N: tl.constexpr):
     """The key tiles, within keys lo..hi (lo on a tile border), that a set of rows needs.
 
-    Returns begin <= full_begin <= full_end <= end: in the tiles of [begin, full_begin) and [full_end, end) some row
-    sees only a part, in [full_begin, full_end) all rows see every key. Every bound but `end` is on a tile border.
+    Returns begin <= full_begin <= full_end <= end. In [full_begin, full_end) all rows see every key. In the tiles of
+    [begin, full_begin) and [full_end, end) some row sees only a part. Every bound except `end` is on a tile border.
     """
     begin = tl.maximum(tl.min(b_first, 0), lo)
     begin = begin // BLOCK_N * BLOCK_N
@@ -126,7 +126,7 @@ def key_tile_range(b_first, b_last, lo, hi, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Exact to a few units in the last place, which the approximation of the hardware is not."""
+    """tanh, exact to a few units in the last place, unlike the hardware's approximation."""
     # a rational function of exp loses the digits of a small x; its series (Cephes, tanhf) has them
     x2 = x * x
     series = (((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1) * x2
@@ -138,7 +138,7 @@ def tanh(x):
 
 @triton.jit
 def capped(b_s, softcap_log2):
-    """Scores under the cap, both in units of log 2."""
+    """Capped scores; scores and cap are in units of log 2."""
     if softcap_log2 is not None:
         b_s = tanh(b_s / softcap_log2) * softcap_log2
     return b_s
@@ -146,7 +146,7 @@ def capped(b_s, softcap_log2):
 
 @triton.jit
 def cap_slope(b_s, softcap_log2):
-    """The derivative of capped scores, 1 - tanh²; 0 where a key is not seen and b_s is -inf."""
+    """The derivative of capped scores, 1 - tanh²; 0 if a key is not seen (b_s is -inf)."""
     b_tanh = b_s / softcap_log2
     return 1.0 - tl.minimum(b_tanh * b_tanh, 1.0)
 
@@ -163,16 +163,16 @@ def products(
     ALIGNED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """The product of each row of a with each row of b, [BM, BN], in step i_step >= 0 of a loop that keeps a.
+    """The product of each row of a with each row of b, [BM, BN], in step i_step >= 0 of a loop over b.
 
-    a and b are tiles, [BM, BD] and [BN, BD]; or pointers to rows, [BM] and [BN], which are read SLAB columns at a time.
-    m_a and m_b say which of these rows exist (None: all). Of a tile a each warp holds its rows in registers, for the
-    whole loop, and 256 columns of float32 take all of them.
+    a and b are tiles, [BM, BD] and [BN, BD], or pointers to rows, [BM] and [BN], which are read SLAB columns at a time.
+    m_a and m_b flag the rows that exist (None: all). Slabs are for large D: each warp holds its rows of a tile a in
+    registers for the whole loop, and 256 columns of float32 take all registers.
     """
     if len(a.shape) == 2:
         b_s = tl.dot(a, tl.trans(b), input_precision=INPUT_PRECISION)
     else:
-        # the compiler does not know that this is 0, and so does not read all of a before the loop
+        # this is 0, but the compiler does not know it and so does not read all of a before the loop
         zero = tl.minimum(i_step, 0)
         b_s = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
         for i_d in tl.static_range(0, D, SLAB):
@@ -191,7 +191,7 @@ def over_key_tiles(
     carry,
     row_values,
     q,  # rows for `products`
-    do,  # the same, or None
+    do,  # rows for `products`, or None
     p_k,  # the first key and value of the batch row and head
     p_v,
     stride_kn,
@@ -210,16 +210,16 @@ def over_key_tiles(
     ALIGNED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s and products b_dp of do
-    and the values, [BM, BN] each.
+    """Calls `step` on every key tile within keys lo..hi that the rows see, with its scores b_s and its products b_dp of
+    do and the values, [BM, BN] each.
 
-    Scores are in units of log 2, and -inf where a row does not see the key.
+    Scores are in units of log 2, and -inf if the row does not see the key.
     """
     BY_SLABS: tl.constexpr = len(q.shape) == 1
     begin, full_begin, full_end, end = key_tile_range(b_first, b_last, lo, hi, BLOCK_N)
     m_d = tl.arange(0, BLOCK_D) < D
-    # A mask is two comparisons and a selection for each score, beside an exponential and a sum: tiles that all rows see
-    # whole have none. Without first_key every row sees the keys from lo on, and only the end needs one.
+    # A mask adds two comparisons and a selection to each score's exponential and sum, so tiles that all rows see whole
+    # are not masked. Without first_key every row sees the keys from lo on, and only the end needs a mask.
     for i_part in tl.static_range(0 if first_key is not None else 1, 3):
         part_begin = begin if i_part == 0 else (full_begin if i_part == 1 else full_end)
         part_end = tl.minimum(full_begin, end) if i_part == 0 else (full_end if i_part == 1 else end)
@@ -251,9 +251,9 @@ def over_key_tiles(
 
 @triton.jit
 def image_slots(image_index, image_mask, i_b, i_h, o_t, i_k, Hkv, Tq, K, BY_HEAD: tl.constexpr):
-    """Slot of the i_k-th image of each row in the image tensor (int64 [BM]) and whether there is one ([BM]).
+    """Slot of the i_k-th image of each row in the image tensor (int64 [BM]) and whether there is an image ([BM]).
 
-    With image_index the image tensor is a pool and the slot is the index into it; without, the slot is i_k itself.
+    With image_index the image tensor is a pool, and the slot is the index into the pool. Otherwise the slot is i_k.
     """
     o_ik = (i_b * Tq + o_t) * K + i_k
     if image_index is not None:
@@ -273,7 +273,7 @@ def image_slots(image_index, image_mask, i_b, i_h, o_t, i_k, Hkv, Tq, K, BY_HEAD
 def load_images(
     image, stride, i_b, i_h, o_t, o_slot, m_image, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """One image of each row, float32 [BM, BD]; zeros where there is none."""
+    """One image of each row, float32 [BM, BD]; zeros if there is no image."""
     p_image = row_pointers(image, stride, i_b, i_h, o_t) + o_slot * stride[3]
     m_image = m_image[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
     return tl.load(columns(p_image, BLOCK_D, ALIGNED), mask=m_image, other=0.0).to(tl.float32)
@@ -301,7 +301,7 @@ def image_score_terms(
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """What all image scores of a row share, in units of log 2 ([BM] each): u.image_k_bias and image_logit_bias."""
+    """The terms that all image scores of a row share, u.image_k_bias and image_logit_bias, in units of log 2 ([BM])."""
     b_product = tl.zeros(o_h.shape, tl.float32)
     b_logit = tl.zeros(o_h.shape, tl.float32)
     if image_k_bias is not None:
@@ -319,6 +319,6 @@ def load_score_bias(image_score_bias, i_b, o_t, i_k, Tq, K):
 
 @triton.jit
 def load_lse(lse, o_row, m_row):
-    """lse of rows in units of log 2; +inf where a row sees nothing or is none, so that all its weights become 0."""
+    """lse of rows in units of log 2; +inf if a row sees nothing or does not exist, so that its weights become 0."""
     b_lse = tl.load(lse + o_row, mask=m_row, other=float("-inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)

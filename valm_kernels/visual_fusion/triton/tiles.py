@@ -1,17 +1,19 @@
 """Tile sizes, warps and pipeline stages of the Triton kernels, by architecture, head dimension and dtype.
 
-Not yet measured on a card. Each entry was chosen from the compiler's report (benchmarks/records/triton_compile.csv):
-of the candidates whose warps share the products of a tile, and whose loops over keys or queries keep all in registers,
-the one whose tiles reuse most. Where a block has fewer rows than its warps' instructions, groups of warps compute the
-same products: 8 warps need 128 rows of wgmma, and by mma.sync 128 rows or 64 columns. Registers that are stored before
-those loops, or in the loop over images, whose time is its loads', cost less than smaller tiles. Float32 above D = 128
-is read by slabs (`primitives.products`), with tiles chosen at 256. A joined kernel has nothing to reuse, as every query
-has its own images: its tiles keep most copies and warps in flight. There are three stages where they fit: with two, the
-copy of the next tile starts only after the work on this one. On AMD a block of 16 makes Triton take smaller
-instructions, and a second stage takes registers.
+The table is not yet measured on a GPU. Each entry was chosen from the compiler's report
+(benchmarks/records/triton_compile.csv). Candidates are tiles whose warps share the products of a tile and whose loops
+over keys or queries spill no registers. The entry is the candidate that reuses most.
 
-Where measured_tiles.json, which `make gpu-check` writes, or the file named by VALM_KERNELS_TILES has tiles of a compute
-capability, these take the place of the table's.
+- If a block has fewer rows than its warps' instructions, groups of warps compute the same products: 8 warps need 128
+  rows with wgmma, and 128 rows or 64 columns with mma.sync.
+- Spills before those loops, or in the loop over images, which waits for its loads, cost less than smaller tiles.
+- Float32 above D = 128 is read by slabs (`primitives.products`), with tiles chosen at 256.
+- A joined kernel reuses nothing, as every query sees its own images: its tiles keep most copies and warps in flight.
+- There are three stages if they fit: with two, the copy of the next tile starts only after the work on this tile.
+- On AMD a block of 16 makes Triton use smaller instructions, and a second stage takes registers.
+
+Measured tiles of a compute capability replace the table. `make gpu-check` writes them to measured_tiles.json;
+VALM_KERNELS_TILES names another such file.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ...json_files import read_json
 
 @dataclass(frozen=True)
 class Tiles:
-    """BLOCK_M query rows by BLOCK_N keys, computed by num_warps warps; num_stages loads of tiles in flight."""
+    """BLOCK_M query rows by BLOCK_N keys, computed by num_warps warps, with num_stages loads of tiles in flight."""
 
     block_m: int
     block_n: int
@@ -38,12 +40,12 @@ class Tiles:
     num_stages: int
 
     def options(self) -> dict[str, Any]:
-        """Launch options. Fused multiply-add is asked for by name: its default differs between Triton versions."""
+        """Launch options. Fused multiply-add is set, because its default differs between Triton versions."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. The entries of 80 stay within
-# 99 KiB of shared memory, so that they serve compute capabilities 8.6, 8.9 and 12.x too; those of AMD within 64 KiB.
+# By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. Entries of 80 stay within 99
+# KiB of shared memory, so that compute capabilities 8.6, 8.9 and 12.x use them too. AMD entries stay within 64 KiB.
 _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("forward", 2, 80): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
     ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 64, 8, 3)),
@@ -110,7 +112,7 @@ def block_d(head_dim: int) -> int:
 
 
 class MeasuredTiles(TypedDict):
-    """An entry of measured_tiles.json: the fastest tiles for head dimensions up to `head_dim` on one card."""
+    """An entry of measured_tiles.json: the fastest tiles for head dimensions up to `head_dim` on one GPU."""
 
     kernel: str
     bytes: Literal[2, 4]  # of an element
@@ -147,7 +149,7 @@ def measured_tiles() -> dict[tuple[str, int, int | str, int], Tiles]:
 
 @cache
 def tiles_for(kernel: str, arch: int | str, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `kernel`, a name of the table, on what `launch.architecture` returned."""
+    """The tiles of `kernel`, a name in the table, for an architecture as `launch.architecture` returns it."""
     family: int | str
     if isinstance(arch, str):
         family = "AMD"

@@ -166,7 +166,7 @@ def test_captions_are_texts(clip, tmp_path, value, caption):
     rows = [{"image": PICTURES[0], "caption": "first"}, {"image": PICTURES[1], "caption": value}]
     source = DatasetSource(rows)
     if caption is None:
-        message = "row 1: 'caption' is .*, expected a text or a list of texts; name another"
+        message = "row 1: 'caption' is .*, expected a text or a list of texts: name another"
         with pytest.raises(ValmError, match=message):
             list(source.images())
     else:
@@ -179,7 +179,7 @@ def test_wrong_datasets(dataset, clip, tmp_path):
             build(DatasetSource(rows, **options), tmp_path / "kb", clip, progress=False)
 
     fails("has no rows", [])
-    fails("is an iterator, which can be read once only", iter([{"image": PICTURES[0]}]))
+    fails("is an iterator, which can be read only once", iter([{"image": PICTURES[0]}]))
     fails("has no column 'picture', only image, caption, label", dataset, image_column="picture")
     fails("has no column 'text', only image, caption, label", dataset, caption_column="text")
     assert not (tmp_path / "kb").exists()
@@ -227,7 +227,7 @@ def test_datasets_are_opened(dataset, clip, tmp_path):
         (":test", r"\(default:test\): it was saved as one split"),
         ("some", r"\(some:train\): it was saved without configs"),
     ):
-        with pytest.raises(ValmError, match=f"cannot read the dataset .*one {reason}; leave the (split|config) out"):
+        with pytest.raises(ValmError, match=f"cannot read the dataset .*one {reason}: leave the (split|config) out"):
             open_dataset(f"{tmp_path}/one:{wrong}")
     with pytest.raises(ValmError, match="it was saved without configs"):
         open_dataset(f"{tmp_path}/several:some:test")

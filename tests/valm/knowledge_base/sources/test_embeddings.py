@@ -41,7 +41,7 @@ def test_wrong_embeddings(clip, tmp_path):
         (r"not one file of metadata for each \(numbers \[0\] and \[\]\)", table.unlink),
         ("not one file of metadata for each", lambda: shutil.copy(table, of_metadata / "metadata_1.parquet")),
         (
-            r"img_emb_0\.npy and other_0\.npy both have the number 0; give each a number of its own",
+            r"img_emb_0\.npy and other_0\.npy both have the number 0: give each file its own number",
             lambda: shutil.copy(of_vectors / "img_emb_0.npy", of_vectors / "other_0.npy"),
         ),
         (unreadable, partial(write, vectors, caption=[{"a": 1}] * 2)),

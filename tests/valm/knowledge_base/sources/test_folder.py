@@ -96,7 +96,7 @@ def test_formats_that_are_not_read_have_a_remedy(tmp_path):
     with pytest.raises(ValmError, match=message):
         find_images(tmp_path)
     heic, svg = b"\0\0\0\x24ftypheic\0\0\0\0mif1", b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
-    for content, remedy in ((heic, "it is HEIC, convert it to JPEG"), (svg, "it is SVG, draw it as PNG")):
+    for content, remedy in ((heic, "it is HEIC, convert it to JPEG"), (svg, "it is SVG, convert it to PNG")):
         (tmp_path / "a.jpg").write_bytes(content)
         for source in (io.BytesIO(content), tmp_path / "a.jpg"):
             with pytest.raises(ValueError, match=f"not a picture in one of the formats JPEG, .*: {remedy}"):
@@ -146,7 +146,7 @@ def test_tabs_absolute_paths_and_named_columns(table, tmp_path):
 def test_wrong_tables(table, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         TableSource(tmp_path / "none.csv")
-    with pytest.raises(ValmError, match=r"starts with 'Caption,id,Path'; expected a header with a column photo and"):
+    with pytest.raises(ValmError, match=r"starts with 'Caption,id,Path', expected a header with a column photo and"):
         TableSource(table, image_column="photo")
     with pytest.raises(ValmError, match=r"expected a header with a column image or file or .* and a column text$"):
         TableSource(table, caption_column="text")

@@ -66,5 +66,5 @@ def test_a_file_that_cannot_be_looked_at_is_an_error_unless_no_file_can_have_its
     assert fingerprint_records([long]) == fingerprint_records([Record("x", "", None)])
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     monkeypatch.setattr(Path, "stat", Mock(side_effect=denied))
-    with pytest.raises(ValmError, match=r"cannot read .*/a: Permission denied; once it can be read"):
+    with pytest.raises(ValmError, match=r"cannot read .*/a: Permission denied. Once it can be read"):
         fingerprint_records([Record("x", "", tmp_path / "a")])
