@@ -1,4 +1,4 @@
-"""An extension of griffe: a field of a dataclass that is an option of a command is shown with its help and default."""
+"""An extension of griffe, which reads the docstrings for the site: options of dataclasses, and examples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import griffe
 TITLE = "\nAttributes:\n"
 
 
-class OptionHelp(griffe.Extension):
+class Docstrings(griffe.Extension):
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Names the section Example as griffe knows it: otherwise Markdown reads `>>>` as a quotation."""
+        if obj.docstring is not None:
+            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Gives a field that is an option its help and its default."""
         names = [name for name, found in cls.attributes.items() if str(found.value).startswith("option(")]
         if not names or cls.docstring is None:
             return
