@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from typing import Any
 
 import griffe
@@ -18,16 +19,18 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Gives a field that is an option its help and its default."""
+        """Gives a field that is an option its default, and its help unless the docstring describes it."""
         names = [name for name, found in cls.attributes.items() if str(found.value).startswith("option(")]
         if not names or cls.docstring is None:
             return
         kind = getattr(importlib.import_module(cls.module.path), cls.name)
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        lines = []
+        before, _, written = cls.docstring.value.partition(TITLE)
+        missing = []
         for name in names:
-            default, help = fields[name].default, fields[name].metadata["help"].replace("%%", "%")
+            default = fields[name].default
             cls.attributes[name].value = None if default is dataclasses.MISSING else repr(default)
-            lines.append(f"    {name}: {help}\n")
-        before, _, others = cls.docstring.value.partition(TITLE)
-        cls.docstring.value = before + ("\n" if not others else "") + TITLE + "".join(lines) + others
+            if not re.search(rf"^    (\w+, )*{name}\b", written, re.MULTILINE):
+                missing.append(f"    {name}: {fields[name].metadata['help'].replace('%%', '%')}\n")
+        if missing:
+            cls.docstring.value = before + ("" if written else "\n") + TITLE + "".join(missing) + written

@@ -75,7 +75,7 @@ def add_to(commands: Commands) -> None:
     add_kb(index)
     add_fields(index, IndexPlan)
     add_clip(index)
-    add_device(index, "encodes the queries, and runs the search if faiss supports it (cuda: all GPUs)")
+    add_device(index, "queries are encoded, and faiss searches if it supports GPUs (cuda: all GPUs)")
     merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP", MERGE)
     merge.add_argument("parts", type=Path, nargs="+", metavar="KB", help="folders of the knowledge bases")
     add_out(merge, "joined knowledge base")

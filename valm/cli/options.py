@@ -196,11 +196,9 @@ def opening(arguments: argparse.Namespace) -> Opening:
     return Opening(**given_fields(Opening, arguments))
 
 
-def add_device(parser: argparse.ArgumentParser, what: str = "runs the models") -> None:
+def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:
     parser.add_argument(
-        "--device",
-        default="auto",
-        help=f"device that {what}: cpu, cuda, cuda:1, ...; auto chooses a GPU if torch finds one",
+        "--device", default="auto", help=f"where {what}: cpu, cuda, cuda:1, ...; auto uses a GPU if torch finds one"
     )
 
 
