@@ -65,16 +65,20 @@ def _rows(parser: CommandParser, actions: Iterable[argparse.Action]) -> Iterator
 
 
 def _names(action: argparse.Action) -> str:
-    """An argument as `NAME`, an option as `--name VALUE` with all its names."""
-    value = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
+    """An argument as `NAME`, an option as `--name` VALUE with all its names."""
+    value = action.metavar or " or ".join(map(str, action.choices or [])) or action.dest.upper()
     if not action.option_strings:
         return f"`{value}`"
-    more = "" if action.nargs == 0 else f" {value}"
-    return ", ".join(f"`{name}{more}`" for name in action.option_strings)
+    more = "" if action.nargs == 0 else f" {_plain(value)}"
+    return ", ".join(f"`{name}`{more}" for name in action.option_strings)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([*_|\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
 def _sentence(text: str) -> str:
     """Help as a sentence of Markdown, in a cell of a table."""
     parts = re.split("(`[^`]*`)", text[:1].upper() + text[1:])  # every second one is code
-    parts[::2] = (re.sub(r"([*_|\[\]])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2])
+    parts[::2] = map(_plain, parts[::2])
     return "".join(parts) + ("" if text.endswith((".", ")")) else ".")

@@ -108,4 +108,4 @@ def test_the_page_of_commands_has_every_command_and_option():
         (section,) = re.findall(rf"^## {command.prog}\n.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
         assert f"```\n{command.example}\n```" in section
         for action in command._actions:
-            assert all(f"`{name}" in section for name in action.option_strings if action.dest != "help")
+            assert all(f"`{name}`" in section for name in action.option_strings if action.dest != "help")

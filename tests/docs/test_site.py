@@ -156,7 +156,7 @@ def test_no_link_of_the_site_leads_nowhere(site):
 def test_the_options_of_plans_are_shown(site, plan):
     page = (site / "reference" / "valm" / "index.html").read_text(encoding="utf-8")
     (section,) = re.findall(rf'<h3 id="{plan.__module__}.{plan.__name__}".*?(?=<h3 |\Z)', page, re.DOTALL)
-    rows = re.findall(r'<tr class="doc-section-item">\s*<td>(.*?)</td>', section, re.DOTALL)
-    shown = [re.sub(r"<[^>]+>", "", row).strip() for row in rows]
+    items = re.findall(r'<li class="doc-section-item[^>]*>\s*<b>(.*?)</b>', section, re.DOTALL)
+    shown = [re.sub(r"<[^>]+>", "", item).strip() for item in items]
     assert len(shown) == len({*shown})
     assert {field.name for field in dataclasses.fields(plan) if "help" in field.metadata} <= {*shown}
