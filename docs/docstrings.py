@@ -20,17 +20,19 @@ class Docstrings(griffe.Extension):
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
         """Gives a field that is an option its default, and its help unless the docstring describes it."""
-        names = [name for name, found in cls.attributes.items() if str(found.value).startswith("option(")]
-        if not names or cls.docstring is None:
+        own = [name for name, found in cls.attributes.items() if str(found.value).startswith("option(")]
+        if not own or cls.docstring is None:
             return
         kind = getattr(importlib.import_module(cls.module.path), cls.name)
-        fields = {field.name: field for field in dataclasses.fields(kind)}
-        before, _, written = cls.docstring.value.partition(TITLE)
-        missing = []
-        for name in names:
+        fields = {field.name: field for field in dataclasses.fields(kind) if "help" in field.metadata}
+        for name in own:
             default = fields[name].default
             cls.attributes[name].value = None if default is dataclasses.MISSING else repr(default)
-            if not re.search(rf"^    (\w+, )*{name}\b", written, re.MULTILINE):
-                missing.append(f"    {name}: {fields[name].metadata['help'].replace('%%', '%')}\n")
+        before, _, written = cls.docstring.value.partition(TITLE)
+        missing = [
+            f"    {name}: {field.metadata['help'].replace('%%', '%')}\n"
+            for name, field in fields.items()  # those of a base class too
+            if not re.search(rf"^    (\w+, )*{name}\b", written, re.MULTILINE)
+        ]
         if missing:
             cls.docstring.value = before + ("" if written else "\n") + TITLE + "".join(missing) + written

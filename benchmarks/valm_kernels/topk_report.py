@@ -99,7 +99,7 @@ def table(results: Results) -> str:
 
 
 def _dim(key: Key) -> str:
-    return f"{key.dim}, decaying spectrum" if key.decaying else f"{key.dim}"
+    return f"{key.dim}, decaying" if key.decaying else f"{key.dim}"
 
 
 def _ms(value: float) -> str:
