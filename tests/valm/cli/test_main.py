@@ -14,6 +14,7 @@ import pytest
 
 import valm_kernels
 from tests.valm.cli.commands import STEPS, run
+from tests.valm.evaluation.small_sets import write_sets
 from valm import __version__
 from valm.cli import build_parser, main
 
@@ -160,13 +161,13 @@ def test_examples_are_commands(name, command):
 @pytest.mark.slow
 def test_examples_run(world, base, tmp_path, monkeypatch, output_of):
     """One after the other, in a folder with what their words name."""
-    names = {"pictures": "pictures", "more-pictures": "pictures", "base": "base", "sets": "sets"}
-    for name, there in names.items():
+    write_sets(tmp_path / "sets")
+    for name, there in {"pictures": "pictures", "more-pictures": "pictures", "base": "base"}.items():
         (tmp_path / name).symlink_to(world / there)
     (tmp_path / "other-kb").symlink_to("kb")  # of the same CLIP
     (tmp_path / "corpus.txt").write_text("the color of the sky is blue")
     monkeypatch.chdir(tmp_path)
-    more = {"clip train": ["--steps", 1], "train": STEPS, "eval": ["--limit", 1, "--tasks", "memory_color"]}
+    more = {"clip train": ["--steps", 1], "train": STEPS, "eval": ["--limit", 1]}
     for name, command in COMMANDS:
         if name not in ("serve", "lm-eval"):  # which runs until it is stopped, and which needs an extra
             output_of(*shlex.split(command.example)[1:], *more.get(name, []))
