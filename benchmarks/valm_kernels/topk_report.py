@@ -1,6 +1,6 @@
 """The table and the plot of docs/reference/topk.md, from the rows of bench_topk.py, for `python -m benchmarks.report`.
 
-Times are the least of each row's rounds, because other work on the machine can only add time.
+Times are the least of each row's rounds: what else ran on the machine can only add to them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from studies.plots import INK, SERIES, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OURS = "FlatIPIndex"
+OURS, PACKING = "FlatIPIndex", "ip_topk, packs per call"
 FAISS = ("faiss IndexFlatIP", "faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
 GROUP = re.compile(r"N (\d+)k E (\d+) k (\d+) queries (\d+)(?: mean cosine (0\.\d+))?( decaying)?$")
 SIZES = {50: "50,000", 200: "200,000", 1000: "1,000,000"}
-# The colour of each line of the plot; recall tells which lines may miss a row.
+# Of the plot: the colour of each line; recall tells which of them may miss a row.
 DRAWN = {
     OURS: INK,
-    "ip_topk, packs per call": SERIES[0],
+    PACKING: SERIES[0],
     "torch bfloat16 mm + topk": SERIES[1],
     "torch float32 mm + topk": "#e6b08a",
     "faiss IndexFlatIP": "#a9c99f",
@@ -49,13 +49,20 @@ class Measured(NamedTuple):
     recall: float
 
 
-# The cases of the table, and the peers.
+# The cases of the table.
 SHOWN = [
     *(Key(rows, queries) for rows in SIZES for queries in (1, 16, 64, 1024)),
     *(Key(200, 64, dim=512), Key(200, 64, k=32)),
     *(Key(200, queries, decaying=True) for queries in (1, 64)),
 ]
-OTHERS = ("ip_topk, packs per call", "torch float32 mm + topk", "faiss fp16 quantizer", "usearch exact")
+# The peers of the table, each the fastest of some searches.
+PEERS = {
+    "PyTorch": ("torch float32 mm + topk",),
+    "faiss fp16": ("faiss fp16 quantizer",),
+    "usearch": ("usearch exact",),
+    "faiss exact": FAISS,
+}
+NOT_MEASURED = "–"
 Results = dict[Key, dict[str, Measured]]
 
 
@@ -74,28 +81,25 @@ def read(path: Path) -> Results:
 
 
 def table(results: Results) -> str:
-    """A row for each of SHOWN: our time, and the times of peers as multiples of ours."""
-    peers = {name: (name,) for name in OTHERS} | {"faiss, the fastest exact": FAISS}
-    lines = [
-        f"| rows | queries | | {OURS}, ms | {' | '.join(peers)} |",
-        f"| ---: | ---: | --- | {' | '.join(['---:'] * (len(peers) + 1))} |",
-    ]
+    """A row for each of SHOWN: times of ours, and the time of FlatIPIndex divided by the time of each peer."""
+    headers = ["Rows", "Queries", "E", "k", f"{OURS}, ms", "ip_topk, ms", *(f"Time ÷ {peer}" for peer in PEERS)]
+    lines = [f"| {' | '.join(headers)} |", "|" + " ---: |" * len(headers)]
     for key in SHOWN:
         case = results[key]
-        ours = case[OURS].ms
-        fastest = [min((case[name] for name in names if name in case), default=None) for names in peers.values()]
-        cells = ["" if peer is None else f"{peer.ms / ours:.1f}" for peer in fastest]
-        lines.append(f"| {SIZES[key.rows]} | {key.queries} | {_what(key)} | {_ms(ours)} | {' | '.join(cells)} |")
+        ours, packing = case[OURS].ms, case.get(PACKING)
+        cells = [_ms(ours), NOT_MEASURED if packing is None else _ms(packing.ms)]
+        for names in PEERS.values():
+            fastest = min((case[name] for name in names if name in case), default=None)
+            cells.append(NOT_MEASURED if fastest is None else f"{ours / fastest.ms:.2g}")
+        lines.append(f"| {SIZES[key.rows]} | {key.queries:,} | {_dim(key)} | {key.k} | {' | '.join(cells)} |")
     ratios = [case[OURS].ms / results[key._replace(cosine=0.0)][OURS].ms for key, case in results.items() if key.cosine]
     lines += ["", f"Over rows that share a direction (mean cosine 0.55 and 0.8) a search takes {min(ratios):.2f} to "]
     lines[-1] += f"{max(ratios):.2f} times as long."
     return "\n".join(lines)
 
 
-def _what(key: Key) -> str:
-    """What differs from the other cases."""
-    sizes = f"E {key.dim}, k {key.k}" if (key.dim, key.k) != (768, 8) else ""
-    return "decaying spectrum" if key.decaying else sizes
+def _dim(key: Key) -> str:
+    return f"{key.dim}, decaying" if key.decaying else f"{key.dim}"
 
 
 def _ms(value: float) -> str:
@@ -110,7 +114,7 @@ def figure(results: Results) -> Figure:
         keys = sorted(key for key in results if key == Key(rows, key.queries))
         for name, color in DRAWN.items():
             points = [(key.queries, results[key][name].ms) for key in keys if name in results[key]]
-            if not points:  # measured before this peer was added
+            if not points:  # measured before it was a peer
                 continue
             recall = min(results[key][name].recall for key in keys if name in results[key])
             label = name + (f" (recall {recall:.2f})" if recall < 1 else "")

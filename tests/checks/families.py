@@ -445,32 +445,37 @@ def rendered(rows: dict[str, tuple[str, str]]) -> str:
 
 HEAD = """# Model families
 
-Every causal family of transformers {version}, and {wrappers}
-with a vision tower, as tiny random models: {kernel} run on `visual_fusion_attn`, {eager} on the eager joint attention,
-which has all scores in memory. For each of these, to {tolerance} of the largest value:
+Find out whether `augment` can give your model images. The list has every causal family of transformers {version}, and
+these with a vision tower: {wrappers}.
+{kernel} families run on `visual_fusion_attn`; {eager} run on eager joint attention, which stores all scores. Each
+family was tested as a tiny random model. To {tolerance} of the largest value:
 
-- logits of text alone are the original's, with and without left padding; those of closed images too;
-- open images give what the family's own attention computes over the text and the token's images, at the token's
-  position: at the first positions, with left padding, and past every position from which the config changes something;
-- with a cache that is filled in parts the logits are the same, where the original's are;
-- saved whole and opened again the logits are the same, where the original's are;
-- `fusion_attention` gives weights of at most 1 for each token.
+- Without images, and with images closed by their bias, logits equal the logits of the original model, with and without
+  left padding.
+- With open images, attention equals the family's own attention over the text and the token's images, which stand at the
+  token's position. The test covers the first positions, left padding, and positions from which the config changes the
+  computation.
+- With a KV cache filled in parts, logits are the same, if the original's are.
+- After saving and loading the whole model, logits are the same, if the original's are.
+- The image weights of `fusion_attention` sum to at most 1 for each token.
 
-Written by `python -m tests.checks.families`; `make check` holds the code to it. Of these no more is to
-be said: they run on `visual_fusion_attn`, in the layer before the last.
+The command `python -m tests.checks.families` writes this page, and `make check` compares it with the code. These
+families use `visual_fusion_attn` in their second-to-last layer:
 
 """.replace("{tolerance}", f"{TOLERANCE:.0e}")
 
 EXCEPTIONS = """
-The others:
+## Other families
 
-- *kernel*, *eager joint*: they run. A layer is named where the one before the last has no attention with keys of its
-  own.
-- *refused*: `augment` raises with this reason.
-- *differs*: it runs, but is not the family's own attention over images, by so much; do not use it unread.
-- *not tried*: no tiny model of it runs here.
+| Route | Meaning |
+|---|---|
+| kernel | runs on `visual_fusion_attn`, in the layer named here: the second-to-last layer has no keys of its own |
+| eager joint | runs on eager joint attention, for the reason given |
+| refused | `augment` raises `ValmError` with the reason given |
+| differs | runs, but its attention over images deviates from the family's own by the amount shown; read it before use |
+| not tried | not tested: no tiny model of the family runs here |
 
-| family | route | why |
+| Family | Route | Layer or reason |
 |---|---|---|
 """
 

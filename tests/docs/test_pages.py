@@ -1,14 +1,18 @@
 """Where a page stands, and where its links lead; tests/valm/cli/test_documents.py runs its commands."""
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from valm.cli import build_parser
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+COMMANDS = runpy.run_path(str(DOCS / "commands.py"))  # what the site writes into reference/cli.md
 PAGES = [page for place in (".", "docs/**", "studies/**", "tests/**") for page in sorted(ROOT.glob(f"{place}/*.md"))]
 # The folder of each section of the site: what a reader wants of its pages.
 KINDS = {"Tutorials": "tutorials", "How-to guides": "how-to", "Reference": "reference", "Results": "results"}
@@ -16,6 +20,12 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^]]*)\]\(([^)\s]*)\)")
 HERE = re.compile(r"https://github\.com/valm-kernels/valm/(blob|tree)/main/")
 SUFFIX = r"\.(md|py|hpp|cpp|cuh?|csv|json|ya?ml|toml|css|txt)"
+
+
+def shown(page: Path) -> str:
+    """The Markdown of a page as the site shows it."""
+    text = page.read_text(encoding="utf-8")
+    return text.replace(COMMANDS["MARK"], COMMANDS["commands"]()) if COMMANDS["MARK"] in text else text
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:
@@ -31,7 +41,7 @@ def anchors(text: str) -> set[str]:
 
 def file_names(text: str) -> list[str]:
     """The links of a text that a reader sees as the name of a file."""
-    return [shown for shown, _ in links(text) if re.fullmatch(rf"`?[\w./-]+{SUFFIX}`?", shown)]
+    return [title for title, _ in links(text) if re.fullmatch(rf"`?[\w./-]+{SUFFIX}`?", title)]
 
 
 def wrong_links(page: Path, text: str) -> list[str]:
@@ -43,19 +53,19 @@ def wrong_links(page: Path, text: str) -> list[str]:
             continue
         path, _, anchor = HERE.sub("", target).partition("#")
         file = (ROOT if here else page.parent) / path if path else page
-        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+        if not file.exists() or (anchor and anchor not in anchors(shown(file))):
             wrong.append(target)
     return wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_link_leads_nowhere(page):
-    assert wrong_links(page, page.read_text(encoding="utf-8")) == []
+    assert wrong_links(page, shown(page)) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_shows_a_title(page):
-    assert file_names(page.read_text(encoding="utf-8")) == []
+    assert file_names(shown(page)) == []
 
 
 def test_wrong_links_are_found(tmp_path):
@@ -65,8 +75,8 @@ def test_wrong_links_are_found(tmp_path):
     assert wrong_links(page, text + "```\n[g](code.md)\n```\n") == ["gone.md", "#gone"]
     site = "https://github.com/valm-kernels/valm/blob/main/"
     assert wrong_links(page, f"[a]({site}README.md#valm) [b]({site}gone.py)") == [f"{site}gone.py"]
-    shown = "[docs/page.md](page.md) [`a.py`](a.py) [a page](page.md) [valm](page.md)"
-    assert file_names(shown) == ["docs/page.md", "`a.py`"]
+    named = "[docs/page.md](page.md) [`a.py`](a.py) [a page](page.md) [valm](page.md)"
+    assert file_names(named) == ["docs/page.md", "`a.py`"]
 
 
 def test_every_page_is_of_one_kind():
@@ -89,3 +99,13 @@ def test_the_title_of_a_page_is_that_of_the_navigation():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def test_the_page_of_commands_has_every_command_and_option():
+    page = shown(DOCS / "reference" / "cli.md")
+    assert COMMANDS["MARK"] not in page
+    for command, _ in COMMANDS["_every_command"](build_parser()):
+        (section,) = re.findall(rf"^## {command.prog}\n.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        assert f"```\n{command.example}\n```" in section
+        for action in command._actions:
+            assert all(f"`{name}`" in section for name in action.option_strings if action.dest != "help")

@@ -1,5 +1,6 @@
 """The site loads nothing from other servers. Skipped where the extra [docs] is not installed."""
 
+import dataclasses
 import functools
 import html.parser
 import http.server
@@ -8,9 +9,15 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
+
+from valm.corpus.plan import RetrievalPlan
+from valm.retrieval.index_parameters import IndexPlan
+from valm.training.clip_plan import ClipPlan
+from valm.training.plan import TrainingPlan
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = re.compile(r"\s*(https?:)?//")
@@ -34,6 +41,39 @@ class Loads(html.parser.HTMLParser):
         self.found += [f"{tag} {address}" for address in loaded if ELSEWHERE.match(address)]
         if named.get("data-md-component") == "source":  # with it, the theme's script asks api.github.com
             self.found.append(f"{tag} data-md-component=source")
+
+
+class Links(html.parser.HTMLParser):
+    """What a page links to, and what a link to it may have behind its #."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        named = {name: value or "" for name, value in attributes}
+        self.anchors |= {named[name] for name in ("id", "name") if name in named}
+        if tag == "a" and "href" in named:
+            self.targets.append(named["href"])
+
+
+def wrong_links(site: Path) -> list[str]:
+    """The links inside a site that lead to no file, or to no anchor of a page."""
+    pages = {page: Links(page.read_text(encoding="utf-8")) for page in site.rglob("*.html") if page.name != "404.html"}
+    wrong = []
+    for page, links in pages.items():
+        for target in links.targets:
+            address = urllib.parse.urlsplit(target)
+            if address.scheme or address.netloc:
+                continue
+            there = (page.parent / urllib.parse.unquote(address.path)).resolve() if address.path else page
+            there = there / "index.html" if there.is_dir() else there
+            anchor = urllib.parse.unquote(address.fragment)
+            if not there.is_file() or (anchor and there in pages and anchor not in pages[there].anchors):
+                wrong.append(f"{page.relative_to(site)}: {target}")
+    return wrong
 
 
 def loads(page: str) -> list[str]:
@@ -96,3 +136,27 @@ def test_a_browser_asks_no_other_server_and_cuts_off_no_code(site, browser):
             page.close()
         server.shutdown()
     assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
+    site = tmp_path.resolve()
+    (site / "b").mkdir()
+    (site / "index.html").write_text('<a href="b/#x"></a><a href="b/#y"></a><a href="c"></a><a href="https://a.b"></a>')
+    (site / "b" / "index.html").write_text('<p id="x"><a href="..">up</a><a href="#x">here</a><a href="#z">z</a>')
+    assert sorted(wrong_links(site)) == ["b/index.html: #z", "index.html: b/#y", "index.html: c"]
+
+
+@pytest.mark.slow
+def test_no_link_of_the_site_leads_nowhere(site):
+    assert wrong_links(site.resolve()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [IndexPlan, RetrievalPlan, TrainingPlan, ClipPlan], ids=lambda plan: plan.__name__)
+def test_the_options_of_plans_are_shown(site, plan):
+    page = (site / "reference" / "valm" / "index.html").read_text(encoding="utf-8")
+    (section,) = re.findall(rf'<h3 id="{plan.__module__}.{plan.__name__}".*?(?=<h3 |\Z)', page, re.DOTALL)
+    items = re.findall(r'<li class="doc-section-item[^>]*>\s*<b>(.*?)</b>', section, re.DOTALL)
+    shown = [re.sub(r"<[^>]+>", "", item).strip() for item in items]
+    assert len(shown) == len({*shown})
+    assert {field.name for field in dataclasses.fields(plan) if "help" in field.metadata} <= {*shown}

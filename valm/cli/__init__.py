@@ -10,9 +10,9 @@ import io
 import os
 import sys
 
-# Idle OpenMP threads spin by default, which on few cores slows down other processes and each other. Sleeping is a bit
-# slower on an otherwise idle machine; set the variable to "active" there. The runtime reads it once, when torch is
-# imported, so this comes before everything else.
+# Idle OpenMP threads spin by default, which on few cores slows down other threads and processes. Threads that sleep are
+# a bit slower on an idle machine: set the variable to "active" there. The runtime reads it once, when torch is
+# imported, so it is set before all other imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from valm.cli import (
@@ -33,19 +33,19 @@ from valm.text import printable, utf8
 from valm_kernels import __version__
 from valm_kernels.json_files import short
 
-OUT_OF_MEMORY = "there is not enough memory for this; use smaller batches or a machine with more"
+OUT_OF_MEMORY = "there is not enough memory: use smaller batches, or a machine with more memory"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line `argv` (by default the process's own) of `valm`; returns what `run_command` does."""
+    """Runs the command line `argv` of `valm`, by default the arguments of the process; returns the exit status."""
     return run_command(build_parser(), argv)
 
 
 def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
-    """Runs the command that `parser` finds in `argv` (by default the process's own arguments).
+    """Runs the command that `parser` finds in `argv`, by default the arguments of the process.
 
     Returns:
-        The exit status: 0, or 1 after one sentence on stderr about what was wrong with the input.
+        0, or 1 after one sentence on stderr about the wrong input.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is
@@ -53,7 +53,7 @@ def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
         for argument in sys.argv[1:] if argv is None else argv:
             if argument != utf8(argument):  # as Python holds bytes that are not UTF-8
                 raise ValmError(
-                    f"the argument {short(argument)} is not UTF-8 text; rename the file, or write it in UTF-8"
+                    f"the argument {short(argument)} is not UTF-8 text; rename the file, or write the argument in UTF-8"
                 )
         arguments = parser.parse_args(argv)
         arguments.command_line = sys.argv[1:] if argv is None else argv
@@ -63,7 +63,7 @@ def run_command(parser: CommandParser, argv: list[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader closed the pipe, as `| head` does. At exit Python would flush into it again.
+        # The reader closed the pipe, as `| head` does. At exit Python would flush into the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValmError, ImportError, OSError) as error:
         print(f"{parser.prog}: error: {printable(sentence(error))}", file=sys.stderr)
@@ -91,22 +91,22 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Makes a recent glibc reuse up to 2 GiB of memory that this process frees.
 
-    By default glibc returns a tensor of some megabytes to the system when it is freed, and the next one causes page
+    By default glibc returns the memory of a tensor of some megabytes to the system. The next tensor then causes page
     faults, in every layer of a model.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    # an older glibc rejects the first; the second alone would return more memory to the system
+    # an older glibc rejects this M_MMAP_THRESHOLD; M_TRIM_THRESHOLD alone would make it return more memory
     if mallopt is not None and mallopt(M_MMAP_THRESHOLD, 2**30):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def build_parser() -> CommandParser:
-    parser = program("valm", "A language model that attends to retrieved images.")
+    parser = program("valm", "Train, evaluate and serve language models that attend to retrieved images.")
     parser.add_argument("--version", action="version", version=f"valm {__version__}")
     parser.add_argument(
         "--allow-download",
         action="store_true",
-        help="load a CLIP that a knowledge base names, and the evaluation sets that are there, from their hub",
+        help="download what is missing: the CLIP that a knowledge base names, and evaluation sets",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     build = (clip, kb, retrieve, verify)

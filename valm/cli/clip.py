@@ -11,14 +11,16 @@ from valm.options import add_fields, given_fields
 from valm.training.clip_plan import ClipPlan
 from valm.training.launch import check_alone
 
+EXAMPLE = "valm clip train pictures --model small --out clip"
+
 
 def add_to(commands: Commands) -> None:
-    clip = commands.add_parser("clip", help="train a CLIP, or see what one sees")
+    clip = commands.add_parser("clip", help="train or evaluate a CLIP")
     clip_commands = clip.add_subparsers(required=True, metavar="COMMAND")
-    clip_check.add_to(clip_commands)
-    train = command(clip_commands, "train", run_train, "train a CLIP on captioned images")
+    train = command(clip_commands, "train", run_train, "train a CLIP on captioned images", EXAMPLE)
     add_images(train)
     add_fields(train, ClipPlan)
+    clip_check.add_to(clip_commands)
 
 
 def run_train(arguments: argparse.Namespace) -> None:
@@ -37,5 +39,5 @@ def run_train(arguments: argparse.Namespace) -> None:
         if found is not None:
             recall = ", ".join(f"@{r.at} {r.recall.value:.2f} (chance {r.chance:.2f})" for r in found.text_to_image)
             print(f"text to image among {found.pictures:,} images {which}: recall {recall}")
-    held_out = "" if trained.held_out is None else ", by the images that were held out where PICTURES has them"
-    print(f"written to {plan.out}; `valm clip check PICTURES --clip {plan.out}` says what it sees{held_out}")
+    held_out = "" if trained.held_out is None else ", on the held-out images if PICTURES contains them"
+    print(f"written to {plan.out}; `valm clip check PICTURES --clip {plan.out}` evaluates it{held_out}")

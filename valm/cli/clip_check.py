@@ -8,14 +8,18 @@ from pathlib import Path
 
 from valm.cli.options import Commands, add_device, chosen_device, command
 
+EXAMPLE = "valm clip check pictures --clip clip"
+
 
 def add_to(commands: Commands) -> None:
-    check = command(commands, "check", run_check, "evaluate a CLIP on a folder of labelled or captioned images")
-    check.add_argument("folder", type=Path, help="images in class folders, or with captions, or both")
-    check.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
-    check.add_argument("--captions", type=Path, help="table of captions, where it is not beside the images")
+    check = command(commands, "check", run_check, "evaluate a CLIP on labelled or captioned images", EXAMPLE)
+    check.add_argument("folder", type=Path, help="folder of images, in class folders, with captions, or both")
+    check.add_argument(
+        "--clip", required=True, help="folder of the CLIP, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS"
+    )
+    check.add_argument("--captions", type=Path, help="table of captions, if the folder does not contain it")
     add_device(check)
-    check.add_argument("--out", type=Path, help="write all numbers to this JSON file")
+    check.add_argument("--out", type=Path, help="JSON file to write all numbers to")
 
 
 def run_check(arguments: argparse.Namespace) -> None:
@@ -28,25 +32,25 @@ def run_check(arguments: argparse.Namespace) -> None:
     from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip
 
     result = check_clip(source, Clip.load(arguments.clip, device=chosen_device(arguments)))
-    print(f"the CLIP {result.clip}; 95 % intervals over images")
+    print(f"the CLIP {result.clip}; 95 % confidence intervals over images")
     if result.held_out:
-        print(f"on the {result.held_out:,} pictures that its training held out, of {result.images:,}")
+        print(f"evaluated on the {result.held_out:,} images that its training held out, of {result.images:,}")
     elif result.listed:
         print(
-            f"not more than half of the {result.listed:,} images that its training held out are here: all "
-            f"{result.images:,} are looked at, those of its training too where they are here"
+            f"at most half of the {result.listed:,} images that its training held out are here: evaluated on all "
+            f"{result.images:,} images, which may include images of its training"
         )
     found = result.classification
     if found is not None:
         print(f"{found.pictures:,} images of {len(found.classes)} classes, chance {found.chance:.3f}")
-        print(f"  zero-shot     {found.zero_shot}  always the largest class {found.majority:.3f}")
+        print(f"  zero-shot     {found.zero_shot}  majority class {found.majority:.3f}")
         print(f"  balanced      {found.balanced:.3f}")
         probe = found.linear_probe
         if probe is None:
-            print(f"  linear probe  skipped: a class has fewer than {MIN_PER_CLASS} images")
+            print(f"  linear probe  skipped: a class contains fewer than {MIN_PER_CLASS} images")
         else:
             print(
-                f"  linear probe  {probe.accuracy}  always the largest class {probe.majority:.3f}; trained on "
+                f"  linear probe  {probe.accuracy}  majority class {probe.majority:.3f}; trained on "
                 f"{probe.trained_on:,}, tested on {probe.tested_on:,}"
             )
     if result.retrieval is not None:

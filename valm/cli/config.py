@@ -17,17 +17,19 @@ from valm_kernels.json_files import short
 
 
 class TrainingOptions:
-    """Extra options of a command that trains: `--config FILE`, and every field of TrainingArguments. transformers,
-    whose import takes seconds, is imported only if such a field is given."""
+    """Extra options of a command that trains: `--config FILE`, and every field of TrainingArguments.
+
+    transformers, whose import takes seconds, is imported only if a field of TrainingArguments is given.
+    """
 
     def __init__(self, parser: CommandParser):
         self.parser = parser
 
     def __call__(self, given: list[str]) -> tuple[list[str], dict[str, Any]]:
-        """The parser's own options in `given` and its config file, and `fields`: those of TrainingArguments.
+        """The parser's own options in `given` and its config file, and `fields`: the fields of TrainingArguments.
 
         Raises:
-            ValmError: an option or a name in the file is neither, or the file is no YAML.
+            ValmError: an option or a name in the file is unknown, or the file is not YAML.
         """
         only_config = argparse.ArgumentParser(add_help=False)
         only_config.add_argument("--config", type=Path)
@@ -42,7 +44,7 @@ class TrainingOptions:
 
             known_fields: Any = TrainingArguments
             parser = HfArgumentParser(known_fields, add_help=False, allow_abbrev=False)
-            vars(parser)["error"] = self._fail  # without the usage of 130 options
+            vars(parser)["error"] = self._fail  # without a usage message of 130 options
             unset = argparse.Namespace(**dict.fromkeys(_fields()))
             found, given = parser.parse_known_args(given, unset)
             fields |= {name: value for name, value in vars(found).items() if value is not None}
@@ -55,10 +57,10 @@ class TrainingOptions:
         raise ValmError(f"{self.parser.prog}: {message}")
 
     def _read(self, file: Path) -> tuple[list[str], dict[str, Any]]:
-        """The file as options, and the fields whose values no option can have: lists and mappings."""
+        """The file as options, and the fields whose values cannot be options: lists and mappings."""
         content = read_yaml(file, "the config")
         if not isinstance(content, dict):
-            raise ValmError(f"the config {file} is no list of options, each a line NAME: VALUE")
+            raise ValmError(f"the config {file} must be a list of options, each a line NAME: VALUE")
         own = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
         options: list[str] = []
         fields = {}
@@ -69,7 +71,7 @@ class TrainingOptions:
             if action is None and name not in _fields():
                 raise ValmError(f"the config {file} has an unknown field {key!r}{nearest(name, [*own, *_fields()])}")
             if name in names:
-                raise ValmError(f"the config {file} has {name!r} twice: leave one out")
+                raise ValmError(f"the config {file} has {name!r} twice: remove one")
             names.add(name)
             if value is None:
                 continue
@@ -91,7 +93,7 @@ class TrainingOptions:
 
 
 def _as_text(file: Path, key: Any, value: Any) -> str:
-    """The value of `key` as it would stand on the command line, where no NUL and no half of a character can."""
+    """The value of `key` as text for the command line, which cannot contain NUL or half of a character."""
     if not isinstance(value, str | int | float | datetime.date):
         raise ValmError(f"the config {file} has {key}: {short(value)}, expected one value")
     try:
@@ -100,7 +102,7 @@ def _as_text(file: Path, key: Any, value: Any) -> str:
             return text
     except ValueError:  # a number of thousands of digits
         pass
-    raise ValmError(f"the config {file} has a value that no option can have: {short(value)}")
+    raise ValmError(f"the config {file} contains a value that no option accepts: {short(value)}")
 
 
 def _holds(field: str, kind: type) -> bool:

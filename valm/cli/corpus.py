@@ -16,24 +16,24 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
         "corpus",
         type=Path,
         nargs="*",
-        help="text files, one document a line; .jsonl, .json, .csv, .tsv or .parquet files, one document a row; all "
-        "but .parquet may end in .gz; folders of them",
+        help="text files with a document on each line; .jsonl, .json, .csv, .tsv or .parquet files with a document in "
+        "each row; folders of these files; all but .parquet may be compressed (.gz)",
     )
     parser.add_argument(
         "--dataset",
         metavar="NAME[:CONFIG[:SPLIT]]",
-        help="Hugging Face dataset, by its name or folder, instead of files; the split may be a slice, such as "
+        help="Hugging Face dataset instead of files: a name or a folder; the split may be a slice, such as "
         "NAME::train[:10%%] (default: train)",
     )
-    parser.add_argument("--streaming", action="store_true", help="read the dataset as it is downloaded")
-    parser.add_argument("--column", default="text", help="where the text is in all but text files")
+    parser.add_argument("--streaming", action="store_true", help="read the dataset while it is downloaded")
+    parser.add_argument("--column", default="text", help="column or field that contains the text, except in text files")
 
 
 def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
     """The value of the options of `add_corpus`; None if no corpus was given.
 
     Raises:
-        ValmError: they do not go together.
+        ValmError: the options contradict each other.
     """
     from valm.corpus.texts import TextCorpus
 

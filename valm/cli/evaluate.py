@@ -11,21 +11,24 @@ from valm.errors import ValmError
 from valm.evaluation.settings import Settings
 from valm.options import add_fields, given_fields
 
+EXAMPLE = "valm eval model base --tasks color --data sets --out report"
+
 
 def add_to(commands: Commands) -> None:
-    evaluate = command(commands, "eval", run_eval, "evaluate models side by side, in the layout of the paper's tables")
+    help = "evaluate models, in the layout of the paper's tables"
+    evaluate = command(commands, "eval", run_eval, help, EXAMPLE)
     evaluate.add_argument(
         "model",
         nargs="+",
-        help="a checkpoint, an augmented decoder, a causal or masked language model or a CLIP: FOLDER, NAME=FOLDER, or "
+        help="checkpoint, augmented decoder, causal or masked language model, or CLIP: FOLDER, NAME=FOLDER, or "
         "NAME=FOLDER,FOLDER for checkpoints that differ in their seed",
     )
     add_fields(evaluate, Settings)
     evaluate.add_argument(
         "--out",
         type=Path,
-        help="folder of results.json, results.md, report.html and the cache; a killed run resumes, and an earlier "
-        "report is kept in a folder of its own",
+        help="folder to write results.json, results.md, report.html and cached scores to; the same command resumes a "
+        "killed run and moves an earlier report into a subfolder",
     )
     add_json(evaluate)
 

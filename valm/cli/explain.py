@@ -8,15 +8,22 @@ from pathlib import Path
 from valm.cli.options import Commands, add_opening, command, opening
 from valm.store.files import name_of
 
+EXAMPLE = 'valm explain model "the color of the sky is" --out sky.html'
+
 
 def add_to(commands: Commands) -> None:
-    explain = command(commands, "explain", run_explain, "show what a model looks at while it reads, and its answers")
-    explain.add_argument("model", type=Path, help="checkpoint folder")
-    explain.add_argument("prompt", help="the text that is read")
-    explain.add_argument("--out", type=Path, default=Path("explanation.html"), help="the page")
-    explain.add_argument("--answers", help="words to compare, with commas between them, instead of the likeliest")
-    explain.add_argument("--replace", type=Path, metavar="FOLDER", help="beside it, with images out of this folder")
-    explain.add_argument("--compare", type=Path, metavar="MODEL2", help="beside it, another checkpoint")
+    help = "write a page that shows which images and text a model attends to, and what it predicts"
+    explain = command(commands, "explain", run_explain, help, EXAMPLE)
+    explain.add_argument("model", type=Path, help="folder of the checkpoint")
+    explain.add_argument("prompt", help="text that the model reads")
+    explain.add_argument("--out", type=Path, default=Path("explanation.html"), help="HTML file to write")
+    explain.add_argument(
+        "--answers", metavar="WORDS", help="words to compare, separated by commas, instead of the most likely tokens"
+    )
+    explain.add_argument(
+        "--replace", type=Path, metavar="FOLDER", help="also show the model with images from this folder"
+    )
+    explain.add_argument("--compare", type=Path, metavar="MODEL2", help="also show another checkpoint")
     add_opening(explain)
 
 

@@ -26,24 +26,33 @@ from valm.text import printable, split_lines
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Images that are listed below a text; --json has all.
+# Images listed below a text; --json lists all images.
 IMAGES_SHOWN = 8
 
 
+EXAMPLE = 'valm generate model "the color of the sky is" --max-new-tokens 3'
+
+
 def add_to(commands: Commands) -> None:
-    generate = command(commands, "generate", run_generate, "continue a text, and list the images that were seen")
-    generate.add_argument("model", type=Path, help="checkpoint folder")
-    generate.add_argument("prompt", nargs="?", help="the text to continue")
-    generate.add_argument("--prompts", type=Path, metavar="FILE", help="texts to continue, one a line; - reads stdin")
-    generate.add_argument("--max-new-tokens", type=positive, default=20, help="how many tokens are added at most")
-    generate.add_argument("-k", type=positive, help="images a token sees (default: as the model was trained)")
+    help = "continue a text, and list the images that the model saw"
+    generate = command(commands, "generate", run_generate, help, EXAMPLE)
+    generate.add_argument("model", type=Path, help="folder of the checkpoint")
+    generate.add_argument("prompt", nargs="?", help="text to continue")
+    generate.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="file with a text to continue on each line; - reads standard input"
+    )
+    generate.add_argument("--max-new-tokens", type=positive, default=20, help="largest number of tokens to add")
+    generate.add_argument("-k", type=positive, help="images per token (default: as in training)")
     generate.add_argument(
         "--temperature",
         type=above_zero,
-        help="draw tokens instead of taking the likeliest: at 1 by the model's own probabilities, more boldly above",
+        help="sample tokens instead of taking the most likely token; 1 keeps the model's probabilities, a higher "
+        "temperature makes unlikely tokens more likely",
     )
-    generate.add_argument("--top-p", type=share, help="draw from the likeliest tokens of this share of probability")
-    generate.add_argument("--seed", type=seed, default=0, help="of what is drawn, for each prompt anew")
+    generate.add_argument(
+        "--top-p", type=share, help="sample from the most likely tokens that together have this probability"
+    )
+    generate.add_argument("--seed", type=seed, default=0, help="random seed for sampling, reset for each prompt")
     add_json(generate)
     add_opening(generate)
 
@@ -65,10 +74,10 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def chosen_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The prompt, or the lines of --prompts that have a text.
+    """The prompt, or the lines of --prompts that are not empty.
 
     Raises:
-        ValmError: not exactly one of the two is given, or there is no text.
+        ValmError: neither or both are given, or there is no text.
     """
     from valm.store.files import read_text
 
@@ -80,12 +89,12 @@ def chosen_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = [line for line in split_lines(text) if line.strip()]
     if not prompts:
         where = "standard input" if str(arguments.prompts) == "-" else arguments.prompts
-        raise ValmError(f"{where} has no prompt: give one a line")
+        raise ValmError(f"{where} contains no prompt: write one prompt on each line")
     return prompts
 
 
 def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The prompt, its continuation, and for each new token the images that the token before it saw, best first."""
+    """The prompt, its continuation and, for each new token, the images that the token before it saw, best first."""
     import torch
 
     from valm.clip.tokenizer import prompt_ids
@@ -95,7 +104,7 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
     keep_ends_alone(model)
     prompt = torch.tensor([prompt_ids(tokenizer, text)], device=model.device)
     context = context_length(model)
-    # in a context too small for both, the prompt gets at least half
+    # if the context is too small for prompt and continuation, the prompt gets at least half
     room = max(context - arguments.max_new_tokens, context // 2)
     if prompt.shape[1] > room:
         prompt = without_middle(prompt, room)
@@ -105,16 +114,16 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
         )
     if prompt.shape[1] + arguments.max_new_tokens > context:
         room = context - prompt.shape[1]
-        print(f"the model reads {context} tokens: the continuation has {room} at most", file=sys.stderr)
-    drawn = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    drawn = {name: value for name, value in drawn.items() if value is not None}
+        print(f"the model reads {context} tokens: the continuation is at most {room} tokens long", file=sys.stderr)
+    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
     torch.manual_seed(arguments.seed)
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(arguments.max_new_tokens, context - prompt.shape[1]),
         num_beams=1,
-        **sampling_options(bool(drawn), **drawn),
+        **sampling_options(bool(sampling), **sampling),
     )
     images = images_of(model, tokens)[prompt.shape[1] - 1 : -1]
     new = tokens[0, prompt.shape[1] :].tolist()
@@ -129,7 +138,7 @@ def generated(model: Any, tokenizer: Any, text: str, arguments: argparse.Namespa
 
 
 def images_of(model: Any, tokens: Tensor) -> list[list[dict[str, Any]]]:
-    """The images of each of `tokens` (1, T), best first; none for a model without a knowledge base."""
+    """The images of each of `tokens` (1, T), best first; no images for a model without a knowledge base."""
     from valm.retrieval.retriever import Retriever
 
     retriever = model.retriever
@@ -148,7 +157,7 @@ def images_of(model: Any, tokens: Tensor) -> list[list[dict[str, Any]]]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Prints the text and, below it, the images by how many tokens saw them."""
+    """Prints the text, then the images, those that most tokens saw first."""
     print(result["text"])
     images: dict[int, dict[str, Any]] = {}
     for token in result["tokens"]:
@@ -166,7 +175,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def without_middle(prompt: Tensor, length: int) -> Tensor:
-    """The first token of a prompt (1, T), which may begin the document, and its last `length` - 1 tokens."""
+    """The first token of a prompt (1, T), which may be the bos token, and its last `length` - 1 tokens."""
     import torch
 
     return torch.cat([prompt[:, :1], prompt[:, prompt.shape[1] - length + 1 :]], dim=1)

@@ -38,49 +38,58 @@ if TYPE_CHECKING:
 SKIPPED_SHOWN = 10
 FOUND_SHOWN = 8  # images that a search lists
 CAPTION_SHOWN = 100  # characters
-MAX_COMPARED = 1_000_000  # images up to which a build looks for duplicates; `kb dedupe` takes any number
-MAX_COMPARED_AGAIN = 50_000  # and `kb add`, which is to cost what the new images cost
+MAX_COMPARED = 1_000_000  # most images among which `kb build` looks for duplicates; `kb dedupe` has no limit
+MAX_COMPARED_AGAIN = 50_000  # the same for `kb add`, whose cost should depend on the new images only
+RESUMES = "; the same command resumes a killed run"
+
+BUILD = "valm kb build pictures --clip clip --out kb"
+ADD = "valm kb add kb more-pictures --out larger-kb"
+INFO = "valm kb info kb"
+INDEX = "valm kb index kb --target-recall 0.95"
+MERGE = "valm kb merge kb other-kb --out merged-kb"
+DEDUPE = "valm kb dedupe merged-kb --out unique-kb"
+SEARCH = 'valm kb search kb "a red apple" --sheet found.png'
 
 
 def add_to(commands: Commands) -> None:
-    kb = commands.add_parser("kb", help="build, inspect and search an image knowledge base")
+    kb = commands.add_parser("kb", help="build, inspect and search knowledge bases of images")
     kb_commands = kb.add_subparsers(required=True, metavar="COMMAND")
-    build = command(kb_commands, "build", run_build, "encode images into a knowledge base")
+    build = command(kb_commands, "build", run_build, "encode images into a knowledge base", BUILD)
     add_images(build)
     add_fields(build, Encoding)
-    build.add_argument("--clip", required=True, help="CLIP folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS")
-    build.add_argument("--out", type=Path, required=True, help="folder of the knowledge base; a killed build resumes")
+    build.add_argument(
+        "--clip", required=True, help="CLIP that encodes: a folder, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS"
+    )
+    add_out(build, "knowledge base", RESUMES)
     add_fields(build, Execution)
-    more = command(kb_commands, "add", run_add, "encode more images, and join them to a knowledge base in a new one")
+    more = command(kb_commands, "add", run_add, "write a copy of a knowledge base with more images", ADD)
     add_kb(more)
     add_images(more)
     add_clip(more)
-    more.add_argument(
-        "--out", type=Path, required=True, help="folder of the joined knowledge base; a killed run resumes"
-    )
+    add_out(more, "larger knowledge base", RESUMES)
     add_fields(more, Execution)
-    info = command(kb_commands, "info", run_info, "what a knowledge base holds")
+    info = command(kb_commands, "info", run_info, "print what a knowledge base contains", INFO)
     add_kb(info)
     add_json(info)
-    index = command(kb_commands, "index", run_index, "choose how a knowledge base is searched, and index a large one")
+    index = command(kb_commands, "index", run_index, "index a large knowledge base for approximate search", INDEX)
     add_kb(index)
     add_fields(index, IndexPlan)
     add_clip(index)
-    add_device(index, "queries are encoded, and faiss searches if it has GPUs (cuda: all of them)")
-    merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP")
-    merge.add_argument("parts", type=Path, nargs="+", metavar="KB", help="folders of knowledge bases")
-    merge.add_argument("--out", type=Path, required=True, help="folder of the joined knowledge base")
-    dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without the images it holds twice")
+    add_device(index, "queries are encoded, and faiss searches if it supports GPUs (cuda: all GPUs)")
+    merge = command(kb_commands, "merge", run_merge, "join knowledge bases of one CLIP", MERGE)
+    merge.add_argument("parts", type=Path, nargs="+", metavar="KB", help="folders of the knowledge bases")
+    add_out(merge, "joined knowledge base")
+    dedupe = command(kb_commands, "dedupe", run_dedupe, "copy a knowledge base without duplicate images", DEDUPE)
     add_kb(dedupe)
-    dedupe.add_argument("--out", type=Path, required=True, help="folder of the copy; a killed run resumes")
-    search = command(kb_commands, "search", run_search, "the images nearest to a text or an image")
+    add_out(dedupe, "copy", RESUMES)
+    search = command(kb_commands, "search", run_search, "list the images nearest to a text or an image", SEARCH)
     add_kb(search)
-    search.add_argument("text", nargs="?", help="what is searched for")
-    search.add_argument("--image", type=Path, help="search for images like this one, instead of a text")
+    search.add_argument("text", nargs="?", help="text to search for")
+    search.add_argument("--image", type=Path, help="image to search for, instead of a text")
     add_clip(search)
     add_device(search)
-    search.add_argument("-k", type=positive, help=f"how many images (default: {FOUND_SHOWN})")
-    search.add_argument("--sheet", type=Path, help="also draw what was found into this picture file")
+    search.add_argument("-k", type=positive, help=f"number of images to list (default: {FOUND_SHOWN})")
+    search.add_argument("--sheet", type=Path, help="picture file, such as found.png, to draw the images into")
     add_json(search)
 
 
@@ -88,18 +97,23 @@ def add_kb(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kb", type=Path, help="folder of the knowledge base")
 
 
+def add_out(parser: argparse.ArgumentParser, what: str, more: str = "") -> None:
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to write the {what} to{more}")
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Declares the options that `open_images` reads."""
     parser.add_argument(
         "source",
         type=Path,
-        help="folder of the images, tar file or folder of them, table, or name of a Hugging Face dataset",
+        help="folder of images; with --format: a tar file or a folder of tar files, a table, or the name of a Hugging "
+        "Face dataset",
     )
     add_fields(parser, ImageSource)
 
 
 def open_images(arguments: argparse.Namespace) -> Source:
-    """The source of the options of `add_images`; says what of it is ignored."""
+    """The source of the options of `add_images`; prints which files it ignores."""
     source = ImageSource(**given_fields(ImageSource, arguments)).open()
     for remark in getattr(source, "remarks", ()):
         print(printable(remark), file=sys.stderr)
@@ -141,7 +155,7 @@ def run_add(arguments: argparse.Namespace) -> None:
 
 
 def built(out: Path, **options: Any) -> ImageKnowledgeBase | None:
-    """The knowledge base that `build` makes in `out`; None where it was finished before, which is said."""
+    """The knowledge base that `build` makes in `out`; None, and a message, if `out` was complete before."""
     from valm.knowledge_base.build import build
     from valm.store.shards import MANIFEST_FILE
 
@@ -176,8 +190,8 @@ def run_index(arguments: argparse.Namespace) -> None:
     of_clip = {"clip": arguments.clip, "allow_download": arguments.allow_download}
     if index_knowledge_base(kb, plan, **of_clip, device=device) is None:
         print(
-            f"no index was built: it would save no time with {len(kb):,} images (from {EXACT_BELOW:,} on it does, and "
-            "--factory builds one of any number)"
+            f"no index was built: an index of {len(kb):,} images would save no time (from {EXACT_BELOW:,} on it does; "
+            "--factory builds an index of any size)"
         )
     print_kb(kb)
 
@@ -202,8 +216,8 @@ def print_duplicates(kb: ImageKnowledgeBase) -> None:
     twice = len(duplicates(kb))
     if twice:
         print(
-            f"{twice:,} images look to CLIP exactly as an earlier one, and would crowd out others: "
-            f"`valm kb dedupe {kb.path} --out ...` copies the rest",
+            f"{twice:,} images have the same CLIP vector as an earlier image and would crowd out others: "
+            f"`valm kb dedupe {kb.path} --out FOLDER` copies the knowledge base without them",
             file=sys.stderr,
         )
 
@@ -246,7 +260,7 @@ def print_kb(kb: ImageKnowledgeBase) -> None:
 
 
 def print_skipped(kb: ImageKnowledgeBase, before: int = 0) -> None:
-    """The first skipped images of `kb` after so many; its folder lists all."""
+    """Prints the first skipped images of `kb` after the first `before`."""
     skipped = kb.manifest["skipped"] - before
     if skipped:
         print(f"{skipped:,} images or captions could not be read:")
@@ -281,7 +295,7 @@ def run_search(arguments: argparse.Namespace) -> None:
     retriever = Retriever(ContextEncoder(clip), kb, k=1)
     results = retriever.search(query, FOUND_SHOWN if arguments.k is None else arguments.k)
     if arguments.k is not None and arguments.k > len(kb):
-        print(f"{kb.path} has {len(kb):,} images, fewer than -k {arguments.k:,}", file=sys.stderr)
+        print(f"{kb.path} contains {len(kb):,} images, fewer than -k {arguments.k:,}", file=sys.stderr)
     if arguments.json:
         print_json([{"score": score, **asdict(item)} for score, item in results])
     else:
@@ -298,8 +312,8 @@ def open_image(path: Path) -> Image.Image:
     """The image in a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValmError: it is not an image.
+        OSError: the file cannot be read.
+        ValmError: the file is not an image.
     """
     from valm.clip.read_image import read_image
     from valm.store.files import is_transient

@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that says what was meant by a misspelt command or option. Without a command it prints its help.
+    """A parser that suggests a name for a misspelt command or option. Without a command it prints its help.
 
-    A flag of a parser with commands may stand behind the command too. A hook, `prepare`, may change the arguments
-    first: it returns those to be parsed, and attributes of the result.
+    A flag of a parser with commands may also follow the command. A hook, `prepare`, may change the arguments first: it
+    returns the arguments to parse, and attributes of the result.
+
+    Attributes:
+        example: a command line that shows the command, also at the end of its help.
     """
 
     prepare: Callable[[list[str]], tuple[list[str], dict[str, Any]]] | None = None
     commands: Commands | None = None
+    example: str | None = None
     _given: Sequence[str] = ()
 
     def add_subparsers(self, **options: Any) -> Any:
@@ -37,7 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def unknown_options(self, given: Sequence[str]) -> list[str]:
-        """The options in `given`, such as --name, that are not the parser's own."""
+        """The options in `given`, such as --name, that the parser does not have."""
         before_end = given[: list(given).index("--")] if "--" in given else given
         names = [text.partition("=")[0] for text in before_end if text.startswith("--")]
         known = self.option_names()
@@ -61,11 +65,11 @@ class CommandParser(argparse.ArgumentParser):
         return result, more
 
     def error(self, message: str) -> NoReturn:
-        """Exits with one sentence. A misspelt option comes first, as argparse names missing required options before."""
+        """Exits with one sentence, which names a misspelt option rather than a missing one."""
         for name in self.unknown_options(self._given):
             if nearest(name, self.option_names()):
                 self._fail(name)
-        self.exit(2, f"{self.prog}: error: {message}; `{self.prog} --help` has all\n")
+        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
 
     def _flags_first(self, given: list[str]) -> list[str]:
         end = given.index("--") if "--" in given else len(given)
@@ -86,26 +90,49 @@ class CommandParser(argparse.ArgumentParser):
         raise ValmError(f"{self.prog} has no option {option}{nearest(option, self.option_names())}")
 
 
+# The first line of an epilog.
+EXAMPLE = "example:"
+
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 
 
 def program(prog: str, description: str, **options: Any) -> CommandParser:
-    """A parser with the flag of every command line."""
+    """A parser with the flags of every command line."""
     parser = CommandParser(prog=prog, description=description, **options)
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     return parser
 
 
-def command(group: Commands, name: str, run: Callable[[argparse.Namespace], None], help: str) -> CommandParser:
-    """Declares the command `name` of `group`, which calls `run`."""
-    shown: Any = {"help": help, "description": help, "formatter_class": HelpFormatter}
+def command(
+    group: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    help: str,
+    example: str | None = None,
+    *,
+    description: str | None = None,
+) -> CommandParser:
+    """Declares the command `name` of `group`, which calls `run`.
+
+    Args:
+        help: what the command does, in the list of commands.
+        example: a command line, at the end of the command's own help.
+        description: what the command does, in its own help; by default `help`.
+    """
+    shown: Any = {"help": help, "description": description or help, "formatter_class": HelpFormatter}
+    if example is not None:
+        shown["epilog"] = f"{EXAMPLE}\n  {example}"
     parser = group.add_parser(name, allow_abbrev=False, **shown)
+    parser.example = example
     parser.set_defaults(run=run)
     return parser
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default of each option that has one and does not name it itself."""
+    """Adds the default to the help of each option that does not name it itself, and does not wrap the example."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLE) else super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or "(default: " in (action.help or ""):
@@ -116,42 +143,42 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
 
 
 def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return value
 
 
 def port(text: str) -> int:
     value = int(text)
     if not 0 <= value < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 65535")
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text}")
     return value
 
 
 def seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_SEED - 1}")
+        raise argparse.ArgumentTypeError(f"must be from 0 to {MAX_SEED - 1}, got {text}")
     return value
 
 
 def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
 
 
 def above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
     return value
 
 
@@ -160,7 +187,7 @@ def add_clip(parser: argparse.ArgumentParser) -> None:
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that opens models."""
+    """Declares the options of a command that opens models."""
     add_fields(parser, Opening)
 
 
@@ -171,7 +198,7 @@ def opening(arguments: argparse.Namespace) -> Opening:
 
 def add_device(parser: argparse.ArgumentParser, what: str = "the models run") -> None:
     parser.add_argument(
-        "--device", default="auto", help=f"where {what}: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one"
+        "--device", default="auto", help=f"where {what}: cpu, cuda, cuda:1, ...; auto uses a GPU if torch finds one"
     )
 
 
@@ -179,7 +206,7 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
     """The value of the option of `add_device`.
 
     Raises:
-        ValmError: there is no such device.
+        ValmError: the device does not exist.
     """
     from valm.clip.device import open_device
 
@@ -187,9 +214,9 @@ def chosen_device(arguments: argparse.Namespace) -> torch.device:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def print_json(value: Any) -> None:
-    """Prints what --json asks for; with escapes of JSON where standard output is not UTF-8."""
+    """Prints `value` as JSON, with escapes if standard output is not UTF-8."""
     print(json.dumps(value, ensure_ascii="utf" not in str(sys.stdout.encoding).lower(), indent=2))

@@ -10,11 +10,12 @@ from valm.corpus.plan import RetrievalPlan
 from valm.errors import ValmError
 from valm.options import add_fields, given_fields
 
+EXAMPLE = "valm retrieve corpus.txt --kb kb --tokenizer base --out retrieved"
+
 
 def add_to(commands: Commands) -> None:
-    retrieve = command(
-        commands, "retrieve", run_retrieve, "find the images of every token of a corpus once, to train on them"
-    )
+    help = "retrieve the images of every token of a corpus, to train on them"
+    retrieve = command(commands, "retrieve", run_retrieve, help, EXAMPLE)
     add_corpus(retrieve)
     add_fields(retrieve, RetrievalPlan)
 
@@ -26,6 +27,6 @@ def run_retrieve(arguments: argparse.Namespace) -> None:
     check_alone("valm retrieve")
     corpus = chosen_corpus(arguments)
     if corpus is None:
-        raise ValmError("there is no corpus: give its files, or --dataset")
+        raise ValmError("there is no corpus: give files, or --dataset")
     found = run_retrieval(RetrievalPlan(**given_fields(RetrievalPlan, arguments) | {"corpus": corpus}))
     print(f"{found.path}: {len(found):,} documents, {found.manifest['tokens']:,} tokens, {found.k} images a token")

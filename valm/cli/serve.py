@@ -9,28 +9,31 @@ from valm.cli.options import Commands, add_opening, command, not_negative, openi
 from valm.errors import ValmError
 from valm.store.files import name_of
 
+EXAMPLE = "valm serve model --port 8000"
+
 
 def add_to(commands: Commands) -> None:
-    serve = command(commands, "serve", run_serve, "serve a model: a page in the browser, and OpenAI's API over HTTP")
-    serve.add_argument("model", type=Path, help="checkpoint folder")
+    help = "serve a model over HTTP: OpenAI's API, and a page for the browser"
+    serve = command(commands, "serve", run_serve, help, EXAMPLE)
+    serve.add_argument("model", type=Path, help="folder of the checkpoint")
     serve.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; another one than this machine's own lets everyone who reaches it use the model",
+        help="address to listen on; with any other than this machine's own, everyone who reaches it can use the model",
     )
-    serve.add_argument("--port", type=port, default=8000, help="0 takes any free one")
-    serve.add_argument("--max-tokens", type=positive, default=512, help="the most that a request may ask for")
+    serve.add_argument("--port", type=port, default=8000, help="port to listen on; 0 chooses a free port")
+    serve.add_argument("--max-tokens", type=positive, default=512, help="largest number of tokens per request")
     serve.add_argument(
-        "--max-waiting", type=not_negative, default=64, help="requests that may wait for those being answered"
+        "--max-waiting", type=not_negative, default=64, help="requests that may wait while others are answered"
     )
-    serve.add_argument("--max-batch", type=positive, default=8, help="requests that are answered together")
+    serve.add_argument("--max-batch", type=positive, default=8, help="requests answered together")
     serve.add_argument(
-        "--compare", type=Path, metavar="MODEL2", help="another checkpoint, to show beside it on the page"
+        "--compare", type=Path, metavar="MODEL2", help="another checkpoint, to show on the page next to the model"
     )
     serve.add_argument(
         "--page",
         action="store_true",
-        help="with another --host too: the page, which takes images, and the search of the knowledge base",
+        help="serve the page, which accepts images, and the search of the knowledge base with another --host too",
     )
     add_opening(serve)
 

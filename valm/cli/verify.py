@@ -8,14 +8,13 @@ from pathlib import Path
 from valm.cli.options import Commands, command
 from valm.errors import ValmError
 
+EXAMPLE = "valm verify kb"
+
 
 def add_to(commands: Commands) -> None:
-    verify = command(commands, "verify", run_verify, "compare all of a folder that valm wrote with its checksums")
-    verify.add_argument(
-        "folder",
-        type=Path,
-        help="knowledge base, retrieved corpus, or index of vectors",
-    )
+    help = "check every file of a folder that valm wrote against its checksums"
+    verify = command(commands, "verify", run_verify, help, EXAMPLE)
+    verify.add_argument("folder", type=Path, help="folder of a knowledge base, a retrieved corpus or a FlatIPIndex")
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -23,10 +22,10 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 
 def verify(folder: Path) -> str:
-    """Reads a whole store, and returns a sentence about it.
+    """Reads all of a store, and returns a sentence about it.
 
     Raises:
-        ValmError: it is damaged, or no store with checksums.
+        ValmError: the store is damaged, or the folder has no checksums.
     """
     from valm.corpus.retrieved import WHAT as CORPUS
     from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
@@ -42,10 +41,10 @@ def verify(folder: Path) -> str:
             return _corpus(folder)
         return _index(folder)
     if (folder / BUILD_FILE).exists():
-        raise ValmError(f"{folder} is unfinished: run the command that was to make it again, it resumes")
+        raise ValmError(f"{folder} is unfinished: run its command again, which resumes it")
     raise ValmError(
-        f"{folder} has no checksums: it is none of the folders that `valm verify --help` lists. A checkpoint, a "
-        "model or a CLIP has none either; it is checked when it is loaded"
+        f"{folder} has no checksums: give a knowledge base, a retrieved corpus or a FlatIPIndex. A checkpoint, a model "
+        "or a CLIP is checked when it is loaded"
     )
 
 
@@ -59,7 +58,7 @@ def _knowledge_base(folder: Path) -> str:
         raise ValmError(f"{folder} is damaged, build it again: {', '.join(damaged)}")
     found = f"{folder}: all {len(kb):,} images are as they were written"
     if index_parameters(kb) is None and (folder / INDEX_FILE).exists():
-        found += f"; {INDEX_FILE} has no parameters, as after a killed `valm kb index`, and is not used: run it again"
+        found += f"; {INDEX_FILE} has no parameters, as after a killed `valm kb index`, and is not used: index again"
     return found
 
 

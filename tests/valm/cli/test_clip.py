@@ -161,18 +161,18 @@ def test_the_words_of_another_text_are_tokens_too(world, tmp_path):
     assert len(Clip.load(tmp_path / "more").tokenizer("the color of the sea")["input_ids"]) == 6
 
 
-ABSENT = "not more than half of the 2 images that its training held out are here: all 6 are looked at"
+ABSENT = "at most half of the 2 images that its training held out are here: evaluated on all 6 images"
 
 
 def test_images_are_held_out(world, tmp_path, output_of):
     train = ["clip", "train", world / "pictures", "--model", "small", "--steps", 1]
     out = output_of(*train, "--held-out", 0.34, "--out", tmp_path / "clip")
     assert "4 images; loss" in out and "among 4 images trained on" in out and "among 2 images held out" in out
-    assert "by the images that were held out where PICTURES has them" in out
+    assert "on the held-out images if PICTURES contains them" in out
     shutil.copytree(world / "pictures", tmp_path / "others")
     for name in THINGS:  # other images of the same names
         Image.new("RGB", (9, 9)).save(tmp_path / "others" / f"{name}.png")
-    seen = "on the 2 pictures that its training held out, of 6"
+    seen = "evaluated on the 2 images that its training held out, of 6"
     for folder, said in ((world / "pictures", seen), (tmp_path / "others", ABSENT)):
         out = output_of("clip", "check", folder, "--clip", tmp_path / "clip")
         assert said in out and out.count("held out") == 1

@@ -15,7 +15,7 @@ def test_clip_check(world, tmp_path, output_of):
             Image.new("RGB", (40, 40), color).save(tmp_path / "classes" / name / f"{number}.png")
     (tmp_path / "check.json").symlink_to("there.json")
     out = output_of(*check, tmp_path / "classes", "--out", tmp_path / "check.json")
-    assert "17 images of 6 classes, chance 0.167" in out and "skipped: a class has fewer than 3" in out
+    assert "17 images of 6 classes, chance 0.167" in out and "skipped: a class contains fewer than 3" in out
     assert json.loads((tmp_path / "there.json").read_text())["retrieval"] is None
     Image.new("RGB", (40, 40)).save(tmp_path / "classes" / "coal" / "2.png")
     assert "linear probe  1.000" in output_of(*check, tmp_path / "classes")

@@ -49,7 +49,7 @@ def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new
     cut = f"the model reads 32 tokens: the prompt is cut to its first token and its last {room - 1}"
     left = 32 - min(words + 1, room)
     assert (cut in err) == (words + 1 > room)
-    assert (f"the model reads 32 tokens: the continuation has {left} at most" in err) == (new > left)
+    assert (f"the model reads 32 tokens: the continuation is at most {left} tokens long" in err) == (new > left)
 
 
 def test_the_text_tower_in_another_precision(world, error_of, monkeypatch):
@@ -157,7 +157,7 @@ VALM, GPT2 = "generate {world}/valm ", "generate {world}/gpt2 x "
         "generate {world}/kb x": "is no checkpoint",
         VALM: "give either a prompt or --prompts FILE",
         VALM + "x --prompts -": "give either a prompt or --prompts FILE",
-        VALM + "--prompts {tmp}/empty.txt": "{tmp}/empty.txt has no prompt",
+        VALM + "--prompts {tmp}/empty.txt": "{tmp}/empty.txt contains no prompt",
         VALM + "--prompts {tmp}/none": "{tmp}/none: No such file",
         VALM + "x -k 7": "from 1 to the 6 images of",
         VALM + "x --min-score nan": "min_score must be a finite number",

@@ -50,7 +50,7 @@ def test_kb_search_says_how_many_images_there_are(world, capsys, error_of, monke
     search = ["kb", "search", world / "kb", "the apple", "-k", 100_000]
     assert run(*search) == 0
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 6 and f"{world / 'kb'} has 6 images, fewer than -k 100,000" in err
+    assert len(out.splitlines()) == 6 and f"{world / 'kb'} contains 6 images, fewer than -k 100,000" in err
     monkeypatch.setattr("valm.retrieval.retriever.MAX_TOPK", 5)
     said = f"k must be from 1 to 5, got 100,000: a search returns no more of the 6 images of {world / 'kb'}"
     assert said in error_of(*search)
@@ -85,7 +85,7 @@ def test_kb_index(copy_of, output_of, error_of):
     root = copy_of("kb", "clip", "valm")
     index = ["kb", "index", root / "kb"]
     out = output_of(*index)
-    assert out.startswith("no index was built: it would save no time with 6 images (from 50,000 on it does, and --fact")
+    assert out.startswith("no index was built: an index of 6 images would save no time (from 50,000 on it does;")
     assert "searched exactly" in out
     options = ["--factory", "IVF2,Flat", "-k", 1, "--target-recall", 1]
     out = output_of(*index, *options)
@@ -233,7 +233,7 @@ def test_pictures_that_are_there_twice(world, tmp_path, capsys, output_of):
     shutil.copytree(world / "pictures", tmp_path / "pictures")
     shutil.copy(tmp_path / "pictures" / "sea.png", tmp_path / "pictures" / "zebra.png")
     assert run("kb", "build", tmp_path / "pictures", "--clip", world / "clip", "--out", tmp_path / "kb") == 0
-    assert "1 images look to CLIP exactly as an earlier one" in capsys.readouterr().err
+    assert "1 images have the same CLIP vector as an earlier image" in capsys.readouterr().err
     assert "6 images" in output_of("kb", "dedupe", tmp_path / "kb", "--out", tmp_path / "once")
     once, all_of_them = ImageKnowledgeBase.open(tmp_path / "once"), ImageKnowledgeBase.open(tmp_path / "kb")
     assert [once.item(id).uri for id in range(6)] == sorted(f"{name}.png" for name in THINGS)

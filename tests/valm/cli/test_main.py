@@ -4,14 +4,17 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import valm_kernels
-from tests.valm.cli.commands import run
+from tests.valm.cli.commands import STEPS, run
+from tests.valm.evaluation.small_sets import write_sets
 from valm import __version__
 from valm.cli import build_parser, main
 
@@ -133,17 +136,43 @@ def every_command(parser, words=()):
             yield from every_command(command, (*words, name))
 
 
-@pytest.mark.parametrize(
-    ("name", "command"), list(every_command(build_parser())), ids=lambda it: it if isinstance(it, str) else ""
-)
+COMMANDS = list(every_command(build_parser()))
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=lambda it: it if isinstance(it, str) else "")
 def test_help_says_what_each_option_means_and_its_default_once(name, command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])
     assert stop.value.code == 0
+    assert capsys.readouterr().out.endswith(f"\n\nexample:\n  {command.example}\n")
     for action in command._actions:
         assert action.help or action.nargs == argparse.REMAINDER, f"{name} {action.option_strings or action.dest}"
         shown = command._get_formatter()._expand_help(action) if action.help else ""
         assert shown.count("(default: ") <= 1 and "(default: None)" not in shown, shown
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=lambda it: it if isinstance(it, str) else "")
+def test_examples_are_commands(name, command):
+    words = shlex.split(command.example)
+    assert words[: 1 + len(name.split())] == ["valm", *name.split()]
+    assert build_parser().parse_args(words[1:]).run is not None
+
+
+@pytest.mark.slow
+def test_examples_run(world, base, tmp_path, monkeypatch, output_of):
+    """One after the other, in a folder with what their words name."""
+    write_sets(tmp_path / "sets")
+    for name, there in {"pictures": "pictures", "more-pictures": "pictures", "base": "base"}.items():
+        (tmp_path / name).symlink_to(world / there)
+    (tmp_path / "other-kb").symlink_to("kb")  # of the same CLIP
+    (tmp_path / "corpus.txt").write_text("the color of the sky is blue")
+    monkeypatch.chdir(tmp_path)
+    more = {"clip train": ["--steps", 1], "train": STEPS, "eval": ["--limit", 1]}
+    for name, command in COMMANDS:
+        if name not in ("serve", "lm-eval"):  # which runs until it is stopped, and which needs an extra
+            output_of(*shlex.split(command.example)[1:], *more.get(name, []))
+    for made in ("clip", "kb", "larger-kb", "unique-kb", "retrieved", "model", "found.png", "report", "sky.html"):
+        assert Path(made).exists(), made
 
 
 def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path):
@@ -179,7 +208,7 @@ def test_no_more_commands_and_options():
     [
         ("genrate model text", "valm has no command genrate, did you mean generate?"),
         ("kb buidl", "valm kb has no command buidl, did you mean build?"),
-        ("clip zzz", "valm clip has no command zzz: give one of check, train"),
+        ("clip zzz", "valm clip has no command zzz: give one of train, check"),
         ("--verson", "valm has no option --verson, did you mean --version?"),
         ("generate model text --max-new-tokenz=3", "valm generate has no option --max-new-tokenz, did you mean --max-"),
         ("generate model text --zzz", "valm generate has no option --zzz"),

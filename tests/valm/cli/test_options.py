@@ -12,13 +12,13 @@ def test_fields_that_cannot_be(sentence, option):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("generate model x --temperature 0", "0 is not a number above 0"),
-        ("generate model x --temperature nan", "nan is not a number above 0"),
-        ("generate model x --top-p 1.5", "1.5 is not above 0 and at most 1"),
-        ("generate model x -k 0", "0 is not at least 1"),
-        ("generate model x --seed -1", "-1 is not from 0 to 4294967295"),
-        ("serve model --port 70000", "argument --port: 70000 is not from 0 to 65535"),
-        ("train corpus.txt --out model --steps few", "--steps: invalid int value: 'few'; `valm train --help` has all"),
+        ("generate model x --temperature 0", "must be a finite number above 0, got 0"),
+        ("generate model x --temperature nan", "must be a finite number above 0, got nan"),
+        ("generate model x --top-p 1.5", "must be above 0 and at most 1, got 1.5"),
+        ("generate model x -k 0", "must be at least 1, got 0"),
+        ("generate model x --seed -1", "must be from 0 to 4294967295, got -1"),
+        ("serve model --port 70000", "argument --port: must be from 0 to 65535, got 70000"),
+        ("train corpus.txt --out model --steps few", "--steps: invalid int value: 'few'; see `valm train --help`"),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_one_sentence(command, message, capsys):

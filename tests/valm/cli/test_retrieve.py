@@ -13,7 +13,7 @@ RETRIEVE = "retrieve {world}/corpus.txt " + OUT
     {
         "retrieve {tmp}/none " + OUT: "{tmp}/none: No such file or directory",
         "retrieve {tmp}/empty.txt " + OUT: "the corpus has no documents",
-        "retrieve " + OUT: "there is no corpus: give its files, or --dataset",
+        "retrieve " + OUT: "there is no corpus: give files, or --dataset",
         "retrieve {tmp}/rows.jsonl --column story " + OUT: "rows.jsonl, row 1: there is no column 'story', only text",
         "retrieve --dataset {tmp}/none " + OUT: "cannot read the dataset {tmp}/none",
         RETRIEVE + "--dataset Salesforce/wikitext": "give either corpus files or --dataset",
