@@ -14,7 +14,7 @@ from valm.model.augment import augment
 
 # Blocks of 64 numbers share a scale in 4 bits.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
-COARSELY = "is quantised, here or where the adapter was made, so its weights were compared coarsely"
+COARSELY = "is quantised, now or when the adapter was made, so its weights were compared only coarsely"
 
 
 def save_bases(folder: Path) -> None:

@@ -121,9 +121,9 @@ def test_readers_side_by_side_have_the_same_answers(model, make_model, tokenizer
     "text, answers, expected",
     [
         ("", None, "the prompt is empty"),
-        ("a red apple " * 8, None, "the prompt has 25 tokens, and this model reads 24 at most"),
+        ("a red apple " * 8, None, "the prompt is 25 tokens long, and this model reads 24 at most"),
         (TEXT, ["red", " "], "the answer ' ' has no tokens"),
-        (TEXT, ["red " * 19], "the prompt with an answer behind it has 25 tokens, and this model reads 24 at most"),
+        (TEXT, ["red " * 19], "the prompt followed by an answer is 25 tokens long, and this model reads 24 at most"),
     ],
 )
 def test_wrong_texts_are_named(model, tokenizer, text, answers, expected):
