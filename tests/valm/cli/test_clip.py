@@ -190,7 +190,7 @@ NEW, SMALL = TRAIN + "--model ViT-B-32 ", TRAIN + "--model small "
         TRAIN + "--model smal": "or a JSON file, did you mean small?",
         TRAIN + "--model {tmp}/none.json": "none.json",
         TRAIN + "--image-tower {tmp}/none": "no CLIP at",
-        NEW + "--cache-images": "--cache-images is for a frozen image tower",
+        NEW + "--cache-images": "--cache-images needs a frozen image tower",
         NEW + "--vocabulary {world}/corpus.txt": "--vocabulary is for --model small",
         NEW + "--out {world}/clip": "is not empty",
         NEW + "--streaming": "--streaming is for --format dataset",

@@ -31,7 +31,7 @@ def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, error_of
         (["--weight_decay", 1], "--weight_decay is not given, here it is 1"),
     ):
         assert f"holds another training: its {name}" in error_of(*train, *other, *out, "--resume")
-    assert "holds no training that could be resumed" in error_of(*train, "--out", world / "kb", "--resume")
+    assert "contains no training to resume" in error_of(*train, "--out", world / "kb", "--resume")
 
 
 def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, error_of):
