@@ -11,7 +11,7 @@ from valm.evaluation.sets import SETS
 
 
 class Column(NamedTuple):
-    """A metric of a task; title: what is said of it behind the task's own, where it is not the accuracy alone."""
+    """A metric of a task. title: added to the task's title if the metric is not plain accuracy."""
 
     task: str
     metric: str = "accuracy"
@@ -20,7 +20,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A table of the report. rows: the published numbers, in percent or perplexities, one for each column."""
+    """A table of the report. rows: the published numbers, one for each column, in percent or as perplexities."""
 
     title: str
     protocol: str

@@ -85,16 +85,16 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
         assert_agree(weight, expected[name])
     again = ["--out", tmp_path / "model", "--resume"]
     for option, value, was in (("--fusion-lr", 0.001, 0.01), ("--context", 8, 512)):
-        said = f"holds another training: its {option} is {was}, here it is {value}"
+        said = f"contains another training: its {option} is {was}, here it is {value}"
         assert said in error_of(*train, option, value, *again)
     shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    said = "holds the training of another base model: model.layers.1.mlp.up_proj.weight had other values"
+    said = "contains the training of another base model (model.layers.1.mlp.up_proj.weight differs)"
     assert said in error_of(*train, "--base", tmp_path / "other", *again)
     assert run(*train, *again) == 0
-    said = "holds the training of a pretrained decoder (--base); choose another folder"
+    said = "contains the training of a pretrained decoder (--base): choose another folder"
     assert said in error_of("train", *options[:4], *SIZE, *again)
 
 
@@ -251,7 +251,7 @@ def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path,
     blind = error_of(*train, *dropout, "--out", tmp_path / "blind", "--twin", "blind")
     assert "leave --image-dropout out" in blind
     other = error_of(*train, *dropout, "--image-dropout", 0.25, "--out", tmp_path / "dropout", "--resume")
-    assert "holds another training: its --image-dropout is 0.5, here it is 0.25" in other
+    assert "contains another training: its --image-dropout is 0.5, here it is 0.25" in other
 
 
 @pytest.mark.parametrize("of", ["base", "new"])
@@ -422,7 +422,7 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
         CACHED + " --tokenizer {world}/clip": "give --tokenizer to `valm retrieve`",
         CACHED + " --validation {world}/corpus.txt": "retrieve --valid",
         CACHED + " --retrieval {world}/kb": "is not the manifest of a corpus retrieval",
-        TRAIN + " --min-score 1": "--min-score is of a model with images: give its --kb too",
+        TRAIN + " --min-score 1": "--min-score is for a model with images: give --kb too",
         TRAIN + " --seed -1": "--seed is -1, expected at least",
         TRAIN + " --tokenizer {world}/pictures": "cannot be read",
         TRAIN + " --lerning_rate 1": "no option --lerning_rate, did you mean --learning_rate?",
@@ -445,7 +445,7 @@ def test_a_base_that_lacks_weights_is_one_sentence(sentence, base, tmp_path):
     weights = load_file(base / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "hole/model.safetensors")
-    sentence(WITH_KB + " --base {tmp}/hole", "has no weights for lm_head.weight")
+    sentence(WITH_KB + " --base {tmp}/hole", "contains no weights for lm_head.weight")
 
 
 def test_a_folder_of_retrievals_is_one_sentence(sentence, world, tmp_path):

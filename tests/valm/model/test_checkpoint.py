@@ -162,7 +162,7 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
     with pytest.raises(ValmError, match="is no checkpoint"):
         load(tmp_path)
     GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    message = "holds a model of type 'gpt2', expected 'valm': it sees no images until `valm train --base"
+    message = "contains a model of type 'gpt2', expected 'valm': add images to it with `valm train --base"
     with pytest.raises(ValmError, match=message):
         load(tmp_path)
 

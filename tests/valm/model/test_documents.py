@@ -113,7 +113,7 @@ def test_gaps_and_holes_beside_several_documents_are_refused():
     gap = batch["position_ids"].clone()
     gap[1, 5:11] += 4
     for odd in ({"attention_mask": mask}, {"position_ids": gap}):
-        with pytest.raises(ValueError, match="one has a gap in its positions or padding inside it"):
+        with pytest.raises(ValueError, match="a document has a gap in its positions or padding inside it"):
             model(**batch | odd)
 
 

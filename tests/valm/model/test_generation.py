@@ -236,7 +236,7 @@ def test_a_cache_with_tokens_that_the_retriever_has_not_read_is_refused():
     model(ids[:, 2:3], cache=cache)
     given = {"image_pool": torch.zeros(0, 24), "image_index": torch.full((1, 2, 3), -1)}
     model(ids[:, 3:5], cache=cache, **given)
-    with pytest.raises(ValueError, match="the cache has 5 tokens, but the retriever has read 3 of them: the others"):
+    with pytest.raises(ValueError, match="the cache contains 5 tokens, but the retriever has read 3: the other"):
         model(ids[:, 5:], cache=cache)
 
 

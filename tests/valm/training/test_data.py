@@ -373,7 +373,7 @@ def retrieving():
         (lambda: new_model(num_images=0), {"kb": None}, "image_dropout needs retrieved documents"),
         (retrieving, {"kb": None}, "image_dropout needs retrieved documents"),
         (new_model, {"train_sampling_strategy": "group_by_length"}, "with a length, in random order"),
-        (augmented, {}, "all of these are frozen: let some train .--unfreeze block or all., or leave"),
+        (augmented, {}, "all of them are frozen: give --unfreeze block or all, or leave"),
     ],
 )
 def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message):

@@ -170,7 +170,7 @@ def resume(checkpoint):
 def test_a_checkpoint_that_lost_a_file_is_not_resumed_from(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(
-        ValmError, match=r"checkpoint-1 has a model without its optimizer or learning rates, as save_only_model"
+        ValmError, match=r"checkpoint-1 contains a model without its optimizer or learning rates .save_only_model"
     ):
         resume(checkpoint)
 

@@ -92,7 +92,7 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
         (
             {"num_images": 0},
             {"kb": None, "fusion_lr": 1.0},
-            "parameters that see images, and this VaLMForCausalLM has none",
+            "parameters that see images, but this VaLMForCausalLM has none",
         ),
         # label smoothing reads the logits of the labels, by their numbers in the whole vocabulary
         (
