@@ -73,11 +73,8 @@ def given_fields(kind: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_fields(values: Any) -> None:
-    """Checks the fields of a dataclass against the bounds and choices of its options.
-
-    Raises:
-        ValmError: a value is out of bounds or not among the choices.
-    """
+    """Checks the fields of a dataclass against the bounds and choices of its options. Raises ValmError if a value is
+    out of bounds or not among the choices."""
     for field in dataclasses.fields(values):
         value, said = getattr(values, field.name), field.metadata
         if value is None or "help" not in said:

@@ -199,11 +199,7 @@ def note_held_out(folder: str | os.PathLike, clip: Clip, records: Iterable[Recor
 
 def held_out_of(clip: Clip, records: Sequence[Record]) -> tuple[list[Record], int]:
     """The `records` that the training of `clip` held out, and the number of listed images. Empty without a list, and if
-    `records` contain at most half of the list: then they are other images.
-
-    Raises:
-        ValmError: the list is damaged.
-    """
+    `records` contain at most half of the list: then they are other images. Raises ValmError if the list is damaged."""
     file = Path(clip.source or "") / HELD_OUT_FILE
     if clip.source is None or not file.is_file():
         return [], 0
@@ -300,11 +296,7 @@ def _need_sklearn() -> None:
 
 def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) -> Retrieval:
     """Recall between L2-normalised image features (N, E) and the captions of each image. Images without captions are
-    skipped.
-
-    Raises:
-        ValmError: fewer than two images have captions.
-    """
+    skipped. Raises ValmError if fewer than two images have captions."""
     has = [number for number, lines in enumerate(captions) if lines]
     if len(has) < 2:
         raise ValmError(f"there are {len(has)} readable images with captions, expected at least two")

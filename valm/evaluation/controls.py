@@ -98,11 +98,7 @@ class GivenImages(OtherImages):
 
 
 def named_images(sources: Iterable[tuple[str, Path | BinaryIO]]) -> list[NamedImage]:
-    """The images in files, with the given names.
-
-    Raises:
-        ValmError: an image cannot be read.
-    """
+    """The images in files, with the given names. Raises ValmError if an image cannot be read."""
     images = []
     for name, source in sources:
         try:
@@ -114,11 +110,7 @@ def named_images(sources: Iterable[tuple[str, Path | BinaryIO]]) -> list[NamedIm
 
 def images_fingerprint(folder: str | os.PathLike) -> str:
     """SHA-256 over the names and contents of the images under `folder`. An unreadable image counts by its name;
-    `switch_images` raises if a model would see it.
-
-    Raises:
-        ValmError: there are no images.
-    """
+    `switch_images` raises if a model would see it. Raises ValmError if there are no images."""
     found = hashlib.sha256()
     for file in images_in(folder):
         found.update(os.fsencode(file.relative_to(folder)))
@@ -128,11 +120,7 @@ def images_fingerprint(folder: str | os.PathLike) -> str:
 
 
 def images_in(folder: str | os.PathLike) -> list[Path]:
-    """The images under `folder`, sorted by name.
-
-    Raises:
-        ValmError: there are no images.
-    """
+    """The images under `folder`, sorted by name. Raises ValmError if there are no images."""
     return [Path(folder) / name for name in find_images(Path(folder)).images]
 
 

@@ -108,11 +108,8 @@ class ValmLM(HFLM):
         super().__init__(pretrained=model, tokenizer=beginning_with_bos(tokenizer), **arguments)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """As in the base class; called with the cache of `--use_cache`, whose keys depend only on the requests.
-
-        Raises:
-            ValmError: the answers in the cache belong to other weights, another knowledge base or other images.
-        """
+        """As in the base class; called with the cache of `--use_cache`, whose keys depend only on the requests. Raises
+        ValmError if the answers in the cache belong to other weights, another knowledge base or other images."""
         super().set_cache_hook(cache_hook)
         cache = cache_hook.dbdict
         if cache is None:
@@ -169,11 +166,8 @@ def write_tasks(folder: Path) -> list[str]:
 
 
 def run(arguments: list[str]) -> None:
-    """Runs the harness's command line, with the model "valm" and the tasks of `write_tasks`.
-
-    Raises:
-        ValmError: a task does not exist, or the model's arguments are invalid.
-    """
+    """Runs the harness's command line, with the model "valm" and the tasks of `write_tasks`. Raises ValmError if a task
+    does not exist, or the model's arguments are invalid."""
     own_tasks = any(argument.partition("=")[0] == "--include_path" for argument in arguments)
     if arguments and arguments[0] in WITH_TASKS and not own_tasks:
         with TemporaryDirectory() as folder:

@@ -24,11 +24,8 @@ NO_LAST_WORD = "a passage must end in a word with text before it"
 
 
 def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[int], int]:
-    """The tokens of a passage, and how many of them are its last word.
-
-    Raises:
-        ValmError: the passage does not end in a word with text before it.
-    """
+    """The tokens of a passage, and how many of them are its last word. Raises ValmError if the passage does not end in
+    a word with text before it."""
     ids = tokenizer(passage, add_special_tokens=False)["input_ids"]
     before = before_last_word(passage)
     context = len(tokenizer(before, add_special_tokens=False)["input_ids"])
@@ -70,11 +67,8 @@ def token_log_probs(
     model: Any, texts: Sequence[Sequence[int]], batch_size: int, progress: Progress = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """For each text (T,) and each token after the first: the log-probability (T - 1,) float64, and whether no token is
-    likelier. A text longer than the model's context is read in windows.
-
-    Raises:
-        ValmError: the model sees images but has no retriever.
-    """
+    likelier. A text longer than the model's context is read in windows. Raises ValmError if the model sees images but
+    has no retriever."""
     check_model(model)
     context = context_length(model)
     log_probs = [torch.empty(len(text) - 1, dtype=torch.float64) for text in texts]

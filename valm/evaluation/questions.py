@@ -75,11 +75,8 @@ class Documents:
 
 
 def build(of: EvaluationSet, items: list[Any], protocol: str) -> Questions | Documents:
-    """The questions or documents for the items of a set.
-
-    Raises:
-        ValmError: an item's answer is not among the labels.
-    """
+    """The questions or documents for the items of a set. Raises ValmError if an item's answer is not among the
+    labels."""
     return ASK[of.ask](of, items, protocol)
 
 

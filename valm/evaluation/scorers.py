@@ -88,10 +88,7 @@ class Scorer:
     def answers(self, asked: Questions, progress: Progress = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of the candidates after the prompts, (items, prompts, candidates), -inf if an item has
         fewer candidates; and without a prompt, (candidates,), or None if the model has none or the candidates differ.
-
-        Raises:
-            NotApplicable: the model does not support such questions.
-        """
+        Raises NotApplicable if the model does not support such questions."""
         of_candidates = defaultdict(list)
         for item, candidates in enumerate(asked.candidates_of_items):
             of_candidates[candidates].append(item)
@@ -116,19 +113,12 @@ class Scorer:
     def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
         """For each text, (texts,) float64 each: the `nats` of all `tokens`, and the numbers of tokens, `words` and
         `bytes`. For last words also their `word_nats`, and `known`: whether each of their tokens was the likeliest.
-
-        Raises:
-            NotApplicable: the model does not support it.
-        """
+        Raises NotApplicable if the model does not support it."""
         raise NotApplicable(f"{self.kind} computes no probability of a text")
 
 
 def _writable(tokenizer: Any, candidates: Sequence[str], tokens: Sequence[Sequence[int]], fair: bool) -> None:
-    """Checks that the model can write these answers.
-
-    Raises:
-        NotApplicable: it cannot.
-    """
+    """Raises NotApplicable if the model cannot write these answers."""
     try:
         check_writable(tokenizer, candidates, tokens)
         if not fair:
@@ -322,11 +312,7 @@ def open_scorer(source: str, settings: Opening) -> Scorer:
 
 
 def check_source(source: str, allow_download: bool) -> None:
-    """Checks that there is a model to load.
-
-    Raises:
-        ValmError: there is no such folder, or it contains no model.
-    """
+    """Raises ValmError if there is no such folder, or it contains no model."""
     folder = Path(source)
     if not Path(folder).is_dir():
         if not allow_download:

@@ -27,11 +27,8 @@ def answer_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) ->
 
 
 def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-    """Checks that the tokenizer can write every answer.
-
-    Raises:
-        ValmError: an answer consists of no tokens, or contains the unknown token.
-    """
+    """Checks that the tokenizer can write every answer. Raises ValmError if an answer consists of no tokens, or
+    contains the unknown token."""
     for answer, ids in zip(answers, tokens, strict=True):
         if not ids:
             raise ValmError(f"the answer {answer!r} has no tokens")
@@ -40,11 +37,8 @@ def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], t
 
 
 def check_single_tokens(answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-    """Checks that every answer is one token, which the published protocol needs.
-
-    Raises:
-        ValmError: an answer is not one token.
-    """
+    """Checks that every answer is one token, which the published protocol needs. Raises ValmError if an answer is not
+    one token."""
     for answer, ids in zip(answers, tokens, strict=True):
         if len(ids) != 1:
             raise ValmError(
@@ -54,11 +48,8 @@ def check_single_tokens(answers: Sequence[str], tokens: Sequence[Sequence[int]])
 
 
 def last_tokens(texts: Sequence[list[int]], room: int, context: int) -> list[list[int]]:
-    """The last tokens of each text that fit into a `context`, next to an answer that needs `room`.
-
-    Raises:
-        ValmError: no token fits.
-    """
+    """The last tokens of each text that fit into a `context`, next to an answer that needs `room`. Raises ValmError if
+    no token fits."""
     if room < 1:
         raise ValmError(f"the model reads {context} tokens, too few for the longest answer and a prompt")
     return [ids[-room:] for ids in texts]
@@ -120,11 +111,7 @@ def answer_log_probs(
 
 
 def check_model(model: Any) -> None:
-    """Checks that a model that takes images has a retriever.
-
-    Raises:
-        ValmError: it has none.
-    """
+    """Raises ValmError if a model that takes images has no retriever."""
     if isinstance(model, ImageModel) and model.fusion_options.num_images > 0 and model.retriever is None:
         raise ValmError(f"this model sees {model.fusion_options.num_images} images a token: set a retriever first")
 

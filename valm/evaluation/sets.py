@@ -54,11 +54,8 @@ class EvaluationSet:
     note: str = ""
 
     def load(self, path: Path) -> list[Any]:
-        """The items in a file: a list of `Item`, of pairs (bigger, smaller), or of texts.
-
-        Raises:
-            ValmError: a row does not parse.
-        """
+        """The items in a file: a list of `Item`, of pairs (bigger, smaller), or of texts. Raises ValmError if a row
+        does not parse."""
         return READERS[self.read](path, self)
 
 
@@ -95,11 +92,8 @@ def _size_pairs(path: Path, _: EvaluationSet) -> list[tuple[str, str]]:
 
 
 def load_memory_color(path: str | os.PathLike) -> list[Item]:
-    """MemoryColor (Norlund et al. 2021): 109 rows of Index,Descriptor,Item,Color.
-
-    Raises:
-        ValmError: the file has other columns.
-    """
+    """MemoryColor (Norlund et al. 2021): 109 rows of Index,Descriptor,Item,Color. Raises ValmError if the file has
+    other columns."""
     rows = read_csv(path, ["Index", "Descriptor", "Item", "Color"])
     return [Item(row["Item"], row["Color"], row["Descriptor"]) for row in rows]
 
@@ -201,11 +195,7 @@ GROUPS = tuple(dict.fromkeys(entry.group for entry in SETS.values()))
 
 def own_sets(files: Sequence[str | os.PathLike]) -> list[EvaluationSet]:
     """Sets of the user's own questions, named after their files: tables with the columns question, answer, and choices
-    with | between them.
-
-    Raises:
-        ValmError: two files would get the same name.
-    """
+    with | between them. Raises ValmError if two files would get the same name."""
     files = list({os.path.abspath(file): file for file in files}.values())
     found: dict[str, EvaluationSet] = {}
     for name, file in zip(short_names([Path(file).with_suffix("") for file in files]), files, strict=True):
@@ -238,11 +228,8 @@ def find_file(name: str, data: str | os.PathLike | None = None) -> Path | None:
 
 
 def read_set(found: EvaluationSet, data: str | os.PathLike | None = None, *, allow_download: bool = False) -> list[Any]:
-    """The items of a set: from `data`, or from the Hub if `allow_download`.
-
-    Raises:
-        ValmError: the set is in neither (the message says where to get it), or a row does not parse.
-    """
+    """The items of a set: from `data`, or from the Hub if `allow_download`. Raises ValmError if the set is in neither
+    (the message says where to get it), or a row does not parse."""
     file = Path(found.file) if found.group == OWN else find_file(found.name, data)
     if file is not None:
         items = found.load(file)

@@ -48,11 +48,8 @@ Asked = dict[tuple[str, str], Questions | Documents]
 
 def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The checkpoints of each model by its name, from arguments FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER (checkpoints
-    of several seeds). Without a NAME, the name is the end of the path, long enough to tell the models apart.
-
-    Raises:
-        ValmError: two models are equal or have the same name.
-    """
+    of several seeds). Without a NAME, the name is the end of the path, long enough to tell the models apart. Raises
+    ValmError if two models are equal or have the same name."""
     found: dict[str, tuple[str, ...]] = {}
     folders = [text for text in models if "=" not in text or Path(text).exists()]
     real = [os.path.realpath(folder) for folder in folders]
@@ -146,11 +143,8 @@ def evaluate(
 
 
 def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
-    """The questions of each set in each chosen protocol; the user's own questions have only the fair protocol.
-
-    Raises:
-        ValmError: there are no questions, or data are missing or do not parse.
-    """
+    """The questions of each set in each chosen protocol; the user's own questions have only the fair protocol. Raises
+    ValmError if there are no questions, or data are missing or do not parse."""
     asked = {
         (one.name, protocol): what_is_asked(
             one, protocol, settings.data, allow_download=settings.allow_download, limit=settings.limit
@@ -165,11 +159,8 @@ def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
 
 
 def controls_of(settings: Settings) -> dict[str, Control]:
-    """The rows of a model that sees images, by the part of their name that describes the images.
-
-    Raises:
-        ValmError: a word of `controls` is unknown, or a folder contains no images.
-    """
+    """The rows of a model that sees images, by the part of their name that describes the images. Raises ValmError if a
+    word of `controls` is unknown, or a folder contains no images."""
     found = {"": Control()}
     folders = [word for word in settings.controls if word not in (OFF, RANDOM)]
     names = dict(zip(folders, short_names(folders), strict=True))
@@ -208,10 +199,7 @@ def _scores_of_model(
 
 def controls_for(scorer: Scorer, controls: Mapping[str, Control]) -> dict[str, Control]:
     """The controls that apply to the model: if it retrieves no images of a knowledge base, only its own images or none.
-
-    Raises:
-        ValmError: the model cannot see the images of a control.
-    """
+    Raises ValmError if the model cannot see the images of a control."""
     if not scorer.sees_images:
         return {"": Control()}
     unreplaced = (Control(ON), Control(OFF))

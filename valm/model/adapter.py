@@ -129,10 +129,7 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_base(folder: str | os.PathLike) -> str:
     """The base model that the adapter in `folder` names: a folder, a Hugging Face name, or a GGUF file in either.
-
-    Raises:
-        ValmError: the adapter names no base.
-    """
+    Raises ValmError if the adapter names no base."""
     base, place = _description(Path(folder))["base"], read_places(folder).get("base")
     if place is not None:
         beside = places_folder(folder) / place
@@ -144,11 +141,8 @@ def adapter_base(folder: str | os.PathLike) -> str:
 
 def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:
     """The dtype in which to load the base of the adapter in `folder`, so that its trained layer is not rounded. None if
-    the adapter contains no weights of the base, so that any dtype will do.
-
-    Raises:
-        ValmError: the adapter's weights cannot be read.
-    """
+    the adapter contains no weights of the base, so that any dtype will do. Raises ValmError if the adapter's weights
+    cannot be read."""
     if not _description(Path(folder))["fusion"].unfreeze:
         return None
     return _main_dtype(_stored_tensors(Path(folder)))
@@ -214,11 +208,8 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
 
 
 def _check_shapes(model: PreTrainedModel, options: FusionOptions, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Checks the names and shapes of an adapter's tensors before they change the model.
-
-    Raises:
-        ValmError: the tensors differ from the adapter's description.
-    """
+    """Checks the names and shapes of an adapter's tensors before they change the model. Raises ValmError if the tensors
+    differ from the adapter's description."""
     try:
         with torch.device("meta"):
             fusion = ImageFusion(options).state_dict() if options.num_images > 0 else {}
@@ -249,11 +240,8 @@ def _stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) -> FusionOptions:
-    """The options with the sketch of the base `model`.
-
-    Raises:
-        ValmError: the adapter in `folder` belongs to another base.
-    """
+    """The options with the sketch of the base `model`. Raises ValmError if the adapter in `folder` belongs to another
+    base."""
     expected = options.sketch or {}
     found = sketch(model)
     name = other_tensor(found, expected)

@@ -423,11 +423,8 @@ def why_joint_eager(
 
 
 def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
-    """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key.
-
-    Raises:
-        ValmError: the mask is not a tensor of four dimensions.
-    """
+    """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key. Raises ValmError
+    if the mask is not a tensor of four dimensions."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:

@@ -121,11 +121,7 @@ def augment(
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Checks that the weights are on a device.
-
-    Raises:
-        ValmError: accelerate has offloaded some.
-    """
+    """Raises ValmError if accelerate has offloaded weights."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValmError(
             f"weights of this {type(model).__name__} are offloaded: augment the model, or load its adapter, before "
@@ -134,11 +130,8 @@ def check_loaded(model: PreTrainedModel) -> None:
 
 
 def check_trained_weights(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Checks that the base weights that `unfreeze` trains can be trained; an adapter stores them too.
-
-    Raises:
-        ValmError: a weight is quantised.
-    """
+    """Checks that the base weights that `unfreeze` trains can be trained; an adapter stores them too. Raises ValmError
+    if a weight is quantised."""
     if not options.unfreeze:
         return
     for name, _, weight in named_weights(model if options.unfreeze == "all" else decoder_layers(model)[options.layer]):
@@ -210,11 +203,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
 
 
 def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe) -> None:
-    """`attach`, then `check_mathematics` of the layer.
-
-    Raises:
-        ValmError: the layer computes something else.
-    """
+    """`attach`, then `check_mathematics` of the layer. Raises ValmError if the layer computes something else."""
     attention: Any = decoder_layers(model)[options.layer].get_submodule(attention_path(model, options.layer))
     own_config = attention.config
     attention.config = with_attention(own_config, IMPLEMENTATION)
@@ -262,11 +251,7 @@ class AugmentedCausalLM(ImageModel):
                 setattr(cls, name, _with_arguments(getattr(AugmentedCausalLM, name), getattr(super(), name), images))
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        """As in the base class.
-
-        Raises:
-            ValmError: the config is the base's, without a fusion.
-        """
+        """As in the base class. Raises ValmError if the config is the base's, without a fusion."""
         if not isinstance(config, self.config_class):
             raise ValmError(
                 f"{config.name_or_path or 'the config'} is the config of a {config.model_type}, expected an augmented "
@@ -286,11 +271,8 @@ class AugmentedCausalLM(ImageModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained` for a model that was saved whole.
-
-        Raises:
-            ValmError: the weights contain no image_fusion, or the file that says where the images are is damaged.
-        """
+        """`PreTrainedModel.from_pretrained` for a model that was saved whole. Raises ValmError if the weights contain
+        no image_fusion, or the file that says where the images are is damaged."""
         with_info = kwargs.pop("output_loading_info", False)
         token = reads_images.set(True)
         try:
@@ -475,11 +457,7 @@ def augmented_class(base: Any, config_class: Any) -> Any:
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:
-    """The causal language model of transformers with this name.
-
-    Raises:
-        ValmError: there is none.
-    """
+    """The causal language model of transformers with this name. Raises ValmError if there is none."""
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or not issubclass(found, GenerationMixin):
         raise ValmError(f"transformers {transformers.__version__} has no causal language model {name!r}")

@@ -92,11 +92,8 @@ def with_length(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTok
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, what: str = "the tokenizer") -> None:
-    """Checks that the vocabularies of model and tokenizer fit; `what` names the tokenizer in the error message.
-
-    Raises:
-        ValmError: the vocabularies differ.
-    """
+    """Checks that the vocabularies of model and tokenizer fit; `what` names the tokenizer in the error message. Raises
+    ValmError if the vocabularies differ."""
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     # a pretrained decoder may contain unused rows
     if len(tokenizer) > vocab_size or (isinstance(model, VaLMForCausalLM) and len(tokenizer) != vocab_size):

@@ -146,11 +146,8 @@ class AugmentedConfig(_Config):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """`PreTrainedConfig.from_pretrained`. It also accepts the base's own config, because PEFT opens that with the
-        augmented model's config class, to look up the base's vocabulary.
-
-        Raises:
-            ValmError: the config belongs to another model.
-        """
+        augmented model's config class, to look up the base's vocabulary. Raises ValmError if the config belongs to
+        another model."""
         found = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         if not isinstance(config, cls) and type(config) is not cls.wrapped_class:
@@ -260,11 +257,8 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
 
 
 def _check_names(names: Any) -> None:
-    """Checks names of arguments, because transformers accepts any name and would ignore a misspelt one.
-
-    Raises:
-        ValmError: there is no such argument.
-    """
+    """Checks names of arguments, because transformers accepts any name and would ignore a misspelt one. Raises
+    ValmError if there is no such argument."""
     known = {*inspect.signature(ValmConfig).parameters, *(field.name for field in fields(GPT2Config))}
     known |= {*GPT2Config.attribute_map, "attn_implementation", "experts_implementation"}
     for name in names:
@@ -273,11 +267,8 @@ def _check_names(names: Any) -> None:
 
 
 def config_from_dict(content: dict[str, Any], **kwargs: Any) -> Any:
-    """The config that `AugmentedConfig` wrote as `content`; arguments as in `PreTrainedConfig.from_dict`.
-
-    Raises:
-        ValmError: `content` is no such config.
-    """
+    """The config that `AugmentedConfig` wrote as `content`; arguments as in `PreTrainedConfig.from_dict`. Raises
+    ValmError if `content` is no such config."""
     base, fusion = content.get("base_config"), content.get("fusion")
     if not isinstance(base, dict) or not isinstance(fusion, dict) or base.get("model_type") not in CONFIG_MAPPING:
         raise ValmError("the config contains no base_config and fusion, so it is no config of a model with images")

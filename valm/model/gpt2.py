@@ -24,11 +24,8 @@ class VaLMFinder(ImageFinder):
         part.warn_if_padding_and_no_attention_mask = _says_nothing
 
     def place_text(self, decoder: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As in `ImageFinder`, and adds positions.
-
-        Raises:
-            ValueError: a document is longer than the model's positions.
-        """
+        """As in `ImageFinder`, and adds positions. Raises ValueError if a document is longer than the model's
+        positions."""
         mask, cache, positions = arguments.get("attention_mask"), cache_of(arguments), arguments.get("position_ids")
         tokens: Any = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens

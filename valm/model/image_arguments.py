@@ -18,11 +18,8 @@ HIDDEN = -1e3
 
 
 def check_readable(config: Any) -> None:
-    """Checks that the fusion layer can read the masks of a model with this config.
-
-    Raises:
-        ValmError: the attention implementation makes other masks, or none (some take a window as an argument).
-    """
+    """Checks that the fusion layer can read the masks of a model with this config. Raises ValmError if the attention
+    implementation makes other masks, or none (some take a window as an argument)."""
     implementation = attention_of(config.get_text_config(decoder=True))
     if implementation not in READABLE:
         raise ValmError(
@@ -59,11 +56,8 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
 def check_images(
     options: FusionOptions, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None
 ) -> None:
-    """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T).
-
-    Raises:
-        ValueError: a shape or dtype is wrong, or one of them is missing or not used.
-    """
+    """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T). Raises
+    ValueError if a shape or dtype is wrong, or one of them is missing or not used."""
     if (pool is None) != (index is None):
         raise ValueError("image_pool and image_index must be given together")
     if scores is not None and not options.scored:

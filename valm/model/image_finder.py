@@ -55,11 +55,7 @@ class ImageFinder:
         self.options = FusionOptions(**config.fusion)
 
     def change(self, name: str, value: Any) -> None:
-        """Sets an option of the fusion, here and in the config.
-
-        Raises:
-            ValmError: the value is invalid.
-        """
+        """Sets an option of the fusion, here and in the config. Raises ValmError if the value is invalid."""
         self.options = replace(self.options, **{name: value})
         self.config.fusion = self.config.fusion | {name: value}
         self.config.name_or_path = NOT_SAVED  # the folder contains the old value
@@ -202,11 +198,8 @@ class ImageFinder:
         return images | {"image_scores": seen.scores} if self.options.scored else images
 
     def say_that_images_are_missing(self) -> None:
-        """Warns once that the model gets no images, unless it takes none.
-
-        Raises:
-            ValueError: the model is `strict`.
-        """
+        """Warns once that the model gets no images, unless it takes none. Raises ValueError if the model is
+        `strict`."""
         options = self.options
         if options.num_images == 0:
             return
@@ -224,11 +217,7 @@ class ImageFinder:
 
     def open_retriever(self, device: torch.device | None) -> ImageRetriever | None:
         """The retriever that was set, or else the one that the model's folder describes, opened on first use. None if
-        the folder describes none.
-
-        Raises:
-            ValmError: the knowledge base or CLIP is missing or does not fit.
-        """
+        the folder describes none. Raises ValmError if the knowledge base or CLIP is missing or does not fit."""
         source, folder = self.source, self.folder
         if self._is_set or source is None or folder is None or self.options.num_images == 0:
             return self._retriever
@@ -293,11 +282,7 @@ class ImageFinder:
             ) from error
 
     def _check_retriever(self, retriever: Any) -> None:
-        """Checks that a retriever fits this model.
-
-        Raises:
-            ValmError: it does not.
-        """
+        """Raises ValmError if a retriever does not fit this model."""
         options = self.options
         if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
             kind = "a BlindRetriever" if options.blind else "a Retriever"

@@ -64,11 +64,8 @@ class ImageModel(_Base):
     @property
     def retriever(self) -> ImageRetriever | None:
         """Finds the images when `forward` gets none: the retriever from `set_retriever`, or else the retriever that was
-        saved with the model, opened on first use.
-
-        Raises:
-            ValmError: the saved knowledge base or CLIP is missing or does not fit.
-        """
+        saved with the model, opened on first use. Raises ValmError if the saved knowledge base or CLIP is missing or
+        does not fit."""
         return self.finder.open_retriever(self.device)
 
     def set_retriever(self, retriever: ImageRetriever | None) -> None:
@@ -154,11 +151,8 @@ class ImageModel(_Base):
         return super().init_continuous_batching(*args, **kwargs)
 
     def read_places(self, folder: str | os.PathLike) -> None:
-        """Loads the paths of the images that were saved with the model in `folder`; a name on a hub has none.
-
-        Raises:
-            ValmError: the file of paths or the config's retrieval is damaged.
-        """
+        """Loads the paths of the images that were saved with the model in `folder`; a name on a hub has none. Raises
+        ValmError if the file of paths or the config's retrieval is damaged."""
         self.finder.folder = os.path.abspath(folder) if os.path.isdir(folder) else None
         self.finder.source = ImageSource.of_config(self.config.retrieval, self.finder.folder)
 

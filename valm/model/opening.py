@@ -44,11 +44,7 @@ class Opening:
         check_fields(self)
 
     def opened_device(self) -> torch.device:
-        """The device.
-
-        Raises:
-            ValmError: there is no such device.
-        """
+        """The device. Raises ValmError if there is no such device."""
         from valm.clip.device import open_device
 
         return open_device(self.device)

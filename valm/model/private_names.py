@@ -36,11 +36,7 @@ def _found(owner: Any, name: str) -> Any:
 
 
 def check_overridden() -> None:
-    """Checks that transformers has the methods that valm overrides.
-
-    Raises:
-        ValmError: a method is gone.
-    """
+    """Raises ValmError if transformers lacks a method that valm overrides."""
     for name in OVERRIDDEN:
         _found(transformers.PreTrainedModel, name)
 

@@ -49,11 +49,7 @@ class Probe(NamedTuple):
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the decoder, without the layers of a vision tower.
-
-    Raises:
-        ValmError: there are none.
-    """
+    """The layers of the decoder, without the layers of a vision tower. Raises ValmError if there are none."""
     if model.config.is_encoder_decoder:
         raise ValmError(f"{type(model).__name__} has an encoder: only decoders can be augmented")
     config = model.config.get_text_config(decoder=True)
@@ -70,12 +66,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def attention_path(model: PreTrainedModel, layer: int) -> str:
-    """The path of a layer's attention inside the layer.
-
-    Raises:
-        ValmError: there is no such layer, or it contains none or several attentions that use transformers' attention
-            interface. The message names the layers with one.
-    """
+    """The path of a layer's attention inside the layer. Raises ValmError if there is no such layer, or it contains none
+    or several attentions that use transformers' attention interface. The message names the layers with one."""
     layers = decoder_layers(model)
     if not -len(layers) <= layer < len(layers):
         raise ValmError(f"layer must be one of the {len(layers)} layers of {type(model).__name__}, got {layer}")
@@ -180,11 +172,8 @@ def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
 
 
 def _record(model: PreTrainedModel, **inputs: Any) -> dict[int, _Run]:
-    """Runs the model on a few tokens and records each layer with one attention.
-
-    Raises:
-        ValmError: the model's layers take no images.
-    """
+    """Runs the model on a few tokens and records each layer with one attention. Raises ValmError if the model's layers
+    take no images."""
     runs = {
         number: _Run(layer.get_submodule(paths[0]))
         for number, layer in enumerate(decoder_layers(model))
@@ -234,11 +223,8 @@ def _layers_with_keys(runs: dict[int, _Run], among: list[int] | None = None) -> 
 
 
 def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the attention computes keys from its input: calls it with `arguments` and one token less.
-
-    Raises:
-        ValmError: the attention does not run on other tokens.
-    """
+    """Whether the attention computes keys from its input: calls it with `arguments` and one token less. Raises
+    ValmError if the attention does not run on other tokens."""
     try:
         fewer = arguments["hidden_states"][:, :-1]
         return _attend(attention, alone(fewer, arguments)).key[2] == fewer.shape[1]
@@ -253,11 +239,8 @@ def not_on_images(attention: nn.Module, error: Exception) -> ValmError:
 
 
 def probe_tokens(model: Any) -> Tensor:
-    """Token ids (1, T) that the model can read, T = PROBE_TOKENS or all its positions if they are fewer.
-
-    Raises:
-        ValmError: the model reads only one token.
-    """
+    """Token ids (1, T) that the model can read, T = PROBE_TOKENS or all its positions if they are fewer. Raises
+    ValmError if the model reads only one token."""
     count = min(PROBE_TOKENS, positions(model) or PROBE_TOKENS)
     if count < 2:
         raise ValmError(f"{type(model).__name__} reads texts of {count} token: it must read at least 2")
@@ -343,11 +326,8 @@ class _Sizes(Exception):
 
 @torch.no_grad()
 def _attend(attention: Any, arguments: dict[str, Any]) -> _Sizes:
-    """The sizes in a call of the attention.
-
-    Raises:
-        ValmError: the attention did not call transformers' attention interface.
-    """
+    """The sizes in a call of the attention. Raises ValmError if the attention did not call transformers' attention
+    interface."""
     config = attention.config
     attention.config = with_attention(config, PROBE_IMPLEMENTATION)
     try:

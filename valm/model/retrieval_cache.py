@@ -75,11 +75,8 @@ def with_retrieval(cache: Any) -> RetrievalCache:
 
 
 def retrieval_state(cache: Any, retriever: ImageRetriever, batch: int, number: int) -> ContextCache:
-    """The retriever's state after the tokens in the cache. number: identifies the retriever among the model's.
-
-    Raises:
-        ValueError: the retriever has not read these tokens.
-    """
+    """The retriever's state after the tokens in the cache. number: identifies the retriever among the model's. Raises
+    ValueError if the retriever has not read these tokens."""
     cache = with_retrieval(cache)
     if cache.retriever_number not in (None, number):
         raise ValueError("the tokens in the cache saw another retriever's images: start with an empty cache")

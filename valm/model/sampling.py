@@ -15,11 +15,8 @@ KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def keep_ends_alone(model: Any) -> None:
     """Removes everything but KEPT from the model's generation_config, which `generate` uses for options that are not
-    given. Other entries may change which token is the likeliest, end a text or change what `generate` returns.
-
-    Raises:
-        ValmError: an entry of KEPT is no token id.
-    """
+    given. Other entries may change which token is the likeliest, end a text or change what `generate` returns. Raises
+    ValmError if an entry of KEPT is no token id."""
     kept = {name: getattr(model.generation_config, name, None) for name in KEPT}
     for name, value in kept.items():
         if not all(id is None or isinstance(id, int) for id in (value if isinstance(value, list) else [value])):

@@ -50,11 +50,8 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 @torch.no_grad()
 def sketch(model: Any) -> dict[str, str]:
     """How each parameter and persistent buffer is stored, and SAMPLES of its values as base64, by name. Weights of the
-    fusion are skipped.
-
-    Raises:
-        ValmError: a module was quantised by torch.ao, or a weight is divided among processes.
-    """
+    fusion are skipped. Raises ValmError if a module was quantised by torch.ao, or a weight is divided among
+    processes."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao."):
             raise ValmError(

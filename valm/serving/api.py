@@ -129,11 +129,7 @@ class Api:
             )
 
     async def _asked(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
-        """The request's body.
-
-        Raises:
-            ApiError: the body is no JSON, too large or too slow, or a field is invalid.
-        """
+        """The request's body. Raises ApiError if the body is no JSON, too large or too slow, or a field is invalid."""
         body = await json_body(request, MAX_BODY)
         try:
             asked = read(body, kind)
@@ -157,11 +153,8 @@ class Api:
             ) from None
 
     async def _prompt(self, asked: Sampling, given: str | list[int], default_tokens: int, echo: bool = False) -> Prompt:
-        """The prompt of a request, a text or token ids.
-
-        Raises:
-            ApiError: the prompt or the requested tokens exceed what the model or the server allows.
-        """
+        """The prompt of a request, a text or token ids. Raises ApiError if the prompt or the requested tokens exceed
+        what the model or the server allows."""
         if isinstance(given, str):
             try:
                 ids = await asyncio.to_thread(prompt_ids, self.engine.tokenizer, given)
@@ -314,11 +307,8 @@ class Api:
 
 
 async def json_body(request: Request, most: int) -> bytes:
-    """The body of a JSON request.
-
-    Raises:
-        ApiError: the body has another type, more than `most` bytes, or is too slow.
-    """
+    """The body of a JSON request. Raises ApiError if the body has another type, more than `most` bytes, or is too
+    slow."""
     # a browser sends another page's form without asking, but not with this type
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the request must have the header Content-Type: application/json")
@@ -369,11 +359,8 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | N
 
 
 async def unless_gone(request: Request, answering: Any) -> Any:
-    """Returns what `answering` returns; ends it if the client disconnects.
-
-    Raises:
-        ApiError: the client has disconnected, and will not read the error.
-    """
+    """Returns what `answering` returns; ends it if the client disconnects. Raises ApiError if the client has
+    disconnected, and will not read the error."""
     answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

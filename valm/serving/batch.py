@@ -130,11 +130,8 @@ class Batch:
 
 
 def needs_positions(model: Any) -> bool:
-    """Whether the model reads a token after a cache correctly only if its position is given; tested on a text.
-
-    Raises:
-        ValmError: the model reads the token correctly neither way.
-    """
+    """Whether the model reads a token after a cache correctly only if its position is given; tested on a text. Raises
+    ValmError if the model reads the token correctly neither way."""
     ids = _ids(model, 12)
     whole = Batch(model).begin([ids[0]]).logits
     for positions in (False, True):

@@ -147,11 +147,8 @@ class Page:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     async def explain(self, request: Request) -> Response:
-        """The body of an explanation and the weights of its heads, as JSON.
-
-        Raises:
-            ApiError: the request is invalid.
-        """
+        """The body of an explanation and the weights of its heads, as JSON. Raises ApiError if the request is
+        invalid."""
         async with self._uploads:
             body = await json_body(request, MAX_BODY)
             try:
@@ -174,11 +171,8 @@ class Page:
         return await aside(lambda: JSONResponse({"body": render_body(explanations), "heads": heads(explanations)}))
 
     def _read(self, body: bytes) -> tuple[Asked, list[NamedImage]]:
-        """A request and its images, of which only the headers are read.
-
-        Raises:
-            ValmError: the request is invalid or cannot be shown.
-        """
+        """A request and its images, of which only the headers are read. Raises ValmError if the request is invalid or
+        cannot be shown."""
         try:
             asked = Asked.model_validate_json(body)
         except ValidationError as error:
@@ -225,11 +219,8 @@ class Page:
 
 
 def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
-    """The uploaded images with their names; only the headers are read.
-
-    Raises:
-        ValmError: there are no images or too many pixels, or a file is no image.
-    """
+    """The uploaded images with their names; only the headers are read. Raises ValmError if there are no images or too
+    many pixels, or a file is no image."""
     if not uploads:
         raise ValmError("there are no uploaded images yet: add some in More controls")
     images, pixels = [], 0

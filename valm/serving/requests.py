@@ -161,11 +161,7 @@ class FieldError(ValmError):
 
 
 def read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    """The request in `body`.
-
-    Raises:
-        FieldError: the body is no JSON object, or a field is invalid or unknown.
-    """
+    """The request in `body`. Raises FieldError if the body is no JSON object, or a field is invalid or unknown."""
     try:
         asked = kind.model_validate_json(body)
     except ValidationError as error:

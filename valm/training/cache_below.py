@@ -124,11 +124,7 @@ def _with_states(states: np.ndarray, ends: np.ndarray, number: int, document: di
 
 
 def fusion_layer(model: Any) -> int:
-    """Index of the layer that sees images.
-
-    Raises:
-        ValmError: the model has none.
-    """
+    """Index of the layer that sees images. Raises ValmError if the model has none."""
     if isinstance(model, AugmentedCausalLM):
         return model.fusion_options.layer % len(decoder_layers(model))
     raise ValmError(f"{type(model).__name__} has no fusion layer: give a layer")
@@ -180,11 +176,8 @@ def _probe_tokens(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_frozen(model: Any, layer: int) -> None:
-    """Checks that training does not change the layer's input.
-
-    Raises:
-        ValmError: a lower weight trains, or dropout is active.
-    """
+    """Checks that training does not change the layer's input. Raises ValmError if a lower weight trains, or dropout is
+    active."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with in_mode(model, training=True), torch.enable_grad(), torch.random.fork_rng():
         states, again = (_input_of(model, layer, *_probe_tokens(model)) for _ in range(2))
@@ -257,11 +250,7 @@ def _write(
 
 @torch.no_grad()
 def _install(model: Any, layer: int) -> None:
-    """Installs `FusionInput` once and tests it on a few tokens.
-
-    Raises:
-        ValmError: the model's output changes.
-    """
+    """Installs `FusionInput` once and tests it on a few tokens. Raises ValmError if the model's output changes."""
     if (installed := getattr(model, "_fusion_input", None)) is not None:  # it may be for another layer
         installed.remove()
     if isinstance(model, ImageModel):

@@ -397,11 +397,7 @@ def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]]
 
 def captioned(source: Source) -> list[Record]:
     """The images of a source that have a caption; a warning counts skipped images. Images of a Hugging Face dataset are
-    held in memory, undecoded.
-
-    Raises:
-        ValmError: the source contains fewer than two images with captions.
-    """
+    held in memory, undecoded. Raises ValmError if the source contains fewer than two images with captions."""
     records, unreadable, images = [], [], 0
     for record in source.images():
         if record.source is None:

@@ -95,11 +95,8 @@ class ClipPlan:
         return self.model == SMALL
 
     def checked(self) -> ClipPlan:
-        """The plan with the defaults of its model. Checks the fields against each other, without opening files.
-
-        Raises:
-            ValmError: fields contradict each other.
-        """
+        """The plan with the defaults of its model. Checks the fields against each other, without opening files. Raises
+        ValmError if fields contradict each other."""
         check_fields(self)
         if self.model is None and self.image_tower is None:
             raise ValmError("give --model, --image-tower, or both")

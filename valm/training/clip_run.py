@@ -131,11 +131,8 @@ def _train(plan: ClipPlan, clip: Clip, records: list[Record], out: Path, done: i
 
 
 def check_output(out: Path) -> None:
-    """Checks that a training may write to the folder `out`, and removes what a killed writer left there.
-
-    Raises:
-        ValmError: the folder contains something other than a training.
-    """
+    """Checks that a training may write to the folder `out`, and removes what a killed writer left there. Raises
+    ValmError if the folder contains something other than a training."""
     remove_leftovers(out)
     found = [file.name for file in out.iterdir()]
     if {*found} - {CHECKPOINTS} and SETTINGS_FILE not in found:
@@ -153,11 +150,7 @@ def _settings(plan: ClipPlan, records: list[Record], clip: Clip, tower: Clip | N
 
 
 def _check_settings(out: Path, settings: dict[str, Any], images: Source) -> None:
-    """Compares the settings with those saved in `out`.
-
-    Raises:
-        ValmError: the settings differ.
-    """
+    """Raises ValmError if the settings differ from the settings saved in `out`."""
     file = out / SETTINGS_FILE
     noted = read_json(file, "the settings of a training", dict[str, Any], "choose another folder")
     check_same(f"{out} contains another training", noted, settings, "choose another folder, or repeat its options")
@@ -176,11 +169,8 @@ def _small_tokenizer(plan: ClipPlan, records: list[Record]) -> PreTrainedTokeniz
 
 
 def _split(records: list[Record], plan: ClipPlan) -> tuple[list[Record], list[Record]]:
-    """The held-out images and the remaining images.
-
-    Raises:
-        ValmError: fewer than two images remain, or only one image is held out, so that its rank means nothing.
-    """
+    """The held-out images and the remaining images. Raises ValmError if fewer than two images remain, or only one image
+    is held out, so that its rank means nothing."""
     share = plan.held_out
     if share is None:
         enough = plan.small and len(records) >= 10 * LEAST_HELD_OUT

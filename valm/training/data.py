@@ -129,11 +129,8 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Documents, Doc
 
 def with_min_score(documents: Any, min_score: float | None) -> Any:
     """`documents`, whose tokens see no image if all their scores are below `min_score`. Returned unchanged if min_score
-    is None or already applied. Controls are made from the result, so that they see as many images.
-
-    Raises:
-        ValmError: the documents have another min_score or no length, or a document lacks image_scores.
-    """
+    is None or already applied. Controls are made from the result, so that they see as many images. Raises ValmError if
+    the documents have another min_score or no length, or a document lacks image_scores."""
     found = next((score for view in views(documents) if (score := getattr(view, "min_score", None)) is not None), None)
     if found is not None and found != min_score:
         raise ValmError(f"the documents have the min_score {found}, but the model's is {min_score}")

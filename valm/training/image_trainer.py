@@ -227,11 +227,7 @@ class ImageTrainer(Trainer):
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Stops at a loss that is not finite.
-
-        Raises:
-            ValmError: the loss is not finite.
-        """
+        """Raises ValmError if the loss is not finite, before the step is taken."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise ValmError(
@@ -276,11 +272,7 @@ class ImageTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Whole checkpoints: an older checkpoint is marked incomplete while it is overwritten. A full disk raises one
-        sentence.
-
-        Raises:
-            ValmError: the checkpoint cannot be written.
-        """
+        sentence. Raises ValmError if the checkpoint cannot be written."""
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (checkpoint / STATE_FILE).unlink(missing_ok=True)
@@ -298,10 +290,7 @@ class ImageTrainer(Trainer):
 
     def _best_checkpoint(self, noted: str | None) -> str | None:
         """The best checkpoint's folder in output_dir. Only the name of `noted` counts, since the folder may have moved.
-
-        Raises:
-            ValmError: the folder is missing, and the checkpoint is to become the model.
-        """
+        Raises ValmError if the folder is missing, and the checkpoint is to become the model."""
         if noted is None:
             return None
         found = Path(str(self.args.output_dir)) / Path(noted).name

@@ -89,10 +89,7 @@ class LimitedSoftmax:
     @torch.no_grad()
     def _check(self, model: Any) -> None:
         """Checks that the logits are the chosen tokens' logits, and that the loss over all tokens is the model's loss.
-
-        Raises:
-            ValmError: a result differs.
-        """
+        Raises ValmError if a result differs."""
         count = probe_tokens(model).shape[1]
         ids = self.tokens.repeat(count)[:count][None].to(model.device)
         call = {"input_ids": ids, "labels": ids, **no_images(model, ids)}

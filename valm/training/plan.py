@@ -179,11 +179,8 @@ class TrainingPlan:
     )
 
     def check(self) -> None:
-        """Checks the fields against each other, without opening files.
-
-        Raises:
-            ValmError: fields contradict each other.
-        """
+        """Checks the fields against each other, without opening files. Raises ValmError if fields contradict each
+        other."""
         if (self.corpus is None) == (self.retrieval is None):
             raise ValmError("give either a corpus or --retrieval")
         check_fields(self)
@@ -224,11 +221,8 @@ class TrainingPlan:
             raise ValmError("--out sets output_dir: leave output_dir out")
 
     def check_paths(self) -> None:
-        """Checks that all files and folders of the fields exist; some are opened only hours later.
-
-        Raises:
-            ValmError: a file or folder is missing.
-        """
+        """Checks that all files and folders of the fields exist; some are opened only hours later. Raises ValmError if
+        a file or folder is missing."""
         validation = None if self.validation is None else validation_of(self.validation)
         named: list[tuple[str, Any]] = [("--validation", validation if isinstance(validation, Path) else None)]
         named += [(f"--{name.replace('_', '-')}", getattr(self, name)) for name in PATHS]
@@ -238,11 +232,7 @@ class TrainingPlan:
                 raise ValmError(f"{name}: there is no {path}")
 
     def size(self) -> tuple[int, int, int]:
-        """Layers, width and heads of a new model.
-
-        Raises:
-            ValmError: `model` is not a size.
-        """
+        """Layers, width and heads of a new model. Raises ValmError if `model` is not a size."""
         given = "base" if self.model is None else self.model
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", SIZES.get(given, given)):
             known = ", ".join(f"{name} ({size})" for name, size in SIZES.items())

@@ -143,11 +143,7 @@ class Data(NamedTuple):
 
 
 def _open(plan: TrainingPlan, seed: int) -> Data:
-    """Opens or retrieves the inputs of a training.
-
-    Raises:
-        ValmError: the inputs do not belong together.
-    """
+    """Opens or retrieves the inputs of a training. Raises ValmError if the inputs do not belong together."""
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     corpus, tokenizer = _open_corpus(plan)
     min_score = None if kb is None or plan.twin in ("text", "blind") else _min_score(plan, kb, corpus)
@@ -219,11 +215,7 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
 def _open_validation(
     plan: TrainingPlan, dataset: Any, tokenizer: PreTrainedTokenizerFast, path: Path
 ) -> Documents | CorpusRetrieval:
-    """The documents of `validation` in `path`.
-
-    Raises:
-        ValmError: the documents do not belong to `dataset`.
-    """
+    """The documents of `validation` in `path`. Raises ValmError if the documents do not belong to `dataset`."""
     texts = TextCorpus([path], column=plan.corpus.column if plan.corpus is not None else "text")
     if not isinstance(dataset, CorpusRetrieval):
         if path.is_dir():

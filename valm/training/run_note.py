@@ -60,11 +60,8 @@ def begun_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
 
 
 def only_training(out: Path) -> AbstractContextManager[None]:
-    """Within the block, keeps other processes from training in `out`, whose training is noted.
-
-    Raises:
-        TimeoutError: another process trains there.
-    """
+    """Within the block, keeps other processes from training in `out`, whose training is noted. Raises TimeoutError if
+    another process trains there."""
     return folder_lock(out / RUN_FILE, WAIT_SECONDS)
 
 

@@ -42,11 +42,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
-    """`TrainingArguments` with `DEFAULTS` for fields that are not given; use_cpu is set if torch finds no GPU.
-
-    Raises:
-        ValmError: a field does not exist, transformers rejects a value, or launched processes would not train together.
-    """
+    """`TrainingArguments` with `DEFAULTS` for fields that are not given; use_cpu is set if torch finds no GPU. Raises
+    ValmError if a field does not exist, transformers rejects a value, or launched processes would not train
+    together."""
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in fields:
         if name not in known:
