@@ -99,7 +99,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     of_others = [
         Layout(f"{title}, accuracy in percent", FAIR, tuple(Column(task["task"]) for task in of_group))
         for title, of_group in (
-            ("Sets that the paper has not", [task for task in others if task["group"] != OWN]),
+            ("Sets that are not in the paper", [task for task in others if task["group"] != OWN]),
             ("Your questions", [task for task in others if task["group"] == OWN]),
         )
     ]
@@ -150,14 +150,14 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {about[name]}" for name in ("valm", "torch", "transformers", "python"))
     found.append(f"Measured with {versions}.")
     found.append(
-        "In brackets stands the 95 % interval of a bootstrap over items, and over seeds of pooled checkpoints."
+        "Brackets contain the 95 % interval of a bootstrap over items, and over the seeds of pooled checkpoints."
     )
     if about.get("limit"):
-        found.append(f"Of each set {about['limit']} items at most, drawn by a fixed seed: for a quick look.")
+        found.append(f"A quick look at {about['limit']} items of each set at most, sampled with a fixed seed.")
     kinds = {row["model"]: row["kind"] for row in results["rows"]}
     found += [f"{name}: {kind}." for name, kind in kinds.items()]
     pooled = {row["model"]: row["checkpoints"] for row in results["rows"] if row["checkpoints"] > 1}
-    found += [f"{name}: {checkpoints} checkpoints together." for name, checkpoints in pooled.items()]
+    found += [f"{name}: {checkpoints} pooled checkpoints." for name, checkpoints in pooled.items()]
     if about.get("query_dtype"):
         found.append(f"Retrieval queries in {about['query_dtype']}.")
     if about.get("knowledge_base"):

@@ -152,7 +152,7 @@ def become_augmented(model: PreTrainedModel, options: FusionOptions) -> Augmente
 def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     _own_config(model)
     model.config.base_place, model.config.name_or_path = _absolute(model.config.name_or_path), NOT_SAVED
-    # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
+    # change the class of this object, which the user, its optimizer, its hooks and PEFT refer to
     model.config.fusion = asdict(options)
     config_class = type(model.config)
     model.config.__class__ = augmented_config_class(config_class)

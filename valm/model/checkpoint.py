@@ -192,7 +192,7 @@ def _load_whole(folder: Path, files: Path) -> Any:
     model.read_places(folder)  # not from `files`
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
-        raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
+        raise ValmError(f"the weights in {folder} do not fit its {CONFIG_FILE}: {'; '.join(wrong)}")
     return model
 
 

@@ -46,8 +46,7 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
     asked = arguments.get("output_attentions")
     if asked or (asked is None and config.output_attentions):
         raise ValueError(
-            "output_attentions has no place for the weights of images: call fusion_attention() for those of the fusion "
-            "layer"
+            "output_attentions has no place for the weights of images: call fusion_attention() for the fusion layer's"
         )
     if arguments.get("image_slots") is not None and arguments.get("image_index") is None:
         raise ValueError("image_slots must be given together with image_pool and image_index")

@@ -121,9 +121,9 @@ class ImageModel(_Base):
 
         Example:
             >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
-            >>> model.set_num_images(2)
+            >>> model.set_num_images(3)
             >>> model.retriever.k
-            2
+            3
         """
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"the number of images must be an int, got {value!r}")
