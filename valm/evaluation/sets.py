@@ -201,7 +201,7 @@ def own_sets(files: Sequence[str | os.PathLike]) -> list[EvaluationSet]:
     for name, file in zip(short_names([Path(file).with_suffix("") for file in files]), files, strict=True):
         own = f"ask-{name.replace('/', '-')}"
         if own in found:
-            raise ValmError(f"--ask: {found[own].file} and {file} would both be called {own}: rename one of them")
+            raise ValmError(f"--ask: {found[own].file} and {file} would both be {own}: rename one of the two")
         found[own] = EvaluationSet(
             name=own,
             title=f"Your questions: {name}",

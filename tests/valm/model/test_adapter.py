@@ -398,7 +398,7 @@ def test_an_augmented_class_opens_no_other_model(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "plain")
     augmented(tiny_gpt2).save_pretrained(tmp_path / "gpt2")
     for name in ("plain", "gpt2"):
-        with pytest.raises(ValmError, match=f"{name} contains the config of a .*, expected an augmented llama"):
+        with pytest.raises(ValmError, match=f"{name} (is|contains) the config of a .*, expected an augmented llama"):
             type(model).from_pretrained(tmp_path / name)
 
 

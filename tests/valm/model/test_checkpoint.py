@@ -170,8 +170,8 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "part, change, message",
     [
-        ("base_config", {"n_layer": 4}, "have no transformer.h.2.attn.image_fusion"),
-        ("base_config", {"n_layer": 2}, "have no transformer.h.0.attn.image_fusion"),
+        ("base_config", {"n_layer": 4}, "contain no transformer.h.2.attn.image_fusion"),
+        ("base_config", {"n_layer": 2}, "contain no transformer.h.0.attn.image_fusion"),
         ("fusion", {"image_dim": 25}, "mismatched_keys"),
         ("fusion", {"num_images": 0}, "unexpected_keys transformer.h.1.attn.image"),
         ("fusion", {"layer": 5}, "cannot be read: index 5 is out of range"),

@@ -134,7 +134,7 @@ def test_a_retriever_without_a_tokenizer_is_for_clips_vocabulary_only(retriever)
         if rows < 128:
             model.set_retriever(retriever)
     for other in (retriever, Retriever(ContextEncoder(kb.load_clip()), kb, retriever.k)):
-        with pytest.raises(ValmError, match=rf"this model has {vocab_size}: give its .* \(tokenizer=\)"):
+        with pytest.raises(ValmError, match=rf"this model has {vocab_size}: pass the model's .* \(tokenizer=\)"):
             model.set_retriever(other)
     model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))
 
