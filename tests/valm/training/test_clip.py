@@ -216,7 +216,7 @@ def test_wrong_models_are_named(clip, tmp_path):
 
 
 def test_sources_without_captioned_images_are_named(tmp_path):
-    with pytest.raises(ValmError, match="the source has 1 images with captions"):
+    with pytest.raises(ValmError, match="the source contains 1 images with captions"):
         captioned(DatasetSource([{"image": png(0), "caption": "one"}, {"image": png(1), "caption": " "}]))
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "metadata").mkdir()

@@ -26,7 +26,7 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | RETRIEVED, "give either a corpus or --retrieval"),
         (TEXT | {"patience": 1}, "--patience counts evaluations: give --validation too"),
         (TEXT | {"base": "base", "model": "tiny"}, "--model is the size of a new model, but --base has its own"),
-        (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is of a pretrained decoder: give --base too"),
+        (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is for a pretrained decoder: give --base too"),
         (TEXT | {"twin": "random"}, "--twin is for a model with images: give --kb too"),
         (TEXT | {"score_scale": 1.0}, "--score-scale is for a model with images: give --kb too"),
         (TEXT | {"image_dropout": 0.5}, "--image-dropout is for a model with images: give --kb too"),
