@@ -95,7 +95,7 @@ def test_models_have_the_switches_that_they_can_have(page, make_model, tokenizer
     with running(make_model(1, blind=True), tokenizer) as server:
         assert server.page.choices == ["its own query (blind)", "none"]
         (shown,) = ask(server.page, images=server.page.choices[0]).values()
-        assert "blind" in shown.note
+        assert "Blind" in shown.note
     with running(make_model(0), tokenizer) as server:
         assert server.page.choices == ["none"]
     lost = make_model()
