@@ -231,7 +231,7 @@ def _open_validation(
         if here != there:
             raise ValmError(
                 f"--validation {path} was not retrieved like the corpus: its {name.replace('_', ' ')} is {here}, "
-                f"expected {there}; retrieve it again"
+                f"not {there}; retrieve it again"
             )
     return found
 
