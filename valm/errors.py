@@ -1,4 +1,4 @@
-"""The errors that the command line shows as one sentence: ValmError, and those of the system."""
+"""The errors that the command line prints as one sentence: ValmError and errors of the operating system."""
 
 import errno
 
@@ -6,10 +6,10 @@ PANIC = "a tokenizer stopped; its tokenizer.json is damaged, or cannot split thi
 
 
 class ValmError(ValueError):
-    """An input cannot be used. The message names it, says what was found and what to do."""
+    """An input cannot be used. The message names the input, what was found in it and what to do."""
 
 
-# What to do about an error of the system that does not say so itself.
+# What to do about a system error, whose own text does not say.
 REMEDIES = {
     errno.ENOSPC: "make room there, and run the same command again",
     errno.EDQUOT: "make room there, and run the same command again",
@@ -20,10 +20,10 @@ REMEDIES = {
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says; of one of the system its file, the reason, and what to do."""
+    """The message of an error. A system error's message states the file, the reason and what to do."""
     if not isinstance(error, OSError):
         return str(error)
-    if error.strerror is None:  # of a library, with a text of its own
+    if error.strerror is None:  # a library raised it with its own text
         return " ".join(str(error).split()) or type(error).__name__
     file = "" if error.filename is None else f"{error.filename}: "
     remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
@@ -37,7 +37,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was not enough memory: Python, an allocator of PyTorch or oneDNN, or faiss says so."""
+    """Whether Python, an allocator of PyTorch or oneDNN, or faiss ran out of memory."""
     signs = ("t allocate memory", "out of memory", "bad_alloc", "could not create a ")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,6 +1,6 @@
-"""Options as fields of a dataclass: name, type, default, bounds and help of each stand in one place.
+"""Options as fields of a dataclass, which states the name, type, default, bounds and help of each option once.
 
-The command line is made of the fields, and the dataclass checks what either it or Python gives.
+The command line is made from the fields. The dataclass checks values from the command line and from Python.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from valm.errors import ValmError
 
-# How the text of an option becomes the value of a field with this annotation.
+# Converts the text of an option to the value of a field, by the field's annotation.
 PARSED: Mapping[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "str | os.PathLike": Path}
 REQUIRED = dataclasses.MISSING
-# NumPy's generators take no seed below 0, and its older one none above this.
+# NumPy's generators reject seeds below 0, and its older generator rejects seeds from here on.
 MAX_SEED = 1 << 32
 
 
@@ -31,21 +31,21 @@ def option(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A field of a dataclass that is an option too, --NAME, or --no-NAME where it is True by default.
+    """A dataclass field that is also an option: --NAME, or --no-NAME if its default is True.
 
     Args:
-        default: REQUIRED for none.
+        default: REQUIRED if the option must be given.
         least, below: bounds of a number.
         short: another name, such as -k.
-        parse: makes the value of a text; by default as PARSED says for the annotation. For a Sequence it makes some
-            items, and those of an option that is given several times add up.
+        parse: converts text to the value; by default, PARSED does for the annotation. For a Sequence it returns several
+            items, and a repeated option collects all of them.
     """
     said = {"help": help, "least": least, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata=said | {"short": short, "metavar": metavar, "parse": parse})
 
 
 def add_fields(parser: argparse.ArgumentParser, kind: Any) -> None:
-    """Declares the options that the fields of the dataclass `kind` are."""
+    """Adds an option to `parser` for each field of the dataclass `kind`."""
     for field in dataclasses.fields(kind):
         said = field.metadata
         if "help" not in said:
@@ -67,17 +67,14 @@ def add_fields(parser: argparse.ArgumentParser, kind: Any) -> None:
 
 
 def given_fields(kind: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the dataclass `kind` that `arguments` has a value for."""
+    """The fields of the dataclass `kind` that are set in `arguments`."""
     values = ((field.name, getattr(arguments, field.name, None)) for field in dataclasses.fields(kind))
     return {name: value for name, value in values if value is not None}
 
 
 def check_fields(values: Any) -> None:
-    """Checks the fields of a dataclass against the bounds and choices of its options.
-
-    Raises:
-        ValmError: one has another value.
-    """
+    """Checks the fields of a dataclass against the bounds and choices of its options. Raises ValmError if a value is
+    out of bounds or not among the choices."""
     for field in dataclasses.fields(values):
         value, said = getattr(values, field.name), field.metadata
         if value is None or "help" not in said:
@@ -86,7 +83,7 @@ def check_fields(values: Any) -> None:
         least, below, choices = said["least"], said["below"], said["choices"]
         if choices is not None and value not in choices:
             raise ValmError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        # negated, so that NaN is refused
+        # negated to reject NaN
         if (least is not None and not value >= least) or (below is not None and not value < below):
             bounds = [f"at least {least}"] * (least is not None) + [f"below {below}"] * (below is not None)
             raise ValmError(f"{name} is {value}, expected {' and '.join(bounds)}")

@@ -16,8 +16,8 @@ IN_FULL = 99_999
 
 
 class _Bar(tqdm):
-    """A `tqdm` without the thread that redraws slow bars: every step looks at the clock anyway (`miniters`), and
-    without memory for a new thread Python would wait forever."""
+    """A `tqdm` without the thread that redraws slow bars. Every step looks at the clock anyway (`miniters`), and Python
+    would wait forever if there were no memory for the thread."""
 
     monitor_interval = 0
 
@@ -30,8 +30,8 @@ class _Bar(tqdm):
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
-    """A `tqdm` with `options`, on stderr. If that is no terminal, it prints a plain line every LOG_INTERVAL seconds and
-    one at the end, without carriage returns. One thread updates a bar.
+    """A `tqdm` with `options`, on stderr. If stderr is not a terminal, it prints a plain line every LOG_INTERVAL
+    seconds and another at the end, without carriage returns. Only one thread may update a bar.
 
     Args:
         shown: False hides the bar; TQDM_DISABLE=1 in the environment and `valm --quiet` hide all.

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 
 def utf8(text: str) -> str:
-    """The text with everything replaced that UTF-8 cannot encode: undecodable bytes of file names, and lone surrogates
-    from JSON."""
+    """Replaces what UTF-8 cannot encode: undecodable bytes of file names, and lone surrogates from JSON."""
     try:
         text.encode()
     except UnicodeEncodeError:  # rare, and slower to look for than to meet
@@ -18,8 +17,8 @@ def utf8(text: str) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text, which end in a line feed, a carriage return or both. `str.splitlines` also splits at form
-    feeds and at the separators of Unicode, which may stand within a text."""
+    """Splits at line feeds, carriage returns or both. `str.splitlines` also splits at form feeds and at Unicode
+    separators, which may occur within a line."""
     return re.split("\r\n|\n|\r", text)
 
 
@@ -29,21 +28,21 @@ def one_line(text: str) -> str:
 
 
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown, of cells in Markdown: a `|` in them is written `\\|`."""
+    """A table in Markdown. The cells are Markdown too, so they must escape `|` as `\\|`."""
     columns = list(head)
     every = (columns, ["---"] * len(columns), *rows)
     return "\n".join(" ".join(["|", *(f"{cell} |".lstrip() for cell in cells)]) for cells in every)
 
 
 def printable(text: str) -> str:
-    """The text, safe for a terminal: on one line, with escapes for characters that control the terminal, reorder the
-    line (bidirectional controls) or cannot be written."""
+    """The text on one line, safe for a terminal: characters that control the terminal, reorder the line (bidirectional
+    controls) or cannot be written are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The suffix ", did you mean ...?" with the known name most similar to `name`, and with one that is about as
-    similar; empty if none is."""
+    """The suffix ", did you mean ...?" with the known name most similar to `name`, and a second name if it is about as
+    similar. Empty if no name is similar."""
     found = difflib.get_close_matches(name, list(known), n=2)
     if not found:
         return ""

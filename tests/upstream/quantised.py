@@ -14,7 +14,7 @@ from valm.model.augment import augment
 
 # Blocks of 64 numbers share a scale in 4 bits.
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
-COARSELY = "is quantised, here or where the adapter was made, so its weights were compared coarsely"
+COARSELY = "is quantised, now or when the adapter was made, so its weights were compared only coarsely"
 
 
 def save_bases(folder: Path) -> None:
@@ -84,10 +84,10 @@ def check_training(folder: Path, quantised, kind: str) -> None:
         return opened(folder / "base", **quantised(skip))
 
     for unfreeze in ("block", "all"):
-        refusal = rf"^unfreeze='{unfreeze}' trains .*proj\.weight, but that is quantised \({kind}\)"
+        refusal = rf"^unfreeze='{unfreeze}' trains .*proj\.weight, which is quantised \({kind}\)"
         with pytest.raises(ValmError, match=refusal):
             augment(base(), IMAGE_DIM, IMAGES, unfreeze=unfreeze)
     save_adapter(augment(base(["model.layers.1"]), IMAGE_DIM, IMAGES, unfreeze="block"), folder / "adapter")
     load_adapter(base(["model.layers.1"]), folder / "adapter")
-    with pytest.raises(ValmError, match=rf"trains self_attn\.q_proj\.weight, but that is quantised \({kind}\)"):
+    with pytest.raises(ValmError, match=rf"trains self_attn\.q_proj\.weight, which is quantised \({kind}\)"):
         load_adapter(base(), folder / "adapter")

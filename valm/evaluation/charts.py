@@ -1,4 +1,4 @@
-"""The charts of the evaluation's report: every model on each task, and the first one's difference to each other."""
+"""The charts of the evaluation's report: every model on each task, and the first model's difference from each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Quantity:
-    """How numbers are shown: times `factor`, as `digits` says; title: of the axis."""
+    """How numbers are shown: multiplied by `factor` and formatted by `digits`. title: of the axis."""
 
     factor: float
     digits: str
@@ -18,7 +18,7 @@ class Quantity:
     from_zero: bool = True
 
     def text(self, numbers: Mapping[str, float]) -> str:
-        """A value, with its interval if it has one."""
+        """A value, with its interval if there is one."""
         value, *interval = (format(number, self.digits) for number in self.scaled(numbers))
         return f"{value} [{', '.join(interval)}]" if interval else value
 
@@ -26,7 +26,7 @@ class Quantity:
         return [self.factor * numbers[name] for name in ("value", "low", "high") if name in numbers]
 
 
-# A chart shows the first of these that a task has.
+# A chart shows the first of these metrics that its task has.
 METRICS = {
     "accuracy": Quantity(100, ".1f", "accuracy in percent"),
     "word_perplexity": Quantity(1, ".4g", "perplexity per word", from_zero=False),
@@ -42,10 +42,10 @@ DIFFERENCES = {
 class Chart:
     """One task in one protocol.
 
-    rows: of each model its name, its number, and by how much `first` is above it, None without a comparison; both
-    with their intervals.
-    difference: what the comparisons are of; None without any.
-    majority: the accuracy of always giving the commonest answer, in percent; None where there is none.
+    rows: for each model its name, its number, and by how much `first` exceeds it (None without a comparison), with
+    intervals.
+    difference: the quantity of the comparisons; None without comparisons.
+    majority: the accuracy of always giving the commonest answer, in percent; None if the task has no such answer.
     """
 
     task: str
@@ -66,7 +66,7 @@ class Axis:
     end: float
 
     def place(self, value: float) -> float:
-        """Where a number is, in percent of the axis; at an end if it is not finite."""
+        """The position of a number, in percent of the axis; at an end if the number is not finite."""
         return min(100.0, max(0.0, 100 * (value - self.start) / (self.end - self.start)))
 
 
@@ -98,7 +98,7 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
 
 
 def axes(charts: Sequence[Chart]) -> dict[Quantity, Axis]:
-    """One axis for each quantity, with all its numbers in all charts, so that equal lengths are equal numbers."""
+    """One axis for each quantity, which spans its numbers in all charts, so that equal lengths mean equal numbers."""
     numbers: dict[Quantity, list[float]] = {}
     for chart in charts:
         for _, *shown in chart.rows:
@@ -111,8 +111,8 @@ def axes(charts: Sequence[Chart]) -> dict[Quantity, Axis]:
 
 
 def _axis(values: Sequence[float]) -> Axis:
-    """From the round number below the smallest to that above the largest, of those that are finite: the perplexity of a
-    model that has diverged is not."""
+    """From the round number below the smallest finite value to the round number above the largest. A diverged model's
+    perplexity is not finite."""
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     step = 10.0 ** math.floor(math.log10((high - low) or 1))

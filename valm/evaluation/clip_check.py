@@ -1,4 +1,4 @@
-"""Evaluates an encoder: CLIP's own evaluations (Radford et al. 2021) on a folder of one's own images.
+"""Evaluates a CLIP as its paper does (Radford et al. 2021), on a folder of the user's images.
 
 Images in class folders: zero-shot accuracy (section 3.1) and a linear probe (section 3.2). Images with captions:
 retrieval of captions by image and of images by caption (appendix E.1), recall@1, 5 and 10.
@@ -31,7 +31,7 @@ from valm.knowledge_base.sources import Source
 from valm.store.files import Sha256, read_json, write_json
 from valm.store.shards import ProgressBar
 
-# The mean of many texts of a class is a better classifier than any of them (section 3.1.4).
+# The mean of many texts of a class classifies better than any single text (section 3.1.4).
 TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -44,16 +44,16 @@ TEMPLATES = (
 )
 RECALL_AT = (1, 5, 10)
 
-# Inverse regularisation strengths that the probe tries; large, as features are unit vectors.
+# Inverse regularisation strengths that the probe tries; large, because features are unit vectors.
 PROBE_C = tuple(10.0**power for power in range(-2, 6))
 PROBE_ITERATIONS = 1000
 PROBE_FOLDS = 3
-MIN_PER_CLASS = 3  # one to test on, and two folds
+MIN_PER_CLASS = 3  # one image for the test, two for two folds
 
 # Scores of a retrieval held at once.
 BLOCK_SCORES = 1 << 24
 
-# In the folder of a CLIP.
+# A file in the folder of a CLIP.
 HELD_OUT_FILE = "held-out.json"
 
 
@@ -66,7 +66,7 @@ class HeldOut(TypedDict):
 
 @dataclass(frozen=True)
 class Probe:
-    """accuracy: on the images of the test part. c: the inverse regularisation that was best in cross-validation."""
+    """accuracy: on the test images. c: the best inverse regularisation in cross-validation."""
 
     accuracy: Estimate
     majority: float
@@ -81,8 +81,8 @@ class Classification:
 
     Attributes:
         chance: accuracy of a random guess.
-        majority: accuracy of always answering the largest class (in `Probe`: on the images of the test part).
-        balanced: mean over classes with images of the zero-shot accuracy in each.
+        majority: accuracy of always answering the largest class (in `Probe`: on the test images).
+        balanced: zero-shot accuracy, averaged over the classes that have images.
         linear_probe: None if a class has fewer than MIN_PER_CLASS images.
     """
 
@@ -97,7 +97,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the questions whose answer is among the first `at` results, and that share for a random order."""
+    """Share of the questions whose answer is among the first `at` results, and the share for a random order."""
 
     at: int
     recall: Estimate
@@ -106,7 +106,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """image_to_text: any of an image's own captions is found. text_to_image: a caption's one image is found."""
+    """image_to_text: an image finds any of its captions. text_to_image: a caption finds its image."""
 
     pictures: int
     captions: int
@@ -120,9 +120,9 @@ class ClipCheck:
 
     Attributes:
         skipped: uri and reason of damaged images and caption files.
-        images: how many there are.
-        held_out: how many of them were looked at because the CLIP's training held them out; 0: all were.
-        listed: how many its training held out, as the CLIP's folder lists them; 0 without a list.
+        images: number of images.
+        held_out: number of images that were used because the CLIP's training held them out; 0: all images were used.
+        listed: number of held-out images in the list in the CLIP's folder; 0 without a list.
     """
 
     clip: str
@@ -143,14 +143,15 @@ def check_clip(
     workers: int | None = None,
     progress: bool = True,
 ) -> ClipCheck:
-    """Evaluates `clip` on images: by class if they are all in class folders, at least two, by captions if there are
-    any, or both. On images that it was trained on it would look better than it is: where `source` has those that its
-    training held out (`note_held_out`), these alone are looked at.
+    """Evaluates `clip` on images: by class if all are in at least two class folders, by captions if there are any.
+
+    A CLIP looks too good on images that it was trained on. If `source` contains the images that its training held out
+    (`note_held_out`), only those are used.
 
     Args:
         source: such as `FolderSource(folder)`.
-        templates: texts with {} for the name of a class, which is that of its folder with blanks for `_` and `-`.
-        seed: of the split of the linear probe.
+        templates: texts with {} for the class name: the folder's name with blanks for `_` and `-`.
+        seed: random seed for the split of the linear probe.
 
     Raises:
         ValmError: there are neither classes nor captions, or too few readable images; or a template lacks {}.
@@ -164,8 +165,8 @@ def check_clip(
     labelled = None not in classes and len(set(classes)) > 1
     if not labelled and not captioned:
         raise ValmError(
-            f"there is nothing to check a CLIP by: the {len(records):,} images, such as {records[0].uri}, are in no "
-            "class folders (two at least, and none beside them) and have no captions"
+            f"there is nothing to check a CLIP by: the {len(records):,} images, such as {records[0].uri}, have no "
+            "captions, and not all of them are in class folders (two at least)"
         )
     if labelled and min(Counter(classes).values()) >= MIN_PER_CLASS:
         _need_sklearn()  # before the images are encoded
@@ -176,7 +177,7 @@ def check_clip(
     classification = retrieval = None
     if labelled:
         labels = [str(_class_of(row["uri"])) for row in shard.rows]
-        # held-out images are told from the classes of all, or the task would be easier
+        # held-out images are classified among the classes of all images, or the task would be easier
         classification = classify(features, labels, clip, templates, classes=map(str, classes), seed=seed)
     if captioned:
         captions = [row["caption"].splitlines() for row in shard.rows]
@@ -186,36 +187,32 @@ def check_clip(
 
 
 def _class_of(uri: str) -> str | None:
-    """The folder that an image is in, if any."""
+    """The class folder of an image; None if it is in none."""
     return uri.partition("/")[0] if "/" in uri else None
 
 
 def note_held_out(folder: str | os.PathLike, clip: Clip, records: Iterable[Record]) -> None:
-    """Leaves the list of `records`, which the training of `clip` held out, in its folder."""
+    """Writes the list of `records` that the training of `clip` held out into its folder."""
     noted: HeldOut = {"clip": clip.weights_hash, "images": [_mark(record) for record in records]}
     write_json(Path(folder) / HELD_OUT_FILE, noted)
 
 
 def held_out_of(clip: Clip, records: Sequence[Record]) -> tuple[list[Record], int]:
-    """Those of `records` that the training of `clip` held out, and how many are listed; none without a list of them, or
-    with not more than half of it: then these are other images.
-
-    Raises:
-        ValmError: the list is damaged.
-    """
+    """The `records` that the training of `clip` held out, and the number of listed images. Empty without a list, and if
+    `records` contain at most half of the list: then they are other images. Raises ValmError if the list is damaged."""
     file = Path(clip.source or "") / HELD_OUT_FILE
     if clip.source is None or not file.is_file():
         return [], 0
     noted: HeldOut = read_json(file, "the list of held-out images", HeldOut, "delete it")
     marks = set(noted["images"])
-    if noted["clip"] != clip.weights_hash:  # of a CLIP that was in the folder before
+    if noted["clip"] != clip.weights_hash:  # the list of an earlier CLIP in the folder
         return [], 0
     found = [record for record in records if _mark(record) in marks]
     return found if 2 * len(found) > len(marks) else [], len(marks)
 
 
 def _mark(record: Record) -> str:
-    """By what an image is found again, wherever its folder is: its path in it, and its size."""
+    """Identifies an image wherever its folder is: its path in the folder, and its size."""
     return f"{record.uri} {record.identity()}"
 
 
@@ -228,21 +225,25 @@ def classify(
     classes: Iterable[str] = (),
     seed: int = 0,
 ) -> Classification:
-    """Zero-shot accuracy and linear probe of image features (N, E), L2-normalised, with the class of each image.
+    """Zero-shot accuracy and linear probe of L2-normalised image features (N, E).
 
     Args:
-        classes: names of others to choose from, of which there may be no image.
+        labels: the class of each image.
+        classes: further classes to choose from, which may have no images.
 
     Raises:
         ValmError: there are no images, or fewer than two classes.
     """
     classes = sorted({*labels, *classes})
     if not labels or len(classes) < 2:
-        raise ValmError(f"there are {len(labels)} readable images of {len(classes)} classes; it takes one of two")
+        raise ValmError(
+            f"there are {len(labels)} readable images of {len(classes)} classes, expected at least one image and two "
+            "classes"
+        )
     gold = np.array([classes.index(label) for label in labels])  # (N,)
     names = [name.replace("_", " ").replace("-", " ") for name in classes]
     # (E, classes)
-    # as functions: str.format would read other braces of a template, too
+    # functions, because str.format would also interpret other braces of a template
     prompts = [partial(template.replace, "{}") for template in templates]
     weights = build_zero_shot_classifier(clip.model, clip.token_ids, names, prompts, device=clip.device)
     right = (features @ weights.float().cpu()).argmax(-1).numpy() == gold
@@ -261,8 +262,8 @@ def classify(
 def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     """Logistic regression on features (N, E) with labels (N,) int, at least MIN_PER_CLASS of each.
 
-    The test part contains a fifth of the images, at least as many as there are classes, in the shares of the classes.
-    Cross-validation on the other images chooses the regularisation; then all of these are fitted.
+    A fifth of the images, at least as many as there are classes, is the test part, stratified by class.
+    Cross-validation on the other images chooses the regularisation for the final fit on all of them.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -277,9 +278,9 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     folds = min(PROBE_FOLDS, np.unique(labels[train], return_counts=True)[1].min())
     regression = LogisticRegression(max_iter=PROBE_ITERATIONS)
     with warnings.catch_warnings():
-        # little regularisation converges slowly; the result is measured anyway
+        # weak regularisation converges slowly; the result is measured anyway
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # the first of equally good ones: the strongest regularisation
+        # among equally good values the first, which is the strongest regularisation
         search = GridSearchCV(regression, {"C": PROBE_C}, cv=folds).fit(features[train], labels[train])
     right = search.predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
@@ -294,15 +295,11 @@ def _need_sklearn() -> None:
 
 
 def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) -> Retrieval:
-    """Recall between image features (N, E), L2-normalised, and the captions of each image; images without captions are
-    skipped.
-
-    Raises:
-        ValmError: fewer than two images have captions.
-    """
+    """Recall between L2-normalised image features (N, E) and the captions of each image. Images without captions are
+    skipped. Raises ValmError if fewer than two images have captions."""
     has = [number for number, lines in enumerate(captions) if lines]
     if len(has) < 2:
-        raise ValmError(f"there are {len(has)} readable images with captions; it takes two")
+        raise ValmError(f"there are {len(has)} readable images with captions, expected at least two")
     image_of = np.repeat(np.arange(len(has)), [len(captions[number]) for number in has])  # (M,)
     texts = clip.encode_texts([line for number in has for line in captions[number]]).cpu()  # (M, E)
     to_text, to_image = ranks(features[has], texts, image_of)
@@ -326,11 +323,16 @@ def retrieve(features: Tensor, captions: Sequence[Sequence[str]], clip: Clip) ->
 
 
 def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks from 0: how many other captions are at least as near to an image (N, E) as the nearest of its own, (N,),
-    and how many other images are at least as near to a caption (M, E) as its own, (M,). Ties count against it.
+    """Ranks from 0; ties count against the right answer.
 
     Args:
+        images: (N, E).
+        texts: (M, E), the captions.
         image_of: (M,), ascending, the image of each caption.
+
+    Returns:
+        For each image (N,), how many captions of other images are at least as near as the nearest of its own; for each
+        caption (M,), how many other images are at least as near as its own.
     """
     image = torch.from_numpy(image_of)
     to_text = torch.empty(len(images), dtype=torch.int64)
@@ -348,6 +350,6 @@ def ranks(images: Tensor, texts: Tensor, image_of: np.ndarray) -> tuple[np.ndarr
 
 
 def _chance(own: np.ndarray, captions: int, k: int) -> float:
-    """Chance that one of an image's own captions is among `k` random ones, mean over images."""
+    """Probability that `k` random captions include one of an image's own, averaged over images."""
     k = min(k, captions)
     return float(np.mean([1 - math.comb(captions - int(n), k) / math.comb(captions, k) for n in own]))

@@ -1,4 +1,4 @@
-"""Controls of an evaluation: other images, or none, instead of those that a model's retriever finds."""
+"""Controls of an evaluation: a model sees other images, or none, instead of the retrieved images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RETRIEVAL = ON, OFF, RANDOM = ("on", "off", "random")
 
 
 class OtherImages:
-    """A retriever that returns other images than `retriever` finds, with the scores of those that they replace."""
+    """A retriever that replaces the images that `retriever` finds, and keeps the scores of the replaced images."""
 
     def __init__(self, retriever: Retriever):
         self.retriever = retriever
@@ -44,14 +44,14 @@ class OtherImages:
         raise NotImplementedError
 
     def own_scores(self, input_ids: Tensor, shown: Retrieved) -> Tensor:
-        """(B, T, K) float32: inner products of each token's query and the images that it is shown; -inf = none."""
+        """(B, T, K) float32: inner products of each token's query and the images that it sees; -inf = no image."""
         queries, index = self.retriever.encoder(input_ids), shown.image_index
         products = torch.einsum("bte,btke->btk", queries.to(shown.image_pool), shown.image_pool[index.clamp(min=0)])
         return products.masked_fill(index < 0, -torch.inf)
 
 
 class Replaced(OtherImages):
-    """vectors: (N, E), for each image of the knowledge base the vector that replaces its own."""
+    """Replaces each image's vector. vectors: (N, E), one for each image of the knowledge base."""
 
     def __init__(self, retriever: Retriever, vectors: Tensor):
         super().__init__(retriever)
@@ -62,8 +62,8 @@ class Replaced(OtherImages):
 
 
 class RandomImages(OtherImages):
-    """Every image is replaced by a random one of the knowledge base, always the same one for a seed; `image_ids` are
-    those of the random ones."""
+    """Replaces every image with a random image of the knowledge base, which depends only on the seed. `image_ids` are
+    the random images' ids."""
 
     def __init__(self, retriever: Retriever, seed: int):
         super().__init__(retriever)
@@ -76,8 +76,8 @@ class RandomImages(OtherImages):
 
 
 class GivenImages(OtherImages):
-    """Every token that has images sees the same K: the first of `images`, which have names, repeated if there are
-    fewer. `image_ids` are numbers of `images`."""
+    """Shows every token that has images the first K of the named `images`, repeated if there are fewer. `image_ids` are
+    numbers of `images`."""
 
     def __init__(self, retriever: Retriever, images: Sequence[NamedImage]):
         super().__init__(retriever)
@@ -92,17 +92,13 @@ class GivenImages(OtherImages):
             self.vectors.to(device),
             slots.expand(index.shape).masked_fill(none, -1),
             torch.arange(len(self.vectors), device=device),
-            # a slot may have been empty
+            # a slot without an image gets the token's best score
             found.scores.where(index >= 0, found.scores.amax(-1, keepdim=True)).masked_fill(none, -torch.inf),
         )
 
 
 def named_images(sources: Iterable[tuple[str, Path | BinaryIO]]) -> list[NamedImage]:
-    """The images in files, with the names that they are given.
-
-    Raises:
-        ValmError: one cannot be read.
-    """
+    """The images in files, with the given names. Raises ValmError if an image cannot be read."""
     images = []
     for name, source in sources:
         try:
@@ -113,12 +109,8 @@ def named_images(sources: Iterable[tuple[str, Path | BinaryIO]]) -> list[NamedIm
 
 
 def images_fingerprint(folder: str | os.PathLike) -> str:
-    """SHA-256 over the names and contents of the images under `folder`. One that cannot be read counts by its name:
-    `switch_images` refuses it where a model sees it.
-
-    Raises:
-        ValmError: there are none.
-    """
+    """SHA-256 over the names and contents of the images under `folder`. An unreadable image counts by its name;
+    `switch_images` raises if a model would see it. Raises ValmError if there are no images."""
     found = hashlib.sha256()
     for file in images_in(folder):
         found.update(os.fsencode(file.relative_to(folder)))
@@ -128,23 +120,20 @@ def images_fingerprint(folder: str | os.PathLike) -> str:
 
 
 def images_in(folder: str | os.PathLike) -> list[Path]:
-    """The images under `folder`, in the order of their names.
-
-    Raises:
-        ValmError: there are none.
-    """
+    """The images under `folder`, sorted by name. Raises ValmError if there are no images."""
     return [Path(folder) / name for name in find_images(Path(folder)).images]
 
 
 def images_for(
     model: ImageModel, retrieval: str = ON, *, replace: str | os.PathLike | None = None, seed: int = 0
 ) -> ImageRetriever | None:
-    """What finds the images that `model` sees in a control; None for a model that sees none.
+    """The retriever of a control; None for a model that sees no images.
 
     Args:
-        retrieval: "on" those that its retriever finds, "off" none, "random" random ones of its knowledge base.
-        replace: a folder of images that every token which has retrieved ones sees instead of them.
-        seed: of the random images.
+        retrieval: "on": the images of the model's own retriever. "off": no images. "random": random images of the
+            knowledge base.
+        replace: a folder of images that every token with retrieved images sees instead.
+        seed: random seed for the random images.
 
     Raises:
         ValmError: a value is invalid, or the model cannot see such images.
@@ -152,7 +141,7 @@ def images_for(
     if retrieval not in RETRIEVAL:
         raise ValmError(f"retrieval must be one of {', '.join(RETRIEVAL)}, got {retrieval!r}")
     if replace is not None and retrieval != ON:
-        raise ValmError(f"retrieval={retrieval} and images to replace it by exclude each other: give one of the two")
+        raise ValmError(f"retrieval={retrieval} and images to replace it exclude each other: give only one of them")
     options = model.fusion_options
     if options.num_images == 0:
         if retrieval == RANDOM or replace is not None:
@@ -163,13 +152,13 @@ def images_for(
     retriever: Any = model.retriever
     if retriever is None:
         raise ValmError(
-            f"this model sees {options.num_images} images a token, but nothing says where they are: give their "
-            "knowledge base as kb (--kb)"
+            f"this model sees {options.num_images} images a token, but has no retriever: give a knowledge base as kb "
+            "(--kb)"
         )
     if retrieval == ON and replace is None:
         return retriever
     if isinstance(retriever, BlindRetriever):
-        raise ValmError("a blind model has no knowledge base, so its images cannot be replaced: only switched off")
+        raise ValmError("a blind model has no knowledge base, so its images can only be switched off, not replaced")
     if replace is None:
         return RandomImages(retriever, seed)
     files = images_in(replace)[: retriever.k]
@@ -179,7 +168,7 @@ def images_for(
 def switch_images(
     model: ImageModel, retrieval: str = ON, *, replace: str | os.PathLike | None = None, seed: int = 0
 ) -> None:
-    """Sets which images `model` sees from now on; arguments and errors as in `images_for`."""
+    """Sets which images `model` sees from now on. Arguments and errors as in `images_for`."""
     retriever = images_for(model, retrieval, replace=replace, seed=seed)
     if retriever is not None:
         model.set_retriever(retriever)

@@ -1,7 +1,7 @@
 """VaLM in lm-evaluation-harness: `valm lm-eval run --model valm --model_args pretrained=FOLDER,kb=FOLDER --tasks ...`
 
-One class over the harness's own Hugging Face class, which does the batching, caching, chat templates and logging, and
-the sets of `valm eval` as its tasks, which `write_tasks` writes.
+`ValmLM` extends the harness's Hugging Face class, which does batching, caching, chat templates and logging.
+`write_tasks` writes the sets of `valm eval` as tasks of the harness.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import CacheHook
 
-# What the harness's tasks about choices and about texts share.
+# What the harness's tasks share, one file for choices and another for texts.
 SHARED = Path(__file__).parent / "tasks"
 # The commands of the harness that search for tasks.
 WITH_TASKS = ("run", "ls", "validate")
-# A key of the harness's cache that is no hash of a request.
+# A key in the harness's cache that is no hash of a request.
 FINGERPRINT = "fingerprint of valm"
-# Arguments with which the harness's class loads a model, so that they would change nothing of one that is loaded.
+# Arguments with which the harness's class loads a model; they have no effect on a loaded model.
 OF_LOADING = (
     *("tokenizer", "revision", "subfolder", "dtype", "use_fast_tokenizer", "peft", "delta", "autogptq", "gptqmodel"),
     *("gguf_file", "parallelize", "tp_plan", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"),
@@ -54,21 +54,20 @@ OF_LOADING = (
 
 @register_model("valm")
 class ValmLM(HFLM):
-    """A VaLM or an augmented decoder; a blind model and one without images (K = 0) too.
+    """A VaLM or an augmented decoder, also a query control (Blind) or a text-only baseline (K = 0).
 
     Args:
-        pretrained: the folder, as for `valm.load`; so are base, kb, clip and allow_download.
-        retrieval: "on", "off" (the text alone) or "random" (random images of the knowledge base).
-        replace: a folder of images that every token which has retrieved ones sees instead.
-        image_seed: of the random images.
-        min_score: another one than the model's own (`ImageModel.set_min_score`).
-        query_dtype: float32, bfloat16 or int8, as for `valm.load`.
-        device: as for `valm.load`; by default a GPU where torch has one.
-        arguments: those of the harness's Hugging Face class for a model that is loaded already: batch_size,
-            max_length, add_bos_token, ...
+        pretrained, base, kb, clip, allow_download: as in `valm.load`, which calls the first argument `folder`.
+        retrieval: "on", "off" (no images) or "random" (random images of the knowledge base).
+        replace: a folder of images that every token with retrieved images sees instead.
+        image_seed: random seed for the random images.
+        min_score: replaces the model's score threshold (`ImageModel.set_min_score`).
+        query_dtype: float32, bfloat16 or int8, as in `valm.load`.
+        device: as in `valm.load`; by default, a GPU if torch finds one.
+        arguments: of the harness's Hugging Face class for a loaded model: batch_size, max_length, add_bos_token, ...
 
     Raises:
-        ValmError: an argument is unknown or has no effect; the model cannot be loaded, or has no such images.
+        ValmError: an argument is unknown or has no effect; the model cannot be loaded or cannot see such images.
     """
 
     add_bos_token: bool | None
@@ -90,7 +89,7 @@ class ValmLM(HFLM):
         **arguments: Any,
     ):
         _check_names(arguments)
-        # the harness's command line has cuda:0 as the default everywhere
+        # cuda:0 is the default of the harness's command line on every machine
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             warnings.warn(f"torch has no GPU here: the model runs on the CPU, not on {device}", stacklevel=2)
             device = "cpu"
@@ -109,28 +108,25 @@ class ValmLM(HFLM):
         super().__init__(pretrained=model, tokenizer=beginning_with_bos(tokenizer), **arguments)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """The base's; called with the cache of `--use_cache`, whose answers are found by the requests alone.
-
-        Raises:
-            ValmError: its answers are of other weights, another knowledge base, or other images.
-        """
+        """As in the base class; called with the cache of `--use_cache`, whose keys depend only on the requests. Raises
+        ValmError if the answers in the cache belong to other weights, another knowledge base or other images."""
         super().set_cache_hook(cache_hook)
         cache = cache_hook.dbdict
         if cache is None:
             return
-        # beside the arguments of the model, which are in the cache's name
+        # besides the model's arguments, which are part of the cache's name
         replaced = None if self._replace is None else images_fingerprint(self._replace)
         own = digest([self._scorer.fingerprint, replaced])
         if cache.get(FINGERPRINT) != own:
             if len(cache) > 0:
                 raise ValmError(
-                    f"the cache {cache.filename} has answers of other weights, images or settings than this model's: "
-                    "delete it, or name another one (--use_cache)"
+                    f"the answers in the cache {cache.filename} belong to other weights, images or settings than this "
+                    "model's: delete it, or name another cache (--use_cache)"
                 )
             cache[FINGERPRINT] = own
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The base's; the text does not begin with bos, which the first window begins with in any case."""
+        """As in the base class, without a bos before the text: the first window begins with bos in any case."""
         add_bos_token, self.add_bos_token = self.add_bos_token, False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
@@ -139,20 +135,20 @@ class ValmLM(HFLM):
 
 
 def _check_names(arguments: dict[str, Any]) -> None:
-    """The harness's class ignores what it does not know."""
+    """Rejects unknown arguments, which the harness's class ignores."""
     own, base = (dict(inspect.signature(of).parameters) for of in (ValmLM.__init__, HFLM.__init__))
     known = {*own, *base} - {"self", "arguments", "kwargs", *OF_LOADING}
     for name in arguments:
         if name in OF_LOADING:
-            raise ValmError(f"the argument {name} of the model has no effect on what `valm.load` loads: leave it out")
+            raise ValmError(f"the model argument {name} has no effect on a model that `valm.load` loads: leave it out")
         if name not in known:
             raise ValmError(f"the model has no argument {name}{nearest(name, sorted(known))}")
 
 
 def write_tasks(folder: Path) -> list[str]:
-    """Writes a task file for each set and protocol into `folder`, and returns the names of the tasks: valm_SET, and
-    valm_SET_published, to be run with add_bos_token=False. The harness has LAMBADA itself, and computes no perplexity
-    per token."""
+    """Writes a task file for each set and protocol into `folder` and returns the tasks' names: valm_SET, and
+    valm_SET_published, to be run with add_bos_token=False. LAMBADA is missing, because the harness contains it; so are
+    perplexities per token, which it cannot compute."""
     names = []
     for one in SETS.values():
         for protocol in one.protocols if one.group != "lm" else (FAIR,):
@@ -165,16 +161,13 @@ def write_tasks(folder: Path) -> list[str]:
                 "dataset_kwargs": {"task": one.name, "protocol": protocol},
                 "metadata": {"version": 1.0},
             }
-            (folder / f"{names[-1]}.yaml").write_text(json.dumps(task))  # which is YAML too
+            (folder / f"{names[-1]}.yaml").write_text(json.dumps(task))  # JSON is valid YAML
     return names
 
 
 def run(arguments: list[str]) -> None:
-    """The harness's own command line, with model "valm" and the tasks of `write_tasks`.
-
-    Raises:
-        ValmError: a task does not exist, or the model's arguments are invalid.
-    """
+    """Runs the harness's command line, with the model "valm" and the tasks of `write_tasks`. Raises ValmError if a task
+    does not exist, or the model's arguments are invalid."""
     own_tasks = any(argument.partition("=")[0] == "--include_path" for argument in arguments)
     if arguments and arguments[0] in WITH_TASKS and not own_tasks:
         with TemporaryDirectory() as folder:
@@ -186,7 +179,7 @@ def run(arguments: list[str]) -> None:
     try:
         cli = HarnessCLI()
         parsed = cli.parse_args()
-        if getattr(parsed, "use_cache", None):  # the harness would find the scores of other arguments
+        if getattr(parsed, "use_cache", None):  # otherwise the harness would find scores for other arguments
             parsed.use_cache += f"-{digest([str(parsed.model_args)])[:16]}"
         cli.execute(parsed)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""How well a model predicts text: each of its tokens, and the last word of LAMBADA's passages (Paperno et al. 2016).
+"""How well a model predicts text: each token, and the last word of LAMBADA's passages (Paperno et al. 2016).
 
-Every text is read alone and batches hold texts of one length, so no number here depends on padding or batch size
-(with the published code the same checkpoint gave 43.4 unpadded and 48.6 padded). A text longer than the model's context
-is read in windows that overlap by half.
+A batch contains texts of one length, so no number depends on padding or batch size (with the published code, one
+checkpoint scored 43.4 unpadded and 48.6 padded). A text longer than the model's context is read in windows that overlap
+by half.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from valm.errors import ValmError
 from valm.evaluation.scoring import Progress, check_model, context_length, equal_lengths
 from valm_kernels.json_files import short
 
-# Quotation marks in front of a word are text before it; the apostrophe of "don't" belongs to the word.
+# Quotation marks before a word do not belong to it; the apostrophe of "don't" does.
 LAST_WORD = re.compile(r"\w+(?:['’](?:s|t|re|ve|m|ll|d))?\s*$", re.IGNORECASE)
 NO_LAST_WORD = "a passage must end in a word with text before it"
 
 
 def last_word(tokenizer: PreTrainedTokenizerFast, passage: str) -> tuple[list[int], int]:
-    """The tokens of a passage, and how many of them are its last word.
-
-    Raises:
-        ValmError: it does not end in a word with text before it.
-    """
+    """The tokens of a passage, and how many of them are its last word. Raises ValmError if the passage does not end in
+    a word with text before it."""
     ids = tokenizer(passage, add_special_tokens=False)["input_ids"]
     before = before_last_word(passage)
     context = len(tokenizer(before, add_special_tokens=False)["input_ids"])
@@ -47,15 +44,15 @@ def windows(length: int, context: int) -> list[tuple[int, int, int]]:
     """The windows in which a model of `context` tokens reads a text of `length` tokens.
 
     Returns:
-        (start, end, scored) of each window: it reads the tokens start to end and scores those from scored on, which all
-        but the first window see at least half a context before.
+        (start, end, scored) of each window: it reads the tokens from start to end and scores the tokens from `scored`
+        on. After the first window, a scored token sees at least half a context.
 
     Raises:
-        ValmError: the context is too short for a token and one before it.
+        ValmError: the context is below 2 tokens.
     """
     if context < 2:
         raise ValmError(
-            f"a model must read at least 2 tokens at once to score one by another, this one reads {context}"
+            f"a model must read at least 2 tokens at once to score one by another, but this model reads {context}"
         )
     found = [(0, min(length, context), 1)]
     while found[-1][1] < length:
@@ -69,12 +66,9 @@ def windows(length: int, context: int) -> list[tuple[int, int, int]]:
 def token_log_probs(
     model: Any, texts: Sequence[Sequence[int]], batch_size: int, progress: Progress = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """For each text (T,), of every token after the first: its log-probability (T - 1,) float64, and whether none is
-    likelier. A text longer than the model's context is read in windows.
-
-    Raises:
-        ValmError: a model that sees images was given no retriever.
-    """
+    """For each text (T,) and each token after the first: the log-probability (T - 1,) float64, and whether no token is
+    likelier. A text longer than the model's context is read in windows. Raises ValmError if the model sees images but
+    has no retriever."""
     check_model(model)
     context = context_length(model)
     log_probs = [torch.empty(len(text) - 1, dtype=torch.float64) for text in texts]

@@ -15,25 +15,26 @@ from valm.evaluation.statistics import accuracy, ratio
 
 
 def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | None) -> dict[str, Any]:
-    """The numbers of one task.
+    """The metrics of a task with candidates.
 
     Args:
         scores: (seeds, items, prompts, candidates), log-probabilities after the prompts.
-        alone: (seeds, candidates), log-probabilities without a prompt, None where there are none.
+        alone: (seeds, candidates), log-probabilities without a prompt; None if there are none.
 
     Returns:
-        accuracy: over all items and prompts. balanced: mean over the answers of the accuracy where each is right.
-        In the fair protocol also: calibrated: each score less that of the answer without a prompt. calibrated_mean:
-        each probability divided by its mean over the items. vote: of an item's prompts. For pairs instead of it:
-        both_orders: right in both, 0 for any constant answer. preferred: "yes" is likelier, against "no", in the right
-        order than in the other; chance is .5.
-        baselines: majority, its answer, and every constant answer.
+        accuracy: over all items and prompts. balanced: accuracy of each right answer, averaged over the answers.
+        baselines: the majority answer and every constant answer.
+
+        In the fair protocol also accuracies by other scores. calibrated: each score minus the answer's score without a
+        prompt. calibrated_mean: each probability divided by its mean over the items. vote: the answer of most prompts
+        of an item. For pairs, instead of vote: both_orders: right in both orders (0 for any constant answer);
+        preferred: "yes" is likelier than "no" more in the right order than in the other (chance is .5).
     """
     right = np.array(asked.right)  # (items, prompts)
     found: dict[str, Any] = {}
 
     def share(name: str, correct: np.ndarray) -> None:
-        """Of (seeds, items) or (seeds, items, prompts)."""
+        """Adds a metric from `correct`, (seeds, items) or (seeds, items, prompts)."""
         found[name] = asdict(accuracy(correct, asked.objects))
 
     given = scores.argmax(-1)
@@ -69,12 +70,11 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
 
 
 def document_metrics(asked: Documents, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The numbers of one task, of what `Scorer.documents` returns, stacked: (seeds, texts).
+    """The metrics of a task of texts, from the results of `Scorer.documents`, stacked: (seeds, texts).
 
-    perplexity: per token of the model's own tokenizer. word_perplexity, byte_perplexity: per word and byte of the text,
-    in any vocabulary; a tokenizer that drops case or blanks, as CLIP's does, leaves less to predict. Where there is a
-    last word, accuracy: how often it is the likeliest, and target_perplexity: per such word (published: per last
-    token).
+    perplexity: per token of the model's tokenizer. word_perplexity, byte_perplexity: per word and byte of the text, in
+    any vocabulary; a tokenizer that drops case or blanks, such as CLIP's, leaves less to predict. For last words,
+    accuracy: how often the last word is the likeliest; target_perplexity: per last word (published: per last token).
     """
 
     def perplexity(nats: np.ndarray, units: np.ndarray) -> dict[str, float]:
@@ -95,7 +95,7 @@ def document_metrics(asked: Documents, scores: Mapping[str, np.ndarray]) -> dict
 
 
 def vote_of_prompts(scores: np.ndarray) -> np.ndarray:
-    """(items, prompts, candidates) -> (items,): the answer of most prompts; ties go to the likeliest over all
+    """(items, prompts, candidates) -> (items,): the answer of most prompts. Ties go to the likeliest answer over all
     prompts."""
     votes = np.eye(scores.shape[-1])[scores.argmax(-1)].sum(1)  # (items, candidates)
     likely = np.exp(_among_candidates(scores)).mean(1)  # below 1, so it only breaks ties

@@ -11,7 +11,7 @@ from valm.evaluation.sets import SETS
 
 
 class Column(NamedTuple):
-    """A metric of a task; title: what is said of it behind the task's own, where it is not the accuracy alone."""
+    """A metric of a task. title: added to the task's title if the metric is not plain accuracy."""
 
     task: str
     metric: str = "accuracy"
@@ -20,7 +20,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A table of the report. rows: the published numbers, in percent or perplexities, one for each column."""
+    """A table of the report. rows: the published numbers, one for each column, in percent or as perplexities."""
 
     title: str
     protocol: str
@@ -80,7 +80,7 @@ LAYOUTS = (
             "VaLM, K = 4": (35.78, 42.51, 42.65),
             "VaLM, K = 8": (35.76, 42.38, 42.87),
         },
-        "Perplexity per token of each model's own tokenizer; not the same text as the paper's (see the conditions).",
+        "Perplexity per token of each model's own tokenizer; the text differs from the paper's (see the conditions).",
     ),
     Layout(TABLE_2, FAIR, _of(2)),
     Layout(TABLE_4, FAIR, _of(4)),
@@ -96,6 +96,6 @@ LAYOUTS = (
             Column("lambada", "accuracy", "accuracy"),
         ),
         note="Per word and per byte of the text, in any vocabulary. A tokenizer that drops case or blanks, as CLIP's "
-        "does, leaves less to predict: compare such a model with those of the same tokenizer only.",
+        "does, leaves less to predict: compare such a model only with models of the same tokenizer.",
     ),
 )

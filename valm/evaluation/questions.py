@@ -1,7 +1,7 @@
-"""The questions of each set, in two protocols, and the same for lm-evaluation-harness.
+"""The questions of each set in two protocols, for `valm eval` and for lm-evaluation-harness.
 
 "published" repeats the prompts and the scoring behind the published numbers, with their faults; "fair" corrects them
-(docs/reference/test-sets.md has both).
+(docs/reference/test-sets.md describes both).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COLOR_PROMPTS, COLORS = SETS["memory_color"].prompts, SETS["memory_color"].label
 YES_NO = SETS["relative_size"].labels
 # Between the two objects in the name of an item.
 BIGGER = " > "
-# Of each class, in the published protocol of MPQA: the paper's majority is 50.00.
+# Items of each class in the published protocol of MPQA, because the paper's majority is 50.00.
 MPQA_BALANCED = 1000
 
 
@@ -31,8 +31,8 @@ MPQA_BALANCED = 1000
 class Questions:
     """Texts to be continued by one of the candidates.
 
-    items: what is drawn in a bootstrap. texts: (items, prompts). candidates: of every item; empty where they differ,
-    and `choices` are those of each. right: (items, prompts), numbers of candidates.
+    items: the units of a bootstrap. texts: (items, prompts). candidates: of every item; empty if they differ between
+    items, and `choices` lists them by item. right: (items, prompts), numbers of candidates.
     """
 
     task: str
@@ -60,7 +60,7 @@ class Questions:
 
     @property
     def objects(self) -> np.ndarray | None:
-        """Numbers (items, 2) of the objects of a set about pairs, which are drawn in a bootstrap instead."""
+        """Numbers (items, 2) of the objects in a set about pairs; a bootstrap then resamples objects."""
         return objects_of(self.items, self.candidates) if self.task in SETS else None
 
 
@@ -75,11 +75,8 @@ class Documents:
 
 
 def build(of: EvaluationSet, items: list[Any], protocol: str) -> Questions | Documents:
-    """What is asked about the items of a set.
-
-    Raises:
-        ValmError: an item's answer is not among the labels.
-    """
+    """The questions or documents for the items of a set. Raises ValmError if an item's answer is not among the
+    labels."""
     return ASK[of.ask](of, items, protocol)
 
 
@@ -117,14 +114,14 @@ def _about_things(of: EvaluationSet, items: list[Item], protocol: str) -> Questi
 
 
 def fill(prompt: str, item: str, descriptor: str | None, fair: bool) -> str:
-    """The prompt about `item`. Without a descriptor in the data, the published prompts say [DESCRIPTOR]."""
+    """The prompt about `item`. If the data contain no descriptor, the published prompts contain [DESCRIPTOR]."""
     if descriptor is None:
         descriptor = "the" if fair else "[DESCRIPTOR]"
     return " ".join(prompt.replace("[DESCRIPTOR]", descriptor).replace("[ITEM]", item).split())
 
 
 def _about_sizes(of: EvaluationSet, pairs: list[tuple[str, str]], protocol: str) -> Questions:
-    """fair: each prompt is followed by the same with the two swapped, whose answer is no."""
+    """fair: each prompt is followed by the prompt with the objects swapped, whose answer is no."""
     fair = protocol == FAIR
     prompts = of.prompts if fair else (*of.prompts[:3], "".join(of.prompts[3:]))
     texts = [
@@ -140,8 +137,8 @@ def _about_sizes(of: EvaluationSet, pairs: list[tuple[str, str]], protocol: str)
 
 
 def objects_of(items: Sequence[str], candidates: Sequence[str]) -> np.ndarray | None:
-    """Numbers (items, 2) of the objects in items "bigger > smaller"; None where the question is another one, whose
-    items may be any text."""
+    """Numbers (items, 2) of the objects in items "bigger > smaller"; None for other questions, whose items may be any
+    text."""
     pairs = [item.split(BIGGER) for item in items]
     if tuple(candidates) != YES_NO or any(len(pair) != 2 for pair in pairs):
         return None
@@ -158,7 +155,7 @@ def _about_texts(of: EvaluationSet, items: list[Item], protocol: str) -> Questio
 
 
 def _about_balanced_texts(of: EvaluationSet, items: list[Item], protocol: str) -> Questions:
-    """published: at most MPQA_BALANCED items of each answer, drawn by a fixed seed, in the order of the file."""
+    """published: at most MPQA_BALANCED items of each answer, sampled with a fixed seed, in the order of the file."""
     if protocol == PUBLISHED:
         generator = random.Random(0)
         chosen: set[int] = set()
@@ -174,14 +171,14 @@ def _passages(of: EvaluationSet, texts: list[str], protocol: str) -> Documents:
 
 
 def _articles(of: EvaluationSet, texts: list[str], protocol: str) -> Documents:
-    """published: each paragraph alone."""
+    """published: each paragraph is a text."""
     if protocol == PUBLISHED:
         texts = [paragraph for text in texts for paragraph in text.split("\n") if paragraph.strip()]
     return Documents(of.name, protocol, tuple(texts), last_word=False)
 
 
 def _own(of: EvaluationSet, items: list[Item], protocol: str) -> Questions:
-    """The candidates are of every item where all have the same, whatever their order."""
+    """If all items have the same candidates in any order, the candidates are stored once."""
     same = len({frozenset(item.choices) for item in items}) == 1
     choices = tuple(items[0].choices if same else item.choices for item in items)
     return Questions(
@@ -208,10 +205,10 @@ ASK: Mapping[str, Callable[[EvaluationSet, list[Any], str], Questions | Document
 
 
 def chosen_sets(names: Sequence[str]) -> list[EvaluationSet]:
-    """The sets of these names, of sets and of groups.
+    """The sets with the names of sets or groups in `names`.
 
     Raises:
-        ValmError: there is none of a name; the message has the nearest one.
+        ValmError: a name is unknown; the message shows the nearest name.
     """
     found: dict[str, EvaluationSet] = {}
     for name in names:
@@ -236,20 +233,20 @@ def what_is_asked(
     allow_download: bool = False,
     limit: int | None = None,
 ) -> Questions | Documents:
-    """The questions or documents of a set, of at most `limit` items drawn by a fixed seed.
+    """The questions or documents of a set, of at most `limit` items sampled with a fixed seed.
 
     Raises:
-        ValmError: as `read_set`, or the set has no such protocol.
+        ValmError: as in `read_set`, or the set has no such protocol.
     """
     if protocol not in of.protocols:
         raise ValmError(f"{of.name} has no protocol {protocol!r}, only {', '.join(of.protocols)}")
     asked = build(of, read_set(of, data, allow_download=allow_download), protocol)
-    # after the set as a whole, whose items say which candidates there are, and which items a protocol draws
+    # limit only now, because candidates and a protocol's sample depend on all items of the set
     return asked if limit is None or limit >= len(asked.texts) else _some(asked, limit)
 
 
 def _some(asked: Questions | Documents, limit: int) -> Questions | Documents:
-    """`limit` of the items, drawn by a fixed seed, as they are asked among all."""
+    """`limit` of the items, sampled with a fixed seed, with the questions that are asked for the whole set."""
     chosen = sorted(random.Random(0).sample(range(len(asked.texts)), limit))
     names = ("texts",) if isinstance(asked, Documents) else ("items", "texts", "right", "choices")
     some: dict[str, Any] = {
@@ -259,8 +256,10 @@ def _some(asked: Questions | Documents, limit: int) -> Questions | Documents:
 
 
 def harness_docs(task: str, protocol: str, data: str | None = None, **_: Any) -> dict[str, Any]:
-    """The set's documents for lm-evaluation-harness: its `custom_dataset`, called with the task's dataset_kwargs and
-    the harness's --metadata, which may have `data`, the folder of the sets. Where that has no file, the Hub is asked.
+    """The set's documents, as a `custom_dataset` of lm-evaluation-harness.
+
+    The harness calls it with the task's dataset_kwargs and its --metadata, which may contain `data`, the folder of the
+    sets. If the folder does not contain the file, the set is downloaded from the Hub.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""What `valm eval` writes: results.json, a Markdown file and one HTML page, in the layout of the paper's tables."""
+"""The report of `valm eval`: results.json, a Markdown file and one HTML page, in the layout of the paper's tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARKDOWN, PAGE = "results.md", "report.html"
 MISSING = "–"
 OURS = "ours"
 
-# Metrics of the details, in their order, and how they are called.
+# Metrics of the details, in their order, with their titles.
 DETAILS = {
     "accuracy": "accuracy",
     "balanced": "balanced",
@@ -46,7 +46,7 @@ DETAILS = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts. groups: what kind each row is: "published", "baseline" or "ours"."""
+    """Rows of texts. groups: the kind of each row: "published", "baseline" or "ours"."""
 
     title: str
     columns: tuple[str, ...]
@@ -56,14 +56,14 @@ class Table:
 
 
 def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> tuple[Path, Path | None]:
-    """Writes RESULTS, MARKDOWN and PAGE into `out`. A report with other results that is there is copied to a new folder
-    earlier-N in `out` first.
+    """Writes RESULTS, MARKDOWN and PAGE into `out`. If `out` contains a report with other results, that report is first
+    copied to a new folder earlier-N in `out`.
 
     Returns:
         The page, and the folder of the earlier report or None.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the report cannot be written.
     """
     out = writable_folder(out)
     remove_leftovers(out)
@@ -77,13 +77,13 @@ def write_report(results: Mapping[str, Any], out: str | os.PathLike) -> tuple[Pa
 
 
 def _keep_earlier(out: Path, results: Any) -> Path | None:
-    """Copies the report in `out`, unless it is of the same results, and returns the copy's folder."""
+    """Copies the report in `out`, unless its results are equal, and returns the copy's folder."""
     if not (out / RESULTS).is_file():
         return None
     try:
         if json.loads((out / RESULTS).read_bytes()) == results:
             return None
-    except (ValueError, RecursionError):  # not one of ours, or damaged
+    except (ValueError, RecursionError):  # not a report, or damaged
         pass
     earlier = next(folder for number in count(1) if not (folder := out / f"earlier-{number}").exists())
     with atomic_folder(earlier) as temporary:
@@ -94,12 +94,12 @@ def _keep_earlier(out: Path, results: Any) -> Path | None:
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """All tables of the report; those that would have no row of ours are not among them."""
+    """All tables of the report that contain a row of an evaluated model."""
     others = [task for task in results["tasks"] if task["table"] is None]
     of_others = [
         Layout(f"{title}, accuracy in percent", FAIR, tuple(Column(task["task"]) for task in of_group))
         for title, of_group in (
-            ("Sets that the paper has not", [task for task in others if task["group"] != OWN]),
+            ("Sets that are not in the paper", [task for task in others if task["group"] != OWN]),
             ("Your questions", [task for task in others if task["group"] == OWN]),
         )
     ]
@@ -110,7 +110,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def _marked(table: Table, limit: int) -> Table:
-    """The table with its rows marked as of a part of the items."""
+    """The table, with a mark in each row that only a part of the items was used."""
     rows = tuple((f"{name} ({limit} items at most)", *cells) for name, *cells in table.rows)
     note = (
         f"A quick look at {limit} items of each set at most: do not compare it with other numbers, such as the paper's."
@@ -119,7 +119,7 @@ def _marked(table: Table, limit: int) -> Table:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables, and what they depend on, as Markdown."""
+    """The tables and conditions as Markdown."""
     parts = ["# Evaluation"]
     for table in tables(results):
         parts += [f"## {table.title}", *filter(None, [table.note])]
@@ -129,7 +129,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The same with charts as one HTML page, which needs nothing else. All names are escaped."""
+    """The tables, charts and conditions as a self-contained HTML page. All names are escaped."""
     environment = Environment(loader=PackageLoader("valm.evaluation", "templates"), autoescape=select_autoescape())
     template = environment.get_template("report.html")
     drawn = charts(results)
@@ -144,20 +144,20 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def conditions(results: Mapping[str, Any]) -> list[str]:
-    """What the numbers depend on, and what differs from the published ones' conditions."""
+    """What the numbers depend on, and what differs from the conditions of the published numbers."""
     found = []
     about = results["conditions"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("valm", "torch", "transformers", "python"))
     found.append(f"Measured with {versions}.")
     found.append(
-        "In brackets stands the 95 % interval of a bootstrap over items, and over seeds of pooled checkpoints."
+        "Brackets contain the 95 % interval of a bootstrap over items, and over the seeds of pooled checkpoints."
     )
     if about.get("limit"):
-        found.append(f"Of each set {about['limit']} items at most, drawn by a fixed seed: for a quick look.")
+        found.append(f"A quick look at {about['limit']} items of each set at most, sampled with a fixed seed.")
     kinds = {row["model"]: row["kind"] for row in results["rows"]}
     found += [f"{name}: {kind}." for name, kind in kinds.items()]
     pooled = {row["model"]: row["checkpoints"] for row in results["rows"] if row["checkpoints"] > 1}
-    found += [f"{name}: {checkpoints} checkpoints together." for name, checkpoints in pooled.items()]
+    found += [f"{name}: {checkpoints} pooled checkpoints." for name, checkpoints in pooled.items()]
     if about.get("query_dtype"):
         found.append(f"Retrieval queries in {about['query_dtype']}.")
     if about.get("knowledge_base"):
@@ -180,7 +180,7 @@ def _titles(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _table(results: Mapping[str, Any], layout: Layout) -> Table:
-    """A table of the tasks that were asked: the paper's rows, where all items were asked, ours, and the baseline."""
+    """A table of the evaluated tasks: the paper's rows (if all items were used), our rows and the baseline."""
     titles = _titles(results)
     asked = [row for row in results["rows"] if row["protocol"] == layout.protocol]
     items = {row["task"]: row["items"] for row in asked}
@@ -228,10 +228,10 @@ def _differences(results: Mapping[str, Any]) -> Table:
         ("models", "task", "protocol", "of", "difference [95 %]", "p"),
         rows,
         (OURS,) * len(rows),
-        "The first model minus each other one: accuracy in points, of which more is better, or nats per byte, of which "
-        "less is (of models whose tokenizers both keep case and blanks, or neither). Intervals by paired bootstrap "
-        "over items, and over the seeds of pooled checkpoints, of which few give too narrow ones; p, of single "
-        "checkpoints, by a permutation test over items. Neither is corrected for how many comparisons there are.",
+        "The first model minus each other model: accuracy in points (higher is better) or nats per byte (lower is "
+        "better; compared only if both tokenizers keep case and blanks, or neither does). Intervals are from a paired "
+        "bootstrap over items, and over the seeds of pooled checkpoints; few seeds give too narrow intervals. p, for "
+        "single checkpoints, is from a permutation test over items. Neither is corrected for multiple comparisons.",
     )
 
 
@@ -256,13 +256,13 @@ def _details(results: Mapping[str, Any]) -> Table:
         columns,
         tuple(rows),
         (OURS,) * len(rows),
-        "Calibrated: less the answer's score without a prompt; by mean: less its mean over the items. Balanced: mean "
-        "over the answers.",
+        "Calibrated: minus the answer's score without a prompt; by mean: minus its mean over the items. Balanced: "
+        "averaged over the answers.",
     )
 
 
 def _cell(metrics: Mapping[str, Any], name: str) -> str:
-    """A metric in percent, or a perplexity, with its interval if it has one."""
+    """A metric in percent, or a perplexity, with its interval if there is one."""
     if name not in metrics:
         return MISSING
     value, shown = metrics[name], Quantity(1, ".4g") if name.endswith("perplexity") else Quantity(100, ".1f")
@@ -270,5 +270,5 @@ def _cell(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """The text in Markdown, where it is no HTML and no end of a cell."""
+    """The text, escaped so that Markdown reads neither HTML nor the end of a table cell in it."""
     return one_line(text).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Models that can be evaluated: causal language models with and without images, masked ones, CLIP's text tower."""
+"""Models that can be evaluated: causal language models with or without images, masked models, CLIP's text tower."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class Scorer:
     """A model that can be evaluated.
 
     Attributes:
-        kind: its kind, for the tables.
-        sees_images: whether `switch` changes something.
-        retrieves: whether its images can be replaced by others; those of a blind model cannot.
-        query_dtype: the precision of CLIP's text tower where that writes its queries, else None.
+        kind: what the tables call it.
+        sees_images: whether `switch` has an effect.
+        retrieves: whether other images can replace its images; not for a blind model.
+        query_dtype: the precision of CLIP's text tower if it computes the queries, else None.
     """
 
     kind: str
@@ -78,20 +78,17 @@ class Scorer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that its scores depend on, except the questions."""
+        """SHA-256 over everything that the scores depend on, except the questions."""
         raise NotImplementedError
 
     def switch(self, retrieval: str, replace: str | os.PathLike | None) -> None:
-        """Sets which images it sees, as `switch_images`."""
+        """Sets which images the model sees, as `switch_images` does."""
 
     @torch.no_grad()
     def answers(self, asked: Questions, progress: Progress = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of the candidates, (items, prompts, candidates), -inf where an item has fewer, and without
-        a prompt, (candidates,) or None if the model has none or the candidates differ.
-
-        Raises:
-            NotApplicable: the model does not support such questions.
-        """
+        """Log-probabilities of the candidates after the prompts, (items, prompts, candidates), -inf if an item has
+        fewer candidates; and without a prompt, (candidates,), or None if the model has none or the candidates differ.
+        Raises NotApplicable if the model does not support such questions."""
         of_candidates = defaultdict(list)
         for item, candidates in enumerate(asked.candidates_of_items):
             of_candidates[candidates].append(item)
@@ -106,29 +103,22 @@ class Scorer:
     def _scores(
         self, prompts: Sequence[str], candidates: Sequence[str], fair: bool, progress: Progress
     ) -> torch.Tensor:
-        """(prompts, candidates)"""
+        """Scores (prompts, candidates)."""
         raise NotImplementedError
 
     def _alone(self, candidates: Sequence[str]) -> torch.Tensor | None:
-        """(candidates,): log-probability of each answer without a prompt."""
+        """Log-probability (candidates,) of each answer without a prompt."""
         return None
 
     def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
-        """The likelihood of each text, (texts,) float64 each: nats of all `tokens` together, `words` and `bytes`; where
-        a last word is asked for, word_nats of that, and `known`: whether each of its tokens was the likeliest.
-
-        Raises:
-            NotApplicable: the model does not support it.
-        """
-        raise NotApplicable(f"{self.kind} has no probability of a text")
+        """For each text, (texts,) float64 each: the `nats` of all `tokens`, and the numbers of tokens, `words` and
+        `bytes`. For last words also their `word_nats`, and `known`: whether each of their tokens was the likeliest.
+        Raises NotApplicable if the model does not support it."""
+        raise NotApplicable(f"{self.kind} computes no probability of a text")
 
 
 def _writable(tokenizer: Any, candidates: Sequence[str], tokens: Sequence[Sequence[int]], fair: bool) -> None:
-    """Checks that the model can be asked for these answers.
-
-    Raises:
-        NotApplicable: it cannot.
-    """
+    """Raises NotApplicable if the model cannot write these answers."""
     try:
         check_writable(tokenizer, candidates, tokens)
         if not fair:
@@ -183,14 +173,14 @@ class CausalScorer(Scorer):
         )
 
     def _alone(self, candidates: Sequence[str]) -> torch.Tensor:
-        """Each answer at the beginning of a text."""
+        """The log-probability of each answer at the beginning of a text."""
         tokenized = answer_tokens(self.tokenizer, candidates)
         texts = [[begin_id(self.tokenizer), *tokens] for tokens in tokenized]
         return torch.stack([row.sum() for row in token_log_probs(self.model, texts, BATCH_SIZE)[0]]).float()
 
     def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
-        """fair: each text after SOT. published: each after eos and with eos at its end, as fairseq reads them; and the
-        last token alone as the last word, with nothing before the text."""
+        """fair: each text follows SOT. published: each text follows eos and ends with eos, as fairseq reads it; for
+        last words, nothing precedes the text, and only the last token counts."""
         fair = asked.protocol == FAIR
         lengths: tuple[int, ...] = ()
         if asked.last_word:
@@ -216,8 +206,8 @@ class CausalScorer(Scorer):
 
 
 class MaskedScorer(Scorer):
-    """A masked language model: the answer stands as one mask for each of its tokens after the prompt, with a full stop
-    behind it, and its score is the sum of the log-probabilities of its tokens at the masks."""
+    """A masked language model. The prompt is followed by one mask for each token of the answer and a full stop. The
+    score is the sum of the tokens' log-probabilities at the masks."""
 
     kind = "masked language model"
 
@@ -268,18 +258,18 @@ class MaskedScorer(Scorer):
         return self._scores([""], candidates, True, None)[0]
 
     def documents(self, asked: Documents, progress: Progress = None) -> dict[str, np.ndarray]:
-        raise NotApplicable(f"a {self.kind} has no probability of a text")
+        raise NotApplicable(f"a {self.kind} computes no probability of a text")
 
 
 def _mask_positions(model: Any) -> int:
-    """The most tokens that a masked model reads; those of RoBERTa's kind count positions from behind padding's."""
+    """The maximum number of tokens that a masked model reads. RoBERTa-like models count positions after padding's."""
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     offsets = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return model.config.max_position_embeddings - max(offsets, default=0)
 
 
 class ClipScorer(Scorer):
-    """CLIP's text tower: an answer's score is the similarity of its text and the prompt's, on CLIP's own scale."""
+    """CLIP's text tower. An answer's score is the similarity of the answer to the prompt, on CLIP's own scale."""
 
     kind = "CLIP's text tower"
 
@@ -304,13 +294,13 @@ class ClipScorer(Scorer):
 
 
 def open_scorer(source: str, settings: Opening) -> Scorer:
-    """The model in the folder `source`, or of that Hugging Face name where the settings allow its download.
+    """The model in the folder `source`, or with that Hugging Face name if the settings allow a download.
 
-    It may be what `valm.load` loads (kb, clip, query_dtype and min_score are of such models), a causal or masked
-    language model of transformers, or a CLIP in open_clip's format.
+    The model may be what `valm.load` loads (kb, clip, query_dtype and min_score apply only to those), a causal or
+    masked language model of transformers, or a CLIP in open_clip's format.
 
     Raises:
-        ValmError: it is none of them, or cannot be loaded.
+        ValmError: the model is none of these, or cannot be loaded.
     """
     check_source(source, settings.allow_download)
     folder = Path(source)
@@ -322,17 +312,13 @@ def open_scorer(source: str, settings: Opening) -> Scorer:
 
 
 def check_source(source: str, allow_download: bool) -> None:
-    """Checks that there is something to open.
-
-    Raises:
-        ValmError: there is no such folder, or it holds no model.
-    """
+    """Raises ValmError if there is no such folder, or it contains no model."""
     folder = Path(source)
     if not Path(folder).is_dir():
         if not allow_download:
             raise ValmError(f"there is no model folder {source}; a model's name on a hub needs --allow-download")
     elif not is_adapter(folder) and not any((folder / name).is_file() for name in (CONFIG_FILE, CLIP_CONFIG_FILE)):
-        raise ValmError(f"the folder {source} holds no model: it has neither {CONFIG_FILE} nor {CLIP_CONFIG_FILE}")
+        raise ValmError(f"the folder {source} contains no model: there is neither {CONFIG_FILE} nor {CLIP_CONFIG_FILE}")
 
 
 def _open_transformers(source: str, allow_download: bool, device: torch.device) -> Scorer:
@@ -344,17 +330,17 @@ def _open_transformers(source: str, allow_download: bool, device: torch.device) 
         return from_pretrained(loader, source, what, local_files_only=not allow_download, **options)
 
     def whole(loader: Any) -> Any:
-        """In float32, as every model is evaluated."""
+        """The model in float32, in which every model is evaluated."""
         model, report = opened(loader, output_loading_info=True)
         if missing := sorted(map(str, report["missing_keys"])):
-            raise ValmError(f"{what} has no weights for {missing[0]}: it is no language model, or not all of one")
+            raise ValmError(f"{what} contains no weights for {missing[0]}: it is incomplete or no language model")
         return model.float().to(device)
 
     config = opened(AutoConfig)
     architecture = (config.architectures or [""])[0]
     tokenizer = opened(AutoTokenizer)
     if architecture.endswith(("ForMaskedLM", "ForPreTraining")) and architecture not in _CAUSAL:
-        # VisualBERT predicts its masks only in the class that it was pretrained with
+        # VisualBERT predicts its masks only in its pretraining class
         known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         loader: Any = AutoModelForMaskedLM if known else AutoModelForPreTraining
         return MaskedScorer(whole(loader), tokenizer)
@@ -368,16 +354,16 @@ _CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - {"BertLMHeadModel"}
 def _model_type(folder: Path) -> Any:
     try:
         return read_json(folder / CONFIG_FILE, "the config", ModelConfig).get("model_type")
-    except (ValmError, OSError):  # which transformers will explain
+    except (ValmError, OSError):  # transformers will explain it
         return None
 
 
 def _open_valm(source: str, settings: Opening) -> CausalScorer:
     if settings.kb is not None and _sees_no_images(Path(source)):
-        warnings.warn(f"{source} sees no images, so the knowledge base (--kb) is not for it", stacklevel=2)
+        warnings.warn(f"{source} sees no images, so it ignores the knowledge base (--kb)", stacklevel=2)
         settings = replace(settings, kb=None)
     model, tokenizer = settings.load(source)
-    model.float()  # as all others
+    model.float()  # as all other models
     options = model.fusion_options
     if options.blind:
         kind = "blind: its own query is each token's image"
@@ -393,7 +379,7 @@ def _open_valm(source: str, settings: Opening) -> CausalScorer:
 
 
 def _sees_no_images(folder: Path) -> bool:
-    """Whether a model of `valm` in a folder is a twin without images."""
+    """Whether a folder contains a text-only baseline of `valm`."""
     file = current_files(folder) / (ADAPTER_FILE if is_adapter(folder) else CONFIG_FILE)
     config = read_json(file, "the config", dict[str, Any], "save the model again")
     return config.get("fusion", {}).get("num_images") == 0
@@ -402,7 +388,7 @@ def _sees_no_images(folder: Path) -> bool:
 def model_fingerprint(model: Any, tokenizer: Any) -> str:
     """SHA-256 over the config, the tokenizer, and the names, types, shapes and bytes of the weights."""
     config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    roles = tokenizer.special_tokens_map  # which token begins a text is not in the backend
+    roles = tokenizer.special_tokens_map  # the backend does not know which token begins a text
     found = hashlib.sha256(json.dumps([config, tokenizer.backend_tokenizer.to_str(), roles], default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -411,5 +397,5 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON."""
+    """SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

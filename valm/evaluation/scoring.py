@@ -15,23 +15,20 @@ from valm.errors import ValmError
 from valm.model.checkpoint import positions
 from valm.model.image_model import ImageModel
 
-# Called with the number of further texts done.
+# Called with the number of texts done since the last call.
 Progress: TypeAlias = "Callable[[float], object] | None"
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:
-    """The ids of each answer as a further word of a text."""
+    """The token ids of each answer as the next word of a text."""
     before = ":"
     skip = len(tokenizer(before, add_special_tokens=False)["input_ids"])
     return [tokenizer(f"{before} {answer}", add_special_tokens=False)["input_ids"][skip:] for answer in answers]
 
 
 def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-    """Checks that the tokenizer can write every answer.
-
-    Raises:
-        ValmError: an answer has no tokens, or the unknown token.
-    """
+    """Checks that the tokenizer can write every answer. Raises ValmError if an answer consists of no tokens, or
+    contains the unknown token."""
     for answer, ids in zip(answers, tokens, strict=True):
         if not ids:
             raise ValmError(f"the answer {answer!r} has no tokens")
@@ -40,25 +37,19 @@ def check_writable(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str], t
 
 
 def check_single_tokens(answers: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
-    """Checks that every answer is one token, as the published scripts need.
-
-    Raises:
-        ValmError: an answer is not one token.
-    """
+    """Checks that every answer is one token, which the published protocol needs. Raises ValmError if an answer is not
+    one token."""
     for answer, ids in zip(answers, tokens, strict=True):
         if len(ids) != 1:
             raise ValmError(
-                f"{answer!r} is {len(ids)} tokens for this tokenizer, and the published protocol compares single "
-                "tokens: use the fair one"
+                f"{answer!r} is {len(ids)} tokens for this tokenizer, but the published protocol compares single "
+                "tokens: use the fair protocol"
             )
 
 
 def last_tokens(texts: Sequence[list[int]], room: int, context: int) -> list[list[int]]:
-    """Of each text the last tokens for which a model that reads `context` tokens has `room` beside an answer.
-
-    Raises:
-        ValmError: there is none.
-    """
+    """The last tokens of each text that fit into a `context`, next to an answer that needs `room`. Raises ValmError if
+    no token fits."""
     if room < 1:
         raise ValmError(f"the model reads {context} tokens, too few for the longest answer and a prompt")
     return [ids[-room:] for ids in texts]
@@ -77,7 +68,7 @@ def answer_log_probs(
 ) -> torch.Tensor:
     """log p(answer | prompt), summed over the answer's tokens: (prompts, answers) float32.
 
-    Only texts of equal length share a batch, so there is no padding and no score depends on the batch. A prompt that is
+    A batch contains texts of equal length, so there is no padding and no score depends on the batch. A prompt that is
     too long for the model is cut to its last tokens.
 
     Args:
@@ -85,8 +76,8 @@ def answer_log_probs(
         bos: begin each prompt with SOT, as every document in training does.
 
     Raises:
-        ValmError: an empty prompt or answer, one that is too long for the model, or a model that sees images but was
-            given no retriever.
+        ValmError: a prompt or answer is empty, an answer is too long for the model, or the model sees images but has no
+            retriever.
     """
     check_model(model)
     tokenized = answer_tokens(tokenizer, answers)
@@ -99,7 +90,7 @@ def answer_log_probs(
     if [] in texts:
         raise ValmError(f"prompt {prompts[texts.index([])]!r} has no tokens")
 
-    # Answers that agree up to their last token are scored on the same text: one-token answers on the prompt itself.
+    # answers that agree up to their last token share a text; for one-token answers this is the prompt
     by_head = defaultdict(list)
     for i, ids in enumerate(tokenized):
         by_head[tuple(ids[:-1])].append(i)
@@ -109,7 +100,7 @@ def answer_log_probs(
             answer_ids = torch.tensor([tokenized[i] for i in members], device=model.device)  # (answers here, tokens)
             for rows in equal_lengths(texts, batch_size):
                 batch = torch.tensor([texts[row] + list(head) for row in rows], device=model.device)
-                # the last ones, as some classes take logits_to_keep and return all
+                # slice again: some classes take logits_to_keep and return all logits
                 logits = model(batch, logits_to_keep=len(head) + 1).logits[:, -(len(head) + 1) :].float()
                 places = torch.arange(len(head) + 1)
                 log_probs = logits.log_softmax(-1)[:, places, answer_ids]  # (b, answers here, tokens)
@@ -120,26 +111,22 @@ def answer_log_probs(
 
 
 def check_model(model: Any) -> None:
-    """Checks that a model has the images it was trained with.
-
-    Raises:
-        ValmError: it takes images but has no retriever.
-    """
+    """Raises ValmError if a model that takes images has no retriever."""
     if isinstance(model, ImageModel) and model.fusion_options.num_images > 0 and model.retriever is None:
-        raise ValmError(f"this model sees {model.fusion_options.num_images} images a token: give it a retriever first")
+        raise ValmError(f"this model sees {model.fusion_options.num_images} images a token: set a retriever first")
 
 
 def context_length(model: Any) -> int:
-    """The most tokens that the model reads at once; a large number if its config has no limit."""
+    """The maximum number of tokens that the model reads at once; a large number if its config sets no limit."""
     return positions(model) or 1 << 20
 
 
 @contextmanager
 def one_product(model: Any) -> Iterator[None]:
-    """Makes the logits of a batch in one product.
+    """Within the block, computes the logits of a batch in one product.
 
-    Of a view, as the last states of each text are one, PyTorch makes a product for each text, which reads all output
-    embeddings anew. So the output layer is given a copy.
+    The last states of each text are a view, for which PyTorch computes a product per text and reads all output
+    embeddings each time. So the output layer gets a copy.
     """
     layer = model.get_output_embeddings()
     if layer is None:
@@ -153,7 +140,7 @@ def one_product(model: Any) -> Iterator[None]:
 
 
 def equal_lengths(texts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of texts, in batches of one length each."""
+    """Indices of texts in batches, each of texts of one length."""
     by_length = defaultdict(list)
     for row, text in enumerate(texts):
         by_length[len(text)].append(row)

@@ -1,4 +1,4 @@
-"""The evaluation sets (sets.yaml) and their file formats. None of them ships with this package."""
+"""The evaluation sets (sets.yaml) and their file formats. This package contains none of the sets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from valm.evaluation.language import NO_LAST_WORD, before_last_word
 from valm.store.files import short_names
 from valm_kernels.json_files import short
 
-# The environment variable with the default folder of the files.
+# The environment variable that names the default folder of the files.
 DATA_VARIABLE = "VALM_EVAL_DATA"
 
 
 @dataclass(frozen=True)
 class Item:
-    """A thing or a text to ask about, its right answer, the words before a thing's name ("a", "the inside of a", "";
-    None if the data have none), and of one's own questions the choices."""
+    """An object or a text to ask about, and its right answer. descriptor: the words before an object's name ("a", "the
+    inside of a", ""); None if the data contain none. choices: for the user's own questions."""
 
     text: str
     answer: str
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A set of items in a file, and how it is asked about; sets.yaml says what each field means."""
+    """A set of items in a file, and how to ask about them; sets.yaml describes each field."""
 
     name: str
     title: str
@@ -54,11 +54,8 @@ class EvaluationSet:
     note: str = ""
 
     def load(self, path: Path) -> list[Any]:
-        """The items in a file: a list of `Item`, of pairs (bigger, smaller), or of texts.
-
-        Raises:
-            ValmError: a row does not parse.
-        """
+        """The items in a file: a list of `Item`, of pairs (bigger, smaller), or of texts. Raises ValmError if a row
+        does not parse."""
         return READERS[self.read](path, self)
 
 
@@ -95,11 +92,8 @@ def _size_pairs(path: Path, _: EvaluationSet) -> list[tuple[str, str]]:
 
 
 def load_memory_color(path: str | os.PathLike) -> list[Item]:
-    """MemoryColor (Norlund et al. 2021): 109 rows of Index,Descriptor,Item,Color.
-
-    Raises:
-        ValmError: the file has other columns.
-    """
+    """MemoryColor (Norlund et al. 2021): 109 rows of Index,Descriptor,Item,Color. Raises ValmError if the file has
+    other columns."""
     rows = read_csv(path, ["Index", "Descriptor", "Item", "Color"])
     return [Item(row["Item"], row["Color"], row["Descriptor"]) for row in rows]
 
@@ -119,14 +113,14 @@ def _sst2(path: Path, of: EvaluationSet) -> list[Item]:
 
 
 def _mpqa(path: Path, of: EvaluationSet) -> list[Item]:
-    """mpqa.pos, with mpqa.neg beside it."""
+    """mpqa.pos, and mpqa.neg in the same folder."""
     both = zip((path, path.with_suffix(".neg")), of.labels, strict=True)
     return [Item(line.strip(), answer) for file, answer in both for line in read_lines(file)]
 
 
 def _classes(path: Path, of: EvaluationSet) -> list[Item]:
-    """Rows of a class number and a text; a file beside it defines the numbers, which differ between copies of these
-    sets."""
+    """Rows of a class number and a text. Another file in the folder defines the numbers, which differ between copies of
+    these sets."""
     meta = path.with_name(path.name.replace("_test.csv", "_meta.txt"))
     names = {}
     for number, line in enumerate(read_lines(meta), 1):
@@ -145,7 +139,7 @@ def _classes(path: Path, of: EvaluationSet) -> list[Item]:
 
 
 def _wikitext(path: Path, _: EvaluationSet) -> list[str]:
-    """Articles: each begins with a heading like " = Title = "."""
+    """The articles; each begins with a heading like " = Title = "."""
     articles: list[list[str]] = []
     for line in read_lines(path):
         heading = line.strip()
@@ -171,7 +165,7 @@ def _questions(path: Path, _: EvaluationSet) -> list[Item]:
         if not row["question"]:
             wrong = "the question is empty"
         elif len(choices) < 2 or "" in choices or len({*choices}) < len(choices):
-            wrong = f"expected two choices or more, with | between them, no two the same, got {row['choices']!r}"
+            wrong = f"expected two or more different choices with | between them, got {row['choices']!r}"
         elif row["answer"] not in choices:
             wrong = f"the answer {row['answer']!r} is not one of the choices {row['choices']}"
         if wrong:
@@ -194,18 +188,14 @@ READERS: Mapping[str, Callable[[Path, EvaluationSet], list[Any]]] = {
     "questions": _questions,
 }
 SETS = _packaged()
-# The group of one's own questions.
+# The group of the user's own questions.
 OWN = "own"
 GROUPS = tuple(dict.fromkeys(entry.group for entry in SETS.values()))
 
 
 def own_sets(files: Sequence[str | os.PathLike]) -> list[EvaluationSet]:
-    """Sets of one's own questions, called by the names of their files: tables with the columns question, answer, and
-    choices with | between them.
-
-    Raises:
-        ValmError: two files would have the same name.
-    """
+    """Sets of the user's own questions, named after their files: tables with the columns question, answer, and choices
+    with | between them. Raises ValmError if two files would get the same name."""
     files = list({os.path.abspath(file): file for file in files}.values())
     found: dict[str, EvaluationSet] = {}
     for name, file in zip(short_names([Path(file).with_suffix("") for file in files]), files, strict=True):
@@ -238,16 +228,13 @@ def find_file(name: str, data: str | os.PathLike | None = None) -> Path | None:
 
 
 def read_set(found: EvaluationSet, data: str | os.PathLike | None = None, *, allow_download: bool = False) -> list[Any]:
-    """The items of a set: from `data`, or from the Hub where `allow_download`.
-
-    Raises:
-        ValmError: it is in neither (the message says where to get it), or a row does not parse.
-    """
+    """The items of a set: from `data`, or from the Hub if `allow_download`. Raises ValmError if the set is in neither
+    (the message says where to get it), or a row does not parse."""
     file = Path(found.file) if found.group == OWN else find_file(found.name, data)
     if file is not None:
         items = found.load(file)
         if not items:
-            raise ValmError(f"{file} has no items")
+            raise ValmError(f"{file} contains no items")
         return items
     if found.hub is None or not allow_download:
         folder = data or os.environ.get(DATA_VARIABLE)
@@ -261,7 +248,7 @@ def _download(found: EvaluationSet, hub: Mapping[str, str]) -> list[Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"{found.title} is read from the Hub by datasets: pip install -e '.[huggingface]'") from error
+        raise ImportError(f"{found.title} from the Hub needs datasets: pip install -e '.[huggingface]'") from error
     name = hub["dataset"]
     try:
         rows: Any = datasets.load_dataset(name, hub.get("config"), split=hub["split"], trust_remote_code=False)

@@ -9,10 +9,10 @@ import numpy as np
 
 RESAMPLES = 2000
 PERMUTATIONS = 10_000
-# Bootstrap weights drawn at once, to bound memory for 10,000 items.
+# Resamples computed at once, to bound memory for 10,000 items.
 CHUNK = 200
 
-# Numbers of hits or tries, (seeds, items), or where each seed has items of its own an array (items,) of each.
+# Numbers of hits or tries: (seeds, items), or an array (items,) for each seed if the seeds have different items.
 Counts = np.ndarray | list[np.ndarray]
 
 
@@ -30,9 +30,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first of two models' numbers minus the second's on the same items, with its 95 % interval, and the p-value of
-    a permutation test: how often a difference as large occurs if the models are swapped at random, item by item. None
-    for several seeds, and for items that are pairs of objects: of both such a test knows nothing."""
+    """The first model's number minus the second's on the same items, with its 95 % interval. p: from a permutation
+    test, how often swapping the models at random, item by item, gives a difference as large. None for several seeds
+    and for pairs of objects, for which the test is not valid."""
 
     value: float
     low: float
@@ -53,11 +53,11 @@ def ratio(
 ) -> Estimate:
     """transform(sum of hits / sum of tries).
 
-    The tries of one item, such as its prompts, are drawn together, as they are not independent.
+    The tries of one item, such as its prompts, are resampled together, because they are not independent.
 
     Args:
-        objects: numbers (items, 2), if items are pairs of objects. Objects are drawn then, and a pair as often as the
-            product of its two says: what a model thinks of one object decides many pairs.
+        objects: numbers (items, 2), if items are pairs of objects. Then objects are resampled, because one object
+            affects many pairs, and a pair counts as often as the product of its two objects' counts.
     """
     drawn = _drawn(objects, _bootstrap(hits, seed, objects), _bootstrap(tries, seed, objects))
     low, high = np.quantile(transform(drawn), [0.025, 0.975])
@@ -65,13 +65,13 @@ def ratio(
 
 
 def accuracy(right: np.ndarray, objects: np.ndarray | None = None) -> Estimate:
-    """The share of true values of (seeds, items) or (seeds, items, prompts); objects as in `ratio`."""
+    """The share of true values in `right`, (seeds, items) or (seeds, items, prompts). objects as in `ratio`."""
     right = right.reshape(*right.shape[:2], -1)
     return ratio(right.sum(-1).astype(float), np.full(right.shape[:2], float(right.shape[2])), objects=objects)
 
 
 def _drawn(objects: np.ndarray | None, hits: np.ndarray, tries: np.ndarray) -> np.ndarray:
-    """hits / tries of each resample, without those of objects none of whose pairs are items."""
+    """hits / tries of each resample, without resamples of objects that form no pair of the items."""
     kept = slice(None) if objects is None else tries > 0
     return hits[kept] / tries[kept]
 
@@ -82,8 +82,8 @@ def paired(
     """The difference of two models' hits / tries.
 
     Args:
-        first, second: hits. The numbers of seeds may differ where these have the same items.
-        tries: of both: (items,), or a list as theirs.
+        first, second: hits. The numbers of seeds may differ if all seeds have the same items.
+        tries: of both models: (items,), or a list as in first and second.
         objects: as in `ratio`.
     """
     tries = tries[None] if isinstance(tries, np.ndarray) else tries
@@ -96,7 +96,7 @@ def paired(
 
 
 def _swapped(differences: np.ndarray, seed: int) -> float:
-    """The p-value of a permutation test: how often their sum is as large with random signs."""
+    """The p-value of a permutation test: how often the sum with random signs is as large."""
     generator = np.random.default_rng(seed)
     observed = abs(differences.sum())
     as_large = 0
@@ -111,9 +111,9 @@ def _total(values: Counts) -> float:
 
 
 def _bootstrap(values: Counts, seed: int, objects: np.ndarray | None = None) -> np.ndarray:
-    """(RESAMPLES,): the sum of `values` over resampled items, and resampled seeds if there are several; of seeds with
-    items of their own over the items of each that is drawn. The same draws for the same generator seed and numbers of
-    seeds and items. objects: see `ratio`; the seeds then have the same items."""
+    """(RESAMPLES,): the sum of `values` over resampled items, and resampled seeds if there are several. If seeds have
+    different items, each resampled seed's items are resampled. The resamples depend only on the generator's seed and
+    the numbers of seeds and items. objects: see `ratio`; all seeds then have the same items."""
     over_items, over_seeds = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     seeds = len(values)
     sums = []

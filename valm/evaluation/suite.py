@@ -1,4 +1,4 @@
-"""Several models on several tasks, side by side, for `valm eval`. A run that was killed resumes."""
+"""Evaluates several models on several tasks, for `valm eval`. A killed run resumes."""
 
 from __future__ import annotations
 
@@ -29,30 +29,27 @@ from valm_kernels import __version__
 from valm_kernels.atomic_files import atomic_path, remove_leftovers
 
 CACHE = "cache"
-CACHE_VERSION = 5  # of its files; those of another are scored again
+CACHE_VERSION = 5  # of the cached files; another version is scored again
 RESULTS = "results.json"
 
 
 class Control(NamedTuple):
-    """What a row of a model sees: the arguments of `switch_images`."""
+    """Which images a model sees in a row: the arguments of `switch_images`."""
 
     retrieval: str = ON
     replace: str | None = None
 
 
-# The scores of one model on one task: arrays by name, or why it does not apply.
+# The scores of a model on a task: arrays by name, or why the task does not apply.
 Scores = dict[str, np.ndarray]
-# A task and its protocol.
+# By task and protocol.
 Asked = dict[tuple[str, str], Questions | Documents]
 
 
 def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The checkpoints of each model, by its name, of arguments like FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER
-    (checkpoints of several seeds). A FOLDER is called by the end of its path, as long as it takes to tell them apart.
-
-    Raises:
-        ValmError: two are the same, or have the same name.
-    """
+    """The checkpoints of each model by its name, from arguments FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER (checkpoints
+    of several seeds). Without a NAME, the name is the end of the path, long enough to tell the models apart. Raises
+    ValmError if two models are equal or have the same name."""
     found: dict[str, tuple[str, ...]] = {}
     folders = [text for text in models if "=" not in text or Path(text).exists()]
     real = [os.path.realpath(folder) for folder in folders]
@@ -61,13 +58,13 @@ def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
         sources: tuple[str, ...] = (text,)
         if text in names:
             if real.count(os.path.realpath(text)) > 1:
-                raise ValmError(f"the model {text} is given twice: leave one out")
+                raise ValmError(f"the model {text} is given twice: give it once")
             name = names[text]
         else:
             name, _, rest = text.partition("=")
             sources = tuple(filter(None, rest.split(",")))
         if not sources or not name:
-            raise ValmError(f"{text!r} names no model; give FOLDER or NAME=FOLDER,FOLDER")
+            raise ValmError(f"{text!r} names no model: give FOLDER or NAME=FOLDER,FOLDER")
         if name in found:
             raise ValmError(f"two models are called {name!r}: give them names, NAME={sources[0]}")
         found[name] = sources
@@ -81,19 +78,19 @@ def evaluate(
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Every model on every task in every protocol that it has.
+    """Evaluates every model on every task in each of the task's protocols.
 
     Args:
-        models: the checkpoints of each model, by its name: several where they differ in their seed.
+        models: the checkpoints of each model by its name; several checkpoints differ in their seed.
         out: the folder whose CACHE is read and extended.
 
     Returns:
         The content of results.json: rows, one for each model, images, task and protocol; pairs, the differences between
-        the first row and each other one on the same task; and what the numbers depend on.
+        the first row and each other row on the same task; and what the numbers depend on.
 
     Raises:
-        ValmError: data, a model or its images are missing or do not belong together. What needs no model is checked
-            before the first is opened, the rest of each before it is scored.
+        ValmError: data, a model or its images are missing or do not belong together. All that needs no model is checked
+            before a model is loaded; the rest is checked before a model is scored.
     """
     tasks = ("color",) if settings.tasks is None and not settings.ask else settings.tasks
     sets = [*([] if tasks is None else chosen_sets(tasks)), *own_sets(settings.ask)]
@@ -118,13 +115,13 @@ def evaluate(
                 dtypes.append(scorer.query_dtype)
                 for key, scores in _scores_of_model(name, scorer, asked, controls, cache, bar).items():
                     scored.setdefault(key, []).append(scores)
-                del scorer  # before the next is opened
+                del scorer  # before the next model is loaded
             for (variant, task, protocol), of_seeds in scored.items():
                 model = {"model": f"{name}, {variant}" if variant else name, "kind": "; ".join(kinds)}
                 row, values = _row(model, asked[task, protocol], of_seeds)
                 rows.append(row)
                 compared.append(values)
-    query_dtype = next(filter(None, dtypes), None)  # the same for all models that have one, as all are opened alike
+    query_dtype = next(filter(None, dtypes), None)  # equal for all models that have one
     return {
         "rows": rows,
         "pairs": _pairs(rows, compared),
@@ -146,11 +143,8 @@ def evaluate(
 
 
 def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
-    """The questions of each set in each of its protocols that is asked for; one's own in the only one that they have.
-
-    Raises:
-        ValmError: there are none, or data are missing or do not parse.
-    """
+    """The questions of each set in each chosen protocol; the user's own questions have only the fair protocol. Raises
+    ValmError if there are no questions, or data are missing or do not parse."""
     asked = {
         (one.name, protocol): what_is_asked(
             one, protocol, settings.data, allow_download=settings.allow_download, limit=settings.limit
@@ -165,11 +159,8 @@ def asked_by(settings: Settings, sets: Sequence[EvaluationSet]) -> Asked:
 
 
 def controls_of(settings: Settings) -> dict[str, Control]:
-    """The rows of a model that sees images, by what their name says of these.
-
-    Raises:
-        ValmError: a word of `controls` is none, or a folder has no images.
-    """
+    """The rows of a model that sees images, by the part of their name that describes the images. Raises ValmError if a
+    word of `controls` is unknown, or a folder contains no images."""
     found = {"": Control()}
     folders = [word for word in settings.controls if word not in (OFF, RANDOM)]
     names = dict(zip(folders, short_names(folders), strict=True))
@@ -177,7 +168,7 @@ def controls_of(settings: Settings) -> dict[str, Control]:
         if word in names:
             if not Path(word).is_dir():
                 raise ValmError(
-                    f"--controls: {word} is no folder of images; give off, random or a folder, with commas between them"
+                    f"--controls: {word} is no folder of images: give off, random or a folder, with commas between them"
                 )
             find_images(Path(word))
             found[f"images of {names[word]}"] = Control(replace=word)
@@ -189,7 +180,7 @@ def controls_of(settings: Settings) -> dict[str, Control]:
 def _scores_of_model(
     name: str, scorer: Scorer, asked: Asked, controls: Mapping[str, Control], cache: Path | None, bar: Any
 ) -> dict[tuple[str, str, str], Scores]:
-    """By the name of what it sees, task and protocol."""
+    """The scores by control, task and protocol."""
     chosen = controls_for(scorer, controls)
     bar.total += sum(map(_size, asked.values())) * (len(chosen) - 1)
     own = None if cache is None else scorer.fingerprint
@@ -207,11 +198,8 @@ def _scores_of_model(
 
 
 def controls_for(scorer: Scorer, controls: Mapping[str, Control]) -> dict[str, Control]:
-    """Those that the model has: one that retrieves no images of a knowledge base sees its own, or none.
-
-    Raises:
-        ValmError: it cannot see the images of one.
-    """
+    """The controls that apply to the model: if it retrieves no images of a knowledge base, only its own images or none.
+    Raises ValmError if the model cannot see the images of a control."""
     if not scorer.sees_images:
         return {"": Control()}
     unreplaced = (Control(ON), Control(OFF))
@@ -226,16 +214,16 @@ def _size(asked: Questions | Documents) -> int:
 
 
 def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, own: Any, bar: Any) -> Scores:
-    """The scores from the cache, or from the model, which are then cached.
+    """The scores from the cache, or from the model; new scores are cached.
 
-    The key is a digest of all that the scores depend on: weights, tokenizer, knowledge base and retrieval settings
-    (`own`), the questions themselves (and so data and prompts), and the version of this package.
+    The key is a digest of everything that the scores depend on: weights, tokenizer, knowledge base and retrieval
+    settings (`own`), the questions (hence data and prompts), and the version of this package.
     """
     file = None
     if cache is not None:
         key = digest([CACHE_VERSION, own, asdict(asked), __version__])
         file = cache / f"{asked.task}-{asked.protocol}-{key[:32]}.npz"
-        # what is missing is scored, and what is damaged too, for which zipfile raises many types
+        # missing and damaged files are scored again; zipfile raises many types
         with suppress(Exception), np.load(file) as known:
             found = dict(known)
             bar.update(_size(asked))
@@ -249,7 +237,7 @@ def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, 
                 found["alone"] = alone.double().numpy()
         else:
             found = scorer.documents(asked, bar.update)
-        if any(np.isnan(values).any() for values in found.values()):  # the first NaN would be the answer
+        if any(np.isnan(values).any() for values in found.values()):  # argmax would choose the first NaN
             raise ValmError(
                 f"the scores of {asked.task} are NaN: weights of the {scorer.kind} are not finite, or its numbers "
                 "overflow"
@@ -267,8 +255,8 @@ def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, 
 def _row(
     model: Mapping[str, str], asked: Questions | Documents, of_seeds: Sequence[Scores]
 ) -> tuple[dict[str, Any], Any]:
-    """A row of the results, and what two rows are compared by: (hits or nats (seeds, items), tries (items,), objects
-    as in `paired`)."""
+    """A row of the results, and the values by which rows are compared: (metric, hits or nats (seeds, items), tries
+    (items,), objects as in `paired`)."""
     row: dict[str, Any] = {
         **model,
         "checkpoints": len(of_seeds),
@@ -294,7 +282,7 @@ def _row(
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[dict[str, Any]]:
-    """The first model against each other one, on the same items."""
+    """Compares the first model with each other model on the same items."""
     found = []
     for number, row in enumerate(rows):
         same = [i for i in range(number) if all(rows[i][key] == row[key] for key in ("task", "protocol"))]

@@ -18,23 +18,23 @@ THUMBNAIL_SIZE = 128  # pixels, of images given as files
 
 
 class FindsImages(Protocol):
-    """Finds the images of a text: a `Retriever`, or a replacement."""
+    """A `Retriever`, or what replaces it."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Retrieved:
-        """Images for every token (B, T)."""
+        """Retrieves the images of every token of `input_ids` (B, T)."""
         ...
 
 
 @dataclass(frozen=True)
 class ShownImage:
-    """caption: what it shows, or where it is from; never empty. thumbnail: None if there is none."""
+    """An image for display. caption: its first line, or else its file or number; never empty."""
 
     caption: str
     thumbnail: Image.Image | None
 
 
 def show_images(retriever: Any, image_ids: Sequence[int]) -> list[ShownImage]:
-    """Each image with its thumbnail and caption, as far as `retriever` knows them."""
+    """The images with the thumbnails and captions that `retriever` knows."""
     if isinstance(retriever, GivenImages):
         given = [ShownImage(printable(name), _small(image)) for name, image in retriever.images]
         return [given[id] for id in image_ids]

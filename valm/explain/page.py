@@ -1,4 +1,4 @@
-"""An explanation, or several side by side, as one self-contained HTML page."""
+"""Writes explanations, side by side, into one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,25 +21,39 @@ from valm.knowledge_base.encode import thumbnail_bytes
 from valm.store.files import output_file
 
 HERE = Path(__file__).parent
-# The page's script gets the weights of every head as integers in this unit.
+# The page stores the weights of every head as integers in this unit.
 WEIGHT_UNIT = 1e-4
 
 
 def write_page(path: str | os.PathLike, explanations: Mapping[str, Explanation]) -> None:
-    """Writes the page to `path`, all or nothing; arguments as in `render_page`."""
+    """Writes explanations of one text to an HTML page that needs no other file.
+
+    The page shows the answers, the images of each token and the attention of each head. It is written completely or
+    not at all.
+
+    Args:
+        path: the file to write; an existing file is replaced.
+        explanations: explanations of one text by title, such as the name of the model.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from valm.explain.explanation import explain
+        >>> from valm.explain.page import write_page
+        >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
+        >>> write_page("explanation.html", {"VaLM": explain(model, tokenizer, "a picture of")})
+        >>> "a picture of" in Path("explanation.html").read_text()
+        True
+    """
     page = render_page(explanations)
     with output_file(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def render_page(explanations: Mapping[str, Explanation]) -> str:
-    """The page: the answers, the images of each token, and the attention, with a choice of the head.
-
-    Everything is escaped. The page makes no request: its policy forbids all requests, and any script but its own.
-
-    Args:
-        explanations: of one text, by title, such as the name of the model.
-    """
+    """The page as HTML. Everything is escaped, and its policy forbids all requests and every script but its own."""
     script = heads_script() + 'chooseHeads(document, JSON.parse(document.getElementById("heads").textContent));\n'
     return (
         _environment()
@@ -55,20 +69,20 @@ def render_page(explanations: Mapping[str, Explanation]) -> str:
 
 
 def render_body(explanations: Mapping[str, Explanation]) -> str:
-    """The body of the page; it needs `style()`, and for the choice of a head `heads_script()` and `heads`."""
+    """The body of the page. It needs `style()`; choosing a head also needs `heads_script()` and `heads`."""
     return _environment().get_template("body.html.j2").render(**_content(explanations))
 
 
 def heads(explanations: Mapping[str, Explanation]) -> list[dict[str, Any]]:
-    """What the function chooseHeads of `heads_script` shows: for each explanation the weights of the mean and of every
-    head, each as T rows of T + K integers in WEIGHT_UNIT, and that of a whole bar."""
+    """What chooseHeads in `heads_script` shows: for each explanation the mean weights and the weights of every head, as
+    T rows of T + K integers in WEIGHT_UNIT, and the weight of a full bar."""
     largest = max(1, round(_largest_image(explanations) / WEIGHT_UNIT))
     return [_heads(explanation) | {"largest": largest} for explanation in explanations.values()]
 
 
 @cache
 def style() -> str:
-    """The CSS of pages and bodies; all of it is below the class `valm-explain`."""
+    """The CSS of pages and bodies, all inside the class `valm-explain`."""
     return (HERE / "style.css").read_text(encoding="utf-8")
 
 
@@ -78,12 +92,12 @@ def heads_script() -> str:
 
 
 def script_hash(script: str) -> str:
-    """What a page's policy calls this script."""
+    """The name of this script in a page's policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def thumbnail_uri(image: Image.Image) -> str:
-    """The image, made small, as a data URI."""
+    """A thumbnail of the image as a data URI."""
     return "data:image/jpeg;base64," + base64.b64encode(thumbnail_bytes(image, THUMBNAIL_SIZE)).decode()
 
 
@@ -108,12 +122,12 @@ def _content(explanations: Mapping[str, Explanation]) -> dict[str, Any]:
 
 
 def _largest_image(explanations: Mapping[str, Explanation]) -> float:
-    """The largest weight of an image in any head of any explanation: that of a whole bar."""
+    """The largest weight of an image in any head of any explanation, shown as a full bar."""
     return max(float(explanation.image_weights.max(initial=0.0)) for explanation in explanations.values()) or 1.0
 
 
 def _setting(number: int, title: str, explanation: Explanation, largest_image: float) -> dict[str, Any]:
-    """One explanation as the template shows it, with the mean over the heads."""
+    """An explanation for the template, averaged over the heads."""
     text, image = explanation.weights()
     sources = [None if shown.thumbnail is None else thumbnail_uri(shown.thumbnail) for shown in explanation.images]
     width = len(explanation.tokens) + image.shape[1]

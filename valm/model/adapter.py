@@ -1,4 +1,4 @@
-"""Saves an augmented model as an adapter: a small file of the fusion, and what identifies the base model."""
+"""Saves an augmented model as an adapter: a small file with the fusion's weights and what identifies the base model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class _Version(TypedDict):
 
 
 class AdapterFile(_Version):
-    """The content of ADAPTER_FILE: `base` is a Hugging Face name, or null for a folder, which is noted beside it
-    (`write_places`). fusion and retrieval are as in the config of a whole model."""
+    """The content of ADAPTER_FILE. `base` is a Hugging Face name, or null if the base is a folder, whose path
+    `write_places` notes. fusion and retrieval are as in the config of a whole model."""
 
     base: str | None
     fusion: FusionOptions
@@ -50,19 +50,32 @@ class AdapterFile(_Version):
 
 
 def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
-    """Writes what `augment` added to the base model, and with unfreeze="block" the layer, into `folder`.
+    """Saves what `augment` added to the base model; with unfreeze="block", the trained layer too.
 
-    The base is named as it was loaded, a folder relative to this one, so that both can be moved together; it is not
-    known where the model was opened from a whole folder. Where the images are (`write_places`) and a model card
-    (`write_card`) are written too. Killed at any point, `load_adapter` loads the old adapter or the new one.
+    The folder also gets the paths of the images and of the base, relative to `folder` so that both can be moved
+    together, and a model card. If the process is killed, `load_adapter` loads the old adapter or the new one. The base
+    is not noted if the model was opened from a whole folder.
+
+    Args:
+        model: what `augment` returned, trained or not.
+        folder: created if missing; an adapter in it is replaced.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValmError: every weight was trained, or a weight of the base has changed since `augment` (a LoRA was merged into
-            it, for one), so an adapter would not be the model; or the folder cannot be written, or holds a whole model.
+        ValmError: every weight was trained, or a weight of the base has changed since `augment` (for example, a LoRA
+            was merged into it); or the folder cannot be written, or contains a whole model.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = valm.augment(AutoModelForCausalLM.from_pretrained("base"), image_dim=512, num_images=4)
+        >>> valm.save_adapter(model, "adapter").name
+        'adapter'
     """
     options = model.fusion_options
     if options.unfreeze == "all":
-        raise ValmError('with unfreeze="all" every weight was trained: save the whole model by save_pretrained')
+        raise ValmError('with unfreeze="all" every weight was trained: save the whole model with save_pretrained')
     found, expected = sketch(model), options.sketch or {}
     if options.unfreeze == "block":
         layer = f"{_layer_name(model, options)}."
@@ -72,12 +85,12 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
         if name not in found or name not in expected:
             raise ValmError(
                 f"{name} {'was added' if name in found else 'is gone'} since the model was augmented, and an adapter "
-                "does not have that: unload a LoRA and save it by PEFT, or merge it and save the whole model by "
-                "save_pretrained"
+                "cannot store that change: unload a LoRA and save it with PEFT, or merge it and save the whole model "
+                "with save_pretrained"
             )
         raise ValmError(
-            f"{name} is not what it was when the model was augmented, and an adapter does not have it: save the "
-            "whole model by save_pretrained"
+            f"{name} has changed since the model was augmented, and an adapter does not contain it: save the whole "
+            "model with save_pretrained"
         )
     folder = Path(folder)
     config = current_files(folder) / CONFIG_FILE
@@ -86,8 +99,8 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
         and read_json(config, "the config", dict[str, Any], "delete it").get("model_type") == MODEL_TYPE
     ):
         raise ValmError(
-            f"{folder} holds a whole model, which the classes of transformers would open in the place of the adapter: "
-            "choose another folder"
+            f"{folder} contains a whole model, which transformers would load instead of the adapter: choose another "
+            "folder"
         )
     base = model.config.base_place
     if base and (file := gguf_file(model)):
@@ -115,47 +128,53 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: str | os.PathLike) -> str:
-    """Where the adapter in `folder` says that its base model is: a folder or a Hugging Face name, or a GGUF file in one
-    of both.
-
-    Raises:
-        ValmError: it does not say.
-    """
+    """The base model that the adapter in `folder` names: a folder, a Hugging Face name, or a GGUF file in either.
+    Raises ValmError if the adapter names no base."""
     base, place = _description(Path(folder))["base"], read_places(folder).get("base")
     if place is not None:
         beside = places_folder(folder) / place
         return str(beside.absolute() if beside.is_file() else beside.resolve())  # a GGUF file is a link in a cache
     if not base:
-        raise ValmError(f"the adapter {folder} does not say which base model it belongs to: give it as base")
+        raise ValmError(f"the adapter {folder} does not name its base model: give the model's folder or name as base")
     return base
 
 
 def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:
-    """The type in which to load the base of the adapter in `folder`, whose trained layer another one would round; None:
-    any, as the adapter has no weights of the base.
-
-    Raises:
-        ValmError: its weights cannot be read.
-    """
+    """The dtype in which to load the base of the adapter in `folder`, so that its trained layer is not rounded. None if
+    the adapter contains no weights of the base, so that any dtype will do. Raises ValmError if the adapter's weights
+    cannot be read."""
     if not _description(Path(folder))["fusion"].unfreeze:
         return None
     return _main_dtype(_stored_tensors(Path(folder)))
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
-    """Adds the adapter in `folder` to `model`, the base that it was made with. The model itself is changed, unless an
-    error is raised.
+    """Adds the adapter in `folder` to its base model, in place. If an error is raised, the model is unchanged.
 
-    A base in another precision is the same; one whose weights differ by more is another. A warning says where it rounds
-    a trained layer.
+    The base may be loaded in another precision. A warning names a trained layer that the base's precision rounds.
+
+    Args:
+        model: the base model that the adapter was made with.
+        folder: written by `save_adapter`.
+
+    Returns:
+        `model`, augmented.
 
     Raises:
-        ValmError: the adapter is damaged, or belongs to another base; or `model` is no base, as it takes images.
+        ValmError: the adapter is damaged or belongs to another base, or `model` already takes images.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = valm.augment(AutoModelForCausalLM.from_pretrained("base"), image_dim=512, num_images=4)
+        >>> folder = valm.save_adapter(model, "adapter")
+        >>> model = valm.load_adapter(AutoModelForCausalLM.from_pretrained("base"), folder)
+        >>> model.fusion_options.num_images
+        4
     """
     folder = Path(folder)
     if isinstance(model, ImageModel):
         raise ValmError(
-            f"the adapter {folder} is for a base model, but this {type(model).__name__} takes images already: give its "
+            f"the adapter {folder} is for a base model, but this {type(model).__name__} already takes images: give its "
             "base model"
         )
     described = _description(folder)
@@ -174,8 +193,8 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     _check_shapes(model, options, folder, tensors)
     if options.unfreeze and (stored := _main_dtype(tensors)).itemsize > model.dtype.itemsize:
         warnings.warn(
-            f"the trained layer in {folder} is of {stored} and the base model of {model.dtype}: it is rounded, and "
-            "small changes are lost; load the base in the layer's type",
+            f"the trained layer in {folder} is {stored}, but the base model is {model.dtype}, so small changes are "
+            "lost by rounding: load the base in the layer's dtype",
             stacklevel=2,
         )
     ImageSource.of_config(described["retrieval"], folder)  # raises before the model is changed
@@ -189,11 +208,8 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
 
 
 def _check_shapes(model: PreTrainedModel, options: FusionOptions, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Checks the tensors of an adapter before they change the model.
-
-    Raises:
-        ValmError: they are not those that it describes.
-    """
+    """Checks the names and shapes of an adapter's tensors before they change the model. Raises ValmError if the tensors
+    differ from the adapter's description."""
     try:
         with torch.device("meta"):
             fusion = ImageFusion(options).state_dict() if options.num_images > 0 else {}
@@ -224,18 +240,15 @@ def _stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) -> FusionOptions:
-    """The options with the sketch of `model`, the base.
-
-    Raises:
-        ValmError: the adapter in `folder` belongs to another base.
-    """
+    """The options with the sketch of the base `model`. Raises ValmError if the adapter in `folder` belongs to another
+    base."""
     expected = options.sketch or {}
     found = sketch(model)
     name = other_tensor(found, expected)
     if name is not None and other_tensor(found, expected, coarsely=True) is None:
         warnings.warn(
-            f"the base model of the adapter {folder} is quantised, here or where the adapter was made, so its weights "
-            "were compared coarsely (to within their norm)",
+            f"the base model of the adapter {folder} is quantised, now or when the adapter was made, so its weights "
+            "were compared only coarsely (to within their norm)",
             stacklevel=3,
         )
         name = None
@@ -260,7 +273,7 @@ def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:
 def _description(folder: Path) -> AdapterFile:
     file = current_files(folder) / ADAPTER_FILE
     if not is_adapter(folder):
-        raise ValmError(f"{folder} is no adapter: it has no {ADAPTER_FILE}")
+        raise ValmError(f"{folder} is no adapter: it contains no {ADAPTER_FILE}")
     what, remedy = "the adapter's description", "save the adapter again"
     version = read_json(file, what, _Version, remedy)["format_version"]
     if version != FORMAT_VERSION:
@@ -274,7 +287,7 @@ def _description(folder: Path) -> AdapterFile:
 
 
 def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:
-    """The adapter's tensors, sharing memory with the model's, by name in the layer."""
+    """The adapter's tensors by name in the layer, sharing memory with the model's."""
     weights = named_weights(decoder_layers(model)[options.layer])
     every = options.unfreeze == "block"
     return {name: tensor.detach() for name, _, tensor in weights if every or "image_fusion." in name}

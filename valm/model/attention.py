@@ -1,20 +1,20 @@
 """Visual fusion inside any attention that uses transformers' attention interface.
 
-With the attention's own W_k and W_v and their biases for both text and images (Wang et al. 2022, equations 3-7)::
+Text and images share the attention's own W_k and W_v with their biases (Wang et al. 2022, equations 3-7)::
 
     image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
     [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias + score_scale score_ik])
     out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
 
-The images z of a batch come as a pool without repetitions, are projected once and then gathered by index. These
-attention weights have no dropout (published: 0.1).
+The images z of a batch come as a pool in which each image occurs once. They are projected once and gathered by index.
+The attention weights get no dropout (published: 0.1).
 
-The attention itself computes the keys and values of the images: it runs on LN_img(image), and its call of the interface
-is intercepted. So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code here.
-Text and images then share one softmax (`visual_fusion_attn`).
+To compute the images' keys and values, the attention runs on LN_img(z), and its call of the interface is intercepted.
+So fused projections, norms of queries and keys, clipping, LoRA and latent attention need no code here. Text and images
+then share one softmax (`visual_fusion_attn`).
 
-Rotary positions: an image is at the position of the token that sees it, so images need the query before rotation. That
-comes from running the attention on the text with the identity rotation.
+Rotary positions: an image is at the position of the token that sees it, so its score uses the query before rotation.
+Running the attention on the text with the identity rotation returns that query.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from valm.model.sketch import quantisation
 from valm.model.subclasses import subclass
 from valm_kernels import attention_weights, visual_fusion_attn
 
-# The class behind a mixin is known only when a model is augmented; this tells type checkers what it has.
+# A mixin's base class is known only when a model is augmented; type checkers see this placeholder.
 _Module: Any = object
 
 # Name of `fusion_attention` in transformers' attention interface.
@@ -59,14 +59,14 @@ IMPLEMENTATION = "valm"
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
 
-# Arguments of a forward that are for the fusion layer alone. The other layers' attentions ignore them.
+# Arguments of a forward that only the fusion layer uses. The attentions of other layers ignore them.
 IMAGE_ARGUMENTS = ("image_pool", "image_index", "image_scores", "image_slots")
 FUSION_ARGUMENTS = (*IMAGE_ARGUMENTS, "text_limits", "read_weights")
 
 
 class FusionTerms(NamedTuple):
-    """hidden_states: (1, U, C), the images as the attention reads text. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
-    logit_bias: (Hq,). score_scale: (1,), or None where retrieval scores are not used. The last four are float32 or
+    """hidden_states: (1, U, C), images in the form of the attention's input. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
+    logit_bias: (Hq,). score_scale: (1,), or None if retrieval scores are not used. The last four are float32 or
     float64."""
 
     hidden_states: Tensor
@@ -77,9 +77,12 @@ class FusionTerms(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images as `fusion_attention` takes them: keys (Hkv, U, Dk), values (Hkv, U, Dv), image_index (B, T, K) with
-    -1 = no image, the query that meets them (B, Hq, T, Dk) or None for that of the text, the biases, the retrieval
-    scores (B, T, K) or None where they are not used, and the slots of image_index sorted before, or None."""
+    """The images as `fusion_attention` takes them.
+
+    keys (Hkv, U, Dk) and values (Hkv, U, Dv). image_index (B, T, K), -1 = no image. query (B, Hq, T, Dk) for the image
+    scores; None = the text's query. terms: the biases. scores (B, T, K), the retrieval scores; None = not used.
+    slots: image_index sorted by `sort_image_slots`, or None.
+    """
 
     keys: Tensor
     values: Tensor
@@ -94,24 +97,24 @@ class Images(NamedTuple):
         if self.scores is None or self.terms.score_scale is None:
             return None
         scale = self.terms.score_scale
-        # 0 where there is no image, as -inf there would make the gradient of the scale NaN
+        # 0 instead of -inf where there is no image: -inf would make the gradient of the scale NaN
         return scale * self.scores.to(scale.dtype).masked_fill(self.image_index < 0, 0)
 
 
 class TextLimits(NamedTuple):
-    """What each query sees of the text, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32 or None for all
-    keys before it, and cache_seqlens (B or 1,) int32 or None for all keys."""
+    """The part of the text that each query sees, as `visual_fusion_attn` takes it: first_key (B or 1, Tq) int32, None =
+    from the first key; cache_seqlens (B or 1,) int32, None = all keys."""
 
     first_key: Tensor | None = None
     cache_seqlens: Tensor | None = None
 
 
 class ImageProjection(nn.Linear):
-    """The input projection. Making one draws no random numbers, so that with one seed a model and its text-only twin
-    have the same other weights, and read the same random numbers afterwards."""
+    """The input projection. Its initialisation leaves the global random generator unchanged, so with one seed a model
+    and its text-only baseline get the same other weights and the same random numbers afterwards."""
 
     def reset_parameters(self) -> None:
-        """Sets the initial weight, from a generator of its own."""
+        """Sets the initial weight, from a separate generator."""
         if self.weight.device.type != "meta":
             generator = torch.Generator(self.weight.device).manual_seed(torch.initial_seed() + 1)
             init.normal_(self.weight, std=self.in_features**-0.5, generator=generator)
@@ -119,11 +122,11 @@ class ImageProjection(nn.Linear):
 
 class ImageFusion(nn.Module):
     """Modules that the fusion adds to an attention: an input projection if the dimensions differ, LN_img, biases, and
-    a scale of the retrieval scores if these are used.
+    a scale of the retrieval scores if they are used.
 
-    Its parameters are read only in its own forward, where the hooks of offloading and sharding load them. All have the
-    type of the base, as FSDP2 takes one a group. The bias of the scores and the scale are stored as differences from
-    their initial values: near -10 the numbers of bfloat16 are 1/16 apart, which no step of training crosses.
+    Its parameters are read only in its own forward, because hooks of offloading and sharding load them there. All have
+    the base's dtype, because FSDP2 allows one dtype a group. The score bias and the scale are stored as differences
+    from their initial values: near -10, bfloat16 numbers are 1/16 apart, more than a training step changes them.
     """
 
     def __init__(self, options: FusionOptions):
@@ -153,7 +156,7 @@ class ImageFusion(nn.Module):
         if self.proj is not None:
             images = self.proj(images)  # (U, C)
         wide = torch.promote_types(self.k_bias.dtype, torch.float32)
-        # copies, because FSDP2 frees the parameters themselves after this forward where it wraps this module alone
+        # copies, because FSDP2 frees the parameters after this forward if it wraps this module by itself
         k_bias, v_bias = (bias.to(wide, copy=True) for bias in (self.k_bias, self.v_bias))
         logit_bias = self.initial_logit_bias + self.logit_bias_delta.to(wide)
         score_scale = None
@@ -165,12 +168,12 @@ class ImageFusion(nn.Module):
 class ImageHook:
     """A forward pre-hook of the fusion layer's attention, which turns the images of a call into `Images`.
 
-    It is on the attention, as gradient checkpointing reruns the forward of the layer, which calls it.
+    It hooks the attention, not the layer: gradient checkpointing reruns the layer's forward without the layer's hooks.
     """
 
     def __init__(self, attention: nn.Module):
         self.names = tuple(inspect.signature(type(attention).forward).parameters)[1:]  # without self
-        # of its own, by which it rotates queries and keys
+        # its own tables, by which it rotates queries and keys
         self.has_tables = any("rotary" in name or "embed_positions" in name for name, _ in attention.named_buffers())
 
     def __call__(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -178,15 +181,15 @@ class ImageHook:
         pool, index, scores, slots = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
         if pool is None or (pool.shape[0] == 0 and not attention.training):
             return (), arguments
-        if pool.shape[0] == 0:  # a row that no token sees: each step must have gradients of all parameters
+        if pool.shape[0] == 0:  # add a row that no token sees, so that all parameters get gradients
             pool, slots = pool.new_zeros(1, pool.shape[1]), None
         if not torch.compiler.is_compiling() and _adapts_rows(attention):
             raise ValueError(
-                "adapter_names and aLoRA of PEFT choose an adapter for each row, but the images of a batch belong to "
-                "no row: call set_adapter, with a LoRA that is not activated by tokens"
+                "PEFT's adapter_names and aLoRA choose an adapter for each row, but the rows of a batch share its "
+                "images: call set_adapter with a LoRA that no token activates"
             )
         terms = attention.image_fusion(pool)
-        as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion may be of another type
+        as_text = terms.hidden_states.to(arguments["hidden_states"].dtype)  # the fusion's dtype may differ
         _, keys, values = catch(attention, self.at_no_position(attention, as_text, arguments))
         query = self.image_query(attention, arguments)
         if keys.shape[1] < len(terms.k_bias):
@@ -194,7 +197,7 @@ class ImageHook:
         return (), arguments | {"images": Images(keys[0], values[0], index, query, terms, scores, slots)}
 
     def image_query(self, attention: Any, arguments: dict[str, Any]) -> Tensor | None:
-        """The unrotated query of a call, (B, Hq, T, Dk); None where neither an argument nor the attention's own tables
+        """The unrotated query of a call, (B, Hq, T, Dk). None if neither an argument nor the attention's own tables
         rotate it."""
         if arguments.get("position_embeddings") is None and not self.has_tables:
             return None
@@ -203,7 +206,7 @@ class ImageHook:
     def unrotated(self, attention: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call for the same tokens, unrotated, without mask and with a cache that stays unchanged.
 
-        Their positions stay where the attention does not rotate by them itself: some families scale the query by them.
+        position_ids are zeroed only if the attention rotates by them: some families scale the query by them.
         """
         replaced = {}
         layer = arguments.get("layer_idx", getattr(attention, "layer_idx", 0))  # an argument in Zamba
@@ -224,7 +227,7 @@ class ImageHook:
         return replaced
 
     def at_no_position(self, attention: Any, hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call for other `hidden_states` (B, T, C), alone, unrotated and unscaled."""
+        """The arguments of a call for other `hidden_states` (B, T, C), without other tokens, rotation or scale."""
         replaced = self.unrotated(attention, alone(hidden_states, arguments))
         if replaced.get("position_ids") is not None:
             replaced["position_ids"] = torch.zeros_like(replaced["position_ids"])
@@ -232,27 +235,27 @@ class ImageHook:
 
 
 def _adapts_rows(attention: nn.Module) -> bool:
-    """Whether PEFT has told layers of the attention which adapter each row of this call takes, or from which token."""
+    """Whether PEFT chooses an adapter for each row of this call, or activates it from some token on."""
     hooks = [hook for module in attention.modules() for hook in module._forward_pre_hooks.values()]
     return any(not {"adapter_names", "alora_offsets"}.isdisjoint(getattr(hook, "keywords", ())) for hook in hooks)
 
 
 class _Caught:
-    """tensors: query, key and value of a call. No list or tuple, of which offloading would make a copy."""
+    """tensors: query, key and value of a call. A class, because offloading would copy a list or tuple."""
 
     tensors: Any = None
 
 
 class _Ended(Exception):
-    """Ends a call whose query, key and value are known: the rest, an output projection, would be computed for nothing,
-    and its dropout would draw random numbers. There is no other way out of a family's forward."""
+    """Ends a call whose query, key and value are known. There is no other way out of a family's forward; the output
+    projection would be computed for nothing, and its dropout would advance the random generator."""
 
 
 def catch(attention: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The query (B, Hq, T, Dk), key and value of an attention whose implementation is ours, in a call with
-    `arguments`."""
+    """The query (B, Hq, T, Dk), key and value in a call with `arguments` of an attention whose implementation is
+    IMPLEMENTATION."""
     caught = _Caught()
-    try:  # noqa: SIM105 - torch.compile knows no contextlib.suppress
+    try:  # noqa: SIM105 - torch.compile does not support contextlib.suppress
         attention.forward(**arguments, caught=caught)
     except _Ended:
         pass
@@ -262,8 +265,8 @@ def catch(attention: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Te
 
 
 def _of_own_heads(terms: FusionTerms, attention: nn.Module) -> FusionTerms:
-    """The terms of the heads that this process computes, where the attention's projections are divided among several
-    (tensor parallel). Every process has all parameters of the fusion, and gets their whole gradients."""
+    """The terms of the heads that this process computes, if tensor parallelism divides the attention's projections.
+    Every process holds all parameters of the fusion and gets their complete gradients."""
     (mesh,) = {parameter.device_mesh for parameter in attention.parameters() if isinstance(parameter, DTensor)}
 
     def everywhere(tensor: Tensor) -> DTensor:
@@ -274,18 +277,18 @@ def _of_own_heads(terms: FusionTerms, attention: nn.Module) -> FusionTerms:
         for bias in (terms.k_bias, terms.v_bias, terms.logit_bias)
     )
     scale = terms.score_scale
-    if scale is not None:  # of all heads, so its gradient is the sum over processes
+    if scale is not None:  # all heads share it, so its gradient is the sum over processes
         scale = everywhere(scale).to_local(grad_placements=[Partial()])
     return FusionTerms(terms.hidden_states, k_bias, v_bias, logit_bias, scale)
 
 
-# Images of a layer that does not hand them on, for the length of its forward, in each thread that uses the model.
+# By thread: the images during the forward of a layer that does not pass them on.
 _call = threading.local()
 
 
 class VisualLayer(_Module):
-    """Mixin of a decoder layer whose forward drops unknown arguments (Nemotron, StableLM): it leaves them where the
-    hook of its attention finds them. A hook of the layer could not, as gradient checkpointing does not rerun it."""
+    """Mixin of a decoder layer whose forward drops unknown arguments (Nemotron, StableLM). It stores the images where
+    the attention's hook finds them. A hook of the layer cannot: gradient checkpointing does not rerun it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         _call.images = {name: kwargs.pop(name) for name in FUSION_ARGUMENTS if name in kwargs}
@@ -301,18 +304,18 @@ def visual_layer_class(base: Any) -> Any:
 
 @torch.no_grad()
 def check_mathematics(attention: Any, own_config: Any, calls: list[Call]) -> None:
-    """Checks that a token with one image gets the class's own attention over two tokens, the image and itself.
+    """Checks that a token that sees itself and one image gets the class's own attention over two such tokens.
 
-    This is done unrotated and at the last position of each call, with and without a cache, and for several tokens: for
-    a single one, all of the softmax may be on the image or on the token.
+    The check runs unrotated and at the last position of each call, with and without a cache. It uses several tokens,
+    because the softmax of a single token may be almost all on the image or on the token.
 
     Args:
-        attention: one whose implementation is ours.
+        attention: its implementation is IMPLEMENTATION.
         own_config: config with the class's own implementation.
-        calls: at positions near and far, without a cache.
+        calls: calls without a cache, at near and far positions.
 
     Raises:
-        ValmError: the two differ, because the family computes more than one softmax over all that a token sees,
+        ValmError: the results differ, because the family computes more than one softmax over what a token sees,
             changes queries or keys after their rotation, or scales keys by their position.
     """
     hook = ImageHook(attention)
@@ -323,7 +326,7 @@ def check_mathematics(attention: Any, own_config: Any, calls: list[Call]) -> Non
     k_bias, v_bias = (text.new_zeros(x.shape[1], x.shape[3]) for x in (keys, values))
     terms = FusionTerms(text, k_bias, v_bias, logit_bias)
     image = torch.arange(len(pairs), device=text.device)
-    index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): of each second token
+    index = torch.stack([torch.full_like(image, -1), image], 1)[..., None]  # (T - 1, 2, 1): second tokens only
     itself = torch.eye(2, dtype=torch.bool, device=text.device)[None, None]
     cache_names = [name for name in CACHE_ARGUMENTS if name in hook.names]
     # quantised projections may round their inputs to 8 bits, the precision of bfloat16
@@ -369,9 +372,9 @@ def fusion_attention(
     read_weights: Callable[..., None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (B, Tq, Hq, Dv), and no weights. Without dropout.
+    """transformers' attention interface: returns (B, Tq, Hq, Dv) and no weights. Without dropout.
 
-    text_limits: those of the mask where they are known; otherwise they are read from it, but not in a compiled graph.
+    text_limits: the limits in the mask, if known. Otherwise they are read from it, except in a compiled graph.
     read_weights: called with the arguments of `joint_weights`.
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
@@ -385,7 +388,7 @@ def fusion_attention(
     seen = visible_keys(attention_mask)
     if read_weights is not None:
         read_weights(query, key, images, seen, scale, softcap, position_bias, s_aux)
-    if seen is None and 1 < num_queries < num_keys:  # a static cache that is being filled
+    if seen is None and 1 < num_queries < num_keys:  # a static cache during prefill
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     if text_limits is None and not torch.compiler.is_compiling():
         text_limits = read_limits(seen)
@@ -406,8 +409,8 @@ def why_joint_eager(
 ) -> str | None:
     """Why `visual_fusion_attn` cannot serve these tensors, or None if it can.
 
-    text_limits: those of the mask `seen`, None if it has holes or was not read. A compiled graph cannot read a mask, so
-    with an unread one it uses the joint attention, which is right for every mask.
+    text_limits: the limits in the mask `seen`; None if the mask has holes or was not read. A compiled graph cannot read
+    a mask; it then uses the joint attention, which is correct for every mask.
     """
     widest = max(query.shape[-1], value.shape[-1])
     if not MIN_HEAD_DIM <= widest <= MAX_HEAD_DIM:
@@ -420,11 +423,8 @@ def why_joint_eager(
 
 
 def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
-    """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key.
-
-    Raises:
-        ValmError: a mask that is not of four dimensions, which other attention implementations take.
-    """
+    """(B or 1, Tq, Tk) bool from the mask that transformers prepared, True where a query sees a key. Raises ValmError
+    if the mask is not a tensor of four dimensions."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
@@ -439,9 +439,9 @@ def visible_keys(attention_mask: Tensor | None) -> Tensor | None:
 def read_limits(seen: Tensor | None) -> TextLimits | None:
     """The limits in the mask `seen` (B, Tq, Tk); None without a mask, or if it has holes.
 
-    Without holes each query sees all keys from some key to its own, or none. The queries are the last tokens of the
-    text, behind which a static cache has unused keys. This waits for a GPU, as transformers itself does to look for
-    padding.
+    In a mask without holes, each query sees all keys from some key to its own, or none. The queries are the last tokens
+    of the text; a static cache contains unused keys after them. This synchronises with a GPU, as transformers does when
+    it looks for padding.
     """
     if seen is None:
         return None
@@ -453,7 +453,7 @@ def read_limits(seen: Tensor | None) -> TextLimits | None:
     end = num_keys - seen.flip(-1).int().argmax(-1)  # (B, Tq): one past the last key that each sees
     seqlens = torch.where(sees, end + later, 0).amax(-1)  # (B,)
     interval = (key >= first_key[..., None]) & (key < (seqlens[:, None] - later)[..., None])
-    # more than all keys: the mask of an encoder, in which earlier queries see the last key too
+    # seqlens > num_keys: an encoder's mask, in which earlier queries also see the last key
     whole = (interval == seen).all() & (seqlens <= num_keys).all()
     whole, full, limited = torch.stack([whole, (seqlens == num_keys).all(), first_key.any()]).tolist()
     if not whole:
@@ -483,13 +483,13 @@ def _kernel_attention(
         arguments["softcap"] = softcap
     query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))
     out, lse = visual_fusion_attn(query, key, value, image_k, image_v, **arguments, scale=scale, return_lse=True)
-    if sink is not None:  # a sink takes a share of the softmax and has no value
+    if sink is not None:  # the sink's share of the softmax has no value
         out = out * without_sink(lse, sink)[..., None].to(out.dtype)
     return out[..., :value_dim]
 
 
 def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[str, Any]:
-    """The image arguments of `visual_fusion_attn` and `attention_weights` besides keys and values."""
+    """The image arguments of `visual_fusion_attn` and `attention_weights`, except keys and values."""
     if images is None:
         return {}
     arguments: dict[str, Any] = {
@@ -518,7 +518,7 @@ def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, 
 
 
 def without_sink(lse: Tensor, sink: Tensor) -> Tensor:
-    """(B, Hq, Tq): the share of the softmax that a sink (Hq,) leaves to what has the logsumexp `lse` (B, Hq, Tq)."""
+    """(B, Hq, Tq): the share of the softmax that a sink (Hq,) leaves to scores with the logsumexp `lse` (B, Hq, Tq)."""
     return torch.sigmoid(lse - sink.reshape(1, -1, 1))
 
 
@@ -538,7 +538,7 @@ def joint_attention(
     position_bias: Tensor | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """Attention with all scores in memory, for any mask, bias and dimension; (B, Hq, Tq, Dv).
+    """(B, Hq, Tq, Dv): attention with all scores in memory, for any mask, bias and dimension.
 
     seen: (B or 1, Tq, Tk) bool, None = causal. A query that sees nothing gets zeros.
     """

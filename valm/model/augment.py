@@ -53,38 +53,45 @@ def augment(
     score_scale: float | None = None,
     min_score: float | None = None,
 ) -> AugmentedCausalLM:
-    """Makes one layer of a pretrained decoder attend to images too, in one softmax with the text.
+    """Makes one layer of a pretrained decoder attend to text and images in one softmax.
 
-    The model itself is changed and returned. Its class, config and parameters stay those of its family; the attention
-    of the layer gets one more child, `image_fusion`. Closed images (a very negative logit bias) and text alone give
-    the logits of the original. Images come as the arguments `image_pool` (U, E) and `image_index` (B, T, K) of forward,
-    or from `set_retriever`. After Wang et al., "Visually-Augmented Language Modeling", section 2.3.
+    The model is changed in place. It keeps its class, config and parameters; the layer's attention gains a child module
+    `image_fusion`. Images come from the arguments `image_pool` (U, E) and `image_index` (B, T, K) of forward, or from
+    `set_retriever`. Without images, the logits are those of the original model; with the default `logit_bias`, they are
+    nearly so until training. After Wang et al., "Visually-Augmented Language Modeling", section 2.3.
 
     Args:
-        model: a causal language model of transformers, loaded, with attention implementation "sdpa" or "eager".
+        model: a causal language model of transformers, loaded, with attn_implementation "sdpa" or "eager".
         image_dim: E, dimension of an image vector.
-        num_images: K, images per token, from 1 to 64. 0 makes the text-only twin: what `unfreeze` names trains, nothing
-            is new and no image is taken. Its layer computes as that of its twin does: without attention dropout.
-        layer: which layer, negative from the end. None: the layer before the last; where that has no attention with
-            keys of its own, the last layer that has one, which a warning names.
-        logit_bias: initial value of the number that each head adds to its scores of images. At -10 the pretrained
-            logits move by about their rounding, and there is still a gradient that can open the heads.
+        num_images: K, images per token, from 1 to 64. 0 makes the text-only baseline: it takes no images, has no new
+            parameters, trains what `unfreeze` names, and has no dropout in the layer's attention.
+        layer: index of the layer, negative from the end. None: the second-to-last layer; if that layer computes no
+            keys of its own, the last layer that does, which a warning names.
+        logit_bias: initial bias that each head adds to its scores of images. At -10 the pretrained logits change by
+            about their rounding error, and the gradient can still open the heads.
         unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
-        blind: each token's one image is its own retrieval query (Blind-VaLM); needs num_images = 1.
-        score_scale: initial value of a learned weight on the retrieval score, one for all heads, added to the image's
-            attention scores. None: retrieval scores are not used.
-        min_score: a token whose best image has a lower retrieval score sees none (`valm.retrieval.min_score`); None:
-            every token but the first of a document sees K.
+        blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image. Needs
+            num_images = 1.
+        score_scale: initial value of a learned weight on the retrieval score, shared by all heads and added to the
+            image's attention scores. None: retrieval scores are not used.
+        min_score: score threshold: a token whose best image has a lower retrieval score sees no image
+            (`valm.retrieval.min_score`). None: every token but a document's first sees K images.
 
     Returns:
         The model.
 
     Raises:
-        ValmError: an argument has an invalid value, the family cannot be augmented, or what would train is quantised;
-            the message says why.
+        ValmError: an argument is invalid, the family cannot be augmented, or a weight that would train is quantised.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = valm.augment(AutoModelForCausalLM.from_pretrained("base"), image_dim=512, num_images=4)
+        >>> pool, index = torch.randn(10, 512), torch.randint(10, (1, 3, 4))  # 10 images; 4 for each of 3 tokens
+        >>> model(torch.tensor([[1, 2, 3]]), image_pool=pool, image_index=index).logits.shape
+        torch.Size([1, 3, ...])
     """
     if isinstance(model, ImageModel):
-        raise ValmError(f"this {type(model).__name__} takes images already")
+        raise ValmError(f"this {type(model).__name__} already takes images")
     if getattr(transformers, type(model).__name__, None) is not type(model) or not isinstance(model, GenerationMixin):
         raise ValmError(f"{type(model).__name__} is no causal language model of transformers itself")
     check_readable(model.config)
@@ -114,37 +121,30 @@ def augment(
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Checks that the weights are on a device.
-
-    Raises:
-        ValmError: accelerate has offloaded some.
-    """
+    """Raises ValmError if accelerate has offloaded weights."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValmError(
-            f"weights of this {type(model).__name__} are offloaded: augment the model, or load its adapter, before it "
-            "is dispatched; a whole augmented folder may be loaded with a device_map"
+            f"weights of this {type(model).__name__} are offloaded: augment the model, or load its adapter, before "
+            "dispatch_model; an augmented model saved whole may be loaded with a device_map"
         )
 
 
 def check_trained_weights(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Checks that the weights of the base that train besides the fusion, which an adapter of them has too, can.
-
-    Raises:
-        ValmError: one is quantised.
-    """
+    """Checks that the base weights that `unfreeze` trains can be trained; an adapter stores them too. Raises ValmError
+    if a weight is quantised."""
     if not options.unfreeze:
         return
     for name, _, weight in named_weights(model if options.unfreeze == "all" else decoder_layers(model)[options.layer]):
         if kind := quantisation(weight):
             raise ValmError(
-                f"unfreeze={options.unfreeze!r} trains {name}, but that is quantised ({kind}): do not quantise it when "
-                "the base is loaded (llm_int8_skip_modules of bitsandbytes, modules_to_not_convert of torchao), or "
-                'augment with unfreeze=""'
+                f"unfreeze={options.unfreeze!r} trains {name}, which is quantised ({kind}): exclude it from "
+                "quantisation when the base is loaded (llm_int8_skip_modules of bitsandbytes, modules_to_not_convert "
+                'of torchao), or augment with unfreeze=""'
             )
 
 
 def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
-    """`augment` with known options, for a model whose weights are still to be loaded."""
+    """`augment` with known options, for a model whose fusion weights are not loaded yet."""
     attach(model, options)
     return _with_class(model, options)
 
@@ -152,7 +152,7 @@ def become_augmented(model: PreTrainedModel, options: FusionOptions) -> Augmente
 def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     _own_config(model)
     model.config.base_place, model.config.name_or_path = _absolute(model.config.name_or_path), NOT_SAVED
-    # the class of this object, as the user holds it, and so do its optimizer, its hooks and PEFT
+    # change the class of this object, which the user, its optimizer, its hooks and PEFT refer to
     model.config.fusion = asdict(options)
     config_class = type(model.config)
     model.config.__class__ = augmented_config_class(config_class)
@@ -164,7 +164,7 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Gives a model and its modules a copy of their config: two models made from one share it."""
+    """Gives a model and its modules a copy of their config, which models made from one config share."""
     shared, own = model.config, copy.copy(model.config)
     for module in model.modules():
         if vars(module).get("config") is shared:
@@ -172,15 +172,15 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _absolute(place: str | None) -> str | None:
-    """The folder that a model was opened from: the process may work elsewhere when the model is saved."""
+    """The absolute path of the folder a model was opened from, since the working directory may change before saving."""
     return os.path.abspath(place) if place and os.path.isdir(place) else place
 
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
-    """Adds the fusion to a layer; in a text-only twin it has no parameters, and attends to the text as its twin's does.
+    """Adds the fusion to a layer. In a text-only baseline the fusion has no parameters and attends to text only.
 
-    LN_img starts as the layer's own input norm, `found`, so that the attention reads images at the scale of its text;
-    with weight 1, closed images still moved the logits of SmolLM2.
+    LN_img starts as the layer's own input norm (`found`), so that images reach the attention at the scale of its text.
+    With weight 1, images still moved the logits of SmolLM2 at the initial bias.
     """
     check_overridden()
     block: Any = decoder_layers(model)[options.layer]
@@ -195,7 +195,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
         attention.image_fusion = fusion.train(attention.training)
     if options.fusion_scale == "embed_dim":
         attention.scaling = options.width**-0.5
-    # the other layers' masks follow the model's own config, so this one may ask for another implementation
+    # the masks follow the model's config, so this layer's config may name another implementation
     attention.config = with_attention(attention.config, IMPLEMENTATION)
     attention.register_forward_pre_hook(ImageHook(attention), with_kwargs=True)
     if options.layer_drops_images:
@@ -203,11 +203,7 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
 
 
 def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe) -> None:
-    """`attach`, after a check of the layer's mathematics.
-
-    Raises:
-        ValmError: they are others.
-    """
+    """`attach`, then `check_mathematics` of the layer. Raises ValmError if the layer computes something else."""
     attention: Any = decoder_layers(model)[options.layer].get_submodule(attention_path(model, options.layer))
     own_config = attention.config
     attention.config = with_attention(own_config, IMPLEMENTATION)
@@ -224,7 +220,7 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
 
 
 def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Freezes all parameters that do not train according to `options`, and what is quantised."""
+    """Freezes quantised parameters and all parameters that `options` does not train."""
     model.requires_grad_(False)
     trained: list[nn.Module] = []
     if options.unfreeze:
@@ -248,30 +244,26 @@ class AugmentedCausalLM(ImageModel):
     finder_class: Any = ImageFinder
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Names the arguments of the base and of images, by which the Trainer and generate() look for them."""
+        """Gives `forward` the base's signature and the image arguments, which the Trainer and generate() look up."""
         super().__init_subclass__(**kwargs)
         if AugmentedCausalLM in cls.__bases__:
             for name, images in (("forward", IMAGE_ARGUMENTS), ("prepare_inputs_for_generation", ())):
                 setattr(cls, name, _with_arguments(getattr(AugmentedCausalLM, name), getattr(super(), name), images))
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
-        """As that of the base.
-
-        Raises:
-            ValmError: the config is that of the base, without a fusion.
-        """
+        """As in the base class. Raises ValmError if the config is the base's, without a fusion."""
         if not isinstance(config, self.config_class):
             raise ValmError(
-                f"{config.name_or_path or 'the config'} holds the config of a {config.model_type}, expected that of an "
-                f"augmented {config.model_type}: load it by AutoModelForCausalLM, and augment it"
+                f"{config.name_or_path or 'the config'} is the config of a {config.model_type}, expected an augmented "
+                f"{config.model_type}: load the model with AutoModelForCausalLM and augment it"
             )
-        config = copy.copy(config)  # of its own, as `set_min_score` and saving change it
+        config = copy.copy(config)  # `set_min_score` and saving change it
         super().__init__(config, *args, **kwargs)
         attach(self, FusionOptions(**config.fusion))
         self.add_finder()
 
     def add_finder(self) -> None:
-        """Puts the hooks that find images on what reads token ids: the base model, or the decoder that it wraps."""
+        """Hooks the finder to the modules that take token ids: the base model, or the decoder inside it."""
         self.finder = self.finder_class(self.config)
         parts = dict.fromkeys(part for part in (self.base_model, self.get_decoder()) if part is not self)
         for part in parts or (self,):
@@ -279,11 +271,8 @@ class AugmentedCausalLM(ImageModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained` of a whole folder.
-
-        Raises:
-            ValmError: the weights have no image_fusion, or the note on where the images are is damaged.
-        """
+        """`PreTrainedModel.from_pretrained` for a model that was saved whole. Raises ValmError if the weights contain
+        no image_fusion, or the file that says where the images are is damaged."""
         with_info = kwargs.pop("output_loading_info", False)
         token = reads_images.set(True)
         try:
@@ -295,8 +284,8 @@ class AugmentedCausalLM(ImageModel):
         missing = [key for key in info["missing_keys"] if ".image_fusion." in key]
         if missing:
             raise ValmError(
-                f"the weights in {pretrained_model_name_or_path} have no {sorted(missing)[0]}: they are not those of "
-                "its config"
+                f"the weights in {pretrained_model_name_or_path} contain no {sorted(missing)[0]}, so they do not "
+                "belong to the config there: save the model again"
             )
         freeze(model, model.fusion_options)
         model.config.name_or_path = _absolute(model.config.name_or_path)
@@ -305,20 +294,34 @@ class AugmentedCausalLM(ImageModel):
         return (model, info) if with_info else model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward, with images.
+        """The base model's forward with images; it takes the base's arguments and these.
 
         Args:
+            input_ids: (B, T) int64 token ids.
             image_pool: (U, E) float, the image vectors of this batch, each once.
-            image_index: (B, T, K) int32 or int64 rows of the pool for each of these tokens, -1 = none.
-            image_scores: (B, T, K) float, the retrieval score of each image; of a model with `score_scale` only, which
-                needs it beside images.
-            image_slots: `valm_kernels.sort_image_slots(image_index, U)` beside images; checked on CPU, and not used
-                on CUDA today. image_index must be -1 at padding then.
-            position_ids: where they restart in a row, another document begins, which sees none before it.
+            image_index: (B, T, K) int32 or int64, rows of the pool for each token, -1 = no image.
+            image_scores: (B, T, K) float, the retrieval score of each image. Only a model with `score_scale` takes
+                scores, and it needs them if images are given.
+            image_slots: `valm_kernels.sort_image_slots(image_index, U)`, to sort once for several calls. image_index
+                must then be -1 at padding. Checked on CPU; not used on CUDA today.
+            attention_mask: (B, T) int64, 0 at padding.
+            position_ids: (B, T) int64. Where they restart in a row, a new document begins, which sees no earlier one.
+            labels: (B, T) int64, the tokens themselves; -100 is ignored.
+
+        Returns:
+            The base's output: `logits` (B, T, V) in the model's dtype, and with labels `loss`.
 
         Raises:
-            ValueError: images that do not fit; `output_attentions`, which has no place for weights of images; a mask
-                for each head, or with biases; or several documents in a row and a cache (`ImageFinder`).
+            ValueError: the images do not fit the model or the batch; `output_attentions` is set; the mask differs
+                between heads or contains biases; or a row holds several documents and a cache is used.
+
+        Example:
+            >>> model, tokenizer = valm.load("model")
+            >>> options = model.fusion_options
+            >>> pool = torch.randn(10, options.image_dim)  # U = 10 images
+            >>> index = torch.randint(10, (1, 3, options.num_images))  # K of them for each of 3 tokens
+            >>> model(torch.tensor([[1, 2, 3]]), image_pool=pool, image_index=index).logits.shape
+            torch.Size([1, 3, ...])
         """
         return super().forward(*args, **kwargs)
 
@@ -331,12 +334,22 @@ class AugmentedCausalLM(ImageModel):
         attention_mask: Tensor | None = None,
         image_scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The fusion layer's joint attention weights: over text (B, H, T, T) and over images (B, H, T, K).
+        """The fusion layer's attention weights, materialised: for plots and explanations of short texts.
 
-        Both together sum to 1 for every token, or to less where the family has an attention sink. Arguments as in
-        `forward`; without images the weights are those of the text alone. A model that goes through its layers several
-        times (HRM) has those of the last time. Unlike `forward` this materialises the weights: use it for plots and
-        explanations of short texts.
+        The arguments are those that `forward` takes. Without images, the weights cover the text only.
+
+        Returns:
+            The weights over text (B, H, T, T) and over images (B, H, T, K), at least float32. For each head and token
+            they sum to 1, or to less if the family has an attention sink. A model that runs its layers several times
+            (HRM) returns the weights of the last run.
+
+        Example:
+            >>> model, tokenizer = valm.load("model")
+            >>> pool = torch.randn(10, model.fusion_options.image_dim)
+            >>> index = torch.randint(10, (1, 3, model.fusion_options.num_images))
+            >>> text, images = model.fusion_attention(torch.tensor([[1, 2, 3]]), pool, index)
+            >>> torch.allclose(text.sum(-1) + images.sum(-1), torch.ones(()))
+            True
         """
         options = self.fusion_options
         images = {"image_pool": image_pool, "image_index": image_index, "image_scores": image_scores}
@@ -354,24 +367,32 @@ class AugmentedCausalLM(ImageModel):
         return found[-1]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`; the retriever finds the images of each new token.
+        """`GenerationMixin.generate`, with the base's arguments; the retriever finds the images of each new token.
+
+        Returns:
+            Token ids (B, T + new tokens) int64, or what `return_dict_in_generate` asks for.
 
         Raises:
-            ValueError: images, which say nothing of the tokens to come; or assisted decoding or prompt lookup, which
-                would roll back what the retriever has read.
+            ValueError: images are given (only a retriever can find images for new tokens); or assisted decoding or
+                prompt lookup is asked for (the retriever's state cannot be rolled back).
+
+        Example:
+            >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
+            >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, min_new_tokens=4).shape
+            torch.Size([1, 7])
         """
         if any(kwargs.get(name) is not None for name in IMAGE_ARGUMENTS):
             raise ValueError(
-                "generate() takes no image_pool, image_index or image_scores, as each new token has images of its own: "
-                "set a retriever by set_retriever"
+                "generate() takes no image_pool, image_index or image_scores, since each new token needs its own "
+                "images: set a retriever with set_retriever"
             )
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The base's, with images and, in a static cache, the limits of the text: here, outside what `generate`
-        compiles, where the retriever can run and the mask can be read. All shapes of the next tokens are constant."""
+        """The base's inputs with images and, for a static cache, the limits of the text. `generate` does not compile
+        this method, so the retriever can run here and the mask can be read. Shapes stay the same at every token."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        cache = inputs.get("cache")  # not what came: Phi-3 drops its cache where its rotation changes
+        cache = inputs.get("cache")  # not the argument: Phi-3 drops its cache when its rotation changes
         static = isinstance(cache, StaticCache)
         if static:
             inputs["text_limits"] = self._text_limits(inputs.get("attention_mask"))
@@ -384,7 +405,7 @@ class AugmentedCausalLM(ImageModel):
         return inputs
 
     def _text_limits(self, masks: Any) -> TextLimits | None:
-        """The limits of the fusion layer's text in the masks for `generate`: one, or one for each type of layer."""
+        """The limits of the fusion layer's text, from `generate`'s mask or its masks by type of layer."""
         if isinstance(masks, dict):
             types = self.config.get_text_config(decoder=True).layer_types
             masks = masks.get(types[self.fusion_options.layer])
@@ -394,7 +415,7 @@ class AugmentedCausalLM(ImageModel):
         limits = read_limits(seen)
         if limits is None or seen is None:
             return None
-        # all of them in every step, so that a compiled graph stays the same
+        # give all limits in every step, so that the graph is compiled once
         batch, num_queries, num_keys = seen.shape
         first_key, seqlens = limits
         if first_key is None:
@@ -405,7 +426,7 @@ class AugmentedCausalLM(ImageModel):
 
 
 def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
-    """A copy of `method` with the signature of `base`, and `more` as keywords."""
+    """A copy of `method` with the signature of `base` and `more` keyword arguments."""
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -423,24 +444,20 @@ def _with_arguments(method: Any, base: Any, more: Sequence[str]) -> Any:
 
 
 def _padded_pool(pool: Tensor, rows: int) -> Tensor:
-    """The pool with at least so many rows, as many as the tokens can have different images."""
+    """The pool, padded to at least `rows` rows (the most different images that the tokens can see)."""
     return F.pad(pool, (0, 0, 0, max(0, rows - pool.shape[0])))
 
 
 def augmented_class(base: Any, config_class: Any) -> Any:
-    """The augmented class of a model class for configs of `config_class`: families that are another's by their
-    mathematics have a config class of their own, and that one's model class (EXAONE, LlamaForCausalLM)."""
+    """The augmented class of a model class for configs of `config_class`. Some families have their own config class but
+    another family's model class (EXAONE uses LlamaForCausalLM)."""
 
     config_class_with_images = augmented_config_class(config_class)
     return subclass(AugmentedCausalLM, base, augmented_class, config_class, config_class=config_class_with_images)
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:
-    """The causal language model of transformers with this name.
-
-    Raises:
-        ValmError: there is none.
-    """
+    """The causal language model of transformers with this name. Raises ValmError if there is none."""
     found = getattr(transformers, name, None) if name.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel) or not issubclass(found, GenerationMixin):
         raise ValmError(f"transformers {transformers.__version__} has no causal language model {name!r}")

@@ -1,6 +1,6 @@
 """The model card: README.md in a model's folder, which the Hugging Face Hub shows.
 
-It says what the model is, what it needs besides its weights, what was measured, and how to load it.
+The card states what the model is, what it needs besides its weights, what was measured, and how to load it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from valm_kernels import __version__
 from valm_kernels.atomic_files import atomic_path
 
 CARD_FILE = "README.md"
-# Marks the cards written here. A card without it is the user's own and is not replaced.
+# Marks cards that valm wrote. A card without the marker is the user's and is not replaced.
 MARKER = "<!-- written by valm; without this line the card is left as it is -->"
 TEMPLATE = """---
 {data}
@@ -56,10 +56,10 @@ def write_card(
     """Writes the model card into `folder`, unless the user has written one; returns its path, or None.
 
     Args:
-        model: one that takes images (`ImageModel`).
+        model: a model that takes images (`ImageModel`).
         numbers: measurements by name.
-        command: the command that made the model; of each path in it the card has the last part.
-        with_base: whether the folder has all weights; those of an adapter were added to its base model.
+        command: the command that made the model; the card shows only the last part of each path in it.
+        with_base: whether the folder contains all weights; False for an adapter.
 
     Raises:
         OSError: the card cannot be written.
@@ -69,7 +69,7 @@ def write_card(
         return None
     tags = ["valm", "visually-augmented-language-model"]
     data = ModelCardData(library_name="valm", pipeline_tag="text-generation", base_model=base_name(model), tags=tags)
-    needs = "\n".join(f"- {need}" for need in _needs(model, with_base)) or "Nothing beside this folder."
+    needs = "\n".join(f"- {need}" for need in _needs(model, with_base)) or "Only this folder."
     kb = ', kb="KNOWLEDGE_BASE"' if getattr(model.finder.source, "knowledge_base_sha256", None) else ""
     text = TEMPLATE.format(data=data.to_yaml(), marker=MARKER, what=_what(model), needs=needs, kb=kb)
     if numbers:
@@ -83,14 +83,14 @@ def write_card(
 
 
 def base_name(model: Any) -> str | None:
-    """The Hugging Face name of the model that was augmented; None for a VaLM, and for a base in a folder, whose path is
-    private."""
+    """The Hugging Face name of the model that was augmented. None for a VaLM, and for a base in a folder, since its
+    path is private."""
     name = model.config.base_place
     return name if _architecture(model) and name and not os.path.isdir(name) and name.count("/") <= 1 else None
 
 
 def _without_folders(command: str) -> str:
-    """The command with the last part of each path."""
+    """The command with only the last part of each path."""
     return shlex.join(re.sub(r"[^=]*/(?=[^/=])", "", word.rstrip("/")) for word in shlex.split(command))
 
 
@@ -105,7 +105,7 @@ def _what(model: Any) -> str:
     made = f"`valm.augment` of a {base}" if base else "A VaLM (Wang et al. 2022)"
     sees = f"{options.num_images} retrieved images of dimension {options.image_dim}"
     if options.blind:
-        sees = "its own retrieval query as one image"
+        sees = "its own retrieval query instead of images"
     if options.num_images == 0:
         sees = "no images, as in the text-only baseline"
     if options.min_score is not None:
@@ -117,7 +117,7 @@ def _needs(model: Any, with_base: bool) -> list[str]:
     options, named, source = model.fusion_options, base_name(model), model.finder.source
     needs = []
     if not with_base:
-        needs.append(f"The base model `{named}`." if named else f"The {_architecture(model)} that it was made of.")
+        needs.append(f"The base model `{named}`." if named else f"The {_architecture(model)} that was augmented.")
     if options.num_images == 0:
         return needs
     if source is None:

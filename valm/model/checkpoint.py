@@ -1,4 +1,4 @@
-"""A checkpoint folder: config, weights and tokenizer in Hugging Face's format, and where its images are."""
+"""A checkpoint folder: config, weights and tokenizer in Hugging Face's format, and the paths of its images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 
 class ModelConfig(TypedDict, total=False):
-    """The keys of config.json that are read here."""
+    """The keys of config.json that this module reads."""
 
     model_type: Any
 
@@ -46,24 +46,36 @@ def save_checkpoint(
     numbers: Mapping[str, float] | None = None,
     command: str | None = None,
 ) -> Path:
-    """Writes `folder`; `load` and, after `import valm`, `AutoModelForCausalLM.from_pretrained` read it.
+    """Saves a model with its tokenizer, the paths of its images and a model card.
 
-    If the process is killed at any point, `load` loads the old checkpoint or the new one (`replaced_files`).
-    The tokenizer's model_max_length becomes the model's.
+    `valm.load` loads the folder, and so does `AutoModelForCausalLM.from_pretrained` after `import valm`. If the process
+    is killed, the folder contains the old checkpoint or the new one.
 
     Args:
-        model: a transformers model, one that takes images or its text-only twin.
-        state_dict: the weights, if they are not in the model itself (it is sharded).
-        numbers, command: for the model card (`write_card`), which never replaces the user's own.
+        model: a model that takes images, or its text-only baseline.
+        tokenizer: the model's tokenizer; it is saved with the model's length as model_max_length.
+        folder: created if missing; a checkpoint in it is replaced.
+        state_dict: the weights, if the model is sharded and does not hold them.
+        numbers: measurements for the model card, by name. A card that the user wrote is never replaced.
+        command: the command for the model card.
+
+    Returns:
+        The folder.
 
     Raises:
         OSError, ValmError: the folder cannot be written completely; the old checkpoint still loads.
+
+    Example:
+        >>> model, tokenizer = valm.load("model")
+        >>> folder = valm.save_checkpoint(model, tokenizer, "saved", numbers={"eval_loss": 2.5})
+        >>> (folder / "README.md").is_file()  # the model card
+        True
     """
     folder = Path(folder)
     saved = with_length(tokenizer, model)
     with replaced_files(folder, "the checkpoint") as temporary, quiet_transformers():
         model.save_pretrained(temporary, state_dict=state_dict)
-        (temporary / CARD_FILE).unlink(missing_ok=True)  # save_pretrained wrote it, and would replace the user's own
+        (temporary / CARD_FILE).unlink(missing_ok=True)  # save_pretrained wrote it; it would replace the user's card
         saved.save_pretrained(temporary)
         if isinstance(model, ImageModel):
             write_places(model.finder.source, temporary, place=folder)
@@ -80,13 +92,10 @@ def with_length(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTok
 
 
 def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerFast, what: str = "the tokenizer") -> None:
-    """Checks that the model has the tokenizer's vocabulary; `what` is the tokenizer in the error message.
-
-    Raises:
-        ValmError: it has another one.
-    """
+    """Checks that the vocabularies of model and tokenizer fit; `what` names the tokenizer in the error message. Raises
+    ValmError if the vocabularies differ."""
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    # a pretrained decoder may have rows to spare
+    # a pretrained decoder may contain unused rows
     if len(tokenizer) > vocab_size or (isinstance(model, VaLMForCausalLM) and len(tokenizer) != vocab_size):
         raise ValmError(f"{what} has {len(tokenizer)} tokens, but the model's vocab_size is {vocab_size}")
 
@@ -104,29 +113,35 @@ def load(
 ) -> tuple[Any, PreTrainedTokenizerFast]:
     """Loads a model that takes images: a VaLM, or an augmented decoder saved whole or as an adapter.
 
-    The knowledge base and CLIP are where the folder notes them. They are opened on first use, or now if `kb`, `clip`,
-    `query_dtype` or `allow_download` is given; a warning names what is missing. Without a knowledge base the model
-    needs `image_pool` in each call.
+    The folder notes where the knowledge base and CLIP are. They are opened on first use, or immediately if `kb`,
+    `clip`, `query_dtype` or `allow_download` is given; a warning names what is missing. Without a knowledge base, pass
+    `image_pool` and `image_index` to each call.
 
     Args:
-        folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer (an adapter's may be
-            in the folder of its base model).
-        base: folder or Hugging Face name of an adapter's base model, or a GGUF file in one of both
-            (`folder/model.gguf`), if it has moved. A name that only the adapter's own file has is never downloaded.
-        kb: where the knowledge base is. Another one of the same CLIP is named by a warning.
-        clip: the CLIP, if it has moved from where the knowledge base or the folder notes it (see `Clip.load`). Another
-            one is an error.
-        allow_download: of the CLIP, as in `open_encoder`.
-        query_dtype: precision of CLIP's text tower, as in `open_encoder`; by default that of the retriever that the
-            model was saved with, if it was chosen.
-        strict: raise an error instead of a warning when the model needs images and has none.
+        folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer. An adapter's
+            tokenizer may be in the folder of its base model.
+        base: where an adapter's base model is, if it has moved: a folder, a Hugging Face name, or a GGUF file in either
+            (`folder/model.gguf`). A name that only the adapter's file contains is never downloaded.
+        kb: folder of the knowledge base, if it has moved. Another knowledge base of the same CLIP raises a warning.
+        clip: where the CLIP is, if it has moved (see `Clip.load`). Another CLIP is rejected.
+        allow_download: load the CLIP from the hub that the knowledge base names.
+        device: where the model and CLIP run.
+        query_dtype: precision of CLIP's text tower, as in `open_encoder`. Default: the precision that was chosen for
+            the model's retriever before the model was saved.
+        strict: raise an error instead of a warning if the model needs images and has none.
 
     Returns:
         The model, in eval mode and on `device`, and its tokenizer.
 
     Raises:
-        ValmError: there is no complete checkpoint, or its config, weights, tokenizer, base model, knowledge base and
-            CLIP do not belong together.
+        ValmError: the folder is no complete checkpoint, or its config, weights, tokenizer, base model, knowledge base
+            and CLIP do not belong together.
+
+    Example:
+        >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model(ids).logits.shape  # (B, T, V); the retriever finds the images
+        torch.Size([1, 3, ...])
     """
     folder = Path(folder)
     if not Path(folder).is_dir():
@@ -138,7 +153,7 @@ def load(
         source = folder if (folder / TOKENIZER_FILE).is_file() else source
     else:
         if base is not None:
-            raise ValmError(f"{folder} is no adapter (it has no {ADAPTER_FILE}), so it takes no base model")
+            raise ValmError(f"{folder} is no adapter (it contains no {ADAPTER_FILE}), so it takes no base model")
         source = current_files(folder)
         model = _load_whole(folder, source)
     tokenizer = _load_tokenizer(source, folder, local=base is None)
@@ -159,12 +174,12 @@ def load(
 
 def _load_whole(folder: Path, files: Path) -> Any:
     if not (files / CONFIG_FILE).is_file():
-        raise ValmError(f"{folder} is no checkpoint: it has no {CONFIG_FILE}")
+        raise ValmError(f"{folder} is no checkpoint: it contains no {CONFIG_FILE}")
     kind = read_json(files / CONFIG_FILE, "the config", ModelConfig, "save the checkpoint again").get("model_type")
     if kind != MODEL_TYPE:
         plain = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        remedy = f": it sees no images until `valm train --base {folder}` trains it to" if plain else ""
-        raise ValmError(f"{folder} holds a model of type {short(kind)}, expected {MODEL_TYPE!r}{remedy}")
+        remedy = f": add images to it with `valm train --base {folder}`" if plain else ""
+        raise ValmError(f"{folder} contains a model of type {short(kind)}, expected {MODEL_TYPE!r}{remedy}")
     model, report = from_pretrained(
         AutoModelForCausalLM,
         files,
@@ -174,28 +189,28 @@ def _load_whole(folder: Path, files: Path) -> Any:
         local_files_only=True,
     )
     model.config.name_or_path = os.path.abspath(folder)
-    model.read_places(folder)  # not in the place of the files
+    model.read_places(folder)  # not from `files`
     wrong = [f"{name} {sorted(map(str, found))[0]}" for name, found in report.items() if found]
     if wrong:
-        raise ValmError(f"the weights in {folder} are not those of its {CONFIG_FILE}: {'; '.join(wrong)}")
+        raise ValmError(f"the weights in {folder} do not fit its {CONFIG_FILE}: {'; '.join(wrong)}")
     return model
 
 
 def load_decoder(source: str | os.PathLike) -> Any:
-    """A pretrained decoder of transformers for training: always in float32.
+    """A pretrained decoder of transformers in float32, for training.
 
     Args:
         source: its folder, or its name on the Hugging Face Hub.
 
     Raises:
-        ValmError: it cannot be read, or lacks weights.
+        ValmError: the model cannot be loaded or lacks weights.
     """
     model, report = from_pretrained(
         AutoModelForCausalLM, source, f"the base model {source}", dtype=torch.float32, output_loading_info=True
     )
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
-        raise ValmError(f"the base model {source} has no weights for {missing[0]}")
+        raise ValmError(f"the base model {source} contains no weights for {missing[0]}")
     return model
 
 
@@ -210,7 +225,7 @@ def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
 
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:
-    what, remedy = f"the tokenizer of the checkpoint {folder}", "; save one there by save_pretrained"
+    what, remedy = f"the tokenizer of the checkpoint {folder}", "; save a tokenizer there with save_pretrained"
     source, gguf = gguf_option(source)
     tokenizer = from_pretrained(AutoTokenizer, source, what, remedy, local_files_only=local, **gguf)
     if not isinstance(longest := tokenizer.model_max_length, int | float):
@@ -223,7 +238,7 @@ def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path,
     if kb is None and source is None:
         raise ValmError(f"{folder} names no knowledge base: give it as kb (--kb)")
     if source is None:
-        warnings.warn(f"{folder} does not say how it retrieves: it is opened with 'eot' queries", stacklevel=3)
+        warnings.warn(f"{folder} does not name its kind of queries: 'eot' queries are used", stacklevel=3)
         source = ImageSource("eot")
     if kb is not None:
         source = replace(source, knowledge_base=Path(kb).absolute(), clip=None)

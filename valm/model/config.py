@@ -1,4 +1,4 @@
-"""The config of a model with images: that of its base, the options of the fusion, and what identifies its images."""
+"""The config of a model with images: its base's config, the fusion's options, and what identifies its images."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from valm.model.subclasses import subclass
 from valm.text import nearest
 from valm_kernels import MAX_IMAGES
 
-# The model_type in the file; in memory it is the base's.
+# The model_type in the file; in memory, model_type is the base's.
 MODEL_TYPE = "valm"
-# The entry of a config in which transformers looks for the name of its weights. In the file of a model with images it
-# has this sentence, so a class of transformers raises it instead of loading the model without its images.
+# The entry of a config in which transformers looks for the name of the weights. A model with images stores a sentence
+# there, so a class of transformers raises that sentence instead of loading the model without its images.
 WEIGHTS_KEY = "transformers_weights"
 NO_WEIGHTS = (
-    "this model takes images, which only its own class reads: load it by valm.load or, after `import valm`, by "
+    "this model takes images, which only its own class loads: use valm.load or, after `import valm`, "
     "AutoModelForCausalLM"
 )
-# The name_or_path of a model with images that no folder has as it is. Where TRL would open a second model by that name,
-# such as the reference of DPO, it raises this sentence instead of opening a model with other images, or the base.
+# The name_or_path of a model with images whose present state is in no folder. If TRL opens a second model by that name,
+# such as DPO's reference, it raises this sentence instead of loading the base or a model with other images.
 NOT_SAVED = (
     "no folder has this model with its images: give TRL ref_model= and processing_class=, or save it and load it again"
 )
-# Whether a class that takes images is reading the weights, and not another class that was given its config.
+# Whether a class that takes images is loading the weights, rather than another class with its config.
 reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
 
 FUSION_SCALES = ("head_dim", "embed_dim")
 # What trains besides the fusion: nothing, its layer, or everything.
 UNFREEZE = ("", "block", "all")
 
-_Config: Any = object  # for a type checker, the config class behind the mixin
+_Config: Any = object  # for type checkers: the mixin's base class
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,21 @@ class FusionOptions:
     Args:
         architecture: class of the model in transformers, or VaLMForCausalLM.
         image_dim: E, dimension of an image vector.
-        num_images: K, images per token; 0 in a text-only twin, which has no fusion.
+        num_images: K, images per token; 0 in a text-only baseline, which has no fusion.
         layer: index of the fusion layer, as given (negative from the end).
         width: C, dimension of the attention's input.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
         logit_bias: initial value of the bias that each head adds to its image scores.
-        blind: each token sees its own retrieval query as its one image (Blind-VaLM, Ontalvilla et al. 2024).
+        blind: each token's retrieval query replaces its image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
         score_scale: initial value of the scale of the retrieval scores; None = they are not used.
-        min_score: a token whose best image has a lower retrieval score sees none; None = no cut.
+        min_score: score threshold: a token whose best image has a lower retrieval score sees no image; None = no
+            threshold.
         fusion_scale: "head_dim" scales scores in the fusion layer as its family does; "embed_dim" by 1/sqrt(C), as the
             published code does (3.5 times flatter with 12 heads).
-        norm_eps: of LN_img.
-        layer_drops_images: the layer does not hand unknown arguments on to its attention (`VisualLayer`).
-        sketch: of the base model (`valm.model.sketch`), by which an adapter recognises it.
+        norm_eps: epsilon of LN_img.
+        layer_drops_images: the layer does not pass unknown arguments on to its attention (`VisualLayer`).
+        sketch: of the base model (`valm.model.sketch`), by which an adapter recognises its base.
 
     Raises:
         ValmError: a value is invalid, or two do not go together.
@@ -103,20 +104,20 @@ class FusionOptions:
                 raise ValmError(f"{name} must be a finite number, got {value!r}")
         if self.num_images == 0 and not self.unfreeze:
             raise ValmError(
-                "with num_images = 0 (the text-only twin) there are no new parameters: let "
-                'unfreeze="block" or "all" train'
+                "with num_images = 0 (the text-only baseline) there are no new parameters to train: set "
+                'unfreeze="block" or "all"'
             )
         if self.score_scale is not None and self.num_images == 0:
-            raise ValmError("score_scale scales the scores of images, but with num_images = 0 there are none")
+            raise ValmError("score_scale scales the scores of images, but num_images is 0: leave score_scale out")
         if self.min_score is not None and not self.retrieves:
             raise ValmError(
-                f"min_score is of retrieved images, got num_images = {self.num_images}, blind = {self.blind}: set it "
-                "to None"
+                f"min_score applies to retrieved images, got num_images = {self.num_images}, blind = {self.blind}: set "
+                "it to None"
             )
 
     @property
     def retrieves(self) -> bool:
-        """Whether tokens see images of a knowledge base."""
+        """Whether tokens see images from a knowledge base."""
         return self.num_images > 0 and not self.blind
 
     @property
@@ -126,47 +127,44 @@ class FusionOptions:
 
 
 class AugmentedConfig(_Config):
-    """Mixin of the config of a model with images: the config of its base, with
+    """Mixin of the config of a model with images. It adds to the base's config:
 
     - `fusion`: the `FusionOptions`, as a dict;
     - `retrieval`: what identifies its images (`ImageSource.identity`), or None;
-    - `base_place`: folder or name of the model that was augmented, in memory only; None if the model was opened whole.
+    - `base_place`: folder or name of the model that was augmented, in memory only; None if the model was loaded whole.
 
-    In memory the model_type is the base's. In the file it is "valm" and the base's config is nested, so that without
-    this package loading fails by that name, instead of loading the base without its images.
+    In memory, model_type is the base's. In the file it is "valm" and the base's config is nested: without this package,
+    loading then fails by that name instead of loading the base without its images.
     """
 
     fusion: dict[str, Any]
     retrieval: dict[str, Any] | None = None
     base_place: str | None = None
-    auto_map: ClassVar[dict[str, str]] = {}  # no remote code; TRL reads it of a class that transformers does not have
-    wrapped_class: type  # of the base's config
+    auto_map: ClassVar[dict[str, str]] = {}  # no remote code; TRL reads it for classes outside transformers
+    wrapped_class: type  # class of the base's config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """`PreTrainedConfig.from_pretrained`, also of the base's own config: PEFT looks up the base's vocabulary there
-        by the class of the config that the augmented model has.
-
-        Raises:
-            ValmError: it is the config of another model.
-        """
+        """`PreTrainedConfig.from_pretrained`. It also accepts the base's own config, because PEFT opens that with the
+        augmented model's config class, to look up the base's vocabulary. Raises ValmError if the config belongs to
+        another model."""
         found = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         if not isinstance(config, cls) and type(config) is not cls.wrapped_class:
             raise ValmError(
-                f"{pretrained_model_name_or_path} holds the config of a {config.model_type}, expected that of an "
-                f"augmented {cls.model_type}"
+                f"{pretrained_model_name_or_path} contains the config of a {config.model_type}, expected an augmented "
+                f"{cls.model_type}"
             )
         return found
 
     @property
     def transformers_weights(self) -> str | None:
-        """What `from_pretrained` of any class of transformers looks for, such as that of AutoModel: none but a class
-        with images finds the weights. Those of a text-only twin are a model of its family."""
+        """The name of the weights, which `from_pretrained` of any class looks up: only a class with images gets it. The
+        weights of a text-only baseline are an ordinary model of its family."""
         return NO_WEIGHTS if self.fusion["num_images"] > 0 and not reads_images.get() else None
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without `base_place`; PEFT's card takes `_name_or_path` for the base model."""
+        """As in transformers, without `base_place`. PEFT's card names the base model by `_name_or_path`."""
         found = super().to_dict()
         found.pop("base_place", None)
         if found.get("_name_or_path") == NOT_SAVED:
@@ -175,10 +173,10 @@ class AugmentedConfig(_Config):
 
     def to_diff_dict(self) -> dict[str, Any]:
         base = super().to_diff_dict()
-        if base.get("architectures"):  # the base's again, also of a config that was read
+        if base.get("architectures"):  # also if the config was loaded
             base["architectures"] = [self.fusion["architecture"]]
         own = {name: value for name in ("fusion", "retrieval") if (value := base.pop(name, None)) is not None}
-        # the base's own class reads base_config, any other what stands beside it
+        # our class reads base_config, any other class reads the entries next to it
         no_weights = {WEIGHTS_KEY: NO_WEIGHTS} if self.fusion["num_images"] > 0 else {}
         return {"model_type": MODEL_TYPE, **no_weights, "base_config": base | no_weights, **own}
 
@@ -188,21 +186,31 @@ def augmented_config_class(base: Any) -> Any:
 
 
 class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pretrained takes them as keywords
-    """GPT-2 with one block that also attends to retrieved images (Wang et al. 2022, section 2.3): the config of an
-    augmented GPT-2, all of which trains.
+    """The config of a VaLM: a GPT-2 with one layer that also attends to images (Wang et al. 2022, section 2.3).
 
-    Takes every argument of `GPT2Config` and, as keywords, those of `FusionOptions` that follow, with the paper's
-    defaults.
+    Takes every argument of `GPT2Config`, and these. The defaults are the paper's.
 
     Args:
-        image_dim: dimension E of an image vector. When it is not the model's width, one input projection is added.
-        num_images: K, the images per token. 0 is the baseline GPT-2*: a GPT-2 without any image parameters.
-        layer: index of the fusion layer, negative from the end; the paper puts it last but one.
-        fusion_scale, blind, score_scale, min_score: see `FusionOptions`.
-        logit_bias: 0 as published; -10 starts with the images closed.
+        image_dim: E, dimension of an image vector. If it differs from the model's width, an input projection is added.
+        num_images: K, images per token. 0 makes the text-only baseline (GPT-2*), without image parameters.
+        layer: index of the fusion layer, negative from the end.
+        fusion_scale: "head_dim" scales the fusion layer's scores by 1/sqrt(D) as GPT-2 does; "embed_dim" by 1/sqrt(C),
+            as the published code does.
+        blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image.
+        logit_bias: initial bias of each head's image scores; 0 as published. At -10, images have almost no weight at
+            first.
+        score_scale: initial value of a learned weight on the retrieval score; None: retrieval scores are not used.
+        min_score: score threshold: a token whose best image has a lower retrieval score sees no image; None: no
+            threshold.
 
     Raises:
-        ValmError: there is no such argument, or it has an invalid value.
+        ValmError: an argument does not exist or is invalid.
+
+    Example:
+        >>> config = valm.ValmConfig(n_layer=4, n_embd=128, n_head=8, image_dim=512, num_images=4)
+        >>> model = valm.VaLMForCausalLM(config)
+        >>> model.fusion_options.layer
+        -2
     """
 
     wrapped_class = GPT2Config
@@ -249,11 +257,8 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
 
 
 def _check_names(names: Any) -> None:
-    """Checks names of arguments: transformers takes any name, and a misspelt one would change nothing.
-
-    Raises:
-        ValmError: there is no such argument.
-    """
+    """Checks names of arguments, because transformers accepts any name and would ignore a misspelt one. Raises
+    ValmError if there is no such argument."""
     known = {*inspect.signature(ValmConfig).parameters, *(field.name for field in fields(GPT2Config))}
     known |= {*GPT2Config.attribute_map, "attn_implementation", "experts_implementation"}
     for name in names:
@@ -262,21 +267,18 @@ def _check_names(names: Any) -> None:
 
 
 def config_from_dict(content: dict[str, Any], **kwargs: Any) -> Any:
-    """The config in what `AugmentedConfig` wrote; arguments as in `PreTrainedConfig.from_dict`.
-
-    Raises:
-        ValmError: it is not one.
-    """
+    """The config that `AugmentedConfig` wrote as `content`; arguments as in `PreTrainedConfig.from_dict`. Raises
+    ValmError if `content` is no such config."""
     base, fusion = content.get("base_config"), content.get("fusion")
     if not isinstance(base, dict) or not isinstance(fusion, dict) or base.get("model_type") not in CONFIG_MAPPING:
-        raise ValmError("the config has no base_config and fusion: it is not that of a model with images")
+        raise ValmError("the config contains no base_config and fusion, so it is no config of a model with images")
     try:
         options = FusionOptions(**fusion)
     except (TypeError, ValmError) as error:
         raise ValmError(f"the config's fusion does not fit: {error}") from error
     base = {key: base[key] for key in base if key != WEIGHTS_KEY}
     result = CONFIG_MAPPING[base["model_type"]].from_dict(base, **kwargs)
-    made = result[0] if isinstance(result, tuple) else result  # beside it the arguments that were not used
+    made = result[0] if isinstance(result, tuple) else result  # a tuple also contains unused arguments
     made.__class__ = ValmConfig if options.architecture == "VaLMForCausalLM" else augmented_config_class(type(made))
     made.fusion = fusion
     # TRL opens a model by the class that `architectures` names, if transformers has it, else by AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Documents in rows of tokens, each of which begins where positions restart."""
+"""Several documents in a row of tokens: each begins where the positions restart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from valm.model.positions import cache_of
 
-SEVERAL = "position_ids restart, so there are several documents in a row, {why}: give each document a row of its own"
+SEVERAL = "position_ids restart, so a row contains several documents, {why}: give each document its own row"
 CACHED = "which a cache cannot hold (use_cache=False takes them)"
-ODD = "and one has a gap in its positions or padding inside it"
+ODD = "and a document has a gap in its positions or padding inside it"
 MIXED = "which {decoder} does not keep apart"
 IN_A_GRAPH = (
     "which a compiled model keeps apart only without an attention_mask and with use_cache=False, and only if its "
@@ -22,25 +22,25 @@ IN_A_GRAPH = (
 
 
 class Restarts(NamedTuple):
-    """Of positions (B, T): `begins` (B, T) bool, whether another document begins there, behind one in the row. `odd`
-    bool tensor, whether a document has a gap in its positions, or padding inside it."""
+    """The documents in rows of positions (B, T). begins: (B, T) bool, True where a second or later document of the row
+    begins. odd: bool tensor, whether a document contains padding or a gap in its positions."""
 
     begins: Tensor
     odd: Tensor
 
 
 def mask_of_tokens(mask: Tensor, cache: Any, length: int) -> Tensor:
-    """The part (B, T) of an attention mask (B, S) that is of the T = `length` tokens of a pass, read before it fills
-    `cache` (None if there is none).
+    """The columns (B, T) of an attention mask (B, S) for the T = `length` tokens of a pass, before the pass fills
+    `cache` (None = no cache).
 
-    Columns are of keys, as in transformers: a mask may be wider, with columns for tokens that come later.
+    As in transformers, columns are keys; a mask may contain further columns for later tokens.
 
     Raises:
-        ValueError: it lacks columns for these tokens.
+        ValueError: the mask lacks columns for these tokens.
     """
     past = 0 if cache is None else cache.get_seq_length()
-    if isinstance(past, Tensor):  # of a static cache
-        if torch.compiler.is_compiling() or past.device.type != "cpu":  # whose value a graph lacks, or a GPU waits for
+    if isinstance(past, Tensor):  # a static cache
+        if torch.compiler.is_compiling() or past.device.type != "cpu":  # unknown in a graph; would sync a GPU
             return mask[:, past + torch.arange(length, device=mask.device)]
         past = int(past)
     if mask.shape[1] < past + length:
@@ -52,14 +52,14 @@ def mask_of_tokens(mask: Tensor, cache: Any, length: int) -> Tensor:
 
 
 def told_apart(decoder: Any, arguments: dict[str, Any], keeps_apart: Callable[[], bool]) -> dict[str, Any]:
-    """The arguments of a decoder, so that transformers tells the documents of a row apart. It does so by positions that
-    restart, without a mask and without a cache; otherwise it would mix the documents in silence.
+    """The arguments of a decoder, changed so that transformers keeps the documents of a row apart. It does so by
+    restarting positions, without a mask and without a cache; otherwise it would silently mix the documents.
 
     keeps_apart: whether the decoder tells documents apart by their positions.
 
     Raises:
-        ValueError: there are several documents in a row and a cache, or a gap inside a document, or the decoder mixes
-            them.
+        ValueError: a row contains several documents, and there is a cache, a gap inside a document, or a decoder that
+            mixes documents.
     """
     positions, own = _placed(arguments)
     if positions is None:
@@ -80,10 +80,10 @@ def told_apart(decoder: Any, arguments: dict[str, Any], keeps_apart: Callable[[]
 
 
 def check_in_a_graph(arguments: dict[str, Any], caches: bool, keeps_apart: Callable[[], bool]) -> None:
-    """`told_apart` in a compiled graph, which cannot look at positions: a row with several documents ends it with a
-    RuntimeError, but where transformers tells documents apart by itself.
+    """`told_apart` for a compiled graph, which cannot read positions. Unless transformers itself keeps documents apart,
+    a row with several documents ends the graph with a RuntimeError.
 
-    caches: whether the decoder makes a cache unless use_cache says otherwise.
+    caches: whether the decoder makes a cache by default.
     """
     positions, own = _placed(arguments)
     if positions is None:
@@ -95,8 +95,8 @@ def check_in_a_graph(arguments: dict[str, Any], caches: bool, keeps_apart: Calla
 
 
 def _placed(arguments: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Positions (B, T) and the part (B, T) of the mask that is of these tokens; None for positions that do not say
-    where documents begin, as of a step of `generate`."""
+    """Positions (B, T) and the mask's columns (B, T) for these tokens. The positions are None if they do not show where
+    documents begin, as in a step of `generate`."""
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     if positions is None or positions.dim() != 2 or positions.shape[1] == 1:
         return None, None
@@ -121,17 +121,19 @@ def restarts(position_ids: Tensor, mask: Tensor | None) -> Restarts:
 
 
 def padding_apart(position_ids: Tensor, mask: Tensor) -> Tensor:
-    """The positions (B, T) with others at padding, 0 in `mask` (B, T), that make each padding token a document of its
-    own: transformers sees documents where a position is not the one before it plus 1, and `restarts` where it is not
-    greater. Before the text the positions are large, as the text may begin at any."""
+    """The positions (B, T), changed at padding (`mask` (B, T) is 0) so that each padding token is a separate document.
+
+    In transformers, a document begins where a position is not its predecessor plus 1; in `restarts`, where it is not
+    greater. Padding before the text gets large positions, because the text may begin at any position.
+    """
     text = mask.bool()
     before = text.cumsum(1) == 0
     return torch.where(text, position_ids, torch.where(before, position_ids.amax(-1, keepdim=True), 0))
 
 
 class SplitRows(NamedTuple):
-    """ids and mask (N, L) int64: N documents, a row each, padded on the right. row and column (B, T): where the tokens
-    of the rows that they were in are now."""
+    """ids and mask (N, L) int64: N documents, a row each, padded on the right. row and column (B, T): the new place of
+    each token."""
 
     ids: Tensor
     mask: Tensor
@@ -140,7 +142,7 @@ class SplitRows(NamedTuple):
 
 
 def split_rows(ids: Tensor, mask: Tensor | None, begins: Tensor) -> SplitRows:
-    """A row for each document of rows (B, T) of several; `begins` (B, T) is as in `Restarts`."""
+    """Gives each document of the rows (B, T) a row; `begins` (B, T) is as in `Restarts`."""
     start = begins.index_fill(1, torch.zeros(1, dtype=torch.int64, device=ids.device), True)
     key = torch.arange(ids.shape[1], device=ids.device)
     row = start.flatten().cumsum(0).view(ids.shape) - 1

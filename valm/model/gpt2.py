@@ -17,18 +17,15 @@ from valm.model.positions import cache_of
 
 
 class VaLMFinder(ImageFinder):
-    """That of a VaLM, whose positions count from the first token of a row, also behind padding."""
+    """The finder of a VaLM. Positions count from the first token that is not padding."""
 
     def put_on(self, part: Any) -> None:
         super().put_on(part)
         part.warn_if_padding_and_no_attention_mask = _says_nothing
 
     def place_text(self, decoder: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """As that of any model, with positions.
-
-        Raises:
-            ValueError: a document is longer than the model's positions.
-        """
+        """As in `ImageFinder`, and adds positions. Raises ValueError if a document is longer than the model's
+        positions."""
         mask, cache, positions = arguments.get("attention_mask"), cache_of(arguments), arguments.get("position_ids")
         tokens: Any = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
@@ -44,31 +41,38 @@ class VaLMFinder(ImageFinder):
     def _check_length(self, length: int) -> None:
         if length > self.config.n_positions:
             raise ValueError(
-                f"input_ids has a document of at least {length} tokens, but this model has {self.config.n_positions} "
-                "positions; split it"
+                f"input_ids contains a document of at least {length} tokens, but this model has "
+                f"{self.config.n_positions} positions: split the document"
             )
 
 
 def _seen(cache: Any) -> int:
-    """How many tokens are in the cache, which that of continuous batching cannot say: positions are given there."""
+    """Number of tokens in the cache. The cache of continuous batching does not know it; positions are given there."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _says_nothing(ids: Tensor, mask: Tensor | None) -> None:
-    """In the place of what warns of padding without a mask: no token sees that on the right, and with a mask for it
-    transformers would make one of all pairs of tokens. It would also wait for a GPU in every step."""
+    """Replaces transformers' warning about padding without a mask. No token sees padding on the right; a mask for it
+    would make transformers build a mask of all pairs of tokens. The check also synchronises with a GPU each step."""
 
 
 class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
-    """VaLM with a language-model head, with Hugging Face's interface: `from_pretrained`, `generate`, `Trainer`.
+    """VaLM with a language-model head and Hugging Face's interface: `from_pretrained`, `generate`, `Trainer`.
 
-    It is what `valm.augment` makes of a GPT-2 with a config of its own (`ValmConfig`). A row is one document, or
-    several where position_ids restart: no layer lets a token see an earlier document. Positions count from the first
-    token behind padding. Padding may be on either side for training and scoring, on the left for `generate()`.
+    It is an augmented GPT-2 whose config is a `ValmConfig`. Images come from the arguments `image_pool` and
+    `image_index`, or from a retriever passed to `set_retriever`, which serves every forward pass and `generate()`.
+    Without either, or with num_images = 0, the model is a GPT-2.
 
-    Images come in one of two ways: as `image_pool` and `image_index`, or from a retriever passed to
-    `set_retriever`, which then serves every forward pass and `generate()` token by token. Without either, or
-    with num_images = 0, the model is a GPT-2.
+    A row is one document, or several if position_ids restart; tokens never see an earlier document. Positions count
+    from the first token that is not padding. Padding may be on either side for training and scoring, on the left for
+    `generate()`.
+
+    Example:
+        >>> config = valm.ValmConfig(vocab_size=100, n_layer=2, n_embd=32, n_head=4, image_dim=16, num_images=4)
+        >>> model = valm.VaLMForCausalLM(config)
+        >>> images = {"image_pool": torch.randn(5, 16), "image_index": torch.randint(5, (1, 3, 4))}
+        >>> model(torch.tensor([[1, 2, 3]]), **images).logits.shape
+        torch.Size([1, 3, 100])
     """
 
     config_class = ValmConfig
@@ -78,8 +82,8 @@ class VaLMForCausalLM(AugmentedCausalLM, GPT2LMHeadModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: transformers skips GPT-2's scaled initialisation in classes outside its own package, as their
-        `_init_weights` may overwrite loaded weights. This one does not."""
+        """False, so that transformers applies GPT-2's scaled initialisation. It skips that for classes outside its
+        package, because their `_init_weights` may overwrite loaded weights; this class's does not."""
         return False
 
 
@@ -89,7 +93,7 @@ AutoTokenizer.register(ValmConfig, tokenizer_class=ClipBpeTokenizer, exist_ok=Tr
 
 
 def open_config(content: dict[str, Any], **kwargs: Any) -> Any:
-    """`config_from_dict`, whose model AutoModelForCausalLM finds then."""
+    """`config_from_dict`; AutoModelForCausalLM then finds the model class."""
     found = config_from_dict(content, **kwargs)
     config = found[0] if isinstance(found, tuple) else found
     if not isinstance(config, ValmConfig):

@@ -1,4 +1,4 @@
-"""Checks the arguments of a call of a model with images: those that the fusion layer reads, and the images."""
+"""Checks the arguments of a model's call: the images, and what else the fusion layer reads."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from valm.model.private_names import attention_of
 
 # Attention implementations whose masks the fusion layer can read.
 READABLE = ("sdpa", "eager")
-# A key is hidden from here on in a mask that is added to the scores; libraries write -inf, the least number or -1e4.
+# Values up to here in a mask that is added to the scores hide a key; libraries write -inf, the least number or -1e4.
 HIDDEN = -1e3
 
 
 def check_readable(config: Any) -> None:
-    """Checks that the fusion layer can read the masks that the model of this config makes.
-
-    Raises:
-        ValmError: its attention has others, or none, as where a window is an argument.
-    """
+    """Checks that the fusion layer can read the masks of a model with this config. Raises ValmError if the attention
+    implementation makes other masks, or none (some take a window as an argument)."""
     implementation = attention_of(config.get_text_config(decoder=True))
     if implementation not in READABLE:
         raise ValmError(
@@ -35,21 +32,21 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
     """Checks arguments that the fusion layer cannot read.
 
     Raises:
-        ValueError: `output_attentions`, which has no place for weights of images; a mask for each head, or with
-            biases; or image_slots alone.
-        ValmError: the model's attention implementation has other masks.
+        ValueError: `output_attentions` is set; the mask differs between heads or contains biases; or image_slots is
+            given without images.
+        ValmError: the model's attention implementation makes other masks.
     """
     check_readable(config)
     mask: Any = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
-        raise ValueError("the fusion layer reads one attention_mask for all heads, and got one for each")
+        raise ValueError("the fusion layer takes one attention_mask for all heads, got a mask for each head")
     added = isinstance(mask, Tensor) and mask.dim() == 4 and mask.is_floating_point()
     if added and not torch.compiler.is_compiling() and ((mask != 0) & (mask > HIDDEN)).any():
-        raise ValueError("the fusion layer reads an attention_mask of 0 and -inf, and got other biases")
+        raise ValueError("the fusion layer takes an attention_mask of 0 and -inf, got other biases")
     asked = arguments.get("output_attentions")
     if asked or (asked is None and config.output_attentions):
         raise ValueError(
-            "output_attentions: the fusion layer has one softmax over text and images; call fusion_attention()"
+            "output_attentions has no place for the weights of images: call fusion_attention() for the fusion layer's"
         )
     if arguments.get("image_slots") is not None and arguments.get("image_index") is None:
         raise ValueError("image_slots must be given together with image_pool and image_index")
@@ -58,16 +55,13 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
 def check_images(
     options: FusionOptions, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None
 ) -> None:
-    """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T).
-
-    Raises:
-        ValueError: they do not fit.
-    """
+    """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T). Raises
+    ValueError if a shape or dtype is wrong, or one of them is missing or not used."""
     if (pool is None) != (index is None):
         raise ValueError("image_pool and image_index must be given together")
     if scores is not None and not options.scored:
         raise ValueError(
-            "image_scores was given to a model that does not use retrieval scores: make it with score_scale"
+            "image_scores was given to a model that does not use retrieval scores: make the model with score_scale"
         )
     if pool is None or index is None:
         if scores is not None:
@@ -81,7 +75,7 @@ def check_images(
         raise ValueError(f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}")
     if scores is None:
         if options.scored and pool.shape[0] > 0:
-            raise ValueError("image_scores must be given with the images: this model uses their retrieval scores")
+            raise ValueError("this model uses retrieval scores: give image_scores with the images")
         return
     if scores.shape != index.shape or not scores.is_floating_point():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Finds a model's images as its decoder begins to read."""
+"""Finds a model's images whenever its decoder is called."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved
 from valm.retrieval.source import ImageSource, open_retriever, open_tokenizer
 
-# Rows that a vocabulary may have beyond its tokenizer's tokens, as it is padded to a multiple of 128 at most.
+# A vocabulary may exceed its tokenizer by this many rows, since it is padded to a multiple of at most 128.
 PADDED_ROWS = 127
 
 
 class ImageFinder:
-    """Hooks of a decoder, which check the images that it is given, or find them, and tell documents apart.
+    """Hooks of a decoder that check the images it is given, or find them, and keep documents apart.
 
-    Whoever runs the decoder gets images: its own model, or a library that calls `model.base_model`.
+    The decoder sees images no matter who calls it: its model, or a library that calls `model.base_model`.
 
     Args:
-        config: the model's, with the options of its fusion.
+        config: the model's config, with the options of its fusion.
     """
 
     strict = False
-    # says that the images come from another knowledge base than the model was saved with; None otherwise
+    # a message if the images come from another knowledge base than the model was saved with, else None
     other_images: str | None = None
-    # what finds the images, opened on first use unless a retriever was set
+    # says how to find the images; opened on first use unless a retriever was set
     source: ImageSource | None = None
     folder: str | None = None  # of the model, with its tokenizer
     _retriever: ImageRetriever | None = None
     _is_set = False
-    _number = 0  # of the retrievers that were set: a cache knows by it whose images its tokens saw
+    _number = 0  # counts set retrievers, so that a cache knows which retriever's images its tokens saw
     _warned = False
     _keeps_apart: bool | None = None  # None: not tried yet
 
@@ -55,14 +55,10 @@ class ImageFinder:
         self.options = FusionOptions(**config.fusion)
 
     def change(self, name: str, value: Any) -> None:
-        """Sets an option of the fusion, here and in the config.
-
-        Raises:
-            ValmError: the value is invalid.
-        """
+        """Sets an option of the fusion, here and in the config. Raises ValmError if the value is invalid."""
         self.options = replace(self.options, **{name: value})
         self.config.fusion = self.config.fusion | {name: value}
-        self.config.name_or_path = NOT_SAVED  # the folder has the option as it was
+        self.config.name_or_path = NOT_SAVED  # the folder contains the old value
 
     # ---- the hooks ----
 
@@ -75,11 +71,11 @@ class ImageFinder:
     def before(
         self, names: tuple[str, ...], decoder: Any, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of a call with images, and with what keeps documents apart. Errors as in the methods below."""
+        """Adds images and what keeps documents apart to the arguments of a call. Errors as in the methods below."""
         arguments = named_arguments(names, args, kwargs)
         ids: Any = arguments.get("input_ids")
         embeds: Any = arguments.get("inputs_embeds")
-        if ids is None and embeds is None:  # of a part that has the decoder's name
+        if ids is None and embeds is None:  # a module with the decoder's name that is no decoder
             return args, kwargs
         mask: Any = arguments.get("attention_mask")
         check_call(self.config, arguments)
@@ -97,8 +93,8 @@ class ImageFinder:
         return (), placed | {name: image for name, image in given.items() if image is not None}
 
     def after(self, decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Puts the text of a pass that began without a cache into the cache that it returns, if it does. The retriever
-        reads it again when the cache is used, so that a pass whose cache nobody uses costs nothing."""
+        """If a pass without a cache returns a cache, stores the text there. The retriever reads the text again when the
+        cache is used, so a pass whose cache nobody uses costs nothing."""
         ids: Any = kwargs.get("input_ids")
         if self._retriever is None or ids is None or cache_of(kwargs) is not None:
             return
@@ -109,11 +105,11 @@ class ImageFinder:
     # ---- documents ----
 
     def place_text(self, decoder: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the decoder with those that say what each token sees of the text; errors as in
+        """The arguments of the decoder, with those that limit what each token sees of the text. Errors as in
         `told_apart`."""
         if torch.compiler.is_compiling():
             caches = getattr(self.config.get_text_config(decoder=True), "use_cache", False)
-            # an export that is not strict has no values to try it with
+            # a non-strict export provides no values to try it with
             untried = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
             known = not untried or self._keeps_apart is not None  # a graph that reads this has a guard on it
             check_in_a_graph(arguments, caches, lambda: known and tells_apart(self, decoder))
@@ -121,13 +117,13 @@ class ImageFinder:
         return told_apart(decoder, arguments, lambda: self.tells_apart(decoder))
 
     def tells_apart(self, decoder: Any) -> bool:
-        """Whether the decoder keeps documents in a row apart by their positions, which is tried once."""
+        """Whether the decoder keeps documents in a row apart by their positions. The result of a test run, cached."""
         if self._keeps_apart is None:
             self._keeps_apart = keeps_apart(decoder, self._without_images(decoder.forward))
         return self._keeps_apart
 
     def _without_images(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` of a decoder, with no images on purpose: inside it may be another one that would look for them."""
+        """`forward` of a decoder with an empty pool of images, so that no hook inside it looks for images."""
         options = self.options
 
         @wraps(forward)
@@ -145,22 +141,23 @@ class ImageFinder:
     def find_images(
         self, ids: Tensor | None, mask: Any, cache: Any, positions: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """image_pool (U, E), image_index and image_scores (B, T, K) of the tokens `ids` (B, T), by the retriever.
+        """Retrieves image_pool (U, E), image_index and image_scores (B, T, K) for the tokens `ids` (B, T).
 
-        The scores are None for a model that does not use them. All three are None, with a warning, if the model has no
-        retriever. `cache` has the state of the earlier tokens. Without one, the retriever reads each document of a row
-        by itself, where `positions` tell them apart.
+        The scores are None if the model does not use them. All three are None, with a warning, if the model has no
+        retriever. `cache` holds the retriever's state after earlier tokens. Without a cache, the retriever reads the
+        documents that `positions` tell apart separately.
 
         Raises:
             ValueError: there is no retriever and the model is `strict`; or the retriever did not read all the tokens in
                 the cache.
         """
-        # a compiled graph holds for this value, and is made anew where a retriever is set later
+        # a compiled graph is guarded by this value, and compiled again if a retriever is set later
         if self._retriever is None and not finds_images(self, None if ids is None else ids.device):
             return None, None, None
-        if torch.compiler.is_exporting():  # images of these tokens would become constants of the program
+        if torch.compiler.is_exporting():  # the images would become constants of the program
             raise ValueError(
-                "an exported program cannot hold a retriever: give image_pool and image_index, or set_retriever(None)"
+                "an exported program cannot contain a retriever: give image_pool and image_index, or call "
+                "set_retriever(None)"
             )
         return self._find_images(ids, mask, cache, positions)
 
@@ -172,11 +169,11 @@ class ImageFinder:
         assert retriever is not None
         if ids is None:
             raise ValueError(
-                "the retriever reads token ids, got inputs_embeds only: give image_pool and image_index too"
+                "the retriever needs token ids, got only inputs_embeds: give image_pool and image_index too"
             )
         if mask is not None and mask.dim() != 2:
             raise ValueError(
-                f"beside a retriever attention_mask must have two dimensions (B, T), got {mask.dim()}: give image_pool "
+                f"with a retriever, attention_mask must have two dimensions (B, T), got {mask.dim()}: give image_pool "
                 "and image_index too"
             )
         own = None if mask is None else mask_of_tokens(mask, cache, ids.shape[1])
@@ -189,44 +186,38 @@ class ImageFinder:
         return seen.image_pool, seen.image_index, seen.scores if self.options.scored else None
 
     def seen(self, found: Retrieved, device: torch.device) -> Retrieved:
-        """Those of the images `found` that the model sees, without what its min_score cuts, on its device."""
+        """The images in `found` that reach the model's score threshold (min_score), on its device."""
         index, scores = cut(found.image_index, found.scores, self.options.min_score)
         return Retrieved(found.image_pool.to(device), index.to(device), found.image_ids.to(device), scores.to(device))
 
     def arguments(self, seen: Retrieved) -> dict[str, Tensor]:
-        """The arguments of the model's forward that have these images; one with K = 0 takes none."""
+        """The image arguments of the model's forward; empty if K = 0."""
         if self.options.num_images == 0:
             return {}
         images = {"image_pool": seen.image_pool, "image_index": seen.image_index}
         return images | {"image_scores": seen.scores} if self.options.scored else images
 
     def say_that_images_are_missing(self) -> None:
-        """Warns once that the model has no images; silent if it takes none.
-
-        Raises:
-            ValueError: the model is `strict`.
-        """
+        """Warns once that the model gets no images, unless it takes none. Raises ValueError if the model is
+        `strict`."""
         options = self.options
         if options.num_images == 0:
             return
         message = (
-            f"this model takes {options.num_images} images a token, but has no retriever and was given none: set one "
-            "by set_retriever, or give image_pool and image_index"
+            f"this model takes {options.num_images} images a token, but has no retriever and was given no images: call "
+            "set_retriever, or give image_pool and image_index"
         )
         if self.strict:
             raise ValueError(message)
         if not self._warned:
             self._warned = True
-            warnings.warn(message + ". It reads the text alone now.", stacklevel=5)
+            warnings.warn(message + ". It reads only the text now.", stacklevel=5)
 
     # ---- the retriever ----
 
     def open_retriever(self, device: torch.device | None) -> ImageRetriever | None:
-        """What was set, or else what the folder of the model says, opened on first use; None where it says no place.
-
-        Raises:
-            ValmError: what it names is missing or does not fit.
-        """
+        """The retriever that was set, or else the one that the model's folder describes, opened on first use. None if
+        the folder describes none. Raises ValmError if the knowledge base or CLIP is missing or does not fit."""
         source, folder = self.source, self.folder
         if self._is_set or source is None or folder is None or self.options.num_images == 0:
             return self._retriever
@@ -235,8 +226,8 @@ class ImageFinder:
         return self._retriever
 
     def set_retriever(self, retriever: ImageRetriever | None, chosen: bool = True) -> None:
-        """See `ImageModel.set_retriever`. chosen: whether the caller chose the precision of the queries; only a chosen
-        precision is noted."""
+        """See `ImageModel.set_retriever`. chosen: whether the caller chose the precision of the queries, which is then
+        saved with the model."""
         other_images = None
         if retriever is not None:
             self._check_retriever(retriever)
@@ -252,26 +243,27 @@ class ImageFinder:
                 warnings.warn(other_images, stacklevel=3)
             if not isinstance(retriever, NoImages):
                 self.source = given
-        self.config.name_or_path = NOT_SAVED  # the folder may note other images, or none
+        self.config.name_or_path = NOT_SAVED  # the folder may describe other images, or none
         self._number += retriever is not self._retriever
         self._retriever, self.other_images, self._is_set = retriever, other_images, True
 
     def set_source(self, source: ImageSource) -> None:
-        """Makes `source` what finds the images, which later retrievers are compared with."""
+        """Sets what finds the images, and what later retrievers are compared with."""
         self.source = source
         self.note_source()
 
     def note_source(self) -> None:
-        """Puts what identifies the images into the config, which is about to be saved."""
+        """Puts what identifies the images into the config before it is saved."""
         if self.source is not None:
             self.config.retrieval = self.source.identity()
 
     def open(self, source: ImageSource, tokenizer: Any, **how: Any) -> ImageRetriever:
-        """What `source` says finds the images of this model, which reads with `tokenizer`.
+        """The retriever that `source` describes, for this model and its `tokenizer`.
 
-        how: clip, allow_download, device and dtype, as in `open_encoder`. The default dtype is that of the retriever
-            that the model was saved with, or else, of a blind model, whose images are its queries, and of one with a
-            min_score, that of its training. Errors as in `valm.retrieval.source.open_retriever`.
+        how: clip, allow_download, device and dtype, as in `open_encoder`. The default dtype is the precision of the
+            retriever that the model was saved with. If none was saved, a blind model, whose images are its queries,
+            and a model with a min_score use the precision of their training. Errors as in
+            `valm.retrieval.source.open_retriever`.
         """
         options, min_score = self.options, self.options.min_score
         as_trained = options.blind or (min_score is not None and min_score > -1)
@@ -282,19 +274,15 @@ class ImageFinder:
             place = self.config.name_or_path
             tokenizer = open_tokenizer(folder, self.config.base_place or place)
             self.set_retriever(self.open(source, tokenizer, device=device or "cpu"), chosen=False)
-            self.config.name_or_path = place  # whose images these are
+            self.config.name_or_path = place  # the images are those of this folder
         except Exception as error:  # open_clip raises many kinds
             raise ValmError(
                 f"the images of the model in {folder} cannot be retrieved: {str(error).splitlines()[0]}; set another "
-                "retriever by set_retriever, or None for text alone"
+                "retriever with set_retriever, or None to read only text"
             ) from error
 
     def _check_retriever(self, retriever: Any) -> None:
-        """Checks that a retriever is for this model.
-
-        Raises:
-            ValmError: it is not.
-        """
+        """Raises ValmError if a retriever does not fit this model."""
         options = self.options
         if options.blind != isinstance(retriever, BlindRetriever) and not isinstance(retriever, NoImages):
             kind = "a BlindRetriever" if options.blind else "a Retriever"
@@ -305,23 +293,23 @@ class ImageFinder:
             if found != getattr(options, option):
                 raise ValmError(
                     f"retriever.{name} is {found}, but this model was made for {getattr(options, option)} "
-                    f"({option} in its config): give it the retriever or knowledge base that it was trained with"
+                    f"({option} in its config): use the retriever or knowledge base that it was trained with"
                 )
         encoder = getattr(retriever, "encoder", None)
         tokens = getattr(encoder, "tokenizer", ())
         vocabulary = self.config.get_text_config(decoder=True).vocab_size
-        # an encoder that was given none reads ids as CLIP's, and those of another tokenizer would pass for them
+        # an encoder without the model's tokenizer would silently read the model's ids as CLIP's
         guessed = getattr(encoder, "own_tokenizer", False) and vocabulary - len(tokens) > PADDED_ROWS
         if len(tokens) > vocabulary or guessed:
             raise ValmError(
-                f"the retriever's encoder reads {len(tokens)} tokens, and this model has {vocabulary}: give its "
-                "ContextEncoder the model's tokenizer (tokenizer=)"
+                f"the retriever's encoder has {len(tokens)} tokens, but this model has {vocabulary}: pass the model's "
+                "tokenizer to its ContextEncoder (tokenizer=)"
             )
 
 
 @torch.compiler.assume_constant_result
 def finds_images(finder: ImageFinder, device: torch.device | None) -> bool:
-    """Whether there is a retriever; warns if not. A compiled graph evaluates this while tracing."""
+    """Whether there is a retriever; warns if not. A compiled graph evaluates this function while tracing."""
     if finder.open_retriever(device) is not None:
         return True
     finder.say_that_images_are_missing()

@@ -1,4 +1,4 @@
-"""A causal language model that takes images: its retriever, and saving it with what identifies them."""
+"""A causal language model that takes images: its retriever, and saving it with what identifies its images."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from valm.store.files import set_mode
 from valm.store.folders import ADAPTER, PLACES_FILE, finish_save
 from valm.store.pretrained import CONFIG_FILE
 
-# Arguments of `save_pretrained` that are for an upload.
+# Arguments of `save_pretrained` for uploads.
 OF_UPLOAD = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 
-# In transformers' card of a model that has none.
+# Part of the card that transformers writes for a model without a card.
 TEMPLATE = "This model card has been automatically generated."
 
-_Base: Any = object  # for a type checker, the model class behind the mixin
+_Base: Any = object  # for type checkers: the mixin's base class
 
 
 class ImageModel(_Base):
     """Mixin of a causal language model that takes images, passed to `forward` or found by a retriever.
 
-    A model that takes images but gets none and has no retriever warns once; with `strict = True` it raises ValueError
-    each time. Pass an empty `image_pool` and an `image_index` of -1 to run without images on purpose.
+    If the model gets no images and has no retriever, it warns once; with `strict = True` it raises ValueError each
+    time. Pass an empty `image_pool` and an `image_index` of -1 to run without images on purpose.
 
-    Threads may share a model in eval mode: `forward`, `generate` and `fusion_attention` may run at once. Training,
-    `augment`, `set_retriever`, `to` and saving need the model alone.
+    Threads may share a model in eval mode: `forward`, `generate` and `fusion_attention` may run at the same time. While
+    one thread trains, augments, moves or saves the model or sets its retriever, no other thread may use it.
     """
 
     finder: ImageFinder  # a hook of its decoder
@@ -49,7 +49,7 @@ class ImageModel(_Base):
 
     @property
     def strict(self) -> bool:
-        """Whether a missing retriever is an error."""
+        """Whether a missing retriever raises an error instead of a warning."""
         return self.finder.strict
 
     @strict.setter
@@ -58,98 +58,120 @@ class ImageModel(_Base):
 
     @property
     def other_images(self) -> str | None:
-        """Says that the images come from another knowledge base than the model was saved with; None otherwise."""
+        """A message if the images come from another knowledge base than the model was saved with, else None."""
         return self.finder.other_images
 
     @property
     def retriever(self) -> ImageRetriever | None:
-        """What finds the images when `forward` gets none: set by `set_retriever`, or else noted with the model and
-        opened on first use.
-
-        Raises:
-            ValmError: what is noted is missing or does not fit.
-        """
+        """Finds the images when `forward` gets none: the retriever from `set_retriever`, or else the retriever that was
+        saved with the model, opened on first use. Raises ValmError if the saved knowledge base or CLIP is missing or
+        does not fit."""
         return self.finder.open_retriever(self.device)
 
     def set_retriever(self, retriever: ImageRetriever | None) -> None:
-        """Sets what finds the images of every token; a blind model takes a `BlindRetriever`. None removes it.
-        With `NoImages` any model reads the text alone.
+        """Sets the retriever that finds the images of every token.
 
-        A model that was trained or saved with another knowledge base warns.
+        A warning is raised if the model was trained or saved with another knowledge base.
+
+        Args:
+            retriever: a `Retriever`; a `BlindRetriever` for a blind model; `NoImages` to read only text; None removes
+                the retriever.
 
         Raises:
-            ValmError: the retriever differs from the model in kind (blind or not), number or dimension of images, reads
-                more tokens than the model has, was given no tokenizer though the model's vocabulary is not CLIP's, or
-                differs from the model's own in its CLIP.
+            ValmError: the retriever does not fit the model: its kind (blind or not), the number or dimension of its
+                images, its tokenizer's vocabulary or its CLIP.
+
+        Example:
+            >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
+            >>> retriever = model.retriever
+            >>> model.set_retriever(None)  # the model warns and reads only text
+            >>> model.set_retriever(retriever)
+            >>> model.retriever is retriever
+            True
         """
         self.finder.set_retriever(retriever)
 
     def set_min_score(self, value: float | None) -> None:
-        """Sets the retrieval score below which a token sees no images (`valm.retrieval.min_score`). None: every token
-        but the first of a document sees K. It is saved with the model.
+        """Sets the score threshold, which is saved with the model. Images that are given to `forward` ignore it.
 
-        Images that are given to `forward` are seen as they are.
+        Args:
+            value: a token whose best image has a lower retrieval score sees no image (`valm.retrieval.min_score`).
+                None: every token but a document's first sees K images.
 
         Raises:
-            ValmError: it is not finite, or the model retrieves no images.
+            ValmError: the threshold is not finite, or the model retrieves no images.
+
+        Example:
+            >>> model, tokenizer = valm.load("model")
+            >>> model.set_min_score(0.2)
+            >>> model.fusion_options.min_score
+            0.2
         """
         self.finder.change("min_score", value)
 
     def set_num_images(self, value: int) -> None:
-        """Sets K, the images that a token sees from now on; no weight depends on it. It is saved with the model.
+        """Sets K, the number of images that each token sees. K is saved with the model; no weight depends on it.
+
+        Args:
+            value: from 1 to 64, at most the number of images in the knowledge base.
 
         Raises:
-            ValmError: the model has no knowledge base, or that has fewer images, or a token cannot see so many.
-            TypeError: the number is no int.
+            ValmError: the model has no knowledge base, or K is out of range.
+            TypeError: K is no int.
+
+        Example:
+            >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
+            >>> model.set_num_images(3)
+            >>> model.retriever.k
+            3
         """
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"the number of images must be an int, got {value!r}")
         retriever = self.retriever
         if not isinstance(retriever, Retriever):
-            raise ValmError("this model retrieves no images from a knowledge base, so their number cannot be set")
+            raise ValmError(
+                "this model retrieves no images from a knowledge base, so their number cannot be set: load it with kb"
+            )
         other = retriever.with_k(value)
         self.finder.change("num_images", value)
         self.finder.set_retriever(other, chosen=False)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's, which `generate_batch` calls too.
+        """As in the base class; `generate_batch` calls it too.
 
         Raises:
             ValmError: the model has a retriever.
-            ValueError: it has none and is `strict`.
+            ValueError: the model has no retriever and is `strict`.
         """
-        if finds_images(self.finder, self.device):  # the batching thread would keep its errors to itself
+        if finds_images(self.finder, self.device):  # errors in the batching thread would not reach the caller
             raise ValmError(
                 "continuous batching (generate_batch) reads several texts in one row, which a retriever cannot follow: "
-                "call generate(), or set_retriever(None) for text alone"
+                "call generate(), or call set_retriever(None) to read only text"
             )
         return super().init_continuous_batching(*args, **kwargs)
 
     def read_places(self, folder: str | os.PathLike) -> None:
-        """Reads where the images are from beside the model in `folder`; a name on a hub has no such file.
-
-        Raises:
-            ValmError: that file is damaged, or the config's retrieval.
-        """
+        """Loads the paths of the images that were saved with the model in `folder`; a name on a hub has none. Raises
+        ValmError if the file of paths or the config's retrieval is damaged."""
         self.finder.folder = os.path.abspath(folder) if os.path.isdir(folder) else None
         self.finder.source = ImageSource.of_config(self.config.retrieval, self.finder.folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """`PreTrainedModel.save_pretrained`, where the images are (`write_places`), and a model card (`write_card`).
+        """`PreTrainedModel.save_pretrained`; also writes the paths of the images and a model card.
 
-        What would be loaded in the place of this model is removed: an adapter, and older weights in another number of
-        files. Of a model with adapters of transformers' own (`add_adapter`) these alone are saved, as of any model.
+        Files that would be loaded instead of this model are removed: an adapter, and older weights in another number of
+        files. If the model has transformers' own adapters (`add_adapter`), only they are saved, as for any model.
 
         Raises:
-            ValmError: PEFT has put an adapter into the model that is not merged.
+            ValmError: the model contains an adapter of PEFT that is not merged.
         """
-        if has_own_adapters(self):  # there is no model beside them, so nothing is older
+        if has_own_adapters(self):  # no weights of the model are written, so none become older
             super().save_pretrained(save_directory, *args, **kwargs)
             return
         if beside := next((name for name, _ in self.named_modules() if name.endswith(".base_layer")), None):
             raise ValmError(
-                f"PEFT has put an adapter beside {beside.removesuffix('.base_layer')}, and no class would open the "
-                "folder: merge it by merge_and_unload, or save it by the save_pretrained of PEFT's model"
+                f"PEFT has added an adapter to {beside.removesuffix('.base_layer')}, and no class could load the "
+                "folder: merge it with merge_and_unload, or save it with the save_pretrained of PEFT's model"
             )
         given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
         more = given.pop("kwargs", {})
@@ -164,18 +186,18 @@ class ImageModel(_Base):
             _remove_older_weights(Path(save_directory))
             for adapter in Path(save_directory).glob(ADAPTER):
                 adapter.unlink()
-            # as the umask says, not for their owner alone
+            # with the umask's permissions, not only for their owner
             mode = stat.S_IMODE((Path(save_directory) / CONFIG_FILE).stat().st_mode)
             for weights in Path(save_directory).glob("model*.safetensors"):
                 set_mode(weights, mode)
             write_places(self.finder.source, save_directory)
             write_card(self, save_directory)
-            if upload.pop("push_to_hub", False):  # as a copy, without the places
+            if upload.pop("push_to_hub", False):  # a copy without the paths
                 sizes = {name: options[name] for name in ("max_shard_size", "token") if name in options}
                 self.push_to_hub(upload.pop("repo_id", Path(save_directory).name), **upload, **sizes)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Of `push_to_hub`, which has put the repository's card into the copy, or transformers' template of one."""
+        """Called by `push_to_hub` after it put the repository's card, or transformers' template, into the copy."""
         (Path(working_dir) / PLACES_FILE).unlink(missing_ok=True)
         card = Path(working_dir) / CARD_FILE
         if TEMPLATE in card.read_text("utf-8"):
@@ -185,7 +207,8 @@ class ImageModel(_Base):
 
 
 def _remove_older_weights(folder: Path) -> None:
-    """Of weights in one file and of an index of several, removes the older: the file would be loaded first."""
+    """If the folder contains weights in one file and an index of several files, removes the older: one file is loaded
+    before an index."""
     kinds = [folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME]
     if all(file.is_file() for file in kinds):
         min(kinds, key=lambda file: file.stat().st_mtime_ns).unlink()

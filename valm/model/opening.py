@@ -1,4 +1,4 @@
-"""How a model is opened: options that are the same in every command that uses one."""
+"""Options for loading models, shared by every command that loads a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """How models are opened. Its fields are options, whose help says what they are; `load` has the arguments of
-    `valm.load`.
+    """How models are loaded. The fields are options with a help text, and arguments of `valm.load`.
 
     Attributes:
         allow_download: load the CLIP from the hub that the knowledge base names.
@@ -26,38 +25,35 @@ class Opening:
 
     kb: str | os.PathLike | None = option("another knowledge base than the checkpoint was trained with")
     min_score: float | None = option(
-        "a token whose best image has a lower retrieval score sees none; -1 cuts nothing (default: the model's own)",
+        "score threshold: a token whose best image has a lower retrieval score sees no image; -1: no threshold "
+        "(default: the model's own)",
         metavar="SCORE",
     )
     clip: str | None = option(CLIP_HELP)
     query_dtype: str | None = option(
-        "precision of CLIP's text tower (default: what was chosen for the model's retriever before the model was "
-        "saved; for a blind model and a model with a min_score, the precision of its training; otherwise what is fast "
-        "on the device: bfloat16 with AMX or on a GPU of compute capability 8.0 or above, int8 with AVX2, but not "
-        "with AVX-512 that has no VNNI, or float32)",
+        "precision of CLIP's text tower (default: the precision that was chosen for the model's retriever before the "
+        "model was saved; for a query control (Blind) or a model with a min_score, the precision of its training; "
+        "otherwise a fast precision: bfloat16 with AMX or on a GPU of compute capability 8.0 or above, int8 with "
+        "AVX2 but not with AVX-512 without VNNI, or float32)",
         choices=QUERY_DTYPES,
     )
-    device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto takes a GPU where torch has one", "auto")
+    device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto uses a GPU if torch finds one", "auto")
     allow_download: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def opened_device(self) -> torch.device:
-        """The device.
-
-        Raises:
-            ValmError: there is none of this name.
-        """
+        """The device. Raises ValmError if there is no such device."""
         from valm.clip.device import open_device
 
         return open_device(self.device)
 
     def load(self, folder: str | os.PathLike) -> tuple[Any, PreTrainedTokenizerFast]:
-        """The model in `folder` and its tokenizer, as `valm.load` has them, with `min_score` as its own.
+        """The model in `folder` and its tokenizer, as `valm.load` returns them, with `min_score` set.
 
         Raises:
-            ValmError: as `valm.load` does, or there is no such device.
+            ValmError: as in `valm.load`, or there is no such device.
         """
         import torch
 
@@ -77,5 +73,5 @@ class Opening:
         return model, tokenizer
 
     def load_other(self, folder: str | os.PathLike) -> tuple[Any, PreTrainedTokenizerFast]:
-        """A second model, with its own knowledge base."""
+        """Loads a second model, with the knowledge base that its own folder names."""
         return dataclasses.replace(self, kb=None).load(folder)

@@ -1,4 +1,4 @@
-"""The arguments of an attention's call, for other tokens and at other positions."""
+"""Changes the arguments of an attention's call to other tokens and other positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-# Names of the key-value cache in the attention's forward of different families.
+# Names of the key-value cache in the attention forwards of different families.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 
 class TokensBefore(Cache):
-    """A cache without keys that says how many tokens came before: some families scale queries by that."""
+    """A cache without keys that reports how many tokens came before; some families scale queries by that number."""
 
     def __init__(self, length: int | Tensor):
         self.length = length
@@ -45,8 +45,8 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 
 
 def alone(hidden_states: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an attention's call for other `hidden_states` (B, T, C), without mask and cache, with all tokens
-    at the position of the call's last one."""
+    """The arguments of an attention's call for other `hidden_states` (B, T, C), without mask and cache. All tokens are
+    at the position of the call's last token."""
     rows, length = hidden_states.shape[:2]
     tokens = arguments["hidden_states"].shape[1]
 
@@ -84,7 +84,7 @@ def _map_tables(function: Callable[[Tensor], Tensor], tables: Any) -> Any:
 def identity_rotation(position_embeddings: Any) -> Any:
     """Rotary embeddings (..., D) of the same shape that rotate by no angle.
 
-    A scale, as YaRN has, is preserved: it is the length of (cos, sin).
+    A scale (YaRN), which is the length of (cos, sin), is preserved.
     """
     if isinstance(position_embeddings, Tensor):  # complex numbers, in Llama 4
         return torch.ones_like(position_embeddings)
@@ -97,7 +97,7 @@ def identity_rotation(position_embeddings: Any) -> Any:
 
 
 def positions(model: Any) -> int | None:
-    """The most tokens that a model can read; None if its config does not say."""
+    """The maximum number of tokens that a model can read; None if its config does not say."""
     config = model.config.get_text_config(decoder=True)
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return found if found is None or found > 0 else None  # -1 in XLNet

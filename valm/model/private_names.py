@@ -1,6 +1,6 @@
-"""What valm takes from transformers beyond its documented interface: names that a release may change without notice.
+"""Undocumented names of transformers that valm uses, which a release may change without notice.
 
-If such a name is gone, the error says so. Without that, `augment` would refuse every family for a wrong reason.
+If a name is gone, the error says so. Otherwise `augment` would reject every family with a wrong reason.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from valm.errors import ValmError
 
-# The methods that valm overrides: transformers would no longer call valm's, and say nothing.
+# Methods that valm overrides. If one were renamed, transformers would silently stop calling valm's.
 OVERRIDDEN = ("_upload_modified_files", "is_custom_code", "warn_if_padding_and_no_attention_mask")
 
 
 def gone(name: str) -> ValmError:
-    """The error for a name that this transformers does not have."""
+    """The error for a name that this transformers lacks."""
     return ValmError(
-        f"transformers {transformers.__version__} has no {name}, on which valm rests: install the oldest transformers "
+        f"transformers {transformers.__version__} has no {name}, which valm needs: install the oldest transformers "
         "that valm allows, or a newer valm"
     )
 
@@ -36,23 +36,19 @@ def _found(owner: Any, name: str) -> Any:
 
 
 def check_overridden() -> None:
-    """Checks that transformers has the methods that valm overrides.
-
-    Raises:
-        ValmError: a method is gone.
-    """
+    """Raises ValmError if transformers lacks a method that valm overrides."""
     for name in OVERRIDDEN:
         _found(transformers.PreTrainedModel, name)
 
 
 def attention_of(config: Any) -> str:
-    """The name of the attention implementation that a model of this config has."""
+    """The name of the attention implementation in a config."""
     return _found(config, "_attn_implementation")
 
 
 def with_attention(config: Any, name: str) -> Any:
-    """A copy of the config of a module, with another attention implementation. The public setter would change the
-    configs inside it too, which the copy shares."""
+    """A copy of the config of a module, with another attention implementation. The public setter would also change the
+    nested configs, which the copy shares."""
     changed = copy.copy(config)
     changed._attn_implementation_internal = name
     if attention_of(changed) != name:
@@ -69,17 +65,17 @@ def uses_interface(cls: type) -> bool:
 
 
 def has_own_adapters(model: Any) -> bool:
-    """Whether a model has adapters of transformers' own (`add_adapter`)."""
+    """Whether a model contains transformers' own adapters (`add_adapter`)."""
     return _found(model, "_hf_peft_config_loaded")
 
 
 def offloaded_weight(model: Any, name: str) -> Tensor:
-    """A weight that accelerate has offloaded, from where it is."""
+    """Loads a weight that accelerate has offloaded."""
     return _found("transformers.integrations.accelerate", "load_offloaded_parameter")(model, name)
 
 
 def dequantized(weight: Any, module: Any) -> Tensor:
-    """The numbers of a weight of `module` that bitsandbytes has quantised."""
+    """The values of a weight of `module` that bitsandbytes has quantised."""
     return _found("transformers.integrations.bitsandbytes", "dequantize_bnb_weight")(
         weight, getattr(module, "state", None)
     )

@@ -1,4 +1,4 @@
-"""Finds where a decoder can see images: its layers, a layer's attention, and the input and arguments of that."""
+"""Finds where a decoder can see images: its layers, a layer's attention, and the attention's input and arguments."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from valm.model.positions import Call, alone, named_arguments, positions
 from valm.model.private_names import uses_interface, with_attention
 
 PROBE_IMPLEMENTATION = "valm_probe"
-# Tokens of the probe's text. In some models the first token is an outlier, so the scale of a hidden state is the median
-# over several.
+# Tokens of the probe's text. In some models the first token is an outlier, so the scale of a hidden state is a median
+# over several tokens.
 PROBE_TOKENS = 8
 
 
@@ -28,12 +28,12 @@ class Probe(NamedTuple):
     """Properties of a layer's attention.
 
     Attributes:
-        layer: its index, negative from the end.
-        width: C, dimension of its input.
+        layer: index of the layer, negative from the end.
+        width: C, dimension of the attention's input.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk, Dv.
-        norm_weight, norm_bias: (C,), of the norm before it; without one, the scale of its input, and 0.
-        calls: of the attention, at the first positions and at the last ones.
-        layer_drops_images: the layer does not hand them on to its attention.
+        norm_weight, norm_bias: (C,), of the norm before the attention. Without a norm, the scale of its input, and 0.
+        calls: of the attention, at the first positions and at the last positions.
+        layer_drops_images: the layer does not pass images on to its attention.
     """
 
     layer: int
@@ -49,20 +49,16 @@ class Probe(NamedTuple):
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the decoder, without those of a vision tower beside it.
-
-    Raises:
-        ValmError: there are none.
-    """
+    """The layers of the decoder, without the layers of a vision tower. Raises ValmError if there are none."""
     if model.config.is_encoder_decoder:
         raise ValmError(f"{type(model).__name__} has an encoder: only decoders can be augmented")
     config = model.config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)
-    # the decoder first, without a vision tower; get_decoder() of ModernBERT-Decoder is its head, which has that name
+    # the decoder first, without a vision tower; ModernBERT-Decoder's get_decoder() returns its head, hence the rest
     modules = (*model.get_decoder().modules(), *model.modules())
     lists = [module for module in modules if isinstance(module, nn.ModuleList)]
     of_length = [module for module in lists if len(module) == count]
-    # in LongCat a layer counts twice, as it has two attentions
+    # LongCat counts a layer twice, because it contains two attentions
     found = of_length or [module for module in lists if any(_interface_paths(layer) for layer in module)]
     if not found:
         raise ValmError(f"{type(model).__name__} has no list of its {count} layers")
@@ -70,12 +66,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def attention_path(model: PreTrainedModel, layer: int) -> str:
-    """The path of a layer's attention inside the layer.
-
-    Raises:
-        ValmError: there is no such layer, or it has no attention that uses transformers' attention interface, or
-            several; the message names the layers that have one.
-    """
+    """The path of a layer's attention inside the layer. Raises ValmError if there is no such layer, or it contains none
+    or several attentions that use transformers' attention interface. The message names the layers with one."""
     layers = decoder_layers(model)
     if not -len(layers) <= layer < len(layers):
         raise ValmError(f"layer must be one of the {len(layers)} layers of {type(model).__name__}, got {layer}")
@@ -84,7 +76,7 @@ def attention_path(model: PreTrainedModel, layer: int) -> str:
         return paths[0]
     how_many = "no attention" if not paths else f"{len(paths)} attentions"
     others = [number for number, other in enumerate(layers) if len(_interface_paths(other)) == 1]
-    remedy = f"; those that have one: {', '.join(map(str, others))}" if others else ""
+    remedy = f"; layers with one attention: {', '.join(map(str, others))}" if others else ""
     raise ValmError(
         f"layer {layer} of {type(model).__name__} has {how_many} on transformers' attention interface{remedy}"
     )
@@ -92,10 +84,10 @@ def attention_path(model: PreTrainedModel, layer: int) -> str:
 
 @dataclass
 class _Run:
-    """What a run of the model showed of a layer that has one attention.
+    """What a run of the model showed about a layer with one attention.
 
-    arguments: of the last call of the attention; images: whether these had an image_pool. reached: whether the layer
-    had. outputs: of the layer's children.
+    arguments: of the attention's last call. images: whether they contained an image_pool. reached: whether the layer
+    got an image_pool. outputs: of the layer's children.
     """
 
     attention: nn.Module
@@ -108,19 +100,19 @@ class _Run:
 def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
     """Runs the model on a few tokens with images, which nothing sees yet, and reads the arguments of an attention.
 
-    A model whose forward has no position_ids, or whose config does not say how many positions there are, runs at the
+    If the model's forward takes no position_ids, or its config does not give the number of positions, it runs at the
     first positions only.
 
     Args:
-        layer: None is -2, or where that has no attention with keys of its own, the last layer that has one. In some
-            families, such as Gemma 4, the last layers attend to the keys of a layer before them.
+        layer: None is -2; if the attention of layer -2 computes no keys of its own, the last layer that does. In some
+            families, such as Gemma 4, the last layers attend to the keys of an earlier layer.
 
     Raises:
-        ValmError: no layer can see images, or not this one; the message says why.
+        ValmError: no layer can see images, or this layer cannot; the message says why.
     """
     layers = decoder_layers(model)
     if layer is not None:
-        attention_path(model, layer)  # raises where there is none, or several
+        attention_path(model, layer)  # raises unless there is exactly one
     runs = _record(model)
     name, count = type(model).__name__, len(layers)
     serving = partial(_layers_with_keys, runs)
@@ -149,9 +141,9 @@ def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
         raise ValmError(f"{attention} reads an attention mask of type {type(mask).__name__}, expected a tensor")
     if not _has_keys(run.attention, run.arguments):
         others = serving()
-        remedy = f"; those that make their own: {', '.join(map(str, others))}" if others else ""
+        remedy = f"; layers that compute their own: {', '.join(map(str, others))}" if others else ""
         raise ValmError(
-            f"layer {layer} of {name} takes its keys and values from another layer, so it can make none of "
+            f"layer {layer} of {name} takes its keys and values from another layer, so it can compute none for "
             f"images{remedy}"
         )
     hidden_states = run.arguments["hidden_states"]
@@ -160,7 +152,7 @@ def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
         weight, bias = _affine(norm, hidden_states)
     tokens = hidden_states.shape[1]
     calls = [Call(run.arguments, tokens - 1)]
-    # position by position, as what depends on them may do so only from some position on
+    # near and far positions, since an attention may depend on positions only from some position on
     last = positions(model) or 0
     if last > tokens and "position_ids" in inspect.signature(model.forward).parameters:
         far = _record(model, position_ids=torch.arange(last - tokens, last, device=model.device)[None])
@@ -180,11 +172,8 @@ def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
 
 
 def _record(model: PreTrainedModel, **inputs: Any) -> dict[int, _Run]:
-    """Runs the model on a few tokens; what it shows of each layer that has one attention.
-
-    Raises:
-        ValmError: the model's layers take no images.
-    """
+    """Runs the model on a few tokens and records each layer with one attention. Raises ValmError if the model's layers
+    take no images."""
     runs = {
         number: _Run(layer.get_submodule(paths[0]))
         for number, layer in enumerate(decoder_layers(model))
@@ -223,7 +212,7 @@ def _record(model: PreTrainedModel, **inputs: Any) -> dict[int, _Run]:
 
 
 def _layers_with_keys(runs: dict[int, _Run], among: list[int] | None = None) -> list[int]:
-    """The numbers of the layers whose attention makes keys and values of its input; None looks at all."""
+    """The numbers of the layers whose attention computes keys and values from its input; among=None checks all."""
     found = []
     for number, run in runs.items():
         if run.arguments is not None and (among is None or number in among):
@@ -234,11 +223,8 @@ def _layers_with_keys(runs: dict[int, _Run], among: list[int] | None = None) -> 
 
 
 def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Whether the attention makes keys of its input, by a call as that with `arguments` but of one token less.
-
-    Raises:
-        ValmError: it does not run on other tokens.
-    """
+    """Whether the attention computes keys from its input: calls it with `arguments` and one token less. Raises
+    ValmError if the attention does not run on other tokens."""
     try:
         fewer = arguments["hidden_states"][:, :-1]
         return _attend(attention, alone(fewer, arguments)).key[2] == fewer.shape[1]
@@ -247,17 +233,14 @@ def _has_keys(attention: nn.Module, arguments: dict[str, Any]) -> bool:
 
 
 def not_on_images(attention: nn.Module, error: Exception) -> ValmError:
-    """What to raise where the family's own code raised `error` when its attention ran on images."""
+    """The error to raise after the family's code raised `error` while its attention ran on images."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return ValmError(f"{type(attention).__name__} does not run on images, without the text's mask: {reason}")
 
 
 def probe_tokens(model: Any) -> Tensor:
-    """Token ids (1, T) that the model can read, T = PROBE_TOKENS or all its positions if they are fewer.
-
-    Raises:
-        ValmError: it reads one token only.
-    """
+    """Token ids (1, T) that the model can read, T = PROBE_TOKENS or all its positions if they are fewer. Raises
+    ValmError if the model reads only one token."""
     count = min(PROBE_TOKENS, positions(model) or PROBE_TOKENS)
     if count < 2:
         raise ValmError(f"{type(model).__name__} reads texts of {count} token: it must read at least 2")
@@ -268,10 +251,10 @@ def probe_tokens(model: Any) -> Tensor:
 def keeps_apart(model: Any, forward: Callable[..., Any]) -> bool:
     """Whether two documents in a row, whose positions restart, do not see each other.
 
-    Some families do not look at positions to tell documents apart, such as those with a state that goes on.
+    Some families ignore positions when they tell documents apart, such as recurrent ones, whose state continues.
 
     Args:
-        forward: of `model` or of its decoder: what it returns first is compared.
+        forward: of `model` or of its decoder; its first result is compared.
     """
     if "position_ids" not in inspect.signature(forward).parameters:
         return False
@@ -292,12 +275,12 @@ def keeps_apart(model: Any, forward: Callable[..., Any]) -> bool:
         except (TypeError, ValueError, RuntimeError):  # of the family's own code
             return False
     largest, eps = packed.abs().max().item(), torch.finfo(packed.dtype).eps
-    # The second document is the same whatever the first is. In 16 bits what little it sees of that may be as small as
-    # the rounding, so there it must be the same to the bit.
+    # The second document's output must not depend on the first. In 16 bits a dependence may be as small as the rounding
+    # error, so there the outputs must agree to the bit.
     moved = (packed - changed)[:, half:].abs().max().item()
     if moved > (8 * eps * largest if packed.dtype.itemsize >= 4 else 0):
         return False
-    # Rows of another length are rounded otherwise; a family in float64 may have norms or a softmax in float32.
+    # Rows of different lengths round differently; a family in float64 may compute norms or a softmax in float32.
     return (packed - single).abs().max().item() <= max(eps, torch.finfo(torch.float32).eps) ** 0.5 * largest
 
 
@@ -307,7 +290,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     for module, _ in modes:
-        if type(module).__name__ == "Linear4bit":  # bitsandbytes would pack its weights for a CPU: without gradients
+        if type(module).__name__ == "Linear4bit":  # in eval mode bitsandbytes packs it for a CPU, without gradients
             module.training = True
     try:
         yield
@@ -321,9 +304,9 @@ def _forward_names(attention: nn.Module) -> tuple[str, ...]:
 
 
 def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias (C,) of a norm, under any names and in any form.
+    """Weight and bias (C,) of a norm, whatever their names and form.
 
-    Every norm maps a row of mean 0 and RMS 1 to itself, except for weight and bias.
+    Without weight and bias, every norm maps a row of mean 0 and RMS 1 to itself.
     """
     if norm is None:  # the attention reads the residual stream
         scale = hidden_states.float().square().mean(-1).sqrt().median()
@@ -335,7 +318,7 @@ def _affine(norm: nn.Module | None, hidden_states: Tensor) -> tuple[Tensor, Tens
 
 
 class _Sizes(Exception):
-    """Ends a call of an attention where it would call its implementation; the shapes of what it would attend to."""
+    """Ends an attention's call where it would call its implementation, and holds the shapes of its arguments."""
 
     def __init__(self, query: torch.Size, key: torch.Size, value: torch.Size, causal: bool, sparse: bool):
         self.query, self.key, self.value, self.causal, self.sparse = query, key, value, causal, sparse
@@ -343,11 +326,8 @@ class _Sizes(Exception):
 
 @torch.no_grad()
 def _attend(attention: Any, arguments: dict[str, Any]) -> _Sizes:
-    """The sizes in a call of the attention.
-
-    Raises:
-        ValmError: it did not call transformers' attention interface.
-    """
+    """The sizes in a call of the attention. Raises ValmError if the attention did not call transformers' attention
+    interface."""
     config = attention.config
     attention.config = with_attention(config, PROBE_IMPLEMENTATION)
     try:
@@ -378,7 +358,7 @@ AttentionInterface.register(PROBE_IMPLEMENTATION, _probe_attention)
 
 
 def _interface_paths(layer: nn.Module) -> list[str]:
-    """The paths of a layer's attentions, without those over an encoder's states."""
+    """The paths of a layer's attentions, without cross-attentions."""
     found = {
         name: module
         for name, module in layer.named_modules()

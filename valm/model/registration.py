@@ -1,8 +1,8 @@
 """Registers the configs of models with images with transformers' `AutoConfig` as soon as that is imported.
 
-`import valm` alone must be enough for `AutoModelForCausalLM.from_pretrained`. But importing transformers, and with it
-torch, takes seconds, which `valm --help` should not, and the command line sets up the process before torch.
-transformers has no entry points for packages like this one, so we wait for the import of its module.
+After `import valm`, `AutoModelForCausalLM.from_pretrained` must load models with images. But importing transformers
+here would import torch. That takes seconds, which `valm --help` must not, and the command line must first set up the
+process. transformers offers no entry points for packages, so we wait for the import of its module.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class _Finder(MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Registers with `AutoConfig`: now if it is imported, or else as soon as it is."""
+    """Registers with `AutoConfig` now if it is imported, or else as soon as it is."""
     sys.meta_path.insert(0, _Finder())
     if CONFIGS in sys.modules:
         _register()
 
 
 def _register() -> None:
-    """The modules of configs and models import that of AutoConfig, so they may be half imported now: ours, which need
-    them, are imported where a config is read."""
+    """Registers a config class that imports ours when a config is read. transformers' modules of configs and models,
+    which ours import, may be only half imported now."""
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.models.auto.configuration_auto import AutoConfig
 

@@ -1,4 +1,4 @@
-"""A cache of transformers that also has the retriever's state, which moves with its rows."""
+"""A cache of transformers that also holds the retriever's state and reorders it with its rows."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from valm.retrieval.retriever import ImageRetriever
 
 
 class RetrievalCache(Cache):
-    """Mixin of a cache that also has the retriever's state."""
+    """Mixin of a cache that also holds the retriever's state."""
 
     retrieval: ContextCache | None = None
-    # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` begins with it
+    # ids and mask (B, T) of the text that a model read before it returned this cache; `retrieval` starts with it
     text: tuple[Tensor, Tensor | None] | None = None
     num_retrieved = 0  # tokens that `retrieval` has read
-    retriever_number: int | None = None  # whose images these tokens saw (`ImageFinder`)
+    retriever_number: int | None = None  # the retriever whose images these tokens saw (`ImageFinder`)
     is_croppable = False
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Always raises: the retriever's state cannot be rolled back."""
         raise NotImplementedError(
-            f"a {type(self).__name__} with a retriever's state cannot be cropped, so assisted decoding does not work"
+            f"a {type(self).__name__} with a retriever's state cannot be cropped: do not use assisted decoding"
         )
 
     def reset(self) -> None:
@@ -36,7 +36,7 @@ class RetrievalCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row beam_idx[i]."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers will do
-        # MiniMax's states of linear attention, which its class reorders in batch_select_indices only; [] is none
+        # MiniMax's states of linear attention ([] = none), which its class reorders only in batch_select_indices
         states: list[Any] = getattr(self, "linear_cache", [])
         for layer, state in enumerate(states):
             if isinstance(state, Tensor):
@@ -49,10 +49,10 @@ class RetrievalCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> NoReturn:
         """Always raises: a cache does not know how many rows it has."""
-        raise NotImplementedError("a cache with a retriever's state repeats its rows by reorder_cache only")
+        raise NotImplementedError("a cache with a retriever's state cannot repeat its rows: call reorder_cache")
 
     def select_state(self, rows: Tensor) -> None:
-        """What `reorder_cache` does beside the keys and values."""
+        """Reorders what the cache holds besides keys and values."""
         if self.retrieval is not None:
             self.retrieval.reorder(rows)
         if self.text is not None:
@@ -66,23 +66,20 @@ def retrieval_cache_class(base: Any) -> Any:
 
 
 def with_retrieval(cache: Any) -> RetrievalCache:
-    """`cache` itself, whose class becomes one with a retriever's state: `generate` and the user hold this object, and
-    reorder it by its methods. Attributes of the object in their place would refer to it, and a cache in a circle stays
-    in memory until Python looks for circles."""
+    """`cache` itself, with a class that also holds a retriever's state. `generate` and the user hold this object and
+    reorder it by its methods. Methods set on the object would refer back to it, and such a reference cycle stays in
+    memory until Python's garbage collector runs."""
     if not isinstance(cache, RetrievalCache):
         cache.__class__ = retrieval_cache_class(type(cache))
     return cache
 
 
 def retrieval_state(cache: Any, retriever: ImageRetriever, batch: int, number: int) -> ContextCache:
-    """The retriever's state after the tokens in the cache. `number`: which of the model's retrievers it is.
-
-    Raises:
-        ValueError: the retriever has not read them.
-    """
+    """The retriever's state after the tokens in the cache. number: identifies the retriever among the model's. Raises
+    ValueError if the retriever has not read these tokens."""
     cache = with_retrieval(cache)
     if cache.retriever_number not in (None, number):
-        raise ValueError("the tokens in the cache saw images of another retriever: start with an empty cache")
+        raise ValueError("the tokens in the cache saw another retriever's images: start with an empty cache")
     cache.retriever_number = number
     if cache.retrieval is None:
         cache.retrieval = retriever.start(batch)
@@ -92,7 +89,7 @@ def retrieval_state(cache: Any, retriever: ImageRetriever, batch: int, number: i
             cache.text, cache.num_retrieved = None, ids.shape[1]
     if cache.num_retrieved != cache.get_seq_length():
         raise ValueError(
-            f"the cache has {cache.get_seq_length()} tokens, but the retriever has read {cache.num_retrieved} of them: "
-            "the others were read without a retriever or with images that were given; start with an empty cache"
+            f"the cache contains {cache.get_seq_length()} tokens, but the retriever has read {cache.num_retrieved}: "
+            "the other tokens were read without a retriever or with given images; start with an empty cache"
         )
     return cache.retrieval

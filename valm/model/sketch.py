@@ -1,7 +1,7 @@
-"""A sketch of a model's weights: a few numbers of each tensor, which tell whether two models are the same.
+"""A sketch of a model's weights: a few values of each tensor, which show whether two models are the same.
 
-A hash would differ between precisions. A change of a whole tensor, as by a LoRA that was merged, moves nearly all of
-its numbers. A change of a few rows may go unseen. Quantised weights are read as the numbers that they stand for.
+A hash would differ between precisions. A change of a whole tensor, such as a merged LoRA, changes nearly all of its
+values. A change of a few rows may go unnoticed. Quantised weights are dequantised first.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.distributed.tensor import DTensor
 from valm.errors import ValmError
 from valm.model.private_names import dequantized, offloaded_weight
 
-# The version stands in the sketch, under a name that no tensor has. Sketches without it are random projections.
+# The sketch contains its version, under a name that no tensor uses. Sketches without a version are random projections.
 VERSION_KEY, VERSION = "sketch version", "2"
 SAMPLES = 16
-# The samples are spread by the golden ratio: whatever the width of a tensor, they have different rows and columns.
+# The golden ratio spreads the samples, so that they fall on different rows and columns in a tensor of any width.
 GOLDEN_RATIO = 0.6180339887498949
-# How far the samples of a quantised weight may move, relative to their norm. EXACT allows for another device.
-# COARSE is for other quantisations. torchao, bitsandbytes and GGUF change a whole weight by 0.5 to 3 % in 8 bits and by
-# 9 to 17 % in 4. Of heavy-tailed weights, 16 numbers change by up to 90 % (2,000 draws of Student's t, 3 degrees of
-# freedom). Another model differs by about 140 %, and some of its weights by more than COARSE.
+# How far the samples of a quantised weight may differ, relative to their norm. EXACT allows for another device, COARSE
+# for another quantisation. torchao, bitsandbytes and GGUF change a whole weight by 0.5 to 3 % in 8 bits and by 9 to
+# 17 % in 4. For heavy-tailed weights, 16 samples change by up to 90 % (2,000 draws of Student's t, 3 degrees of
+# freedom). Another model differs by about 140 %, and in some weights by more than COARSE.
 EXACT, COARSE = 1e-5, 1.0
-# bfloat16 and float16 of one number differ by these: relative to it, and by the smallest number of float16.
+# Largest difference between a number in bfloat16 and in float16: relative, and by the smallest number of float16.
 HALVES = {"bfloat16", "float16"}
 RELATIVE, SMALLEST = 2.0**-7, 2.0**-24
 
@@ -38,8 +38,8 @@ RELATIVE, SMALLEST = 2.0**-7, 2.0**-24
 def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """All parameters and persistent buffers, with their names and modules.
 
-    Not by `state_dict`, which also has what a library needs to read its quantised weights, and which spoils those of
-    bitsandbytes 0.50 in 4 bits where it has packed them for a CPU.
+    `state_dict` would add a library's bookkeeping of quantised weights, and spoil the 4-bit weights that bitsandbytes
+    0.50 has packed for a CPU.
     """
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -49,25 +49,22 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 @torch.no_grad()
 def sketch(model: Any) -> dict[str, str]:
-    """How each parameter and persistent buffer is stored, and SAMPLES of its numbers as base64, by name. The fusion is
-    left out.
-
-    Raises:
-        ValmError: a module is one of those that torch.ao's quantisation leaves, or a weight is divided among processes.
-    """
+    """How each parameter and persistent buffer is stored, and SAMPLES of its values as base64, by name. Weights of the
+    fusion are skipped. Raises ValmError if a module was quantised by torch.ao, or a weight is divided among
+    processes."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao."):
             raise ValmError(
                 f"{name} of the model is a {type(module).__name__} of torch.ao, whose weights cannot be read: augment "
-                "the model, or load or save its adapter, before it is quantised"
+                "the model, or load or save its adapter, before quantising it"
             )
-    whole = None if gguf_file(model) is None else "gguf"  # which transformers has dequantised
+    whole = None if gguf_file(model) is None else "gguf"  # transformers dequantised it
     found = {VERSION_KEY: VERSION}
     for name, module, weight in named_weights(model):
         if isinstance(weight, DTensor):
             raise ValmError(
-                f"{name} of the model is divided among processes, as by a tp_plan or FSDP2: augment the model, or load "
-                "or save its adapter, before that; a whole augmented folder may be loaded with a tp_plan"
+                f"{name} of the model is divided among processes (tp_plan or FSDP2): augment the model, or load or "
+                "save its adapter, before dividing it; an augmented model saved whole may be loaded with a tp_plan"
             )
         if "image_fusion." not in name:
             kind = quantisation(weight) or whole or str(weight.dtype).removeprefix("torch.")
@@ -77,19 +74,19 @@ def sketch(model: Any) -> dict[str, str]:
 
 
 def other_tensor(found: Mapping[str, str], expected: Mapping[str, str], *, coarsely: bool = False) -> str | None:
-    """The name of a tensor that is in one sketch only, or has other values; None if all agree.
+    """The name of a tensor that is in only one sketch or differs between them; None if all agree.
 
-    Tensors of different types may differ by rounding to 16 bits.
+    Tensors of different dtypes may differ by rounding to 16 bits.
 
-    coarsely: a tensor that is quantised in one of both may differ by what that changes.
+    coarsely: a tensor that is quantised in either sketch may differ by as much as quantisation changes it.
 
     Raises:
-        ValmError: `expected` is of another version.
+        ValmError: `expected` is a sketch of another version.
     """
     if expected and expected.get(VERSION_KEY) != VERSION:
         raise ValmError(
-            "another version of valm has noted the weights of the base, in a way that this version cannot compare: "
-            "use that version, or augment and train the base again"
+            "another version of valm made the sketch of the base's weights, and this version cannot compare it: use "
+            "that version, or augment and train the base again"
         )
     for name in sorted({*found, *expected} - {VERSION_KEY}):
         if name not in found or name not in expected or not _agree(found[name], expected[name], coarsely):
@@ -103,11 +100,11 @@ def _agree(found: str, expected: str, coarsely: bool) -> bool:
     except (binascii.Error, ValueError, TypeError, AttributeError):
         return False
     if not (_is_dtype(kind) and _is_dtype(other_kind)):
-        if 0 in (len(numbers), len(others)):  # which their library does not tell
+        if 0 in (len(numbers), len(others)):  # the quantisation library does not return them
             return coarsely or kind == other_kind
         limit = COARSE if coarsely else EXACT if kind == other_kind else 0.0
         return numbers.shape == others.shape and bool((numbers - others).norm() <= limit * others.norm())
-    for name in (kind, other_kind):  # what either was rounded to
+    for name in (kind, other_kind):  # both dtypes that either was rounded to
         numbers, others = (each.to(getattr(torch, name)).float() for each in (numbers, others))
     if {kind, other_kind} == HALVES and numbers.shape == others.shape:
         return torch.allclose(numbers, others, RELATIVE, SMALLEST)
@@ -124,13 +121,13 @@ def _is_dtype(kind: str) -> bool:
 
 
 def quantisation(weight: Tensor) -> str | None:
-    """How torchao or bitsandbytes has quantised a weight: the name of its class; None if neither has."""
+    """The class name of a weight that torchao or bitsandbytes has quantised; None for other weights."""
     kind = type(weight).__name__
     return kind if type(weight).__module__.startswith("torchao.") or kind in ("Params4bit", "Int8Params") else None
 
 
 def _samples(tensor: Tensor | None) -> np.ndarray:
-    """(SAMPLES,) float32 numbers of a tensor; fewer if it has fewer, none for None."""
+    """(SAMPLES,) float32 values of a tensor; fewer if the tensor is smaller, none for None."""
     if tensor is None:
         return np.empty(0, np.float32)
     shares = torch.arange(1, min(SAMPLES, tensor.numel()) + 1, dtype=torch.float64) * GOLDEN_RATIO % 1
@@ -139,7 +136,7 @@ def _samples(tensor: Tensor | None) -> np.ndarray:
 
 
 def _read(model: Any, name: str, module: Any, weight: Any) -> Tensor | None:
-    """The numbers of a weight, from memory or disk where accelerate has offloaded it; None if its library does not tell
+    """The values of a weight, loaded if accelerate has offloaded it. None if its quantisation library does not return
     them."""
     if weight.device.type == "meta":
         return offloaded_weight(model, name)
@@ -147,7 +144,7 @@ def _read(model: Any, name: str, module: Any, weight: Any) -> Tensor | None:
     if kind is None:
         return weight
     if kind not in ("Params4bit", "Int8Params"):
-        with suppress(NotImplementedError):  # of torchao's in 4 bits
+        with suppress(NotImplementedError):  # torchao's 4-bit weights raise it
             return weight.dequantize()
     elif not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return dequantized(weight, module)
@@ -155,5 +152,5 @@ def _read(model: Any, name: str, module: Any, weight: Any) -> Tensor | None:
 
 
 def gguf_file(model: Any) -> str | None:
-    """The GGUF file that transformers has read the model from, as it was given; None if it was none."""
+    """The GGUF file, as given, that transformers loaded the model from; None if it was no GGUF file."""
     return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "gguf_file", None)

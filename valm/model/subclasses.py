@@ -1,14 +1,14 @@
-"""Classes with a mixin in front: of models, their configs and caches, whose objects others hold already."""
+"""Puts a mixin in front of the class of an existing object: a model, a config or a cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_Base: Any = object  # known only when the class is made; this tells type checkers what it has
+_Base: Any = object  # for type checkers: known only when the class is made
 
 
 class Subclass(_Base):
-    """Mixin of the classes that `subclass` makes, which pickle cannot find by name."""
+    """Mixin of the classes that `subclass` makes. Pickle rebuilds them, since it cannot find them by name."""
 
     wrapped_class: type
     make_class: Any  # the function that makes this class
@@ -27,11 +27,11 @@ _made: dict[Any, Any] = {}
 
 
 def subclass(mixin: type, base: Any, make_class: Any, *more: Any, **attributes: Any) -> Any:
-    """The class of `mixin` in front of `base`, one for each base and `more`, with the base's name: transformers and
-    accelerate look up classes by name.
+    """The class of `mixin` in front of `base`, made once for each `base` and `more`. It keeps the base's name, because
+    transformers and accelerate look up classes by name.
 
     Args:
-        make_class: the function that makes this class of `base` and `more`, which pickle calls.
+        make_class: the function that makes this class from `base` and `more`; pickle calls it.
     """
     key = (mixin, base, *more)
     if key in _made:

@@ -1,4 +1,4 @@
-"""OpenAI's API for one model: completions, chat completions and the list of models; and a search of its images."""
+"""OpenAI's API for one model: completions, chat completions, the list of models, and a search of the images."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from valm.serving.engine import Answer, Engine, Prompt, StoppingError, TokenScor
 from valm.serving.requests import AnyRequest, ChatRequest, CompletionRequest, FieldError, Message, Sampling, read
 from valm_kernels.json_files import short
 
-# Bytes of a request. A context of 131,072 tokens is about half of it in English.
+# Maximum bytes of a request. A context of 131,072 tokens takes about half of it in English.
 MAX_BODY = 1 << 20
-# Seconds for a request to come in, less than those for it to be answered when the server stops.
+# Seconds for a request to arrive, fewer than the seconds for its answer when the server stops.
 BODY_SECONDS = 5
-# Tokens of a completion whose request does not say how many, as OpenAI's API has it. A chat's end at `max_tokens`.
+# Default tokens of a completion, as in OpenAI's API. The default of a chat is `max_tokens`.
 COMPLETION_TOKENS = 16
-# A lower temperature is greedy, as scores divided by it overflow.
+# Lower temperatures are greedy, because scores divided by them overflow.
 MIN_TEMPERATURE = 1e-4
-# Images that a search finds, unless it says how many, and at most; and those that an answer lists, best first.
+# Images that a search finds by default and at most; and the most images that an answer lists, best first.
 SEARCHED, MAX_SEARCHED, MAX_SEEN = 8, 64, 16
-# Seconds after which a client that was refused may ask again.
+# Seconds after which a rejected client may ask again.
 RETRY_AFTER = 1
 
 
@@ -55,7 +55,7 @@ class ApiError(Exception):
 
 
 class Kind(NamedTuple):
-    """How answers to completions and chats differ. id: its beginning; whole, part: what the object is called."""
+    """How answers to completions and chats differ. id: its prefix. whole, part: names of the objects."""
 
     id: str
     whole: str
@@ -71,8 +71,8 @@ class Api:
 
     Args:
         name: the model's name in requests.
-        engine: what generates.
-        max_tokens: the most that a request may ask for.
+        engine: generates the answers.
+        max_tokens: the most tokens that a request may ask for.
     """
 
     def __init__(self, name: str, engine: Engine, max_tokens: int):
@@ -80,7 +80,7 @@ class Api:
         self.context = positions(engine.model)
         added = engine.tokenizer.added_tokens_decoder.items()
         self._special = {id for id, token in added if token.special}
-        # a table, filled as it is asked: with `echo`, decoding took most of a request's time
+        # cached, because with `echo` decoding took most of a request's time
         self._shown = cache(lambda id: str(engine.tokenizer.decode([id])))
 
     async def completions(self, request: Request) -> Response:
@@ -104,7 +104,7 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def search(self, request: Request) -> Response:
-        """The images of the knowledge base that are nearest to the text `q`, `k` of them."""
+        """The `k` images of the knowledge base that are nearest to the text `q`."""
         retriever, query = self.engine.model.retriever, request.query_params.get("q", "").strip()
         if not isinstance(retriever, Retriever):
             raise ApiError(404, f"the model {self.name!r} has no knowledge base to search")
@@ -129,11 +129,7 @@ class Api:
             )
 
     async def _asked(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
-        """The request's body.
-
-        Raises:
-            ApiError: it is no JSON, too large or too slow, or has a field that does not fit.
-        """
+        """The request's body. Raises ApiError if the body is no JSON, too large or too slow, or a field is invalid."""
         body = await json_body(request, MAX_BODY)
         try:
             asked = read(body, kind)
@@ -143,7 +139,7 @@ class Api:
         return asked
 
     def _conversation(self, messages: list[Message]) -> str:
-        """The text of a chat's prompt: by the tokenizer's chat template, or else each message's text on a line."""
+        """The prompt of a chat: by the tokenizer's chat template, or else each message's text on a line."""
         tokenizer = self.engine.tokenizer
         if tokenizer.chat_template is None:
             return "\n".join(message.text for message in messages)
@@ -153,15 +149,12 @@ class Api:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             raise ApiError(
-                400, f"the model's chat template has no such conversation: {error}", None, "messages"
+                400, f"the model's chat template rejects this conversation: {error}", None, "messages"
             ) from None
 
     async def _prompt(self, asked: Sampling, given: str | list[int], default_tokens: int, echo: bool = False) -> Prompt:
-        """The prompt of a request, a text or token ids.
-
-        Raises:
-            ApiError: the prompt and the tokens that are asked for are more than the model or the server takes.
-        """
+        """The prompt of a request, a text or token ids. Raises ApiError if the prompt or the requested tokens exceed
+        what the model or the server allows."""
         if isinstance(given, str):
             try:
                 ids = await asyncio.to_thread(prompt_ids, self.engine.tokenizer, given)
@@ -170,7 +163,7 @@ class Api:
         else:
             ids, tokens = given, len(self.engine.tokenizer)
             if max(ids) >= tokens:
-                raise ApiError(400, f"prompt: the model has {tokens:,} tokens, and no token {max(ids)}", param="prompt")
+                raise ApiError(400, f"prompt: the model has {tokens:,} tokens, but no token {max(ids)}", param="prompt")
         limit = self._limit(asked.limit, len(ids), default_tokens)
         temperature = asked.temperature or 0.0
         if temperature < MIN_TEMPERATURE:
@@ -180,7 +173,7 @@ class Api:
         return Prompt(ids, limit, temperature, top_p, asked.seed, stop, logprobs=asked.likeliest, echo=echo)
 
     def _limit(self, limit: int | None, length: int, default: int) -> int:
-        """The most tokens to generate behind a prompt of `length`."""
+        """The maximum number of tokens to generate after a prompt of `length` tokens."""
         code, context = "context_length_exceeded", self.context or length + self.max_tokens
         room = context - length
         sizes = f"the model reads {context:,} tokens, and the prompt has {length:,}"
@@ -189,7 +182,7 @@ class Api:
         if limit is None:
             return min(default, self.max_tokens, room)
         if limit > self.max_tokens:
-            raise ApiError(400, f"max_tokens is {limit:,}, and this server generates {self.max_tokens:,} at most", code)
+            raise ApiError(400, f"max_tokens is {limit:,}, but this server generates {self.max_tokens:,} at most", code)
         if limit > room:
             raise ApiError(400, f"{sizes}: max_tokens must be {room:,} at most, got {limit:,}", code)
         return limit
@@ -209,7 +202,7 @@ class Api:
         return await asyncio.to_thread(self._written, kind, head, answers, texts)
 
     def _written(self, kind: Kind, head: dict[str, Any], answers: Sequence[Answer], texts: Sequence[str]) -> Response:
-        """The whole answers. Each is made JSON by itself: meanwhile the interpreter runs nothing else."""
+        """The whole answers. Each becomes JSON separately, because the interpreter runs nothing else meanwhile."""
         choices = []
         for index, (answer, text) in enumerate(zip(answers, texts, strict=True)):
             message = {"message": {"role": "assistant", "content": text}}
@@ -237,7 +230,7 @@ class Api:
         return [_image(retriever.kb.item(id), score) for id, score in best]
 
     def _logprobs(self, kind: Kind, prompt: Prompt, scores: Sequence[TokenScore], offset: int) -> dict[str, Any] | None:
-        """The log probabilities of tokens in the format of `kind`; `offset`: characters of the text before them."""
+        """The log probabilities of tokens in the format of `kind`. offset: number of characters before them."""
         if prompt.logprobs is None:
             return None
         shown = [self._shown(score.id) for score in scores]
@@ -249,13 +242,13 @@ class Api:
                     for text, score in zip(shown, scores, strict=True)
                 ]
             }
-        # the text is without special tokens
+        # the text omits special tokens
         lengths = [0 if score.id in self._special else len(text) for text, score in zip(shown, scores, strict=True)]
         return {
             "tokens": shown,
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [
-                # of tokens that look alike the likeliest one, which comes last here
+                # if tokens look alike, the likeliest, which comes last here
                 None if score.logprob is None else {self._shown(id): value for id, value in reversed(score.likeliest)}
                 for score in scores
             ],
@@ -293,7 +286,7 @@ class Api:
                 yield event(0, "", {"delta": {"role": "assistant", "content": ""}})
             async for index, text in _merged(answers):
                 answer = answers[index]
-                if index in echoing:  # once its tokens are scored
+                if index in echoing:  # the prompt's tokens are scored now
                     echoing.remove(index)
                     yield await asyncio.to_thread(echo, index)
                 if text is None:
@@ -314,12 +307,9 @@ class Api:
 
 
 async def json_body(request: Request, most: int) -> bytes:
-    """The body of a request for JSON.
-
-    Raises:
-        ApiError: it has another type, more than `most` bytes, or is too slow.
-    """
-    # a form of another page, which a browser sends without asking, cannot have this type
+    """The body of a JSON request. Raises ApiError if the body has another type, more than `most` bytes, or is too
+    slow."""
+    # a browser sends another page's form without asking, but not with this type
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the request must have the header Content-Type: application/json")
     try:
@@ -334,7 +324,7 @@ async def _body(request: Request, most: int) -> bytes:
         async for part in request.stream():
             body += part
             if len(body) > most:
-                raise ApiError(413, f"the request has more than {most:,} bytes", "request_too_large")
+                raise ApiError(413, f"the request contains more than {most:,} bytes", "request_too_large")
     except ClientDisconnect:
         raise ApiError(499, "the client has gone") from None
     return bytes(body)
@@ -345,7 +335,7 @@ async def _joined(answer: Answer) -> str:
 
 
 async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | None]]:
-    """The parts of all answers as they come, each with the number of its answer; None at the end of one."""
+    """The parts of all answers as they arrive, each with the number of its answer; None at an answer's end."""
     parts: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
 
     async def pass_on(index: int, answer: Answer) -> None:
@@ -369,11 +359,8 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | N
 
 
 async def unless_gone(request: Request, answering: Any) -> Any:
-    """What `answering` returns. Ends it when the client has gone.
-
-    Raises:
-        ApiError: the client has gone, and will not read this.
-    """
+    """Returns what `answering` returns; ends it if the client disconnects. Raises ApiError if the client has
+    disconnected, and will not read the error."""
     answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

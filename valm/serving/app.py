@@ -1,4 +1,4 @@
-"""The routes of the server, and what every request passes."""
+"""The routes and the middleware of the server."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SEARCH = "/v1/images/search"
 
 
 def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette:
-    """The app of `api` for requests to `hosts` only; with a `page`, the knowledge base may be searched too."""
+    """The app of `api`, only for requests to `hosts`. With a `page`, it also searches the knowledge base."""
 
     async def internal_error(request: Request, error: Exception) -> Response:
-        _count(api.engine.metrics, request.scope, 500)  # outside of the middleware
+        _count(api.engine.metrics, request.scope, 500)  # the middleware does not see it
         return failed().response()
 
     @asynccontextmanager
@@ -52,7 +52,7 @@ def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette
         ]
     return Starlette(
         routes=routes,
-        # a page elsewhere can have its own name resolved to this machine (DNS rebinding)
+        # another site's name can be resolved to this machine (DNS rebinding)
         middleware=[
             Middleware(_Counted, metrics=api.engine.metrics),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
@@ -89,7 +89,7 @@ def _count(metrics: Metrics, scope: Any, status: int) -> None:
 
 
 class _OwnPages:
-    """ASGI middleware: what a page of another address asks for is refused."""
+    """ASGI middleware that rejects requests from pages of other addresses."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -99,9 +99,9 @@ class _OwnPages:
         origin = headers.get("origin")
         elsewhere = origin is not None and origin.partition("://")[2] != headers.get("host")
         site = headers.get("sec-fetch-site", "none")
-        if scope.get("path") == SEARCH:  # whose answer's size or time would tell a page what is in the knowledge base
+        if scope.get("path") == SEARCH:  # its answer's size or time would reveal what is in the knowledge base
             elsewhere |= site not in ("same-origin", "none")
-        elif headers.get("sec-fetch-mode") != "navigate":  # of a link
+        elif headers.get("sec-fetch-mode") != "navigate":  # "navigate" is a link
             elsewhere |= site == "cross-site"
         if elsewhere:
             error = ApiError(403, "a page of another address may not ask this server")

@@ -1,4 +1,4 @@
-"""Texts that a model reads together, one more token of each at a time; a text joins or leaves between two tokens."""
+"""A batch of texts that a model continues token by token; a text joins or leaves between two tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from valm.errors import ValmError
 from valm.model.positions import CACHE_ARGUMENTS
 from valm.retrieval.retriever import Retrieved
 
-# Layers of a cache whose rows can be padded on the left; the last kind has no keys, as those of another layer are read.
+# Layers of a cache whose rows can be padded on the left. The last kind contains no keys: another layer's keys are read.
 PADDED = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
 class Seen(NamedTuple):
-    """What a model has made of the tokens that it read: logits (B, T, V), and the images of each token, image_ids and
-    scores (B, T, K), -1 and -inf = none; None for a model without images."""
+    """A model's results for the tokens that it read: logits (B, T, V), and the image_ids and scores (B, T, K) of each
+    token, -1 and -inf = no image; None for a model without images."""
 
     logits: Tensor
     image_ids: Tensor | None
@@ -29,8 +29,8 @@ class Batch:
     """Rows of text with their keys and values, and the retriever's state. Shorter texts are padded on the left.
 
     Args:
-        model: as `valm.load` returns it; it is in eval mode.
-        positions: whether its positions are given where nothing is padded too (`needs_positions`).
+        model: as `valm.load` returns it, in eval mode.
+        positions: give the model positions even without padding (`needs_positions`).
     """
 
     def __init__(self, model: Any, positions: bool = False):
@@ -48,7 +48,7 @@ class Batch:
         """Reads the first tokens (T,) of new rows of an empty batch.
 
         Args:
-            all_logits: of every token; otherwise the last one's alone, T = 1 of the result.
+            all_logits: return the logits of every token, not only of the last (T = 1).
         """
         length = max(map(len, texts))
         self.ids = torch.stack([_padded(text, length, 0) for text in texts])
@@ -58,7 +58,7 @@ class Batch:
         return self._read(self.ids, all_logits)
 
     def read(self, ids: Tensor) -> Seen:
-        """Reads the next tokens (B, T) of each row; the last one's logits, T = 1 of the result."""
+        """Reads the next tokens (B, T) of each row; returns the last token's logits (T = 1)."""
         self.mask, self.ids = torch.cat([self.mask, torch.ones_like(ids)], 1), torch.cat([self.ids, ids], 1)
         return self._read(ids, all_logits=False)
 
@@ -66,18 +66,18 @@ class Batch:
     def _read(self, ids: Tensor, all_logits: bool) -> Seen:
         first = self.cache is None
         seen = images = self._seen(ids, self.state)
-        if not first and self.mask.shape[1] == rotates_anew_after(self.model) + 1:  # all keys, of a row that is alone
+        if not first and self.mask.shape[1] == rotates_anew_after(self.model) + 1:  # only a single row becomes so long
             ids, self.cache, first = self.ids, None, True
             images = self._seen(ids)
         inputs: dict[str, Any] = {"attention_mask": self.mask, "use_cache": True, "is_first_iteration": first}
-        if self.positions or not bool(self.mask.all()):  # without padding most models know the positions themselves
+        if self.positions or not bool(self.mask.all()):  # without padding, most models compute positions
             inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if self.cache is not None:
             inputs["cache"] = self.cache
         if images is not None:
             inputs |= self.model.finder.arguments(images)
         prepared = self.model.prepare_inputs_for_generation(ids, **inputs)
-        if self.model._supports_logits_to_keep():  # in the place of a family's own
+        if self.model._supports_logits_to_keep():  # replaces a family's own value
             prepared["logits_to_keep"] = 0 if all_logits else 1  # 0: all
         output = self.model(**prepared, return_dict=True)
         self.cache = next((output[name] for name in CACHE_ARGUMENTS if output.get(name) is not None), None)
@@ -88,7 +88,7 @@ class Batch:
         return Seen(logits, torch.cat([seen.image_ids, none])[seen.image_index], seen.scores)
 
     def _seen(self, ids: Tensor, state: Any = None) -> Retrieved | None:
-        """The images of `ids`, the next tokens after those of `state` or a whole text; None for a model without."""
+        """The images of `ids`, which continue `state` or are a whole text; None for a model without images."""
         if self.retriever is None:
             return None
         mask = self.mask[:, -ids.shape[1] :]
@@ -97,7 +97,7 @@ class Batch:
         return self.model.finder.seen(found, ids.device)
 
     def join(self, other: Batch) -> None:
-        """Adds the rows of another batch of the same model, which is empty then."""
+        """Adds the rows of another batch of the same model, which becomes empty."""
         if len(self) == 0:
             self.cache, self.mask, self.ids, self.state = other.cache, other.mask, other.ids, other.state
         else:
@@ -109,12 +109,12 @@ class Batch:
             )
             if self.state is not None:
                 self.state.join(other.state)
-            for layer, tensors in zip(self.cache.layers, joined, strict=True):  # now nothing can fail any more
+            for layer, tensors in zip(self.cache.layers, joined, strict=True):  # from here on, nothing can fail
                 _set(layer, tensors, length)
         other.keep([])
 
     def keep(self, rows: list[int]) -> None:
-        """Keeps these rows alone, in this order, and no more padding than they need."""
+        """Keeps only these rows, in this order, and only the padding that they need."""
         if not rows:
             self.cache, self.state, self.mask, self.ids = None, None, self.mask[:0, :0], self.ids[:0, :0]
             return
@@ -130,11 +130,8 @@ class Batch:
 
 
 def needs_positions(model: Any) -> bool:
-    """Whether a token behind a cache is read rightly with its position given alone: tried on a text.
-
-    Raises:
-        ValmError: it is read rightly neither way.
-    """
+    """Whether the model reads a token after a cache correctly only if its position is given; tested on a text. Raises
+    ValmError if the model reads the token correctly neither way."""
     ids = _ids(model, 12)
     whole = Batch(model).begin([ids[0]]).logits
     for positions in (False, True):
@@ -142,19 +139,19 @@ def needs_positions(model: Any) -> bool:
         try:
             batch.begin([ids[0, :8]])
             found = torch.cat([batch.read(ids[:, place : place + 1]).logits for place in range(8, 12)])[-1:]
-        except TypeError:  # it takes no positions
+        except TypeError:  # the model takes no positions
             continue
         if _is_same(model, found, whole):
             return positions
     raise ValmError(
-        f"{type(model).__name__} cannot be served: it reads a text otherwise token by token than as a whole"
+        f"{type(model).__name__} cannot be served: token by token, its output differs from the output for a whole text"
     )
 
 
 def can_join(model: Any, positions: bool = False, tokens: tuple[int, int] = (4, 32)) -> bool:
-    """Whether rows of the model can be padded on the left: tried on two texts of so many tokens, which begin together
-    or join, and must be read as each by itself. Families whose rotation or scale depends on the longest row are known
-    by their config: few tokens do not show it."""
+    """Whether rows of the model can be padded on the left. Tested on two texts with the given numbers of `tokens`,
+    which begin together or join, and must be read as if each were by itself. If rotation or scale depend on the longest
+    row, the config shows it: so few tokens do not."""
     config = model.config.get_text_config(decoder=True)
     if _rope_types(config) & {"longrope", "dynamic"} or getattr(config, "attn_temperature_tuning", False):
         return False
@@ -172,13 +169,13 @@ def can_join(model: Any, positions: bool = False, tokens: tuple[int, int] = (4, 
             joined.join(joining)
         together.begin(texts)
         found = torch.stack([batch.read(following[:, None]).logits for batch in (joined, together)])
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # of a cache of another kind
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # another kind of cache
         return False
     return _is_same(model, found, torch.cat(alone))
 
 
 def rotates_anew_after(model: Any) -> float:
-    """The number of tokens after which all keys are rotated otherwise (LongRoPE, as in Phi-3); infinite for none."""
+    """The number of tokens after which all keys are rotated differently (LongRoPE, as in Phi-3), else infinity."""
     config = model.config.get_text_config(decoder=True)
     if "longrope" not in _rope_types(config):
         return float("inf")
@@ -188,12 +185,12 @@ def rotates_anew_after(model: Any) -> float:
 
 def _rope_types(config: Any) -> set[str]:
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # of several kinds of layers
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # for several kinds of layers
     return {kind["rope_type"] for kind in kinds if isinstance(kind.get("rope_type"), str)}
 
 
 def _ids(model: Any, count: int) -> Tensor:
-    """(1, count) ordinary tokens of the vocabulary: padding may have no position."""
+    """(1, count) ordinary tokens of the vocabulary, because padding may get no position."""
     config = model.config.get_text_config(decoder=True)
     special = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
     special += [id for ids in special if isinstance(ids, list) for id in ids]
@@ -207,14 +204,14 @@ def _is_same(model: Any, found: Tensor, expected: Tensor) -> bool:
 
 
 def _padded(tensor: Tensor, length: int, dim: int) -> Tensor:
-    """`tensor` with zeros before it in `dim`, up to a `length`."""
+    """`tensor` with zeros before it in `dim`, up to `length`."""
     shape = list(tensor.shape)
     shape[dim] = length - shape[dim]
     return tensor if shape[dim] == 0 else torch.cat([tensor.new_zeros(shape), tensor], dim)
 
 
 def _joined(layer: Any, other: Any) -> tuple[Tensor, Tensor] | None:
-    """The keys and values of the rows of both layers; None of a layer that has none."""
+    """The keys and values of the rows of both layers; None for a layer without keys."""
     if isinstance(layer, DummyLayer):
         return None
     kept = max(layer.keys.shape[-2], other.keys.shape[-2])
@@ -226,7 +223,7 @@ def _joined(layer: Any, other: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _set(layer: Any, tensors: tuple[Tensor, Tensor] | None, length: int) -> None:
-    """Gives a layer its keys and values, of `length` tokens with padding, of which a window may keep the last alone."""
+    """Sets a layer's keys and values of `length` tokens with padding; a window may keep only the last of them."""
     if tensors is None:
         return
     layer.keys, layer.values = tensors

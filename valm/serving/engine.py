@@ -1,4 +1,4 @@
-"""Generates for many requests at once: each joins the batch when its turn comes, and leaves it at its own end."""
+"""Generates for many requests at once: each joins the batch in its turn and leaves it at its end."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from valm.serving.batch import Batch, Seen, can_join, needs_positions
 from valm.serving.metrics import Metrics
 from valm.serving.text import StreamedText
 
-# Tokens of the prompts that are read together, with their padding: about where larger products are no faster. A longer
-# prompt is read by itself, so that what a conversation repeats is found in the retriever's cache.
+# Maximum tokens, with padding, of prompts that are read together; larger products are hardly faster. A longer prompt is
+# read by itself, so that the retriever's cache finds what a conversation repeats.
 PROMPT_TOKENS = 512
-# Seconds that a first request waits for those that come at the same time, as it would otherwise be read without them.
+# Seconds that a first request waits for simultaneous requests, to be read together with them.
 GATHERING = 0.01
-# How many prompts may wait that are not the first of their request: those of four requests, as large as the API takes.
+# How many prompts may wait that are not the first of their request: as many as four of the largest requests contain.
 FURTHER_PROMPTS = 512
 
 
@@ -35,7 +35,7 @@ class BusyError(Exception):
 
 
 class StoppingError(Exception):
-    """The server ends, and has no time left for this request."""
+    """The server stops before it has answered this request."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Prompt:
 
     Attributes:
         ids: the tokens.
-        max_new_tokens: 0 reads the prompt alone.
+        max_new_tokens: 0 only reads the prompt.
         temperature: 0 is greedy.
-        seed: of the request's own random numbers.
+        seed: random seed for sampling.
         stop: texts before which to end.
-        logprobs: of each new token its log probability and so many likeliest others; None for neither.
-        echo: those of the prompt's tokens too.
+        logprobs: return the log probability of each new token and this many likeliest tokens; None: neither.
+        echo: return the prompt and its log probabilities too.
     """
 
     ids: list[int]
@@ -63,12 +63,12 @@ class Prompt:
 
     @property
     def scores_itself(self) -> bool:
-        """Whether the log probabilities of its own tokens are asked for."""
+        """Whether the log probabilities of the prompt's tokens are asked for."""
         return self.echo and self.logprobs is not None
 
 
 class TokenScore(NamedTuple):
-    """A token, its log probability (None of the first of a text), and the likeliest tokens there with theirs."""
+    """A token, its log probability (None for a text's first token), and the likeliest tokens with log probabilities."""
 
     id: int
     logprob: float | None
@@ -79,12 +79,12 @@ class Answer:
     """The continuation of a prompt: `async for text in answer` yields its parts as they are generated.
 
     Attributes:
-        num_tokens: how many were generated, with eos.
+        num_tokens: number of generated tokens, with eos.
         finish_reason: "stop" after eos or a stop text, "length" after max_new_tokens; known after the last part.
-        scores: of the tokens so far, where the prompt asks for `logprobs`.
+        scores: of the tokens so far, if the prompt asks for `logprobs`.
         images: the ids of the images that its tokens saw, with the best score of each.
         turn: answers with a lower turn are read first.
-        parts: the parts that are not read yet, then the error that ends the answer, or None for its end.
+        parts: the parts that are not read yet, then the error that ends the answer, or None at its end.
     """
 
     def __init__(self, prompt: Prompt, loop: asyncio.AbstractEventLoop):
@@ -112,7 +112,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Call:
-    """Work on the model other than an answer, and its result; it has a turn as an answer has."""
+    """Other work on the model, with its result and, like an answer, a turn."""
 
     function: Callable[[], Any]
     result: asyncio.Future[Any]
@@ -125,11 +125,11 @@ class Engine:
     Args:
         model, tokenizer: as `valm.load` returns them; nothing else may use the model meanwhile. Its linear layers are
             packed (`pack_layers`).
-        max_waiting: requests that may wait for those that are being answered.
-        max_batch: requests that are answered together; 1 for a model whose cache cannot be padded (`can_join`).
+        max_waiting: how many requests may wait.
+        max_batch: how many requests are answered together; 1 if the model's cache cannot be padded (`can_join`).
 
     Raises:
-        ValmError: the model takes images and has no retriever, or cannot be read token by token (`needs_positions`).
+        ValmError: the model takes images but has no retriever, or cannot read token by token (`needs_positions`).
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, max_waiting: int, max_batch: int = 8):
@@ -142,7 +142,7 @@ class Engine:
         pack_layers(model)
         self.positions = needs_positions(model)
         self.max_batch = max_batch if max_batch == 1 or can_join(model, self.positions) else 1
-        # what the retriever's encoder can read; a vocabulary may have rows to spare
+        # the ids that the retriever's encoder can read; a vocabulary may contain unused rows
         self.num_ids: int | None = getattr(getattr(model.retriever, "encoder", None), "num_ids", None)
         self.metrics = Metrics()
         self.metrics.waiting.set_function(lambda: len(self._waiting))
@@ -156,10 +156,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, *prompts: Prompt) -> list[Answer]:
-        """The answers to the prompts of a request. Requests that wait take turns, a prompt of each.
+        """The answers to the prompts of a request. Waiting requests take turns, prompt by prompt.
 
         Raises:
-            BusyError: too many requests wait, or too many prompts of requests with several.
+            BusyError: too many requests wait, or too many further prompts of requests.
             StoppingError: after `end`.
         """
         answers = [Answer(prompt, asyncio.get_running_loop()) for prompt in prompts]
@@ -167,11 +167,11 @@ class Engine:
         return answers
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """The result of `function`, which may use the model: called between two tokens of the answers, in its turn,
-        unless this is cancelled before.
+        """Calls `function`, which may use the model, in its turn between two tokens of the answers, and returns its
+        result. It may be cancelled before.
 
         Raises:
-            BusyError, StoppingError: as `submit`; and what `function` raises.
+            BusyError, StoppingError: as in `submit`; and what `function` raises.
         """
         call = Call(function, asyncio.get_running_loop().create_future())
         self._add(call)
@@ -181,13 +181,13 @@ class Engine:
             self._forget(call)
 
     def cancel(self, answer: Answer) -> None:
-        """Ends an answer that nobody reads, before its next token."""
+        """Ends an answer that nobody reads any more, before its next token."""
         answer.cancelled = True
         self._forget(answer)
         answer.put(None)
 
     def end(self) -> None:
-        """Ends all answers: their readers get a `StoppingError`, as those of later requests do."""
+        """Ends all answers; their readers and later requests get a `StoppingError`."""
         with self._changed:
             self.ended = True
             self._changed.notify()
@@ -199,7 +199,7 @@ class Engine:
                 one.result.set_exception(StoppingError())
 
     async def join(self) -> None:
-        """Waits until nothing is generated."""
+        """Waits until all generation has ended."""
         await asyncio.to_thread(self._thread.join)
 
     def _add(self, *new: Answer | Call) -> None:
@@ -209,9 +209,9 @@ class Engine:
             if self.ended:
                 raise StoppingError
             if requests >= self.max_batch + self.max_waiting:
-                raise BusyError(f"{self.max_waiting:,} requests wait already")
+                raise BusyError(f"{self.max_waiting:,} requests are already waiting")
             if further + len(new) - 1 > FURTHER_PROMPTS:
-                raise BusyError(f"{further:,} prompts wait already that are not the first of their request")
+                raise BusyError(f"{further:,} further prompts of requests are already waiting")
             self._open.update(dict.fromkeys(new, object()))
             turn = self._waiting[0].turn + 1 if self._waiting else 0
             for one in new:
@@ -246,13 +246,13 @@ class Engine:
                     self._begin(new)
                 if self._rows:
                     self._step()
-            except BaseException as error:  # of a batch that may be half changed
+            except BaseException as error:  # the batch may be half changed
                 rows, self._rows, self._batch = self._rows, [], Batch(self.model, self.positions)
                 for row in rows:
                     row.end(error)
 
     def _next_answers(self) -> list[Answer]:
-        """Takes the answers whose turn it is and whose prompts are read together now."""
+        """Takes the answers whose turn it is, and whose prompts are read together now."""
         new: list[Answer] = []
         longest = 0
         while self._waiting and len(self._rows) + len(new) < self.max_batch:
@@ -275,7 +275,7 @@ class Engine:
         loop.call_soon_threadsafe(lambda: None if call.result.done() else set_result(value))
 
     def _begin(self, answers: list[Answer]) -> None:
-        """Reads the prompts, and puts the answers into the batch that are longer than a token."""
+        """Reads the prompts, and puts answers longer than a token into the batch."""
         read = Batch(self.model, self.positions)
         try:
             rows = [_Row(answer, self) for answer in answers]
@@ -284,7 +284,7 @@ class Engine:
         except BaseException as error:
             if len(answers) == 1:
                 self._end(answers[0], error)
-            else:  # it may be that of one of them
+            else:  # the error may be due to one of them
                 for answer in answers:
                     self._begin([answer])
             return
@@ -307,7 +307,7 @@ class Engine:
 
     def _end(self, answer: Answer, error: BaseException | None = None) -> None:
         """Tells the answer's reader that it ends."""
-        # before the end is read, as its reader may ask again at once
+        # before the reader sees the end, because it may ask again immediately
         answer.loop.call_soon_threadsafe(self._open.pop, answer, None)
         answer.put(None if error is None else _raised(error))
 
@@ -362,7 +362,7 @@ class _Row:
         self.engine._end(self.answer, error)
 
     def take(self, seen: Seen, row: int) -> None:
-        """Chooses the next token after the last one that `row` of the batch has read. An error ends this row alone."""
+        """Chooses the next token after the last token that `row` of the batch has read. An error ends only this row."""
         try:
             self._take(seen, row)
         except BaseException as error:
@@ -391,14 +391,14 @@ class _Row:
         if ended:
             answer.finish_reason = "stop"
         if not ended and self.engine.num_ids is not None and self.last >= self.engine.num_ids:
-            raise ValueError(f"the model wrote token {self.last}, of which its tokenizer knows nothing")
+            raise ValueError(f"the model wrote token {self.last}, which its tokenizer does not know")
         if ended or answer.num_tokens == prompt.max_new_tokens:
             if part := self._text.rest():
                 answer.put(part)
             self.end()
 
     def _score_prompt(self, logits: Tensor) -> None:
-        """Notes the log probabilities of the prompt's tokens; logits (T, V), of padding first."""
+        """Notes the log probabilities of the prompt's tokens. logits: (T, V), padding first."""
         ids, count = self.answer.prompt.ids, self.answer.prompt.logprobs or 0
         self.answer.scores.append(TokenScore(ids[0], None, []))
         self.answer.scores += [_score(id, of, count) for id, of in zip(ids[1:], logits[-len(ids) :], strict=False)]
@@ -406,13 +406,13 @@ class _Row:
     def _chosen(self, logits: Tensor) -> int:
         if self._generator is None:
             return int(logits.argmax())
-        ids: Any = torch.empty(1, 0, dtype=torch.int64, device=logits.device)  # which these processors do not read
+        ids: Any = torch.empty(1, 0, dtype=torch.int64, device=logits.device)  # these processors do not read it
         probabilities = self._processors(ids, logits[None]).softmax(-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def _raised(error: BaseException) -> Exception:
-    """What the reader of a result is told."""
+    """The exception that the reader of a result gets."""
     return error if isinstance(error, Exception) else ValmError(f"{PANIC}: {error}")
 
 
@@ -423,7 +423,7 @@ def _score(id: int, logits: Tensor, count: int) -> TokenScore:
 
 
 def _note_images(images: dict[int, float], ids: Tensor, scores: Tensor) -> None:
-    """Adds the images of tokens, ids and scores (T, K)."""
+    """Adds the images of tokens; ids and scores are (T, K)."""
     for id, score in zip(ids.flatten().tolist(), scores.flatten().tolist(), strict=True):
         if id >= 0 and score > images.get(id, float("-inf")):
             images[id] = score

@@ -1,4 +1,4 @@
-"""What a server measures of itself, in Prometheus' text format."""
+"""A server's measurements, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """Counts of one server; threads may share it."""
+    """The measurements of one server; threads may share them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

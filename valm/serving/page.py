@@ -1,4 +1,4 @@
-"""The page of a server: type a prompt, and see its images, attention and answers change."""
+"""The page of a server: type a prompt and see its images, attention and answers change."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from valm.serving.engine import StoppingError
 from valm_kernels.json_files import short
 
 HERE = Path(__file__).parent
-MAX_BODY = 64 << 20  # bytes of a request, with its images, which live for one answer
-MAX_IMAGES = 16  # of the slider; the operation takes more
+MAX_BODY = 64 << 20  # bytes of a request with its images, which are kept for one answer
+MAX_IMAGES = 16  # of the slider; the operation allows more
 MAX_UPLOADS, UPLOADS_AT_ONCE = 64, 2
-# Pixels of all images of a request, as they are decoded: 1 GB if one image has all of them. And scans of a JPEG.
+# Maximum decoded pixels of all images of a request (1 GB if they are one image), and maximum scans of a JPEG.
 MAX_DECODED, MAX_SCANS = 1 << 25, 100
-# Pixels of an uploaded image's side: a JPEG is decoded to no fewer, and twice as many are kept. CLIP reads 224 to 448.
+# Pixels of an uploaded image's side: a JPEG is decoded to at least this, and twice this is kept. CLIP reads 224 to 448.
 KEPT_SIDE = 512
-# Characters of the prompt, of all answers, and of an image's name, which each token repeats.
+# Maximum characters of the prompt, of all answers, and of an image's name, which each token repeats.
 MAX_PROMPT, MAX_ANSWERS, MAX_NAME = 20_000, 2_000, 255
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
@@ -60,21 +60,21 @@ TOUR = (
         "1. What it looks at",
         TOMATO,
         RETRIEVED,
-        "Every token finds images of its own. See what the last token found, and whether the answer follows it.",
+        "Every token finds its own images. See what the last token found, and whether the answer follows it.",
     ),
     Stop(
         "2. Other images",
         TOMATO,
         RANDOM,
-        "The control: random images of the knowledge base stand in the place of the retrieved ones. An answer that "
-        "came from the images changes.",
+        "The control: random images of the knowledge base replace the retrieved images. An answer that came from the "
+        "images changes.",
     ),
-    Stop("3. No images", TOMATO, NONE, "The text alone: what the model would say without looking."),
+    Stop("3. No images", TOMATO, NONE, "Only the text: what the model would say without looking."),
 )
 
 
 class Upload(BaseModel):
-    """An image of the reader's own. data: the file in base64."""
+    """The reader's own image. data: the file in base64."""
 
     model_config = ConfigDict(strict=True)
 
@@ -89,7 +89,7 @@ class Asked(BaseModel):
         images: one of `Page.choices`.
         k: images per token.
         answers: words separated by commas; empty for the likeliest.
-        beside: which of `Page.beside` to show too.
+        beside: which of `Page.beside` to show for comparison.
     """
 
     model_config = ConfigDict(strict=True)
@@ -103,17 +103,17 @@ class Asked(BaseModel):
 
 
 class Page:
-    """The page's handlers, and what they show.
+    """The page's handlers and what they show.
 
     Args:
-        api: whose engine has the model.
-        other: a second model, to compare, as (name, model, tokenizer).
+        api: its engine holds the model.
+        other: a second model to compare, as (name, model, tokenizer).
     """
 
     def __init__(self, api: Api, other: tuple[str, Any, Any] | None = None):
         self.api, self.name, self.other = api, api.name, other
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)  # each with a body of MAX_BODY
-        self._aside = ThreadPoolExecutor(1, "page")  # of whose work no two parts take memory at once
+        self._aside = ThreadPoolExecutor(1, "page")  # one thread, so that only one task uses memory at a time
         self.model, self.tokenizer = api.engine.model, api.engine.tokenizer
         retriever = self.model.retriever
         if self.model.fusion_options.num_images == 0:
@@ -147,11 +147,8 @@ class Page:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
 
     async def explain(self, request: Request) -> Response:
-        """The body of an explanation and the weights of its heads, as JSON.
-
-        Raises:
-            ApiError: the question does not fit.
-        """
+        """The body of an explanation and the weights of its heads, as JSON. Raises ApiError if the request is
+        invalid."""
         async with self._uploads:
             body = await json_body(request, MAX_BODY)
             try:
@@ -162,7 +159,7 @@ class Page:
                 self._aside.submit(_return_memory)
 
     async def _explained(self, body: bytes) -> Response:
-        """The answer. It can be cancelled between two images."""
+        """The answer. It may be cancelled between two images."""
         aside = partial(asyncio.get_running_loop().run_in_executor, self._aside)
         asked, opened = await aside(self._read, body)
         images = []
@@ -174,17 +171,14 @@ class Page:
         return await aside(lambda: JSONResponse({"body": render_body(explanations), "heads": heads(explanations)}))
 
     def _read(self, body: bytes) -> tuple[Asked, list[NamedImage]]:
-        """What a request asks, and its images, of which the headers alone are read.
-
-        Raises:
-            ValmError: it does not fit, or cannot be shown.
-        """
+        """A request and its images, of which only the headers are read. Raises ValmError if the request is invalid or
+        cannot be shown."""
         try:
             asked = Asked.model_validate_json(body)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "the request"
-            raise ValmError(f"{field} does not fit: {first['msg']}, got {short(first['input'])}") from None
+            raise ValmError(f"{field} is invalid: {first['msg']}, got {short(first['input'])}") from None
         if asked.images not in self.choices:
             raise ValmError(f"images is {asked.images!r}, expected one of {', '.join(self.choices)}")
         if RETRIEVED in self.choices and not 1 <= asked.k <= self._max_images():
@@ -192,8 +186,11 @@ class Page:
         return asked, _opened(asked.uploads[: asked.k]) if asked.images == UPLOADED else []
 
     def explanations(self, asked: Asked, images: Sequence[NamedImage] = ()) -> dict[str, Explanation]:
-        """The explanations that are shown, by their titles; `images`: those that were uploaded. Raises ValmError if
-        the explanations cannot be made."""
+        """The explanations to show, by title. images: the uploaded images.
+
+        Raises:
+            ValmError: as in `explain`.
+        """
         readers = dict([self._reader(asked.images, asked.k, images)])
         if self.choices[0] in asked.beside and asked.images != self.choices[0]:
             readers = dict([self._reader(self.choices[0], asked.k)]) | readers
@@ -203,7 +200,7 @@ class Page:
         return explain_together(readers, asked.prompt, words)
 
     def _reader(self, images: str, k: int, uploaded: Sequence[NamedImage] = ()) -> tuple[str, Reader]:
-        """A reader with these images, and its title."""
+        """A reader with these images, after its title."""
         if images == NONE:
             return f"{self.name}, no images", Reader(self.model, self.tokenizer, with_images=False)
         if images == QUERY:
@@ -222,11 +219,8 @@ class Page:
 
 
 def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
-    """The uploaded images with their names, of which the headers alone are read.
-
-    Raises:
-        ValmError: there are none, or too many pixels, or one is no image.
-    """
+    """The uploaded images with their names; only the headers are read. Raises ValmError if there are no images or too
+    many pixels, or a file is no image."""
     if not uploads:
         raise ValmError("there are no uploaded images yet: add some in More controls")
     images, pixels = [], 0
@@ -237,26 +231,26 @@ def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:
                 raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, each decoded at full size")
             image = open_image(io.BytesIO(content))
             check_size(image)
-            image.draft(None, (KEPT_SIDE, KEPT_SIDE))  # which a JPEG is decoded to, or to a few times as much
+            image.draft(None, (KEPT_SIDE, KEPT_SIDE))  # decodes a JPEG at this size or a few times larger
         pixels += image.width * image.height
         images.append((upload.name, image))
     if pixels > MAX_DECODED:
-        raise ValmError(f"the images have {pixels:,} pixels, more than the {MAX_DECODED:,} allowed: use smaller ones")
+        raise ValmError(f"the images have {pixels:,} pixels, at most {MAX_DECODED:,} are allowed: use smaller images")
     return images
 
 
 def _small(name: str, image: Image.Image) -> NamedImage:
-    """An opened image, decoded and made small. Raises ValmError if it cannot be read."""
+    """An opened image, decoded and made small. Raises ValmError if it cannot be decoded."""
     with _readable(name):
         small = read_image(image)
-    image.close()  # frees its pixels, as the request has it still
+    image.close()  # frees its pixels, since the request still refers to it
     small.thumbnail((2 * KEPT_SIDE, 2 * KEPT_SIDE))
     return name, small
 
 
 def _return_memory() -> None:
-    """Returns freed memory to the system, of which `valm` lets glibc keep 2 GiB."""
-    with suppress(AttributeError, TypeError):  # of other libraries and systems
+    """Returns freed memory to the system; otherwise `valm` lets glibc keep 2 GiB."""
+    with suppress(AttributeError, TypeError):  # other C libraries and systems
         ctypes.CDLL(None).malloc_trim(0)
 
 

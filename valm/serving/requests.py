@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API that are answered here, as pydantic checks them."""
+"""The requests of OpenAI's API that the server answers, checked by pydantic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from valm_kernels.json_files import short
 
 MAX_STOP, MAX_STOPS = 256, 16  # characters of a stop text, and how many
 MAX_PROMPTS = 128
-# What OpenAI's clients send for fields that have no effect here, beside null, false, 0, "" and empty containers.
+# What OpenAI's clients send for fields without effect here, besides null, false, 0, "" and empty containers.
 DEFAULTS: dict[str, list[Any]] = {
     "best_of": [1],
     "modalities": [["text"]],
@@ -26,7 +26,7 @@ AnyRequest = TypeVar("AnyRequest", bound="Sampling")
 
 
 class _Checked(BaseModel):
-    # with others, which `read` looks at
+    # further fields are allowed here, and `read` checks them
     model_config = ConfigDict(strict=True, extra="allow")
 
 
@@ -48,10 +48,10 @@ class StreamOptions(_Checked):
 
 
 class Sampling(_Checked):
-    """What both kinds of request have. Temperature 0 is greedy.
+    """The fields that both kinds of request share. Temperature 0 is greedy.
 
     Attributes:
-        EXPECTED: what each field may be, for errors.
+        EXPECTED: the valid values of each field, for error messages.
     """
 
     EXPECTED: ClassVar[dict[str, str]] = {
@@ -80,17 +80,17 @@ class Sampling(_Checked):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens to generate, if the request says so."""
+        """The maximum number of tokens to generate, if the request sets it."""
         return self.max_tokens
 
     @property
     def likeliest(self) -> int | None:
-        """How many of the likeliest tokens are wanted beside each one; None for no log probabilities at all."""
+        """How many of the likeliest tokens to return with each token; None for no log probabilities at all."""
         raise NotImplementedError
 
 
 class CompletionRequest(Sampling):
-    """Of /v1/completions."""
+    """A request to /v1/completions."""
 
     EXPECTED: ClassVar[dict[str, str]] = Sampling.EXPECTED | {
         "prompt": f"a text, a list of token ids, or a list of up to {MAX_PROMPTS} of either",
@@ -129,7 +129,7 @@ class Message(_Checked):
 
 
 class ChatRequest(Sampling):
-    """Of /v1/chat/completions."""
+    """A request to /v1/chat/completions."""
 
     EXPECTED: ClassVar[dict[str, str]] = Sampling.EXPECTED | {
         "messages": "a list of messages, each with a role (system, developer, user or assistant) and a text as content",
@@ -153,7 +153,7 @@ class ChatRequest(Sampling):
 
 
 class FieldError(ValmError):
-    """A field of a request does not fit; `field` is None where it is no JSON at all."""
+    """A field of a request is invalid; `field` is None if the request is no JSON object."""
 
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
@@ -161,11 +161,7 @@ class FieldError(ValmError):
 
 
 def read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    """The request in `body`.
-
-    Raises:
-        FieldError: it is no JSON object, or has a field that does not fit or that is not known.
-    """
+    """The request in `body`. Raises FieldError if the body is no JSON object, or a field is invalid or unknown."""
     try:
         asked = kind.model_validate_json(body)
     except ValidationError as error:
@@ -185,7 +181,7 @@ def read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
 
 
 def _check_others(asked: _Checked, place: str) -> None:
-    """Checks the fields that are not known here: they may be empty, or what OpenAI's clients send by default."""
+    """Checks unknown fields: they must be empty or what OpenAI's clients send by default."""
     known = sorted(type(asked).model_fields)
     for name, value in (asked.model_extra or {}).items():
         if value and value not in DEFAULTS.get(name, []):

@@ -22,15 +22,15 @@ from valm.serving.engine import Engine
 from valm.serving.page import Page
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
-# Seconds after the first signal in which requests are still answered. Docker kills ten seconds after it.
+# Seconds after the first signal in which requests are still answered. Docker kills the process after ten.
 GRACE = 8
-# Connections at once, and file descriptors that are left for all else.
+# Simultaneous connections, and file descriptors reserved for everything else.
 MAX_CONNECTIONS, SPARE_FILES = 1000, 24
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request line and headers do not come in within BODY_SECONDS, and the ones beyond
-    `most`, which would take all file descriptors."""
+    """Closes a connection whose request line and headers do not arrive within BODY_SECONDS, and connections beyond
+    `most`, which would use up the file descriptors."""
 
     most = MAX_CONNECTIONS
     _waits: asyncio.TimerHandle | None = None
@@ -51,7 +51,7 @@ class _Protocol(H11Protocol):
         self._stop_waiting()
 
     def _wait(self) -> None:
-        """Waits for a head that is not complete yet, from its first bytes on."""
+        """Starts to wait for the rest of an incomplete head."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         elif self._waits is None and self.timeout_keep_alive_task is None:
@@ -64,8 +64,8 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """On the first signal no more connections are accepted, and those waiting for an answer have `GRACE` seconds to
-    get it. Then, or on the next signal, they are told that the server stops."""
+    """After the first signal the server accepts no connections, and has `GRACE` seconds to answer the waiting requests.
+    Then, or after the next signal, it tells the rest that it stops."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine):
         super().__init__(config)
@@ -79,7 +79,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     def _failed(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Says once that no connection can be accepted, which asyncio would for each one and each second."""
+        """Prints once that no connection can be accepted; asyncio would print it for each connection every second."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
@@ -94,7 +94,7 @@ class _Server(uvicorn.Server):
 
 
 def most_connections() -> int:
-    """How many connections the process has file descriptors for."""
+    """The number of connections for which the process has file descriptors."""
     try:
         import resource  # not on Windows
     except ImportError:
@@ -124,22 +124,22 @@ def serve(
     Args:
         name: the model's name in requests.
         model, tokenizer: as `valm.load` returns them.
-        host: the address to listen on. At 127.0.0.1 and localhost only requests to these two are answered.
-        port: 0 for any free one.
-        max_tokens: the most that a request may ask for.
-        max_waiting: requests that may wait for those that are being answered.
-        max_batch: requests that are answered together.
-        page: whether there are a page, which takes uploaded images, and a search of the knowledge base; by default at
-            127.0.0.1 and localhost only.
-        other: a second model that the page can show beside it, as (name, model, tokenizer).
+        host: the address to listen on. At 127.0.0.1 and localhost, only requests to these two are answered.
+        port: 0 for any free port.
+        max_tokens: the most tokens that a request may ask for.
+        max_waiting: how many requests may wait.
+        max_batch: how many requests are answered together.
+        page: whether to serve a page, which accepts uploaded images, and a search of the knowledge base; by default
+            only at 127.0.0.1 and localhost.
+        other: a second model for the page to compare, as (name, model, tokenizer).
 
     Raises:
-        ValmError: it cannot listen there; or as `Engine`.
+        ValmError: the server cannot listen there; or as in `Engine`.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:  # the latter of a port above 65535
+    except (OSError, OverflowError) as error:  # OverflowError: a port above 65535
         raise ValmError(f"the model cannot be served at {host}, port {port}: {error}; give another --port") from error
     with listening:
         engine = Engine(model, tokenizer, max_waiting, max_batch)
@@ -148,7 +148,7 @@ def serve(
                 f"one request at a time: the cache of {type(model).__name__} cannot hold texts of several lengths",
                 file=sys.stderr,
             )
-        gc.freeze()  # a collection that walks through all libraries holds every answer up for 0.2 seconds
+        gc.freeze()  # a garbage collection that walks through all libraries delays every answer by 0.2 seconds
         local = host in LOCAL_HOSTS
         api = Api(name, engine, max_tokens)
         shows_page = local if page is None else page

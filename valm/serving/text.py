@@ -1,4 +1,4 @@
-"""The text of an answer as its tokens come, in time that grows with their number alone."""
+"""Decodes an answer token by token, in time proportional to the number of tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 
 class StreamedText:
-    """Decodes tokens one by one behind those of a prompt, and ends before the first stop text.
+    """Decodes the tokens after a prompt one by one, and ends before the first stop text.
 
-    Characters wait while they may belong to an incomplete character or to a stop text. Special tokens have no text, but
-    may be stop texts.
+    Text is held back while it may belong to an incomplete character or to a stop text. Special tokens produce no text,
+    but may be stop texts.
 
     Attributes:
         stopped: whether a stop text was found; no token may follow.
@@ -20,15 +20,15 @@ class StreamedText:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], stop: Sequence[str] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
-        # tokenizers' own DecodeStream raises where an invalid byte changes the characters before it
+        # tokenizers' own DecodeStream raises if an invalid byte changes the characters before it
         self._context = list(prompt)  # the blank before a word depends on the token before it
-        self._new: list[int] = []  # of an incomplete character
+        self._new: list[int] = []  # tokens of an incomplete character
         self._waiting = ""  # the beginning of a stop text
         added = tokenizer.added_tokens_decoder.items()
         self._stop_ids = {id for id, token in added if token.special and token.content in stop}
 
     def add(self, id: int) -> str:
-        """The text that is known to be in the answer now."""
+        """The further text that is now certain to be in the answer."""
         self._new.append(id)
         new = self._decoded()
         if new.endswith("\ufffd"):
@@ -41,14 +41,14 @@ class StreamedText:
         return found
 
     def rest(self) -> str:
-        """The text that still waited, at the end of an answer that no stop text ended."""
+        """The text that was held back, at the end of an answer that no stop text ended."""
         if self.stopped:
             return ""
         found = self._until_stop(self._decoded())
         return found if self.stopped else found + self._waiting
 
     def _decoded(self) -> str:
-        """The new tokens as text, behind the context."""
+        """The new tokens as text, decoded after the context."""
         before, both = (
             str(self.tokenizer.decode(ids, skip_special_tokens=True))
             for ids in (self._context, self._context + self._new)

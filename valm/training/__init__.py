@@ -1,4 +1,4 @@
-"""Training: `run_plan` runs a whole one, a `TrainingPlan`; `trainer` makes a Trainer for models that take images."""
+"""Training: `run_plan` runs a `TrainingPlan` to its end; `trainer` makes a Trainer for models that take images."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from valm.training.run import run_plan
     from valm.training.train import trainer, training_arguments
 
-# The module of each name, imported on first use: commands that train nothing import `valm.training.launch` alone.
+# The module of each name, imported on first use: commands that train nothing import only `valm.training.launch`.
 _MODULES = {
     "TrainingPlan": "valm.training.plan",
     "run_plan": "valm.training.run",

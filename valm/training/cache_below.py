@@ -1,8 +1,8 @@
 """Caches the input of the fusion layer for a whole training.
 
-If every weight below the fusion layer is frozen, as after `valm.augment`, the layer's input for a document is the same
-in every epoch. `cache_below` runs the layers below once, writes their hidden states beside the data, and makes the
-training start at the fusion layer (docs/how-to/data.md; benchmarks/valm/bench_augmented.py measures what that saves).
+If every weight below the fusion layer is frozen, as after `valm.augment`, the layer's input for a document stays the
+same in every epoch. `cache_below` runs the lower layers once, writes their hidden states to files, and makes the
+training start at the fusion layer (docs/how-to/data.md; benchmarks/valm/bench_augmented.py measures the saving).
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_own
 
 VERSION = 3
-# Tokens of one pass through the layers below, padding included.
+# Tokens of one pass through the lower layers, padding included.
 BATCH_TOKENS = 4096
 # The name under which `Collator` and the model exchange the hidden states.
 FUSION_INPUT = "fusion_input"
 
 
 class FusionInput:
-    """Makes `model` accept `fusion_input` (B, T, C) in a call, which skips its layers below `layer`.
+    """Makes `model` skip its layers below `layer` in a call with `fusion_input` (B, T, C).
 
-    A call without it runs them as usual. `remove` restores the model.
+    Other calls run all layers. `remove` restores the model.
     """
 
     def __init__(self, model: Any, layer: int):
@@ -50,7 +50,7 @@ class FusionInput:
         self._layers = decoder_layers(model)[:layer]
         self._hook = model.register_forward_pre_hook(self._take, with_kwargs=True)
         for below in self._layers:
-            # patch the layer, not the class: transformers' loops read attributes of their layers
+            # patch the layer, not its class: transformers' loops read attributes of their layers
             below.forward = self._skip(below.forward)
 
     def remove(self) -> None:
@@ -60,7 +60,7 @@ class FusionInput:
             vars(below).pop("forward", None)  # may already be removed
 
     def _take(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # stays until the next call, as gradient checkpointing reruns layers in backward
+        # stays until the next call, because gradient checkpointing reruns layers in backward
         self._states = kwargs.pop(FUSION_INPUT, None)
         return args, kwargs
 
@@ -83,26 +83,27 @@ def cache_below(
 ) -> Documents:
     """Computes the input of the fusion layer of `model` once for each document, and makes the model start from it.
 
-    The hidden states are written to `folder`, 4 C bytes a token in float32, under a name that identifies weights,
-    tokens and dtype; an existing file is reused. A document of the result has its own as `fusion_input` (T, C), from
-    that file, bfloat16 as uint16. The model is changed by `FusionInput`: train it on the result by a
-    `Collator`.
+    The hidden states go to a file in `folder`, 4 C bytes a token in float32. Its name identifies weights, tokens and
+    dtype; an existing file is reused. The model is changed by `FusionInput`: train it on the result with a `Collator`.
 
     Args:
         model: what `valm.augment` returned, a `VaLMForCausalLM`, or with `layer` any decoder of transformers.
         documents: as `Collator` takes them, none longer than the model's context (see `blocks`).
         folder: created if missing.
-        layer: by default the fusion layer.
+        layer: by default, the fusion layer.
+
+    Returns:
+        The documents, each with its `fusion_input` (T, C) from the file; bfloat16 is stored as uint16.
 
     Raises:
-        ValmError: a weight below the layer trains, or dropout there is active, so that its input changes from step to
-            step; the model's layers hand on more than hidden states; there are no documents; an existing file is
-            damaged; or `folder` cannot be written.
+        ValmError: a weight below the layer trains or dropout there is active, so the layer's input would change; the
+            layers pass on more than hidden states; there are no documents; a file is damaged; or `folder` cannot be
+            written.
     """
     layers = decoder_layers(model)
     layer = fusion_layer(model) if layer is None else layer % len(layers)
     if layer == 0:
-        raise ValmError("the fusion layer is the first, so there is nothing below it to be cached")
+        raise ValmError("the fusion layer is the first layer, so there is nothing below it to be cached")
     if len(documents) == 0:
         raise ValmError("there are no documents, so nothing below the fusion layer can be cached")
     _check_frozen(model, layer)
@@ -123,24 +124,20 @@ def _with_states(states: np.ndarray, ends: np.ndarray, number: int, document: di
 
 
 def fusion_layer(model: Any) -> int:
-    """Index of the layer that sees images.
-
-    Raises:
-        ValmError: the model has none.
-    """
+    """Index of the layer that sees images. Raises ValmError if the model has none."""
     if isinstance(model, AugmentedCausalLM):
         return model.fusion_options.layer % len(decoder_layers(model))
-    raise ValmError(f"{type(model).__name__} has no fusion layer: name a layer")
+    raise ValmError(f"{type(model).__name__} has no fusion layer: give a layer")
 
 
 def fusion_input(states: Sequence[np.ndarray], places: Places, shape: tuple[int, int]) -> Tensor:
-    """The hidden states (T, C) of documents at their places in a batch of `shape` (B, L), as (B, L, C); 0 elsewhere."""
+    """The hidden states (T, C) of documents at their places in a batch of `shape` (B, L): (B, L, C), 0 elsewhere."""
     batch = torch.from_numpy(at_places(states, places, shape, 0))
     return batch.view(torch.bfloat16) if batch.dtype == torch.uint16 else batch
 
 
 class _Reached(Exception):
-    """Ends the run at the layer, with its input: running the layers from there on is what the cache saves."""
+    """Ends a run at the layer and holds its input; the layers from there on need not run."""
 
     def __init__(self, states: Tensor):
         self.states = states
@@ -163,7 +160,7 @@ def _input_of(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def no_images(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """The arguments of a call of `model` on `ids` (B, T) without images."""
+    """The arguments of a call of `model` on `ids` (B, T) that say there are no images."""
     options = getattr(model, "fusion_options", None)
     if options is None or options.num_images == 0:
         return {}
@@ -179,11 +176,8 @@ def _probe_tokens(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_frozen(model: Any, layer: int) -> None:
-    """Checks that training does not change the layer's input.
-
-    Raises:
-        ValmError: a weight below trains, or dropout is active.
-    """
+    """Checks that training does not change the layer's input. Raises ValmError if a lower weight trains, or dropout is
+    active."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with in_mode(model, training=True), torch.enable_grad(), torch.random.fork_rng():
         states, again = (_input_of(model, layer, *_probe_tokens(model)) for _ in range(2))
@@ -205,7 +199,7 @@ def _key(model: Any, layer: int, documents: Any) -> str:
     """A hash of everything that the hidden states depend on."""
     config = model.config.to_diff_dict()
     config = config.get("base_config", config)
-    # the same states are read by a model with images and by its twin, and before and after a training
+    # a model with images and its text-only baseline share the states, also before and after a training
     for name in (WEIGHTS_KEY, "use_cache", "pad_token_id"):
         config.pop(name, None)
     above = {id(parameter) for module in decoder_layers(model)[layer:] for parameter in module.parameters()}
@@ -241,7 +235,7 @@ def _write(
         progress_bar(total=shape[0], desc="hidden states", unit=" tokens", unit_scale=True, shown=progress) as bar,
     ):
         states = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # otherwise a full disk would raise a signal on access to the map
+        if hasattr(os, "posix_fallocate"):  # otherwise access to the map would raise a signal if the disk is full
             with open(temporary, "r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, os.path.getsize(temporary))
         for batch in batches_by_length(lengths, BATCH_TOKENS):
@@ -256,15 +250,11 @@ def _write(
 
 @torch.no_grad()
 def _install(model: Any, layer: int) -> None:
-    """Installs `FusionInput` once, and tests it on a few tokens.
-
-    Raises:
-        ValmError: the model's output changes.
-    """
-    if (installed := getattr(model, "_fusion_input", None)) is not None:  # perhaps for another layer
+    """Installs `FusionInput` once and tests it on a few tokens. Raises ValmError if the model's output changes."""
+    if (installed := getattr(model, "_fusion_input", None)) is not None:  # it may be for another layer
         installed.remove()
     if isinstance(model, ImageModel):
-        model.finder.tells_apart(model.base_model)  # tried while no layer is skipped
+        model.finder.tells_apart(model.base_model)  # test it while no layer is skipped
     ids, mask = _probe_tokens(model)
     call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **no_images(model, ids)}
     installed = FusionInput(model, layer)
@@ -277,7 +267,7 @@ def _install(model: Any, layer: int) -> None:
         raise ValmError(f"the layers of {type(model).__name__} cannot be skipped: {error}") from error
     if not torch.equal(expected, found):
         installed.remove()
-        raise ValmError(f"the layers of {type(model).__name__} hand on more than hidden states: they cannot be skipped")
+        raise ValmError(f"the layers of {type(model).__name__} pass on more than hidden states: they cannot be skipped")
     model._fusion_input = installed
 
 
@@ -285,15 +275,15 @@ def open_array(file: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
     """The array in `file`, memory-mapped.
 
     Raises:
-        OSError: it cannot be read.
-        ValmError: it is damaged or has another shape or dtype.
+        OSError: the file cannot be read.
+        ValmError: the file is damaged, or shape or dtype differ.
     """
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises many types for a damaged header
         if is_transient(error):
             raise
-        raise ValmError(f"{file} is damaged: {one_line(str(error))}; make it again") from error
+        raise ValmError(f"{file} is damaged: {one_line(str(error))}; delete it, and it is made again") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValmError(f"{file} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+        raise ValmError(f"{file} contains {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
     return array

@@ -1,4 +1,4 @@
-"""Progress bars of trainings, and their end by a signal."""
+"""Progress bars of trainings, and ending a training by a signal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from valm.progress import progress_bar
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar with a name, for several trainings in a row, and the last loss."""
+    """A progress bar with a name and the last loss, for several trainings in a row."""
 
     def __init__(self, name: str, shown: bool = True):
         self.name, self.shown = name, shown
@@ -48,25 +48,25 @@ class ProgressBar(TrainerCallback):
 
 
 def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
-    """Replaces a Trainer's progress bar, which writes a line for every log, by a `ProgressBar`."""
+    """Replaces a Trainer's progress bar, which prints a line for every log, with a `ProgressBar`."""
     for own in (PrinterCallback, ProgressCallback):
         training.remove_callback(own)
     training.add_callback(ProgressBar(name, shown))
 
 
 class StopsOnSignal(TrainerCallback):
-    """Ends a training by a KeyboardInterrupt when the first of its processes was asked to: after the running step, once
-    a checkpoint is written."""
+    """Ends a training with a KeyboardInterrupt if its first process gets a signal: after the running step, once a
+    checkpoint is written."""
 
     def __init__(self) -> None:
         self._asked = self._ends = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Ctrl-C and SIGTERM ask for it from now on. A second one does what it did before."""
-        if threading.current_thread() is threading.main_thread():  # no other may
+        """From now on, Ctrl-C and SIGTERM end the training. A second signal does what it did before."""
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as SIGINT is in a job in the background
+                if signal.getsignal(number) != signal.SIG_IGN:  # background jobs ignore SIGINT
                     self._handlers[number] = signal.signal(number, self._ask)
 
     def remove(self) -> None:
@@ -84,7 +84,7 @@ class StopsOnSignal(TrainerCallback):
         self._ends = bool(asked) and state.global_step < state.max_steps
         if self._ends:
             control.should_save = True
-            if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide it
+            if args.save_strategy == SaveStrategy.BEST:  # otherwise an evaluation decides about saving
                 control.should_evaluate = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -94,10 +94,10 @@ class StopsOnSignal(TrainerCallback):
 
 @contextmanager
 def ended_by_signals(training: Trainer) -> Iterator[None]:
-    """Makes the block, in which `training` trains, end as `StopsOnSignal` says where Ctrl-C or SIGTERM asks for it.
+    """Within the block, Ctrl-C or SIGTERM ends `training` as described in `StopsOnSignal`.
 
     Raises:
-        KeyboardInterrupt: it has; the message says after which step.
+        KeyboardInterrupt: a signal ended the training; the message names the step.
     """
     stops = StopsOnSignal()
     training.add_callback(stops)

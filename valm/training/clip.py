@@ -1,11 +1,11 @@
 """Training a CLIP on images with captions: open_clip's model class, loss and checkpoint format (Radford et al. 2021).
 
-transformers' Trainer runs the loop. open_clip's own, open_clip_train, is a program: importing its data needs webdataset
-and pandas, its checkpoints are pickles, and its largest logit scale is fixed at 100, with which a CLIP of few images
+transformers' Trainer runs the loop. open_clip_train, open_clip's own loop, is a program: its data need webdataset and
+pandas, its checkpoints are pickles, and its limit of the logit scale is fixed at 100, at which a CLIP of few images
 overfits.
 
-Captions are cut after a random word, half of the time by default: a language model retrieves images in the middle of a
-sentence, where a CLIP that has never seen a prefix does not find them.
+By default half of the captions are cut after a random word. A language model retrieves images in the middle of a
+sentence, and a CLIP that has never seen a prefix does not find them there.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ SMALL_CONFIG: dict[str, dict[str, Any]] = {
     },
     "preprocess_cfg": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
 }
-# Views are drawn from images whose shorter side is so many times theirs ...
+# Random views are taken from images shrunk to this multiple of the view's side ...
 SHRUNK = 1.5
-# ... which stay in memory up to so many bytes. More of them are decoded for every view.
+# ... which stay in memory up to this number of bytes. Beyond it, every view decodes its image.
 SHRUNK_BYTES = 2 << 30
 # Batch size of a frozen image tower.
 CACHE_BATCH = 64
-# A kill costs at most one part in so many of the steps.
+# Checkpoints of a training: a kill loses at most 1/SAVES of the steps.
 SAVES = 20
 
 
@@ -76,36 +76,36 @@ def train_clip(
     progress: str | None = "CLIP",
     folder: Path | None = None,
 ) -> list[float]:
-    """Trains the parameters of `clip` that have requires_grad, in place, and returns the loss of every step.
+    """Trains the parameters of `clip` that require gradients, in place, and returns the loss of every step.
 
-    AdamW, a learning rate that rises for a tenth of the steps and falls as a cosine (one cycle), gradients clipped
-    at 1. Afterwards the model is in eval mode, without gradients, as `Clip` has it.
+    AdamW; the learning rate rises for a tenth of the steps and falls as a cosine (one cycle); gradients are clipped at
+    1. Afterwards the model is in eval mode without gradients.
 
     Args:
         clip: for example from `Clip.create`, with `clip.model.requires_grad_(True)`; its image tower may be locked.
-        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts; if the
-            training resumes, those after the ones that it has read.
-        max_logit_scale: where the learned temperature stops.
-        progress: name of the progress bar; None shows none.
+        batches: at least `steps` batches of images (B, 3, H, W), as the vision tower takes them, and B texts. If the
+            training resumes, the batches after those that it has read.
+        max_logit_scale: limit of the learned temperature.
+        progress: name of the progress bar; None shows no bar.
         folder: for a checkpoint after each twentieth of the steps (SAVES) and on Ctrl-C or SIGTERM. The training
-            resumes from the newest whole checkpoint there. None writes no checkpoint.
+            resumes from the newest complete checkpoint there. None writes no checkpoint.
 
     Raises:
         ValmError: a loss is not finite, `clip` is on another GPU than the first, or as in `ImageTrainer.train`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM has ended the training, with a checkpoint in `folder`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ended the training, with a checkpoint in `folder`.
     """
     if clip.device.index:
-        raise ValmError(f"a CLIP trains on the first GPU, got {clip.device}: choose a GPU by CUDA_VISIBLE_DEVICES")
-    vars(clip).pop("weights_hash", None)  # that of the weights before
+        raise ValmError(f"a CLIP trains on the first GPU, got {clip.device}: choose a GPU with CUDA_VISIBLE_DEVICES")
+    vars(clip).pop("weights_hash", None)  # the hash of the old weights
     model = _Contrast(clip.model, max_logit_scale)
     optimizer = torch.optim.AdamW(_trained(model), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
-    # at 0.1 x 10 steps OneCycleLR would divide by 0
+    # with 10 steps and pct_start 0.1, OneCycleLR would divide by 0
     schedule = OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.11 if steps == 10 else 0.1)
     last = None if folder is None else newest_checkpoint(folder)
     remaining = itertools.islice(batches, steps if last is None else steps - step_of(last))
     with tempfile.TemporaryDirectory() as nowhere:
         arguments = _arguments(folder or nowhere, clip, steps, lr, save=folder is not None)
-        with torch.random.fork_rng(devices=[]):  # the Trainer seeds what the model's own dropout goes on with
+        with torch.random.fork_rng(devices=[]):  # the Trainer seeds the global generator
             training = _ClipTrainer(
                 model=model,
                 args=arguments,
@@ -134,7 +134,7 @@ def _arguments(folder: str | Path, clip: Clip, steps: int, lr: float, *, save: b
         ignore_data_skip=True,
         use_cpu=clip.device.type == "cpu",
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would contrast the parts of a batch
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel would contrast parts of a batch
     return arguments
 
 
@@ -142,19 +142,19 @@ class _ClipTrainer(ImageTrainer):
     """An `ImageTrainer` whose dataset is an iterable of batches."""
 
     def get_train_dataloader(self) -> Any:
-        """Keeps: a CLIP trains by the same Trainer, on batches that its `CaptionedImages` have made."""
+        """Takes the batches of `CaptionedImages` as they are."""
         return self.train_dataset
 
 
 class _Contrast(nn.Module):
-    """A CLIP as a Trainer takes it: its output is the loss of a batch."""
+    """A CLIP for the Trainer: its output is the loss of a batch."""
 
     def __init__(self, clip_model: Any, max_logit_scale: float):
         super().__init__()
         self.clip, self.max_scale, self.contrast = clip_model, math.log(max_logit_scale), ClipLoss()
 
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """The contrast of images (B, 3, H, W) and token ids (B, T)."""
+        """The contrastive loss of images (B, 3, H, W) and token ids (B, T)."""
         self.limit_scale()
         found, texts = self.clip.encode_image(images, normalize=True), self.clip.encode_text(ids, normalize=True)
         return {"loss": self.contrast(found, texts, self.clip.logit_scale.exp())}
@@ -179,16 +179,16 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 def new_clip(
     model: str | Path | None, image_tower: Clip | None = None, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Clip:
-    """A CLIP to be trained, with random weights but for a frozen `image_tower` (LiT, Zhai et al. 2022).
+    """A CLIP to be trained, with random weights except for a frozen `image_tower` (LiT, Zhai et al. 2022).
 
     Args:
-        model: SMALL, the name of one of open_clip's architectures, or a JSON file with a `model_cfg` as in open_clip's
-            configuration files (the object itself, or under that key); None: the model of `image_tower`.
-        image_tower: CLIP whose image side is copied and frozen.
-        tokenizer: CLIP's own by default.
+        model: SMALL, the name of an open_clip architecture, or a JSON file with a `model_cfg` as in open_clip's
+            configuration files (the object itself, or under that key). None: the model of `image_tower`.
+        image_tower: CLIP whose image tower is copied and frozen.
+        tokenizer: by default, CLIP's own.
 
     Raises:
-        ValmError: there is no such model, or its image tower is not that of `image_tower`.
+        ValmError: there is no such model, or its image tower differs from `image_tower`.
     """
     config: dict[str, Any] | str
     preprocess: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def new_clip(
     elif model == SMALL:
         config, preprocess = SMALL_CONFIG["model_cfg"], SMALL_CONFIG["preprocess_cfg"]
     elif Path(model).suffix == ".json":
-        found = read_json(Path(model), "the CLIP configuration", dict[str, Any], "give a model_cfg as open_clip has it")
+        found = read_json(Path(model), "the CLIP configuration", dict[str, Any], "give a model_cfg of open_clip's form")
         config, preprocess = found.get("model_cfg", found), found.get("preprocess_cfg", {})
     elif (config := str(model)) not in list_models():
         known = f"give {SMALL}, one of open_clip.list_models(), or a JSON file"
@@ -211,7 +211,7 @@ def new_clip(
         clip = Clip.create(config, tokenizer, preprocess_cfg=preprocess)
     except ValmError:
         raise
-    except Exception as error:  # open_clip raises any for odd values
+    except Exception as error:  # open_clip raises many types for odd values
         raise ValmError(f"open_clip cannot make the CLIP {model}: {str(error) or type(error).__name__}") from error
     clip.model.requires_grad_(True)
     if image_tower is not None:
@@ -222,36 +222,35 @@ def new_clip(
                 f"the image tower of {image_tower.name} does not fit {model}: {str(error).splitlines()[-1].strip()}"
             ) from error
         _check_same_tower(clip, image_tower, model)
-        # freeze_bn_stats would replace timm's BatchNormAct2d by a batch norm without its activation (open_clip 3.3).
+        # freeze_bn_stats would replace timm's BatchNormAct2d with a batch norm without activation (open_clip 3.3)
         clip.model.lock_image_tower()
     return clip
 
 
 def _check_same_tower(clip: Clip, image_tower: Clip, model: str | Path | None) -> None:
-    """Checks that equal weights make the same function: numbers of heads, pooling and activation have no weights."""
+    """Checks heads, pooling and activation, which have no weights but change the function."""
     size = clip.model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     copied, own = (tower.encode_images(pixels) for tower in (clip, image_tower))
     if not torch.allclose(copied.cpu(), own.cpu(), atol=1e-4):
         raise ValmError(
-            f"the image tower of {image_tower.name} is another function in {model}: its heads, pooling or activation "
-            "(quick_gelu) differ; leave --model out, or give it the vision_cfg and quick_gelu of the tower"
+            f"the image tower of {image_tower.name} differs from {model} in its heads, pooling or activation "
+            "(quick_gelu): leave --model out, or give it the vision_cfg and quick_gelu of the tower"
         )
 
 
 class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
-    """The images of a source with one of their captions each, as a CLIP is trained on them.
+    """The images of a source for training a CLIP, each with a random caption.
 
-    Item (n, i) is image i in its n-th random view, with its n-th random caption: pixels (3, H, W) and a text, or None
-    for a damaged image. Both depend on the seed only, in every process.
+    Item (n, i) is image i in its n-th random view with its n-th random caption: pixels (3, H, W) and a text, or None
+    for a damaged image. View and caption depend only on the seed, in every process. Reading an item raises ValmError
+    on a transient error (`is_transient`).
 
     Args:
         records: as `captioned` returns them.
-        clip: whose image transform decides the size of the views, which show nearly the whole image, as open_clip's.
-        prefixes: the share of captions that are cut behind a random word.
-
-    Reading an item raises ValmError on a transient error (`is_transient`).
+        clip: its image transform sets the size of the views, which show nearly the whole image, as in open_clip.
+        prefixes: share of captions that are cut after a random word.
     """
 
     def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5):
@@ -281,7 +280,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         try:
             image = record.read()
             with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed accelerators too: slower, and remembered for each one not yet in use
+                # torch.manual_seed would also seed accelerators: slower, and queued for each that is not in use yet
                 torch.default_generator.manual_seed(view)
                 return self.transform(image)
         except Exception as error:  # decoders raise many types for damaged bytes
@@ -294,11 +293,11 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
         remainder smaller than a batch.
 
         Args:
-            skip: batches skipped at the beginning, which a resumed training has had.
+            skip: batches to skip, which a resumed training has read.
             workers: processes that decode.
 
         Raises:
-            ValmError: a batch has fewer than two images, or hardly any image can be read.
+            ValmError: `size` is below 2, or hardly any image can be read.
         """
         size = min(size, len(self.records))
         if size < 2:
@@ -309,19 +308,19 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             collate_fn=_stacked,
             num_workers=workers,
             worker_init_fn=end_with_parent,
-            generator=torch.Generator(),  # its seeds of workers must not move the numbers of a resumed training
+            generator=torch.Generator(),  # seeding workers must not advance the global generator
         )
         empty = 0
         for batch in loader:
             empty = 0 if batch is not None else empty + 1
             if batch is not None:
                 yield batch
-            elif empty * size > len(self.records):  # nor would the next round find more
-                raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
+            elif empty * size > len(self.records):  # the next round would find no more
+                raise ValmError("hardly any image of the source can be read, and a CLIP needs two or more in a batch")
 
 
 def _draws(images: int, size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (number of the draw, image), without end. All images come once before any comes again, except for a
+    """Infinite batches of (number of the draw, image). All images come once before any comes again, except for a
     remainder smaller than a batch."""
     generator = torch.Generator().manual_seed(seed)
     numbers = itertools.count()
@@ -332,10 +331,9 @@ def _draws(images: int, size: int, seed: int) -> Iterator[list[tuple[int, int]]]
 
 
 class CachedImages(CaptionedImages):
-    """As `CaptionedImages`, with the frozen image tower's features in the place of each image.
+    """As `CaptionedImages`, with the frozen image tower's features instead of images (LiT, Zhai et al. 2022).
 
-    The features are computed once, without random views, and `clip` trains on them within `cached`. This makes training
-    with a frozen tower cheap (LiT, Zhai et al. 2022).
+    The features are computed once, without random views, and `clip` trains on them within `cached`.
 
     Args:
         clip: from `new_clip` with an image tower.
@@ -344,7 +342,7 @@ class CachedImages(CaptionedImages):
     def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5, *, progress: bool = True):
         super().__init__(records, clip, seed, prefixes)
         self.clip = clip
-        self.features = self._computed(progress)  # F of each image, None where it is damaged
+        self.features = self._computed(progress)  # F of each image, None if it is damaged
 
     @torch.no_grad()
     def _computed(self, progress: bool) -> list[Tensor | None]:
@@ -355,7 +353,7 @@ class CachedImages(CaptionedImages):
             for batch, pixels in decoded_batches(self.records, self.clip, Encoding(CACHE_BATCH, thumbnails=0)):
                 computed: Iterator[Tensor] = iter(())
                 if len(pixels):
-                    # Depthwise convolutions take half as long in this format on a CPU.
+                    # depthwise convolutions take half as long in this format on a CPU
                     inputs = pixels.to(self.clip.device, memory_format=torch.channels_last)
                     computed = iter(frozen(inputs).cpu())
                 features += [None if decoded.reason else next(computed) for decoded in batch]
@@ -373,7 +371,7 @@ class CachedImages(CaptionedImages):
 
     @contextmanager
     def cached(self) -> Iterator[None]:
-        """Within the block, the image side of the CLIP takes these features instead of images."""
+        """Within the block, the image tower of the CLIP takes these features instead of images."""
         visual = self.clip.model.visual
         owner, name = (visual, "trunk") if _has_projection(visual) else (self.clip.model, "visual")
         frozen = getattr(owner, name)
@@ -385,12 +383,12 @@ class CachedImages(CaptionedImages):
 
 
 def _has_projection(visual: nn.Module) -> bool:
-    """Whether an image tower is one of timm's: open_clip freezes its trunk, and its projection is trained."""
+    """Whether an image tower is timm's: open_clip freezes its trunk and trains its projection."""
     return isinstance(visual, TimmModel)
 
 
 def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]] | None:
-    """A batch of the images that could be read; None if fewer than two, which have no contrast."""
+    """A batch of the images that could be read; None if fewer than two, which allow no contrast."""
     whole = [item for item in items if item is not None]
     if len(whole) < 2:
         return None
@@ -398,12 +396,8 @@ def _stacked(items: list[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]]
 
 
 def captioned(source: Source) -> list[Record]:
-    """The images of a source that have a caption, with a warning about what is left out. Those of a Hugging Face
-    dataset are held in memory, undecoded.
-
-    Raises:
-        ValmError: the source has no images, or fewer than two with captions.
-    """
+    """The images of a source that have a caption; a warning counts skipped images. Images of a Hugging Face dataset are
+    held in memory, undecoded. Raises ValmError if the source contains fewer than two images with captions."""
     records, unreadable, images = [], [], 0
     for record in source.images():
         if record.source is None:
@@ -414,28 +408,30 @@ def captioned(source: Source) -> list[Record]:
             records.append(record)
     if unreadable:
         log.warning(
-            f"{len(unreadable):,} images or captions of the source could not be read and are left out, such as "
+            f"{len(unreadable):,} images or captions of the source could not be read and are skipped, such as "
             f"{printable(unreadable[0])}"
         )
-    if len(records) < images and not isinstance(source, FolderSource):  # whose remarks say so
-        log.warning(f"{images - len(records):,} of {images:,} images have no caption and are left out")
+    if len(records) < images and not isinstance(source, FolderSource):  # its remarks say so
+        log.warning(f"{images - len(records):,} of {images:,} images have no caption and are skipped")
     if len(records) < 2:
-        raise ValmError(f"the source has {len(records)} images with captions, and a CLIP learns from two or more")
+        raise ValmError(f"the source contains {len(records)} images with captions, but a CLIP needs two or more")
     return records
 
 
 def shrunk(
     records: list[Record], clip: Clip, *, workers: int | None = None, progress: str | None = "shrink images"
 ) -> list[Record]:
-    """The records with their images decoded once and shrunk to what the views of `clip` need (SHRUNK); damaged images
-    are skipped, with a warning. The records as they are, with a note, if that would take more than SHRUNK_BYTES.
+    """The records with their images decoded once and shrunk to what the views of `clip` need (SHRUNK).
+
+    Damaged images are skipped with a warning. If the images would take more than SHRUNK_BYTES, the records are returned
+    unchanged, with a warning.
 
     Args:
         workers: processes that decode; None chooses by the number of images and cores.
-        progress: name of the progress bar; None shows none.
+        progress: name of the progress bar; None shows no bar.
 
     Raises:
-        ValmError: a transient error (`is_transient`) while an image is read, or fewer than two can be read.
+        ValmError: reading an image raised a transient error (`is_transient`), or fewer than two images can be read.
     """
     size = clip.model.visual.image_size
     side = round(SHRUNK * (size if isinstance(size, int) else max(size)))
@@ -465,13 +461,13 @@ def shrunk(
     if damaged:
         log.warning(f"{len(damaged):,} of {len(records):,} images cannot be read and are skipped, such as {damaged[0]}")
     if len(kept) < 2:
-        raise ValmError("hardly any image of the source can be read: a CLIP learns from two or more at once")
+        raise ValmError("hardly any image of the source can be read, and a CLIP needs two or more in a batch")
     return kept
 
 
 class _Shrinker(Dataset[tuple[Image.Image | None, str, bool]]):
-    """The image of each record with `side` pixels at its shorter side or fewer; or why there is none, and whether the
-    machine is the reason."""
+    """The image of each record, its shorter side at most `side` pixels; or why it cannot be read, and whether the error
+    is transient."""
 
     def __init__(self, records: list[Record], side: int):
         self.records, self.side = records, side

@@ -1,4 +1,4 @@
-"""Trains a CLIP by a `ClipPlan`: what `valm clip train` does."""
+"""Trains a CLIP as a `ClipPlan` describes, for `valm clip train`."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ from valm_kernels.atomic_files import folder_lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
-# How many images, trained on or held out, are looked at in the end.
+# The recall at the end uses at most this many images, trained on or held out.
 MOST_CHECKED = 500
-# In the output folder: what decides the weights; and until the training is finished, its checkpoints.
+# In the output folder: the settings that decide the weights, and checkpoints until the training is finished.
 SETTINGS_FILE, CHECKPOINTS = "training.json", "training"
-# The options that decide the result, beside the model and the data.
+# The options that decide the result, besides the model and the data.
 SETTINGS = ("cache_images", "steps", "batch_size", "lr", "max_logit_scale", "held_out", "seed")
 
 
 class ClipTraining(NamedTuple):
-    """A training that is finished.
+    """A finished training.
 
     Attributes:
-        losses: of every step.
-        images: how many were trained on.
-        trained_on, held_out: how captions and images find each other, of each kind (MOST_CHECKED of them); None of
-            fewer than two.
+        clip: the trained CLIP.
+        losses: the loss of every step.
+        images: number of images that were trained on.
+        trained_on, held_out: retrieval recall between captions and images, of at most 500 images that were trained on
+            or held out; None for fewer than two images.
     """
 
     clip: Clip
@@ -58,15 +59,25 @@ class ClipTraining(NamedTuple):
 
 
 def run_clip_plan(plan: ClipPlan) -> ClipTraining | None:
-    """Trains the CLIP of `plan`, from where a killed training of it was, and writes it to its folder with the list of
-    the images that were held out. None if the folder holds the finished CLIP.
+    """Trains a CLIP and writes it to `plan.out`, with the list of the held-out images. A killed training resumes.
+
+    Returns:
+        The CLIP, its losses and its recall; None if the folder already contains the finished CLIP.
 
     Raises:
         OSError: the folder cannot be written.
         TimeoutError: another process trains there.
-        ValmError: fields do not go together, the folder holds something else, or there is no such model; the images are
-            too few; as `train_clip`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM has ended the training, with a checkpoint.
+        ValmError: fields contradict each other, the folder contains something else, there is no such model, there are
+            too few images, or as in `train_clip`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ended the training, with a checkpoint.
+
+    Example:
+        >>> from valm.knowledge_base.sources.folder import FolderSource
+        >>> from valm.training.clip_plan import ClipPlan
+        >>> from valm.training.clip_run import run_clip_plan
+        >>> plan = ClipPlan(images=FolderSource("pictures"), model="small", steps=2, batch_size=3, out="my-clip")
+        >>> len(run_clip_plan(plan).losses)
+        2
     """
     plan = plan.checked()
     out = writable_folder(plan.out)
@@ -83,22 +94,22 @@ def run_clip_plan(plan: ClipPlan) -> ClipTraining | None:
         return None
     with folder_lock(writable_folder(out / CHECKPOINTS), WAIT_SECONDS):
         last = newest_checkpoint(out / CHECKPOINTS)
-        if last is None:  # a training that ended before its first checkpoint binds nobody
+        if last is None:  # a training without a checkpoint may be replaced
             write_json(out / SETTINGS_FILE, settings)
         else:
             _check_settings(out, settings, plan.images)
-            log.warning(f"{out} has the first {step_of(last):,} of {plan.steps:,} steps: resuming there")
+            log.warning(f"{out} contains the first {step_of(last):,} of {plan.steps:,} steps: resuming there")
         return _train(plan, clip, records, out, 0 if last is None else step_of(last))
 
 
 def _train(plan: ClipPlan, clip: Clip, records: list[Record], out: Path, done: int) -> ClipTraining:
-    """Trains `clip` on from step `done` and writes it."""
-    assert plan.steps is not None and plan.max_logit_scale is not None  # as `checked` has it
+    """Trains `clip` from step `done` on and writes it."""
+    assert plan.steps is not None and plan.max_logit_scale is not None  # `checked` sets them
     held_out, records = _split(records, plan)
     workers = 0
     if not plan.cache_images:
         views = shrunk(records, clip)
-        if views is records or clip.device.type != "cpu":  # on a CPU the steps themselves take all cores
+        if views is records or clip.device.type != "cpu":  # on a CPU the steps use all cores
             workers = decoding_workers(len(records))
         records = views
     images = (CachedImages if plan.cache_images else CaptionedImages)(records, clip, plan.seed)
@@ -120,19 +131,16 @@ def _train(plan: ClipPlan, clip: Clip, records: list[Record], out: Path, done: i
 
 
 def check_output(out: Path) -> None:
-    """Checks that a training may write to the folder `out`, and removes what a killed writer left there.
-
-    Raises:
-        ValmError: it holds something else than a training.
-    """
+    """Checks that a training may write to the folder `out`, and removes what a killed writer left there. Raises
+    ValmError if the folder contains something other than a training."""
     remove_leftovers(out)
     found = [file.name for file in out.iterdir()]
     if {*found} - {CHECKPOINTS} and SETTINGS_FILE not in found:
-        raise ValmError(f"the output folder {out} is not empty (it has {found[0]}); choose another")
+        raise ValmError(f"the output folder {out} is not empty (it contains {found[0]}): choose another folder")
 
 
 def _settings(plan: ClipPlan, records: list[Record], clip: Clip, tower: Clip | None) -> dict[str, Any]:
-    """What decides the weights, as JSON, each under the name that an error gives it."""
+    """The settings that decide the weights, as JSON, under the names that error messages use."""
     settings: dict[str, Any] = {"images and captions": fingerprint_records(records)}
     settings["--vocabulary"] = fingerprint(sorted(clip.tokenizer.get_vocab())) if plan.small else None
     settings |= {f"--{name.replace('_', '-')}": getattr(plan, name) for name in SETTINGS}
@@ -142,34 +150,27 @@ def _settings(plan: ClipPlan, records: list[Record], clip: Clip, tower: Clip | N
 
 
 def _check_settings(out: Path, settings: dict[str, Any], images: Source) -> None:
-    """Compares settings with those that are noted in `out`.
-
-    Raises:
-        ValmError: they differ.
-    """
+    """Raises ValmError if the settings differ from the settings saved in `out`."""
     file = out / SETTINGS_FILE
     noted = read_json(file, "the settings of a training", dict[str, Any], "choose another folder")
-    check_same(f"{out} holds another training", noted, settings, "choose another folder, or give what it had")
-    if changed := written_since(images.files(), file.stat().st_mtime):  # no error: a copy has new times too
+    check_same(f"{out} contains another training", noted, settings, "choose another folder, or repeat its options")
+    if changed := written_since(images.files(), file.stat().st_mtime):  # no error: copying also sets new times
         warnings.warn(
-            f"{changed} has been written since the training in {out} began: if its content is another, begin the "
+            f"{changed} has been written since the training in {out} began: if its content has changed, start the "
             "training again in another folder",
             stacklevel=4,
         )
 
 
 def _small_tokenizer(plan: ClipPlan, records: list[Record]) -> PreTrainedTokenizerFast:
-    """CLIP's tokenizer, pruned to the captions and the vocabulary: most of its 49,408 tokens would never be trained."""
+    """CLIP's tokenizer, pruned to the captions and the vocabulary; most of its 49,408 tokens would never be trained."""
     more = [] if plan.vocabulary is None else TextCorpus([plan.vocabulary]).documents()
     return prune_tokenizer(clip_tokenizer(), [*(record.caption for record in records), *more])
 
 
 def _split(records: list[Record], plan: ClipPlan) -> tuple[list[Record], list[Record]]:
-    """The images that are held out, and the others.
-
-    Raises:
-        ValmError: fewer than two are left to train on, or one alone is held out, which has no other to be found before.
-    """
+    """The held-out images and the remaining images. Raises ValmError if fewer than two images remain, or only one image
+    is held out, so that its rank means nothing."""
     share = plan.held_out
     if share is None:
         enough = plan.small and len(records) >= 10 * LEAST_HELD_OUT
@@ -183,7 +184,7 @@ def _split(records: list[Record], plan: ClipPlan) -> tuple[list[Record], list[Re
 
 
 def _recall(which: str, records: list[Record], clip: Clip) -> Retrieval | None:
-    """How captions and images find each other among MOST_CHECKED of `records`; None of fewer than two."""
+    """The retrieval recall between captions and images of MOST_CHECKED `records`; None for fewer than two."""
     records = records[:MOST_CHECKED]
     if len(records) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Collates documents into batches: padded or packed rows, with each image of the batch once."""
+"""Collates documents into batches of padded or packed rows that contain each image once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from valm.training.data import Places, at_places
 # The label that PyTorch's cross entropy ignores.
 IGNORED = -100
 NO_SCORES = (
-    "this model uses the retrieval scores of its images, and the documents have none: retrieve them again "
+    "this model uses retrieval scores, but the documents contain none: retrieve the documents again "
     "(`valm retrieve` writes scores)"
 )
 
@@ -25,24 +25,25 @@ NO_SCORES = (
 class Collator:
     """Turns a list of documents into the arguments of a model with images, or of any decoder of transformers.
 
-    A document is a dict with `input_ids` (T,) and, if images were retrieved, `image_ids` (T, K): ids in the knowledge
-    base, -1 = none; for a model that uses them also `image_scores` (T, K). The batch has
+    A document is a dict with `input_ids` (T,). If images were retrieved, it also contains `image_ids` (T, K), ids in
+    the knowledge base, -1 = no image, and `image_scores` (T, K) for a model that uses them. The batch contains
 
     - input_ids, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos that opens a
       document);
-    - in packed rows, position_ids (B, L) int64, which restart at each document; each token of padding is a document of
-      its own. In padded rows padding is on the right, where no token sees it;
-    - with a knowledge base: image_pool (U, E) float16, the vectors of the images in this batch, each once, and
-      image_index (B, L, K) int64 into it, -1 = none; with `scores`, image_scores (B, L, K) float32, -inf = none;
+    - in packed rows, position_ids (B, L) int64, which restart at each document; each token of padding is a separate
+      document. In padded rows, padding is on the right, where no token sees it;
+    - with a knowledge base, image_pool (U, E) float16, the vectors of the images in this batch, each once, and
+      image_index (B, L, K) int64, rows of the pool; with `scores`, image_scores (B, L, K) float32. Where there is no
+      image, the index is -1 and the score -inf;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
-        kb: has the vectors; None for a model without images, or with a retriever (`set_retriever`).
+        kb: contains the vectors; None for a model without images or with a retriever (`set_retriever`).
         scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
             as fit, in order, into rows of at most that length, for a model that keeps them apart by their positions
             (`valm.model.probe.keeps_apart`).
-        mask: also attention_mask (B, L) int64, 0 at padding: for a retriever, which reads padding otherwise.
+        mask: also attention_mask (B, L) int64, 0 at padding, which a retriever needs.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class Collator:
         positions = at_places([np.arange(length) for length in lengths], places, shape, -1)  # -1 at padding
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             raise ValmError(
-                f"the documents have token ids from {ids.min()} to {ids.max()}, the tokenizer only {self.vocabulary}; "
-                "tokenize or retrieve them again"
+                f"the documents contain token ids from {ids.min()} to {ids.max()}, but the tokenizer has only "
+                f"{self.vocabulary} tokens: tokenize or retrieve the documents again"
             )
         learned = (positions > 0) & (self.bos_ends | (ids != self.bos))
         batch = {"input_ids": ids, "labels": np.where(learned, ids, IGNORED)}
@@ -112,8 +113,8 @@ class Collator:
     ) -> dict[str, np.ndarray]:
         if any("image_ids" not in document for document in documents):
             raise ValmError(
-                "the documents have no image_ids: retrieve them first, or train without a knowledge base; a Trainer "
-                "that is not made by valm.training.trainer removes them unless it has remove_unused_columns=False"
+                "the documents contain no image_ids: retrieve them first, or train without a knowledge base. A Trainer "
+                "that valm.training.trainer did not make removes them unless remove_unused_columns=False is set"
             )
         if self.scores and any("image_scores" not in document for document in documents):
             raise ValmError(NO_SCORES)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with one order for any number of processes, whole checkpoints and exact perplexity."""
+"""transformers' Trainer with one data order for any number of processes, whole checkpoints and exact perplexity."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
 from valm_kernels.json_files import check_own
 
-# A part of the names of the parameters that only see images.
+# Part of the names of parameters that only see images.
 FUSION_NAME = ".image_fusion."
-# Written by the Trainer, the state at the end.
+# The Trainer writes these files; the state is last.
 STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
 OPTIMIZER_FILES = {"optimizer.pt", "optimizer.bin"}
-# Written by DeepSpeed, whose own files have the optimizer and the learning rates.
+# DeepSpeed writes this file; its own files contain the optimizer and the learning rates.
 DEEPSPEED_FILE = "latest"
 CHECKPOINT = re.compile(f"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end, as its last file, STATE_FILE, says."""
+    """The newest complete checkpoint in `folder`: it contains STATE_FILE, which is written last."""
     found = {step_of(file.name): file for file in folder.iterdir() if CHECKPOINT.fullmatch(file.name)}
     return next((str(found[step]) for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
 
 
 def step_of(checkpoint: str) -> int:
-    """The step after which the folder `checkpoint` was written."""
+    """The step of the checkpoint folder."""
     return int(checkpoint.rpartition("-")[2])
 
 
@@ -54,44 +54,45 @@ def _is_whole(checkpoint: Path) -> bool:
     file = checkpoint / STATE_FILE
     try:
         return file.is_file() and isinstance(json.loads(file.read_bytes()), dict)
-    except (ValueError, RecursionError):  # a kill has left a part of it, or it is damaged
+    except (ValueError, RecursionError):  # half-written or damaged
         return False
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Checks that a training can go on from a checkpoint.
+    """Checks that a training can resume from a checkpoint.
 
     Raises:
-        OSError: it, or something in it, is a link out of its folder.
-        ValmError: there is none, or it has the model alone.
+        OSError: the checkpoint, or a file in it, is a link out of its folder.
+        ValmError: there is no checkpoint, or it contains only the model.
     """
     files = {file.name for file in checkpoint.iterdir()} if checkpoint.is_dir() else set()
     if STATE_FILE not in files:
-        raise ValmError(f"there is no checkpoint {checkpoint}: it has no {STATE_FILE}")
+        raise ValmError(f"there is no checkpoint {checkpoint}: it contains no {STATE_FILE}")
     for path in (checkpoint, *checkpoint.rglob("*")):
         check_own(path)
     whole = SCHEDULER_FILE in files and files & OPTIMIZER_FILES
-    if not whole and DEEPSPEED_FILE not in files:  # the Trainer would begin anew with either, without a word
+    if not whole and DEEPSPEED_FILE not in files:  # the Trainer would silently start again
         raise ValmError(
-            f"the checkpoint {checkpoint} has a model without its optimizer or learning rates, as save_only_model "
-            "makes it: resume from an earlier checkpoint, or begin a new training"
+            f"the checkpoint {checkpoint} contains a model without its optimizer or learning rates (save_only_model): "
+            "resume from an earlier checkpoint, or start a new training"
         )
 
 
 class ImageTrainer(Trainer):
-    """A `Trainer`, made by `valm.training.trainer`. It promises more than transformers'; the docstring of each method
-    that it overrides says which of these promises the method keeps:
+    """The `Trainer` that `valm.training.trainer` makes. It promises more than transformers' Trainer:
 
     - Data are read in a `TrainingOrder` (with train_sampling_strategy "random"; other strategies are the Trainer's).
       So the losses are the same for any number of processes, and in a resumed training.
-    - A loss that is not finite stops the training before its step is taken.
-    - A checkpoint that a kill left half-written is passed over at resume: STATE_FILE is written last.
-    - Evaluation weighs every token equally, in any batch, and adds the perplexity.
-    - A checkpoint opens with its images, and what is published says which images those are.
+    - A loss that is not finite stops the training before its step.
+    - Resuming skips a half-written checkpoint: STATE_FILE is written last.
+    - Evaluation weights every token equally, in any batch, and adds the perplexity.
+    - A checkpoint loads with its images, and what is published names its images.
+
+    The docstring of an overriding method names the promise it keeps.
 
     Args:
-        prepared: makes of documents what eval_dataset is, for those that `evaluate` and `predict` are given.
-        fusion_lr: learning rate of the parameters that only see images; None = that of all others.
+        prepared: prepares documents that `evaluate` and `predict` are given as eval_dataset was prepared.
+        fusion_lr: learning rate of the parameters that only see images; None = the rate of all others.
         options: the Trainer's.
     """
 
@@ -106,16 +107,16 @@ class ImageTrainer(Trainer):
         check_processes(self.args)
         self.fusion_lr = fusion_lr
         self._prepared = prepared
-        self.numbers: dict[str, float] = {}  # for the model card, in place of those that were logged
-        self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the losses of tokens, and how many
+        self.numbers: dict[str, float] = {}  # for the model card, instead of the logged numbers
+        self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the tokens' losses, number of tokens
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`. Resumes from the newest checkpoint that is whole, and nothing in it is unpickled; begins no
-        second training among the checkpoints of another.
+        """`Trainer.train`. Resumes from the newest complete checkpoint, without unpickling anything in it. Starts no
+        training in a folder with another training's checkpoints.
 
         Raises:
-            ValmError: the folder holds another training's checkpoints; the one to resume from has the model alone; or a
-                loss is not finite.
+            ValmError: the folder contains another training's checkpoints; the checkpoint to resume from contains only
+                the model; or a loss is not finite.
         """
         folder = writable_folder(str(self.args.output_dir))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -124,20 +125,20 @@ class ImageTrainer(Trainer):
         last = newest_checkpoint(folder)
         if resume_from_checkpoint:
             if resume_from_checkpoint is True and last is None:
-                raise ValmError(f"{folder} holds no checkpoint to resume from")
+                raise ValmError(f"{folder} contains no checkpoint to resume from")
             resume_from_checkpoint = str(last if resume_from_checkpoint is True else resume_from_checkpoint)
             check_resumable(Path(resume_from_checkpoint))
         elif last is not None:
-            raise ValmError(f"{folder} holds the checkpoints of another training: resume it, or choose another folder")
+            raise ValmError(f"{folder} contains another training's checkpoints: resume it, or choose another folder")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def losses(self) -> list[float]:
-        """The logged losses; with logging_steps=1, of every step."""
+        """The logged losses; with logging_steps=1, the loss of every step."""
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
     def held_out_loss(self) -> float:
-        """The mean loss of a token of eval_dataset, which is not logged; all processes call it, after the training."""
-        self.is_in_train = True  # otherwise bf16_full_eval would change the type of the weights
+        """The mean loss per token of eval_dataset, without logging it. All processes call it, after the training."""
+        self.is_in_train = True  # otherwise bf16_full_eval would change the weights' dtype
         try:
             loader = self.get_eval_dataloader()
             output = self.evaluation_loop(loader, description="Evaluation", prediction_loss_only=True)
@@ -147,21 +148,21 @@ class ImageTrainer(Trainer):
         return metrics["eval_loss"]
 
     def model_numbers(self) -> dict[str, float]:
-        """What was logged or measured of the model that `write` writes: `steps` after which, and losses and the like.
+        """Numbers of the model that `write` writes: `steps`, losses and the like.
 
-        If the best checkpoint became the model, later numbers belong to another one.
+        If the best checkpoint became the model, numbers that were logged after it are left out.
         """
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         step = self.state.global_step if best is None else step_of(best)
         numbers = {"steps": float(step)}
-        for entry in self.state.log_history:  # the last of each stays
+        for entry in self.state.log_history:  # keeps the last of each
             if entry["step"] <= step:
                 numbers |= {name: entry[name] for name in entry if _is_of_model(name)}
         return numbers | self.numbers
 
     def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
-        """Writes the trained model into `folder`, whole or not at all, with a card that has its losses and `command`;
-        all processes call it (`save_checkpoint`)."""
+        """Writes the trained model into `folder` completely or not at all, with a card that shows its losses and
+        `command`. All processes call it (`save_checkpoint`)."""
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
@@ -174,8 +175,8 @@ class ImageTrainer(Trainer):
     def _init_training_state(
         self, max_steps: int, epoch_steps: int, epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        """Keeps what a resumed training promises: the best checkpoint stays the best one where the folder was renamed,
-        and the intervals of saving, evaluating and logging are those of now, not of the checkpoint."""
+        """Resuming: finds the best checkpoint in a renamed folder, and takes the intervals of saving, evaluating and
+        logging from the present arguments, not from the checkpoint."""
         found = super()._init_training_state(max_steps, epoch_steps, epochs, checkpoint, trial)
         if checkpoint is not None:
             noted = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
@@ -184,7 +185,7 @@ class ImageTrainer(Trainer):
         return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """Keeps the order of the data."""
+        """The data order."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
@@ -194,24 +195,24 @@ class ImageTrainer(Trainer):
         return TrainingOrder(len(dataset), step_rows, seed, lambda: self.state.global_step, self.args.max_steps, passes)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Keeps the losses of a resumed training, by a generator of the loader's own: otherwise each epoch and each
-        evaluation would take a random number from the generator of the model's dropout."""
+        """Resuming, by a separate generator for the loader: otherwise each epoch and each evaluation would advance the
+        generator of the model's dropout."""
         loader: Any = super()._get_dataloader(*args, **kwargs)
         seed = int(torch.empty((), dtype=torch.int64).random_()) if kwargs.get("is_training") else 0
         loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Keeps the evaluation: documents that `evaluate` is given are prepared as `eval_dataset` was."""
+        """Evaluation: prepares documents that `evaluate` is given as `eval_dataset` was prepared."""
         given = eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset
         return super().get_eval_dataloader(self._prepared(eval_dataset) if given else eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Keeps the evaluation, for the documents of `predict`."""
+        """Evaluation: prepares the documents of `predict`."""
         return super().get_test_dataloader(self._prepared(test_dataset))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Keeps `fusion_lr`, by separate groups for the parameters that have it."""
+        """`fusion_lr`: puts its parameters into separate groups."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self.fusion_lr is None or given:
@@ -226,30 +227,26 @@ class ImageTrainer(Trainer):
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Stops at a loss that is not finite.
-
-        Raises:
-            ValmError: the loss is not finite.
-        """
+        """Raises ValmError if the loss is not finite, before the step is taken."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise ValmError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}: training stops before it, and no "
-                "model is written; a lower learning rate or a longer warm-up may help"
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}: training stops before this step and "
+                "writes no model. Try a lower learning rate or a longer warm-up"
             )
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Keeps the evaluation: counts the tokens of each batch, and smooths no labels."""
+        """Evaluation: counts the tokens of each batch, and smooths no labels."""
         trained = self.compute_loss_func
-        if isinstance(trained, NextTokenLoss):  # without what smooths it
+        if isinstance(trained, NextTokenLoss):  # without smoothing
             self.compute_loss_func = NextTokenLoss()
         try:
             result = super().prediction_step(model, inputs, *args, **kwargs)
         finally:
             self.compute_loss_func = trained
         loss = result[0]
-        # the loss is a mean over the tokens of all processes' batches, times their number
+        # the loss is a mean over the tokens of all processes' batches, times the number of processes
         tokens = self._get_num_items_in_batch([inputs], self.args.device)
         if loss is not None and tokens is not None and tokens > 0:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -258,7 +255,7 @@ class ImageTrainer(Trainer):
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Keeps the evaluation: the mean over the tokens of all processes, and the perplexity."""
+        """Evaluation: the mean over the tokens of all processes, and the perplexity."""
         self._scored = (0.0, 0.0)
         output = super().evaluation_loop(*args, **kwargs)
         metrics: Any = output.metrics
@@ -274,33 +271,26 @@ class ImageTrainer(Trainer):
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Keeps checkpoints whole: one of another training, which is written over, is not whole meanwhile. A full disk
-        is one sentence.
-
-        Raises:
-            ValmError: the checkpoint cannot be written.
-        """
+        """Whole checkpoints: an older checkpoint is marked incomplete while it is overwritten. A full disk raises one
+        sentence. Raises ValmError if the checkpoint cannot be written."""
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (checkpoint / STATE_FILE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # torch and safetensors raise their own types for a full disk
-            if _is_whole(checkpoint):  # what failed came after it, such as an upload
+            if _is_whole(checkpoint):  # a later step failed, such as an upload
                 raise
             raise ValmError(f"cannot write the checkpoint {checkpoint}: {one_line(str(error))}") from error
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Keeps checkpoints whole: all processes have written their parts before STATE_FILE, which is next."""
+        """Whole checkpoints: waits until all processes have written their parts, before STATE_FILE is written."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _best_checkpoint(self, noted: str | None) -> str | None:
-        """The best checkpoint's folder in output_dir, by its name alone: `noted` may be elsewhere, or of before a move.
-
-        Raises:
-            ValmError: it is not there, and is to become the model.
-        """
+        """The best checkpoint's folder in output_dir. Only the name of `noted` counts, since the folder may have moved.
+        Raises ValmError if the folder is missing, and the checkpoint is to become the model."""
         if noted is None:
             return None
         found = Path(str(self.args.output_dir)) / Path(noted).name
@@ -308,30 +298,30 @@ class ImageTrainer(Trainer):
             return str(found)
         if self.args.load_best_model_at_end:
             raise ValmError(
-                f"the best checkpoint so far, {found}, is missing: put it back, or begin a new training elsewhere"
+                f"the best checkpoint so far, {found}, is missing: put it back, or start a new training elsewhere"
             )
         return None
 
     def _load_best_model(self) -> None:
-        """Keeps the best checkpoint as the model: the Trainer would take the last weights if it were missing."""
+        """Raises if the best checkpoint is missing; the Trainer would use the last weights."""
         self.state.best_model_checkpoint = self._best_checkpoint(self.state.best_model_checkpoint)
         super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Keeps that a checkpoint opens with its images: notes where they are, for all checkpoints."""
+        """Checkpoints load with their images: writes the paths of the images, once for all checkpoints."""
         with quiet_transformers():
             super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, ImageModel):
             write_places(self.model.finder.source, str(self.args.output_dir))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Keeps that what is published says which images it needs: each upload gets the card."""
+        """Publishing: each upload gets the card, which names the images."""
         if self.args.should_save and isinstance(self.model, ImageModel):
             self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keeps that what is published says which images it needs, and names no folder of this machine."""
+        """Publishing: the card names the images, and no folder of this machine."""
         if isinstance(self.model, ImageModel):
             write_card(self.model, str(self.args.output_dir), numbers=self.model_numbers())
         else:
@@ -339,5 +329,5 @@ class ImageTrainer(Trainer):
 
 
 def _is_of_model(name: str) -> bool:
-    """Whether a logged number is about the model, not the machine."""
+    """Whether a logged number describes the model rather than the machine."""
     return name == "loss" or (name.startswith("eval_") and not name.endswith(("runtime", "per_second")))

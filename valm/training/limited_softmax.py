@@ -1,7 +1,7 @@
-"""A training loss over the tokens of the corpus and a random sample of the others.
+"""A training loss over the tokens of the corpus and a random sample of the other tokens.
 
-If most layers are frozen and their output is cached (`cache_below`), nearly all of a training step is the product of
-the hidden states with the whole vocabulary, of which a small corpus has few tokens.
+If most layers are frozen and their output is cached (`cache_below`), the product of the hidden states with the whole
+vocabulary takes nearly all of a training step, though a small corpus contains few of its tokens.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from valm.errors import ValmError
 from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
 
-# Other tokens in the softmax of a step. With none, no step would make them less likely, and they become likelier with
-# every change of the model (docs/results/smollm2.md).
+# Other tokens in the softmax of a step. Without them, no step would make other tokens less likely, and they become
+# likelier with every change of the model.
 SAMPLED = 2048
 
 
 class LimitedSoftmax:
     """Limits the logits and the loss of `model`, in training mode, to V' tokens: (B, T, V').
 
-    They are those of `documents`, and SAMPLED others, drawn anew in every step. Each of these stands for its share of
-    all others in the denominator (sampled softmax, Jean et al. 2015), whose expected value is that of the whole
-    vocabulary. The loss of evaluation is over the whole vocabulary. The model is changed; its weights and their names
+    The V' tokens are the tokens of `documents` and SAMPLED others, sampled again in every step. Each sampled token
+    stands for its share of all other tokens in the denominator, whose expected value is therefore exact (sampled
+    softmax, Jean et al. 2015). Evaluation uses the whole vocabulary. The model is changed; its weights and their names
     stay the same.
 
     Args:
-        model: a decoder of transformers whose logits are a linear layer of the hidden states, after which each is
-            changed by itself only, as by a scale or a cap.
+        model: a decoder of transformers whose logits are a linear layer of the hidden states, followed only by
+            elementwise operations such as a scale or a cap.
         documents: as `Collator` takes them; they must have a length.
 
     Raises:
-        ValmError: the model or the documents are of another kind.
+        ValmError: the model is no such decoder, or the documents have no length.
     """
 
     def __init__(self, model: Any, documents: Any):
@@ -47,18 +47,18 @@ class LimitedSoftmax:
                 f"the softmax of {type(model).__name__} cannot be limited: its head is {type(head).__name__}"
             )
         if not hasattr(documents, "__len__"):
-            raise ValmError("the softmax cannot be limited to the tokens of a stream, which are not known before")
+            raise ValmError("the softmax cannot be limited to the tokens of a stream, since they are not known yet")
         used = np.zeros(head.out_features, dtype=bool)
         for index in range(len(documents)):
             used[np.asarray(documents[index]["input_ids"])] = True
-        self.tokens = torch.from_numpy(np.flatnonzero(used))  # those of the documents
+        self.tokens = torch.from_numpy(np.flatnonzero(used))  # tokens of the documents
         self._others = torch.from_numpy(np.flatnonzero(~used))
         self._ranks = torch.full((len(used),), len(used))  # a token of no document is out of range
         self._ranks[self.tokens] = torch.arange(len(self.tokens))
         self._head = head
         self._sampled = SAMPLED
         self._loss_of_model = model.loss_function
-        # not the class: it says how the weights are saved and sharded
+        # not the class, which decides how the weights are saved and sharded
         vars(head)["forward"] = self._logits
         model.loss_function = self._loss
         try:
@@ -81,18 +81,15 @@ class LimitedSoftmax:
         if self._head.training:
             labels = torch.where(labels < 0, labels, self._ranks.to(labels.device)[labels.clamp(min=0)])
             sampled = size - len(self.tokens)
-            if sampled:  # here and not at the head, behind which some families scale or cap the logits
-                # of the tensor without its gradient, which a constant does not change: autograd would copy the logits
+            if sampled:  # not at the head, because some families scale or cap the logits after it
+                # detached, because autograd would copy the logits; a constant does not change the gradient
                 logits.detach()[..., len(self.tokens) :] += math.log(len(self._others) / sampled)
         return self._loss_of_model(logits=logits, labels=labels, vocab_size=size, **more)
 
     @torch.no_grad()
     def _check(self, model: Any) -> None:
-        """Checks that the logits are those of the chosen tokens, and with all tokens the loss that of the vocabulary.
-
-        Raises:
-            ValmError: they are not.
-        """
+        """Checks that the logits are the chosen tokens' logits, and that the loss over all tokens is the model's loss.
+        Raises ValmError if a result differs."""
         count = probe_tokens(model).shape[1]
         ids = self.tokens.repeat(count)[:count][None].to(model.device)
         call = {"input_ids": ids, "labels": ids, **no_images(model, ids)}

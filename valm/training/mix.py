@@ -1,7 +1,7 @@
-"""Mixes the trained weights of a pretrained decoder with those that it began with: in a given share, or as much as
-held-out text asks for (WiSE-FT, Wortsman et al. 2022).
+"""Mixes the trained weights of a pretrained decoder with its original weights (WiSE-FT, Wortsman et al. 2022).
 
-A layer that trains on little text forgets how other text goes on; a share of its first weights gives some of that back.
+A layer that trains on little text gets worse at other text; a share of its original weights undoes part of that. The
+share is given, or chosen by the loss on held-out text.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ SHARES = (0.0, 0.125, 0.25, 0.375, 0.5)
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of the parameters that train and that the base has too, by name."""
+    """Copies on the CPU of the trained parameters that the base also contains, by name."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _trained(model)}
 
 
 def mix(training: ImageTrainer, base: Mapping[str, Tensor], share: float | None = None) -> dict[str, float]:
-    """Makes each trained weight (1 - share) × itself + share × the base's.
+    """Replaces each trained weight with (1 - share) × itself + share × the base's weight.
 
-    The new parameters stay as they are. All processes call it, and choose the same.
+    New parameters are unchanged. All processes call it and choose the same share.
 
     Args:
-        training: after its `train()`, with documents to evaluate on; with a share, these may be missing.
-        base: the `base_weights` of its model before that.
-        share: default: that of SHARES with the least held-out loss, the first of equally good ones.
+        training: after its `train()`, with documents to evaluate on; optional if a share is given.
+        base: the `base_weights` of its model before the training.
+        share: by default, the share in SHARES with the lowest held-out loss (the first if several are equal).
 
     Returns:
-        For the model card: `base_share`, if anything can be mixed; and of the held-out documents `eval_loss` and
+        Numbers for the model card: `base_share`, if anything can be mixed; on held-out documents, `eval_loss` and
         `eval_perplexity` of the mixed model, and the perplexities of the base, of the trained model and, if it sees
-        images, of the mixed model without them.
+        images, of the mixed model without images.
     """
     model: Any = training.model
     trained = base_weights(model)
@@ -53,11 +53,11 @@ def mix(training: ImageTrainer, base: Mapping[str, Tensor], share: float | None 
         return training.held_out_loss()
 
     with _without_images(model):
-        of_base = loss(1.0)  # the new parameters have no part in it
+        of_base = loss(1.0)  # new parameters have no effect
     losses = {share: loss(share) for share in _shares(base, share)}
     chosen = min(losses, key=lambda share: losses[share]) if share is None else share
     with _without_images(model):
-        without_images = loss(chosen)  # and the model stays so
+        without_images = loss(chosen)  # the model keeps the chosen share
     perplexities = {
         "eval_perplexity": losses[chosen],
         "eval_perplexity_base": of_base,
@@ -71,14 +71,14 @@ def mix(training: ImageTrainer, base: Mapping[str, Tensor], share: float | None 
 
 
 def _shares(base: Mapping[str, Tensor], share: float | None) -> Sequence[float]:
-    """Those whose loss is looked at, 0 first, which is the trained model."""
+    """The shares to evaluate; 0, the trained model, is first."""
     if not base:
         return SHARES[:1]
     return SHARES if share is None else tuple(dict.fromkeys((0.0, share)))
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that train and that the base has too, by name."""
+    """The trained parameters that the base also contains, by name."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and FUSION_NAME not in name:
             yield name, parameter
@@ -92,7 +92,7 @@ def _set(model: nn.Module, trained: Mapping[str, Tensor], base: Mapping[str, Ten
 
 @contextmanager
 def _without_images(model: nn.Module) -> Iterator[None]:
-    """Calls of `model`, whose arguments have names, get no images."""
+    """Within the block, calls of `model` with keyword arguments get no images."""
 
     def drop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         others = {name: value for name, value in kwargs.items() if not name.startswith("image_")}

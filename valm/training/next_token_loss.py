@@ -1,4 +1,4 @@
-"""The loss of next tokens with smoothed labels, and which models compute the loss of next tokens."""
+"""The next-token loss with smoothed labels, and a test whether a model computes the next-token loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from valm.training.collate import IGNORED
 
 
 class NextTokenLoss:
-    """The cross entropy of each token with the logits before it; a `compute_loss_func` of transformers' Trainer.
+    """The cross entropy of each token with the preceding logits; a `compute_loss_func` of transformers' Trainer.
 
     Args:
         smoothing: share of the target that is spread evenly over the vocabulary (Szegedy et al. 2016).
@@ -24,7 +24,7 @@ class NextTokenLoss:
         self.smoothing = smoothing
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The sum over the tokens, divided by num_items_in_batch, or by their number.
+        """The sum over the tokens, divided by num_items_in_batch if given, else by their number.
 
         Args:
             outputs: of the model, with logits (B, T, V).
@@ -45,9 +45,9 @@ class NextTokenLoss:
 
 @torch.no_grad()
 def has_next_token_loss(model: Any) -> bool:
-    """Whether the loss that `model` returns is of next tokens, and divided by num_items_in_batch.
+    """Whether `model` returns the loss of next tokens, divided by num_items_in_batch.
 
-    In transformers, that of BART's kind compares each token with its own logits, and is a mean over the batch.
+    transformers' BART and its kin compare each token with its own logits and return a mean over the batch.
     """
     ids = probe_tokens(model)
     first_unseen = ids.clone()

@@ -12,12 +12,12 @@ class TrainingOrder(Sampler[int]):
     """The numbers below `size` in one sequence for the whole training, reshuffled after each pass.
 
     Step i reads the rows [i · step_rows, (i + 1) · step_rows) of the sequence. So all batches are full, a step's rows
-    depend only on the seed, `size` and `step_rows`, and no two processes read the same position. An epoch has as many
-    whole steps as fit, and the next epoch continues where it ended. After the last step there are no rows.
+    depend only on the seed, `size` and `step_rows`, and no two processes read the same position. An epoch contains as
+    many whole steps as fit, and the next epoch continues where it ended. The sequence ends with the last step.
 
     Args:
         size: rows of the data.
-        step_rows: rows of a step, of all processes together.
+        step_rows: rows that all processes together read in a step.
         seed: seed of the order.
         step: returns the number of finished steps.
         max_steps: steps of the training, or -1 if the epochs determine them.

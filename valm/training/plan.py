@@ -1,4 +1,4 @@
-"""What a training is: the options of `valm train`, which are the fields of `TrainingPlan`."""
+"""`TrainingPlan`, the description of a training. Its fields are the options of `valm train`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from valm.corpus.texts import TextCorpus
 
 STEPS = 1000
-# Evaluations of a training, and how many without gain end it, unless the fields say otherwise.
+# Default number of evaluations in a training, and how many evaluations without improvement end it.
 EVALUATIONS, PATIENCE = 20, 3
-# Fields of a pretrained decoder only.
+# Fields for pretrained decoders only.
 BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
 PATHS = ("kb", "retrieval", "questions", "ordinary_text")
-# Layers, width and heads of new models: the demo's, that of nanoGPT's example on Shakespeare, and GPT-2.
+# Layers, width and heads of new models: the demo's model, nanoGPT's Shakespeare example, and GPT-2.
 SIZES = {"tiny": "4x128x8", "small": "6x384x6", "base": "12x768x12"}
 
 
@@ -35,14 +35,51 @@ def score(text: str) -> float | str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What a training is. Its fields are the options of `valm train`, which says of each what it is (`valm train
-    --help`), and whose names the error messages use.
+    """Describes a training, for `run_plan`. Its fields are the options of `valm train`; errors use the options' names.
 
     Attributes:
-        corpus: the texts to train on. With `kb` their images are retrieved as `valm retrieve` does by default, into a
-            folder beside `out`. Without one, `retrieval` has them.
-        fields: fields of transformers' TrainingArguments; they come before `steps`, `batch_size`, `lr` and `seed`.
+        corpus: the texts to train on. If `kb` is given, their images are retrieved as by `valm retrieve`, into a folder
+            next to `out`. Give either `corpus` or `retrieval`.
         allow_download: load the CLIP from the hub that the knowledge base names.
+        fields: fields of transformers' TrainingArguments. They override `steps`, `batch_size`, `lr` and `seed`.
+        retrieval: folder that `valm retrieve` wrote, to train on without CLIP.
+        out: folder of the checkpoints and of the model.
+        resume: resume from the newest checkpoint in `out`, if there is one.
+        kb: folder of the knowledge base; without it, the model sees no images.
+        tokenizer: tokenizer of a new text-only model (without `kb`): folder or Hugging Face name; default CLIP's.
+        twin: train a control instead of the model with `kb`: "text", "random", "blind" or "shuffled" (see
+            `valm.training.data.twin`).
+        base: pretrained decoder to augment instead of making a new model: folder or Hugging Face name.
+        layer: with `base`: the layer that sees the images, negative from the end.
+        unfreeze: with `base`: also train this layer ("block") or all weights ("all").
+        logit_bias: with `base`: initial bias of each head's image scores; default -10.
+        score_scale: initial value of a learned weight on the retrieval score; default: scores are not used.
+        min_score: score threshold: a token whose best image has a lower retrieval score sees no image. "auto" chooses
+            the threshold that 95 % of the knowledge base's captions reach.
+        questions: with min_score="auto": file of texts whose last tokens need images, instead of the captions.
+        ordinary_text: with min_score="auto": file of texts that need no images; 5 % of their tokens see some.
+        fusion_lr: with `base`: learning rate of the new parameters; default `lr`.
+        cache_below: with `base`: folder for the input of the fusion layer, computed once; all lower layers must be
+            frozen.
+        limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
+        image_dropout: share of the documents, different in each pass, that train without their images.
+        model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
+        context: maximum tokens of a document; longer documents are cut.
+        steps: updates; default 1000.
+        batch_size: documents a step and process.
+        lr: learning rate.
+        seed: random seed for weights, data order, validation split and dropout.
+        validation: text file, result of `valm retrieve`, or fraction of the documents to hold out. The best checkpoint
+            becomes the model.
+        patience: with `validation`: stop after this many evaluations without improvement; 0: never; default 3.
+        mix: with `base` and `unfreeze`: share of the base's weights in the final model (`valm.training.mix`).
+
+    Example:
+        >>> from valm.corpus.texts import TextCorpus
+        >>> from valm.training import TrainingPlan
+        >>> plan = TrainingPlan(corpus=TextCorpus(["corpus.txt"]), kb="kb", model="tiny", out="trained")
+        >>> plan.size()  # layers, width, heads
+        (4, 128, 8)
     """
 
     corpus: TextCorpus | None = None
@@ -55,142 +92,137 @@ class TrainingPlan:
     resume: bool = option("resume from the newest checkpoint in --out, if any", False)
     kb: str | os.PathLike | None = option("knowledge base; without it the model sees no images")
     tokenizer: str | None = option(
-        "that of a new model of a corpus without --kb: folder or Hugging Face name (default: CLIP's)"
+        "tokenizer of a new text-only model (without --kb): folder or Hugging Face name (default: CLIP's)"
     )
     twin: str | None = option(
-        "train a control of the model with --kb instead, on the same tokens in the same order with the same seed: "
-        "without images, with random ones of the knowledge base, with its retrieval query as each token's one image "
-        "(Blind), or with the images of other tokens of the corpus",
+        "train a control instead of the model with --kb, on the same tokens in the same order with the same seed: "
+        "text, without images; random, with random images of the knowledge base; blind, with each token's retrieval "
+        "query instead of its image; shuffled, with the images of other tokens of the corpus",
         choices=TWINS,
     )
     base: str | None = option(
         "augment this pretrained decoder instead of making a new model: folder or Hugging Face name"
     )
     layer: int | None = option(
-        "with --base: the layer that sees the images (default: -2, or the last that has keys of its own)"
+        "with --base: the layer that sees the images (default: -2, or the last layer that computes its own keys)"
     )
     unfreeze: str | None = option(
-        "with --base: train this layer or all weights too, not the new parameters alone", choices=["block", "all"]
+        "with --base: also train this layer (block) or all weights, not only the new parameters",
+        choices=["block", "all"],
     )
     logit_bias: float | None = option(
-        "with --base: initial bias of each head's image scores (default: -10, at which no image counts)"
+        "with --base: initial bias of each head's image scores (default: -10, at which images have almost no weight)"
     )
     score_scale: float | None = option(
         "initial value of a learned weight on the retrieval score, added to the image's attention scores; the corpus "
         "must be retrieved with scores (default: retrieval scores are not used)"
     )
     min_score: float | str | None = option(
-        "a token whose best image has a lower retrieval score sees none; auto chooses what 95 in 100 captions of the "
-        "knowledge base reach (default: each token but the first of a document sees images)",
+        "score threshold: a token whose best image has a lower retrieval score sees no image; auto: the threshold that "
+        "95 in 100 captions of the knowledge base reach (default: every token but a document's first sees images)",
         metavar="SCORE",
         parse=score,
     )
     questions: str | os.PathLike | None = option(
-        "with --min-score auto, instead of the captions: texts at whose last tokens images matter; 95 in 100 of them "
-        "keep theirs",
+        "with --min-score auto: texts whose last tokens need images; 95 in 100 reach the threshold (default: captions "
+        "of the knowledge base)",
         metavar="FILE",
     )
     ordinary_text: str | os.PathLike | None = option(
-        "with --min-score auto, instead: texts that need no images; 5 in 100 of their tokens see some", metavar="FILE"
+        "with --min-score auto: texts that need no images; 5 in 100 of their tokens reach the threshold",
+        metavar="FILE",
     )
     fusion_lr: float | None = option("with --base: learning rate of the new parameters (default: --lr)", least=0)
     cache_below: str | os.PathLike | None = option(
-        "with --base: compute what the layer reads once into this folder, which twins can share, and train from there; "
-        "all below it must be frozen",
+        "with --base: compute the input of the fusion layer once into this folder, which controls can share, and train "
+        "from there; all lower layers must be frozen",
         metavar="FOLDER",
     )
     limit_softmax: bool = option(
-        "compute the training loss over the tokens of the corpus and a random sample of the others in each step, which "
-        "is faster where the corpus has few",
+        "compute the training loss over the tokens of the corpus and a random sample of the others in each step; "
+        "faster if the corpus contains few different tokens",
         False,
     )
     image_dropout: float = option(
-        "share of the documents that train without their images, others in each pass, so that the model stays good "
-        "without any; the text-only twin ignores it",
+        "share of the documents, different in each pass, that train without their images, so that the model stays good "
+        "without images; ignored by --twin text",
         0.0,
         least=0,
         below=1,
         metavar="SHARE",
     )
     model: str | None = option(
-        f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; the last but "
-        "one of its layers sees the images (default: base)",
+        f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "
+        "second-to-last layer sees the images (default: base)",
         metavar="SIZE",
     )
-    context: int = option("most tokens of a document, longer ones are cut", 512, least=1)
-    steps: int | None = option("updates (default: 1000, or what --num_train_epochs says)", least=1)
+    context: int = option("maximum tokens of a document; longer documents are cut", 512, least=1)
+    steps: int | None = option("updates (default: 1000, or as --num_train_epochs determines)", least=1)
     batch_size: int = option("documents a step and process", 16, least=1)
     lr: float = option("learning rate", 5e-4, least=0)
-    seed: int = option("of weights, order, documents held out and dropout", 0, least=0, below=MAX_SEED)
+    seed: int = option("random seed for weights, data order, validation split and dropout", 0, least=0, below=MAX_SEED)
     validation: str | os.PathLike | float | None = option(
-        "text file, result of `valm retrieve`, or fraction of the documents to hold out, such as 0.01: perplexity on "
-        "it at 20 steps of the training (--eval_steps), and the best checkpoint becomes the model",
+        "text file, result of `valm retrieve`, or fraction of the documents to hold out, such as 0.01; its perplexity "
+        "is measured 20 times (--eval_steps), and the best checkpoint becomes the model",
         metavar="CORPUS",
         parse=str,
     )
     patience: int | None = option(
-        "with --validation: stop after so many evaluations that were no better; 0: never (default: 3)", least=0
+        "with --validation: stop after this many evaluations without improvement; 0: never (default: 3)", least=0
     )
     mix: float | None = option(
-        "with --base and --unfreeze: share of the base's weights in the model at the end (`valm.training.mix`) "
-        "(default: with --validation, that which predicts its documents best, else 0)",
+        "with --base and --unfreeze: share of the base's weights in the final model (default: with --validation, the "
+        "share with the lowest perplexity, else 0)",
         least=0,
         below=1,
         metavar="SHARE",
     )
 
     def check(self) -> None:
-        """Checks the fields against each other; nothing is opened.
-
-        Raises:
-            ValmError: some do not go together.
-        """
+        """Checks the fields against each other, without opening files. Raises ValmError if fields contradict each
+        other."""
         if (self.corpus is None) == (self.retrieval is None):
             raise ValmError("give either a corpus or --retrieval")
         check_fields(self)
         if self.validation is None and self.patience is not None:
-            raise ValmError("--patience looks at the evaluations: give --validation too")
+            raise ValmError("--patience counts evaluations: give --validation too")
         if self.patience and not self.training_fields()["load_best_model_at_end"]:
-            raise ValmError("--patience keeps the best checkpoint: leave --load_best_model_at_end as it is, or give 0")
+            raise ValmError("--patience needs the best checkpoint: leave --load_best_model_at_end out, or give 0")
         if self.mix is not None and self.unfreeze is None:
-            raise ValmError("--mix is of a base that trains too: give --base and --unfreeze")
+            raise ValmError("--mix is for a base whose weights train: give --base and --unfreeze")
         for name in BASE_FIELDS if self.base is None else ():
             if getattr(self, name) is not None:
-                raise ValmError(f"--{name.replace('_', '-')} is of a pretrained decoder: give --base too")
+                raise ValmError(f"--{name.replace('_', '-')} is for a pretrained decoder: give --base too")
         if self.base is not None and self.model is not None:
-            raise ValmError("--model is the size of a new model: --base has its own")
+            raise ValmError("--model is the size of a new model, but --base has its own: leave --model out")
         self.size()
         if self.tokenizer is not None and (self.retrieval or self.kb or self.base):
             raise ValmError(
-                "--tokenizer is of a new model of a corpus without --kb: `valm retrieve` has the same option for what "
-                "it writes, and --base has its own"
+                "--tokenizer is for a new text-only model: --base has its own tokenizer, and for a model with images, "
+                "give --tokenizer to `valm retrieve`"
             )
         of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
         given = {name: getattr(self, name) for name in of_images} | {"image_dropout": self.image_dropout or None}
         for name, value in given.items():
             if value is not None and self.kb is None:
-                raise ValmError(f"--{name.replace('_', '-')} is of a model with images: give its --kb too")
+                raise ValmError(f"--{name.replace('_', '-')} is for a model with images: give --kb too")
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
-                f"--twin {self.twin} exchanges images, and their retrieval scores are not known: give it without "
-                "--score-scale"
+                f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"
             )
         texts = [text for text in (self.questions, self.ordinary_text) if text is not None]
         if self.min_score != "auto" and texts:
-            raise ValmError("--questions and --ordinary-text choose the min_score: give --min-score auto with them")
+            raise ValmError("--questions and --ordinary-text choose the score threshold: give --min-score auto too")
         if len(texts) > 1:
-            raise ValmError("--min-score auto chooses it from one text: give either --questions or --ordinary-text")
+            raise ValmError("--min-score auto uses one kind of text: give either --questions or --ordinary-text")
         if isinstance(self.min_score, str) and self.min_score != "auto":
             raise ValmError(f"--min-score must be a number or auto, got {self.min_score!r}")
         if "output_dir" in self.fields:
-            raise ValmError("output_dir is the folder that --out names: leave it out")
+            raise ValmError("--out sets output_dir: leave output_dir out")
 
     def check_paths(self) -> None:
-        """Checks that what the fields name is there, before what takes long: the rest is read hours later.
-
-        Raises:
-            ValmError: something is not.
-        """
+        """Checks that all files and folders of the fields exist; some are opened only hours later. Raises ValmError if
+        a file or folder is missing."""
         validation = None if self.validation is None else validation_of(self.validation)
         named: list[tuple[str, Any]] = [("--validation", validation if isinstance(validation, Path) else None)]
         named += [(f"--{name.replace('_', '-')}", getattr(self, name)) for name in PATHS]
@@ -200,11 +232,7 @@ class TrainingPlan:
                 raise ValmError(f"{name}: there is no {path}")
 
     def size(self) -> tuple[int, int, int]:
-        """Layers, width and heads of a new model.
-
-        Raises:
-            ValmError: `model` is no size.
-        """
+        """Layers, width and heads of a new model. Raises ValmError if `model` is not a size."""
         given = "base" if self.model is None else self.model
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", SIZES.get(given, given)):
             known = ", ".join(f"{name} ({size})" for name, size in SIZES.items())
@@ -214,20 +242,20 @@ class TrainingPlan:
         return layers, width, heads
 
     def stops_after(self) -> int:
-        """How many evaluations without gain end the training; 0: none do."""
+        """How many evaluations without improvement end the training; 0: training never stops early."""
         if self.validation is None or not self.training_fields()["load_best_model_at_end"]:
             return 0
         return PATIENCE if self.patience is None else self.patience
 
     def training_fields(self) -> dict[str, Any]:
-        """The fields of TrainingArguments that are given, or follow from other fields of the plan."""
+        """The fields of TrainingArguments that are given or follow from other fields of the plan."""
         found: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
         if self.steps is not None or "num_train_epochs" not in self.fields:
             found["max_steps"] = STEPS if self.steps is None else self.steps
         found |= {"per_device_train_batch_size": self.batch_size, "learning_rate": self.lr, "seed": self.seed}
         found |= self.fields
         if self.validation is not None:
-            # where the epochs say how many steps there are, a share of them
+            # a share of the steps if the epochs determine their number
             default = max(1, found["max_steps"] // EVALUATIONS) if found.get("max_steps", -1) > 0 else 1 / EVALUATIONS
             steps = found.get("save_steps", found.get("eval_steps", default))
             best = {"eval_strategy": "steps", "eval_steps": steps, "save_steps": steps, "load_best_model_at_end": True}
@@ -237,7 +265,7 @@ class TrainingPlan:
 
 
 def validation_of(given: str | os.PathLike | float) -> float | Path:
-    """The fraction or the path that `validation` of a plan means; a text may be either."""
+    """The fraction or the path in a plan's `validation`; a string may be either."""
     if isinstance(given, float):
         return given
     try:

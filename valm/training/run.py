@@ -1,4 +1,4 @@
-"""Runs a `TrainingPlan`: a training from beginning to end."""
+"""Runs a `TrainingPlan` from beginning to end."""
 
 from __future__ import annotations
 
@@ -36,23 +36,32 @@ from valm.training.plan import TrainingPlan, validation_of
 from valm.training.run_note import begun_checkpoint, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
 
-# Tokens whose queries a blind model keeps from one epoch to the next.
+# Tokens whose queries a blind model caches from epoch to epoch.
 CACHED_QUERIES = 1 << 17
 
 
 def run_plan(plan: TrainingPlan, *, command: str | None = None) -> ImageTrainer:
-    """Trains, and writes the model into `plan.out`. In a launched training all processes call it.
+    """Trains a model and writes it to `plan.out`. In a launched training, all processes call it.
 
     Args:
-        command: for the model card (`write_card`).
+        plan: describes the training.
+        command: command for the model card.
 
     Returns:
         The Trainer after the training.
 
     Raises:
-        ValmError: fields do not go together, or with what `out` holds; something cannot be read or does not belong
+        ValmError: fields contradict each other or the content of `out`; data, knowledge base and model do not belong
             together; another process trains in `out`; or as in `ImageTrainer.train`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM has ended it, after a step, with a checkpoint.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ended the training after a step, with a checkpoint.
+
+    Example:
+        >>> from valm.corpus.texts import TextCorpus
+        >>> from valm.training import TrainingPlan, run_plan
+        >>> corpus = TextCorpus(["corpus.txt"])
+        >>> plan = TrainingPlan(corpus=corpus, tokenizer="base", model="2x32x4", context=32, steps=2, out="trained")
+        >>> run_plan(plan).state.global_step
+        2
     """
     plan.check()
     plan.check_paths()
@@ -70,7 +79,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     training = trainer(
         model,
         data.documents,
-        data.kb if sees.retrieves else None,  # a blind model makes its queries as it trains
+        data.kb if sees.retrieves else None,  # a blind model computes its queries while it trains
         tokenizer=data.tokenizer,
         arguments=settings,
         eval_dataset=data.held_out,
@@ -92,7 +101,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         print(summary(plan, model, data.documents, training), file=sys.stderr)
         if plan.resume:
             begins = "at step 0: there is no checkpoint" if checkpoint is None else f"from {Path(checkpoint).name}"
-            print(f"the training in {out} goes on {begins}", file=sys.stderr)
+            print(f"the training in {out} resumes {begins}", file=sys.stderr)
     show_progress(training, "train")
     # saving a model locks the folder itself
     with only_training(out) if settings.should_save else nullcontext():
@@ -106,22 +115,23 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
 
 
 def summary(plan: TrainingPlan, model: Any, documents: Any, training: ImageTrainer) -> str:
-    """One line that says what is trained, and whether it sees images."""
+    """A line that says what is trained, and whether it sees images."""
     images = model.fusion_options.num_images
     of = "its query as the image of a token" if plan.twin == "blind" else f"{images} images a token of {plan.kb}"
-    sees = of if images else "text alone"
+    sees = of if images else "text only"
     count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     data = f"{len(documents):,} documents, {training.get_total_train_batch_size(training.args)} a step"
-    what = "a model" if plan.twin is None else f"the {plan.twin} twin"
+    what = "a model" if plan.twin is None else f"the {plan.twin} control"
     return f"training {what} with {sees}: {trained:,} of {count:,} parameters; {data}"
 
 
 class Data(NamedTuple):
-    """What a training reads.
+    """The inputs of a training.
 
     Attributes:
-        corpus: all documents. documents, held_out: those to train on and to evaluate on, with the images of the twin.
-        min_score: of the documents, also of those of a twin that has images.
+        corpus: all documents.
+        min_score: score threshold of the documents, also for controls with images.
+        documents, held_out: the documents to train on and to evaluate on, with the control's images.
     """
 
     kb: ImageKnowledgeBase | None
@@ -133,11 +143,7 @@ class Data(NamedTuple):
 
 
 def _open(plan: TrainingPlan, seed: int) -> Data:
-    """Opens, or retrieves, all that a training reads.
-
-    Raises:
-        ValmError: something does not belong together.
-    """
+    """Opens or retrieves the inputs of a training. Raises ValmError if the inputs do not belong together."""
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     corpus, tokenizer = _open_corpus(plan)
     min_score = None if kb is None or plan.twin in ("text", "blind") else _min_score(plan, kb, corpus)
@@ -162,7 +168,7 @@ def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: Any) -> float
     settings = dict(corpus.query_settings)
     precision = getattr(torch, settings.pop("precision"))
     of_clip = {"clip": corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
-    # on the CPU, where all processes of a training choose the same, and int8 runs
+    # on the CPU, where int8 runs and all processes of a training find the same threshold
     encoder = open_encoder(kb, tokenizer=corpus.tokenizer, dtype=precision, **of_clip, **settings)
     texts = {"questions": plan.questions, "ordinary_text": plan.ordinary_text}
     found = find_min_score(Retriever(encoder, kb, corpus.k), **texts)
@@ -171,8 +177,8 @@ def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: Any) -> float
 
 
 def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
-    """The model or its twin, before the training on `device`: a VaLM with random weights, or a pretrained decoder
-    augmented; without images GPT-2*, or a text-only twin."""
+    """The model or control before the training on `device`: a VaLM with random weights or an augmented decoder. Without
+    images it is the text-only baseline."""
     kb, blind = data.kb, plan.twin == "blind"
     images: dict[str, Any] = {}
     if kb is not None and plan.twin != "text":
@@ -194,7 +200,7 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
         model: Any = VaLMForCausalLM(config)
     else:
         if not images and plan.unfreeze is None:
-            raise ValmError("the text-only twin has no new parameters to train: give --unfreeze block or all")
+            raise ValmError("the text-only baseline has no new parameters to train: give --unfreeze block or all")
         given = {"layer": plan.layer, "unfreeze": plan.unfreeze, "logit_bias": plan.logit_bias}
         said: Any = {name: value for name, value in given.items() if value is not None}
         model = augment(load_decoder(plan.base), **(images or {"num_images": 0, "image_dim": 1}), **said)
@@ -209,16 +215,12 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
 def _open_validation(
     plan: TrainingPlan, dataset: Any, tokenizer: PreTrainedTokenizerFast, path: Path
 ) -> Documents | CorpusRetrieval:
-    """The documents of `validation` that are in `path`.
-
-    Raises:
-        ValmError: they do not belong to `dataset`.
-    """
+    """The documents of `validation` in `path`. Raises ValmError if the documents do not belong to `dataset`."""
     texts = TextCorpus([path], column=plan.corpus.column if plan.corpus is not None else "text")
     if not isinstance(dataset, CorpusRetrieval):
         if path.is_dir():
             raise ValmError(
-                f"--validation {path} is a result of `valm retrieve`, and the corpus is none: give a text file"
+                f"--validation {path} is a result of `valm retrieve`, but the corpus is not: give a text file"
             )
         return _read(texts, tokenizer)
     if plan.retrieval is not None and not path.is_dir():
@@ -228,8 +230,8 @@ def _open_validation(
         here, there = (corpus.manifest["plan"].get(name) for corpus in (found, dataset))
         if here != there:
             raise ValmError(
-                f"--validation {path} was retrieved otherwise than the corpus: its {name.replace('_', ' ')} is "
-                f"{here}, not {there}"
+                f"--validation {path} was not retrieved like the corpus: its {name.replace('_', ' ')} is {here}, "
+                f"not {there}; retrieve it again"
             )
     return found
 
@@ -243,24 +245,24 @@ def _open_corpus(plan: TrainingPlan) -> tuple[Documents | CorpusRetrieval, PreTr
     if plan.corpus is not None:
         documents = _retrieve(plan, plan.corpus, "retrieval")
     else:
-        assert plan.retrieval is not None  # as `check` found
+        assert plan.retrieval is not None  # `check` makes sure
         documents = CorpusRetrieval.open(plan.retrieval)
-    if plan.base is not None:  # `trainer` compares the base's own with the corpus'
+    if plan.base is not None:  # `trainer` compares the base's tokenizer with the corpus's
         return documents, own_tokenizer(plan.base)
-    chats = documents.tokenizer.chat_template is not None  # which a model trained from nothing cannot
+    chats = documents.tokenizer.chat_template is not None  # a model trained from scratch cannot chat
     return documents, load_tokenizer(documents.path) if chats else documents.tokenizer
 
 
 def _read(corpus: TextCorpus, tokenizer: PreTrainedTokenizerFast) -> Documents:
-    """The documents of a model of text alone."""
+    """The documents of a text-only model."""
     found, groups = tokenized(list(corpus.documents()), tokenizer)
     return Documents([{"input_ids": document} for document in found], of_images=groups)
 
 
 def _retrieve(plan: TrainingPlan, corpus: TextCorpus, name: str) -> CorpusRetrieval:
-    """Retrieves a corpus into a folder beside `out`, which is not published with the model."""
+    """Retrieves a corpus into a folder next to `out`, so that it is not published with the model."""
     if launched_processes() > 1:
-        raise ValmError("several processes train on what one has retrieved: run `valm retrieve`, and give --retrieval")
+        raise ValmError("only one process can retrieve: run `valm retrieve` first, and give --retrieval")
     assert plan.kb is not None
     out = Path(plan.out).absolute()
     given: Any = {"corpus": corpus, "kb": plan.kb, "tokenizer": plan.base, "allow_download": plan.allow_download}

@@ -1,4 +1,4 @@
-"""What a training is, noted in its folder: `_run.json`, which a resumed one compares."""
+"""Notes what a training is in its folder (`_run.json`), so that a resumed training can compare it."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from valm.training.image_trainer import ImageTrainer, newest_checkpoint
 from valm.training.plan import TrainingPlan, validation_of
 from valm_kernels.atomic_files import SAVE_WAIT_SECONDS, folder_lock, is_temporary, remove_leftovers
 
-RUN_FILE = "_run.json"  # uploads ignore names that begin so
+RUN_FILE = "_run.json"  # uploads ignore names that begin with _
 LOGS = "runs"  # of TensorBoard
-# What a resumed training may change of its plan, or is compared by its content or in another way ...
+# Fields of the plan that a resumed training may change, or whose content is compared in another way ...
 FREE = {
     *("allow_download", "base", "batch_size", "cache_below", "corpus", "fields", "kb", "mix", "ordinary_text", "out"),
     *("patience", "questions", "resume", "retrieval", "steps", "tokenizer"),
 }
-# ... and, by their prefixes, of TrainingArguments: what changes neither the data nor the weights after a step, or says
-# how many steps there are, or which checkpoint becomes the model, and the parts of `step_rows`.
+# ... and prefixes of such fields of TrainingArguments: they change neither the data nor the weights after a step, or
+# determine the number of steps or which checkpoint becomes the model, or are part of `step_rows`.
 FREE_FIELDS = (
     *("dataloader_", "ddp_", "disable_tqdm", "eval_", "gradient_accumulation", "hub_", "load_best_", "log"),
     *("max_steps", "num_train_epochs", "per_device_", "push_", "report_to", "restore_callback_states", "run_name"),
     *("save_", "use_cpu"),
 )
-# The options of what RUN_FILE has under other names.
+# Options that RUN_FILE contains under other names.
 OPTIONS = {"data": "data", "step_rows": "--batch-size of all processes together"}
 REMEDY = "choose another folder"
 
 
 def begun_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
-    """The checkpoint in `out` to resume from, None to start; `writes`: whether it is this process that writes to `out`.
+    """The checkpoint in `out` to resume from; None to start. writes: whether this process writes to `out`.
 
-    A training that ended before its first checkpoint has nothing to resume or to lose: its note is removed.
+    If a training ended before its first checkpoint, its note is removed: there is nothing to resume.
 
     Raises:
-        ValmError: `out` holds something, and no training is to be resumed in it; or not that of a training; or another
-            process trains there.
+        ValmError: `out` is not empty, and no training is to be resumed or contained in it; or another process trains
+            there.
     """
-    if writes:  # the others may find what this one has written
+    if writes:  # other processes may see files that this process has written
         remove_leftovers(out)
         found = [file.name for file in out.iterdir() if not is_temporary(file.name)]
         if (out / RUN_FILE).is_file() and {*found} <= {RUN_FILE, LOGS}:
@@ -55,27 +55,24 @@ def begun_checkpoint(out: Path, resume: bool, writes: bool) -> str | None:
         if found and not resume:
             raise ValmError(f"the output folder {out} is not empty: choose another, or give --resume to continue in it")
         if found and RUN_FILE not in found:
-            raise ValmError(f"{out} holds no training that could be resumed (it has no {RUN_FILE}): choose another")
+            raise ValmError(f"{out} contains no training to resume (it contains no {RUN_FILE}): choose another folder")
     return newest_checkpoint(out) if resume else None
 
 
 def only_training(out: Path) -> AbstractContextManager[None]:
-    """Keeps other processes from training in `out`, whose training is noted, until the block ends.
-
-    Raises:
-        TimeoutError: another process trains there.
-    """
+    """Within the block, keeps other processes from training in `out`, whose training is noted. Raises TimeoutError if
+    another process trains there."""
     return folder_lock(out / RUN_FILE, WAIT_SECONDS)
 
 
 def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any, held_out: Any) -> None:
-    """Notes in the folder `out` what decides the steps of `training`, unless the same is noted there.
+    """Notes in the folder `out` what decides the steps of `training`, or compares it with the note there.
 
     Args:
-        dataset: all its documents, with those that are held out.
+        dataset: all documents, including held-out documents.
 
     Raises:
-        ValmError: the folder has the note of another one; the message names the first option that differs.
+        ValmError: the note belongs to another training; the message names the first option that differs.
     """
     file = out / RUN_FILE
     model: Any = training.model
@@ -83,7 +80,7 @@ def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any
     fields |= {name: value for name, value in plan.fields.items() if not name.startswith(FREE_FIELDS)}
     validation = None if plan.validation is None else validation_of(plan.validation)
     run = fields | {
-        "kb": None if plan.kb is None else "given",  # its content is in the data
+        "kb": None if plan.kb is None else "given",  # the data cover its content
         "model": "x".join(map(str, plan.size())) if plan.base is None else None,
         "min_score": model.fusion_options.min_score,
         "validation": content_of(held_out) if isinstance(validation, Path) else validation and str(validation),
@@ -95,7 +92,7 @@ def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any
         before = read_json(file, "the note on a training", dict[str, Any], REMEDY)
         _compare_bases(out, before.pop("base", None), run.pop("base"))
         before.pop("numbers", None)
-        check_same(f"{out} holds another training", before, run, REMEDY, _option_of)
+        check_same(f"{out} contains another training", before, run, REMEDY, _option_of)
     elif training.is_world_process_zero():
         with folder_lock(out, SAVE_WAIT_SECONDS):
             if file.exists():
@@ -104,7 +101,7 @@ def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any
 
 
 def note_numbers(out: Path, training: ImageTrainer) -> None:
-    """Adds to the note in `out` what was measured after `training`."""
+    """Adds the numbers that were measured after `training` to the note in `out`."""
     if training.is_world_process_zero():
         run = read_json(out / RUN_FILE, "the note on a training", dict[str, Any], REMEDY)
         write_json(out / RUN_FILE, run | {"numbers": training.numbers})
@@ -113,19 +110,19 @@ def note_numbers(out: Path, training: ImageTrainer) -> None:
 def _compare_bases(out: Path, before: Any, now: Any) -> None:
     if (now is None) != (before is None):
         kind = "a pretrained decoder (--base)" if now is None else "a new model, without --base"
-        raise ValmError(f"{out} holds the training of {kind}; {REMEDY}")
+        raise ValmError(f"{out} contains the training of {kind}: {REMEDY}")
     if now is not None and (other := other_tensor(now, before)) is not None:
-        raise ValmError(f"{out} holds the training of another base model: {other} had other values; {REMEDY}")
+        raise ValmError(f"{out} contains the training of another base model ({other} differs): {REMEDY}")
 
 
 def _option_of(name: str) -> str:
-    """What a user calls the setting `name` of RUN_FILE."""
+    """The option for the setting `name` of RUN_FILE."""
     own = name in TrainingPlan.__dataclass_fields__
     return OPTIONS.get(name) or f"--{name.replace('_', '-') if own else name}"
 
 
 def content_of(dataset: Any) -> str:
-    """A hash of all the documents."""
+    """A hash of all documents."""
     if isinstance(dataset, CorpusRetrieval):
         return dataset.fingerprint
     return fingerprint([document["input_ids"] for document in dataset])

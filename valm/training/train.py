@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer."""
+"""Training with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
 
 log = logging.getLogger(__name__)
 
-# Defaults of `training_arguments`. AdamW and clipping as in Wang et al. 2022, whose schedule was inverse_sqrt.
+# Defaults of `training_arguments`. AdamW and clipping as in Wang et al. 2022, who used the schedule inverse_sqrt.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
@@ -42,11 +42,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> TrainingArguments:
-    """`TrainingArguments` with `DEFAULTS` for the fields that are not given; use_cpu is set where torch has no GPU.
-
-    Raises:
-        ValmError: there is no such field, transformers rejects a value, or launched processes would not train together.
-    """
+    """`TrainingArguments` with `DEFAULTS` for fields that are not given; use_cpu is set if torch finds no GPU. Raises
+    ValmError if a field does not exist, transformers rejects a value, or launched processes would not train
+    together."""
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in fields:
         if name not in known:
@@ -57,7 +55,7 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
         "use_cpu": not torch.accelerator.is_available(),
     }
     if str(fields.get("metric_for_best_model")).endswith("perplexity"):
-        own["greater_is_better"] = False  # which transformers takes to be so for losses only
+        own["greater_is_better"] = False  # transformers assumes that only for losses
     try:
         arguments = TrainingArguments(output_dir=os.fspath(output_dir), **(DEFAULTS | own | fields))
     except (ImportError, TypeError, ValueError) as error:
@@ -81,39 +79,52 @@ def trainer(
     image_dropout: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
-    """A transformers `Trainer` for a model that takes images, which may be changed before its `train()`.
+    """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
 
-    Everything is the Trainer's: precision, accumulation, schedules, logs, checkpoints, several processes. The loss is a
+    Precision, accumulation, schedules, logs, checkpoints and several processes work as in the Trainer. The loss is the
     mean over all tokens of a step, in any batch and process. A copy of `arguments` is adapted to the data: columns are
     not removed, each process makes batches from its own documents, and the logs show losses that are not finite.
 
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
-        dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Those longer than the model's
+        dataset: documents as `Collator` takes them, such as a `CorpusRetrieval`. Documents longer than the model's
             context, or than row_length, are cut (see `blocks`). Tokens below the model's `min_score` see no images.
         kb: the knowledge base with the vectors of the documents' images. None for a model without images (image_ids are
             then ignored) and for a model with a retriever.
-        arguments: see `training_arguments` for those of the paper. per_device_train_batch_size counts documents, or
-            blocks of them.
-        eval_dataset: documents to evaluate on, as `dataset`: loss and perplexity over all their tokens. So are those
-            that the Trainer's `evaluate` and `predict` are given.
-        row_length: pack documents into rows of this length (see `Collator`); None pads. A model that does not keep them
-            apart (`valm.model.probe.keeps_apart`), or that retrieves as it trains, gets padded rows, and the log says
-            so.
-        cache_below: folder for the input of the fusion layer, computed once if all layers below are frozen
+        tokenizer: the tokenizer of model and documents.
+        arguments: the Trainer's arguments; `training_arguments` makes them with the paper's optimizer.
+            per_device_train_batch_size counts documents or, if they are cut, blocks.
+        eval_dataset: documents to evaluate on, as in `dataset`: loss and perplexity over all their tokens. Documents
+            given to the Trainer's `evaluate` and `predict` are treated likewise.
+        row_length: pack documents into rows of this length (see `Collator`); None pads. If the model does not keep
+            documents apart (`valm.model.probe.keeps_apart`) or retrieves while it trains, rows are padded, with a
+            warning.
+        cache_below: folder for the input of the fusion layer, computed once if all lower layers are frozen
             (`valm.training.cache_below`); None computes it in every step.
-        fusion_lr: learning rate of the parameters that only see images; None uses that of `arguments`.
+        fusion_lr: learning rate of the parameters that only see images; None uses the rate of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
-        image_dropout: share of the documents, after they are cut, that see no images; others in each pass. Evaluation
-            sees all images.
+        image_dropout: share of the documents, different in each pass, that see no images. Evaluation sees all images.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
+
+    Returns:
+        The Trainer; its `write` saves the model with a card.
 
     Raises:
         ValmError: model, data and knowledge base do not fit together, or launched processes would not train together.
+
+    Example:
+        >>> from valm.training import trainer, training_arguments
+        >>> model, tokenizer = valm.load("model", kb="kb", clip="clip")
+        >>> documents = [tokenizer("a picture of a picture")] * 4
+        >>> arguments = training_arguments("trained", max_steps=2, report_to="none")
+        >>> training = trainer(model, documents, tokenizer=tokenizer, arguments=arguments)
+        >>> training.train().global_step
+        {'train_runtime': ...}
+        2
     """
     check_processes(arguments)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps a PEFT model
     sees: Any = getattr(inner, "fusion_options", None)
     retrieves = kb is None and sees is not None and sees.num_images > 0
     limit = min((length for length in (positions(inner), row_length) if length), default=None)
@@ -133,37 +144,39 @@ def trainer(
 
     trained, evaluated = ready(dataset), None if eval_dataset is None else ready(eval_dataset)
     if fusion_lr is not None and not any(FUSION_NAME in name for name, _ in model.named_parameters()):
-        raise ValmError(f"fusion_lr is of the parameters that see images, and this {type(inner).__name__} has none")
+        raise ValmError(
+            f"fusion_lr is for parameters that see images, but this {type(inner).__name__} has none: leave it out"
+        )
     if limit_softmax and arguments.label_smoothing_factor:
         raise ValmError(
-            f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes a part of the "
-            "logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
+            f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes only a part of "
+            "the logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
     if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
         raise ValmError(
-            f"{type(inner).__name__} computes another loss than that of the next token, as BART does: take another "
-            "decoder, or give compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
+            f"{type(inner).__name__} does not compute the loss of the next token: use another decoder, or give "
+            "compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
         )
     if image_dropout:
         _check_dropout(model, dataset, kb, arguments)
     corpus = _retrieval(dataset)
-    if kb is not None and corpus is not None:  # of what is saved from now on
+    if kb is not None and corpus is not None:  # for models saved from now on
         inner.finder.set_source(ImageSource.of_knowledge_base(kb, **corpus.query_settings))
     if row_length is not None and (retrieves or not _tells_apart(inner)):
-        why = "retrieves as it trains" if retrieves else "does not keep documents apart by their positions"
-        log.warning(f"this {type(inner).__name__} {why}: each document gets a row of its own")
+        why = "retrieves while it trains" if retrieves else "does not keep documents apart by their positions"
+        log.warning(f"this {type(inner).__name__} {why}: each document gets its own row")
         row_length = None
     changed: Any = copy.copy(arguments)
     if row_length is not None:
-        changed.use_cache = False  # with a cache transformers does not look for documents
-    changed.remove_unused_columns = False  # the collator makes the model's arguments of others
+        changed.use_cache = False  # with a cache, transformers does not keep documents apart
+    changed.remove_unused_columns = False  # the collator needs columns that are no arguments of the model
     changed.logging_nan_inf_filter = False
     changed.accelerator_config = copy.copy(changed.accelerator_config)
-    changed.accelerator_config.dispatch_batches = False  # cut by rows, as image_pool cannot be
+    changed.accelerator_config.dispatch_batches = False  # it splits by rows, which image_pool does not have
     changed.accelerator_config.split_batches = False
-    changed._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would cut it too
+    changed._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would split it too
     if cache_below is not None:
         with changed.main_process_first(desc="hidden states"):
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
@@ -208,13 +221,12 @@ def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, argu
     countable = hasattr(dataset, "__len__") and arguments.train_sampling_strategy == "random"
     if kb is None or not countable:
         raise ValmError(
-            "image_dropout takes images from retrieved documents that have a length, in random order: leave "
-            "--image-dropout out"
+            "image_dropout needs retrieved documents with a length, in random order: leave --image-dropout out"
         )
     if all(FUSION_NAME in name for name, parameter in model.named_parameters() if parameter.requires_grad):
         raise ValmError(
-            "image_dropout is for weights that change what the model says without images, and all of these are "
-            "frozen: let some train (--unfreeze block or all), or leave --image-dropout out"
+            "image_dropout trains weights that text without images uses, but all of them are frozen: give --unfreeze "
+            "block or all, or leave --image-dropout out"
         )
 
 
@@ -222,7 +234,7 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
     num_images = model.fusion_options.num_images if isinstance(model, ImageModel) else 0
     sized = hasattr(dataset, "__len__")
     if sized and len(dataset) == 0:
-        raise ValmError("there are no documents to train on: the corpus has no text")
+        raise ValmError("there are no documents to train on: the corpus contains no text")
     check_vocabulary(model, tokenizer)
     if kb is not None and num_images == 0:
         raise ValmError("a model with num_images = 0 (GPT-2*) sees no images: train it without a knowledge base")
@@ -236,7 +248,8 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
     options = model.fusion_options
     if kb.dim != options.image_dim:
         raise ValmError(
-            f"the knowledge base has vectors of dimension {kb.dim}, but the model's image_dim is {options.image_dim}"
+            f"the knowledge base contains vectors of dimension {kb.dim}, but the model's image_dim is "
+            f"{options.image_dim}: use the knowledge base that the model was made for"
         )
     if corpus is not None:
         corpus.check_knowledge_base(kb)
@@ -245,5 +258,6 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
     found = dataset[0].get("image_ids") if sized else None
     if found is not None and found.shape[1] != num_images:
         raise ValmError(
-            f"the documents have {found.shape[1]} images a token, but the model's num_images is {num_images}"
+            f"the documents have {found.shape[1]} images a token, but the model's num_images is {num_images}: retrieve "
+            "them again, or set num_images"
         )

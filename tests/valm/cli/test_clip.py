@@ -78,7 +78,7 @@ def killed_training(world, tmp_path, monkeypatch):
 
 def test_a_killed_training_resumes(killed_training, tmp_path, output_of, caplog):
     out = output_of(*killed_training, "--out", tmp_path / "small")
-    assert "has the first 2 of 5 steps: resuming there" in caplog.text
+    assert "contains the first 2 of 5 steps: resuming there" in caplog.text
     assert "6 images; loss" in out and "text to image among 6 images trained on: recall @1 " in out
     assert not (tmp_path / "small" / CHECKPOINTS).exists()
     assert run(*killed_training, "--out", tmp_path / "whole") == 0  # there is nothing to resume
@@ -122,7 +122,7 @@ def test_a_signal_leaves_a_checkpoint(world, tmp_path, monkeypatch, caplog, numb
         assert run(*train, "--out", tmp_path / "clip") == 130
     assert (tmp_path / "clip" / CHECKPOINTS / "checkpoint-3").is_dir()
     assert run(*train, "--out", tmp_path / "clip") == 0
-    assert "has the first 3 of 5 steps: resuming there" in caplog.text
+    assert "contains the first 3 of 5 steps: resuming there" in caplog.text
 
 
 def test_a_finished_training_is_complete(world, tmp_path, output_of, error_of):
@@ -131,7 +131,7 @@ def test_a_finished_training_is_complete(world, tmp_path, output_of, error_of):
     trained = Clip.load(tmp_path / "clip").weights_hash
     assert output_of(*train) == f"{tmp_path / 'clip'} is complete; nothing to do\n"
     assert Clip.load(tmp_path / "clip").weights_hash == trained
-    assert "holds another training: its --seed is 0, here it is 1; choose" in error_of(*train, "--seed", 1)
+    assert "contains another training: its --seed is 0, here it is 1; choose" in error_of(*train, "--seed", 1)
 
 
 def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_path):
@@ -152,7 +152,7 @@ def test_a_picture_that_was_written_since_is_named(killed_training, world, tmp_p
 )
 def test_another_training_does_not_continue_a_killed_one(killed_training, sentence, option, said):
     training = shlex.join(map(str, killed_training))
-    sentence(f"{training} --out {{tmp}}/small {option}", f"holds another training: its {said}")
+    sentence(f"{training} --out {{tmp}}/small {option}", f"contains another training: its {said}")
 
 
 def test_the_words_of_another_text_are_tokens_too(world, tmp_path):
@@ -190,7 +190,7 @@ NEW, SMALL = TRAIN + "--model ViT-B-32 ", TRAIN + "--model small "
         TRAIN + "--model smal": "or a JSON file, did you mean small?",
         TRAIN + "--model {tmp}/none.json": "none.json",
         TRAIN + "--image-tower {tmp}/none": "no CLIP at",
-        NEW + "--cache-images": "--cache-images is for a frozen image tower",
+        NEW + "--cache-images": "--cache-images needs a frozen image tower",
         NEW + "--vocabulary {world}/corpus.txt": "--vocabulary is for --model small",
         NEW + "--out {world}/clip": "is not empty",
         NEW + "--streaming": "--streaming is for --format dataset",

@@ -111,7 +111,7 @@ def test_wrong_input_is_one_sentence(sentence, command, message):
 def test_a_model_whose_knowledge_base_is_gone_is_one_sentence(world, tmp_path, error_of):
     asked = ["eval", tmp_path / "alone", "--tasks", "memory_color", "--data", world / "sets", "--controls", "off"]
     error = error_of(*asked, "--out", tmp_path / "out")
-    assert "nothing says where they are: give their knowledge base as kb (--kb)\n" in error
+    assert "but has no retriever: give a knowledge base as kb (--kb)\n" in error
     assert list((tmp_path / "out").iterdir()) == []
     assert run(*asked, "--limit", 1, "--kb", world / "kb") == 0
 

@@ -174,7 +174,7 @@ def test_a_config_of_another_model_is_one_sentence(copy_of, error_of):
     config = json.loads((model / "config.json").read_text())
     config["base_config"]["n_embd"] = 64
     (model / "config.json").write_text(json.dumps(config))
-    assert "are not those of its config.json" in error_of("generate", model, "x")
+    assert "do not fit its config.json" in error_of("generate", model, "x")
 
 
 @pytest.mark.parametrize(

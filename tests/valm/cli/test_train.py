@@ -85,16 +85,16 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
         assert_agree(weight, expected[name])
     again = ["--out", tmp_path / "model", "--resume"]
     for option, value, was in (("--fusion-lr", 0.001, 0.01), ("--context", 8, 512)):
-        said = f"holds another training: its {option} is {was}, here it is {value}"
+        said = f"contains another training: its {option} is {was}, here it is {value}"
         assert said in error_of(*train, option, value, *again)
     shutil.copytree(base, tmp_path / "other")
     weights = load_file(base / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.1
     save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    said = "holds the training of another base model: model.layers.1.mlp.up_proj.weight had other values"
+    said = "contains the training of another base model (model.layers.1.mlp.up_proj.weight differs)"
     assert said in error_of(*train, "--base", tmp_path / "other", *again)
     assert run(*train, *again) == 0
-    said = "holds the training of a pretrained decoder (--base); choose another folder"
+    said = "contains the training of a pretrained decoder (--base): choose another folder"
     assert said in error_of("train", *options[:4], *SIZE, *again)
 
 
@@ -211,7 +211,7 @@ def test_a_validation_that_was_retrieved_otherwise_is_refused(world, base, tmp_p
     assert run(*retrieve, "--out", tmp_path / "held-out") == 0
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
     error = error_of(*train, "--validation", tmp_path / "held-out", "--out", tmp_path / "model")
-    assert f"was retrieved otherwise than the corpus: {message}" in error
+    assert f"was not retrieved like the corpus: {message}" in error
 
 
 def test_a_model_from_nothing_cannot_chat(world, base, tmp_path):
@@ -251,7 +251,7 @@ def test_image_dropout_is_of_models_that_are_given_images(world, base, tmp_path,
     blind = error_of(*train, *dropout, "--out", tmp_path / "blind", "--twin", "blind")
     assert "leave --image-dropout out" in blind
     other = error_of(*train, *dropout, "--image-dropout", 0.25, "--out", tmp_path / "dropout", "--resume")
-    assert "holds another training: its --image-dropout is 0.5, here it is 0.25" in other
+    assert "contains another training: its --image-dropout is 0.5, here it is 0.25" in other
 
 
 @pytest.mark.parametrize("of", ["base", "new"])
@@ -272,9 +272,9 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, error_of, of):
         return
     assert run(*retrieve, "--no-scores", "--out", tmp_path / "bare") == 0
     unscored = ["train", "--retrieval", tmp_path / "bare", "--kb", world / "kb", *SIZE, "--out", tmp_path / "unscored"]
-    said = "the documents have none: retrieve them again (`valm retrieve` writes scores)"
+    said = "the documents contain none: retrieve the documents again (`valm retrieve` writes scores)"
     assert said in error_of(*unscored, "--score-scale", 0.5)
-    said = "for a model with a min_score, has no retrieval scores: retrieve it again"
+    said = "contains no retrieval scores, which a model with a min_score needs: retrieve the corpus again"
     assert said in error_of(*unscored, "--min-score", 0.5)
     at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
     assert run(*at_once, "--out", tmp_path / "at-once") == 0
@@ -357,10 +357,13 @@ def test_twins_see_the_same_tokens_with_other_images(world, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "training a model with text alone: "),
+        ([], "training a model with text only: "),
         (["--kb", "{world}/kb"], "training a model with 2 images a token of {world}/kb: "),
-        (["--kb", "{world}/kb", "--twin", "text"], "training the text twin with text alone: "),
-        (["--kb", "{world}/kb", "--twin", "blind"], "training the blind twin with its query as the image of a token: "),
+        (["--kb", "{world}/kb", "--twin", "text"], "training the text control with text only: "),
+        (
+            ["--kb", "{world}/kb", "--twin", "blind"],
+            "training the blind control with its query as the image of a token: ",
+        ),
     ],
 )
 def test_a_line_says_what_is_trained_before_it_is(world, tmp_path, capsys, options, said):
@@ -416,17 +419,17 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
         "train {tmp}/empty.txt --unfreeze block " + OF_BASE: "no documents",
         "train {world}/pictures/sea.png --out {tmp}/model": "sea.png, row 1: 'utf-8' codec can't decode",
         CACHED + " --streaming": "--streaming needs a Hugging Face dataset",
-        CACHED + " --tokenizer {world}/clip": "`valm retrieve` has the same option",
+        CACHED + " --tokenizer {world}/clip": "give --tokenizer to `valm retrieve`",
         CACHED + " --validation {world}/corpus.txt": "retrieve --valid",
         CACHED + " --retrieval {world}/kb": "is not the manifest of a corpus retrieval",
-        TRAIN + " --min-score 1": "--min-score is of a model with images: give its --kb too",
+        TRAIN + " --min-score 1": "--min-score is for a model with images: give --kb too",
         TRAIN + " --seed -1": "--seed is -1, expected at least",
         TRAIN + " --tokenizer {world}/pictures": "cannot be read",
         TRAIN + " --lerning_rate 1": "no option --lerning_rate, did you mean --learning_rate?",
         TRAIN + " --lr_scheduler_type cosin": "invalid choice: 'cosin'",
         TRAIN + " --config {tmp}/none.yaml": "{tmp}/none.yaml: No such file",
         TRAIN + " --validation {tmp}/none.txt": "--validation: there is no {tmp}/none.txt",
-        TRAIN + " --validation {world}/retrieval": "and the corpus is none: give a",
+        TRAIN + " --validation {world}/retrieval": "but the corpus is not: give a",
         TRAIN + " --validation 1.5": "above 0 and below 1, got 1.5",
         TRAIN + " --out {world}/corpus.txt": "{world}/corpus.txt",
         TRAIN + " --tokenizer {world}/clip --lr 1e30 --lr_scheduler_type constant": "the loss is nan at step 2: ",
@@ -442,7 +445,7 @@ def test_a_base_that_lacks_weights_is_one_sentence(sentence, base, tmp_path):
     weights = load_file(base / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "hole/model.safetensors")
-    sentence(WITH_KB + " --base {tmp}/hole", "has no weights for lm_head.weight")
+    sentence(WITH_KB + " --base {tmp}/hole", "contains no weights for lm_head.weight")
 
 
 def test_a_folder_of_retrievals_is_one_sentence(sentence, world, tmp_path):

@@ -30,8 +30,8 @@ def test_a_training_goes_on_from_its_newest_checkpoint(world, tmp_path, error_of
         (["--batch-size", 2], "--batch-size of all processes together is 4, here it is 2"),
         (["--weight_decay", 1], "--weight_decay is not given, here it is 1"),
     ):
-        assert f"holds another training: its {name}" in error_of(*train, *other, *out, "--resume")
-    assert "holds no training that could be resumed" in error_of(*train, "--out", world / "kb", "--resume")
+        assert f"contains another training: its {name}" in error_of(*train, *other, *out, "--resume")
+    assert "contains no training to resume" in error_of(*train, "--out", world / "kb", "--resume")
 
 
 def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, error_of):
@@ -45,7 +45,7 @@ def test_a_resumed_training_is_evaluated_on_the_same_text(world, tmp_path, error
     renamed.write_text("the sea is green\nthe sun is red")
     for other in (renamed, 0.5):
         error = error_of(*train, "--validation", other, "--steps", 5, "--resume")
-        assert "holds another training: its --validation is " in error
+        assert "contains another training: its --validation is " in error
 
 
 def test_a_resumed_training_takes_more_steps(world, tmp_path):
@@ -78,7 +78,7 @@ def test_another_training_is_named_by_the_option_that_was_given(world, tmp_path,
     """Not by a field that follows from it."""
     train = ["train", world / "corpus.txt", "--tokenizer", world / "clip", *SIZE, "--out", tmp_path / "model"]
     assert run(*train) == 0
-    said = "holds another training: its --validation is not given, here it is '0.3'"
+    said = "contains another training: its --validation is not given, here it is '0.3'"
     assert said in error_of(*train, "--validation", 0.3, "--resume")
 
 

@@ -149,7 +149,7 @@ def test_a_probe_without_scikit_learn_is_one_sentence(folder, trained, monkeypat
 def test_a_class_too_small_for_a_probe(trained):
     features = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     assert classify(features, ["a", "a", "a", "b", "b"], trained).linear_probe is None
-    with pytest.raises(ValmError, match="5 readable images of 1 classes; it takes one of two"):
+    with pytest.raises(ValmError, match="5 readable images of 1 classes, expected at least one image and two"):
         classify(features, ["a"] * 5, trained)
 
 
@@ -191,9 +191,9 @@ def test_what_cannot_be_checked(tmp_path, trained):
 
     fails("no images in")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    fails("there is nothing to check a CLIP by: the 1 images, such as x.png, are in no class folders")
+    fails("there is nothing to check a CLIP by: the 1 images, such as x.png, have no captions")
     (tmp_path / "x.txt").write_text("a square")
-    fails("there are 1 readable images with captions; it takes two")
+    fails("there are 1 readable images with captions, expected at least two")
     for templates in (["a {}", "a photo"], []):
         fails("each prompt template needs {} for the name of the class, got", templates=templates)
 

@@ -161,7 +161,7 @@ def test_wrong_switches_are_named(tmp_path):
         (seeing, "none", None, "must be one of on, off, random, got 'none'"),
         (seeing, "off", tmp_path, "exclude each other"),
         (text_only, "random", None, "sees no images"),
-        (seeing, "on", None, r"nothing says where they are: give their knowledge base as kb \(--kb\)$"),
+        (seeing, "on", None, r"has no retriever: give a knowledge base as kb \(--kb\)$"),
     ]:
         with pytest.raises(ValmError, match=message):
             switch_images(model, retrieval, replace=replace)

@@ -172,7 +172,7 @@ def test_a_cache_of_other_weights_is_refused(models, tmp_path):
         assert again.loglikelihood(asked) == cached.loglikelihood(asked)
     fusion = next(weight for name, weight in made.model.named_parameters() if "image_fusion" in name)
     fusion.data += 1e-3
-    with pytest.raises(ValmError, match=r"on\.db has answers of other weights, .*: delete it, or name another one"):
+    with pytest.raises(ValmError, match=r"on\.db belong to other weights, .*: delete it, or name another cache"):
         CachingLM(made, str(tmp_path / "on.db"))
 
 
@@ -218,7 +218,11 @@ def test_the_command_hands_over_to_the_harness(models, data, tmp_path, capsys):
         ("seeing", {"retreival": "off"}, r"the model has no argument retreival, did you mean retrieval\?"),
         ("seeing", {"query_dtype": "float8"}, "query_dtype must be one of float32, bfloat16, int8, got 'float8'"),
         ("seeing", {"add_bos": False}, r"no argument add_bos, did you mean add_bos_token\?"),
-        ("seeing", {"dtype": "bfloat16"}, "dtype of the model has no effect on what `valm.load` loads: leave it out"),
+        (
+            "seeing",
+            {"dtype": "bfloat16"},
+            "model argument dtype has no effect on a model that `valm.load` loads: leave it out",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(models, name, arguments, message):

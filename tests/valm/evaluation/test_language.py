@@ -51,7 +51,7 @@ def test_each_text_is_read_alone_and_all_together_are_the_training_loss(model):
 
 
 def test_a_model_without_its_images_is_refused():
-    with pytest.raises(ValmError, match="give it a retriever first"):
+    with pytest.raises(ValmError, match="set a retriever first"):
         token_log_probs(tiny_model(vocab_size=len(TOKENIZER)), [[1, 2]], 1)
 
 

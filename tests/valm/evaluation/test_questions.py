@@ -128,7 +128,7 @@ def test_tasks_and_groups_by_name():
         ("ag_news", '"7","text"', r"agnews_test\.csv, row 1: expected a class"),
         ("vicomte_material", '{"sub": "a"}', "line 1: expected an object"),
         ("vicomte_material", '{"sub": "a", "obj": "fog"}', "'fog' in ViComTe"),
-        ("lambada", "\n", "has no items"),
+        ("lambada", "\n", "contains no items"),
         ("relative_size", "bus cat\nbus\n", "line 2: expected two words, got 1"),
         ("color_terms", "thing\nsea\n", r"has the columns \['thing'\], expected"),
         ("color_terms", "object,color\nsea,teal", "'teal' in ColorTerms is not"),
@@ -179,12 +179,12 @@ def test_questions_that_would_have_one_name_are_refused(files):
     "rows, message",
     [
         ("A,x,x|y\n,x,x|y", r"mine\.csv, row 3: the question is empty"),
-        ("A,x,x", "row 2: expected two choices or more, with | between them, no two the same, got 'x'"),
-        ("A,x,x|x", "row 2: expected two choices or more"),
-        ("A,x,x|y|", "row 2: expected two choices or more"),
+        ("A,x,x", "row 2: expected two or more different choices with | between them, got 'x'"),
+        ("A,x,x|x", "row 2: expected two or more different choices"),
+        ("A,x,x|y|", "row 2: expected two or more different choices"),
         ("A,z,x|y", r"row 2: the answer 'z' is not one of the choices x\|y"),
         ("A,x", "row 2: expected 3 values"),
-        ("", r"mine\.csv has no items"),
+        ("", r"mine\.csv contains no items"),
     ],
 )
 def test_wrong_questions_are_named(tmp_path, rows, message):

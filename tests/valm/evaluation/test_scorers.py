@@ -166,7 +166,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     twin.save_pretrained(tmp_path / "twin")
     original.tokenizer.save_pretrained(tmp_path / "twin")
     for name in ("twin", "twin-adapter"):
-        with pytest.warns(UserWarning, match=rf"{name} sees no images, so the knowledge base \(--kb\) is not for it"):
+        with pytest.warns(UserWarning, match=rf"{name} sees no images, so it ignores the knowledge base \(--kb\)"):
             assert not open_scorer(str(tmp_path / name), Settings(kb=tmp_path / "other")).sees_images
 
 
@@ -228,7 +228,7 @@ def test_a_model_without_a_head_is_refused(folders, tmp_path):
     save_file(weights, tmp_path / "gpt2" / "model.safetensors", {"format": "pt"})
     for name, scorer in (("bert", bert), ("gpt2", gpt2)):
         scorer.tokenizer.save_pretrained(tmp_path / name)
-        with pytest.raises(ValmError, match=r"has no weights for .*: it is no language model, or not all of one"):
+        with pytest.raises(ValmError, match=r"contains no weights for .*: it is incomplete or no language model"):
             open_scorer(str(tmp_path / name), Settings())
 
 

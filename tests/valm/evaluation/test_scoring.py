@@ -34,7 +34,7 @@ def test_empty_texts_and_a_model_without_its_pictures_are_refused():
         answer_log_probs(a_model(), TOKENIZER, ["a"], ["red", ""])
     with pytest.raises(ValmError, match="prompt '' has no tokens"):
         answer_log_probs(a_model(), TOKENIZER, [""], ["red"], bos=False)
-    with pytest.raises(ValmError, match="give it a retriever first"):
+    with pytest.raises(ValmError, match="set a retriever first"):
         answer_log_probs(a_model(num_images=3), TOKENIZER, ["a"], ["red"])
 
 

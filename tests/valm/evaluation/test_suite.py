@@ -138,9 +138,9 @@ def test_no_model_is_opened_where_something_is_missing(world, tmp_path, monkeypa
     empty.mkdir()
     for others, arguments, message in [
         ([f"{tmp_path}/none"], {}, "there is no model folder .*none"),
-        ([f"{empty}"], {}, "the folder .*empty holds no model: it has neither config.json nor"),
+        ([f"{empty}"], {}, "the folder .*empty contains no model: there is neither config.json nor"),
         ([], {"tasks": "sst2", "data": tmp_path}, "SST-2 is not here"),
-        ([], {"controls": ["of"]}, "--controls: of is no folder of images; give off, random or a folder"),
+        ([], {"controls": ["of"]}, "--controls: of is no folder of images: give off, random or a folder"),
         ([], {"controls": [str(empty)]}, "no images in"),
         ([], {"limit": 0}, "--limit is 0, expected at least 1"),
         ([], {"protocol": "unfair"}, "--protocol must be one of fair, published, both, got 'unfair'"),

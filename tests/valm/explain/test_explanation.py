@@ -67,7 +67,7 @@ def test_a_note_says_what_images_there_are(make_model, model, tokenizer):
     probability = model(ids, image_pool=pool, image_index=index).logits[0, -1].softmax(-1).max()
     assert off.probabilities.max() <= probability.item() * (1 + 1e-5)
     blind = explain(make_model(1, blind=True), tokenizer, TEXT)
-    assert "blind" in blind.note and blind.image_weights.shape == (4, 7, 1)
+    assert "Blind" in blind.note and blind.image_weights.shape == (4, 7, 1)
     assert {image.caption for image in blind.images} == {"the token's own query"}
 
 
@@ -121,9 +121,9 @@ def test_readers_side_by_side_have_the_same_answers(model, make_model, tokenizer
     "text, answers, expected",
     [
         ("", None, "the prompt is empty"),
-        ("a red apple " * 8, None, "the prompt has 25 tokens, and this model reads 24 at most"),
+        ("a red apple " * 8, None, "the prompt is 25 tokens long, and this model reads 24 at most"),
         (TEXT, ["red", " "], "the answer ' ' has no tokens"),
-        (TEXT, ["red " * 19], "the prompt with an answer behind it has 25 tokens, and this model reads 24 at most"),
+        (TEXT, ["red " * 19], "the prompt followed by an answer is 25 tokens long, and this model reads 24 at most"),
     ],
 )
 def test_wrong_texts_are_named(model, tokenizer, text, answers, expected):
@@ -132,7 +132,7 @@ def test_wrong_texts_are_named(model, tokenizer, text, answers, expected):
 
 
 def test_wrong_models_are_named(make_model, tokenizer):
-    with pytest.raises(ValmError, match=f"151 tokens, and an explanation shows {MAX_TOKENS} at most"):
+    with pytest.raises(ValmError, match=f"151 tokens long, and an explanation shows {MAX_TOKENS} at most"):
         explain(make_model(0, n_positions=200), tokenizer, "red " * 150)
     model = make_model()
     model.set_retriever(None)

@@ -62,7 +62,7 @@ def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path):
     model.config.base_place = str(tmp_path)
     valm.save_adapter(model, tmp_path / "adapter")
     text = card_of(tmp_path / "adapter").text
-    assert "- The LlamaForCausalLM that it was made of." in text and str(tmp_path) not in text
+    assert "- The LlamaForCausalLM that was augmented." in text and str(tmp_path) not in text
     model.save_pretrained(tmp_path / "whole")
     assert "base model" not in card_of(tmp_path / "whole").text
     for folder, save in (("adapter", valm.save_adapter), ("whole", type(model).save_pretrained)):

@@ -162,7 +162,7 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
     with pytest.raises(ValmError, match="is no checkpoint"):
         load(tmp_path)
     GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    message = "holds a model of type 'gpt2', expected 'valm': it sees no images until `valm train --base"
+    message = "contains a model of type 'gpt2', expected 'valm': add images to it with `valm train --base"
     with pytest.raises(ValmError, match=message):
         load(tmp_path)
 
@@ -170,8 +170,8 @@ def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "part, change, message",
     [
-        ("base_config", {"n_layer": 4}, "have no transformer.h.2.attn.image_fusion"),
-        ("base_config", {"n_layer": 2}, "have no transformer.h.0.attn.image_fusion"),
+        ("base_config", {"n_layer": 4}, "contain no transformer.h.2.attn.image_fusion"),
+        ("base_config", {"n_layer": 2}, "contain no transformer.h.0.attn.image_fusion"),
         ("fusion", {"image_dim": 25}, "mismatched_keys"),
         ("fusion", {"num_images": 0}, "unexpected_keys transformer.h.1.attn.image"),
         ("fusion", {"layer": 5}, "cannot be read: index 5 is out of range"),

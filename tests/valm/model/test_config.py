@@ -37,7 +37,7 @@ def test_impossible_values_are_refused(arguments, message):
         ValmConfig(**arguments)
 
 
-NO_IMAGES = "min_score is of retrieved images, got num_images = "
+NO_IMAGES = "min_score applies to retrieved images, got num_images = "
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ NO_IMAGES = "min_score is of retrieved images, got num_images = "
         ({"score_scale": float("inf")}, "score_scale must be a finite number, got inf"),
         ({"score_scale": "1"}, "score_scale must be a finite number, got '1'"),
         ({"score_scale": True}, "score_scale must be a finite number, got True"),
-        ({"score_scale": 1.0, "num_images": 0}, "with num_images = 0 there are none"),
+        ({"score_scale": 1.0, "num_images": 0}, "but num_images is 0"),
         ({"min_score": float("nan")}, "min_score must be a finite number, got nan"),  # which would cut nothing
         ({"min_score": 0.5, "num_images": 0}, NO_IMAGES),
         ({"min_score": 0.5, "num_images": 1, "blind": True}, NO_IMAGES),

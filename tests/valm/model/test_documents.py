@@ -20,7 +20,7 @@ MODELS = {
     "layer_0": partial(augmented, layer=0),
     "eager": lambda: augmented(lambda seed: tiny_llama(seed, attn_implementation="eager")),
 }
-CACHE = "several documents in a row, which a cache cannot hold"
+CACHE = "a row contains several documents, which a cache cannot hold"
 
 
 def packed_rows(way=""):
@@ -113,7 +113,7 @@ def test_gaps_and_holes_beside_several_documents_are_refused():
     gap = batch["position_ids"].clone()
     gap[1, 5:11] += 4
     for odd in ({"attention_mask": mask}, {"position_ids": gap}):
-        with pytest.raises(ValueError, match="one has a gap in its positions or padding inside it"):
+        with pytest.raises(ValueError, match="a document has a gap in its positions or padding inside it"):
             model(**batch | odd)
 
 
@@ -164,7 +164,7 @@ def graph_of(request, monkeypatch):
 def test_a_family_that_mixes_documents_is_refused(graph_of):
     model = augmented(lambda seed: tiny("jamba"), layer=0)
     batch = {"input_ids": random_ids(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), **random_images(1, 6)}
-    with pytest.raises(ValueError, match="several documents in a row, which JambaModel does not keep apart"):
+    with pytest.raises(ValueError, match="a row contains several documents, which JambaModel does not keep apart"):
         model(**batch)
     with pytest.raises(RuntimeError, match="only if its family keeps documents apart"):
         graph_of(model)(**batch, use_cache=False)

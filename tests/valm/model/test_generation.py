@@ -107,7 +107,7 @@ def test_embeddings_generate_what_their_tokens_do():
     expected = model.generate(ids, **GREEDY)[:, 5:]
     assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY), expected)
     model.set_retriever(HashRetriever())
-    with pytest.raises(ValueError, match="the retriever reads token ids, got inputs_embeds only"):
+    with pytest.raises(ValueError, match="the retriever needs token ids, got only inputs_embeds"):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY)
 
 
@@ -223,7 +223,7 @@ def test_another_retriever_in_the_middle_of_a_cache_is_noticed(read):
     end = cache.get_seq_length() + 1
     model(ids[:, end - 1 : end], cache=cache)
     model.set_retriever(HashRetriever())
-    with pytest.raises(ValueError, match="saw images of another retriever: start with an empty cache"):
+    with pytest.raises(ValueError, match="saw another retriever's images: start with an empty cache"):
         model(ids[:, end : end + 1], cache=cache)
 
 
@@ -236,7 +236,7 @@ def test_a_cache_with_tokens_that_the_retriever_has_not_read_is_refused():
     model(ids[:, 2:3], cache=cache)
     given = {"image_pool": torch.zeros(0, 24), "image_index": torch.full((1, 2, 3), -1)}
     model(ids[:, 3:5], cache=cache, **given)
-    with pytest.raises(ValueError, match="the cache has 5 tokens, but the retriever has read 3 of them: the others"):
+    with pytest.raises(ValueError, match="the cache contains 5 tokens, but the retriever has read 3: the other"):
         model(ids[:, 5:], cache=cache)
 
 
@@ -294,7 +294,7 @@ def test_continuous_batching_is_refused_with_a_retriever_only(make):
     expected = again_from_the_start(model, ids, 4)[:, -4:]
     assert [output.generated_tokens for output in found.values()] == expected.tolist()
     model.strict = True
-    with pytest.raises(ValueError, match="has no retriever and was given none"):
+    with pytest.raises(ValueError, match="has no retriever and was given no images"):
         model.generate_batch(ids.tolist(), **CONTINUOUS)
 
 
@@ -303,7 +303,7 @@ def test_continuous_batching_is_refused_with_a_retriever_only(make):
     "options, message",
     [
         ({"prompt_lookup_num_tokens": 2}, "Assisted decoding requires a cache that can be cropped"),
-        (random_images(1, 6), "each new token has images of its own"),
+        (random_images(1, 6), "each new token needs its own images"),
     ],
 )
 def test_what_generate_cannot_do_is_refused(model, options, message):

@@ -113,7 +113,7 @@ def test_a_model_without_its_images_says_so_once_or_raises():
         tiny_model()(ids, **none)  # there are none, and that is known
         tiny_model(num_images=0)(ids)  # takes none
     model.strict = True
-    with pytest.raises(ValueError, match="has no retriever and was given none"):
+    with pytest.raises(ValueError, match="has no retriever and was given no images"):
         model(ids)
     model(ids, **none)
 
@@ -121,7 +121,7 @@ def test_a_model_without_its_images_says_so_once_or_raises():
 def test_a_retriever_that_reads_more_tokens_than_the_model_has_is_refused(retriever):
     """Made without the model's tokenizer, it would read its ids as CLIP's."""
     model = augment(tiny_llama(), image_dim=retriever.dim, num_images=retriever.k)
-    with pytest.raises(ValmError, match=r"encoder reads \d+ tokens, and this model has 64: give its ContextEncoder"):
+    with pytest.raises(ValmError, match=r"encoder has \d+ tokens, but this model has 64: pass the model's tokenizer"):
         model.set_retriever(retriever)
 
 
@@ -134,7 +134,7 @@ def test_a_retriever_without_a_tokenizer_is_for_clips_vocabulary_only(retriever)
         if rows < 128:
             model.set_retriever(retriever)
     for other in (retriever, Retriever(ContextEncoder(kb.load_clip()), kb, retriever.k)):
-        with pytest.raises(ValmError, match=rf"this model has {vocab_size}: give its .* \(tokenizer=\)"):
+        with pytest.raises(ValmError, match=rf"this model has {vocab_size}: pass the model's .* \(tokenizer=\)"):
             model.set_retriever(other)
     model.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=tokenizer), kb, retriever.k))
 
@@ -175,7 +175,7 @@ def test_an_exported_program_takes_images_and_positions(strict):
     if strict:
         assert_agree(program(**packed).logits, model(**packed).logits)
     else:
-        with pytest.raises(RuntimeError, match="several documents in a row"):
+        with pytest.raises(RuntimeError, match="a row contains several documents"):
             program(**packed)
 
 
@@ -184,5 +184,5 @@ def test_an_exported_program_takes_images_and_positions(strict):
 def test_an_exported_program_holds_no_retriever(strict):
     model = augmented()
     model.set_retriever(HashRetriever())
-    with pytest.raises(Exception, match="an exported program cannot hold a retriever: give image_pool"):
+    with pytest.raises(Exception, match="an exported program cannot contain a retriever: give image_pool"):
         torch.export.export(model, (), {"input_ids": random_ids(1, 6), "use_cache": False}, strict=strict)

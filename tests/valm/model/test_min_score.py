@@ -132,5 +132,5 @@ def test_what_does_not_fit_is_refused(model):
         with pytest.raises(ValmError, match="min_score must be a finite number"):
             model.set_min_score(wrong)
     for without in ({"num_images": 0}, {"num_images": 1, "blind": True}):
-        with pytest.raises(ValmError, match="min_score is of retrieved images, got num_images = "):
+        with pytest.raises(ValmError, match="min_score applies to retrieved images, got num_images = "):
             tiny_model(**without).set_min_score(0.5)

@@ -13,9 +13,7 @@ from valm.model.private_names import OVERRIDDEN, dequantized, offloaded_weight
 
 
 def is_named(name):
-    return pytest.raises(
-        ValmError, match=rf"transformers {transformers.__version__} has no .*{name}, on which valm rests"
-    )
+    return pytest.raises(ValmError, match=rf"transformers {transformers.__version__} has no .*{name}, which valm needs")
 
 
 def without(name, monkeypatch):

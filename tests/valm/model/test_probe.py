@@ -58,7 +58,7 @@ def test_a_layer_that_nobody_asked_for_need_not_run_on_images():
 
     assert augment(broken(tiny_llama(), 0), IMAGE_DIM, IMAGES).config.fusion["layer"] == -2
 
-    with pytest.raises(ValmError, match=r"those that make their own: 1$"):
+    with pytest.raises(ValmError, match=r"layers that compute their own: 1$"):
         augment(broken(tiny("gemma3n_text"), 0), IMAGE_DIM, IMAGES, -1)
 
 

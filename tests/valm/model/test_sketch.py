@@ -74,7 +74,7 @@ def test_names_and_shapes_are_compared():
 def test_a_sketch_of_another_version_is_refused():
     old = {"q_proj": "float32:AAAA"}
     for before in (old, old | {VERSION_KEY: "1"}):
-        with pytest.raises(ValmError, match="another version of valm has noted the weights of the base"):
+        with pytest.raises(ValmError, match="another version of valm made the sketch of the base"):
             other_tensor(sketch(Weights()), before)
     assert other_tensor(sketch(Weights()), {}) == "mask"  # a VaLM has no base
 

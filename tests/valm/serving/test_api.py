@@ -149,7 +149,7 @@ def test_a_chat_template_writes_the_prompt(server, tiny, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     status, answer = server.ask("/v1/chat/completions", body)
     assert status == 400 and answer["error"]["param"] == "messages"
-    assert "has no such conversation: roles must alternate" in answer["error"]["message"]
+    assert "rejects this conversation: roles must alternate" in answer["error"]["message"]
 
 
 def test_random_numbers_follow_the_seed(server):
@@ -301,12 +301,12 @@ def test_models_and_health(server):
         (b'{"prompt": "\xff"}', 400, "the request is no JSON: invalid unicode"),
         (b"[" * 100_000, 400, "the request is no JSON: recursion limit"),
         (b'{"prompt": "x", "temperature": NaN}', 400, "temperature: expected a number from 0 to 2, got nan"),
-        (b'{"prompt": [1, 9999]}', 400, "tokens, and no token 9999"),
+        (b'{"prompt": [1, 9999]}', 400, "tokens, but no token 9999"),
         (b'{"prompt": "x", "model": "gpt-4"}', 404, "the model 'gpt-4' is not served here: ask for 'tiny'"),
-        (b'{"prompt": "x", "max_tokens": 21}', 400, "max_tokens is 21, and this server generates 20 at most"),
+        (b'{"prompt": "x", "max_tokens": 21}', 400, "max_tokens is 21, but this server generates 20 at most"),
         (b'{"prompt": "%s", "max_tokens": 20}' % (b"the " * 180), 400, "max_tokens must be 11 at most, got 20"),
         (b'{"prompt": "%s"}' % (b"the " * 192), 400, "the model reads 192 tokens, and the prompt has 193: shorten it"),
-        (b'{"prompt": "%s"}' % (b"a" * MAX_BODY), 413, "the request has more than 1,048,576 bytes"),
+        (b'{"prompt": "%s"}' % (b"a" * MAX_BODY), 413, "the request contains more than 1,048,576 bytes"),
     ],
 )
 def test_wrong_requests_are_told_why(server, body, status, message):
@@ -375,7 +375,7 @@ def test_more_requests_than_may_wait_are_told_so(of_letters, letters):
         connection, response = of_letters.open("/v1/completions", body)
         with closing(connection):
             assert response.status == 429 and response.headers["Retry-After"] == "1"
-            assert "1 requests wait already: try again later" in response.read().decode()
+            assert "1 requests are already waiting: try again later" in response.read().decode()
         letters.go.release(4)
         found = [each.result() for each in asked]
     assert [(status, answer["choices"][0]["text"]) for status, answer in found] == [(200, "ab")] * 2

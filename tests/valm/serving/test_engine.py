@@ -143,7 +143,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(serve, letters):
 def test_what_is_cancelled_ends_before_its_next_token_and_leaves_the_queue(serve, letters):
     async def ask(engine):
         running, *waiting, last = (engine.submit(Prompt([1], 4))[0] for _ in range(4))
-        with pytest.raises(BusyError, match="3 requests wait already"):
+        with pytest.raises(BusyError, match="3 requests are already waiting"):
             engine.submit(Prompt([1], 1))
         assert letters.begun.acquire(timeout=60)
         for answer in waiting:
@@ -173,11 +173,11 @@ def test_requests_take_turns(serve, letters, monkeypatch):
 
         many = engine.submit(*[Prompt([1], 1)] * 128)
         assert letters.begun.acquire(timeout=60)
-        with pytest.raises(BusyError, match="127 prompts wait already that are not the first"):
+        with pytest.raises(BusyError, match="127 further prompts of requests are already waiting"):
             engine.submit(*[Prompt([1], 1)] * 3)
         others = [engine.submit(Prompt([1], 1))[0] for _ in range(2)]
         others += engine.submit(Prompt([1], 1), Prompt([1], 1))
-        with pytest.raises(BusyError, match="3 requests wait already"):
+        with pytest.raises(BusyError, match="3 requests are already waiting"):
             engine.submit(Prompt([1], 1))
         letters.go.release(200)
         reading = [read("many", answer) for answer in many]
@@ -287,7 +287,7 @@ def test_a_token_that_the_tokenizer_has_not_ends_its_row_alone(serve, letters):
         engine.num_ids = 99  # so that "c" is none
         long, short = engine.submit(Prompt([1], 5), Prompt([1], 2))
         letters.go.release(10)
-        with pytest.raises(ValueError, match="token 99, of which its tokenizer knows nothing"):
+        with pytest.raises(ValueError, match="token 99, which its tokenizer does not know"):
             await text_of(long)
         assert await text_of(short) == "ab"
 

@@ -95,7 +95,7 @@ def test_models_have_the_switches_that_they_can_have(page, make_model, tokenizer
     with running(make_model(1, blind=True), tokenizer) as server:
         assert server.page.choices == ["its own query (blind)", "none"]
         (shown,) = ask(server.page, images=server.page.choices[0]).values()
-        assert "blind" in shown.note
+        assert "Blind" in shown.note
     with running(make_model(0), tokenizer) as server:
         assert server.page.choices == ["none"]
     lost = make_model()
@@ -124,10 +124,10 @@ def test_what_the_page_asks_is_answered(server):
         ({"images": "uploaded", "uploads": [{"name": "a" * 255, "data": "bm8="}]}, "cannot read the image aaa"),
         ({"images": "uploaded", "uploads": [{"name": "a.png", "data": "{}"}]}, "the image a.png: Only base64"),
         ({"k": 10**9}, "K is 1000000000, expected 1 to"),
-        ({"k": "3"}, "k does not fit: Input should be a valid integer, got '3'"),
+        ({"k": "3"}, "k is invalid: Input should be a valid integer, got '3'"),
         (
             {"images": "uploaded", "uploads": [{"name": "a" * 256, "data": "bm8="}]},
-            "uploads.0.name does not fit: String should have at most 255 characters, got 'aaa",
+            "uploads.0.name is invalid: String should have at most 255 characters, got 'aaa",
         ),
         ({"answers": "red,,blue"}, "the answer '' has no tokens"),
     ],
@@ -156,7 +156,7 @@ def test_too_many_pixels_are_refused(server):
     status, answer = server.ask("/explain", body)
     assert status == 400
     assert answer["error"]["message"] == (
-        "the images have 33,587,200 pixels, more than the 33,554,432 allowed: use smaller ones"
+        "the images have 33,587,200 pixels, at most 33,554,432 are allowed: use smaller images"
     )
     assert server.ask("/explain", body | {"k": 1})[0] == 200  # the first one alone
     wide = picture("wide.jpg", Image.new("L", (65000, 1040)))

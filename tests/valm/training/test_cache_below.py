@@ -190,7 +190,7 @@ def test_a_file_that_was_cut_is_not_trained_on(tmp_path):
         (lambda: tiny_model(attn_pdrop=0.0), r"wte\.weight is below layer 1 and trains"),
         (lambda: augmented(tiny_gpt2), r"dropout is active below layer 1"),
         (lambda: augmented(layer=0), r"nothing below it to be cached"),
-        (lambda: tiny_llama(), r"LlamaForCausalLM has no fusion layer: name a layer"),
+        (lambda: tiny_llama(), r"LlamaForCausalLM has no fusion layer: give a layer"),
     ],
 )
 def test_models_that_cannot_be_cached_are_refused(tmp_path, make, message):

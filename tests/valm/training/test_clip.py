@@ -133,7 +133,7 @@ def test_a_batch_is_contrasted_whole_beside_several_gpus(config, monkeypatch):
 
 def test_another_gpu_than_the_first_is_refused(new, monkeypatch):
     monkeypatch.setattr(Clip, "device", torch.device("cuda:1"))
-    with pytest.raises(ValmError, match=r"on the first GPU, got cuda:1: choose a GPU by CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValmError, match=r"on the first GPU, got cuda:1: choose a GPU with CUDA_VISIBLE_DEVICES"):
         train_clip(new, [], steps=1, lr=1e-3, progress=None)
 
 
@@ -201,7 +201,7 @@ def test_wrong_models_are_named(clip, tmp_path):
     with pytest.raises(ValmError, match="there is no CLIP architecture ViT-Z: give small"):
         new_clip("ViT-Z")
     vision = TINY["vision_cfg"]
-    function = r"the image tower of tiny is another function in .*x\.json: its heads"
+    function = r"the image tower of tiny differs from .*x\.json in its heads"
     for content, tower, message in (
         ({"embed_dim": 8, "text_cfg": {}, "vision_cfg": {"colour": 1}}, None, r"open_clip cannot make .*x\.json: "),
         ({"model_cfg": TINY, "preprocess_cfg": {"image_mean": [0, 0, 0]}}, None, "argument 'image_mean'"),
@@ -216,7 +216,7 @@ def test_wrong_models_are_named(clip, tmp_path):
 
 
 def test_sources_without_captioned_images_are_named(tmp_path):
-    with pytest.raises(ValmError, match="the source has 1 images with captions"):
+    with pytest.raises(ValmError, match="the source contains 1 images with captions"):
         captioned(DatasetSource([{"image": png(0), "caption": "one"}, {"image": png(1), "caption": " "}]))
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "metadata").mkdir()
@@ -231,8 +231,8 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     rows += [{"image": None, "caption": "two"}, {"image": png(2), "caption": None}]
     assert len(captioned(DatasetSource(rows))) == 2
     assert caplog.messages == [
-        "1 images or captions of the source could not be read and are left out, such as 2 (there is no picture)",
-        "1 of 3 images have no caption and are left out",
+        "1 images or captions of the source could not be read and are skipped, such as 2 (there is no picture)",
+        "1 of 3 images have no caption and are skipped",
     ]
     caplog.clear()
     for name, caption in (("a", "one"), ("b", "two"), ("c", "")):

@@ -37,7 +37,7 @@ def test_scores_stay_with_their_images():
         assert np.array_equal(batch["image_scores"][real].numpy(), scores)
     assert "image_scores" not in Collator(TOKENIZER, Vectors())(made)
     del made[1]["image_scores"]
-    with pytest.raises(ValmError, match="the documents have none: retrieve them again"):
+    with pytest.raises(ValmError, match="the documents contain none: retrieve the documents again"):
         Collator(TOKENIZER, Vectors(), scores=True)(made)
 
 
@@ -126,7 +126,7 @@ def test_packing_changes_no_loss(row_length, ends):
 
 
 def test_documents_without_pictures_and_foreign_pictures_are_refused():
-    with pytest.raises(ValmError, match="have no image_ids"):
+    with pytest.raises(ValmError, match="contain no image_ids"):
         Collator(TOKENIZER, Vectors())([{"input_ids": [1, 2]}])
     with pytest.raises(ValmError, match="belong to another knowledge base: image ids go from 0 to 2"):
         Collator(TOKENIZER, Vectors(3))(documents())
@@ -136,5 +136,5 @@ def test_documents_without_pictures_and_foreign_pictures_are_refused():
 def test_tokens_that_the_tokenizer_does_not_have_are_refused(token):
     (document,) = random_documents([3])
     document["input_ids"][1] = token
-    with pytest.raises(ValmError, match=rf"token ids from -?\d+ to \d+, the tokenizer only {len(TOKENIZER)}"):
+    with pytest.raises(ValmError, match=rf"token ids from -?\d+ to \d+, but the tokenizer has only {len(TOKENIZER)}"):
         Collator(TOKENIZER, Vectors())([document])

@@ -266,14 +266,14 @@ def test_what_a_trainer_is_given_to_evaluate_is_what_its_own_documents_are(score
     assert other.predict(long).metrics["test_loss"] == expected
     uncut = new_trainer(tmp_path, dataset=scored, eval_dataset=list(with_min_score(scored, 0.5)))
     assert other.evaluate()["eval_loss"] == uncut.evaluate()["eval_loss"] != uncut.evaluate(scored)["eval_loss"]
-    with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores"):
+    with pytest.raises(ValmError, match="contains no retrieval scores, which a model with a min_score needs"):
         other.evaluate(documents())
 
 
 def test_documents_without_scores_are_refused_before_the_training(tmp_path):
-    with pytest.raises(ValmError, match="for a model with a min_score, has no retrieval scores: retrieve it again"):
+    with pytest.raises(ValmError, match="contains no retrieval scores, which a model with a min_score needs"):
         new_trainer(tmp_path, model=new_model(min_score=0.5))
-    with pytest.raises(ValmError, match="a streamed dataset has no min_score"):
+    with pytest.raises(ValmError, match="min_score cannot be applied to a streamed dataset"):
         with_min_score(iter(documents()), 0.5)
     streamed = iter(documents())
     assert with_min_score(streamed, None) is streamed
@@ -370,10 +370,10 @@ def retrieving():
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
-        (lambda: new_model(num_images=0), {"kb": None}, "image_dropout takes images from retrieved documents"),
-        (retrieving, {"kb": None}, "image_dropout takes images from retrieved documents"),
-        (new_model, {"train_sampling_strategy": "group_by_length"}, "that have a length, in random order"),
-        (augmented, {}, "all of these are frozen: let some train .--unfreeze block or all., or leave"),
+        (lambda: new_model(num_images=0), {"kb": None}, "image_dropout needs retrieved documents"),
+        (retrieving, {"kb": None}, "image_dropout needs retrieved documents"),
+        (new_model, {"train_sampling_strategy": "group_by_length"}, "with a length, in random order"),
+        (augmented, {}, "all of them are frozen: give --unfreeze block or all, or leave"),
     ],
 )
 def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message):

@@ -170,7 +170,7 @@ def resume(checkpoint):
 def test_a_checkpoint_that_lost_a_file_is_not_resumed_from(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(
-        ValmError, match=r"checkpoint-1 has a model without its optimizer or learning rates, as save_only_model"
+        ValmError, match=r"checkpoint-1 contains a model without its optimizer or learning rates .save_only_model"
     ):
         resume(checkpoint)
 
@@ -311,7 +311,7 @@ def test_the_numbers_are_of_the_checkpoint_that_became_the_model(tmp_path):
 def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path, monkeypatch):
     trained(tmp_path, **SAVING)
     again = new_trainer(tmp_path, **SAVING)
-    with pytest.raises(ValmError, match="holds the checkpoints of another training: resume it, or choose another"):
+    with pytest.raises(ValmError, match="contains another training's checkpoints: resume it, or choose another"):
         again.train()
     monkeypatch.setattr(again, "_save_rng_state", lambda folder: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(ValmError, match=r"cannot write the checkpoint .*checkpoint-6: no space"):
@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
 
 
 def test_no_checkpoint(tmp_path):
-    for given, message in ((True, "holds no checkpoint to resume from"), ("checkpoint-9", "there is no checkpoint")):
+    for given, message in ((True, "contains no checkpoint to resume from"), ("checkpoint-9", "there is no checkpoint")):
         with pytest.raises(ValmError, match=message):
             trained(tmp_path, resume=given)
 

@@ -162,7 +162,7 @@ def test_a_token_of_no_document_is_an_error_and_not_ignored():
 
 
 def test_a_vocabulary_that_is_not_known_is_refused():
-    with pytest.raises(ValmError, match="the tokens of a stream, which are not known before"):
+    with pytest.raises(ValmError, match="the tokens of a stream, since they are not known yet"):
         LimitedSoftmax(tiny_model(), iter([]))
     model = tiny_llama()
     model.lm_head = torch.nn.Sequential(model.lm_head)

@@ -24,19 +24,19 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
     [
         ({}, "give either a corpus or --retrieval"),
         (TEXT | RETRIEVED, "give either a corpus or --retrieval"),
-        (TEXT | {"patience": 1}, "--patience looks at the evaluations: give --validation too"),
-        (TEXT | {"base": "base", "model": "tiny"}, "--model is the size of a new model: --base has its own"),
-        (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is of a pretrained decoder: give --base too"),
-        (TEXT | {"twin": "random"}, "--twin is of a model with images: give its --kb too"),
-        (TEXT | {"score_scale": 1.0}, "--score-scale is of a model with images: give its --kb too"),
-        (TEXT | {"image_dropout": 0.5}, "--image-dropout is of a model with images: give its --kb too"),
+        (TEXT | {"patience": 1}, "--patience counts evaluations: give --validation too"),
+        (TEXT | {"base": "base", "model": "tiny"}, "--model is the size of a new model, but --base has its own"),
+        (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is for a pretrained decoder: give --base too"),
+        (TEXT | {"twin": "random"}, "--twin is for a model with images: give --kb too"),
+        (TEXT | {"score_scale": 1.0}, "--score-scale is for a model with images: give --kb too"),
+        (TEXT | {"image_dropout": 0.5}, "--image-dropout is for a model with images: give --kb too"),
         (WITH_KB | {"image_dropout": 1.0}, "--image-dropout is 1.0, expected at least 0 and below 1"),
-        (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, and their retrieval scor"),
-        (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, and their retrieval s"),
+        (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, whose retrieval scor"),
+        (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, whose retrieval s"),
         (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
         (TEXT | {"context": 0}, "--context is 0, expected at least 1"),
         (TEXT | {"validation": 0.5, "patience": -1}, "--patience is -1, expected at least 0"),
-        (TEXT | {"base": "base", "mix": 0.5}, "--mix is of a base that trains too: give --base and --unfreeze"),
+        (TEXT | {"base": "base", "mix": 0.5}, "--mix is for a base whose weights train: give --base and --unfreeze"),
         (TEXT | {"base": "base", "mix": 1.0}, "--mix is 1.0, expected at least 0 and below 1"),
         (TEXT | {"model": "smal"}, "--model is 'smal', did you mean small.; sizes are tiny .4x128x8., small"),
         (TEXT | {"model": "3x32x0"}, "--model is '3x32x0'; sizes are"),
@@ -44,14 +44,14 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"lr": float("nan")}, "--lr is nan, expected at least 0"),
         (WITH_KB | {"base": "base", "fusion_lr": -0.1}, "--fusion-lr is -0.1, expected at least 0"),
         (WITH_KB | {"twin": "tetx"}, "--twin must be one of text, random, blind, shuffled, got 'tetx'"),
-        (TEXT | {"base": "base", "fusion_lr": 1.0}, "--fusion-lr is of a model with images: give its --kb too"),
-        (TEXT | {"base": "base", "logit_bias": 1.0}, "--logit-bias is of a model with images: give its --kb too"),
-        (TEXT | {"base": "base", "tokenizer": "t"}, "--tokenizer is of a new model of a corpus without --kb"),
-        (WITH_KB | {"tokenizer": "t"}, "--tokenizer is of a new model of a corpus without --kb: `valm retrieve` has"),
+        (TEXT | {"base": "base", "fusion_lr": 1.0}, "--fusion-lr is for a model with images: give --kb too"),
+        (TEXT | {"base": "base", "logit_bias": 1.0}, "--logit-bias is for a model with images: give --kb too"),
+        (TEXT | {"base": "base", "tokenizer": "t"}, "--tokenizer is for a new text-only model"),
+        (WITH_KB | {"tokenizer": "t"}, "--tokenizer is for a new text-only model: --base has its own"),
         (TEXT, "the corpus: there is no corpus.txt"),
         (WITH_KB, "--kb: there is no kb"),
         (RETRIEVED, "--retrieval: there is no retrieval"),
-        (TEXT | {"fields": {"output_dir": "b"}}, "output_dir is the folder that --out names: leave it out"),
+        (TEXT | {"fields": {"output_dir": "b"}}, "--out sets output_dir: leave output_dir out"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_opened(tmp_path, fields, message):
@@ -87,10 +87,10 @@ def test_a_plan_is_the_training_of_the_command(tmp_path, clip, corpus):
     run_file = tmp_path / "plan" / "_run.json"
     for damaged in (True, [0.3], {}):
         run_file.write_text(json.dumps(notes[0] | {"validation": damaged}))
-        with pytest.raises(ValmError, match="holds another training: its --validation is"):
+        with pytest.raises(ValmError, match="contains another training: its --validation is"):
             run_plan(TrainingPlan(out=tmp_path / "plan", resume=True, **plan))
     run_file.write_text(json.dumps(notes[0]))
-    with pytest.raises(ValmError, match=r"holds another training: its --lr is 0.0005, here it is 1.0"):
+    with pytest.raises(ValmError, match=r"contains another training: its --lr is 0.0005, here it is 1.0"):
         run_plan(TrainingPlan(out=tmp_path / "plan", resume=True, lr=1.0, **plan))
 
 

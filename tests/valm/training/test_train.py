@@ -81,18 +81,18 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
         ({}, {"kb": None}, "this model sees 3 images a token: give a knowledge base"),
         ({"num_images": 0}, {}, "sees no images: train it without"),
         ({"image_dim": 7}, {}, "vectors of dimension 24, but the model's image_dim is 7"),
-        ({"score_scale": 1.0}, {}, r"have none: retrieve them again \(`valm retrieve` writes scores\)"),
+        ({"score_scale": 1.0}, {}, r"contain none: retrieve the documents again \(`valm retrieve` writes scores\)"),
         ({"num_images": 2}, {}, "the documents have 3 images a token, but the model's num_images is 2"),
         ({}, {"eval_dataset": documents(num_images=2)}, "2 images a token, but the model's num_images is 3"),
         ({}, {"dataset": []}, "no documents"),
         ({}, {"model": tiny_model(vocab_size=5)}, "vocab_size is 5"),
-        ({}, {"fsdp": True}, "fsdp divides a model among several GPUs, and would do nothing on CPUs: leave"),
+        ({}, {"fsdp": True}, "fsdp divides a model among several GPUs and has no effect on CPUs: leave"),
         ({}, {"lerning_rate": 1}, r"no field 'lerning_rate', did you mean learning_rate\?"),
         ({}, {"lr_scheduler_type": "cosin"}, "do not fit: cosin is not a valid SchedulerType"),
         (
             {"num_images": 0},
             {"kb": None, "fusion_lr": 1.0},
-            "parameters that see images, and this VaLMForCausalLM has none",
+            "parameters that see images, but this VaLMForCausalLM has none",
         ),
         # label smoothing reads the logits of the labels, by their numbers in the whole vocabulary
         (
@@ -111,7 +111,7 @@ def test_what_does_not_fit_together_is_named(tmp_path, arguments, given, message
 def test_columns_that_a_trainer_removed_are_named(tmp_path):
     arguments = training_arguments(tmp_path, use_cpu=True, max_steps=1)
     plain = Trainer(new_model(), arguments, train_dataset=documents(), data_collator=Collator(TOKENIZER, Vectors()))
-    with pytest.raises(ValmError, match=r"no image_ids.* unless it has remove_unused_columns=False"):
+    with pytest.raises(ValmError, match=r"no image_ids.* unless remove_unused_columns=False"):
         plain.train()
 
 
