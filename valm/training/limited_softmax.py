@@ -18,8 +18,8 @@ from valm.errors import ValmError
 from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
 
-# Other tokens in the softmax of a step. With none, no step would make them less likely, and they become likelier with
-# every change of the model (docs/results/smollm2.md).
+# Other tokens in the softmax of a step. Without them no step makes other tokens less likely, and every change of the
+# model makes them likelier: an early model read news at 1.067 times the perplexity of its text-only baseline.
 SAMPLED = 2048
 
 
