@@ -38,7 +38,7 @@ def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
 
 
 def page() -> str:
-    """docs/results/gpu.md as it should be, also before anything has been measured."""
+    """docs/results/gpu.md as it should be, also before a GPU has run."""
     return fill(PAGE.read_text(encoding="utf-8"), TABLES)
 
 
@@ -49,22 +49,24 @@ def read() -> Rows:
         return list(csv.DictReader(file))
 
 
-def card() -> str:
+def measured() -> str:
+    """The machine, the steps and the benchmarks, once a GPU has run them."""
     machines = dict.fromkeys(row["machine"] for row in read())
-    measured = "\n".join(f"Measured on {machine}." for machine in machines)
-    return measured or f"**No card has run it yet: everything below is {NOT_YET}.**"
+    if not machines:
+        return "**No GPU has run it yet.**"
+    return "\n\n".join((*(f"Measured on {machine}." for machine in machines), steps(), benchmarks()))
 
 
 def steps() -> str:
     rows = [
         (row["name"], row["note"], f"{float(row['median_ms']) / 1e3:.0f}") for row in read() if row["group"] == STEPS
     ]
-    return _table(("Step", "", "seconds"), rows or [("all", NOT_YET, "")])
+    return _table(("Step", "Result", "Time, s"), rows or [("all", NOT_YET, "")])
 
 
 def benchmarks() -> str:
-    """A table row for each implementation of each case."""
-    times = ("call, ms", "GPU, ms", "GPU × the first", "arithmetic, ms", "GPU over it")
+    """A table: a row for each implementation of each case."""
+    times = ("Call, ms", "GPU, ms", "GPU ÷ first row", "Predicted, ms", "GPU ÷ predicted")
     group, first, rows = None, "", []
     for row in read():
         if row["group"] == STEPS:
@@ -76,7 +78,7 @@ def benchmarks() -> str:
         numbers = [row["median_ms"], gpu, _ratio(gpu, first), least, _ratio(gpu, least), row["peak_mb"]]
         cells = [case, row["name"], *numbers, row["note"]]
         rows.append([cell.replace("*", "\\*").replace("|", "/") for cell in cells])
-    return _table(("Case", "Implementation", *times, "peak MB", ""), rows or [["all", NOT_YET, *[""] * 7]])
+    return _table(("Case", "Implementation", *times, "Peak memory, MB", "Note"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -90,7 +92,7 @@ def _ratio(time: str, other: str) -> str:
 def aims() -> str:
     ratios = [(aim, aim.ratio(read())) for aim in AIMS]
     rows = [(aim.text, f"{aim.most:.1f}", NOT_YET if ratio is None else f"{ratio:.2f}") for aim, ratio in ratios]
-    return _table(("Aim", "at most", "measured"), rows)
+    return _table(("Operation; baseline", "Time ÷ baseline, at most", "Time ÷ baseline, measured"), rows)
 
 
 def _times(rows: Rows, group: str, column: str = "gpu_ms") -> dict[str, float]:
@@ -122,12 +124,13 @@ def _over_12_us_and_host(rows: Rows) -> float | None:
 
 
 AIMS = (
-    Aim("Forward at T 1024, over flash attention of the text and the images' bytes", 1.3, _over_flash_and_image_bytes),
-    Aim("Forward at T 4096 and D 128, over flash attention joined with the images", 1.2, _over_flash_merge),
-    Aim("Call of a decoding step, over 12 µs and the time of the host", 1.0, _over_12_us_and_host),
+    Aim("Forward, T 1024; flash attention on the text plus the images' bytes", 1.3, _over_flash_and_image_bytes),
+    Aim("Forward, T 4096, D 128; flash attention merged with the images in PyTorch", 1.2, _over_flash_merge),
+    Aim("Decoding step, whole call; 12 µs plus the time of the host", 1.0, _over_12_us_and_host),
 )
 # By their marks in the page.
 TABLES: dict[str, Callable[[], str]] = {
-    **{"card": card, "steps": steps, "aims": aims, "gpu": benchmarks},
-    "roofline": roofline.tables,
+    "gpu": measured,
+    "aims": aims,
+    "roofline": roofline.table,
 }

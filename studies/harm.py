@@ -135,14 +135,15 @@ def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str
     tokenizer: PreTrainedTokenizerFast = own_tokenizer(base)
     seeing, _ = valm.load(out / "model", query_dtype=torch.float32)
     rows: list[tuple[str, Any, str]] = [
-        ("the base", AutoModelForCausalLM.from_pretrained(base).eval(), "on"),
-        ("the twin", valm.load(out / "twin")[0], "on"),
-        ("with images", seeing, "on"),
-        ("with random images", seeing, "random"),
-        ("with its images off", seeing, "off"),
+        ("base model, unmodified", AutoModelForCausalLM.from_pretrained(base).eval(), "on"),
+        ("text-only baseline", valm.load(out / "twin")[0], "on"),
+        ("VaLM with a score threshold", seeing, "on"),
+        ("VaLM, random images at test time", seeing, "random"),
+        ("VaLM, images off at test time", seeing, "off"),
     ]
     own = seeing.retriever
-    lines = ["| | text | perplexity | × the base's | × the twin's |", "| --- | --- | --- | --- | --- |"]
+    head = "| Model | text | perplexity | ÷ base model [95 %] | ÷ text-only baseline [95 %] |"
+    lines = [head, "| --- | --- | --- | --- | --- |"]
     found: dict[tuple[str, str], np.ndarray] = {}
     for name, model, retrieval in rows:
         if model is seeing:
@@ -152,7 +153,7 @@ def report(base: Path, out: Path, texts: dict[str, list[str]], seed: int) -> str
             found[name, kind], tokens = nats(model, tokenizer, asked)
             over = [
                 str(perplexity(found[name, kind] - found[other, kind], tokens)) if name != other else ""
-                for other in ("the base", "the twin")
+                for other in ("base model, unmodified", "text-only baseline")
                 if (other, kind) in found
             ]
             value = perplexity(found[name, kind], tokens).value

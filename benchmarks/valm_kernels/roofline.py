@@ -1,8 +1,8 @@
 """A lower bound of the time of our GPU kernels on an H100: bytes moved, operations, and launches.
 
-This is arithmetic, not a measurement. Every tensor crosses the memory bus once, tiles waste nothing, and only the
-busiest unit takes time. No kernel can be faster; only a GPU can show how near ours come. `python -m benchmarks.report`
-writes the tables of the last section of docs/results/gpu.md from it. Benchmarks on a GPU print it next to their times.
+Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, and a kernel waits only for
+its busiest unit. No kernel can be faster; only a GPU can tell how near ours come. `python -m benchmarks.report` writes
+the last table of docs/results/gpu.md from it, and benchmarks on a GPU print it next to their measurements.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ FORWARD_HOST_S = 52e-6
 BACKWARD_HOST_S = 119e-6
 POOL_HOST_S = 31e-6
 SORT_HOST_S = 40e-6
-ASSUMED = (LAUNCH_S, BINDER_S, FORWARD_HOST_S, BACKWARD_HOST_S, POOL_HOST_S, SORT_HOST_S)
-# Launches of a radix sort in PyTorch besides its passes of 8 bits: conversion, values, histogram and offsets, then
-# arange and searchsorted for the segments.
+# Of a radix sort in PyTorch beside its passes of 8 bits: conversion, values, histogram and offsets, then arange and
+# searchsorted for the segments.
 SORT_LAUNCHES = 6
 
 
@@ -227,36 +226,25 @@ TOPK_QUERIES = (64, 512, 4096)
 TOPK_ROWS, TOPK_DIM = 1_000_000, 768
 
 
-def tables() -> str:
-    """The assumptions and estimates of docs/results/gpu.md: a row for each call."""
+def table() -> str:
+    """The estimates of docs/results/gpu.md: a row for each call."""
     lines = [
-        "| assumed, µs | launch | binder | host: forward | dense backward | more if pooled | and for the sort |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| | {' | '.join(f'{seconds * 1e6:.0f}' for seconds in ASSUMED)} |",
-        "",
-        "| call, 16-bit | | MB | sum of the least times, µs | bound by | with launches, µs | time of the host, µs "
-        "| estimate, µs |",
-        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| Call in 16 bits | Direction | Memory traffic, MB | Kernels, µs | Bound by | With launches and host, µs |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
     ]
     for shape in SHAPES:
         directions = {"forward": forward_works(shape)} | ({"backward": backward_works(shape)} if shape.Tq > 1 else {})
         for direction, works in directions.items():
             longest = max(works, key=lambda work: work.least_s)
             bound = max(longest.seconds, key=longest.seconds.__getitem__)
-            gpu, host = gpu_s(works), host_s(shape, direction == "backward")
+            call = max(gpu_s(works), host_s(shape, direction == "backward"))
             moved, least = sum(work.bytes for work in works), sum(work.least_s for work in works)
-            times = [f"{seconds * 1e6:,.1f}" for seconds in (least, gpu, host, max(gpu, host))]
-            cells = [shape.name, direction, f"{moved / 1e6:,.0f}", times[0], bound, *times[1:]]
+            cells = [shape.name, direction, f"{moved / 1e6:,.0f}", f"{least * 1e6:,.1f}", bound, f"{call * 1e6:,.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Exact top-K, {TOPK_ROWS:,} rows of {TOPK_DIM}, 16-bit:",
-        "",
-        "| queries | least time, ms | bound by |",
-        "| ---: | ---: | --- |",
-    ]
     for queries in TOPK_QUERIES:
-        least = topk_s(queries, TOPK_ROWS, TOPK_DIM)
-        bound = "memory" if least == topk_s(0, TOPK_ROWS, TOPK_DIM) else "tensor cores"
-        lines.append(f"| {queries:,} | {least * 1e3:.2f} | {bound} |")
+        least, memory = (topk_s(count, TOPK_ROWS, TOPK_DIM) for count in (queries, 0))
+        bound = "memory" if least == memory else "tensor cores"
+        name = f"exact top-K, {queries:,} queries, {TOPK_ROWS:,} rows of {TOPK_DIM}"
+        moved = memory * BYTES_PER_S
+        lines.append(f"| {name} | search | {moved / 1e6:,.0f} | {least * 1e6:,.1f} | {bound} | – |")
     return "\n".join(lines)

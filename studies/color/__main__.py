@@ -17,14 +17,14 @@ def build_parser() -> CommandParser:
     study_commands = study.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     run = command(study_commands, "run", run_run, "run all stages of a study that are not finished")
     run.add_argument("config", type=Path, help="YAML file, such as studies/color/small.yaml")
-    run.add_argument("--out", type=Path, required=True, help="folder of everything; a killed study resumes in it")
+    run.add_argument("--out", type=Path, required=True, help="output folder; a killed study resumes in it")
     run.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     run.add_argument(
-        "--validation", action="store_true", help="ask validation things and held-out text alone, and no test set"
+        "--validation", action="store_true", help="ask only about validation objects and held-out text, and no test set"
     )
-    run.add_argument("--seed", type=int, action="append", help="run this one of its seeds only; may be repeated")
-    run.add_argument("--results", type=Path, help="folder into which the results of each seed are copied")
-    report = command(study_commands, "report", run_report, "write the tables and the figure of pages from results")
+    run.add_argument("--seed", type=int, action="append", help="run only this seed of the study; may be repeated")
+    run.add_argument("--results", type=Path, help="folder to copy the results of each seed to")
+    report = command(study_commands, "report", run_report, "write tables and a figure into pages, from results")
     report.add_argument("results", type=Path, nargs="+", help="results of the seeds of one study")
     report.add_argument(
         "--page",

@@ -27,14 +27,16 @@ BASE, TWIN, VALM, BLIND = ("base", "none"), ("twin", "none"), ("valm", "retrieve
 CUT, RANDOM = ("cut", "retrieved"), ("random", "random")
 IN_CONTEXT = ("colored-context", COLORED_CAPTIONS)
 PRIMARY, COLOR_TERMS, VICOMTE = "memory_color", "color_terms", "vicomte_color"
-# The arm trained with a score threshold is compared with these arms, and with itself with other images.
+# What VaLM with a score threshold is compared with.
 PAIRS = {
-    "− base": (CUT, BASE),
-    "− twin": (CUT, TWIN),
-    "− Blind": (CUT, BLIND),
-    "− random images": (CUT, RANDOM),
+    "base model": (CUT, BASE),
+    "text-only baseline": (CUT, TWIN),
+    "query control (Blind)": (CUT, BLIND),
+    "random images": (CUT, RANDOM),
 }
-# "No difference" requires that the whole interval lies within this distance of 0.
+# The titles of measures in tables; results files have their keys.
+MEASURES = {RAW: "uncalibrated", CALIBRATED: "calibrated", APART: "calibrated within this group"}
+# "No difference" needs an interval within so many points of 0.
 EQUAL = 0.03
 
 
@@ -47,25 +49,26 @@ class Items(NamedTuple):
     calibrated: str = CALIBRATED
 
 
-VALIDATION_THINGS = Items("validation things", VALIDATION)
-WITH_PICTURE = Items("MemoryColor, with a picture", PRIMARY, pictured, APART)
-WITHOUT_PICTURE = Items("MemoryColor, without", PRIMARY, unpictured, APART)
+VALIDATION_OBJECTS = Items("validation objects", VALIDATION)
+WITH_PICTURE = Items("MemoryColor, objects with a picture", PRIMARY, pictured, APART)
+WITHOUT_PICTURE = Items("MemoryColor, objects without a picture", PRIMARY, unpictured, APART)
 ALL_OF_PRIMARY, ALL_OF_VICOMTE = Items("MemoryColor", PRIMARY), Items("ViComTe colour", VICOMTE)
 SECONDARY = (
+    ALL_OF_PRIMARY,
     WITH_PICTURE,
-    Items("MemoryColor, pixels as people say", PRIMARY, pixels_agree),
+    Items("MemoryColor, objects whose pictures show the right colour", PRIMARY, pixels_agree),
     WITHOUT_PICTURE,
     Items("ColorTerms", COLOR_TERMS),
-    Items("ColorTerms, with a picture", COLOR_TERMS, pictured),
-    Items("ColorTerms, without", COLOR_TERMS, unpictured),
+    Items("ColorTerms, objects with a picture", COLOR_TERMS, pictured),
+    Items("ColorTerms, objects without a picture", COLOR_TERMS, unpictured),
     ALL_OF_VICOMTE,
-    VALIDATION_THINGS,
+    VALIDATION_OBJECTS,
 )
 
 
 def follows(results: Results, items: Items, exchange: str) -> Found | None:
-    """How much more often the arm with a score threshold answers the exchanged colour with exchanged images than with
-    the original images. A model without a knowledge base cannot do so."""
+    """How much more often VaLM with a score threshold answers the exchanged colour with exchanged images than with the
+    original ones. No model without a knowledge base can do so."""
     return results.difference((CUT[0], exchange), CUT, items.of, exchange, items.keep)
 
 
@@ -76,12 +79,12 @@ def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -
 
 
 def verdict(found: Found) -> str:
-    """The verdict of an interval: "more", "less", "no difference" or "not decided"."""
+    """What an interval says: "more", "less", "no difference", or that it includes 0."""
     if found.low > 0:
         return "more"
     if found.high < 0:
         return "less"
-    return "no difference" if max(-found.low, found.high) < EQUAL else "not decided"
+    return "no difference" if max(-found.low, found.high) < EQUAL else "includes 0"
 
 
 def signed(value: float) -> str:
@@ -122,8 +125,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def set_title(of: str) -> str:
-    return SETS[of].title if of in SETS else VALIDATION_THINGS.title
+    return SETS[of].title if of in SETS else VALIDATION_OBJECTS.title
 
 
 def arm_title(arm: ArmTest) -> str:
-    return ARMS[arm[0]].title + (", with colours in context" if arm == ("base", COLORED_CAPTIONS) else "")
+    return "base model, colours in its prompt" if arm == ("base", COLORED_CAPTIONS) else ARMS[arm[0]].title

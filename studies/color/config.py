@@ -53,13 +53,15 @@ KB, KB_OTHERS = "kb", "kb-others"
 # Tests with this percentage of the items' pictures in the knowledge base ("retrieved": 100, "taken-out": 0).
 DOSES = {"pictures-75": 75, "pictures-50": 50, "pictures-25": 25}
 ARMS = {
-    "base": Arm("base", ("none", COLORED_CAPTIONS), "text", made=BASE),
-    "twin": Arm("twin", ("none",), "text"),
-    "valm": Arm("VaLM", ("retrieved",)),
-    "cut": Arm("VaLM with the cut", ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out"), cut=True),
-    "random": Arm("random images with the cut", ("random",), "random", cut=True),
-    "blind": Arm("Blind", ("retrieved",), "blind"),
-    "colored-context": Arm("colours in context", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
+    "base": Arm("base model, unmodified", ("none", COLORED_CAPTIONS), "text", made=BASE),
+    "twin": Arm("text-only baseline", ("none",), "text"),
+    "valm": Arm("VaLM without a threshold", ("retrieved",)),
+    "cut": Arm(
+        "VaLM with a score threshold", ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out"), cut=True
+    ),
+    "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
+    "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
+    "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
 }
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, TWIN, VALM, WITH_PICTURE, WITHOUT_PICTURE, arm_title
+from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, TWIN, VALM, WITH_PICTURE, WITHOUT_PICTURE
 from studies.color.config import DOSES
 from studies.color.results import APART, RAW, Results
 from studies.plots import FAINT, INK, SERIES, new_figure, quiet
@@ -15,12 +15,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Percentage of the items' pictures in the knowledge base -> the images of the arm with a score threshold.
+# Titles that fit next to an axis.
+SHORT = {RAW: "uncalibrated", APART: "calibrated"}
+NAMES = {
+    BASE: "base model",
+    TWIN: "text-only baseline",
+    BLIND: "query control",
+    VALM: "VaLM, no threshold",
+    CUT: "VaLM, threshold",
+}
+# Percent of the items' pictures in the knowledge base, and what VaLM with a score threshold is then tested with.
 PICTURES = {100: "retrieved", **{percent: dose for dose, percent in DOSES.items()}, 0: "taken-out"}
 
 
 def dose(results: Results) -> Figure:
-    """Accuracy against the share of pictures left, and the gain over the base with and without a picture."""
+    """Accuracy against the pictures that are left, and gains over the base model, with and without a picture."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     _curve(left, results)
@@ -35,17 +44,17 @@ def _curve(axes: Axes, results: Results) -> None:
             for percent, images in PICTURES.items()
             if (one := results.accuracy((CUT[0], images), PRIMARY, measure, WITH_PICTURE.keep))
         }
-        if not found:  # for example if only validation objects were asked
+        if not found:  # if only validation objects were asked
             continue
         values, lows, highs = 100 * np.array([one[:3] for one in found.values()]).T
-        axes.plot(list(found), values, "o-", color=color, label=f"VaLM with the cut, {measure}")
+        axes.plot(list(found), values, "o-", color=color, label=f"{NAMES[CUT]}, {SHORT[measure]}")
         axes.fill_between(list(found), lows, highs, color=color, alpha=0.15, linewidth=0)
         for other, line in ((BLIND, "--"), (BASE, ":")):
             one = results.accuracy(other, PRIMARY, measure, WITH_PICTURE.keep)
             if one is not None:
-                axes.axhline(100 * one.value, color=color, linestyle=line, label=f"{arm_title(other)}, {measure}")
-    axes.set_xlabel("pictures of the items that are left, %")
-    axes.set_ylabel(f"right, {WITH_PICTURE.title}, %")
+                axes.axhline(100 * one.value, color=color, linestyle=line, label=f"{NAMES[other]}, {SHORT[measure]}")
+    axes.set_xlabel("pictures left in the knowledge base, %")
+    axes.set_ylabel("correct, objects with a picture, %")
     axes.legend(frameon=False, fontsize=7, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     quiet(axes)
 
@@ -58,13 +67,13 @@ def _gains(axes: Axes, results: Results) -> None:
             for measure in (RAW, APART):
                 found = results.difference(arm, BASE, PRIMARY, measure, items.keep)
                 if found is not None:
-                    kind = "with a picture" if items is WITH_PICTURE else "without"
-                    rows.append((f"{arm_title(arm)}, {kind}, {measure}", found, color))
+                    kind = "picture" if items is WITH_PICTURE else "no picture"
+                    rows.append((f"{NAMES[arm]}, {kind}, {SHORT[measure]}", found, color))
     for place, (_, found, color) in enumerate(rows):
         axes.plot([100 * found.low, 100 * found.high], [place, place], color=color, linewidth=1.4)
         axes.plot(100 * found.value, place, "o", color=color, markersize=4)
     axes.axvline(0, color=FAINT, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [title for title, _, _ in rows], fontsize=7, color=INK)
     axes.invert_yaxis()
-    axes.set_xlabel("points over the base, MemoryColor")
+    axes.set_xlabel("points over the base model, MemoryColor")
     quiet(axes)

@@ -14,10 +14,10 @@ from valm.errors import ValmError
 # The number of seeds that decide, and the level over the four hypotheses.
 SEEDS, LEVEL = 5, 0.05
 HYPOTHESES = {
-    "T1: VaLM with the cut − Blind, raw": (BLIND, RAW),
-    "T2: VaLM with the cut − base, raw": (BASE, RAW),
-    "T3: VaLM with the cut − Blind, calibrated": (BLIND, CALIBRATED),
-    "T4: VaLM with the cut − base, calibrated": (BASE, CALIBRATED),
+    "T1: query control (Blind), uncalibrated": (BLIND, RAW),
+    "T2: base model, uncalibrated": (BASE, RAW),
+    "T3: query control (Blind), calibrated": (BLIND, CALIBRATED),
+    "T4: base model, calibrated": (BASE, CALIBRATED),
 }
 
 
@@ -31,7 +31,7 @@ class OverSeeds(NamedTuple):
 
 
 def over_seeds(results: Results, other: ArmTest, measure: str) -> OverSeeds:
-    """VaLM with the cut − `other`, seed by seed.
+    """The accuracy of VaLM with a score threshold minus that of `other`, seed by seed.
 
     Raises:
         ValmError: SciPy is not installed.
@@ -69,8 +69,19 @@ def hypotheses(results: Results) -> str:
         assert one is not None  # as the seeds have both arms
         values = ", ".join(map(signed, by_seed.values))
         interval = f"[{signed(by_seed.low)}, {signed(by_seed.high)}]"
-        rows.append([title, points(one), interval, values, f"{p:.3f}", _outcome(one, by_seed, p, len(some.seeds))])
-    head = [f"{set_title(PRIMARY)}, points", "[95 %], items and seeds", "t over seeds", "by seed", "p, Holm", ""]
+        rows.append(
+            [
+                title,
+                points(one),
+                interval,
+                values,
+                "< 0.001" if p < 0.0005 else f"{p:.3f}",
+                _outcome(one, by_seed, p, len(some.seeds)),
+            ]
+        )
+    compared = f"{set_title(PRIMARY)}: VaLM with a score threshold compared with"
+    intervals = ["points [95 %, objects and seeds]", "[95 %, t over seeds]"]
+    head = [compared, *intervals, "points, seed by seed", "p (Holm)", "hypothesis"]
     return table(head, rows)
 
 

@@ -87,9 +87,7 @@ def collect_pictures(sources: Mapping[str, Mapping[str, Any]], out: Path, *, pro
             things = DRAWINGS[name](options.get("limit"), progress)
             found = _views(name, things, out, options.get("views", 1), progress)
         else:
-            raise ValmError(
-                f"there is no picture source {name!r}; give {', '.join(DRAWINGS)}, or a folder of one's own"
-            )
+            raise ValmError(f"there is no picture source {name!r}; give {', '.join(DRAWINGS)}, or a folder")
         pictures += found
     write_json(out / CAPTIONS_FILE, {picture.file: picture.caption.split("\n") for picture in pictures})
     write_json(out / PICTURES_FILE, [asdict(picture) for picture in pictures])

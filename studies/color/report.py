@@ -14,12 +14,13 @@ from studies.color.comparisons import (
     BLIND,
     CUT,
     IN_CONTEXT,
+    MEASURES,
     PAIRS,
     PRIMARY,
     RANDOM,
     SECONDARY,
     TWIN,
-    VALIDATION_THINGS,
+    VALIDATION_OBJECTS,
     VALM,
     WITH_PICTURE,
     WITHOUT_PICTURE,
@@ -78,7 +79,7 @@ def write_figure(results: Results, images: str | os.PathLike) -> None:
 
 
 def state(results: Results) -> str:
-    """How many seeds there are, of which settings, what they were run on, and what could not be asked."""
+    """The seeds, their settings, machine and versions, and the sets that were missing."""
     first = results.seeds[0]
     interim = "" if len(results.seeds) >= SEEDS else f" **Interim: the plan decides with {SEEDS} seeds.**"
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
@@ -86,16 +87,16 @@ def state(results: Results) -> str:
     for of in dict.fromkeys(name for seed in results.seeds for name in seed["missing"]):
         seeds = [str(seed["seed"]) for seed in results.seeds if of in seed["missing"]]
         title = set_title(of) if of in SETS else of
-        missing += f"\n\nNot asked, as the machine had no such file: {title} (seeds {', '.join(seeds)})."
+        missing += f"\n\nNot asked, because the machine had no such file: {title} (seeds {', '.join(seeds)})."
     return (
-        f"Seeds: {', '.join(map(str, results.numbers))}.{interim} Settings `{first['recipe']}` of the study "
-        f"`{first['study']}`; {first['hardware']}, {first['threads']} threads; {versions}.{missing}"
+        f"Seeds {', '.join(map(str, results.numbers))}.{interim} Settings `{first['recipe']}` of the study "
+        f"`{first['study']}`. Machine: {first['hardware']}; threads: {first['threads']}. Versions: {versions}.{missing}"
     )
 
 
 def answers(results: Results) -> str:
-    """Every arm: what it answers, and what it costs in captions."""
-    asked = (VALIDATION_THINGS, WITH_PICTURE, WITHOUT_PICTURE, ALL_OF_VICOMTE)
+    """Correct answers of every arm, and its perplexity on captions."""
+    asked = (VALIDATION_OBJECTS, WITH_PICTURE, WITHOUT_PICTURE, ALL_OF_VICOMTE)
     arms = (BASE, TWIN, VALM, CUT, RANDOM, BLIND, IN_CONTEXT, ("base", COLORED_CAPTIONS))
     rows = []
     for arm in arms:
@@ -104,33 +105,39 @@ def answers(results: Results) -> str:
             captions = perplexity_ratio(results, read, BASE, CAPTIONS_KIND)
             numbers = [raw_and_calibrated(results, arm, items) for items in asked]
             rows.append([arm_title(arm), *numbers, cell(captions, times, results)])
-    heads = ["Right, %, raw / calibrated", *(items.title for items in asked), "captions, × the base's perplexity"]
+    measures = "%, uncalibrated / calibrated"
+    heads = ["Model", *(f"{items.title}, {measures}" for items in asked), "captions, perplexity ÷ base model [95 %]"]
     return table(heads, rows)
 
 
 def secondary(results: Results) -> str:
-    """VaLM with the cut beside the other arms on all other sets and some of their items."""
+    """VaLM with a score threshold compared with other arms on all sets, and its perplexity on captions."""
     rows = []
     for items in SECONDARY:
         for measure in (RAW, CALIBRATED, APART):
             found = [results.difference(*pair, items.of, measure, items.keep) for pair in PAIRS.values()]
             if any(found) and (measure != APART or items.keep is not every):
-                rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
-    return table(["VaLM with the cut, points [95 %]", *PAIRS], rows)
+                rows.append([f"{items.title}, {MEASURES[measure]}", *(cell(one, decided, results) for one in found)])
+    ratios = [perplexity_ratio(results, *pair, CAPTIONS_KIND) for pair in PAIRS.values()]
+    rows.append(["captions, perplexity ÷ the other model [95 %]", *(cell(one, times, results) for one in ratios)])
+    head = "VaLM with a score threshold, difference in points [95 %]"
+    return table([head, *(f"compared with {other}" for other in PAIRS)], rows)
 
 
 def exchanged(results: Results) -> str:
-    """How VaLM with the cut follows images that others are put in the place of."""
+    """How often VaLM with a score threshold follows replaced images."""
     rows = []
-    for exchange, title in zip(EXCHANGES, ("red and blue exchanged", "pictures of another colour"), strict=True):
-        found = [follows(results, items, exchange) for items in (ALL_OF_PRIMARY, VALIDATION_THINGS)]
+    for exchange, title in zip(
+        EXCHANGES, ("same pictures, red and blue exchanged", "pictures of other objects in another colour"), strict=True
+    ):
+        found = [follows(results, items, exchange) for items in (ALL_OF_PRIMARY, VALIDATION_OBJECTS)]
         rows.append([title, *(cell(one, decided, results) for one in found)])
-    head = "VaLM with the cut answers the new colour more often by, points [95 %]"
-    return table([head, ALL_OF_PRIMARY.title, VALIDATION_THINGS.title], rows)
+    sets = (f"{items.title}, points [95 %]" for items in (ALL_OF_PRIMARY, VALIDATION_OBJECTS))
+    return table(["Images replaced by", *sets], rows)
 
 
 def summary(results: Results) -> str:
-    """The table of the README: one model, VaLM with the cut, beside the base, the twin and Blind."""
+    """The table of the README: VaLM with a score threshold compared with three other models."""
     results = results.having((PRIMARY, CUT), (PRIMARY, BASE))
     if not results.seeds:
         return "No seed has both models yet."
@@ -141,14 +148,17 @@ def summary(results: Results) -> str:
         (ALL_OF_PRIMARY, RAW),
         (ALL_OF_PRIMARY, CALIBRATED),
         (WITHOUT_PICTURE, APART),
-        (VALIDATION_THINGS, RAW),
+        (VALIDATION_OBJECTS, RAW),
     ):
         found = [results.difference(*PAIRS[pair], items.of, measure, items.keep) for pair in pairs]
-        rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
+        rows.append([f"{items.title}, {MEASURES[measure]}", *(cell(one, decided, results) for one in found)])
     ratios = [perplexity_ratio(results, *PAIRS[pair], CAPTIONS_KIND) for pair in pairs]
-    rows.append([f"perplexity of {CAPTIONS_KIND}, ×", *(cell(one, times, results) for one in ratios)])
+    rows.append(
+        [f"{CAPTIONS_KIND}, perplexity ÷ the other model [95 %]", *(cell(one, times, results) for one in ratios)]
+    )
     seeds = ", ".join(map(str, results.numbers))
-    return table([f"VaLM with the cut, points [95 %], seeds {seeds}{planned}", *pairs], rows)
+    head = f"VaLM with a score threshold, points [95 %], seeds {seeds}{planned}"
+    return table([head, *(f"minus {other}" for other in pairs)], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

@@ -24,7 +24,7 @@ class Study:
         out: folder of everything that it writes.
         command: `valm.cli.main`.
         data: folder of the test sets.
-        validation: ask about validation things only.
+        validation: ask about validation objects only.
         progress: print the stages and show progress bars.
     """
 

@@ -1,4 +1,4 @@
-"""python -m studies.demo: trains and evaluates a small VaLM and its text-only twin on real pictures."""
+"""python -m studies.demo: trains and evaluates a small VaLM and its text-only baseline on real pictures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from valm.cli.options import CommandParser, HelpFormatter, program, seed
 
 
 def build_parser() -> CommandParser:
-    description = "train and evaluate a small VaLM and its text-only twin on real pictures"
+    description = "train and evaluate a small VaLM and its text-only baseline on real pictures"
     demo = program("python -m studies.demo", description, formatter_class=HelpFormatter)
     demo.set_defaults(run=_run)
     demo.add_argument("--out", type=Path, default=Path("demo-output"), help="folder of results, report and models")
-    demo.add_argument("--seed", type=seed, default=0, help="of everything that is drawn")
+    demo.add_argument("--seed", type=seed, default=0, help="random seed of split, pictures, text, weights and order")
     demo.add_argument(
         "--eval-data",
         type=Path,
         default=os.environ.get("VALM_EVAL_DATA"),
-        help="folder of the evaluation sets, for MemoryColor (default: the variable VALM_EVAL_DATA)",
+        help="folder of the test sets, for MemoryColor (default: $VALM_EVAL_DATA)",
     )
     return demo
 

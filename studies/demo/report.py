@@ -1,4 +1,4 @@
-"""report.html: one file that holds the demo's table, figures and pictures."""
+"""report.html: one file with the demo's table, figures and pictures."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SWATCHES = {
     "orange": "#e27022",
 }
 ROW_NAMES = {
-    "valm": "VaLM, 4 retrieved pictures a token",
-    "gpt2": "GPT-2*, the same model without pictures",
+    "valm": "VaLM, 4 retrieved pictures per token",
+    "gpt2": "text-only baseline (GPT-2*)",
     "random_images": "VaLM, random pictures at test time",
-    "valm_state_queries": "VaLM with state queries, as published",
-    "majority": "always the commonest colour",
+    "valm_state_queries": "VaLM, state queries as published",
+    "majority": "always the most frequent colour",
 }
 
 
@@ -74,8 +74,9 @@ def write_report(
 
 
 def attention(seen: Explanation) -> list[dict[str, Any]]:
-    """A row for each token, the mean over the heads: its shares of the attention over the text up to it and over its
-    images, which are the clearer, up to 1, the nearer they are to the largest share of an image."""
+    """A row for each token: its mean attention, over the heads, to the text up to it and to its images.
+
+    The opacity of an image is 1 for the largest share of all images."""
     text, images = seen.weights()
     largest = float(images.max(initial=0)) or 1.0
     return [
@@ -99,7 +100,7 @@ def among_answers(seen: Explanation, answer: str) -> float:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    """The three commonest answers."""
+    """The three most frequent answers."""
     most = sorted(counts.items(), key=lambda entry: -entry[1])
     return ", ".join(f"{color} {count}" for color, count in most[:3]) + (" …" if len(most) > 3 else "")
 

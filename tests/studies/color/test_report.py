@@ -36,7 +36,7 @@ def test_a_page_gets_every_table_and_the_figure_of_its_study(tmp_path):
     assert Image.open(tmp_path / FIGURE).size[0] > 400
 
 
-def test_the_figure_and_tables_of_validation_things_alone(tmp_path):
+def test_the_figure_and_tables_of_validation_objects_alone(tmp_path):
     found = result(0)
     found["rows"] = [one for one in found["rows"] if one["of"] != "memory_color"]
     (tmp_path / "seed.json").write_text(json.dumps(found))
@@ -44,7 +44,7 @@ def test_the_figure_and_tables_of_validation_things_alone(tmp_path):
     results = read_results([tmp_path / "seed.json"])
     write_page(results, tmp_path / "study.md")
     write_figure(results, tmp_path)
-    assert row(answers(results), "VaLM with the cut")[:2] == ["88.9 / 88.9", "–"]
+    assert row(answers(results), "VaLM with a score threshold")[:2] == ["88.9 / 88.9", "–"]
     assert "UNWRITTEN" not in (tmp_path / "study.md").read_text() and (tmp_path / FIGURE).exists()
 
 
@@ -60,30 +60,33 @@ def test_a_page_without_a_place_for_the_study_is_named(tmp_path):
 
 def test_answers_are_raw_and_calibrated_by_picture(tmp_path):
     table = answers(read_results(write(tmp_path)))
-    assert row(table, "VaLM with the cut") == ["88.9 / 88.9"] * 3 + ["–", "–"]
+    assert row(table, "VaLM with a score threshold") == ["88.9 / 88.9"] * 3 + ["–", "–"]
     shares = [100 * RED[some].mean() for some in (RED | True, PICTURED, ~PICTURED)]
-    assert row(table, "base")[:3] == [f"{share:.1f} / {share:.1f}" for share in shares]
+    assert row(table, "base model, unmodified")[:3] == [f"{share:.1f} / {share:.1f}" for share in shares]
 
 
 def test_a_number_of_fewer_seeds_says_which(tmp_path):
     fewer = tmp_path / "fewer.json"
     fewer.write_text(json.dumps(without(result(2), "blind")))
     said = summary(read_results([*write(tmp_path), fewer]))
-    assert said.startswith("| VaLM with the cut, points [95 %], seeds 0, 1, 2 of 5 | − base | − twin | − Blind |\n")
-    assert [cell.endswith("(seeds 0, 1)") for cell in row(said, "MemoryColor, raw")] == [False, False, True]
+    models = "minus base model | minus text-only baseline | minus query control (Blind) |\n"
+    assert said.startswith(f"| VaLM with a score threshold, points [95 %], seeds 0, 1, 2 of 5 | {models}")
+    assert [cell.endswith("(seeds 0, 1)") for cell in row(said, "MemoryColor, uncalibrated")] == [False, False, True]
     fewer.write_text(json.dumps(without(result(2), "cut", "base")))
     assert summary(read_results([fewer])) == "No seed has both models yet."
 
 
-def test_what_an_interval_decides_stands_behind_it(tmp_path):
+def test_what_an_interval_says_stands_behind_it(tmp_path):
     table = secondary(read_results(write(tmp_path, range(5))))
-    base, twin, blind, random = row(table, "MemoryColor, with a picture, raw")
+    base, twin, blind, random = row(table, "MemoryColor, objects with a picture, uncalibrated")
     assert base == twin == random and base.endswith(", more")
     assert blind == "+0.0 [+0.0, +0.0], no difference"
-    assert row(exchanged(read_results(write(tmp_path))), "red and blue exchanged")[0].startswith("+100.0")
+    replaced = exchanged(read_results(write(tmp_path)))
+    assert row(replaced, "same pictures, red and blue exchanged")[0].startswith("+100.0")
     agree = RIGHT != "green"
     difference = 100 * (8 / 9 - RED[agree].mean())
-    assert row(table, "MemoryColor, pixels as people say, raw")[0].startswith(f"+{difference:.1f} [")
+    right = "MemoryColor, objects whose pictures show the right colour, uncalibrated"
+    assert row(table, right)[0].startswith(f"+{difference:.1f} [")
 
 
 def test_the_hypotheses_are_decided_by_five_seeds_with_holms_correction(tmp_path):
@@ -95,10 +98,10 @@ def test_the_hypotheses_are_decided_by_five_seeds_with_holms_correction(tmp_path
                 one["hits"][0] = number
         file.write_text(json.dumps(found))
     few, all_seeds = (hypotheses(read_results(files[:count])) for count in (3, 5))
-    assert row(all_seeds, "T2: VaLM with the cut − base, raw")[-1] == "holds"
-    assert row(few, "T2: VaLM with the cut − base, raw")[-1] == "so far yes"
-    assert row(all_seeds, "T1: VaLM with the cut − Blind, raw")[-1] == "does not hold"
-    by_seed = [float(text) for text in row(all_seeds, "T2: VaLM with the cut − base, raw")[2].split(", ")]
+    assert row(all_seeds, "T2: base model, uncalibrated")[-1] == "holds"
+    assert row(few, "T2: base model, uncalibrated")[-1] == "so far yes"
+    assert row(all_seeds, "T1: query control (Blind), uncalibrated")[-1] == "does not hold"
+    by_seed = [float(text) for text in row(all_seeds, "T2: base model, uncalibrated")[2].split(", ")]
     assert np.diff(by_seed) == pytest.approx([100 / (9 * len(RIGHT))] * 4, abs=0.11)
     assert re.match("Fewer than two seeds", hypotheses(read_results(files[:1])))
 

@@ -72,10 +72,10 @@ def test_everything_given_is_shown(tmp_path, exhibits):
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 2  # of losses
     assert text.count("<img") == 5  # of two examples, of a token, and of a swap twice
-    assert text.count(CREDIT) == 3
+    assert text.count(CREDIT) == 3 and ">1 objects of MemoryColor<" in text
     assert "87.1%" in text and "19.4%" in text and "26.6%" in text
     assert '<span class="answer right">red</span>' in text
-    assert '<span class="answer wrong">grey</span> <span class="soft">(it is blue)</span>' in text
+    assert '<span class="answer wrong">grey</span> <span class="soft">(correct: blue)</span>' in text
     assert "--seed 7" in text and "sentences\n8000" in text and "a &lt;processor&gt;, 2 cores" in text
     assert "red 17, pink 1" in text and "blue 18" in text
     assert '<th scope="row">together</th><td>91.8</td>' in text  # 61.25 + 30.5
@@ -90,7 +90,7 @@ def test_without_memory_color_it_says_why_and_hostile_words_are_escaped(tmp_path
     write_report(tmp_path / "report.html", results(memory=False), {"CLIP": [1.0], "VaLM": [1.0]}, exhibits)
     text = (tmp_path / "report.html").read_text()
     assert "MemoryColor is skipped: there is no table &lt;here&gt;" in text
-    assert "things of MemoryColor" not in text
+    assert ">1 objects of MemoryColor<" not in text
     assert "<script" not in text and ' onerror="' not in text and "&lt;b&gt;" in text
 
 
