@@ -179,19 +179,51 @@ def test_the_search_of_the_examples_is_exact(monkeypatch, tmp_path, capsys):
     assert "has 2000 rows, not 1000: choose another folder" in capsys.readouterr().err
 
 
-def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
+def write_looking_model(world: Path, folder: Path) -> None:
+    """The small model, which looks at its images: trained for three steps, it hardly does."""
     model, tokenizer = valm.load(world / "valm")
-    with torch.no_grad():  # so little trained, the model hardly looks at its images
+    with torch.no_grad():
         fusion_module(model).logit_bias_delta.fill_(4)
         model.transformer.h[model.fusion_options.layer].attn.c_proj.weight.mul_(20)
         model.transformer.ln_f.weight.mul_(20)
-    valm.save_checkpoint(model, tokenizer, tmp_path / "valm")
+    valm.save_checkpoint(model, tokenizer, folder)
+
+
+def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
+    write_looking_model(world, tmp_path / "valm")
     run_example(monkeypatch, "images_on_and_off", str(tmp_path / "valm"), "--question", "the color of the sea is")
     found, *answers = capsys.readouterr().out.splitlines()
     assert found.startswith("images found: a ") and len(answers) == 3
     assert len({answer.split(":")[1] for answer in answers}) == 3
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
         run_example(monkeypatch, "images_on_and_off", str(tmp_path / "nowhere"))
+
+
+NOTEBOOK = json.loads((ROOT / "examples" / "ask_the_demo.ipynb").read_text(encoding="utf-8"))
+CODE_CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_stored_without_outputs():
+    assert [(cell["outputs"], cell["execution_count"]) for cell in CODE_CELLS] == [([], None)] * len(CODE_CELLS)
+
+
+@pytest.mark.slow  # it starts a process
+def test_the_notebook_exchanges_images(world, tmp_path):
+    write_looking_model(world, tmp_path / "demo-output" / "valm")
+    (tmp_path / "demo-output" / "pictures" / "frog").mkdir(parents=True)
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "demo-output" / "pictures" / "frog" / "0.png")
+    (tmp_path / "examples").mkdir()
+    results = "[shares(found), shares(frogs), *map(answers, (found, frogs, text_only)), strip(found).size]"
+    code = ["".join(cell["source"]) for cell in CODE_CELLS] + [f"import json\nprint(json.dumps({results}))"]
+    run = [sys.executable, "-c", "\n\n".join(code)]
+    done = subprocess.run(run, cwd=tmp_path / "examples", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, frogs, *answers, size = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2 and all(caption.startswith("a ") for caption, _ in found)
+    assert [caption for caption, _ in frogs] == ["0.png", "0.png"]
+    assert 0.01 < sum(share for _, share in found) <= 1.001
+    assert len({json.dumps(answer) for answer in answers}) == 3  # with the images, with frogs, without
+    assert size == [80, 40]
 
 
 def test_the_memory_of_the_examples_names_what_is_not_there(monkeypatch, tmp_path, capsys):
