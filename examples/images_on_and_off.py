@@ -1,4 +1,4 @@
-"""One question, answered with the images that a model finds, with random ones, and with none.
+"""Asks a model one question three times: with the images that it finds, with random images, and without images.
 
 make demo
 python examples/images_on_and_off.py demo-output/valm
@@ -19,7 +19,7 @@ SHOWN = 3
 
 @torch.no_grad()
 def likeliest(model, tokenizer, ids: torch.Tensor) -> str:
-    """The words that the model finds likeliest next, with their probabilities."""
+    """The likeliest next words, with their probabilities."""
     probabilities = model(ids).logits[0, -1].softmax(-1)
     best = probabilities.topk(SHOWN)
     return ", ".join(

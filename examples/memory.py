@@ -1,5 +1,7 @@
-"""SmolLM2-135M reads two long texts with a memory: in one layer each token also attends to the K keys that it fits best
-of all that was read before, head by head, in one softmax with its segment (Memorizing Transformers, Wu et al. 2022).
+"""SmolLM2-135M reads two long texts with a memory (Memorizing Transformers, Wu et al. 2022).
+
+In one layer each token also attends to the K best keys of all earlier segments, head by head. Text and memory share one
+softmax.
 
 python examples/memory.py smollm2 moby-dick.txt sotu.txt   # docs/how-to/memory.md has the texts
 """
@@ -14,13 +16,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from valm_kernels import ip_topk, visual_fusion_attn
 
-SEGMENT, ENTRIES, POOL = 512, 32, 65_536  # tokens read at once; entries of a token (K), and of the memory at most
-SINKS = 4  # first tokens of a segment that attention rests on, whatever they say: as entries they would fill all K
-LAYER, TOKENS, TRAINED = 24, 200_000, 100_000  # tokens of each text, the second half scored; learnt from, in both
+SEGMENT, ENTRIES, POOL = 512, 32, 65_536  # tokens per segment; memory entries per token (K); most entries
+SINKS = 4  # first tokens of a segment, which attract attention regardless of content: they would fill all K entries
+LAYER, TOKENS, TRAINED = 24, 200_000, 100_000  # tokens of each text; tokens trained on, in both texts
 
 
 class MemoryAttention(nn.Module):
-    """The attention of a Llama layer, joined with a memory: keys before rotation, and values (2, Hkv, N, D)."""
+    """The attention of a Llama layer with a memory of keys before rotation and values, (2, Hkv, N, D)."""
 
     def __init__(self, own: nn.Module) -> None:
         super().__init__()
@@ -36,9 +38,9 @@ class MemoryAttention(nn.Module):
         pools, options = (None, None), {}
         if self.memory is not None:
             pools = self.memory
-            far = (x[:, -1:] for x in position_embeddings)  # all entries as far away as the segment is long
+            far = (x[:, -1:] for x in position_embeddings)  # all entries at the distance of one segment
             far_q = apply_rotary_pos_emb(q, q, *far)[0]
-            queries = far_q[0].unflatten(0, (len(pools[0]), -1)).sum(1)  # (Hkv, T, D): a group shares its entries
+            queries = far_q[0].unflatten(0, (len(pools[0]), -1)).sum(1)  # (Hkv, T, D): a group of heads shares entries
             entries = ip_topk(queries, pools[0], min(ENTRIES, pools[0].shape[1])).indices
             options = {"image_q": far_q, "image_index": entries[None], **self.biases}  # (1, Hkv, T, K)
         rotated = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -54,7 +56,11 @@ def run(model: nn.Module, states: Tensor, layers: slice) -> Tensor:
 
 
 def losses(model: nn.Module, ids: Tensor, below: Tensor, start: int, memory: Tensor | None) -> Tensor:
-    """Of each token of the segment from `start` on but its first, from the states below the layer with the memory."""
+    """Losses of the segment that begins at `start`, without its first token.
+
+    Args:
+        below: states of all tokens below the layer with the memory, (1, T, C).
+    """
     seen = start - start // SEGMENT * SINKS
     before = None if memory is None else memory[:, :, max(0, seen - POOL) : seen].contiguous()
     model.model.layers[LAYER].self_attn.memory = before

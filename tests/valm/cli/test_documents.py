@@ -22,8 +22,10 @@ from studies.color.questions import FLICKR_CAPTIONS, photographs
 from studies.demo.__main__ import build_parser as demo_parser
 from tests.valm.cli.commands import SIZE
 from tests.valm.evaluation.small_sets import write_sets
+from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
+from valm.errors import ValmError
 from valm.model.augment import fusion_module
 from valm.training import training_arguments
 
@@ -32,6 +34,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "stu
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PARSERS = {"valm ": build_parser, "python -m studies.demo ": demo_parser, "python -m studies.color ": color_parser}
 TUTORIALS = ["attention", "search", "knowledge-base"]
+PRETRAINED_CLIP = "ViT-B-32:laion2b_s34b_b79k"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -106,15 +109,31 @@ def write_photographs(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(f"a {color} {shape} on a {ground} ground")
 
 
-@pytest.mark.slow  # it trains a CLIP and two models
-@pytest.mark.timeout(3600)
-def test_own_pictures_in_ten_minutes(tmp_path):
+def write_smollm2(folder: Path) -> None:
+    """SmolLM2-135M where its package is installed, else a tiny decoder."""
+    try:
+        runpy.run_path(str(ROOT / "examples" / "augment_smollm2.py"))["convert_smollm2"](folder)
+    except ValmError:
+        tokenizer = gpt2_like()
+        llama_of(tokenizer, max_position_embeddings=512).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow  # it trains a CLIP and four models
+@pytest.mark.timeout(5400)
+def test_own_pictures(tmp_path):
+    """The commands as they stand on the page, with the CLIP of its first command as the pretrained one too."""
     write_photographs(tmp_path / "pictures")
+    write_smollm2(tmp_path / "smollm2")
+    (tmp_path / "photos").mkdir()  # without captions
+    for image in sorted((tmp_path / "pictures").glob("*.jpg"))[:20]:
+        shutil.copy(image, tmp_path / "photos")
+    (tmp_path / "notes.txt").write_text("We saw a dog at the lake.\nThe boat was red.")
     seconds, page = {}, ROOT / "docs" / "tutorials" / "own-pictures.md"
     write_configs(page, tmp_path)
     for command in commands(page):
         begin = time.monotonic()
-        words = shlex.split(command, comments=True)
+        words = shlex.split(command.replace(PRETRAINED_CLIP, "clip"), comments=True)
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         seconds[command] = time.monotonic() - begin
@@ -122,7 +141,8 @@ def test_own_pictures_in_ten_minutes(tmp_path):
         if words[1] == "generate":
             assert "  seen for: " in done.stdout
     print(f"{sum(seconds.values()):6.1f} s in all")
-    assert (tmp_path / "dog.html").read_text().count("data:image/") > 1
+    for name in ("dog.html", "smollm2.html"):
+        assert (tmp_path / name).read_text().count("data:image/") > 1
 
 
 def test_the_commands_of_the_readme_run(workshop, world, capsys):
@@ -179,19 +199,51 @@ def test_the_search_of_the_examples_is_exact(monkeypatch, tmp_path, capsys):
     assert "has 2000 rows, not 1000: choose another folder" in capsys.readouterr().err
 
 
-def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
+def write_looking_model(world: Path, folder: Path) -> None:
+    """The small model, which looks at its images: trained for three steps, it hardly does."""
     model, tokenizer = valm.load(world / "valm")
-    with torch.no_grad():  # so little trained, the model hardly looks at its images
+    with torch.no_grad():
         fusion_module(model).logit_bias_delta.fill_(4)
         model.transformer.h[model.fusion_options.layer].attn.c_proj.weight.mul_(20)
         model.transformer.ln_f.weight.mul_(20)
-    valm.save_checkpoint(model, tokenizer, tmp_path / "valm")
+    valm.save_checkpoint(model, tokenizer, folder)
+
+
+def test_images_are_switched_on_and_off_in_the_examples(monkeypatch, world, tmp_path, capsys):
+    write_looking_model(world, tmp_path / "valm")
     run_example(monkeypatch, "images_on_and_off", str(tmp_path / "valm"), "--question", "the color of the sea is")
     found, *answers = capsys.readouterr().out.splitlines()
     assert found.startswith("images found: a ") and len(answers) == 3
     assert len({answer.split(":")[1] for answer in answers}) == 3
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
         run_example(monkeypatch, "images_on_and_off", str(tmp_path / "nowhere"))
+
+
+NOTEBOOK = json.loads((ROOT / "examples" / "ask_the_demo.ipynb").read_text(encoding="utf-8"))
+CODE_CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_is_stored_without_outputs():
+    assert [(cell["outputs"], cell["execution_count"]) for cell in CODE_CELLS] == [([], None)] * len(CODE_CELLS)
+
+
+@pytest.mark.slow  # it starts a process
+def test_the_notebook_exchanges_images(world, tmp_path):
+    write_looking_model(world, tmp_path / "demo-output" / "valm")
+    (tmp_path / "demo-output" / "pictures" / "frog").mkdir(parents=True)
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "demo-output" / "pictures" / "frog" / "0.png")
+    (tmp_path / "examples").mkdir()
+    results = "[shares(found), shares(frogs), *map(answers, (found, frogs, text_only)), strip(found).size]"
+    code = ["".join(cell["source"]) for cell in CODE_CELLS] + [f"import json\nprint(json.dumps({results}))"]
+    run = [sys.executable, "-c", "\n\n".join(code)]
+    done = subprocess.run(run, cwd=tmp_path / "examples", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, frogs, *answers, size = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2 and all(caption.startswith("a ") for caption, _ in found)
+    assert [caption for caption, _ in frogs] == ["0.png", "0.png"]
+    assert 0.01 < sum(share for _, share in found) <= 1.001
+    assert len({json.dumps(answer) for answer in answers}) == 3  # with the images, with frogs, without
+    assert size == [80, 40]
 
 
 def test_the_memory_of_the_examples_names_what_is_not_there(monkeypatch, tmp_path, capsys):
