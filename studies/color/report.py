@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/results/study.md and the README, from the results of seeds: no number is typed."""
+"""The tables and the figure of docs/results/study.md, from the results of seeds: no number is typed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from studies.color.comparisons import (
     CUT,
     IN_CONTEXT,
     PAIRS,
-    PRIMARY,
     RANDOM,
     SECONDARY,
     TWIN,
@@ -129,33 +128,10 @@ def exchanged(results: Results) -> str:
     return table([head, ALL_OF_PRIMARY.title, VALIDATION_THINGS.title], rows)
 
 
-def summary(results: Results) -> str:
-    """The table of the README: one model, VaLM with the cut, beside the base, the twin and Blind."""
-    results = results.having((PRIMARY, CUT), (PRIMARY, BASE))
-    if not results.seeds:
-        return "No seed has both models yet."
-    pairs = list(PAIRS)[:3]
-    planned = "" if len(results.seeds) >= SEEDS else f" of {SEEDS}"
-    rows = []
-    for items, measure in (
-        (ALL_OF_PRIMARY, RAW),
-        (ALL_OF_PRIMARY, CALIBRATED),
-        (WITHOUT_PICTURE, APART),
-        (VALIDATION_THINGS, RAW),
-    ):
-        found = [results.difference(*PAIRS[pair], items.of, measure, items.keep) for pair in pairs]
-        rows.append([f"{items.title}, {measure}", *(cell(one, decided, results) for one in found)])
-    ratios = [perplexity_ratio(results, *PAIRS[pair], CAPTIONS_KIND) for pair in pairs]
-    rows.append([f"perplexity of {CAPTIONS_KIND}, ×", *(cell(one, times, results) for one in ratios)])
-    seeds = ", ".join(map(str, results.numbers))
-    return table([f"VaLM with the cut, points [95 %], seeds {seeds}{planned}", *pairs], rows)
-
-
 TABLES: dict[str, Callable[[Results], str]] = {
     "state": state,
     "answers": answers,
     "hypotheses": hypotheses,
     "secondary": secondary,
     "exchanged": exchanged,
-    "summary": summary,
 }
