@@ -20,7 +20,7 @@ import valm
 from studies.color.__main__ import build_parser as color_parser
 from studies.color.questions import FLICKR_CAPTIONS, photographs
 from studies.demo.__main__ import build_parser as demo_parser
-from tests.valm.cli.commands import run
+from tests.valm.cli.commands import STEPS, run
 from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
 from valm.model.augment import fusion_module
@@ -55,6 +55,7 @@ def write_configs(page: Path, folder: Path) -> None:
 def test_every_command_is_one(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_configs(page, tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in commands(page):
         start, parser = next((start, parser) for start, parser in PARSERS.items() if command.startswith(start))
         words = shlex.split(command.removeprefix(start), comments=True)
@@ -127,6 +128,7 @@ def test_own_pictures_in_ten_minutes(tmp_path):
 @pytest.fixture
 def own_model(workshop, world, base):
     """The workshop with what the README names: pictures, and a decoder in the folder smollm2."""
+    (workshop / "examples").symlink_to(ROOT / "examples")
     (workshop / "pictures").symlink_to(world / "pictures")
     (workshop / "smollm2").symlink_to(base)
     return workshop
@@ -136,8 +138,8 @@ def test_the_commands_of_the_readme_run(own_model, capsys):
     (questions,) = re.findall(r"^printf .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     subprocess.run(questions, shell=True, check=True)
     for command in commands(ROOT / "README.md"):
-        words = shlex.split(command.replace("--steps 240", "--steps 3"))[1:]
-        words += ["--context", "32", "--batch-size", "4"] if words[0] == "train" else []
+        words = shlex.split(command)[1:]
+        words += ["--context", "32", *STEPS] if words[0] == "train" else []
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
     assert (own_model / "report" / "report.html").is_file()
 
