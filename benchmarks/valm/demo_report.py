@@ -9,9 +9,9 @@ from valm.text import markdown_table
 
 NAMES = {
     "valm": "**VaLM, 4 retrieved images per token**",
-    "gpt2": "GPT-2\\*, its text-only twin: same data, order, seed and steps",
-    "random_images": "VaLM with random images at test time",
-    "majority": "always the commonest colour",
+    "gpt2": "Text-only baseline: same data, order, seed and steps",
+    "random_images": "VaLM, random images at test time",
+    "majority": "Always the most frequent colour",
 }
 
 
@@ -19,8 +19,8 @@ def table(file: Path) -> str:
     """The accuracies on the held-out objects, with their intervals."""
     result = json.loads(file.read_text(encoding="utf-8"))
     head = (
-        f"Right answers for colours that stand in no text, seed {result['seed']}",
-        f"{result['things']['heldout']} held-out things [95 %]",
+        f"Model, seed {result['seed']}",
+        f"Accuracy on {result['things']['heldout']} objects whose colour no text states [95 %]",
     )
     rows = []
     for name, label in NAMES.items():

@@ -1,16 +1,20 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, points
+from studies.color.config import COLORED_CAPTIONS
 from studies.color.hypotheses import holm, hypotheses
-from studies.color.report import FIGURE, TABLES, answers, exchanged, secondary, summary, write_figure, write_page
-from studies.color.results import read_results
+from studies.color.report import FIGURE, TABLES, answers, exchanged, secondary, write_figure, write_page
+from studies.color.results import CALIBRATED, pictured, read_results
 from tests.studies.color.synthetic import PICTURED, RIGHT, result, without, write
 from valm.errors import ValmError
 
+ROOT = Path(__file__).parents[3]
 MARK = "<!-- study: {} of synthetic -->\n{}\n<!-- end -->\n"
 RED = RIGHT == "red"
 
@@ -68,12 +72,22 @@ def test_answers_are_raw_and_calibrated_by_picture(tmp_path):
 def test_a_number_of_fewer_seeds_says_which(tmp_path):
     fewer = tmp_path / "fewer.json"
     fewer.write_text(json.dumps(without(result(2), "blind")))
-    said = summary(read_results([*write(tmp_path), fewer]))
-    models = "minus base model | minus text-only baseline | minus query control (Blind) |\n"
-    assert said.startswith(f"| VaLM with a score threshold, points [95 %], seeds 0, 1, 2 of 5 | {models}")
-    assert [cell.endswith("(seeds 0, 1)") for cell in row(said, "MemoryColor, uncalibrated")] == [False, False, True]
-    fewer.write_text(json.dumps(without(result(2), "cut", "base")))
-    assert summary(read_results([fewer])) == "No seed has both models yet."
+    first = secondary(read_results([*write(tmp_path), fewer])).splitlines()[2]
+    cells = first.strip("| ").split(" | ")[1:]
+    assert [cell.endswith("(seeds 0, 1)") for cell in cells] == [False, False, True, False]
+
+
+def test_the_readme_says_what_the_study_found():
+    results = read_results(sorted((ROOT / "studies" / "results").glob("third-seed-*.json")))
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    differences = [
+        results.difference(CUT, BASE, PRIMARY),
+        results.difference(CUT, BLIND, PRIMARY),
+        results.difference(CUT, BASE, PRIMARY, CALIBRATED),
+    ]
+    assert [points(found) for found in differences if points(found) not in said] == []
+    in_prompt, attended = (results.accuracy(arm, PRIMARY, keep=pictured) for arm in (("base", COLORED_CAPTIONS), CUT))
+    assert f"{100 * in_prompt.value:.1f} % against {100 * attended.value:.1f} %" in said
 
 
 def test_what_an_interval_says_stands_behind_it(tmp_path):
