@@ -152,6 +152,7 @@ class _Contrast(nn.Module):
     def __init__(self, clip_model: Any, max_logit_scale: float):
         super().__init__()
         self.clip, self.max_scale, self.contrast = clip_model, math.log(max_logit_scale), ClipLoss()
+        self._frozen = list(_frozen(clip_model))  # found once: the Trainer calls train() at every step
 
     def forward(self, images: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """The contrastive loss of images (B, 3, H, W) and token ids (B, T)."""
@@ -166,10 +167,18 @@ class _Contrast(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """As in PyTorch, but frozen parts stay in eval mode: a frozen batch norm updates no statistics."""
         super().train(mode)
-        for module in self.modules():
-            if any(True for _ in module.parameters()) and not _trained(module):
-                module.eval()
+        for module in self._frozen:
+            module.eval()
         return self
+
+
+def _frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts of `module` that have parameters, none of them trained."""
+    if any(True for _ in module.parameters()) and not _trained(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _frozen(child)
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
