@@ -465,8 +465,7 @@ Each family was tested as a tiny random model, with a tolerance of {tolerance} o
 - With open images, attention equals the family's own attention over the text and the token's images, which stand at the
   token's position. The test covers the first positions, left padding, and positions from which the config changes the
   computation.
-- With a KV cache filled in parts, and after saving and loading the whole model, logits are the same, if the
-  original's are.
+- Logits stay the same with a KV cache filled in parts, and after saving and loading, if the original's do.
 - The image weights of `fusion_attention` sum to at most 1 for each token.
 
 The command `python -m tests.checks.families` writes this page, and `make check` compares it with the code.
