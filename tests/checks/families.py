@@ -399,17 +399,14 @@ def describe(family: str) -> tuple[str, str]:
         return "refused" if isinstance(error, ValmError) else "not tried", str(error)
     if found.wrong():
         return "differs", ", ".join(found.wrong())
-    note = "" if found.layer == -2 else f"layer {found.layer}"
-    return ("kernel", note) if found.route == "kernel" else ("eager joint", found.route)
+    return ("kernel", f"layer {found.layer}") if found.route == "kernel" else ("eager joint", found.route)
 
 
 def read_table() -> dict[str, tuple[str, str]]:
     """family -> (route, why) of docs/reference/families.md."""
     lines = TABLE.read_text().splitlines()
-    (usual,) = (line for line in lines if line.startswith("`"))
     rows = [line.strip("|").split(" | ") for line in lines if line.startswith("| `")]
-    exceptions = {name: (route, why.strip()) for names, route, why in rows for name in NAME.findall(names)}
-    return dict.fromkeys(NAME.findall(usual), ("kernel", "")) | exceptions
+    return {name: (route, why.strip()) for names, route, why in rows for name in NAME.findall(names)}
 
 
 def write_table(families: list[str]) -> None:
@@ -438,38 +435,19 @@ def rendered(rows: dict[str, tuple[str, str]]) -> str:
     families: dict[tuple[str, str], list[str]] = {}
     for name, row in sorted(rows.items()):
         families.setdefault(row, []).append(f"`{name}`")
-    usual = ", ".join(families.pop(("kernel", ""), []))
     lines = [f"| {', '.join(names)} | {route} | {why.replace('|', '/')} |" for (route, why), names in families.items()]
-    return f"{head}{usual}\n{EXCEPTIONS}" + "\n".join(lines) + "\n"
+    return head + "\n".join(lines) + "\n" + TAIL
 
 
 HEAD = """# Model families
 
-Find out whether `augment` can give your model images. The list has every causal family of transformers {version}, and
-these with a vision tower: {wrappers}.
-{kernel} families run on `visual_fusion_attn`; {eager} run on eager joint attention, which stores all scores. Each
-family was tested as a tiny random model. To {tolerance} of the largest value:
-
-- Without images, and with images closed by their bias, logits equal the logits of the original model, with and without
-  left padding.
-- With open images, attention equals the family's own attention over the text and the token's images, which stand at the
-  token's position. The test covers the first positions, left padding, and positions from which the config changes the
-  computation.
-- With a KV cache filled in parts, logits are the same, if the original's are.
-- After saving and loading the whole model, logits are the same, if the original's are.
-- The image weights of `fusion_attention` sum to at most 1 for each token.
-
-The command `python -m tests.checks.families` writes this page, and `make check` compares it with the code. These
-families use `visual_fusion_attn` in their second-to-last layer:
-
-""".replace("{tolerance}", f"{TOLERANCE:.0e}")
-
-EXCEPTIONS = """
-## Other families
+Find out whether `augment` can give your model images. The table contains every causal family of transformers {version},
+and these with a vision tower: {wrappers}.
+{kernel} families run on `visual_fusion_attn`, {eager} on eager joint attention, which stores all scores.
 
 | Route | Meaning |
 |---|---|
-| kernel | runs on `visual_fusion_attn`, in the layer named here: the second-to-last layer has no keys of its own |
+| kernel | runs on `visual_fusion_attn` in the layer named here: -2, unless that layer computes no keys itself |
 | eager joint | runs on eager joint attention, for the reason given |
 | refused | `augment` raises `ValmError` with the reason given |
 | differs | runs, but its attention over images deviates from the family's own by the amount shown; read it before use |
@@ -478,6 +456,20 @@ EXCEPTIONS = """
 | Family | Route | Layer or reason |
 |---|---|---|
 """
+
+TAIL = """
+Each family was tested as a tiny random model, with a tolerance of {tolerance} of the largest value:
+
+- Without images, and with images closed by their bias, logits equal the logits of the original model, with and without
+  left padding.
+- With open images, attention equals the family's own attention over the text and the token's images, which stand at the
+  token's position. The test covers the first positions, left padding, and positions from which the config changes the
+  computation.
+- Logits stay the same with a KV cache filled in parts, and after saving and loading, if the original's do.
+- The image weights of `fusion_attention` sum to at most 1 for each token.
+
+The command `python -m tests.checks.families` writes this page, and `make check` compares it with the code.
+""".replace("{tolerance}", f"{TOLERANCE:.0e}")
 
 
 if __name__ == "__main__":
