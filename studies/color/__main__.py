@@ -30,7 +30,7 @@ def build_parser() -> CommandParser:
         "--page",
         type=Path,
         action="append",
-        help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md and README.md)",
+        help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md)",
     )
     report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figure")
     return study
@@ -75,7 +75,7 @@ def run_report(arguments: argparse.Namespace) -> None:
     from studies.color.results import read_results
 
     results = read_results(arguments.results)
-    pages = arguments.page or [Path("docs/results/study.md"), Path("README.md")]
+    pages = arguments.page or [Path("docs/results/study.md")]
     for page in pages:
         write_page(results, page)
     write_figure(results, arguments.figures)

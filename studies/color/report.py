@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/results/study.md and the README, from the results of seeds: no number is typed."""
+"""The tables and the figure of docs/results/study.md, from the results of seeds: no number is typed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from studies.color.comparisons import (
     IN_CONTEXT,
     MEASURES,
     PAIRS,
-    PRIMARY,
     RANDOM,
     SECONDARY,
     TWIN,
@@ -136,36 +135,10 @@ def exchanged(results: Results) -> str:
     return table(["Images replaced by", *sets], rows)
 
 
-def summary(results: Results) -> str:
-    """The table of the README: VaLM with a score threshold compared with three other models."""
-    results = results.having((PRIMARY, CUT), (PRIMARY, BASE))
-    if not results.seeds:
-        return "No seed has both models yet."
-    pairs = list(PAIRS)[:3]
-    planned = "" if len(results.seeds) >= SEEDS else f" of {SEEDS}"
-    rows = []
-    for items, measure in (
-        (ALL_OF_PRIMARY, RAW),
-        (ALL_OF_PRIMARY, CALIBRATED),
-        (WITHOUT_PICTURE, APART),
-        (VALIDATION_OBJECTS, RAW),
-    ):
-        found = [results.difference(*PAIRS[pair], items.of, measure, items.keep) for pair in pairs]
-        rows.append([f"{items.title}, {MEASURES[measure]}", *(cell(one, decided, results) for one in found)])
-    ratios = [perplexity_ratio(results, *PAIRS[pair], CAPTIONS_KIND) for pair in pairs]
-    rows.append(
-        [f"{CAPTIONS_KIND}, perplexity ÷ the other model [95 %]", *(cell(one, times, results) for one in ratios)]
-    )
-    seeds = ", ".join(map(str, results.numbers))
-    head = f"VaLM with a score threshold, points [95 %], seeds {seeds}{planned}"
-    return table([head, *(f"minus {other}" for other in pairs)], rows)
-
-
 TABLES: dict[str, Callable[[Results], str]] = {
     "state": state,
     "answers": answers,
     "hypotheses": hypotheses,
     "secondary": secondary,
     "exchanged": exchanged,
-    "summary": summary,
 }
