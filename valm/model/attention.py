@@ -79,9 +79,13 @@ class FusionTerms(NamedTuple):
 class Images(NamedTuple):
     """The images as `fusion_attention` takes them.
 
-    keys (Hkv, U, Dk) and values (Hkv, U, Dv). image_index (B, T, K), -1 = no image. query (B, Hq, T, Dk) for the image
-    scores; None = the text's query. terms: the biases. scores (B, T, K), the retrieval scores; None = not used.
-    slots: image_index sorted by `sort_image_slots`, or None.
+    Attributes:
+        keys, values: (Hkv, U, Dk) and (Hkv, U, Dv).
+        image_index: (B, T, K), -1 = no image.
+        query: (B, Hq, T, Dk), for the image scores; None = the text's query.
+        terms: the biases.
+        scores: (B, T, K), the retrieval scores; None = not used.
+        slots: image_index sorted by `sort_image_slots`, or None.
     """
 
     keys: Tensor

@@ -1,8 +1,7 @@
 """Training a CLIP on images with captions: open_clip's model class, loss and checkpoint format (Radford et al. 2021).
 
-transformers' Trainer runs the loop. open_clip_train, open_clip's own loop, is a program: its data need webdataset and
-pandas, its checkpoints are pickles, and its limit of the logit scale is fixed at 100, at which a CLIP of few images
-overfits.
+transformers' Trainer runs the loop, not open_clip_train, which is a program. Its data need webdataset and pandas, its
+checkpoints are pickles, and a CLIP of few images overfits at its fixed limit of the logit scale, 100.
 
 By default half of the captions are cut after a random word. A language model retrieves images in the middle of a
 sentence, and a CLIP that has never seen a prefix does not find them there.
