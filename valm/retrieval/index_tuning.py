@@ -280,8 +280,8 @@ def _tuned(
     if best is None:
         raise ValmError(
             f"{start.factory} finds at most {tuned:.3f} of the {start.k} nearest on the tuning queries and "
-            f"{measured:.3f} on other queries, too few to be sure of the target {start.target}: use finer codes (a "
-            "factory with SQ8 or Flat), or a lower target, for which the filled index is kept"
+            f"{measured:.3f} on other queries. The target {start.target} needs finer codes (a factory with SQ8 or "
+            "Flat); for a lower target the filled index is kept"
         )
     return best
 

@@ -176,7 +176,7 @@ def test_refined_codes_are_searched_on_the_cpu(two_gpus):
 def test_tuning_ends_where_a_gpu_does(kb, two_gpus, monkeypatch):
     monkeypatch.setattr("tests.valm.retrieval.test_faiss_gpu.MOST", 4 * 32)
     monkeypatch.setattr("valm.retrieval.index_tuning._searches", lambda index: ["nprobe=1", "nprobe=999"])
-    with pytest.raises(ValmError, match=r"finds at most 0\.\d+ .* too few to be sure of the target 1"):
+    with pytest.raises(ValmError, match=r"finds at most 0\.\d+ .* The target 1.* needs finer codes"):
         make_index(kb, queries(kb, 60), "IVF32,SQ8", target_recall=1, device="cuda")
 
 
