@@ -55,7 +55,10 @@ try:
     )
     from valm_kernels.atomic_files import atomic_path
 except ModuleNotFoundError as error:
-    sys.exit(f"gpu-check needs the package {error.name}, which is not installed for {sys.executable}")
+    sys.exit(
+        f"gpu-check needs the package {error.name}, which is not installed for {sys.executable}: "
+        "pip install -e '.[gpu-check]'"
+    )
 
 RESULTS = ROOT / "build" / "gpu-check"
 MEASURED_TILES = ROOT / "valm_kernels" / "visual_fusion" / "triton" / "measured_tiles.json"

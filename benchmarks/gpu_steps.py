@@ -18,15 +18,22 @@ ROOT = Path(__file__).parents[1]
 # Often not on PATH: nvcc and compute-sanitizer.
 CUDA_BIN = Path("/usr/local/cuda/bin")
 
-# The small set of the sanitizers: each kind of attention in one dtype ("float16" alone is also in "bfloat16"), the
-# kernels' slabs, which are float32's, and the searches of the public functions.
-SMALL = (
-    "(test_agrees_with_float64_reference and (torch.float16 or (odd and wide and torch.float32))) "
-    "or test_public_functions or test_numpy_rows"
+# The tests of the GPU code, by file: to collect all others would take each process seconds.
+ATTENTION_TESTS = "tests/valm_kernels/visual_fusion/triton/test_gpu.py"
+SEARCH_TESTS = "tests/valm_kernels/topk/test_cuda_gpu.py"
+# What the sanitizers watch, which makes a kernel many times slower: attention in 16 bits with every argument, with a
+# pool and of one query; float32 by slabs; the public searches, and rows that are streamed.
+SANITIZED_TESTS = (
+    f"{ATTENTION_TESTS}::test_agrees_with_float64_reference[by head, all options-torch.float16]",
+    f"{ATTENTION_TESTS}::test_agrees_with_float64_reference[decode-torch.bfloat16]",
+    f"{ATTENTION_TESTS}::test_agrees_with_float64_reference[odd wide head-torch.float32]",
+    f"{SEARCH_TESTS}::test_public_functions_use_it",
+    f"{SEARCH_TESTS}::test_agrees_with_the_reference[float16-False-166-30000-768-8]",
+    f"{SEARCH_TESTS}::test_rows_streamed_from_host_memory[float16-64]",
 )
 ATTENTION = "bench_attention and bfloat16 and not Flex"
 QUERIES = "bench_context and RN50x16 and bfloat16"
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZERS = ("memcheck", "racecheck")
 # An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
 SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # The tests ask PyTorch for deterministic results, which cuBLAS gives only with this; and they run side by side.
@@ -111,9 +118,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
 
     def sanitizer(tool: str) -> tuple[str, ...]:
         options = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
-        if tool == "initcheck":  # the tests fill new memory, which is then never read before it was written
-            options = ("env", "VALM_KERNELS_POISON=0", *options)
-        return (*options, *pytest(f"sanitizers {tool}", "-m", "gpu", "-k", SMALL, "tests/valm_kernels"))
+        return (*options, *pytest(f"sanitizers {tool}", *SANITIZED_TESTS))
 
     no_benchmark = "" if importlib.util.find_spec("pytest_benchmark") else "there is no pytest-benchmark"
     no_sanitizer = "" if program("compute-sanitizer") else "there is no compute-sanitizer"
@@ -126,11 +131,11 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
             (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
             always=True,
         ),
-        tests("tests", 95, "-m", "gpu", "tests/valm_kernels"),
+        tests("tests", 95, ATTENTION_TESTS, SEARCH_TESTS),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
         Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
         # the largest of float32 compile for half a minute
-        tests(TESTS_OF_TILES, 45, "-m", "gpu", "-k", f"large_problems or {FLASH_TESTS}", "tests/valm_kernels"),
+        tests(TESTS_OF_TILES, 45, "-k", f"large_problems or {FLASH_TESTS}", ATTENTION_TESTS),
         Step(
             CROSSOVER,
             20,

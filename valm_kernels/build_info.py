@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,7 +72,8 @@ def _table(lines: list[tuple[str, str]]) -> str:
 
 
 def triton_obstacle() -> str:
-    """Why Triton cannot launch a kernel here, or "" if it can. Its first launch compiles a launcher in C."""
+    """Why Triton cannot launch a kernel here; "" if it can. Its first launch compiles a launcher in C and links it to
+    the driver's library."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -88,6 +90,22 @@ def triton_obstacle() -> str:
     header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
     if not header.exists():
         return f"Triton needs Python's header {header}: apt-get install python3-dev"
+    return "" if torch.version.hip is not None else _driver_obstacle()
+
+
+def _driver_obstacle() -> str:
+    """Why Triton's launcher cannot be linked to the driver's library; "" if it can."""
+    from triton.backends.nvidia import driver
+
+    try:
+        folders = driver.library_dirs()
+    except (AssertionError, OSError, subprocess.CalledProcessError):  # of ldconfig, or of what it finds
+        return "Triton does not find libcuda.so.1: name its folder in the environment variable TRITON_LIBCUDA_PATH"
+    # Triton 3.5 links -lcuda, for which the linker wants the name without a version
+    for name in (library if ".so" in library else f"lib{library}.so" for library in driver.libraries):
+        if not any((Path(folder) / name).exists() for folder in folders):
+            file = f"{folders[-1]}/{name}"
+            return f"Triton {_version('triton')} needs {file} to link to: ln -s libcuda.so.1 {file}, or a newer Triton"
     return ""
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_the_package_as_a_command_says_in_five_lines_what_runs():
 
 
 def test_triton_says_what_its_first_launch_lacks(monkeypatch, tmp_path):
-    """A launch needs a GPU, a C compiler and Python's header."""
+    """A launch needs a GPU, a C compiler, Python's header and the driver's library."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert build_info.triton_obstacle() == ""
@@ -89,6 +90,15 @@ def test_triton_says_what_its_first_launch_lacks(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
     assert build_info.triton_obstacle().startswith(f"Triton needs Python's header {tmp_path / 'Python.h'}")
     (tmp_path / "Python.h").touch()
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr(driver, "library_dirs", Mock(side_effect=AssertionError("libcuda.so cannot found!")))
+    assert build_info.triton_obstacle().startswith("Triton does not find libcuda.so.1: name its folder in")
+    monkeypatch.setattr(driver, "library_dirs", lambda: [str(tmp_path)])
+    monkeypatch.setattr(driver, "libraries", ["cuda"])  # of Triton 3.5
+    (tmp_path / "libcuda.so.1").touch()
+    remedy = f"needs {tmp_path}/libcuda.so to link to: ln -s libcuda.so.1 {tmp_path}/libcuda.so, or a newer Triton"
+    assert build_info.triton_obstacle().endswith(remedy)
+    monkeypatch.setattr(driver, "libraries", ["libcuda.so.1"])
     assert build_info.triton_obstacle() == ""
 
 

@@ -9,7 +9,6 @@ FlashAttention-3 or -4.
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -32,8 +31,9 @@ _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Other implementations of these operators: the compute capabilities, rounded down, and the largest head dimension that
 # they support.
 SERVED = {"FA3": ((9,), 256), "FA4": ((9, 10), 128)}
-# PyTorch's own flash attention has no backward for these head dimensions on GPUs with 99 KiB of shared memory a block.
-NO_BACKWARD, SMALL_BLOCKS = range(193, 225), ((8, 6), (8, 9), (12, 0), (12, 1))
+# PyTorch's own has no backward for head dimensions from the first to the second on GPUs of these compute capabilities,
+# whose blocks have 99 KiB of shared memory.
+NO_BACKWARD, SMALL_BLOCKS = (193, 224), (86, 89, 120, 121)
 
 NAME = "flash+triton"
 
@@ -66,7 +66,8 @@ def refusal(inputs: Inputs) -> str | None:
         return f"needs as many queries as keys with cu_seqlens, not {q.shape[2]} and {k.shape[2]}"
     if _is_causal(inputs) and q.shape[2] != k.shape[2]:
         return f"needs one query, or as many as keys, with causal=True, not {q.shape[2]} and {k.shape[2]}"
-    if not torch.compiler.is_compiling() and not serves(active := active_implementation(), q.device, q.shape[3]):
+    active = active_implementation()
+    if not serves(active, q.device, q.shape[3]):
         if active in SERVED:
             remedy = "call torch.nn.attention.restore_flash_attention_impl()"
             return f"is {active} now, which does not support head dimension {q.shape[3]} on {q.device}: {remedy}"
@@ -79,22 +80,22 @@ def _is_causal(inputs: Inputs) -> bool:
     return inputs.causal and inputs.q.shape[2] > 1
 
 
+@torch.compiler.assume_constant_result
 def active_implementation() -> str | None:
     """The name of the implementation that replaces PyTorch's own flash attention, or None."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from PyTorch 2.11 on
     return None if current is None else current()
 
 
-@cache
 def serves(implementation: str | None, device: torch.device, head_dim: int) -> bool:
-    """Whether an implementation of the operators (None: PyTorch's own) supports a device, with a backward."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+    """Whether an implementation of the operators, None for PyTorch's own, supports a device, with a backward."""
+    capability = 0 if device.type != "cuda" else crossover.capability(device)
+    if capability == 0:
         return True
-    capability = torch.cuda.get_device_capability(device)
     if implementation in SERVED:
         majors, most = SERVED[implementation]
-        return capability[0] in majors and head_dim <= most
-    return not (head_dim in NO_BACKWARD and capability in SMALL_BLOCKS)
+        return capability // 10 in majors and head_dim <= most
+    return not (NO_BACKWARD[0] <= head_dim <= NO_BACKWARD[1] and capability in SMALL_BLOCKS)
 
 
 def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -52,14 +52,16 @@ __device__ inline uint32_t pack_bfloat16(float low, float high) {
 
 __device__ inline float float16_value(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 
-// Starts the copy of 16 bytes, aligned to 16, from device to shared memory, past the first-level cache; copies zeros if
-// not `there`. The copy belongs to the next commit_copies() of this thread.
+// Starts the copy of 16 bytes, aligned to as many, from device to shared memory, past the first-level cache; zeros if
+// not `there`. The second-level cache also fetches the rest of the 256 bytes, which the next slabs of the row need. The
+// copy belongs to the next commit_copies() of this thread.
 template <class Part>
 __device__ inline void copy_async(Part* to, const void* from, bool there) {
     static_assert(sizeof(Part) == 16);
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
     const int bytes = there ? sizeof(Part) : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+                 : "memory");
 }
 
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

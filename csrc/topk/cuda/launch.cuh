@@ -32,13 +32,15 @@ inline void launch_row_norms(const RowNorms& norms, Stream stream) {
 }
 
 template <class Format>
-void launch_first_pass(const Search& search, Stream stream) {
-    const Plan& plan = search.plan;
-    const auto first_pass = plan.streams_queries    ? first_pass_kernel<Format, kStreamedQueryTiles, true>
-                            : plan.query_tiles == 4 ? first_pass_kernel<Format, 4, false>
-                            : plan.query_tiles == 2 ? first_pass_kernel<Format, 2, false>
-                                                    : first_pass_kernel<Format, 1, false>;
-    launch(first_pass, dim3(plan.query_blocks, plan.splits), kThreads, plan.first_pass_shared, stream, search);
+auto first_pass_of(const Plan& plan) {
+    if (plan.streams_queries) {
+        constexpr int kMany = many_streamed_tiles(Format::kElement);
+        return plan.query_tiles == kMany ? first_pass_kernel<Format, kMany, true>
+                                         : first_pass_kernel<Format, kFewStreamedTiles, true>;
+    }
+    return plan.query_tiles == 4   ? first_pass_kernel<Format, 4, false>
+           : plan.query_tiles == 2 ? first_pass_kernel<Format, 2, false>
+                                   : first_pass_kernel<Format, 1, false>;
 }
 
 // `search` has all members except its workspace.
@@ -56,7 +58,9 @@ inline void launch_search(Search search, void* workspace, Stream stream) {
     with_format(search.rows.element, [&](auto format) {
         using Format = decltype(format);
         launch(prepare_queries_kernel<Format>, dim3(blocks_for(padded_queries, kWarps)), kThreads, 0, stream, search);
-        if (plan.first_pass) launch_first_pass<Format>(search, stream);
+        const dim3 grid(plan.query_blocks, plan.splits);
+        if (plan.first_pass)
+            launch(first_pass_of<Format>(plan), grid, kThreads, plan.first_pass_shared, stream, search);
         launch(merge_kernel<Format>, dim3(search.n_queries), kThreads, plan.merge_shared, stream, search);
         launch(exact_scan_kernel<Format>, dim3(plan.scan_blocks), kThreads, plan.scan_shared, stream, search);
     });

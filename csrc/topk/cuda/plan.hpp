@@ -35,20 +35,18 @@ constexpr int kFirstPassBest = 128;
 constexpr int kMostCapacity = 256;
 constexpr int kMostKept = 192;
 
-// Tiles of 16 queries in a block whose queries stay in device memory: their largest pools fit next to 2 slabs of rows
-// into 99 KiB, the least of any GPU since compute capability 8.0.
-constexpr int kStreamedQueryTiles = 2;
+// The fewest tiles of 16 queries in a block whose queries stay in device memory: their largest pools fit with 2 slabs
+// of rows into 99 KiB, the least of any GPU since compute capability 8.0.
+constexpr int kFewStreamedTiles = 2;
 
 // Bytes of shared memory that CUDA takes for itself with every block.
 constexpr int64_t kReservedShared = 1024;
 
 struct Plan {
     int slabs;        // of a row
-    int query_tiles;  // of 16 queries in a block of the first pass: 4, 2 or 1
-    // The first pass reads the queries from device memory, because they do not fit into shared memory next to 2 slabs
-    // of rows; query_tiles is then kStreamedQueryTiles. A slab of queries is an eighth to a quarter of a slab of rows,
-    // and the block's warps find it in the first-level cache. Otherwise all N E products of such a query would be in
-    // float64, which the GPUs with 99 KiB a block multiply at 1/64 of the rate of float32.
+    int query_tiles;  // of 16 queries in a block of the first pass: 4, 2 or 1 in shared memory, 8, 4 or 2 if streamed
+    // The first pass reads the queries from device memory, because a block then takes more of them: each block reads
+    // its part of the rows. The warps of a block find a slab of queries in the first-level cache.
     bool streams_queries;
     int stages;        // slabs of rows in the shared memory of the first pass
     int query_blocks;  // blocks that share a part of the database
@@ -72,6 +70,9 @@ constexpr int first_pass_residents(int query_tiles) { return query_tiles == 1 ? 
 // cosine of 0.8.
 constexpr int query_terms(Element element) { return element == Element::kFloat16 ? 1 : 2; }
 
+// The most tiles of such a block: more sums than these do not fit into the registers of a warp.
+constexpr int many_streamed_tiles(Element element) { return query_terms(element) == 1 ? 8 : 4; }
+
 // Bytes of all terms.
 constexpr int query_element_bytes(Element element) {
     return query_terms(element) * (element == Element::kInt8 ? 1 : 2);
@@ -93,27 +94,33 @@ inline Plan make_plan(int64_t n_queries, const Rows& rows, int k, const DeviceLi
 
     const int64_t query_bytes =  // of 16 queries
         int64_t{16} * plan.slabs * slab_elements(rows.element) * query_element_bytes(rows.element);
-    const auto first_pass_shared = [&](int tiles, int stages) {
+    const auto first_pass_shared = [&](int tiles, bool streams, int stages) {
         // the packed queries, their error factors, their pools, the rows
-        return (plan.streams_queries ? 0 : tiles * query_bytes) + 16 * tiles * 4 +
-               pool_bytes(16 * tiles, plan.capacity) + stages * kStageBytes;
+        return (streams ? 0 : tiles * query_bytes) + 16 * tiles * 4 + pool_bytes(16 * tiles, plan.capacity) +
+               stages * kStageBytes;
+    };
+    // with fewer than 2 stages a block waits for every slab
+    const auto has_room = [&](int tiles, bool streams) {
+        return first_pass_shared(tiles, streams, 2) <= limits.shared_per_block;
     };
     plan.query_tiles = n_queries > 32 ? 4 : n_queries > 16 ? 2 : 1;
-    // with fewer than 2 stages a block would wait for every slab
-    while (plan.query_tiles > 1 && first_pass_shared(plan.query_tiles, 2) > limits.shared_per_block) {
-        plan.query_tiles /= 2;
-    }
-    plan.streams_queries = first_pass_shared(plan.query_tiles, 2) > limits.shared_per_block;
-    if (plan.streams_queries) plan.query_tiles = kStreamedQueryTiles;
+    while (plan.query_tiles > 0 && !has_room(plan.query_tiles, false)) plan.query_tiles /= 2;
+    const int many_tiles = many_streamed_tiles(rows.element);
+    const bool fills_many = n_queries > 16 * many_tiles / 2;
+    const int streamed_tiles = fills_many && has_room(many_tiles, true) ? many_tiles : kFewStreamedTiles;
+    const bool takes_more = std::min<int64_t>(n_queries, 16 * streamed_tiles) > 16 * plan.query_tiles;
+    plan.streams_queries = takes_more && (plan.query_tiles == 0 || has_room(streamed_tiles, true));
+    if (plan.streams_queries) plan.query_tiles = streamed_tiles;
+    const auto bytes = [&](int stages) { return first_pass_shared(plan.query_tiles, plan.streams_queries, stages); };
     int residents = first_pass_residents(plan.query_tiles);
     const auto fits = [&](int stages) {
         const int64_t share = limits.shared_per_multiprocessor / residents - kReservedShared;
-        return first_pass_shared(plan.query_tiles, stages) <= std::min(limits.shared_per_block, share);
+        return bytes(stages) <= std::min(limits.shared_per_block, share);
     };
     if (!fits(2)) residents = 1;
     plan.stages = kMostStages;
     while (plan.stages > 1 && !fits(plan.stages)) --plan.stages;
-    plan.first_pass_shared = first_pass_shared(plan.query_tiles, plan.stages);
+    plan.first_pass_shared = bytes(plan.stages);
     plan.first_pass = k <= kFirstPassBest && plan.first_pass_shared <= limits.shared_per_block;
     plan.query_blocks = static_cast<int>(ceil_div(n_queries, 16 * plan.query_tiles));
 

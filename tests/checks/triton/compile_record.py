@@ -77,7 +77,13 @@ CASES = (
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
 BLOCKS_PER_SM = 32
-SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+SHARED_PER_BLOCK = {
+    **dict.fromkeys((86, 89, 120), 99 * 1024),
+    80: 163 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 TENSOR_MEMORY_COLUMNS = 512
 # SIMD units of a gfx9 compute unit, each with its own wavefronts.
 SIMDS = 4

@@ -29,8 +29,9 @@ from tests.checks.triton.compile_record import (
 )
 from valm_kernels.visual_fusion.triton.tiles import _TILES
 
-# The tiles of 8.0 also serve 8.6, 8.9 and 12.x, whose blocks have less shared memory.
-SHARED_LIMIT = {**SHARED_PER_BLOCK, 80: 99 * 1024}
+# The tiles of 8.0 also serve GPUs whose blocks have less shared memory. Those of 12.x also have tiles of their own.
+SMALL_BLOCKS = (86, 89, 120)
+SHARED_LIMIT = {**SHARED_PER_BLOCK, **dict.fromkeys((80, *SMALL_BLOCKS), 99 * 1024)}
 # Instructions that store or load registers in the loop over keys or queries. For the key kernel were tried as well: two
 # stages (20 for 24), and 8 warps (none, but half as many products again).
 TEXT_LOOP_SPILLS = {
@@ -170,10 +171,38 @@ def test_compiles_within_limits_and_as_on_record(kernel, call, arch, head_dim, d
     )
 
 
+SMALL_BLOCK_CASES = [
+    (kernel, call, arch, head_dim, dtype)
+    for arch, call, dtype, head_dims in (
+        (86, "dense", "float16", (64, 128, 256)),
+        (89, "dense", "float16", (64, 128, 256)),
+        (120, "dense", "float16", (64, 128, 256)),
+        (120, "softcap image_q", "float16", (64, 128, 256)),
+        (120, "dense", "float32", (64, 128)),
+    )
+    for head_dim in head_dims
+    for kernel in ("forward", "query", "key")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "call", "arch", "head_dim", "dtype"),
+    SMALL_BLOCK_CASES,
+    ids=[" ".join(row_key(*case)) for case in SMALL_BLOCK_CASES],
+)
+def test_gpus_with_small_blocks_keep_their_loops_in_registers(kernel, call, arch, head_dim, dtype):
+    report = compile_case(kernel, call, arch, head_dim, dtype)
+    assert report.shared_bytes <= SHARED_LIMIT[arch] and TENSOR_CORES[80] in report.mma
+    listed = [spills.get((kernel, call, 80, head_dim, dtype), 0) for spills in (TEXT_LOOP_SPILLS, IMAGE_LOOP_SPILLS)]
+    found = (report.text_loop_spills, report.image_loop_spills)
+    assert all(map(le, found, listed)), f"{found} spills in loops, {listed} allowed"
+
+
 def test_every_entry_of_the_table_of_tiles_is_compiled():
     calls = {"dense": "", "softcap image_q": " softcap", "joined": " joined"}
     compiled = set()
-    for kernel, call, arch, head_dim, dtype in all_cases():
+    for kernel, call, arch, head_dim, dtype in (*all_cases(), *SMALL_BLOCK_CASES):
         name = "decode" if call == "decode" else kernel + calls.get(call, " other")
         compiled.add((name, getattr(torch, dtype).itemsize, "AMD" if arch == "gfx942" else arch, head_dim))
     assert {(*entry, head_dim) for entry in _TILES for head_dim in (64, 128, 256)} <= compiled

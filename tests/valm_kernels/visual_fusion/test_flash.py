@@ -253,15 +253,24 @@ def test_what_does_not_serve_the_device_is_not_chosen(monkeypatch, active, capab
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active, raising=False)
-    caches = (flash.serves, api._too_old)
-    for cached in caches:
-        cached.cache_clear()
+    api._too_old.cache_clear()
     assert impl_for(monkeypatch, 4096, head_dim) == chosen
     if chosen == "triton":
         with pytest.raises(ValueError, match=f"does not support head dimension {head_dim} on cuda"):
             impl_for(monkeypatch, 4096, head_dim, impl="flash+triton")
-    for cached in caches:
-        cached.cache_clear()
+    api._too_old.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "head_dim", "served"), [(89, 208, False), (89, 192, True), (90, 208, True)])
+def test_torch_compile_asks_whether_flash_attention_serves_the_device(monkeypatch, capability, head_dim, served):
+    torch.compiler.reset()  # which takes what the last GPU answered for a constant
+    monkeypatch.setattr(flash.crossover, "capability", torch.compiler.assume_constant_result(lambda device: capability))
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def compiled(x):
+        return x + flash.serves(flash.active_implementation(), torch.device("cuda"), x.shape[0])
+
+    assert bool(compiled(torch.zeros(head_dim))[0]) == served
 
 
 def test_a_prefix_is_taken_without_a_causal_mask():

@@ -80,13 +80,15 @@ MIN_KEYS_PER_SPLIT = 256
 MAX_SPLITS = 64
 
 
-def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int) -> int:
+def splits_of(programs: int, k_len: int, has_images: bool, multiprocessors: int, decoding: bool) -> int:
     """The number of parts into which the keys and images are split.
 
-    If the programs leave multiprocessors idle, there are two programs for each multiprocessor, and the images are a
-    separate part. Each key is read once, so more multiprocessors read faster: 12 heads use 12 of an H100's 132.
+    If the programs leave multiprocessors idle, two programs for each; the images are then one more part. Such a call
+    reads every key once, at the rate of the multiprocessors that read: 12 heads occupy 12 of an H100's 132. A call with
+    many queries writes and reads a float32 partial result of each for every split, so it is split only if its programs
+    occupy a quarter of the multiprocessors at most.
     """
-    if programs >= multiprocessors:
+    if programs >= multiprocessors or (not decoding and 4 * programs > multiprocessors):
         return 1
     most = MAX_SPLITS - has_images
     return max(1, min(cdiv(2 * multiprocessors, programs), k_len // MIN_KEYS_PER_SPLIT, most)) + has_images
@@ -320,13 +322,14 @@ def forward(
     kv_heads, k_len = k.shape[1:3]
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
-    tiles_of = "forward joined" if text else "decode" if q_len * block_g <= DECODE_ROWS else "forward"
+    decoding = q_len * block_g <= DECODE_ROWS
+    tiles_of = "forward joined" if text else "decode" if decoding else "forward"
     tiles = choose_tiles(tiles_of, inputs)
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     programs = cdiv(q_len * block_g, tiles.block_m) * batch * kv_heads
     splits = 1
     if text is None:
-        splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device))
+        splits = splits_of(programs, k_len, image_k is not None, multiprocessors(q.device), decoding)
     if splits == 1:
         out_part, lse_part = out, lse
         stride_part, stride_o = 0, strides(out)

@@ -44,8 +44,9 @@ class Tiles:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. Entries of 80 stay within 99
-# KiB of shared memory, so that compute capabilities 8.6, 8.9 and 12.x use them too. AMD entries stay within 64 KiB.
+# By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. The entries of 80 stay within
+# 99 KiB of shared memory, so that they serve compute capabilities 8.6, 8.9 and 12.x too, except the kernels with
+# an entry of 120. AMD entries stay within 64 KiB.
 _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("forward", 2, 80): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3), Tiles(32, 64, 8, 2)),
     ("forward", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 64, 8, 3)),
@@ -70,6 +71,7 @@ _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("query", 2, 80): (Tiles(64, 64, 4, 3), Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 3)),
     ("query", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
     ("query", 2, 100): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
+    ("query", 2, 120): (Tiles(64, 32, 4, 3), Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 3)),
     ("query", 2, "AMD"): (Tiles(128, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 1)),
     ("query", 4, 80): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
     ("query", 4, 90): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
@@ -78,6 +80,7 @@ _TILES: dict[tuple[str, int, int | str], tuple[Tiles, Tiles, Tiles]] = {
     ("query softcap", 2, 80): (Tiles(64, 64, 4, 3), Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 3)),
     ("query softcap", 2, 90): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
     ("query softcap", 2, 100): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(16, 32, 4, 3)),
+    ("query softcap", 2, 120): (Tiles(64, 32, 4, 3), Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 3)),
     ("query softcap", 2, "AMD"): (Tiles(128, 32, 4, 2), Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 1)),
     ("query softcap", 4, 80): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
     ("query softcap", 4, 90): (Tiles(32, 32, 4, 3), Tiles(16, 32, 4, 2), Tiles(16, 64, 8, 1)),
@@ -155,8 +158,10 @@ def tiles_for(kernel: str, arch: int | str, head_dim: int, dtype: torch.dtype) -
         family = "AMD"
     elif 90 <= arch < 100:
         family = 90
+    elif 100 <= arch < 120:
+        family = 100
     else:
-        family = 100 if 100 <= arch < 120 else 80
+        family = 120 if arch >= 120 and (kernel, dtype.itemsize, 120) in _TILES else 80
     wide = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     measured = measured_tiles().get((kernel, dtype.itemsize, arch, (64, 128, 256)[wide]))
     if measured is not None:

@@ -60,18 +60,28 @@ H100, A100, CONSUMER = (kib * 1024 for kib in (227, 163, 99))  # shared memory o
     [
         (H100, "float16", 768, 64, 8, 64, 4, 0),
         (H100, "int8", 768, 64, 8, 64, 4, 0),
-        (H100, "float32", 768, 64, 8, 32, 4, 0),
+        (H100, "float32", 768, 32, 8, 32, 4, 0),
         (H100, "float32", 512, 64, 8, 64, 4, 0),
         (H100, "float32", 768, 1, 8, 16, 3, 0),  # two blocks share a multiprocessor
-        (H100, "float32", 2048, 64, 128, 16, 4, 0),
+        (H100, "float32", 2048, 64, 128, 64, 4, 1),
         (A100, "float16", 768, 64, 8, 64, 2, 0),
         (CONSUMER, "float16", 768, 64, 8, 32, 2, 0),
         # queries that do not fit stay in device memory
         (A100, "float32", 2048, 1, 16, 32, 4, 1),
         (CONSUMER, "float32", 1024, 1, 8, 32, 4, 1),
-        (CONSUMER, "bfloat16", 1280, 64, 64, 32, 4, 1),
+        (CONSUMER, "bfloat16", 1280, 64, 64, 64, 2, 1),
         (CONSUMER, "int8", 2048, 64, 128, 32, 2, 1),
         (CONSUMER, "float32", 2048, 1000, 128, 32, 2, 1),
+        # or would be fewer in a block
+        (H100, "float16", 768, 65, 8, 128, 4, 1),
+        (H100, "float16", 768, 1024, 64, 128, 4, 1),
+        (H100, "float16", 768, 1024, 100, 32, 4, 0),
+        (H100, "bfloat16", 768, 1024, 8, 64, 4, 1),
+        (H100, "float32", 768, 33, 8, 64, 4, 1),
+        (H100, "int8", 768, 1024, 8, 64, 4, 0),
+        (CONSUMER, "float16", 768, 1024, 8, 128, 2, 1),
+        (CONSUMER, "float16", 1024, 64, 8, 32, 4, 1),
+        (CONSUMER, "float16", 1024, 16, 8, 16, 3, 0),
     ],
 )
 def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries, k, queries, stages, streamed):
@@ -94,6 +104,18 @@ def test_rows_too_wide_for_their_queries_to_fit(simulate, library, prepared, dty
     rows, row_scale = store(normals(n_rows, dim, seed=1), dtype, torch.device("cpu"))
     assert simulator.plan(n_queries, simulator.Rows(0, 0, dtype, n_rows, dim), k)[:5:4] == (1, 1)
     assert_exact(normals(n_queries, dim), rows, k, row_scale, prepared=prepared)
+    assert simulator.redone == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "k"), [("random", 8), *(pytest.param(order, 40, marks=pytest.mark.slow) for order in ORDERS)]
+)
+def test_128_queries_of_float16_share_a_block(simulate, library, order, k):
+    """Two blocks of queries, the second with two."""
+    simulator = simulate(library, order, multiprocessors=3, shared_bytes=H100)
+    rows = normals(900, 72, seed=1).half()
+    assert simulator.plan(130, simulator.Rows(0, 0, "float16", *rows.shape), k)[1] == 128
+    assert_exact(normals(130, 72), rows, k)
     assert simulator.redone == 0
 
 

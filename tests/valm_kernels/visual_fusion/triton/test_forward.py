@@ -51,8 +51,8 @@ def test_agrees_in_float16(monkeypatch, name):
 
 
 def test_splits_fill_the_chip_but_keep_keys_to_work_on():
-    def splits(programs, k_len, has_images=False):
-        return forward.splits_of(programs, k_len, has_images, multiprocessors=132)
+    def splits(programs, k_len, has_images=False, decoding=True):
+        return forward.splits_of(programs, k_len, has_images, multiprocessors=132, decoding=decoding)
 
     assert splits(132, 10**6) == splits(132, 10**6, has_images=True) == 1
     assert splits(12, 8192) == 22
@@ -62,6 +62,9 @@ def test_splits_fill_the_chip_but_keep_keys_to_work_on():
     # the images are one more
     assert splits(12, 1024, has_images=True) == 5
     assert splits(12, 100, has_images=True) == 2
+    # of B1 H12 T1024, 96 programs: each split would write 3 MB
+    assert splits(96, 1024, has_images=True) == 4 and splits(96, 1024, has_images=True, decoding=False) == 1
+    assert splits(33, 8192, decoding=False) == 8 and splits(34, 8192, decoding=False) == 1  # a part of a long prompt
 
 
 @pytest.mark.parametrize("first", ["monotone", "random"])
