@@ -280,7 +280,7 @@ def _tuned(
     if best is None:
         raise ValmError(
             f"{start.factory} finds at most {tuned:.3f} of the {start.k} nearest on the tuning queries and "
-            f"{measured:.3f} on other queries, too few to be sure of the target {start.target}: use finer codes (a "
+            f"{measured:.3f} on other queries, too few to be sure of the target {start.target}. Use finer codes (a "
             "factory with SQ8 or Flat), or a lower target, for which the filled index is kept"
         )
     return best
