@@ -60,8 +60,8 @@ def _rows(parser: CommandParser, actions: Iterable[argparse.Action]) -> Iterator
     for action in actions:
         if action.dest == "help":
             continue
-        required = " **Required.**" if action.option_strings and action.required else ""
-        yield f"| {_names(action)} | {_sentence(formatter._expand_help(action))}{required} |"
+        required = " (required)" if action.option_strings and action.required else ""
+        yield f"| {_names(action)} | {_markdown(formatter._expand_help(action))}{required} |"
 
 
 def _names(action: argparse.Action) -> str:
@@ -78,7 +78,11 @@ def _plain(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """Help as a sentence of Markdown, in a cell of a table."""
-    parts = re.split("(`[^`]*`)", text[:1].upper() + text[1:])  # every second one is code
+    return _markdown(text[:1].upper() + text[1:]) + ("" if text.endswith(".") else ".")
+
+
+def _markdown(text: str) -> str:
+    """Help, in which only what stands in backticks is code, in a cell of a table."""
+    parts = re.split("(`[^`]*`)", text)  # every second one is code
     parts[::2] = map(_plain, parts[::2])
-    return "".join(parts) + ("" if text.endswith((".", ")")) else ".")
+    return "".join(parts)
