@@ -31,10 +31,8 @@ class Opening:
     )
     clip: str | None = option(CLIP_HELP)
     query_dtype: str | None = option(
-        "precision of CLIP's text tower (default: the precision that was chosen for the model's retriever before the "
-        "model was saved; for a query control (Blind) or a model with a min_score, the precision of its training; "
-        "otherwise a fast precision: bfloat16 with AMX or on a GPU of compute capability 8.0 or above, int8 with "
-        "AVX2 but not with AVX-512 without VNNI, or float32)",
+        "precision of CLIP's text tower (default: the model's own, if it was saved with one, is a query control "
+        "(Blind) or has a score threshold; otherwise a fast precision of this device)",
         choices=QUERY_DTYPES,
     )
     device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto uses a GPU if torch finds one", "auto")
