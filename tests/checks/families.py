@@ -441,9 +441,9 @@ def rendered(rows: dict[str, tuple[str, str]]) -> str:
 
 HEAD = """# Model families
 
-Find out whether `augment` can give your model images. The table contains every causal family of transformers {version},
-and these with a vision tower: {wrappers}.
-{kernel} families run on `visual_fusion_attn`, {eager} on eager joint attention, which stores all scores.
+Find out whether `augment` can give your model images. Its family is the `model_type` in its `config.json`
+(SmolLM2: `llama`). The table contains every causal family of transformers {version}, and these with a vision tower:
+{wrappers}. {kernel} families run on `visual_fusion_attn`, {eager} on eager joint attention, which stores all scores.
 
 | Route | Meaning |
 |---|---|
