@@ -114,11 +114,11 @@ def _decode(records: list[Record], transform: Any, thumbnails: int) -> tuple[lis
 
 
 def thumbnail_bytes(image: Image.Image, size: int) -> bytes:
-    """A JPEG of the image whose longer side is at most `size` pixels."""
+    """A JPEG of the image whose longer side is at most `size` pixels, without comments or other metadata."""
     small = image.copy()
     small.thumbnail((size, size))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=90)
+    small.save(buffer, "JPEG", quality=90, comment=b"")  # Pillow would keep the original's comment
     return buffer.getvalue()
 
 

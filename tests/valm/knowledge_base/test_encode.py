@@ -1,10 +1,12 @@
 import errno
+import io
 import multiprocessing
 import sys
 import time
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.valm.killed import forked, is_running, still_running
@@ -77,3 +79,10 @@ def test_workers_end_with_their_parent():
     main.kill()
     main.join()
     assert not still_running(workers)
+
+
+def test_a_thumbnail_has_no_comment_of_its_image():
+    commented = io.BytesIO()
+    Image.new("RGB", (96, 80), "green").save(commented, "JPEG", comment=b"taken at home")
+    assert Image.open(commented).info["comment"] == b"taken at home"
+    assert "comment" not in Image.open(io.BytesIO(encode.thumbnail_bytes(Image.open(commented), 64))).info
