@@ -79,7 +79,8 @@ def charts(results: Mapping[str, Any]) -> list[Chart]:
     found = []
     for (task, protocol), rows in panels.items():
         metric = next(name for name in METRICS if name in rows[0]["metrics"])
-        pairs = {p["second"]: p for p in results["pairs"] if (p["task"], p["protocol"]) == (task, protocol)}
+        of_task = [p for p in results["pairs"] if (p["task"], p["protocol"]) == (task, protocol)]
+        pairs = {p["second"]: p for p in of_task if p["metric"] in DIFFERENCES}
         difference = DIFFERENCES[next(iter(pairs.values()))["metric"]] if pairs else None
         baselines = rows[0]["metrics"].get("baselines")
         found.append(

@@ -56,9 +56,8 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
         return found
     if alone is not None:
         share("calibrated", (scores - alone[:, None, None]).argmax(-1) == right)
-    if (right == right[:, :1]).all():
-        without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
-        share("calibrated_mean", without_prior.argmax(-1) == right)
+    if (calibrated := calibrated_right(asked, scores)) is not None:
+        share("calibrated_mean", calibrated)
         if right.shape[1] > 1:
             votes = np.stack([vote_of_prompts(of_seed) for of_seed in scores])  # (seeds, items)
             share("vote", votes == right[:, 0])
@@ -92,6 +91,18 @@ def document_metrics(asked: Documents, scores: Mapping[str, np.ndarray]) -> dict
             "baselines": {"majority": 0.0, "majority_answer": "any one word", "chance": 0.0, "constants": {}},
         }
     return found
+
+
+def calibrated_right(asked: Questions, scores: np.ndarray) -> np.ndarray | None:
+    """Whether each answer is right if each probability is divided by its mean over the items: (seeds, items, prompts).
+
+    None in the published protocol, and if candidates differ among the items or the right one among prompts.
+    """
+    right = np.array(asked.right)
+    if not asked.fair or not asked.candidates or (right != right[:, :1]).any():
+        return None
+    without_prior = np.stack([of_seed - log_prior(of_seed) for of_seed in scores])
+    return without_prior.argmax(-1) == right
 
 
 def vote_of_prompts(scores: np.ndarray) -> np.ndarray:

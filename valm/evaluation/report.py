@@ -218,7 +218,7 @@ def _differences(results: Mapping[str, Any]) -> Table:
             titles[pair["task"]],
             pair["protocol"],
             pair["metric"],
-            Quantity(100 if pair["metric"] == "accuracy" else 1, "+.2f").text(pair),
+            Quantity(1 if pair["metric"] == "nats per byte" else 100, "+.2f").text(pair),
             MISSING if pair["p"] is None else f"{pair['p']:.4f}",
         )
         for pair in results["pairs"]
@@ -228,10 +228,11 @@ def _differences(results: Mapping[str, Any]) -> Table:
         ("models", "task", "protocol", "of", "difference [95 %]", "p"),
         rows,
         (OURS,) * len(rows),
-        "The first model minus each other model: accuracy in points (higher is better) or nats per byte (lower is "
-        "better; compared only if both tokenizers keep case and blanks, or neither does). Intervals are from a paired "
-        "bootstrap over items, and over the seeds of pooled checkpoints; few seeds give too narrow intervals. p, for "
-        "single checkpoints, is from a permutation test over items. Neither is corrected for multiple comparisons.",
+        "The first model minus each other model: accuracy, uncalibrated and calibrated by mean, in points (higher is "
+        "better), or nats per byte (lower is better; compared only if both tokenizers keep case and blanks, or neither "
+        "does). Intervals are from a paired bootstrap over items, and over the seeds of pooled checkpoints; few seeds "
+        "give too narrow intervals. p, for single checkpoints, is from a permutation test over items. Neither is "
+        "corrected for multiple comparisons.",
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from valm.errors import ValmError
 from valm.evaluation.controls import OFF, ON, RANDOM, images_fingerprint
-from valm.evaluation.metrics import choice_metrics, document_metrics
+from valm.evaluation.metrics import calibrated_right, choice_metrics, document_metrics
 from valm.evaluation.questions import Documents, Questions, chosen_sets, what_is_asked
 from valm.evaluation.scorers import NotApplicable, Scorer, check_source, digest, open_scorer
 from valm.evaluation.sets import OWN, EvaluationSet, own_sets
@@ -102,7 +102,7 @@ def evaluate(
     if cache is not None and cache.is_dir():
         remove_leftovers(cache)
     rows: list[dict[str, Any]] = []
-    compared: list[Any] = []
+    compared: list[list[Any]] = []
     dtypes: list[torch.dtype | None] = []
     total = sum(map(_size, asked.values())) * sum(map(len, models.values()))
     with progress_bar(total=total, unit="text", unit_scale=True, shown=progress) as bar:
@@ -254,8 +254,8 @@ def scores_of(scorer: Scorer, asked: Questions | Documents, cache: Path | None, 
 
 def _row(
     model: Mapping[str, str], asked: Questions | Documents, of_seeds: Sequence[Scores]
-) -> tuple[dict[str, Any], Any]:
-    """A row of the results, and the values by which rows are compared: (metric, hits or nats (seeds, items), tries
+) -> tuple[dict[str, Any], list[Any]]:
+    """A row of the results, and for each metric by which rows are compared: (metric, hits or nats (seeds, items), tries
     (items,), objects as in `paired`)."""
     row: dict[str, Any] = {
         **model,
@@ -266,31 +266,35 @@ def _row(
     }
     refused = next((str(one["not_applicable"]) for one in of_seeds if "not_applicable" in one), None)
     if refused is not None:
-        return row | {"not_applicable": refused}, None
+        return row | {"not_applicable": refused}, []
     stacked = {
         name: np.stack([one[name] for one in of_seeds]) for name in of_seeds[0] if all(name in one for one in of_seeds)
     }
     if isinstance(asked, Questions):
         scores = stacked["scores"]  # (seeds, items, prompts, candidates)
         row |= {"prompts": scores.shape[2], "metrics": choice_metrics(asked, scores, stacked.get("alone"))}
-        correct = (scores.argmax(-1) == np.array(asked.right)).sum(-1).astype(float)
-        return row, ("accuracy", correct, np.full(len(asked.items), float(scores.shape[2])), asked.objects)
+        right = {
+            "accuracy": scores.argmax(-1) == np.array(asked.right),
+            "calibrated by mean": calibrated_right(asked, scores),
+        }
+        tries = np.full(len(asked.items), float(scores.shape[2]))
+        hits = {metric: found.sum(-1).astype(float) for metric, found in right.items() if found is not None}
+        return row, [(metric, of_items, tries, asked.objects) for metric, of_items in hits.items()]
     row["metrics"] = document_metrics(asked, stacked)
     if asked.last_word:
-        return row, ("accuracy", stacked["known"], np.ones(len(asked.texts)), None)
-    return row, ("nats per byte", stacked["nats"], stacked["bytes"][0], None)
+        return row, [("accuracy", stacked["known"], np.ones(len(asked.texts)), None)]
+    return row, [("nats per byte", stacked["nats"], stacked["bytes"][0], None)]
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[Any]) -> list[dict[str, Any]]:
+def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[list[Any]]) -> list[dict[str, Any]]:
     """Compares the first model with each other model on the same items."""
     found = []
     for number, row in enumerate(rows):
         same = [i for i in range(number) if all(rows[i][key] == row[key] for key in ("task", "protocol"))]
-        if not same or compared[same[0]] is None or compared[number] is None:
+        if not same:
             continue
-        metric, first, tries, objects = compared[same[0]]
-        _, second, *_ = compared[number]
-        of = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
-        both = {"first": rows[same[0]]["model"], "second": row["model"]}
-        found.append(of | both | asdict(paired(first, second, tries, objects=objects)))
+        for (metric, first, tries, objects), (_, second, *_) in zip(compared[same[0]], compared[number], strict=False):
+            of = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
+            both = {"first": rows[same[0]]["model"], "second": row["model"]}
+            found.append(of | both | asdict(paired(first, second, tries, objects=objects)))
     return found

@@ -60,8 +60,23 @@ def test_every_model_has_a_row_for_every_task_and_protocol(world):
     rows = [(row["model"], row["task"], row["protocol"]) for row in results["rows"]]
     tasks = [(task, p) for task in ("memory_color", "wikitext103", "lambada") for p in ("published", "fair")]
     assert rows == [(model, *task) for model in ("seed0", "seed1") for task in tasks]
-    assert [(pair["first"], pair["second"]) for pair in results["pairs"]] == [("seed0", "seed1")] * 6
-    assert {pair["metric"] for pair in results["pairs"]} == {"accuracy", "nats per byte"}
+    assert {(pair["first"], pair["second"]) for pair in results["pairs"]} == {("seed0", "seed1")}
+    metrics = [(pair["task"], pair["protocol"], pair["metric"]) for pair in results["pairs"]]
+    assert metrics == [
+        ("memory_color", "published", "accuracy"),
+        ("memory_color", "fair", "accuracy"),
+        ("memory_color", "fair", "calibrated by mean"),
+        *(("wikitext103", protocol, "nats per byte") for protocol in ("published", "fair")),
+        *(("lambada", protocol, "accuracy") for protocol in ("published", "fair")),
+    ]
+    values = {
+        (row["model"], name): row["metrics"][name]["value"]
+        for row in results["rows"]
+        for name in ("accuracy", "calibrated_mean")
+        if row["task"] == "memory_color" and row["protocol"] == "fair"
+    }
+    for pair, name in zip(results["pairs"][1:3], ("accuracy", "calibrated_mean"), strict=True):
+        assert pair["value"] == pytest.approx(values["seed0", name] - values["seed1", name])
 
 
 def test_ones_own_questions_are_asked_in_the_fair_protocol_whatever_that_of_the_sets(world, tmp_path):
