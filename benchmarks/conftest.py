@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: checks each result, then times it with pytest-benchmark.
+"""Shared by all benchmarks: checks each result, then times it with pytest-benchmark, or without it in a plain loop.
 
     pytest benchmarks/ --benchmark-only                       # a few minutes on any machine
     pytest benchmarks/ --benchmark-only --full                # the large sizes too
@@ -22,7 +22,10 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from timeit import timeit
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     sizes.tiny = config.getoption("--tiny")
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(PlainBenchmark())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,6 +62,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="a large size: run with --full"))
+
+
+class PlainLoop:
+    """The part of pytest-benchmark's fixture that `measure` uses, for machines without it."""
+
+    disabled = False
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, function: Callable[[], Any], rounds: int) -> Any:
+        times = []
+        for _ in range(rounds):
+            start = perf_counter()
+            result = function()
+            times.append(perf_counter() - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=median(times), min=min(times), rounds=rounds))
+        return result
+
+
+class PlainBenchmark:
+    @pytest.fixture
+    def benchmark(self) -> PlainLoop:
+        return PlainLoop()
 
 
 @cache

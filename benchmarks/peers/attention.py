@@ -113,7 +113,7 @@ def _flash_backward(
     )
 
 
-def _join(
+def join_images(
     q: Tensor, image_k: Tensor, image_v: Tensor, text_out: Tensor, text_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse of text and images, and the weights of the images."""
@@ -125,7 +125,7 @@ def _join(
     return text_out * (text_lse - lse).exp().unsqueeze(-1).to(q.dtype) + image_out, lse, weights
 
 
-def _image_gradients(
+def image_gradients(
     grad_out: Tensor, q: Tensor, image_k: Tensor, image_v: Tensor, weights: Tensor, out: Tensor, text_dq: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, whose text part is text_dq, image_k and image_v."""
@@ -152,7 +152,7 @@ class _FlashMerge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, image_k, image_v, compiled):
         text_out, text_lse, ctx.state = _flash(q, k, v, q.shape[-1] ** -0.5)
-        join = _compiled(_join) if compiled else _join
+        join = _compiled(join_images) if compiled else join_images
         out, lse, weights = join(q, image_k, image_v, text_out, text_lse)
         ctx.save_for_backward(q, k, v, image_k, image_v, weights, out, lse)
         ctx.compiled = compiled
@@ -162,7 +162,7 @@ class _FlashMerge(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, k, v, image_k, image_v, weights, out, lse = ctx.saved_tensors
         text_dq, grad_k, grad_v = _flash_backward(grad_out, q, k, v, out, lse, ctx.state, q.shape[-1] ** -0.5)
-        of_images = _compiled(_image_gradients) if ctx.compiled else _image_gradients
+        of_images = _compiled(image_gradients) if ctx.compiled else image_gradients
         grad_q, grad_image_k, grad_image_v = of_images(grad_out, q, image_k, image_v, weights, out, text_dq)
         return grad_q, grad_k, grad_v, grad_image_k, grad_image_v, None
 

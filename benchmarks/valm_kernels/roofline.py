@@ -1,13 +1,24 @@
-"""A lower bound of the time of our GPU kernels on an H100: bytes moved, operations, and launches.
+"""Times on paper, on an H100: the floor of each call, our kernels, and the same in PyTorch.
 
-Arithmetic, not measurement: every tensor crosses the memory bus once, tiles waste nothing, and a kernel waits only for
-its busiest unit. No kernel can be faster; only a GPU can tell how near ours come. `python -m benchmarks.report` writes
-the last table of docs/results/gpu.md from it, and benchmarks on a GPU print it next to their measurements.
+Arithmetic, not measurement. The floor: every tensor crosses the memory bus once, tiles waste nothing, and a call waits
+only for its busiest unit. No implementation can be faster. For ours and for PyTorch the same holds of each kernel or
+operation, one after the other. So they differ by what they read, compute and launch again, not by how well they use the
+GPU, which only a GPU can tell. `python -m benchmarks.report` writes the last table of docs/results/gpu.md from it, and
+benchmarks on a GPU print the floor next to their measurements.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.peers import attention
+from valm_kernels.visual_fusion import crossover
 
 # NVIDIA H100 SXM5 80 GB (data sheet; without sparsity). Special functions: 16 exp2 per clock and multiprocessor
 # (CUDA C++ Programming Guide, arithmetic throughput), 132 multiprocessors, 1.83 GHz.
@@ -15,6 +26,10 @@ BYTES_PER_S = 3.35e12
 BF16_FLOP_PER_S = 989e12
 FLOAT32_FLOP_PER_S = 67e12
 EXP_PER_S = 16 * 132 * 1.83e9
+# Published measurements of an H100: bytes from its second-level cache (XLA's cost model), and the share of the tensor
+# cores' peak that mma.sync reaches, which the search uses (arXiv 2402.13499); Triton's wgmma reaches the peak.
+CACHE_BYTES_PER_S = 6.65e12
+MMA_SYNC_SHARE = 0.629
 
 # Not in a data sheet, and to be measured on a GPU: the time from the end of one kernel to the start of the next on its
 # stream, and the time of the host. The host's time is Triton's binder for each launch, plus the least times of
@@ -76,6 +91,12 @@ class Shape:
         return 2 * self.D * (self.H * self.U or self.image_pairs) // self.G
 
     @property
+    def image_grad_bytes(self) -> int:
+        """What the kernel over queries writes for the images: their gradients, or two float32 coefficients per slot and
+        head of a pool."""
+        return 8 * self.image_pairs if self.U else 2 * self.image_bytes
+
+    @property
     def index_bytes(self) -> int:
         return 8 * self.B * self.Tq * self.K if self.U else 0
 
@@ -121,13 +142,25 @@ def forward(s: Shape) -> Work:
     )
 
 
+def whole_backward(s: Shape) -> Work:
+    """All gradients in one pass, which no kernel does: each product once."""
+    return Work(
+        "backward",
+        # q, out, grad_out, dq, k, v, dk, dv, images and their gradients, index, lse
+        4 * s.query_bytes + 4 * s.key_bytes + 4 * s.image_bytes + s.index_bytes + s.row_bytes,
+        # q k, do v, ds k, ds q, p do
+        10 * s.D * s.pairs,
+        # q image_k, do image_v, dt image_k, dt q, b do
+        8 * s.D * s.image_pairs,
+        s.pairs + s.image_pairs,
+    )
+
+
 def query(s: Shape) -> Work:
-    # dense: image gradients are written here; pooled: two float32 coefficients per slot and head
-    image_output = 8 * s.image_pairs if s.U else 2 * s.image_bytes
     return Work(
         "backward: queries",
         # q, out, grad_out, dq, k, v, image_k, image_v, index, lse, grad_lse, delta
-        4 * s.query_bytes + 2 * s.key_bytes + 2 * s.image_bytes + s.index_bytes + 3 * s.row_bytes + image_output,
+        4 * s.query_bytes + 2 * s.key_bytes + 2 * s.image_bytes + s.index_bytes + 3 * s.row_bytes + s.image_grad_bytes,
         # q k, do v, ds k
         6 * s.D * s.pairs,
         # q image_k, do image_v, dt image_k; dense: dt q and b do too
@@ -174,12 +207,85 @@ def merge(s: Shape) -> Work:
     return Work("forward: merge of the splits", 0, 0, 0, 0)
 
 
+def text(s: Shape, backward: bool) -> Work:
+    """Flash attention to only the text, forward or backward, by PyTorch."""
+    only_text = replace(s, K=0, U=0)
+    return replace((whole_backward if backward else forward)(only_text), kernel="flash attention", by_triton=False)
+
+
+def joined_forward(s: Shape) -> Work:
+    return Work(
+        "forward: images",
+        # q, out of the text, out, image_k, image_v, index, both lse
+        3 * s.query_bytes + 2 * s.image_bytes + s.index_bytes + 2 * s.row_bytes,
+        0,
+        5 * s.D * s.image_pairs,
+        2 * s.image_pairs,
+    )
+
+
+def joined_query(s: Shape) -> Work:
+    return Work(
+        "backward: images",
+        # q, out, grad_out, dq of the text, dq, image_k, image_v, index, lse
+        5 * s.query_bytes + 2 * s.image_bytes + s.index_bytes + s.row_bytes + s.image_grad_bytes,
+        0,
+        (6 if s.U else 8) * s.D * s.image_pairs,
+        s.image_pairs,
+    )
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations, and the bytes of the tensors that they read and write; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if not any(returned.alias_info for returned in function._schema.returns):
+            self.operations += 1
+            self.bytes += sum(x.nbytes for x in tree_leaves((arguments, options, result)) if isinstance(x, Tensor))
+        return result
+
+
+def images_in_pytorch(s: Shape, backward: bool) -> Work:
+    """What the peer "flash + LSE merge" does for the images, forward or backward, with a pool as dense images."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return empty(s.B, s.Tq, s.H, *shape, dtype=dtype).transpose(1, 2)
+
+    q, out, grad_out, grad_q = (tokens(s.D) for _ in range(4))
+    images = empty(s.B, s.Tq, s.K, s.H // s.G, s.D)
+    pool, index = empty(s.U, s.H // s.G, s.D), empty(s.B, s.Tq, s.K, dtype=torch.int64)
+    image_k, image_v = (images.permute(0, 3, 1, 2, 4) for _ in range(2))
+    with Traffic() as traffic:
+        if backward:
+            attention.image_gradients(grad_out, q, image_k, image_v, tokens(s.K), out, grad_q)
+        else:
+            attention.join_images(q, image_k, image_v, out, tokens(dtype=torch.float32))
+        for _ in range(2 if s.U else 0):
+            pool.index_put((index,), images, accumulate=True) if backward else pool[index]
+    return Work("images", traffic.bytes, 0, 0, 0, traffic.operations, by_triton=False)
+
+
+def is_joined(s: Shape) -> bool:
+    """Whether impl="auto" lets flash attention read the text."""
+    return s.Tq > 1 and s.Tk * s.D >= crossover.ESTIMATE
+
+
 def forward_works(s: Shape) -> list[Work]:
+    if is_joined(s):
+        return [text(s, False), joined_forward(s)]
     return [forward(s)] + ([merge(s)] if s.Tq == 1 else [])
 
 
 def backward_works(s: Shape) -> list[Work]:
-    works = [query(s), key(s)]
+    works = [text(s, True), joined_query(s)] if is_joined(s) else [query(s), key(s)]
     if s.U:  # a separate kernel sums the parts of a popular image
         works += [sort(s), replace(pool(s), launches=2)]
     return works
@@ -200,13 +306,32 @@ def host_s(s: Shape, backward: bool) -> float:
 
 
 def attention_s(s: Shape, backward: bool) -> float:
-    """The least time of the forward, or of forward and backward."""
-    return sum(work.least_s for work in forward_works(s) + (backward_works(s) if backward else []))
+    """The floor of the forward, or of forward and backward."""
+    return forward(s).least_s + (whole_backward(s).least_s if backward else 0)
 
 
 def topk_s(queries: int, rows: int, dim: int) -> float:
-    """The least time of a search among 16-bit rows with their norms."""
+    """The floor of a search among 16-bit rows with their norms."""
     return max(rows * (2 * dim + 4) / BYTES_PER_S, 2 * queries * rows * dim / BF16_FLOP_PER_S)
+
+
+def queries_of_block(queries: int, most: int) -> int:
+    """The queries that share a read of the rows, at most `most` (csrc/topk/cuda/plan.hpp, float16 rows on an H100)."""
+    return next(block for block in (16, 32, 64, 128) if queries <= block or block == most)
+
+
+def search_s(queries: int, rows: int, dim: int, most: int) -> float:
+    """Our search: each block of queries reads the rows from the second-level cache."""
+    block = queries_of_block(queries, most)
+    blocks = -(-queries // block)
+    products = 2 * blocks * block * rows * dim / (MMA_SYNC_SHARE * BF16_FLOP_PER_S)
+    read = blocks * rows * (2 * dim + 4) / CACHE_BYTES_PER_S
+    return max(topk_s(queries, rows, dim), read, products) + SEARCH_LAUNCHES * LAUNCH_S
+
+
+def matmul_topk_s(queries: int, rows: int, dim: int) -> float:
+    """PyTorch's product and `topk`, which writes and reads 16-bit scores at least once."""
+    return topk_s(queries, rows, dim) + 4 * queries * rows / BYTES_PER_S + 2 * LAUNCH_S
 
 
 def transformer_s(parameters: int, tokens: int, passes: int) -> float:
@@ -216,35 +341,44 @@ def transformer_s(parameters: int, tokens: int, passes: int) -> float:
 
 SHAPES = (
     Shape("B4 H12 T1024 K8 D64, dense", 4, 12, 1024, 1024, 8, 64),
-    Shape("B4 H12 T1024 K8 D64, pooled, 30 % unique", 4, 12, 1024, 1024, 8, 64, U=int(0.3 * 4 * 1024 * 8)),
-    Shape("B8 H32/8 T4096 K4 D128, dense", 8, 32, 4096, 4096, 4, 128, G=4),
-    Shape("B4 H12 T2048 K8 D64, pooled, 30 % unique", 4, 12, 2048, 2048, 8, 64, U=int(0.3 * 4 * 2048 * 8)),
-    Shape("B4 H16 T4096 K8 D128, pooled, 30 % unique", 4, 16, 4096, 4096, 8, 128, U=int(0.3 * 4 * 4096 * 8)),
+    Shape("B4 H12 T1024 K8 D64, pooled", 4, 12, 1024, 1024, 8, 64, U=int(0.3 * 4 * 1024 * 8)),
+    Shape("B4 H16 T4096 K8 D64, dense", 4, 16, 4096, 4096, 8, 64),
+    Shape("B4 H16 T4096 K8 D64, pooled", 4, 16, 4096, 4096, 8, 64, U=int(0.3 * 4 * 4096 * 8)),
     Shape("B1 H12 Tq1 Tk8192 K8 D64, dense (decoding)", 1, 12, 1, 8192, 8, 64),
 )
-TOPK_QUERIES = (64, 512, 4096)
+TOPK_QUERIES = (1, 64, 512, 1024, 4096)
 TOPK_ROWS, TOPK_DIM = 1_000_000, 768
+# Kernels of a search (csrc/topk/cuda/launch.cuh), and queries of a block of its first pass, at cb7a91eb and now.
+SEARCH_LAUNCHES = 5
+BLOCK_BEFORE, BLOCK_NOW = 64, 128
 
 
 def table() -> str:
-    """The estimates of docs/results/gpu.md: a row for each call."""
+    """The arithmetic of docs/results/gpu.md: a row for each call."""
     lines = [
-        "| Call in 16 bits | Direction | Memory traffic, MB | Kernels, µs | Bound by | With launches and host, µs |",
-        "| --- | --- | ---: | ---: | --- | ---: |",
+        "| Call in 16 bits | Direction | Floor, µs | Floor bound by | Ours at cb7a91eb, µs | Ours now, µs | "
+        "In PyTorch, µs | Our host, µs |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
+
+    def add(name: str, direction: str, floor: float, bound: str, *others: float | None) -> None:
+        times = (floor, *others)
+        least, *rest = ("–" if seconds is None else f"{1e6 * seconds:,.0f}" for seconds in times)
+        lines.append(f"| {' | '.join((name, direction, least, bound, *rest))} |")
+
     for shape in SHAPES:
-        directions = {"forward": forward_works(shape)} | ({"backward": backward_works(shape)} if shape.Tq > 1 else {})
-        for direction, works in directions.items():
-            longest = max(works, key=lambda work: work.least_s)
-            bound = max(longest.seconds, key=longest.seconds.__getitem__)
-            call = max(gpu_s(works), host_s(shape, direction == "backward"))
-            moved, least = sum(work.bytes for work in works), sum(work.least_s for work in works)
-            cells = [shape.name, direction, f"{moved / 1e6:,.0f}", f"{least * 1e6:,.1f}", bound, f"{call * 1e6:,.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+        for backward in (False, True)[: 1 + (shape.Tq > 1)]:
+            floor = (whole_backward if backward else forward)(shape)
+            bound = max(floor.seconds, key=floor.seconds.__getitem__)
+            ours = gpu_s((backward_works if backward else forward_works)(shape))
+            pytorch = gpu_s([text(shape, backward), images_in_pytorch(shape, backward)])
+            others = (ours, ours, pytorch, host_s(shape, backward))
+            add(shape.name, "backward" if backward else "forward", floor.least_s, bound, *others)
     for queries in TOPK_QUERIES:
-        least, memory = (topk_s(count, TOPK_ROWS, TOPK_DIM) for count in (queries, 0))
-        bound = "memory" if least == memory else "tensor cores"
-        name = f"exact top-K, {queries:,} queries, {TOPK_ROWS:,} rows of {TOPK_DIM}"
-        moved = memory * BYTES_PER_S
-        lines.append(f"| {name} | search | {moved / 1e6:,.0f} | {least * 1e6:,.1f} | {bound} | – |")
+        size = (queries, TOPK_ROWS, TOPK_DIM)
+        floor = topk_s(*size)
+        bound = "memory" if floor == topk_s(0, *size[1:]) else "tensor cores"
+        before, now = (search_s(*size, most) for most in (BLOCK_BEFORE, BLOCK_NOW))
+        name = f"exact top-8, {TOPK_ROWS:,} rows of {TOPK_DIM}, queries: {queries:,}"
+        add(name, "search", floor, bound, before, now, matmul_topk_s(*size), None)
     return "\n".join(lines)

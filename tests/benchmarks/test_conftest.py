@@ -38,7 +38,7 @@ def run(pytester, monkeypatch):
     def run(gpu_ms, *options):
         monkeypatch.setattr(conftest, "gpu_ms", gpu_ms)
         names = ("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*")
-        arguments = ("--benchmark-only", "--device", "cuda", "--results", "rows.csv", *names)
+        arguments = ("--device", "cuda", "--results", "rows.csv", *names)
         assert pytester.runpytest_inprocess(*arguments, *options).ret == 0
         with (pytester.path / "rows.csv").open(newline="") as file:
             return list(csv.DictReader(file))
@@ -46,8 +46,9 @@ def run(pytester, monkeypatch):
     return run
 
 
-def test_each_row_has_the_time_of_the_call_and_of_the_gpu(run):
-    rows = run(lambda function, inputs, device: 0.125 * len(inputs))
+@pytest.mark.parametrize("options", [["--benchmark-only"], ["-p", "no:benchmark"]], ids=["", "plain loop"])
+def test_each_row_has_the_time_of_the_call_and_of_the_gpu(run, options):
+    rows = run(lambda function, inputs, device: 0.125 * len(inputs), *options)
     found = [(row["name"], row["gpu_ms"], row["rounds"], row["note"]) for row in rows]
     assert found == [("ours", "0.125", "4", "n"), ("peer", "0.125", "4", "n")]
     assert all(float(row["min_ms"]) <= float(row["median_ms"]) for row in rows)

@@ -8,12 +8,16 @@ from benchmarks.valm_kernels.roofline import Shape, forward
 from tests.valm_kernels.visual_fusion.problems import Problem
 
 
-def test_estimates_are_above_the_roof():
-    """Launches, the sort of the pool and the host only add to it."""
+def test_nothing_is_below_the_floor():
+    """Kernels, launches, the sort of the pool and the operations of PyTorch only add to it."""
     for shape in roofline.SHAPES:
-        for backward, works in ((False, roofline.forward_works(shape)), (True, roofline.backward_works(shape))):
-            least = sum(work.least_s for work in works)
-            assert roofline.gpu_s(works) >= least + len(works) * roofline.LAUNCH_S
+        directions = [(roofline.forward, roofline.forward_works, False)]
+        directions += [(roofline.whole_backward, roofline.backward_works, True)]
+        for floor, works, backward in directions[: 1 + (shape.Tq > 1)]:
+            least = floor(shape).least_s
+            assert roofline.gpu_s(works(shape)) >= least + len(works(shape)) * roofline.LAUNCH_S
+            peer = [roofline.text(shape, backward), roofline.images_in_pytorch(shape, backward)]
+            assert roofline.gpu_s(peer) > least
             assert roofline.host_s(shape, backward) > roofline.FORWARD_HOST_S
     dense, pooled = roofline.SHAPES[:2]
     sort = roofline.sort(pooled)
@@ -22,9 +26,51 @@ def test_estimates_are_above_the_roof():
     assert roofline.sort(replace(pooled, U=1 << 15)).launches == roofline.SORT_LAUNCHES + 4  # int32
 
 
-def test_roof_of_a_search_is_its_bytes_and_then_its_products():
+def test_floor_of_a_search_is_its_bytes_and_then_its_products():
     assert roofline.topk_s(64, 1_000_000, 768) == pytest.approx(1_000_000 * (2 * 768 + 4) / 3.35e12)
     assert roofline.topk_s(4096, 1_000_000, 768) == pytest.approx(2 * 4096 * 1_000_000 * 768 / 989e12)
+
+
+def test_larger_blocks_read_the_rows_less_often():
+    assert [roofline.queries_of_block(n, 128) for n in (1, 16, 17, 64, 65, 128, 4096)] == [
+        16,
+        16,
+        32,
+        64,
+        128,
+        128,
+        128,
+    ]
+    for queries in roofline.TOPK_QUERIES:
+        before, now = (roofline.search_s(queries, 1_000_000, 768, most) for most in (64, 128))
+        assert now == before if queries <= 64 else roofline.topk_s(queries, 1_000_000, 768) < now < before
+    # 16 blocks of 64 queries are bound by the cache, 8 of 128 by the products
+    launches = roofline.SEARCH_LAUNCHES * roofline.LAUNCH_S
+    read = 16 * 1_000_000 * (2 * 768 + 4) / roofline.CACHE_BYTES_PER_S
+    assert roofline.search_s(1024, 1_000_000, 768, 64) == pytest.approx(read + launches)
+
+
+def test_traffic_of_pytorch_is_counted_without_views():
+    with roofline.Traffic() as traffic:
+        torch.empty(4, 8, device="meta").view(2, 16).mul(2).t().sum(1)
+    assert traffic.operations == 3 and traffic.bytes == 4 * (32 + 2 * 32 + 32 + 16)  # empty, mul, sum
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_peer_reads_the_images_and_makes_a_pool_dense(backward):
+    shape = Shape("", B=2, H=3, Tq=5, Tk=5, K=4, D=8, G=3)
+    dense, pooled = (roofline.images_in_pytorch(one, backward) for one in (shape, replace(shape, U=6)))
+    assert dense.bytes > 2 * shape.image_bytes + shape.query_bytes and dense.launches > 8
+    gathered = 2 * 2 * 5 * 4 * (2 * 8 + 8)  # the rows and their indices
+    assert pooled.bytes - dense.bytes == gathered + (2 + 2 * backward) * 2 * 6 * 8
+    assert pooled.launches == dense.launches + 2
+
+
+def test_long_texts_are_read_by_flash_attention():
+    kernels = {shape.name: [work.kernel for work in roofline.forward_works(shape)] for shape in roofline.SHAPES}
+    assert kernels["B4 H12 T1024 K8 D64, dense"] == ["forward"]
+    assert kernels["B4 H16 T4096 K8 D64, dense"] == ["flash attention", "forward: images"]
+    assert kernels["B1 H12 Tq1 Tk8192 K8 D64, dense (decoding)"] == ["forward", "forward: merge of the splits"]
 
 
 def test_grouped_heads_share_keys_and_images():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.valm_kernels import roofline
 from tests.csrc.topk.cuda.problems import ADVERSARIAL, adversarial
 from tests.csrc.topk.cuda.simulator import ORDERS, build, copy_sources
 from tests.pairwise import pairwise
@@ -89,6 +90,13 @@ def test_stages_that_fit(simulate, library, shared_bytes, dtype, dim, n_queries,
     figures = simulator.plan(n_queries, simulator.Rows(0, 0, dtype, 1_000_000, dim), k)
     assert figures[:3] == (1, queries, stages) and figures[4] == streamed
     assert figures[3] <= shared_bytes
+
+
+def test_the_arithmetic_of_gpu_md_assumes_these_blocks(simulate, library):
+    simulator = simulate(library, multiprocessors=132, shared_bytes=H100)
+    for queries in (2, 17, 65, *roofline.TOPK_QUERIES):
+        rows = simulator.Rows(0, 0, "float16", roofline.TOPK_ROWS, roofline.TOPK_DIM)
+        assert simulator.plan(queries, rows, 8)[1] == roofline.queries_of_block(queries, roofline.BLOCK_NOW)
 
 
 @pytest.mark.parametrize(
