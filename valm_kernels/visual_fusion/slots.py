@@ -54,9 +54,10 @@ def sorted_slots(image_index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
     slots = image_index.transpose(0, 1).flatten(1) if image_index.dim() == 4 else image_index.flatten()
     slots = slots.contiguous()  # flatten may have made a view, whose layout the order would get
     image, order = torch.sort(slots.to(narrow), stable=True)
-    images = torch.arange(pool_size + 1, dtype=narrow, device=image.device).repeat(*slots.shape[:-1], 1)
-    bounds = torch.searchsorted(image, images.view(*slots.shape[:-1], -1))
-    return order, bounds
+    images = torch.arange(pool_size + 1, dtype=narrow, device=image.device)
+    if image.dim() == 2:
+        images = images.repeat(image.shape[0], 1)
+    return order, torch.searchsorted(image, images)
 
 
 def check_pool(inputs: Inputs) -> None:

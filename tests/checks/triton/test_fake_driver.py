@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,28 +15,24 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
+from tests.checks.triton import on_fake_driver
 from tests.checks.triton.compile_record import read_table
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     """The folder of a libcuda.so.1 that runs nothing."""
-    compiler = shutil.which("gcc")
-    if compiler is None:
+    if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     if triton.__version__ != read_table()[0]:
         pytest.skip(f"written for the launcher of Triton {read_table()[0]}, here is {triton.__version__}")
     folder = tmp_path_factory.mktemp("driver")
-    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
-    subprocess.run([*command, str(HERE / "fake_libcuda.c"), "-o", str(folder / "libcuda.so.1")], check=True)
+    on_fake_driver.build(folder)
     return folder
 
 
-def on_fake_driver(driver, *arguments, **environment):
-    environment = os.environ | {"LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver)} | environment
+def checked(driver, *arguments, **environment):
+    environment = os.environ | on_fake_driver.environment(driver) | environment
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.checks.triton.on_fake_driver", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -47,11 +42,18 @@ def on_fake_driver(driver, *arguments, **environment):
 
 @pytest.mark.slow  # it compiles
 def test_every_kernel_is_launched_with_the_parameters_that_it_was_given(driver):
-    launched, agree = on_fake_driver(driver, "parameters")
+    launched, agree = checked(driver, "parameters")
     assert launched >= 30 and agree >= 20
 
 
 @pytest.mark.slow
+def test_repeated_launches_have_the_same_parameters_without_triton(driver):
+    """Also for other alignments, strides, sizes and devices."""
+    launched, by_triton = checked(driver, "repeated")
+    assert by_triton < launched / 2
+
+
+@pytest.mark.slow
 def test_a_run_finds_what_tune_tiles_has_compiled(driver, tmp_path):
-    launched, found = on_fake_driver(driver, "cache", TRITON_CACHE_DIR=str(tmp_path))
+    launched, found = checked(driver, "cache", TRITON_CACHE_DIR=str(tmp_path))
     assert launched >= 5 and found >= 5

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..inputs import Gradients, Inputs
 from ..layout import empty_tokens_first
+from .compiled import launch
 from .launch import RowStrides, cdiv, choose_tiles, kernel_constants, softcap_log2, strides
 from .primitives import (
     LOG2E,
@@ -281,7 +282,7 @@ def _key_kernel(
 def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, gradients: Gradients) -> None:
     """Writes the gradients of k and v; inputs come from `kernel_inputs`."""
     q, k, v = inputs[:3]
-    batch, kv_heads, k_len = k.shape[:3]
+    batch, kv_heads, k_len, _ = k.shape
     constants = kernel_constants(q, k, inputs.causal)
     tiles = choose_tiles("key" if inputs.softcap is None else "key softcap", inputs)
     # computing only one of them is no less work
@@ -292,39 +293,36 @@ def key_gradients(inputs: Inputs, lse: Tensor, delta: Tensor, grad_out: Tensor, 
     query_range = None
     if inputs.first_key is not None:
         query_range = torch.empty(batch, key_tiles, 3, dtype=torch.int32, device=q.device)
-        _query_range_kernel[(batch * key_tiles,)](
+        launch(
+            _query_range_kernel,
+            (batch * key_tiles, 1, 1),
+            (inputs.first_key, inputs.cache_seqlens, query_range, q.shape[2], k_len),
+            {"CAUSAL": inputs.causal, "BLOCK_N": tiles.block_n, "BLOCK_SCAN": SCAN},
+        )
+    launch(
+        _key_kernel,
+        (key_tiles * batch * kv_heads, 1, 1),
+        (
+            q,
+            k,
+            v,
             inputs.first_key,
             inputs.cache_seqlens,
             query_range,
+            lse,
+            delta,
+            grad_out,
+            dk,
+            dv,
+            KeyStrides(
+                q=strides(q), k=strides(k), v=strides(v), grad_out=strides(grad_out), dk=strides(dk), dv=strides(dv)
+            ),
+            kv_heads,
             q.shape[2],
             k_len,
-            CAUSAL=inputs.causal,
-            BLOCK_N=tiles.block_n,
-            BLOCK_SCAN=SCAN,
-        )
-    _key_kernel[(key_tiles * batch * kv_heads,)](
-        q,
-        k,
-        v,
-        inputs.first_key,
-        inputs.cache_seqlens,
-        query_range,
-        lse,
-        delta,
-        grad_out,
-        dk,
-        dv,
-        KeyStrides(
-            q=strides(q), k=strides(k), v=strides(v), grad_out=strides(grad_out), dk=strides(dk), dv=strides(dv)
+            inputs.scale,
+            inputs.scale * LOG2E.value,
+            softcap_log2(inputs),
         ),
-        kv_heads,
-        q.shape[2],
-        k_len,
-        inputs.scale,
-        inputs.scale * LOG2E.value,
-        softcap_log2(inputs),
-        **constants,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        **tiles.options(),
+        {**constants, **tiles.constants},
     )

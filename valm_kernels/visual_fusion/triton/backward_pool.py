@@ -24,6 +24,7 @@ from ..inputs import Gradients, Inputs, num_images
 from ..layout import empty_rows_like
 from ..slots import sorted_slots
 from .backward_query import QueryResults
+from .compiled import launch
 from .launch import VECTOR, cdiv, strides
 from .primitives import kernel, row_pointers
 from .tiles import block_d
@@ -261,37 +262,25 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, results: QueryResults, grad
     n_slots = order.shape[-1]
     blocks = cdiv(n_slots, BLOCK_SLOTS)
     parts = results.image_b.new_empty(blocks, 2, 2, kv_heads, head_dim)
-    constants = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype, inputs.by_head)
+    of_shape = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype, inputs.by_head)
+    constants = {"BLOCK_SLOTS": BLOCK_SLOTS, **of_shape}
     head_blocks = cdiv(kv_heads, constants["BLOCK_H"])
     sizes = (kv_heads, image_q.shape[2], num_images(inputs), n_slots, pool_size)
     of_slots = (image_q, grad_out, results.image_dx, results.image_b)
-    _popular_kernel[(blocks, head_blocks)](
-        *of_slots,
-        image_index,
-        order,
-        segment,
-        parts,
-        strides(image_q),
-        strides(grad_out),
-        *sizes,
-        BLOCK_SLOTS=BLOCK_SLOTS,
-        **constants,
+    row_strides = (strides(image_q), strides(grad_out))
+    launch(
+        _popular_kernel,
+        (blocks, head_blocks, 1),
+        (*of_slots, image_index, order, segment, parts, *row_strides, *sizes),
+        constants,
     )
-    _pool_kernel[(pool_size, head_blocks)](
-        *of_slots,
-        order,
-        segment,
-        parts,
-        dimage_k,
-        dimage_v,
-        strides(image_q),
-        strides(grad_out),
-        dimage_k.stride()[:2],
-        dimage_v.stride()[:2],
-        *sizes,
-        inputs.scale,
-        BLOCK_SLOTS=BLOCK_SLOTS,
-        **constants,
+    image_strides = (dimage_k.stride()[:2], dimage_v.stride()[:2])
+    of_pool = (order, segment, parts, dimage_k, dimage_v)
+    launch(
+        _pool_kernel,
+        (pool_size, head_blocks, 1),
+        (*of_slots, *of_pool, *row_strides, *image_strides, *sizes, inputs.scale),
+        constants,
     )
 
 

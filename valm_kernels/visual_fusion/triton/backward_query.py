@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Gradients, Inputs, num_images
+from .compiled import launch
 from .launch import (
     ImageStrides,
     RowStrides,
@@ -295,7 +296,7 @@ def query_gradients(
     """
     q, k, v, image_k, image_v, image_q, image_index, *_ = inputs
     batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1:3]
+    _, kv_heads, k_len, _ = k.shape
     pooled = image_index is not None
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
@@ -330,43 +331,43 @@ def query_gradients(
         dimage_logit_bias=scratch(gradients.image_logit_bias is not None, *of_tiles),
         dimage_score_bias=scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len),
     )
-    _query_kernel[(row_tiles * batch * kv_heads,)](
-        *inputs.tensors,
-        out,
-        lse,
-        grad_out,
-        grad_lse,
-        grad_image_scores,
-        text_dq,
-        results,
-        QueryStrides(
-            q=strides(q),
-            k=strides(k),
-            v=strides(v),
-            image_k=image_strides(image_k, pooled),
-            image_v=image_strides(image_v, pooled),
-            image_q=strides(image_q),
-            out=strides(out),
-            grad_out=strides(grad_out),
-            text_dq=strides(text_dq),
-            dq=strides(gradients.q),
-            dimage_k=dense_strides(dense_k),
-            dimage_v=dense_strides(dense_v),
-            dimage_q=strides(gradients.image_q),
+    launch(
+        _query_kernel,
+        (row_tiles * batch * kv_heads, 1, 1),
+        (
+            *inputs.tensors,
+            out,
+            lse,
+            grad_out,
+            grad_lse,
+            grad_image_scores,
+            text_dq,
+            results,
+            QueryStrides(
+                q=strides(q),
+                k=strides(k),
+                v=strides(v),
+                image_k=image_strides(image_k, pooled),
+                image_v=image_strides(image_v, pooled),
+                image_q=strides(image_q),
+                out=strides(out),
+                grad_out=strides(grad_out),
+                text_dq=strides(text_dq),
+                dq=strides(gradients.q),
+                dimage_k=dense_strides(dense_k),
+                dimage_v=dense_strides(dense_v),
+                dimage_q=strides(gradients.image_q),
+            ),
+            0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
+            kv_heads,
+            q_len,
+            k_len,
+            images,
+            inputs.scale,
+            inputs.scale * LOG2E.value,
+            softcap_log2(inputs),
         ),
-        0 if parts == 1 else batch * kv_heads * q_len * images * head_dim,
-        kv_heads,
-        q_len,
-        k_len,
-        images,
-        inputs.scale,
-        inputs.scale * LOG2E.value,
-        softcap_log2(inputs),
-        BY_HEAD=inputs.by_head,
-        **constants,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        **tiles.options(),
+        {"BY_HEAD": inputs.by_head, **constants, **tiles.constants},
     )
     if parts > 1:
         _sum_into(gradients.image_k, dense_k)

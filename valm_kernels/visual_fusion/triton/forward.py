@@ -33,6 +33,7 @@ from torch import Tensor
 from ..inputs import Inputs, num_images
 from ..layout import empty_rows_like
 from ..slots import check_pool
+from .compiled import launch
 from .launch import (
     ImageStrides,
     RowStrides,
@@ -319,7 +320,7 @@ def forward(
     q, k, v, image_k, image_v = inputs[:5]
     pooled = inputs.image_index is not None
     batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1:3]
+    _, kv_heads, k_len, _ = k.shape
     constants = kernel_constants(q, k, inputs.causal)
     block_g = constants["BLOCK_G"]
     decoding = q_len * block_g <= DECODE_ROWS
@@ -336,55 +337,51 @@ def forward(
     else:
         out_part = lse.new_empty(splits, *q.shape)
         lse_part = lse.new_empty(splits, *lse.shape)
-        stride_part, stride_o = out_part.stride(0), strides(out_part[0])
+        stride_part, stride_o = out_part.stride(0), out_part.stride()[1:4]
     with torch.cuda.device_of(q):
-        _forward_kernel[(programs, splits)](
-            *inputs.tensors,
-            out_part,
-            lse_part,
-            image_scores,
-            text_out,
-            text_lse,
-            ForwardStrides(
-                q=strides(q),
-                k=strides(k),
-                v=strides(v),
-                image_k=image_strides(image_k, pooled),
-                image_v=image_strides(image_v, pooled),
-                image_q=strides(inputs.image_q),
-                out=stride_o,
+        launch(
+            _forward_kernel,
+            (programs, splits, 1),
+            (
+                *inputs.tensors,
+                out_part,
+                lse_part,
+                image_scores,
+                text_out,
+                text_lse,
+                ForwardStrides(
+                    q=strides(q),
+                    k=strides(k),
+                    v=strides(v),
+                    image_k=image_strides(image_k, pooled),
+                    image_v=image_strides(image_v, pooled),
+                    image_q=strides(inputs.image_q),
+                    out=stride_o,
+                ),
+                stride_part,
+                strides(text_out),
+                kv_heads,
+                q_len,
+                k_len,
+                num_images(inputs),
+                inputs.scale * LOG2E.value,
+                softcap_log2(inputs),
             ),
-            stride_part,
-            strides(text_out),
-            kv_heads,
-            q_len,
-            k_len,
-            num_images(inputs),
-            inputs.scale * LOG2E.value,
-            softcap_log2(inputs),
-            BY_HEAD=inputs.by_head,
-            **constants,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            **tiles.options(),
+            {"BY_HEAD": inputs.by_head, **constants, **tiles.constants},
         )
         if splits > 1:
             rows = lse.numel()
-            _merge_kernel[(rows,)](
-                out_part,
-                lse_part,
-                out,
-                lse,
-                strides(out),
-                q_heads,
-                q_len,
-                rows,
-                splits,
-                D=head_dim,
-                BLOCK_D=constants["BLOCK_D"],
-                BLOCK_S=MAX_SPLITS,
-                num_warps=1,
-                enable_fp_fusion=True,
+            launch(
+                _merge_kernel,
+                (rows, 1, 1),
+                (out_part, lse_part, out, lse, strides(out), q_heads, q_len, rows, splits),
+                {
+                    "D": head_dim,
+                    "BLOCK_D": constants["BLOCK_D"],
+                    "BLOCK_S": MAX_SPLITS,
+                    "num_warps": 1,
+                    "enable_fp_fusion": True,
+                },
             )
 
     return out, lse

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -39,9 +39,12 @@ class Tiles:
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, Any]:
-        """Launch options. Fused multiply-add is set, because its default differs between Triton versions."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments and launch options. Fused multiply-add is set, because its default differs between
+        Triton versions."""
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
+        return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 # By (kernel, bytes of an element, architecture): the tiles for D up to 64, 128 and 256. The entries of 80 stay within
