@@ -119,6 +119,13 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture
+def on_cuda(device: torch.device) -> None:
+    """Only a GPU measures this benchmark; a test runs it on the CPU, at a tiny size."""
+    if device.type != "cuda" and not sizes.tiny:
+        pytest.skip("measured on CUDA only")
+
+
+@pytest.fixture
 def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Callable[..., None]:
     """Check a function's result, then time it: `measure(group, name, function, check)`.
 

@@ -31,7 +31,7 @@ SANITIZED_TESTS = (
     f"{SEARCH_TESTS}::test_agrees_with_the_reference[float16-False-166-30000-768-8]",
     f"{SEARCH_TESTS}::test_rows_streamed_from_host_memory[float16-64]",
 )
-ATTENTION = "bench_attention and bfloat16 and not Flex"
+ATTENTION = "bench_call_of_valm or bench_prefill or (bench_attention and bfloat16 and not Flex)"
 QUERIES = "bench_context and RN50x16 and bfloat16"
 SANITIZERS = ("memcheck", "racecheck")
 # An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
@@ -130,7 +130,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
             (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
             always=True,
         ),
-        tests("tests", 95, ATTENTION_TESTS, SEARCH_TESTS),
+        tests("tests", 85, ATTENTION_TESTS, SEARCH_TESTS),
         Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
         Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
         # the largest of float32 compile for half a minute
@@ -144,7 +144,7 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
         # FlexAttention compiles for as long as all others together take, and loses
         benchmark("attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", ATTENTION),
         benchmark("long attention and decoding", 45, "valm_kernels/bench_long_attention.py"),
-        benchmark("top-K", 35, "valm_kernels/bench_topk.py", "--full", "-k", "1000k and (64 or 512 or 4096)"),
+        benchmark("top-K", 45, "valm_kernels/bench_topk.py", "-k", "on_cuda"),
         benchmark("context queries", 15, "valm/bench_retrieval.py", "-k", QUERIES, skipped=no_model),
         benchmark("training step", 15, "valm/bench_training.py", skipped=no_model),
         benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),

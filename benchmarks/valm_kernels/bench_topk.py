@@ -1,13 +1,13 @@
 """Exact top-K inner product compared with its alternatives. Each row's note is its recall of the float64 answer.
 
-With --device cuda everything is on the device and in float16.
+On CUDA the vectors are on the device and in float16; `bench_search_on_cuda` contains the searches that a GPU measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from benchmarks.sizes import sized
 from benchmarks.valm_kernels import roofline
 from tests.valm_kernels.topk.databases import adversarial, normals
 from valm_kernels import FlatIPIndex, ip_scores, ip_topk
-from valm_kernels.topk import cuda
+from valm_kernels.topk import cuda, matmul
 
 
 class Vectors(NamedTuple):
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 N_50K, N_200K, N_1M = Vectors(sized(50_000, 50)), Vectors(), Vectors(sized(1_000_000, 1000))
 QUICK = [Case(N_50K, n) for n in (1, 64)]
-# the cases of docs/reference/topk.md and, on CUDA, of the roofline's estimates
+# the cases of docs/reference/topk.md
 FULL = [
     *(Case(N_50K, n) for n in (16, 1024)),
     *(Case(N_200K, n) for n in (1, 16, 64, 256, 1024)),
@@ -49,12 +49,21 @@ FULL = [
     Case(Vectors(dim=512), 64),
     *(Case(Vectors(cosine=cosine), n) for cosine in (0.55, 0.8) for n in (1, 64, 1024)),
     *(Case(Vectors(decaying=True), n) for n in (1, 64)),
-    *(Case(N_1M, n) for n in sorted({1, 16, 64, 1024, *roofline.TOPK_QUERIES})),
+    *(Case(N_1M, n) for n in (1, 16, 64, 1024)),
 ]
-ONLY_CUDA = (512, 4096)  # queries
 HARD = ("ascending", "equal", "duplicates", "six decades", "hidden by an offset", "anisotropic", "outlier dimension")
+# What a GPU measures: numbers of queries, a larger k, a k for which all rows are scored exactly, and longer rows.
+CUDA_CASES = [
+    *(Case(N_1M, n) for n in roofline.TOPK_QUERIES),
+    *(Case(N_1M, n, 100) for n in (64, 1024)),
+    Case(N_1M, 64, 200),
+    *(Case(Vectors(dim=1024), n) for n in (64, 1024)),
+]
 # The number of queries that the float64 answer covers, from the first; it has the largest k.
-CHECKED_QUERIES, LARGEST_K = 64, 32
+CHECKED_QUERIES, LARGEST_K = 64, 200
+
+
+PACKS, WITHOUT_NVCC = "ip_topk, packs per call", "FlatIPIndex without nvcc"
 
 
 def index_search(database: Tensor) -> Search:
@@ -62,11 +71,18 @@ def index_search(database: Tensor) -> Search:
     return lambda queries, k: index.search(queries, k).indices
 
 
+def search_without_nvcc(database: Tensor) -> Search:
+    """What an index on CUDA does if the native module contains no CUDA code."""
+    norms = matmul.row_norms(database, None)
+    return lambda queries, k: matmul.search(queries, database, None, norms, k)[1]
+
+
 OURS: dict[str, Callable[[Tensor], Search]] = {
     "FlatIPIndex": index_search,
-    "ip_topk, packs per call": lambda database: lambda queries, k: ip_topk(queries, database, k).indices,
+    PACKS: lambda database: lambda queries, k: ip_topk(queries, database, k).indices,
 }
-IMPLEMENTATIONS = {**OURS, **PEERS, **CUDA_PEERS}
+IMPLEMENTATIONS = {**OURS, **PEERS}
+ON_CUDA = {**OURS, WITHOUT_NVCC: search_without_nvcc, **CUDA_PEERS}
 DECAYING_PEERS = ("faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
 
 
@@ -91,26 +107,27 @@ def generate(vectors: Vectors, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def build(vectors: Vectors, name: str, device: torch.device) -> Search:
-    return IMPLEMENTATIONS[name](generate(vectors, device)[0])
+    return (IMPLEMENTATIONS | ON_CUDA)[name](generate(vectors, device)[0])
+
+
+def best_rows(queries: Tensor, database: Tensor) -> Tensor:
+    """The best rows of the first queries, in float64."""
+    queries, k = queries[:CHECKED_QUERIES].double(), min(LARGEST_K, len(database))
+    best = [(queries @ chunk.double().T).topk(min(k, len(chunk))) for chunk in database.split(50_000)]
+    scores = torch.cat([b.values for b in best], 1)
+    indices = torch.cat([b.indices + i * 50_000 for i, b in enumerate(best)], 1)
+    return indices.gather(1, scores.topk(k).indices)
 
 
 @lru_cache(maxsize=1)
 def answer(vectors: Vectors, device: torch.device) -> Tensor:
-    """The best rows of the first queries, in float64."""
     database, queries = generate(vectors, device)
-    queries = queries[:CHECKED_QUERIES].double()
-    chunks = database.split(50_000)
-    best = [(queries @ chunk.double().T).topk(LARGEST_K) for chunk in chunks]
-    scores = torch.cat([b.values for b in best], 1)
-    indices = torch.cat([b.indices + i * 50_000 for i, b in enumerate(best)], 1)
-    return indices.gather(1, scores.topk(LARGEST_K).indices)
+    return best_rows(queries, database)
 
 
 def worth_its_time(case: Case, name: str) -> bool:
     if name == "FlatIPIndex":
         return True
-    if case.n_queries in ONLY_CUDA or name in CUDA_PEERS:
-        return name not in PEERS and case.vectors == N_1M and case.n_queries in roofline.TOPK_QUERIES
     if case.vectors.cosine:  # the speed of the others does not depend on the values
         return False
     if case.vectors.decaying:
@@ -119,27 +136,18 @@ def worth_its_time(case: Case, name: str) -> bool:
     return case.n_queries <= 64 or name not in ("faiss IndexFlatIPPanorama", "faiss fp16 quantizer", "usearch exact")
 
 
-def parameters() -> list:
+def parameters(cases: list[Case], names: Iterable[str], chosen: Callable[[Case, str], bool], marks: Any = ()) -> list:
     """Orders the cases so that each implementation is built once for the same vectors."""
-    result = []
-    for cases, marks in ((QUICK, ()), (FULL, pytest.mark.full)):
-        for vectors in dict.fromkeys(case.vectors for case in cases):
-            result += [
-                pytest.param(case, name, id=f"{case}-{name}", marks=marks)
-                for name in IMPLEMENTATIONS
-                for case in cases
-                if case.vectors == vectors and worth_its_time(case, name)
-            ]
-    return result
+    return [
+        pytest.param(case, name, id=f"{case}-{name}", marks=marks)
+        for vectors in dict.fromkeys(case.vectors for case in cases)
+        for name in names
+        for case in cases
+        if case.vectors == vectors and chosen(case, name)
+    ]
 
 
-@pytest.mark.parametrize(("case", "name"), parameters())
-def bench_search(measure, device, case, name):
-    elsewhere = PEERS if device.type == "cuda" else CUDA_PEERS
-    if name in elsewhere or (case.n_queries in ONLY_CUDA and device.type == "cpu"):
-        pytest.skip(f"measured on {'the CPU' if elsewhere is PEERS else 'CUDA'} only")
-    if name in OURS and device.type == "cuda" and not cuda.has_code(device):
-        pytest.skip("the native module has no code for this card, so that PyTorch would search")
+def measure_search(measure: Callable[..., None], device: torch.device, case: Case, name: str) -> None:
     queries = generate(case.vectors, device)[1][: case.n_queries]
     truth = answer(case.vectors, device)[: case.n_queries, : case.k]
     search = build(case.vectors, name, device)
@@ -148,18 +156,70 @@ def bench_search(measure, device, case, name):
         return (indices[: len(truth), :, None] == truth[:, None, :]).any(1).float().mean().item()
 
     def check(indices: Tensor) -> None:
-        if name in OURS:
+        if name in OURS or name == WITHOUT_NVCC:
             assert torch.equal(indices[: len(truth)], truth)
         assert recall(indices) > 0.9
 
     measure(
         group=str(case),
         name=name,
-        function=lambda queries: search(queries, case.k),
-        inputs=(queries,),
+        function=lambda given=queries: search(given, case.k),
+        inputs=() if name == WITHOUT_NVCC else (queries,),  # it waits for the GPU, which no CUDA graph can hold
         check=check,
         note=lambda indices: f"recall {recall(indices):.4f}",
         arithmetic=roofline.topk_s(case.n_queries, case.vectors.rows, case.vectors.dim),
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    parameters(QUICK, IMPLEMENTATIONS, worth_its_time)
+    + parameters(FULL, IMPLEMENTATIONS, worth_its_time, pytest.mark.full),
+)
+def bench_search(measure, device, case, name):
+    if device.type != "cpu":
+        pytest.skip("bench_search_on_cuda measures on CUDA")
+    measure_search(measure, device, case, name)
+
+
+def needs_native_code(device: torch.device) -> None:
+    if device.type == "cuda" and not cuda.has_code(device):
+        pytest.skip("the native module has no code for this GPU, so that PyTorch would search")
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize(
+    ("case", "name"),
+    parameters(CUDA_CASES, ON_CUDA, lambda case, name: name != PACKS or case == Case(N_1M, 64)),
+)
+def bench_search_on_cuda(measure, device, case, name):
+    if name in OURS:
+        needs_native_code(device)
+    measure_search(measure, device, case, name)
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("rows", ["float16", "bfloat16", "int8", "float32", "float16, in host memory"])
+@pytest.mark.parametrize("n_queries", [64, 1024])
+def bench_rows_on_cuda(measure, device, n_queries, rows):
+    """Rows of each type, and rows that are streamed because they do not fit into the GPU's memory."""
+    needs_native_code(device)
+    database, queries = generate(N_1M, device)
+    queries = queries[:n_queries]
+    dtype, _, place = rows.partition(", ")
+    index = FlatIPIndex(database.cpu() if place else database, dtype, device, streamed=bool(place))
+    truth = best_rows(queries, index.dequantised().to(device))[:, :8]
+
+    def check(indices: Tensor) -> None:
+        assert torch.equal(indices[: len(truth)], truth)
+
+    measure(
+        group=f"rows of each type, {Case(N_1M, n_queries)}",
+        name=rows,
+        function=lambda given=queries: index.search(given, 8).indices,
+        inputs=() if place else (queries,),  # streaming waits for the GPU
+        check=check,
+        arithmetic=roofline.topk_s(n_queries, len(database), N_1M.dim) if rows in ("float16", "bfloat16") else None,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import pytest
 import torch
@@ -189,6 +189,51 @@ def bench_attention(measure, device, case, name, backward):
         check=close_to(call_of(reference, backward)(*as_float32(inputs)), TOLERANCE[case.dtype]),
         note=f"inputs {sum(x.nbytes for x in inputs) / 1e6:.0f} MB",
         arithmetic=arithmetic(case, name, backward=backward),
+    )
+
+
+PREFILL = [replace(LARGE, batch=1, length=sized(length, 16), dtype=torch.bfloat16) for length in (1024, 4096)]
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("name", ["ours", "ours, pooled", "text-only flash attention", MERGE])
+@pytest.mark.parametrize("case", PREFILL, ids=["short", "long"])
+def bench_prefill(measure, device, case, name):
+    """A prompt of one row, which has few tiles for the multiprocessors of a GPU."""
+    bench_attention(measure, device, case, name, backward=False)
+
+
+@pytest.mark.usefixtures("on_cuda")
+@DIRECTIONS
+@pytest.mark.parametrize("documents", ["first_key", "cu_seqlens", "one document a row"])
+def bench_call_of_valm(measure, device, documents, backward):
+    """The call of VaLM's fusion layer in training: a pool, its biases, lse, and eight documents a row as first_key."""
+    case = replace(LARGE, dtype=torch.bfloat16)
+    t, length = tensors(case, device), case.length // 8
+    starts = torch.arange(0, case.batch * case.length + 1, length, dtype=torch.int32, device=device)
+    limits = {
+        "first_key": {"first_key": (starts[: case.length // length].repeat_interleave(length)).expand(case.batch, -1)},
+        "cu_seqlens": {"cu_seqlens": starts, "max_seqlen": length},
+    }.get(documents, {})
+
+    def function(q, k, v, image_k, image_v, k_bias, v_bias, logit_bias, impl="auto"):
+        biases = {"image_k_bias": k_bias, "image_v_bias": v_bias, "image_logit_bias": logit_bias}
+        options = {"image_index": t.image_index, "return_lse": True, "impl": impl}
+        return visual_fusion_attn(q, k, v, image_k, image_v, **biases, **limits, **options)[0]
+
+    biases = torch.zeros(2, case.heads, case.head_dim, dtype=case.dtype, device=device)
+    biases = (*biases, torch.zeros(case.heads, device=device))
+    leaves = (t.q, t.k, t.v, t.pool_k, t.pool_v, *(bias.requires_grad_() for bias in biases))
+    inputs = (*leaves, t.grad_out) if backward else leaves
+    expected = call_of(partial(function, impl="reference"), backward)(*as_float32(inputs))
+    # the gradients of the biases are sums over all tokens, of which much cancels
+    is_close = close_to(expected[:5], TOLERANCE[case.dtype])
+    measure(
+        group=f"call of VaLM, {'forward + backward' if backward else 'forward'} {case}",
+        name=documents,
+        function=call_of(function, backward),
+        inputs=inputs,
+        check=lambda found: is_close(found[:5]),
     )
 
 

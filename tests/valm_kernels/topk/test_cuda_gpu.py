@@ -142,3 +142,14 @@ def test_rows_too_large_for_the_device_are_streamed(monkeypatch):
     assert index.streamed
     queries = normals(5, 64)
     assert_same(index.search(queries.cuda(), 3), ip_topk(queries, database, 3))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_searches_on_a_device_that_is_not_the_current_one(streamed):
+    queries, database = normals(70, 64), normals(5000, 64, seed=1).half()
+    index = FlatIPIndex(database, device="cuda:1", streamed=streamed)
+    found = index.search(queries.to("cuda:1"), 8)
+    assert found.scores.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert_same(found, ip_topk(queries, database, 8))
+    assert_same(ip_topk(queries.to("cuda:1"), database.to("cuda:1"), 8), ip_topk(queries, database, 8))

@@ -104,3 +104,12 @@ def test_compiles_without_a_graph_break(name):
     loss(eager).backward()
     torch.compile(loss, fullgraph=True)(compiled).backward()
     assert torch.equal(compiled.grad, eager.grad)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@pytest.mark.parametrize("impl", ["triton", flash.NAME])
+@pytest.mark.parametrize("name", ["pooled", "dense"])
+def test_runs_on_a_device_that_is_not_the_current_one(name, impl):
+    assert torch.cuda.current_device() == 0
+    assert_solves(impl, LARGE[name], torch.bfloat16, with_lse=impl == "triton", device="cuda:1")
+    assert torch.cuda.current_device() == 0
