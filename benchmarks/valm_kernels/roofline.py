@@ -26,8 +26,8 @@ BYTES_PER_S = 3.35e12
 BF16_FLOP_PER_S = 989e12
 FLOAT32_FLOP_PER_S = 67e12
 EXP_PER_S = 16 * 132 * 1.83e9
-# Published measurements of an H100: bytes from its second-level cache (XLA's cost model), and the share of the tensor
-# cores' peak that mma.sync reaches, which the search uses (arXiv 2402.13499); Triton's wgmma reaches the peak.
+# Assumptions without a checked source, to be measured on a GPU: the rate of the second-level cache, and the share of
+# the tensor cores' peak that mma.sync reaches, which the search uses. Triton's wgmma is taken to reach the peak.
 CACHE_BYTES_PER_S = 6.65e12
 MMA_SYNC_SHARE = 0.629
 
