@@ -1,4 +1,4 @@
-"""`make gpu-check`: everything that has to be seen once on a card, one step after the other, within ten minutes.
+"""`make gpu-check`: everything that has to be seen once on a GPU, one step after the other, in runs of ten minutes.
 
     python -m benchmarks.gpu_check                    # a rerun does what has not passed, or all if the code has changed
     python -m benchmarks.gpu_check --results FOLDER   # goes on in a folder that was brought along
