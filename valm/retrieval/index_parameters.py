@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -181,7 +184,26 @@ def stages(index: Any) -> tuple[list[Any], Any]:
 def import_faiss() -> ModuleType:
     """The module faiss. Raises ImportError, which says how to install it."""
     try:
-        import faiss
+        with _openblas_for_amx():
+            import faiss
     except ImportError as error:
         raise ImportError("an approximate index needs faiss: pip install -e '.[faiss]' or '.[gpu]'") from error
     return faiss
+
+
+@contextmanager
+def _openblas_for_amx() -> Iterator[None]:
+    """Libraries of OpenBLAS that are loaded meanwhile use AVX-512 on a processor with AMX.
+
+    faiss's wheels contain OpenBLAS 0.3.15, which does not know the newer of them (Emerald Rapids) and multiplies with
+    SSE3 there: training and exact search take five times as long.
+    """
+    name = "OPENBLAS_CORETYPE"
+    if name in os.environ or not torch.cpu._is_amx_tile_supported():
+        yield
+        return
+    os.environ[name] = "SkylakeX"
+    try:
+        yield
+    finally:
+        del os.environ[name]

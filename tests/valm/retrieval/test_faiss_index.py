@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.faiss_index import FaissIndex, open_index, remove_index, verify_index
-from valm.retrieval.index_parameters import index_parameters
+from valm.retrieval.index_parameters import import_faiss, index_parameters
 from valm.retrieval.retriever import Retriever
 from valm_kernels import FlatIPIndex
 
@@ -188,3 +190,21 @@ def test_damage_is_named_with_its_remedy(copied):
 
 def test_parameters_with_one_changed_bit_are_refused(copied):
     check_every_bit_counts(copied.path / "index.json", lambda: index_parameters(copied), 1000)
+
+
+@pytest.mark.parametrize(
+    ("amx", "chosen", "used"),
+    [(True, None, "SkylakeX"), (True, "Haswell", "Haswell"), (False, None, None)],
+)
+def test_faiss_multiplies_with_avx512_on_a_processor_with_amx(amx, chosen, used, monkeypatch, tmp_path):
+    """The OpenBLAS of its wheels does not know the newest. A faiss that records what OpenBLAS would read stands in."""
+    name = "OPENBLAS_CORETYPE"
+    (tmp_path / "faiss.py").write_text(f"import os\ncore = os.environ.get({name!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(name, chosen)
+    assert import_faiss().core == used
+    assert os.environ.get(name) == chosen  # OpenBLAS elsewhere chooses by itself
