@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -198,6 +197,8 @@ def _openblas_for_amx() -> Iterator[None]:
     faiss's wheels contain OpenBLAS 0.3.15, which does not know the newer of them (Emerald Rapids) and multiplies with
     SSE3 there: training and exact search take five times as long.
     """
+    import torch  # not with this module, which a command imports for its options
+
     name = "OPENBLAS_CORETYPE"
     if name in os.environ or not torch.cpu._is_amx_tile_supported():
         yield
