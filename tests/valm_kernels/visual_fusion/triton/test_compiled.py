@@ -6,10 +6,8 @@ import os
 from functools import cache
 from types import SimpleNamespace
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton comes for Linux only", allow_module_level=True)
@@ -22,6 +20,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tests.checks.triton.compile_record import meta_inputs, recorders, specialise, target
+from tests.optional_hypothesis import given, settings, st
 from tests.valm_kernels.visual_fusion.triton.test_specialisation import decoding_step
 from valm_kernels.visual_fusion.inputs import Gradients
 from valm_kernels.visual_fusion.triton import backward, compiled, forward
