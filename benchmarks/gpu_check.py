@@ -7,9 +7,9 @@
 
 It runs under the Python that is there, installs nothing and needs no network. A step is one or more processes side by
 side, with logs in the folder of the results, build/gpu-check/ and in it one for each card and state of the code. Each
-has a budget in seconds, and what the steps before it have left of theirs; then it is stopped and the next begins. What
-is measured is written at once, so that a run that was killed goes on where it was; a step is run again where what it
-reads has changed. From the results come
+has a budget in seconds, and what the steps before it have left of theirs; then it is stopped and the next begins. On a
+machine of few cores the last steps wait for the next run. What is measured is written at once, so that a run that was
+killed goes on where it was; a step is run again where what it reads has changed. From the results come
 benchmarks/results/gpu.csv, docs/results/gpu.md and, if the tests pass with them, the measured tiles of the Triton
 kernels and the length from which on flash attention was faster. No step reads those that an earlier visit has left in
 the package.
@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 try:
@@ -39,18 +40,21 @@ try:
     from benchmarks import gpu_report, outcomes
     from benchmarks.conftest import COLUMNS, machine
     from benchmarks.gpu_steps import (
+        COMPILE_TILES,
         CROSSOVER,
         FLASH_TESTS,
         NONE_MEASURED,
         ROOT,
         TESTS_OF_TILES,
         TILES,
+        WORK_S,
         Step,
         missing,
         outcome_files,
         plan,
         rows_of,
         search_path,
+        shared_s,
         slug,
     )
     from valm_kernels.atomic_files import atomic_path
@@ -68,13 +72,15 @@ LIMIT_S = 560
 SOURCES = ("valm_kernels", "csrc", "valm", "benchmarks", "tests", "setup.py", "pyproject.toml")
 SUFFIXES = {".py", ".cpp", ".hpp", ".cu", ".cuh", ".yaml", ".toml"}
 GPU_BYTES_OF_A_PROCESS = 2 << 30
+# A run's time is over before the end of a step, which the next run resumes.
+NOT_DONE = "not done"
 # How often a process that died is started again, which goes on with what is left.
 RESTARTS = 20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    outcome: str  # "passed", "failed" or "skipped"
+    outcome: str  # "passed", "failed", "skipped" or NOT_DONE
     seconds: float
     note: str
     machine: str = ""
@@ -87,7 +93,7 @@ def tests_of(folder: Path, step: Step) -> list[outcomes.Ended]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the steps that have not passed yet and writes what follows from them; 1 if a step failed, else 0."""
+    """Runs the steps that have not passed yet and writes what follows; 1 if a step failed or is not done, else 0."""
     begun = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results (%(default)s)")
@@ -156,15 +162,17 @@ def run_steps(steps: Sequence[Step], folder: Path, begun: float) -> None:
             print(f"{step.name}: passed before, in {before[step.name].seconds:.0f} s", flush=True)
             continue
         else:
-            # what it may take: its own budget, and what the steps before it have left of theirs
+            # its own budget, and what the steps before it have left of theirs
             later = sum(other.budget_s for other in steps[number + 1 :] if is_left(other))
+            left = end - time.monotonic()
+            limit = min(left, max(step.budget_s, left - later))
             given = given_to(step, folder)
             if step.name in before and before[step.name].given != given:
                 for file in (*outcome_files(folder, step), *step.makes):
                     file.unlink(missing_ok=True)
             # noted first: a run that is killed in it leaves results of what was given
-            note_step(folder, step.name, Outcome("failed", 0, "was stopped", given=given))
-            outcome = replace(run_step(step, folder, end - time.monotonic() - later), given=given)
+            note_step(folder, step.name, Outcome(NOT_DONE, 0, "was stopped", given=given))
+            outcome = replace(run_step(step, folder, limit), given=given)
         note_step(folder, step.name, outcome)
         print(f"{step.name}: {outcome.outcome} in {outcome.seconds:.0f} s {outcome.note}".rstrip(), flush=True)
 
@@ -181,7 +189,7 @@ def hash_of(*files: Path) -> str:
 def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
     """Runs the commands of a step side by side, for `limit_s` seconds at the most."""
     if limit_s < 1:
-        return Outcome("failed", 0, f"not run: {LIMIT_S} s are over, run it again")
+        return Outcome(NOT_DONE, 0, f"{LIMIT_S} s are over")
     if step.name == TESTS_OF_TILES and not (folder / "tiles.json").exists():
         return Outcome("failed", 0, "no tiles were measured")
     print(f"{step.name}: {len(step.commands)} x {' '.join(step.commands[0])}, {limit_s:.0f} s", flush=True)
@@ -228,7 +236,7 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
                     if not step.tests:  # whose outcomes say more
                         print("\n".join(log(number).read_text(errors="replace").splitlines()[-5:]), flush=True)
             if time.monotonic() - start > limit_s:
-                late = f"not done in {limit_s:.0f} s"
+                late = f"stopped after {limit_s:.0f} s"
                 break
             time.sleep(0.02)
     finally:  # also after Ctrl-C, which does not reach another session
@@ -239,7 +247,7 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
                 process.wait(5)
     seconds = time.monotonic() - start
     notes = [late, *failures[:3], f"{len(failures) - 3} more" if len(failures) > 3 else ""]
-    failed = bool(late or failures)
+    failed = bool(failures)
     if step.tests:
         tests = tests_of(folder, step)
         counts = Counter(test.outcome for test in tests)
@@ -249,13 +257,14 @@ def run_step(step: Step, folder: Path, limit_s: float) -> Outcome:
             notes.append(f"not ended: {', '.join(begun[:3])}{', ...' if len(begun) > 3 else ''}")
         if not counts[outcomes.PASSED]:  # all skipped, as where a process finds no card
             notes.append("no test passed")
-        failed = failed or bool(begun or counts[outcomes.FAILED] or not counts[outcomes.PASSED])
-    return Outcome("failed" if failed else "passed", seconds, "; ".join(filter(None, notes)))
+        failed = failed or bool(counts[outcomes.FAILED])
+        failed = failed or (not late and bool(begun or not counts[outcomes.PASSED]))
+    return Outcome("failed" if failed else NOT_DONE if late else "passed", seconds, "; ".join(filter(None, notes)))
 
 
 def measured_for(step: Step, folder: Path) -> dict[str, str]:
     """The measured tiles for their tests, and after these have passed for what follows; and the measured crossover."""
-    first = step.name in ("tests", "compile tiles", TILES)
+    first = step.name in ("tests", COMPILE_TILES, TILES)
     tiles = step.name == TESTS_OF_TILES or (tiles_passed(folder) and not first)
     crossover = crossover_passed(folder) and not first and step.name not in (TESTS_OF_TILES, CROSSOVER)
     return {
@@ -298,7 +307,7 @@ def note_step(folder: Path, name: str, outcome: Outcome) -> None:
 
 
 def finish(folder: Path) -> int:
-    """Writes the repository's files and the summary; 1 if a step failed, else 0."""
+    """Writes the repository's files and the summary; 1 if a step failed or is not done, else 0."""
     ended = read_steps(folder)
     write_results(folder, ended)
     measured = (
@@ -314,14 +323,16 @@ def finish(folder: Path) -> int:
     print(f"written: {gpu_report.RESULTS}, {gpu_report.PAGE}\n")
     width = max(map(len, ended), default=0)
     for name, outcome in ended.items():
-        print(f"{name:<{width}}  {outcome.outcome:<7}  {outcome.seconds:5.0f} s  {outcome.note}".rstrip())
-    print(f"{'':<{width}}           {sum(outcome.seconds for outcome in ended.values()):5.0f} s in all")
+        print(f"{name:<{width}}  {outcome.outcome:<8}  {outcome.seconds:5.0f} s  {outcome.note}".rstrip())
+    print(f"{'':<{width}}            {sum(outcome.seconds for outcome in ended.values()):5.0f} s in all")
     for line in why_skipped_or_failed(folder):
         print(line)
-    failed = [name for name, outcome in ended.items() if outcome.outcome == "failed"]
+    failed, not_done = ([name for name in ended if ended[name].outcome == outcome] for outcome in ("failed", NOT_DONE))
     if failed:
         print(f"\nfailed: {', '.join(failed)}; the logs are in {folder}")
-    return 1 if failed else 0
+    if not_done:
+        print(f"\nnot done: {', '.join(not_done)}; run gpu-check again, which resumes them")
+    return 1 if failed or not_done else 0
 
 
 def why_skipped_or_failed(folder: Path) -> list[str]:
@@ -366,9 +377,7 @@ def write_measured(new: Path, file: Path) -> None:
 
 
 def dry_run(folder: Path) -> int:
-    """Prints the plan of a first run, and what it compiles."""
-    from benchmarks.valm_kernels import compilations
-
+    """Prints the plan of a first run, and what of it fits in a run on this machine and on others."""
     arch, card = 90, "an H100, which is assumed: there is no card here"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -382,12 +391,18 @@ def dry_run(folder: Path) -> int:
         print(f"\n{step.name}, {step.budget_s} s{f', skipped: {step.skipped}' if step.skipped else ''}")
         variables = "".join(f"{name}={value} " for name, value in step.environment)
         print(f"  {len(step.commands)} x {variables}{' '.join(step.commands[0])}")
-    print(f"\nbudgets: {sum(step.budget_s for step in steps)} s of {LIMIT_S} s in a run")
-    for what, found in (("tests", compilations.of_tests(arch)), ("compile tiles", compilations.of_tiles(arch))):
-        count, seconds = len(found), compilations.seconds(found)
-        several = " and ".join(f"{seconds / number:.0f} s in {number} processes" for number in {processes, 16})
-        print(f"{what}: {count} compilations of Triton kernels, estimated {seconds:.0f} s on one core, {several}")
+    print()
+    for number in sorted({8, 16, processes}):
+        print(f"{number} processes: {what_fits(steps, number)}")
     return 0
+
+
+def what_fits(steps: Sequence[Step], processes: int) -> str:
+    """The budgets of all steps with so many processes, and the steps that the first run does not finish."""
+    planned = [step for step in steps if not step.skipped]
+    budgets = [shared_s(step.name, processes) if step.name in WORK_S else step.budget_s for step in planned]
+    late = [step.name for step, end in zip(planned, accumulate(budgets), strict=True) if end > LIMIT_S]
+    return f"{sum(budgets)} s of {LIMIT_S} s in a run" + (f"; the next run does {', '.join(late)}" if late else "")
 
 
 if __name__ == "__main__":

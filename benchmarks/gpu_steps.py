@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -32,15 +33,22 @@ SANITIZED_TESTS = (
     f"{SEARCH_TESTS}::test_rows_streamed_from_host_memory[float16-64]",
 )
 ATTENTION = "bench_call_of_valm or bench_prefill or (bench_attention and bfloat16 and not Flex)"
+FLEX = "bench_attention and bfloat16 and Flex"
 QUERIES = "bench_context and RN50x16 and bfloat16"
 SANITIZERS = ("memcheck", "racecheck")
 # An access beyond a tensor stays unseen in PyTorch's own memory pool, which CUDA graphs need.
 SANITIZED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
 # The tests ask PyTorch for deterministic results, which cuBLAS gives only with this; and they run side by side.
 TESTED = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"))
-TILES, TESTS_OF_TILES = "measure tiles", "tests of the measured tiles"
+COMPILE_TILES, TILES, TESTS_OF_TILES = "compile tiles", "measure tiles", "tests of the measured tiles"
 CROSSOVER = "measure the crossover"
 FLASH_TESTS = "test_agrees_with_flash_attention_for_the_text"
+# Seconds on one core to compile the kernels of a step, which its processes divide (compilations.py; Triton 3.7.1, for
+# compute capability 9.0, on an Intel Xeon with AMX).
+WORK_S = {"tests": 1255, COMPILE_TILES: 1290, TESTS_OF_TILES: 714}
+# Seconds before that: Python and PyTorch start, pytest collects.
+START_S = 5
+
 # The package's measured files, for those that read none: the table and the estimate.
 NONE_MEASURED = "none-measured.json"
 
@@ -99,17 +107,14 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
     # beside the compiled kernels: a folder of results may be brought along without them
     compiled = triton_cache() / f"gpu-check-{folder.name}.csv"
 
-    def compiling(part: int) -> tuple[str, ...]:
-        return (*tune, "compile", str(compiled), "--arch", str(arch), "--part", f"{part}/{processes}")
-
     def pytest(name: str, *arguments: str) -> tuple[str, ...]:
         noted = ("--outcomes", str(folder / f"{slug(name)}.outcomes.csv"), "--run-number", str(run))
         plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "benchmarks.outcomes")
         return (sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *noted, *arguments)
 
-    def tests(name: str, budget_s: int, *arguments: str) -> Step:
-        commands = tuple(pytest(name, "--part", f"{i}/{processes}", *arguments) for i in range(processes))
-        return Step(name, budget_s, commands, TESTED, tests=True)
+    def tests(name: str, *arguments: str) -> Step:
+        commands = (pytest(name, "--shared", *arguments),) * processes
+        return Step(name, shared_s(name, processes), commands, TESTED, tests=True)
 
     def benchmark(name: str, budget_s: int, file: str, *arguments: str, skipped: str = "") -> Step:
         rows = rows_of(folder, name)
@@ -125,26 +130,30 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
     return [
         Step(
             "build",
-            65,
+            40,
             ((sys.executable, "setup.py", "build_ext", "--inplace"),),
             (("VALM_KERNELS_CUDA_ARCH", str(arch)),),
             always=True,
         ),
-        tests("tests", 85, ATTENTION_TESTS, SEARCH_TESTS),
-        Step("compile tiles", 60, tuple(map(compiling, range(processes))), (("OMP_NUM_THREADS", "1"),), always=True),
-        Step(TILES, 45, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
-        # the largest of float32 compile for half a minute
-        tests(TESTS_OF_TILES, 45, "-k", f"large_problems or {FLASH_TESTS}", ATTENTION_TESTS),
+        tests("tests", ATTENTION_TESTS, SEARCH_TESTS),
+        Step(
+            COMPILE_TILES,
+            shared_s(COMPILE_TILES, processes),
+            ((*tune, "compile", str(compiled), "--arch", str(arch)),) * processes,
+            (("OMP_NUM_THREADS", "1"),),
+            always=True,
+        ),
+        Step(TILES, 40, ((*tune, "measure", str(compiled), str(folder)),), reads=(compiled,)),
+        tests(TESTS_OF_TILES, "-k", f"large_problems or {FLASH_TESTS}", ATTENTION_TESTS),
         Step(
             CROSSOVER,
             20,
             ((sys.executable, "-m", "benchmarks.valm_kernels.measure_crossover", str(folder)),),
             makes=(folder / "crossover.csv", folder / "crossover.json"),
         ),
-        # FlexAttention compiles for as long as all others together take, and loses
-        benchmark("attention", 65, "valm_kernels/bench_visual_fusion.py", "-k", ATTENTION),
-        benchmark("long attention and decoding", 45, "valm_kernels/bench_long_attention.py"),
-        benchmark("top-K", 45, "valm_kernels/bench_topk.py", "-k", "on_cuda"),
+        benchmark("attention", 45, "valm_kernels/bench_visual_fusion.py", "-k", ATTENTION),
+        benchmark("long attention and decoding", 35, "valm_kernels/bench_long_attention.py"),
+        benchmark("top-K", 40, "valm_kernels/bench_topk.py", "-k", "on_cuda"),
         benchmark("context queries", 15, "valm/bench_retrieval.py", "-k", QUERIES, skipped=no_model),
         benchmark("training step", 15, "valm/bench_training.py", skipped=no_model),
         benchmark("generation", 15, "valm/bench_generation.py", skipped=no_model),
@@ -156,7 +165,14 @@ def plan(folder: Path, arch: int, processes: int, run: int = 0) -> list[Step]:
             tests=True,
             skipped=no_sanitizer,
         ),
+        # last, because it compiles for as long as all other attention
+        benchmark("FlexAttention", 35, "valm_kernels/bench_visual_fusion.py", "-k", FLEX),
     ]
+
+
+def shared_s(name: str, processes: int) -> int:
+    """The budget of a step whose work is divided among processes."""
+    return START_S + math.ceil(WORK_S[name] / processes)
 
 
 def rows_of(folder: Path, name: str) -> Path:

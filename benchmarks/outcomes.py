@@ -1,8 +1,9 @@
-"""A pytest plugin for gpu-check: records the outcome of each test at once, and runs one part of the tests.
+"""A pytest plugin for gpu-check: records the outcome of each test at once, and divides tests among processes.
 
-    python -m pytest -p benchmarks.outcomes --outcomes FILE --run-number 2 --part 3/16 tests/valm_kernels
+    python -m pytest -p benchmarks.outcomes --outcomes FILE --run-number 2 --shared tests/valm_kernels
 
-Tests that passed before do not run again. Neither do tests that an earlier process of this run has started, so after a
+With --shared each process takes the next test that no other process has taken. Tests that passed before do not run
+again. Neither do tests that an earlier process of this run has started, so after a
 process dies the next one continues with the rest. A test that did not end in an earlier run comes last, and is skipped
 after two such runs. If the GPU accepts no more work after an error, the process ends: every later test would fail.
 """
@@ -10,12 +11,15 @@ after two such runs. If the GPU accepts no more work after an error, the process
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -25,6 +29,8 @@ DEVICE_LOST = 70
 STARTED, PASSED, FAILED, SKIPPED = "started", "passed", "failed", "skipped"
 # The number of runs in which a test that hangs may use up the time.
 TRIES = 2
+# The position of a test among all, which is the same in each process.
+NUMBER = pytest.StashKey[int]()
 
 
 @dataclass(frozen=True)
@@ -86,15 +92,41 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
         os.fsync(file.fileno())
 
 
+def claim(path: Path, number: int) -> bool:
+    """Whether this process is the only one to do part `number` of the work that `path` records.
+
+    The system drops the claims of a process when it ends, also if it is killed.
+    """
+    try:
+        fcntl.lockf(_claims(path.with_suffix(".claims")), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+    except OSError:
+        return False
+    return True
+
+
+@cache  # closing it would drop the claims
+def _claims(path: Path) -> IO[bytes]:
+    return path.open("ab")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, required=True, help="the CSV file of how the tests ended")
     parser.addoption("--run-number", type=int, default=0, help="of gpu-check's run")
-    parser.addoption("--part", default="0/1", help="I/N: every Nth of the tests, beginning with the Ith")
+    parser.addoption("--shared", action="store_true", help="other processes run the same tests: each test runs in one")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, parts = map(int, config.getoption("--part").split("/"))
+    for number, item in enumerate(items):
+        item.stash[NUMBER] = number
+    left = left_of(items, config)
+    kept = {id(item) for item in left}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = left
+
+
+def left_of(items: list[pytest.Item], config: pytest.Config) -> list[pytest.Item]:
+    """The tests that are still to run: those that hung before come last."""
     path, run = config.getoption("--outcomes"), config.getoption("--run-number")
     known, hung = read(path), runs_without_end(path)
 
@@ -104,10 +136,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return True
         return before.outcome != PASSED and before.run != run and hung[item.nodeid] < TRIES
 
-    left = sorted(filter(is_left, items[part::parts]), key=lambda item: hung[item.nodeid])
-    kept = {id(item) for item in left}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = left
+    # float32 first: Triton compiles it for longest, and no process should begin a long test when the others end
+    return sorted(filter(is_left, items), key=lambda item: (hung[item.nodeid], "float32" not in item.nodeid))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """With --shared, runs the tests that no other process takes. None: pytest runs all."""
+    if not session.config.getoption("--shared") or session.config.option.collectonly:
+        return None
+    for item in session.items:
+        # again what is left: a process that has ended holds no claims, and its tests have outcomes
+        if claim(session.config.getoption("--outcomes"), item.stash[NUMBER]) and left_of([item], session.config):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+    return True
 
 
 class Notes:

@@ -1,13 +1,24 @@
-"""Counts the kernels that a first run on a GPU compiles, without a GPU: for the estimate of gpu-check.
+"""Measures what a first run of gpu-check compiles, in seconds of one core, without a GPU: for the budgets of its steps.
 
-python -m benchmarks.valm_kernels.compilations
+    OMP_NUM_THREADS=1 python -m benchmarks.valm_kernels.compilations
+
+Kernels of one kind have a name, a head dimension and a way to load rows in common. Up to SAMPLES kernels of each kind
+are compiled, and the other kernels of the kind count with their mean. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import resource
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain, product
+from statistics import mean
+from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from benchmarks.valm_kernels import tune_tiles
 from tests.checks.triton.compile_record import Launch, recorders, specialise
@@ -18,46 +29,36 @@ from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import backward, forward, joined
 
-# Seconds per kernel on one core, an estimate: 0.3 to 2.4 s with Triton 3.6.0. Float32 with head dimensions above 128
-# takes 5 to 19 s (3.7.1), because its loops over slabs are unrolled.
-SECONDS, SECONDS_BY_SLABS = 1.3, 12.0
+ARCH = 90
+SAMPLES = 3
 
-# The name of a kernel, the key of its specialisation, and whether it loads rows in slabs.
-Compilation = tuple[str, str, bool]
-
-
-def of_tests(arch: int) -> set[Compilation]:
-    """The kernels of tests/valm_kernels/visual_fusion/triton/test_gpu.py on a GPU of compute capability `arch`."""
-    found: set[Compilation] = set()
-    for problem in (*PROBLEMS.values(), *LARGE.values()):
-        for dtype in DTYPES:
-            found |= {key(launch, arch) for launch in launches(problem, dtype, arch)}
-    for name in WITH_FLASH:
-        for dtype in DTYPES[1:]:
-            for with_lse in (False, True):
-                found |= {key(launch, arch) for launch in launches(LARGE[name], dtype, arch, with_lse, flash=True)}
-    return found
+# Compiled kernels by kind and key. Launches with equal keys share a compilation.
+Found = dict[tuple[Any, ...], dict[str, Any]]
 
 
-def of_tiles(arch: int) -> set[Compilation]:
+def of_tests() -> Found:
+    """The kernels of test_gpu.py on its small problems."""
+    return by_kind(launch for problem in PROBLEMS.values() for dtype in DTYPES for launch in launches(problem, dtype))
+
+
+def of_large_tests() -> Found:
+    """The kernels of test_gpu.py on its large problems, which also test the measured tiles."""
+    alone = (launches(problem, dtype) for problem in LARGE.values() for dtype in DTYPES)
+    with_flash = (
+        launches(LARGE[name], dtype, with_lse, flash=True)
+        for name, dtype, with_lse in product(WITH_FLASH, DTYPES[1:], (False, True))
+    )
+    return by_kind(chain.from_iterable(chain(alone, with_flash)))
+
+
+def of_tiles() -> Found:
     """The kernels of the candidates that tune_tiles.py measures."""
-    works = tune_tiles.works(arch)
-    return {key(launch, arch) for work in works for launch in tune_tiles.launches(work[0], arch, *work[1:])}
+    return by_kind(
+        launch for work in tune_tiles.works(ARCH) for launch in tune_tiles.launches(work[0], ARCH, *work[1:])
+    )
 
 
-def seconds(found: set[Compilation]) -> float:
-    """Seconds on one core, an estimate."""
-    return sum(SECONDS_BY_SLABS if by_slabs else SECONDS for *_, by_slabs in found)
-
-
-def key(launch: Launch, arch: int) -> Compilation:
-    """Launches with equal keys share a compilation."""
-    return launch.kernel.__name__, specialise(launch, arch).key, launch.keywords.get("BY_SLABS", False)
-
-
-def launches(
-    problem: Problem, dtype: torch.dtype, arch: int, with_lse: bool = True, flash: bool = False
-) -> Iterator[Launch]:
+def launches(problem: Problem, dtype: torch.dtype, with_lse: bool = True, flash: bool = False) -> Iterator[Launch]:
     """The kernels of the forward and backward in a problem's test."""
     given = problem.inputs(dtype)
     tensors = tuple(given.get(name) for name in TENSOR_NAMES)
@@ -67,13 +68,52 @@ def launches(
     scores = empty_image_scores(inputs, True) if problem.weights else None
     lse = torch.empty(inputs.q.shape[:3])
     results = (torch.empty_like(inputs.q), lse if with_lse else None, scores, torch.empty_like(inputs.q), lse)
-    with recorders(arch) as found:
+    with recorders(ARCH) as found:
         (joined if flash else forward).forward(inputs, scores)
         (joined if flash else backward).backward(*results, inputs, [True] * len(Gradients._fields))
     for recorder in found.values():
         yield from recorder.launches
 
 
+def by_kind(found: Iterable[Launch]) -> Found:
+    kinds: Found = {}
+    for launch in found:
+        special = specialise(launch, ARCH)
+        kind = (launch.kernel.__name__, launch.keywords.get("BLOCK_D"), launch.keywords.get("BY_SLABS"))
+        kinds.setdefault(kind, {})[special.key] = special
+    return kinds
+
+
+def seconds(found: Found) -> float:
+    """Processor seconds to compile all kernels."""
+    total = 0.0
+    for kernels in found.values():
+        # evenly among them: neighbours are alike
+        samples = list(kernels.values())[:: -(-len(kernels) // SAMPLES)]
+        total += len(kernels) * mean(map(seconds_to_compile, samples))
+    return total
+
+
+def seconds_to_compile(special: Any) -> float:
+    begun = processor_seconds()
+    triton.compile(special.source, target=GPUTarget("cuda", ARCH, 32), options=special.options)
+    return processor_seconds() - begun
+
+
+def processor_seconds() -> float:
+    """Of this process and of the programs it has run, such as ptxas."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main() -> None:
+    for what in (of_tests, of_large_tests, of_tiles):
+        found = what()
+        count = sum(map(len, found.values()))
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TRITON_CACHE_DIR"] = cache
+            print(f"{what.__name__}: {count} kernels, {seconds(found):.0f} s on one core", flush=True)
+
+
 if __name__ == "__main__":
-    for what, found in (("tests", of_tests(90)), ("candidates of tiles", of_tiles(90))):
-        print(f"{what}: {len(found)}, {seconds(found):.0f} s on one core")
+    main()

@@ -1,13 +1,13 @@
 """Measures the tiles of the Triton kernels on this machine's GPU: gpu-check's way to a measured table.
 
-    python -m benchmarks.valm_kernels.tune_tiles compile COMPILED --arch 90 --part 3/16    # needs no GPU
+    python -m benchmarks.valm_kernels.tune_tiles compile COMPILED --arch 90    # needs no GPU
     python -m benchmarks.valm_kernels.tune_tiles measure COMPILED FOLDER
 
 Each entry of the table (tiles.py) is measured in a call for which it is made (CASES), with the candidates around it.
-`compile` fills Triton's cache in several processes, and lists its content in the file COMPILED; `measure` then only
-loads. Each measurement goes to FOLDER/candidates.csv at once, and the fastest tiles so far to FOLDER/tiles.json, which
-tiles.py loads; so a stopped run continues. Tiles that change the results of the call are not used. If an entry of the
-table has no time, the exit status is 1.
+`compile` fills Triton's cache and lists its content in the file COMPILED; several such processes divide the work.
+`measure` then only loads. Each measurement goes to FOLDER/candidates.csv at once, and the fastest tiles so far to
+FOLDER/tiles.json, which tiles.py loads; so a stopped run continues. Tiles that change the results of the call are not
+used. If an entry of the table has no time, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.outcomes import DEVICE_LOST, append_row
+from benchmarks.outcomes import DEVICE_LOST, append_row, claim
 from tests.checks.triton.compile_record import Launch, recorders, specialise
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
@@ -187,10 +187,10 @@ def works(arch: int) -> list[tuple[Case, str | None, Tiles | None]]:
     return found
 
 
-def compile_part(path: Path, arch: int, part: int, parts: int) -> None:
-    """Compiles the candidates of a part that are not in the file `path`."""
-    for case, kernel, tiles in works(arch)[part::parts]:
-        if tiles is not None and not begin(path, case, kernel, tiles):
+def compile_candidates(path: Path, arch: int) -> None:
+    """Compiles the candidates that are not in the file `path` and that no other process compiles."""
+    for number, (case, kernel, tiles) in enumerate(works(arch)):
+        if not claim(path, number) or (tiles is not None and not begin(path, case, kernel, tiles)):
             continue
         note = COMPILED
         try:
@@ -410,14 +410,12 @@ def main() -> None:
     compiling, measuring = commands.add_parser("compile"), commands.add_parser("measure")
     for command in (compiling, measuring):
         command.add_argument("compiled", type=Path, help="the file that notes what is compiled")
-    compiling.add_argument("--part", default="0/1", help="I/N: every Nth compilation, beginning with the Ith")
     compiling.add_argument("--arch", type=int, default=90, help="the compute capability to compile for, 90 for 9.0")
     measuring.add_argument("folder", type=Path, help="where the results go")
     arguments = parser.parse_args()
     if arguments.command == "compile":
-        part, parts = map(int, arguments.part.split("/"))
         arguments.compiled.parent.mkdir(parents=True, exist_ok=True)
-        compile_part(arguments.compiled, arguments.arch, part, parts)
+        compile_candidates(arguments.compiled, arguments.arch)
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,5 +1,9 @@
 """The plugin of gpu-check, on small tests of its own."""
 
+import subprocess
+import sys
+from subprocess import PIPE
+
 import pytest
 
 from benchmarks import outcomes
@@ -65,10 +69,17 @@ def test_what_hangs_comes_last_and_in_two_runs_at_the_most(run):
     assert ended["d"] == Ended(2, ended["d"].test, outcomes.STARTED) and ended["b"].run == 3
 
 
-def test_parts_divide_the_tests(run):
-    assert list(run("--part", "1/3")[1]) == ["b", "e"]
-    assert sorted(run("--part", "0/3")[1]) == ["a", "b", "d", "e"]
-    assert sorted(run("--part", "2/3")[1]) == ["a", "b", "c", "d", "e"]
+def test_processes_share_the_tests(run, pytester):
+    """A test is not run while another process, which lives, has claimed it; and not after one that has run it ended."""
+    claims = "import sys; from benchmarks.outcomes import *; print(claim(Path('ended.csv'), 1), flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", claims], stdin=PIPE, stdout=PIPE, text=True, cwd=pytester.path)
+    assert other.stdout.readline() == "True\n"
+    assert list(run("--shared")[1]) == ["a", "c", "d", "e"]
+    other.communicate("\n")
+    code, ended = run("--shared")
+    assert code == 1 and ended["b"].outcome == outcomes.FAILED
+    rows = [row.test for row in outcomes.read_rows(pytester.path / "ended.csv")]
+    assert len(rows) == 2 * len(set(rows)) == 10  # each has begun and ended once
 
 
 def test_a_lost_gpu_ends_the_process(monkeypatch, tmp_path):

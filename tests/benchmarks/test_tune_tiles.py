@@ -19,7 +19,7 @@ from benchmarks.valm_kernels.tune_tiles import (
     Case,
     candidates,
     cases,
-    compile_part,
+    compile_candidates,
     launches,
     measure,
     pairs,
@@ -124,10 +124,10 @@ def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatc
     monkeypatch.setattr(tune_tiles.triton, "compile", compile_)
     for _ in range(2):
         with pytest.raises(Killed):
-            compile_part(tmp_path / "compiled.csv", 90, 0, 1)
+            compile_candidates(tmp_path / "compiled.csv", 90)
     assert compiled == [(None, None)] * 2  # what the table's tiles launch
-    compile_part(tmp_path / "compiled.csv", 90, 0, 1)
-    compile_part(tmp_path / "compiled.csv", 90, 0, 1)
+    compile_candidates(tmp_path / "compiled.csv", 90)
+    compile_candidates(tmp_path / "compiled.csv", 90)
     tables = [(kernel, tiles_for(kernel, 90, 64, torch.bfloat16)) for kernel in CASE.kernels]
     assert [one for one in compiled if one[0]] == [one for one in good if one not in tables]
     notes = {key[1:]: note for key, (_, note) in read_rows(tmp_path / "compiled.csv").items()}
@@ -268,9 +268,9 @@ def test_the_tests_for_a_card_launch_every_entry_of_the_table(monkeypatch):
     with tune_tiles.chosen(choose):
         for name, problem in LARGE.items():
             for dtype in (torch.bfloat16, torch.float32):
-                list(compilations.launches(problem, dtype, 90))
+                list(compilations.launches(problem, dtype))
                 if name in WITH_FLASH and dtype == torch.bfloat16:
-                    list(compilations.launches(problem, dtype, 90, with_lse=False, flash=True))
+                    list(compilations.launches(problem, dtype, with_lse=False, flash=True))
     assert found == {(kernel, size, dim) for kernel, size, _ in _TILES for dim in (64, 128, 256)}
 
 
