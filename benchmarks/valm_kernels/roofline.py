@@ -273,19 +273,19 @@ def images_in_pytorch(s: Shape, backward: bool) -> Work:
     return Work("images", traffic.bytes, 0, 0, 0, traffic.operations, by_triton=False)
 
 
-def is_joined(s: Shape) -> bool:
-    """Whether impl="auto" lets flash attention read the text."""
+def was_joined(s: Shape) -> bool:
+    """Whether flash attention read the text at cb7a91eb, also on an H100."""
     return s.Tq > 1 and s.Tk * s.D >= crossover.ESTIMATE
 
 
-def forward_works(s: Shape) -> list[Work]:
-    if is_joined(s):
+def forward_works(s: Shape, is_joined: bool = False) -> list[Work]:
+    if is_joined:
         return [text(s, False), joined_forward(s)]
     return [forward(s)] + ([merge(s)] if s.Tq == 1 else [])
 
 
-def backward_works(s: Shape) -> list[Work]:
-    works = [text(s, True), joined_query(s)] if is_joined(s) else [query(s), key(s)]
+def backward_works(s: Shape, is_joined: bool = False) -> list[Work]:
+    works = [text(s, True), joined_query(s)] if is_joined else [query(s), key(s)]
     if s.U:  # a separate kernel sums the parts of a popular image
         works += [sort(s), replace(pool(s), launches=2)]
     return works
@@ -297,8 +297,8 @@ def gpu_s(works: list[Work]) -> float:
 
 
 def host_s(s: Shape, backward: bool) -> float:
-    """The host's time for the forward without gradients, or for the backward."""
-    works = backward_works(s) if backward else forward_works(s)
+    """The host's time for the forward without gradients, or for the backward, at cb7a91eb: with Triton's binder."""
+    works = (backward_works if backward else forward_works)(s, was_joined(s))
     bound = BINDER_S * sum(work.launches for work in works if work.by_triton)
     if not backward:
         return FORWARD_HOST_S + bound
@@ -357,7 +357,7 @@ def table() -> str:
     """The arithmetic of docs/results/gpu.md: a row for each call."""
     lines = [
         "| Call in 16 bits | Direction | Floor, µs | Floor bound by | Ours at cb7a91eb, µs | Ours now, µs | "
-        "In PyTorch, µs | Our host, µs |",
+        "In PyTorch, µs | Our host at cb7a91eb, µs |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
 
@@ -370,9 +370,10 @@ def table() -> str:
         for backward in (False, True)[: 1 + (shape.Tq > 1)]:
             floor = (whole_backward if backward else forward)(shape)
             bound = max(floor.seconds, key=floor.seconds.__getitem__)
-            ours = gpu_s((backward_works if backward else forward_works)(shape))
+            works = backward_works if backward else forward_works
+            before, now = gpu_s(works(shape, was_joined(shape))), gpu_s(works(shape))
             pytorch = gpu_s([text(shape, backward), images_in_pytorch(shape, backward)])
-            others = (ours, ours, pytorch, host_s(shape, backward))
+            others = (before, now, pytorch, host_s(shape, backward))
             add(shape.name, "backward" if backward else "forward", floor.least_s, bound, *others)
     for queries in TOPK_QUERIES:
         size = (queries, TOPK_ROWS, TOPK_DIM)

@@ -17,6 +17,10 @@ from ..json_files import read_json
 
 # Keys times head dimension: 2,048 keys of 128 numbers, or 4,096 of 64.
 ESTIMATE = 2048 * 128
+# On GPUs of these compute capabilities, rounded down, PyTorch's own flash attention multiplies with the instructions of
+# 8.0. Our kernels use the faster wgmma and tcgen05 up to this head dimension (benchmarks/records/triton_compile.csv).
+# There no length is long unless a GPU has measured it.
+OWN_PRODUCTS, OWN_PRODUCTS_DIM = (9, 10), 128
 HEAD_DIMS = (64, 128, 256)
 FILE = Path(__file__).with_name("measured_crossover.json")
 
@@ -49,14 +53,19 @@ NAMED = os.environ.get("VALM_KERNELS_CROSSOVER")
 MEASURED = read_measured(Path(NAMED or FILE)) if NAMED or FILE.exists() else {}
 
 
-def is_long(keys: int, documents: int, head_dim: int, device: torch.device) -> bool:
-    """Whether documents of `keys` keys together are long on average, so that flash attention reads their text."""
+def is_long(keys: int, documents: int, head_dim: int, device: torch.device, by_pytorch: bool = True) -> bool:
+    """Whether documents of `keys` keys together are long on average, so that flash attention reads their text.
+
+    by_pytorch: the flash attention is PyTorch's own, not FlashAttention-3 or -4.
+    """
     shortest, longest = None, 0
     if MEASURED:
         most = next((most for most in HEAD_DIMS if head_dim <= most), 0)
         shortest, longest = MEASURED.get((capability(device), most), (None, 0))
     if shortest is not None:
         return keys >= shortest * documents
+    if by_pytorch and head_dim <= OWN_PRODUCTS_DIM and capability(device) // 10 in OWN_PRODUCTS:
+        return False
     return keys > longest * documents and keys * head_dim >= ESTIMATE * documents
 
 

@@ -48,7 +48,8 @@ def is_faster(inputs: Inputs) -> bool:
         return False
     batch, _, num_keys, head_dim = inputs.k.shape
     documents = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
-    return crossover.is_long(batch * num_keys, documents, head_dim, inputs.k.device)
+    by_pytorch = active_implementation() is None
+    return crossover.is_long(batch * num_keys, documents, head_dim, inputs.k.device, by_pytorch)
 
 
 def refusal(inputs: Inputs) -> str | None:

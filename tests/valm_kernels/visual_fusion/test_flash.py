@@ -153,12 +153,26 @@ def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(mon
     assert impl_for(monkeypatch, 1023, 128) == impl_for(monkeypatch, 1023, 96) == "triton"
     assert impl_for(monkeypatch, 4096, 128, documents=4) == "flash+triton"
     assert impl_for(monkeypatch, 4096, 128, documents=5) == "triton"
-    # not faster as far as was measured, and beyond it the estimate
-    assert (impl_for(monkeypatch, 8192, 64), impl_for(monkeypatch, 8193, 64)) == ("triton", "flash+triton")
+    # not faster as far as was measured, and beyond it the estimate, which for this card is never
+    assert impl_for(monkeypatch, 8192, 64) == impl_for(monkeypatch, 8193, 64) == "triton"
     # not measured: head dimensions above 128
     assert (impl_for(monkeypatch, 1024, 256), impl_for(monkeypatch, 1023, 256)) == ("flash+triton", "triton")
+    monkeypatch.setattr(crossover, "MEASURED", {(86, 64): (None, 8192)})
     monkeypatch.setattr(crossover, "capability", lambda device: 86)
     assert (impl_for(monkeypatch, 2048, 128), impl_for(monkeypatch, 2047, 128)) == ("flash+triton", "triton")
+    assert (impl_for(monkeypatch, 8192, 64), impl_for(monkeypatch, 8193, 64)) == ("triton", "flash+triton")
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_a_card_with_newer_products_is_not_sent_to_code_for_an_older_one(monkeypatch, capability):
+    """PyTorch's flash attention has that of 8.0; unlike FlashAttention-3 and -4, and where our kernels have it too."""
+    monkeypatch.setattr(crossover, "capability", lambda device: capability)
+    assert impl_for(monkeypatch, 4096, 64) == impl_for(monkeypatch, 1 << 16, 128) == "triton"
+    assert impl_for(monkeypatch, 1024, 256) == "flash+triton"
+    assert impl_for(monkeypatch, 64, 64, text_alone=True) == "flash+triton"
+    newer = {90: "FA3", 100: "FA4"}[capability]
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: newer, raising=False)
+    assert (impl_for(monkeypatch, 4096, 64), impl_for(monkeypatch, 4095, 64)) == ("flash+triton", "triton")
 
 
 ENTRY = {"capability": 90, "head_dim": 64, "keys": None, "longest": 8192}
