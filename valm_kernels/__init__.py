@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .visual_fusion import (
         MAX_IMAGES,
         attention_weights,
-        sort_image_slots,
         visual_fusion_attn,
         visual_fusion_attn_varlen,
     )
@@ -41,7 +40,6 @@ _MODULES = {
     "ip_topk": ".topk",
     "merge_topk": ".topk",
     "show_config": ".build_info",
-    "sort_image_slots": ".visual_fusion",
     "visual_fusion_attn": ".visual_fusion",
     "visual_fusion_attn_varlen": ".visual_fusion",
 }
@@ -58,7 +56,6 @@ __all__ = [
     "ip_topk",
     "merge_topk",
     "show_config",
-    "sort_image_slots",
     "visual_fusion_attn",
     "visual_fusion_attn_varlen",
 ]

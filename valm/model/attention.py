@@ -60,7 +60,7 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
 
 # Arguments of a forward that only the fusion layer uses. The attentions of other layers ignore them.
-IMAGE_ARGUMENTS = ("image_pool", "image_index", "image_scores", "image_slots")
+IMAGE_ARGUMENTS = ("image_pool", "image_index", "image_scores")
 FUSION_ARGUMENTS = (*IMAGE_ARGUMENTS, "text_limits", "read_weights")
 
 
@@ -85,7 +85,6 @@ class Images(NamedTuple):
         query: (B, Hq, T, Dk), for the image scores; None = the text's query.
         terms: the biases.
         scores: (B, T, K), the retrieval scores; None = not used.
-        slots: image_index sorted by `sort_image_slots`, or None.
     """
 
     keys: Tensor
@@ -94,7 +93,6 @@ class Images(NamedTuple):
     query: Tensor | None
     terms: FusionTerms
     scores: Tensor | None = None
-    slots: Tensor | None = None
 
     def score_bias(self) -> Tensor | None:
         """The `image_score_bias` of `visual_fusion_attn`."""
@@ -182,11 +180,11 @@ class ImageHook:
 
     def __call__(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         arguments = named_arguments(self.names, args, kwargs) | getattr(_call, "images", {})
-        pool, index, scores, slots = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
+        pool, index, scores = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
         if pool is None or (pool.shape[0] == 0 and not attention.training):
             return (), arguments
         if pool.shape[0] == 0:  # add a row that no token sees, so that all parameters get gradients
-            pool, slots = pool.new_zeros(1, pool.shape[1]), None
+            pool = pool.new_zeros(1, pool.shape[1])
         if not torch.compiler.is_compiling() and _adapts_rows(attention):
             raise ValueError(
                 "PEFT's adapter_names and aLoRA choose an adapter for each row, but the rows of a batch share its "
@@ -198,7 +196,7 @@ class ImageHook:
         query = self.image_query(attention, arguments)
         if keys.shape[1] < len(terms.k_bias):
             terms = _of_own_heads(terms, attention)
-        return (), arguments | {"images": Images(keys[0], values[0], index, query, terms, scores, slots)}
+        return (), arguments | {"images": Images(keys[0], values[0], index, query, terms, scores)}
 
     def image_query(self, attention: Any, arguments: dict[str, Any]) -> Tensor | None:
         """The unrotated query of a call, (B, Hq, T, Dk). None if neither an argument nor the attention's own tables
@@ -482,7 +480,6 @@ def _kernel_attention(
     if images is not None:
         image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
         arguments["image_v_bias"] = _widened(images.terms.v_bias, widest)
-        arguments["image_slots"] = images.slots
     if softcap is not None:
         arguments["softcap"] = softcap
     query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))

@@ -302,8 +302,6 @@ class AugmentedCausalLM(ImageModel):
             image_index: (B, T, K) int32 or int64, rows of the pool for each token, -1 = no image.
             image_scores: (B, T, K) float, the retrieval score of each image. Only a model with `score_scale` takes
                 scores, and it needs them if images are given.
-            image_slots: `valm_kernels.sort_image_slots(image_index, U)`, to sort once for several calls. image_index
-                must then be -1 at padding. Checked on CPU; not used on CUDA today.
             attention_mask: (B, T) int64, 0 at padding.
             position_ids: (B, T) int64. Where they restart in a row, a new document begins, which sees no earlier one.
             labels: (B, T) int64, the tokens themselves; -100 is ignored.

@@ -32,8 +32,7 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
     """Checks arguments that the fusion layer cannot read.
 
     Raises:
-        ValueError: `output_attentions` is set; the mask differs between heads or contains biases; or image_slots is
-            given without images.
+        ValueError: `output_attentions` is set; the mask differs between heads or contains biases.
         ValmError: the model's attention implementation makes other masks.
     """
     check_readable(config)
@@ -48,8 +47,6 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
         raise ValueError(
             "output_attentions has no place for the weights of images: call fusion_attention() for the fusion layer's"
         )
-    if arguments.get("image_slots") is not None and arguments.get("image_index") is None:
-        raise ValueError("image_slots must be given together with image_pool and image_index")
 
 
 def check_images(

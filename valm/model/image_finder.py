@@ -80,7 +80,7 @@ class ImageFinder:
         mask: Any = arguments.get("attention_mask")
         check_call(self.config, arguments)
         placed = self.place_text(decoder, arguments)
-        images: Any = [placed.pop(name, None) for name in IMAGE_ARGUMENTS[:3]]
+        images: Any = [placed.pop(name, None) for name in IMAGE_ARGUMENTS]
         if all(image is None for image in images):
             images = self.find_images(ids, mask, cache_of(arguments), arguments.get("position_ids"))
         else:
@@ -89,7 +89,7 @@ class ImageFinder:
             if images[1] is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # padding sees none
                 padding = mask_of_tokens(mask, cache_of(arguments), shape[1])[..., None] == 0
                 images[1] = images[1].masked_fill(padding, -1)
-        given = dict(zip(IMAGE_ARGUMENTS, images, strict=False))
+        given = dict(zip(IMAGE_ARGUMENTS, images, strict=True))
         return (), placed | {name: image for name, image in given.items() if image is not None}
 
     def after(self, decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

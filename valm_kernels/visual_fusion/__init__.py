@@ -6,7 +6,6 @@ executable specification, op.py the registration with torch.library, cpu.py and 
 
 from .api import attention_weights, visual_fusion_attn
 from .checks import MAX_IMAGES
-from .slots import sort_image_slots
 from .varlen import visual_fusion_attn_varlen
 
-__all__ = ["MAX_IMAGES", "attention_weights", "sort_image_slots", "visual_fusion_attn", "visual_fusion_attn_varlen"]
+__all__ = ["MAX_IMAGES", "attention_weights", "visual_fusion_attn", "visual_fusion_attn_varlen"]

@@ -41,7 +41,6 @@ class PackedOptions(TypedDict, total=False):
     image_score_bias: Tensor | None
     first_key: Tensor | None
     max_seqlen: int | None
-    image_slots: Tensor | None
     scale: float | None
     impl: str
 
@@ -90,7 +89,6 @@ def visual_fusion_attn(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     cache_seqlens: Tensor | None = None,
-    image_slots: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
@@ -139,8 +137,6 @@ def visual_fusion_attn(
         cache_seqlens: (B,) int32, the number of keys in each row, including this call's, for a cache of constant size
             Tk (StaticCache, CUDA graphs). It replaces Tk in the causal limit, and later keys and values are not
             used. Values outside 0 to Tk raise on CPU and are clamped on CUDA. It does not limit images.
-        image_slots: (U + 1 + B Tq K,) int32, `sort_image_slots(image_index, U)`, with a row for each key head if
-            image_index has them. Checked on CPU; it changes no result and saves no time yet.
         causal: False lets every query see all keys from first_key on.
         scale: factor of the scores, from `2**-60` to `2**60`; by default 1 / sqrt(D).
         return_lse: also return lse.
@@ -168,7 +164,7 @@ def visual_fusion_attn(
     check_bool("return_image_weights", return_image_weights)
     images = (image_k, image_v, image_q, image_index, image_mask)
     biases = (image_k_bias, image_v_bias, image_logit_bias, image_score_bias)
-    tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, image_slots, cu_seqlens)
+    tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, cu_seqlens)
     check_tensor("q", q)
     asked, impl = impl, _choose_impl(impl, q)
     inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, max_seqlen))
@@ -241,7 +237,7 @@ def attention_weights(
     # weights do not depend on values, so keys are passed in their place
     images = (image_k, image_k, image_q, image_index, image_mask)
     biases = (image_k_bias, None, image_logit_bias, image_score_bias)
-    tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, None, cu_seqlens)
+    tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, cu_seqlens)
     check_tensor("q", q)
     inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, any_dim=True))
     if text_bias is not None:

@@ -35,7 +35,6 @@ def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
         "first_key": (torch.int32,),
         "cu_seqlens": (torch.int32, torch.int64),
         "cache_seqlens": (torch.int32,),
-        "image_slots": (torch.int32,),
     }
     return tuple(others.get(name, (q,)) for name in TENSOR_NAMES)
 
@@ -159,15 +158,13 @@ def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_image_shapes(inputs: Inputs) -> int:
-    """Checks image_k, image_v, image_q, image_index, image_mask and image_slots; returns K."""
+    """Checks image_k, image_v, image_q, image_index and image_mask; returns K."""
     q, k, _, image_k, image_v, image_q, image_index, image_mask = inputs[:8]
     batch, _, num_queries, head_dim = q.shape
     kv_heads = k.shape[1]
 
     if image_q is not None:
         _check_shape("image_q", image_q, q.shape, "q.shape")
-    if inputs.image_slots is not None and image_index is None:
-        raise ValueError("image_slots belongs to the pooled layout: give image_index too")
     if image_index is not None and image_mask is not None:
         raise ValueError("image_mask belongs to the dense layout: in the pooled layout put -1 into image_index instead")
     slots_name, slots = ("image_index", image_index) if image_index is not None else ("image_mask", image_mask)
@@ -209,12 +206,6 @@ def _check_image_shapes(inputs: Inputs) -> int:
         num_images = image_index.shape[-1]
         _check_shape("image_k", image_k, (kv_heads, image_k.shape[1], head_dim), "(Hkv, U, D)")
     _check_shape("image_v", image_v, image_k.shape, "image_k.shape")
-    if inputs.image_slots is not None:
-        length = image_k.shape[1] + 1 + batch * num_queries * num_images
-        if inputs.by_head:
-            _check_shape("image_slots", inputs.image_slots, (kv_heads, length), "(Hkv, U + 1 + B Tq K)")
-        else:
-            _check_shape("image_slots", inputs.image_slots, (length,), "(U + 1 + B Tq K,)")
     if num_images > MAX_IMAGES:
         raise ValueError(f"image_k must have at most {MAX_IMAGES} images per token (K), got {num_images}")
     return num_images
@@ -255,25 +246,20 @@ def _check_documents(inputs: Inputs, cu_seqlens: Tensor) -> None:
         raise ValueError("cu_seqlens cannot be combined with cache_seqlens: give first_key instead")
 
 
-def check_index_on_cpu(image_index: Tensor) -> None:
-    """Checks type, shape and device of an image_index that will be sorted on the CPU."""
-    if not isinstance(image_index, Tensor) or image_index.dtype not in (torch.int32, torch.int64):
-        found = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
-        raise TypeError(f"image_index must be an int32 or int64 tensor, got {found}")
-    if image_index.dim() not in (3, 4):
-        raise ValueError(
-            f"image_index must have 3 dimensions (B, Tq, K) or 4, (B, Hkv, Tq, K), got shape {tuple(image_index.shape)}"
-        )
-    if image_index.device.type != "cpu":
-        raise ValueError(f"image_index must be on the CPU, but is on {image_index.device}: the backward sorts it there")
-
-
-def check_image_index(image_index: Tensor, pool_size: int) -> None:
+def check_pool(inputs: Inputs) -> None:
     """Checks the values of image_index, which on CUDA waits for the device.
 
     Raises:
-        ValueError: an index is outside [-1, pool_size).
+        ValueError: an index is outside [-1, U).
     """
+    image_index = inputs.image_index
+    if image_index is None or inputs.image_k is None:
+        return
+    pool_size = inputs.image_k.shape[1]
+    if torch.compiler.is_compiling():  # a graph cannot read values, and index U would be the reference's row of zeros
+        known = (image_index >= -1) & (image_index < pool_size)
+        torch._assert_async(known.all(), f"image_index must be -1 (no image) or a row of the pool below {pool_size}")
+        return
     if image_index.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(image_index))

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ..native import cpu_isa, native, survives_fork
 from . import cpu_softcap
-from .checks import check_cache_seqlens
+from .checks import check_cache_seqlens, check_pool
 from .inputs import Gradients, Inputs
 from .layout import empty_rows_like, empty_tokens_first, whole_rows
-from .slots import check_pool
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

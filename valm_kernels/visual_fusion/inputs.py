@@ -11,7 +11,7 @@ class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
     Shapes and dtypes are those of visual_fusion_attn. If K is 0, all image arguments are None. The values of
-    image_index and image_slots are not checked yet. If cu_seqlens is given, first_key contains its limits too.
+    image_index are not checked yet. If cu_seqlens is given, first_key contains its limits too.
     """
 
     q: Tensor
@@ -28,7 +28,6 @@ class Inputs(NamedTuple):
     image_score_bias: Tensor | None
     first_key: Tensor | None
     cache_seqlens: Tensor | None
-    image_slots: Tensor | None
     cu_seqlens: Tensor | None
     causal: bool
     scale: float
@@ -47,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 # q to cu_seqlens; the other fields are options
-TENSOR_NAMES = Inputs._fields[:16]
+TENSOR_NAMES = Inputs._fields[:15]
 
 
 class Gradients(NamedTuple):

@@ -1,7 +1,7 @@
 """visual_fusion_attn as PyTorch operators: define, kernels, fake kernels and autograd formula.
 
 The gradient of an input that is absent or needs none is an empty tensor here, as are image_scores that nobody asked
-for. layout.py defines the layouts of the other tensors.
+for: vmap calls no operator that returns a list. layout.py defines the layouts of the other tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .layout import empty_gradients, empty_image_scores, empty_rows_like
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
     "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
-    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? image_slots, Tensor? cu_seqlens, "
+    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? cu_seqlens, "
     "bool causal, float scale, float? softcap, SymInt? max_seqlen, str impl"
 )
 # Positions of the differentiable tensors among the inputs.

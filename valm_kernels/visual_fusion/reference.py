@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_cache_seqlens
+from .checks import check_cache_seqlens, check_pool
 from .inputs import Inputs
-from .slots import check_pool
 
 
 def joint_softmax(inputs: Inputs, text_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -188,7 +188,7 @@ def meta_inputs(
     own_q = q if image_q else None
     lengths = empty(batch, dtype=torch.int32) if seqlens else None
     of_scores = empty(batch, q_len, images, dtype=torch.float32) if score_bias else None
-    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, lengths, None, None)
+    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, lengths, None)
     return Inputs(q, k, k, image, image, own_q, *options, True, head_dim**-0.5, softcap)
 
 

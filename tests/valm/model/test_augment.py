@@ -33,7 +33,6 @@ from tests.valm.models import HashRetriever, again_from_the_start, random_scores
 from valm.errors import ValmError
 from valm.model.augment import augment, fusion_module
 from valm.model.probe import attention_path, decoder_layers
-from valm_kernels import sort_image_slots
 
 
 def logits(model, **arguments):
@@ -245,19 +244,6 @@ def test_retrieval_scores_are_added_to_the_logits_of_images(make):
     assert (varied - flat).abs().max() > 1e-2
     model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
-
-
-@each_model
-def test_image_slots_reach_the_operator(make):
-    """On the CPU it raises where they belong to another image_index, and they change nothing."""
-    model, ids, images = make(), random_ids(2, 9), random_images(2, 9)
-    slots = sort_image_slots(images["image_index"], len(images["image_pool"]))
-    with torch.no_grad():
-        assert model(ids, **images, image_slots=slots).logits.equal(model(ids, **images).logits)
-        with pytest.raises(ValueError, match="image_slots does not belong to this image_index"):
-            model(ids, **images, image_slots=slots.flip(0))
-    with pytest.raises(ValueError, match="image_slots must be given together with image_pool and image_index"):
-        model(ids, image_slots=slots)
 
 
 @each_model

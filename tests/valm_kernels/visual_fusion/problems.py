@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tolerance import assert_accurate
-from valm_kernels import sort_image_slots, visual_fusion_attn
+from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion.inputs import Gradients
 
 DIFFERENTIABLE = Gradients._fields
@@ -46,7 +46,6 @@ class Problem:
     score_bias: bool = False  # NaN at slots without an image
     weights: bool = False  # the loss also depends on the weights of the images
     gaps: bool = True  # some slots contain no image
-    sorted_slots: bool = False  # the slots of a pool are sorted before the call
     tokens_first: bool = True  # memory order (B, T, H, D), as after a projection
     seed: int = 0
 
@@ -92,8 +91,6 @@ class Problem:
             lowest = -1 if self.gaps else 0
             of_index = (self.batch, self.kv_heads, *slots[1:]) if self.by_head else slots
             inputs["image_index"] = torch.randint(lowest, self.pool_size, of_index, generator=generator)
-            if self.sorted_slots:
-                inputs["image_slots"] = sort_image_slots(inputs["image_index"], self.pool_size)
         if self.biases:
             inputs["image_k_bias"] = normal(self.kv_heads, self.head_dim, dtype=wide)
             inputs["image_v_bias"] = normal(self.kv_heads, self.head_dim, dtype=wide)
@@ -410,7 +407,6 @@ PROBLEMS = {
         score_bias=True, batch=2, query_heads=40, kv_heads=2, num_queries=6, num_images=2, gaps=False
     ),
     "image_score_bias, decode": Problem(score_bias=True, num_queries=1, prefix=100, batch=8, pool_size=5),
-    "sorted slots": Problem(pool_size=11, sorted_slots=True, num_queries=20),
     "by head": Problem(pool_size=11, by_head=True, num_queries=20),
     "by head, all options": Problem(
         **{"pool_size": 11, "by_head": True, "query_heads": 6, "num_queries": 35, "first_key": "documents"},
@@ -419,7 +415,7 @@ PROBLEMS = {
     "by head, popular images": Problem(
         pool_size=2, by_head=True, query_heads=3, kv_heads=3, num_queries=140, num_images=4, head_dim=13
     ),
-    "by head, sorted slots": Problem(pool_size=7, by_head=True, sorted_slots=True, num_queries=20, head_dim=64),
+    "by head, wide": Problem(pool_size=7, by_head=True, num_queries=20, head_dim=64),
     "by head, decode": Problem(pool_size=5, by_head=True, num_queries=1, prefix=300, batch=8),
     "by head, one head": Problem(pool_size=7, by_head=True, query_heads=4, kv_heads=1, num_queries=20),
     "softcap": Problem(softcap=1.5),

@@ -63,7 +63,6 @@ def random_case(number: int) -> Case:
         score_bias=num_images > 0 and chance() < 0.3,
         weights=num_images > 0 and chance() < 0.2,
         gaps=chance() < 0.7,
-        sorted_slots=chance() < 0.3,
         tokens_first=chance() < 0.7,
         seed=number,
     )

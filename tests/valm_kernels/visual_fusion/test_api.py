@@ -13,7 +13,7 @@ from valm_kernels.visual_fusion.inputs import TENSOR_NAMES
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("name", TENSOR_NAMES[:14])  # without image_slots and cu_seqlens
+@pytest.mark.parametrize("name", TENSOR_NAMES[:14])  # without cu_seqlens
 def test_last_dimension_of_any_stride(name, impl):
     """Not an error: whatever the memory of an argument, the result is that of its values."""
     problem = POOLED if name == "image_index" else DENSE

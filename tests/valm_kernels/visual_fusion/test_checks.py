@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels import attention_weights, sort_image_slots, visual_fusion_attn
+from valm_kernels import attention_weights, visual_fusion_attn
 from valm_kernels.visual_fusion.inputs import TENSOR_NAMES
 
 DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
@@ -40,7 +40,6 @@ WRONG_DTYPES = [
     ("image_score_bias", torch.float64, WIDE),
     ("first_key", torch.int64, WHOLE),
     ("cache_seqlens", torch.int64, WHOLE),
-    ("image_slots", torch.int64, WHOLE),
     ("cu_seqlens", torch.float32, INDICES),
 ]
 
@@ -68,7 +67,6 @@ WRONG_SHAPES = [
     (DENSE, "image_score_bias", [(2, 5), (1, 5, 3), (2, 7, 3), (2, 5, 4)], OF_SCORES),
     (DENSE, "first_key", [(5,), (1, 5), (2, 7)], "must have shape"),
     (DENSE, "cache_seqlens", [(2, 5), (3,)], r"must have shape \(B,\) = \(2,\), got \("),
-    (DENSE, "image_slots", [(37,)], "belongs to the pooled layout: give image_index too"),
     (POOLED, "image_k", [(6, 8)], "must have 3 dimensions"),
     (POOLED, "image_k", [(4, 6, 8)], "must have shape"),
     (POOLED, "image_v", [(2, 7, 8)], "must have shape"),
@@ -81,14 +79,12 @@ WRONG_SHAPES = [
         r"must have shape .* or \(B, Hkv, Tq, K\) = \(2, 2, 5, 3\), got \(2, 3, 5, 3\)",
     ),
     (POOLED, "image_score_bias", [(2, 5, 6), (2, 4, 5, 3)], OF_SCORES),
-    (POOLED, "image_slots", [(1, 37), (30,)], r"must have shape \(U \+ 1 \+ B Tq K,\) = \(37,\), got \("),
     (POOLED, "image_mask", [(2, 5, 3)], "belongs to the dense layout"),
     (NO_IMAGES, "image_q", [(2, 4, 6, 8)], "must have shape q.shape"),
     (NO_IMAGES, "image_score_bias", [(2, 5, 3)], r"must have shape \(B, Tq, K\) = \(2, 5, 0\), got \(2, 5, 3\)"),
-    (NO_IMAGES, "image_slots", [(37,)], "belongs to the pooled layout: give image_index too"),
 ]
 NOT_FLOAT32 = {"image_index": torch.int64, "image_mask": torch.bool}
-NOT_FLOAT32 |= dict.fromkeys(("first_key", "cache_seqlens", "image_slots"), torch.int32)
+NOT_FLOAT32 |= dict.fromkeys(("first_key", "cache_seqlens"), torch.int32)
 
 # scale or softcap, error, what the message says after its name
 WRONG_NUMBERS = [
@@ -117,7 +113,6 @@ def index_with(row):
     return {"image_index": index}
 
 
-SLOTS_OF_ALL_HEADS = sort_image_slots(zeros(2, 5, 3, dtype=torch.int64), 6)
 TOO_MANY = zeros(2, 2, 5, 65, 8)
 
 # problem, changed arguments, error, what its message says
@@ -160,12 +155,6 @@ WRONG = {
         {"image_k": TOO_MANY, "image_v": TOO_MANY, "image_mask": None},
         ValueError,
         "at most 64 images per token .* got 65",
-    ),
-    "image_slots of all heads": (
-        POOLED,
-        {"image_index": zeros(2, 2, 5, 3, dtype=torch.int64), "image_slots": SLOTS_OF_ALL_HEADS},
-        ValueError,
-        r"image_slots must have shape \(Hkv, U \+ 1 \+ B Tq K\) = \(2, 37\), got \(37,\)",
     ),
     "pool without index": (POOLED, {"image_index": None}, ValueError, "the pooled layout .* needs image_index"),
     "dense with index": (DENSE, {"image_mask": None, **index_with(0)}, ValueError, "image_k must have 3 dimensions"),

@@ -17,7 +17,7 @@ backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 NAMES = (
     *("dense", "pooled", "no images", "prefix", "documents", "heads first"),
     *("image_q", "softcap, no images", "softcap, image_q, pooled", "image_score_bias", "image_score_bias, pooled"),
-    *("cache_seqlens", "cache_seqlens, random first_key", "sorted slots", "by head, sorted slots"),
+    *("cache_seqlens", "cache_seqlens, random first_key", "by head, wide"),
 )
 
 
@@ -35,7 +35,7 @@ def op_arguments(inputs, impl="cpu", with_image_scores=False):
 
 @pytest.mark.parametrize(
     ("name", "in_16_bits"),
-    quick_or_slow([("dense", 1), ("softcap, image_q, pooled", 0), ("cache_seqlens", 0), ("by head, sorted slots", 0)]),
+    quick_or_slow([("dense", 1), ("softcap, image_q, pooled", 0), ("cache_seqlens", 0), ("by head, wide", 0)]),
 )
 def test_opcheck(name, in_16_bits):
     inputs = PROBLEMS[name].inputs(torch.bfloat16 if in_16_bits else torch.float32)

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import check_pool
 from ..inputs import Inputs, num_images
 from ..layout import empty_rows_like
-from ..slots import check_pool
 from .compiled import launch
 from .launch import (
     ImageStrides,

@@ -25,7 +25,7 @@ from tests.valm_kernels.visual_fusion.problems import (
 from tests.valm_kernels.visual_fusion.test_op import forward_op, op_arguments
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
 from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, use_small_tiles
-from valm_kernels import sort_image_slots, visual_fusion_attn
+from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion.triton import backward_pool
 
 # Between them they take every branch of the kernels; test_guarded_interpreter.py has all problems, and is slow.
@@ -102,21 +102,6 @@ def test_popular_images(monkeypatch, pool_size):
     use_small_tiles(monkeypatch, problem)
     with guarded():
         assert_solves("triton", problem, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("index_dtype", "by_head"),
-    [pytest.param(torch.int32, False, marks=pytest.mark.slow), (torch.int64, False), (torch.int32, True)],
-)
-def test_sorted_slots_change_nothing(monkeypatch, index_dtype, by_head):
-    """The gradients are the same to the last bit, also those of popular images."""
-    monkeypatch.setattr(backward_pool, "BLOCK_SLOTS", 8)
-    inputs, grad_out = prepared(monkeypatch, Problem(batch=1, num_queries=11, pool_size=5, by_head=by_head))
-    inputs["image_index"] = inputs["image_index"].to(index_dtype)
-    with guarded():
-        expected = gradients(inputs, grad_out)
-        inputs["image_slots"] = sort_image_slots(inputs["image_index"], 5)
-        assert_identical(gradients(inputs, grad_out), expected)
 
 
 def test_first_key_skips_whole_tiles(monkeypatch):
