@@ -66,7 +66,6 @@ IMAGE_LOOP_SPILLS = {
     ("query", "softcap image_q", "gfx942", 256, "float32"): 245,
     ("forward", "head of 80", 90, 80, "float16"): 27,
     ("query", "head of 80", 90, 80, "float16"): 182,
-    **{("pool", "pooled", 100, head_dim, "float32"): 2 for head_dim in (128, 256)},
 }
 # What other versions of Triton store and load beyond that, in loops over keys or queries and over images.
 OTHER_TRITONS: dict[str, tuple[dict, dict]] = {
