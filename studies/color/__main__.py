@@ -1,4 +1,4 @@
-"""python -m studies.color run, report: do pictures help a language model (studies/color/plan.md)?"""
+"""python -m studies.color run, report, budget: do pictures help a language model (studies/color/plan.md)?"""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def build_parser() -> CommandParser:
         help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md)",
     )
     report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figure")
+    budget = command(study_commands, "budget", run_budget, "print where a colour is lost before the answer")
+    budget.add_argument("out", type=Path, help="output folder of `run`; each seed's folder gets a budget.json")
+    budget.add_argument(
+        "--seed", type=int, action="append", help="only this seed; may be repeated (default: all that are finished)"
+    )
+    budget.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     return study
 
 
@@ -44,18 +50,16 @@ def run_run(arguments: argparse.Namespace) -> None:
     from studies.color.results import read_results
     from studies.color.run import run_study
     from studies.color.study import Study
-    from valm.evaluation.sets import DATA_VARIABLE
     from valm.store.files import output_file, writable_folder
     from valm.training.launch import check_alone
 
     check_alone("python -m studies.color run")
     config = read_config(arguments.config)
-    data = arguments.data or os.environ.get(DATA_VARIABLE)
     study = Study(
         config,
         arguments.out,
         valm,
-        None if data is None else Path(data),
+        _data(arguments),
         validation=arguments.validation,
         progress=not arguments.quiet,
     )
@@ -70,6 +74,14 @@ def run_run(arguments: argparse.Namespace) -> None:
     print("\n\n".join(table(results) for table in (state, answers, secondary)))
 
 
+def _data(arguments: argparse.Namespace) -> Path | None:
+    """The folder of the evaluation sets."""
+    from valm.evaluation.sets import DATA_VARIABLE
+
+    data = arguments.data or os.environ.get(DATA_VARIABLE)
+    return None if data is None else Path(data)
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     from studies.color.report import write_figure, write_page
     from studies.color.results import read_results
@@ -80,6 +92,13 @@ def run_report(arguments: argparse.Namespace) -> None:
         write_page(results, page)
     write_figure(results, arguments.figures)
     print(f"written to {', '.join(map(str, pages))} and {arguments.figures}")
+
+
+def run_budget(arguments: argparse.Namespace) -> None:
+    from studies.color.budget import budget_table, finished_seeds, write_budget
+
+    study, files = finished_seeds(arguments.out, _data(arguments), arguments.seed, progress=not arguments.quiet)
+    print(budget_table([write_budget(study, seed, file) for seed, file in files.items()]))
 
 
 if __name__ == "__main__":

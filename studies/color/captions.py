@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 from studies.color.pictures import Picture
 from valm.clip.tokenizer import batches_by_length, padded, prompt_ids
 from valm.evaluation.questions import Questions
@@ -38,14 +41,22 @@ def captions_line(captions: Iterable[str]) -> str:
     return f"Here are pictures of {', '.join(captions)}.\n"
 
 
+def last_images(texts: Sequence[str], retriever: Retriever) -> tuple[Tensor, Tensor]:
+    """Ids and scores (n, K) of the images of each text's last token, which precedes the answer to a question."""
+    rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in texts]
+    ids = torch.full((len(rows), retriever.k), -1)
+    scores = torch.full(ids.shape, -torch.inf)
+    for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):
+        found = retriever.find(*padded([rows[number] for number in batch]))  # (B, T, K) each
+        last = [len(rows[number]) - 1 for number in batch]
+        ids[batch], scores[batch] = (values[range(len(batch)), last].cpu() for values in found)
+    return ids, scores
+
+
 def captioned(asked: Questions, retriever: Retriever, caption: Captions) -> Questions:
     """`asked`, with the captions of the images of each question's last token before the question."""
     flat = [text for row in asked.texts for text in row]
-    rows = [prompt_ids(retriever.encoder.tokenizer, text) for text in flat]
-    lines = [""] * len(flat)
-    for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS):
-        found, _ = retriever.find(*padded([rows[number] for number in batch]))  # (B, T, K)
-        for number, images in zip(batch, found.tolist(), strict=True):
-            lines[number] = captions_line(caption(image) for image in images[len(rows[number]) - 1] if image >= 0)
+    found, _ = last_images(flat, retriever)
+    lines = [captions_line(caption(image) for image in images if image >= 0) for images in found.tolist()]
     texts = iter(line + text for line, text in zip(lines, flat, strict=True))
     return dataclasses.replace(asked, texts=tuple(tuple(next(texts) for _ in row) for row in asked.texts))

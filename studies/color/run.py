@@ -70,14 +70,14 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
     _note_study(study)
     shared = Stages(study.out / "stages-shared.json", progress=study.progress)
     shared("pictures", lambda: _make_pictures(study))
-    base = _language_model(config.language_model, study.out / "language-model")
+    base = language_model(config.language_model, study.out / "language-model")
     files = {}
     for seed in seeds or config.seeds:
         files[seed] = _run_seed(study, seed, base)
     return files
 
 
-def _language_model(name: str, out: Path) -> str:
+def language_model(name: str, out: Path) -> str:
     """The value of `valm train --base` for `name`. Converts PACKAGE into the folder `out` if it is not there yet."""
     if name != PACKAGE:
         return name

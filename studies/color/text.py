@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from studies.color.config import TextSources
 from studies.color.pictures import Picture, thing_colors
@@ -138,6 +139,42 @@ def read_texts(file: Path) -> list[str]:
     return list(read_documents([file], column="text"))
 
 
+class StudyObjects(NamedTuple):
+    """The objects that have a colour in their pictures and are in no test set.
+
+    colors: the colour of each object.
+    validation: the objects whose colour no text names.
+    spoken: the objects whose colour the training text may name, with their colours.
+    """
+
+    colors: dict[str, str]
+    validation: list[str]
+    spoken: dict[str, str]
+
+
+def study_objects(
+    pictures: Sequence[Picture], items: Sequence[str], *, seed: int, head_noun_items: Sequence[str] = ()
+) -> StudyObjects:
+    """Samples the validation objects of one seed. Arguments as in `study_text`.
+
+    Raises:
+        ValmError: too few objects have a colour.
+    """
+    tested = Names(items)
+    tested_heads = Names(head_noun_items, head_nouns=True)
+    colors = {
+        thing: color
+        for thing, color in thing_colors(pictures).items()
+        if not (tested.beside_color(f"{thing} {color}") or tested_heads.beside_color(f"{thing} {color}"))
+    }
+    validation = _validation_things(colors, seed)
+    held = Names(validation, head_nouns=True)
+    spoken = {thing: color for thing, color in colors.items() if not held.beside_color(f"{thing} {color}")}
+    if not spoken or not validation:
+        raise ValmError(f"{len(colors)} things that are no test item have a colour in their pictures; it takes more")
+    return StudyObjects(colors, validation, spoken)
+
+
 def study_text(
     sources: TextSources,
     pictures: Sequence[Picture],
@@ -160,16 +197,8 @@ def study_text(
     """
     tested = Names(items)
     tested_heads = Names(head_noun_items, head_nouns=True)
-    colors = {
-        thing: color
-        for thing, color in thing_colors(pictures).items()
-        if not (tested.beside_color(f"{thing} {color}") or tested_heads.beside_color(f"{thing} {color}"))
-    }
-    validation = _validation_things(colors, seed)
+    colors, validation, spoken = study_objects(pictures, items, seed=seed, head_noun_items=head_noun_items)
     held = Names(validation, head_nouns=True)
-    spoken = {thing: color for thing, color in colors.items() if not held.beside_color(f"{thing} {color}")}
-    if not spoken or not validation:
-        raise ValmError(f"{len(colors)} things that are no test item have a colour in their pictures; it takes more")
     counts: Counter[str] = Counter(
         {
             "things": len({picture.thing for picture in pictures if picture.thing is not None}),

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -269,22 +270,42 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
         ImportError: scikit-learn is not installed.
     """
     _need_sklearn()
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, train_test_split
+    from sklearn.model_selection import train_test_split
 
     tested = max(len(labels) // 5, len(np.unique(labels)))
     train, test = train_test_split(np.arange(len(labels)), test_size=tested, stratify=labels, random_state=seed)
     folds = min(PROBE_FOLDS, np.unique(labels[train], return_counts=True)[1].min())
+    search = fit_probe(features[train], labels[train], folds)
+    right = search.predict(features[test]) == labels[test]
+    majority = float(np.bincount(labels[test]).max() / len(test))
+    return Probe(accuracy(right[None]), majority, len(train), len(test), search.best_params_["C"])
+
+
+def fit_probe(features: np.ndarray, labels: np.ndarray, folds: int, groups: np.ndarray | None = None) -> Any:
+    """Logistic regression on features (N, E) with labels (N,), whose regularisation cross-validation chooses.
+
+    Args:
+        folds: number of folds, stratified by label if there are no groups.
+        groups: (N,), the images of a group are in one fold.
+
+    Returns:
+        A fitted `GridSearchCV`.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    _need_sklearn()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+
     regression = LogisticRegression(max_iter=PROBE_ITERATIONS)
     with warnings.catch_warnings():
         # weak regularisation converges slowly; the result is measured anyway
         warnings.simplefilter("ignore", ConvergenceWarning)
         # among equally good values the first, which is the strongest regularisation
-        search = GridSearchCV(regression, {"C": PROBE_C}, cv=folds).fit(features[train], labels[train])
-    right = search.predict(features[test]) == labels[test]
-    majority = float(np.bincount(labels[test]).max() / len(test))
-    return Probe(accuracy(right[None]), majority, len(train), len(test), search.best_params_["C"])
+        search = GridSearchCV(regression, {"C": PROBE_C}, cv=folds if groups is None else GroupKFold(folds))
+        return search.fit(features, labels, groups=groups)
 
 
 def _need_sklearn() -> None:

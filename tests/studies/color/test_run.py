@@ -14,7 +14,9 @@ from PIL import Image, ImageDraw
 
 import valm
 from studies.color import run, seed_scores
+from studies.color.__main__ import build_parser
 from studies.color.config import ARMS, DOSES, EXCHANGES, read_config
+from studies.color.questions import validation_questions
 from studies.color.results import read_results
 from studies.color.run import as_options, run_study
 from studies.color.study import Study
@@ -22,11 +24,16 @@ from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
-from valm.cli import main
+from valm.cli import main, run_command
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import own_tokenizer
 from valm.errors import ValmError
 from valm.evaluation.questions import COLORS as COLOR_WORDS
 from valm.evaluation.questions import FAIR, Questions
 from valm.evaluation.sets import load_memory_color
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.retrieval.context import ContextEncoder
+from valm.retrieval.retriever import Retriever
 from valm.store.files import write_json
 
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
@@ -74,7 +81,7 @@ def study_of(world, command=main, **options):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_whole_study(world):
+def test_a_whole_study(world, capsys):
     def killed(line):
         if line[0] == "train" and line[line.index("--out") + 1].endswith("/blind"):
             raise KeyboardInterrupt
@@ -114,6 +121,20 @@ def test_a_whole_study(world):
     assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
     assert any(stage.startswith("scores of twin") for stage in stages)
 
+    assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data")]) == 0
+    budget = json.loads((world / "out/seed-3/budget.json").read_text())
+    assert f"| seed 3, % of {9 * len(things)} questions |" in capsys.readouterr().out
+    assert (budget["arm"], budget["questions"]) == ("cut", 9 * len(things))
+    assert budget["pictures"] == len(THINGS) - 2 - len(things)  # one of each object that is in no set
+    assert budget["shares"]["mixed"] == results.accuracy(("cut", "retrieved"), "validation").value
+    kb = ImageKnowledgeBase.open(world / "out/seed-3/kb")
+    encoder = ContextEncoder(Clip.load(world / "out/seed-3/clip"), tokenizer=own_tokenizer(world / "model"))
+    finder, own = Retriever(encoder, kb, k=2), []
+    for item in load_memory_color(world / "out/seed-3/text/validation.csv"):
+        for text in validation_questions([item]).texts[0]:
+            own.append(item.text in [kb.item(image).caption for image in finder.find([text])[0][0, -1].tolist()])
+    assert budget["shares"]["retrieved"] == np.mean(own)
+
     for name in ("twin", "valm", "blind"):
         model, tokenizer = valm.load(world / "out/seed-3" / name)
         if name == "valm":
@@ -139,7 +160,7 @@ def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
 @pytest.fixture
 def asked(world, tmp_path, monkeypatch):
     """Runs studies of other tests in one folder, whose arms are asked nothing; returns the arms that were asked."""
-    for name in ("_make_pictures", "_language_model", "_write_text", "_prepare", "_train"):
+    for name in ("_make_pictures", "language_model", "_write_text", "_prepare", "_train"):
         monkeypatch.setattr(run, name, lambda *arguments: None)
     monkeypatch.setattr(run, "read_pictures", lambda folder: [])
     monkeypatch.setattr(seed_scores, "_heldout", lambda folder, data: {})
