@@ -402,7 +402,7 @@ def what_fits(steps: Sequence[Step], processes: int) -> str:
     planned = [step for step in steps if not step.skipped]
     budgets = [shared_s(step.name, processes) if step.name in WORK_S else step.budget_s for step in planned]
     late = [step.name for step, end in zip(planned, accumulate(budgets), strict=True) if end > LIMIT_S]
-    return f"{sum(budgets)} s of {LIMIT_S} s in a run" + (f"; the next run does {', '.join(late)}" if late else "")
+    return f"{sum(budgets)} s of {LIMIT_S} s in a run" + (f"; later runs do {', '.join(late)}" if late else "")
 
 
 if __name__ == "__main__":
