@@ -43,10 +43,10 @@ TESTED = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("OMP_NUM_THREADS", "1"))
 COMPILE_TILES, TILES, TESTS_OF_TILES = "compile tiles", "measure tiles", "tests of the measured tiles"
 CROSSOVER = "measure the crossover"
 FLASH_TESTS = "test_agrees_with_flash_attention_for_the_text"
-# Seconds on one core to compile the kernels of a step, which its processes divide (compilations.py; Triton 3.7.1, for
-# compute capability 9.0, on an Intel Xeon with AMX).
+# Seconds on one core to compile the kernels of a step, which its processes divide: Triton 3.7.1, for compute capability
+# 9.0, on an Intel Xeon with AMX that other work kept busy. compilations.py measures them.
 WORK_S = {"tests": 1255, COMPILE_TILES: 1290, TESTS_OF_TILES: 714}
-# Seconds before that: Python and PyTorch start, pytest collects.
+# Seconds in which Python and PyTorch start and pytest collects.
 START_S = 5
 
 # The package's measured files, for those that read none: the table and the estimate.

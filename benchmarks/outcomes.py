@@ -3,9 +3,9 @@
     python -m pytest -p benchmarks.outcomes --outcomes FILE --run-number 2 --shared tests/valm_kernels
 
 With --shared each process takes the next test that no other process has taken. Tests that passed before do not run
-again. Neither do tests that an earlier process of this run has started, so after a
-process dies the next one continues with the rest. A test that did not end in an earlier run comes last, and is skipped
-after two such runs. If the GPU accepts no more work after an error, the process ends: every later test would fail.
+again. Neither do tests that an earlier process of this run has started, so after a process dies the next one continues
+with the rest. A test that did not end in an earlier run comes last, and is skipped after two such runs. If the GPU
+accepts no more work after an error, the process ends: every later test would fail.
 """
 
 from __future__ import annotations
@@ -96,10 +96,13 @@ def claim(path: Path, number: int) -> bool:
     """Whether this process is the only one to do part `number` of the work that `path` records.
 
     The system drops the claims of a process when it ends, also if it is killed.
+
+    Raises:
+        OSError: the file system has no locks.
     """
     try:
         fcntl.lockf(_claims(path.with_suffix(".claims")), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # by another process
         return False
     return True
 

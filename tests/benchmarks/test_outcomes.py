@@ -1,5 +1,6 @@
 """The plugin of gpu-check, on small tests of its own."""
 
+import errno
 import subprocess
 import sys
 from subprocess import PIPE
@@ -81,6 +82,15 @@ def test_processes_share_the_tests(run, pytester):
     assert code == 1 and ended["b"].outcome == outcomes.FAILED
     rows = [row.test for row in outcomes.read_rows(pytester.path / "ended.csv")]
     assert len(rows) == 2 * len(set(rows)) == 10  # each has begun and ended once
+
+
+def test_a_file_system_without_locks_is_no_claim_of_another_process(monkeypatch, tmp_path):
+    def lockf(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(outcomes.fcntl, "lockf", lockf)
+    with pytest.raises(OSError, match="No locks available"):
+        outcomes.claim(tmp_path / "ended.csv", 0)
 
 
 def test_a_lost_gpu_ends_the_process(monkeypatch, tmp_path):

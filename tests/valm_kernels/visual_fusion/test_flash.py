@@ -165,7 +165,7 @@ def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(mon
 
 @pytest.mark.parametrize("capability", [90, 100])
 def test_a_card_with_newer_products_is_not_sent_to_code_for_an_older_one(monkeypatch, capability):
-    """PyTorch's flash attention has that of 8.0; unlike FlashAttention-3 and -4, and where our kernels have it too."""
+    """PyTorch's own flash attention has code for 8.0 alone. FlashAttention-3 and -4 have code for these cards."""
     monkeypatch.setattr(crossover, "capability", lambda device: capability)
     assert impl_for(monkeypatch, 4096, 64) == impl_for(monkeypatch, 1 << 16, 128) == "triton"
     assert impl_for(monkeypatch, 1024, 256) == "flash+triton"
