@@ -3,8 +3,11 @@
 Text and images share the attention's own W_k and W_v with their biases (Wang et al. 2022, equations 3-7)::
 
     image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
-    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias + score_scale score_ik])
+    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias + score_scale (score_ik - best_i)])
     out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
+
+best_i is the highest retrieval score of token i's images. So the scores compare the images of a token with each other,
+and how good its best image is changes nothing: `min_score` decides that.
 
 The images z of a batch come as a pool in which each image occurs once. They are projected once and gathered by index.
 The attention weights get no dropout (published: 0.1).
@@ -98,9 +101,11 @@ class Images(NamedTuple):
         """The `image_score_bias` of `visual_fusion_attn`."""
         if self.scores is None or self.terms.score_scale is None:
             return None
-        scale = self.terms.score_scale
+        scale, none = self.terms.score_scale, self.image_index < 0
+        scores = self.scores.to(scale.dtype)
+        best = scores.masked_fill(none, -torch.inf).amax(-1, keepdim=True)
         # 0 instead of -inf where there is no image: -inf would make the gradient of the scale NaN
-        return scale * self.scores.to(scale.dtype).masked_fill(self.image_index < 0, 0)
+        return scale * (scores - best).masked_fill(none, 0)
 
 
 class TextLimits(NamedTuple):

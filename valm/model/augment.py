@@ -72,8 +72,9 @@ def augment(
         unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
         blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image. Needs
             num_images = 1.
-        score_scale: initial value of a learned weight on the retrieval score, shared by all heads and added to the
-            image's attention scores. None: retrieval scores are not used.
+        score_scale: initial value of a learned weight, shared by all heads, on how far an image's retrieval score is
+            below that of the token's best image. The product, 0 for the best image, is added to the image's attention
+            scores. None: retrieval scores are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image
             (`valm.retrieval.min_score`). None: every token but a document's first sees K images.
 

@@ -54,9 +54,10 @@ class FusionOptions:
         logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token's retrieval query replaces its image (Blind-VaLM, Ontalvilla et al. 2024).
         unfreeze: what trained besides the fusion: "", "block" or "all".
-        score_scale: initial value of the scale of the retrieval scores; None = they are not used.
-        min_score: score threshold: a token whose best image has a lower retrieval score sees no image; None = no
-            threshold.
+        score_scale: initial value of the scale of the retrieval scores, relative to the token's best image; None = they
+            are not used.
+        min_score: score threshold: a token whose best image has a lower retrieval score sees no image, with blind not
+            its query; None = no threshold.
         fusion_scale: "head_dim" scales scores in the fusion layer as its family does; "embed_dim" by 1/sqrt(C), as the
             published code does (3.5 times flatter with 12 heads).
         norm_eps: epsilon of LN_img.
@@ -109,11 +110,8 @@ class FusionOptions:
             )
         if self.score_scale is not None and self.num_images == 0:
             raise ValmError("score_scale scales the scores of images, but num_images is 0: leave score_scale out")
-        if self.min_score is not None and not self.retrieves:
-            raise ValmError(
-                f"min_score applies to retrieved images, got num_images = {self.num_images}, blind = {self.blind}: set "
-                "it to None"
-            )
+        if self.min_score is not None and self.num_images == 0:
+            raise ValmError("min_score is for a model that sees images, but num_images is 0: set it to None")
 
     @property
     def retrieves(self) -> bool:
@@ -199,7 +197,8 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
         blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image.
         logit_bias: initial bias of each head's image scores; 0 as published. At -10, images have almost no weight at
             first.
-        score_scale: initial value of a learned weight on the retrieval score; None: retrieval scores are not used.
+        score_scale: initial value of a learned weight on the retrieval score, relative to the token's best image; None:
+            retrieval scores are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image; None: no
             threshold.
 

@@ -266,8 +266,9 @@ class ImageFinder:
             `valm.retrieval.source.open_retriever`.
         """
         options, min_score = self.options, self.options.min_score
-        as_trained = options.blind or (min_score is not None and min_score > -1)
-        return open_retriever(source, tokenizer, options.num_images, blind=options.blind, as_trained=as_trained, **how)
+        how |= {"blind": options.blind, "threshold": min_score is not None}
+        how["as_trained"] = options.blind or (min_score is not None and min_score > -1)
+        return open_retriever(source, tokenizer, options.num_images, **how)
 
     def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
         try:
@@ -289,6 +290,8 @@ class ImageFinder:
             raise ValmError(
                 f"this model needs {kind} (blind={options.blind} in its config), got a {type(retriever).__name__}"
             )
+        if isinstance(retriever, BlindRetriever) and options.min_score is not None and retriever.kb is None:
+            raise ValmError("this blind model has a score threshold: give its BlindRetriever the knowledge base (kb)")
         for name, found, option in (("k", retriever.k, "num_images"), ("dim", retriever.dim, "image_dim")):
             if found != getattr(options, option):
                 raise ValmError(

@@ -107,6 +107,8 @@ class ImageModel(_Base):
             >>> model.fusion_options.min_score
             0.2
         """
+        if self.fusion_options.blind:
+            raise ValmError("a blind model retrieves no images: its score threshold is set when it is made")
         self.finder.change("min_score", value)
 
     def set_num_images(self, value: int) -> None:

@@ -329,12 +329,19 @@ class BlindRetriever:
     Args:
         cache_tokens: number of tokens whose queries are cached, 4 E bytes each, because training reads its documents in
             every epoch. The first rows stay cached; 0 caches none.
+        kb: the score of a token is then the score of its best image in this knowledge base, so that a blind model with
+            a `min_score` sees its query where the model with images would see images. None: every score is 1.
+
+    Raises:
+        ValmError: the knowledge base was built with another CLIP.
     """
 
     k = 1
 
-    def __init__(self, encoder: ContextEncoder, cache_tokens: int = 0):
+    def __init__(self, encoder: ContextEncoder, cache_tokens: int = 0, kb: ImageKnowledgeBase | None = None):
         self.encoder = encoder
+        self.kb = kb
+        self._scoring = None if kb is None else Retriever(encoder, kb, 1)
         self.cache_tokens = cache_tokens
         self._rows: dict[tuple[int, ...], Tensor] = {}  # queries by the ids of a row
         self._room = cache_tokens
@@ -373,16 +380,17 @@ class BlindRetriever:
         """The queries of the next tokens (B, T) of each row; `state` holds the earlier tokens."""
         return self._pooled(self.encoder.step(input_ids, state, attention_mask))
 
-    @staticmethod
-    def _pooled(queries: Tensor) -> Retrieved:
+    def _pooled(self, queries: Tensor) -> Retrieved:
         asked = queries.any(-1)  # (B, T): the query is zeros for padding and the first token of a document
         pool = queries[asked]  # (U, E)
         index = torch.full(asked.shape, -1, device=queries.device)
         index[asked] = torch.arange(len(pool), device=queries.device)
-        # the inner product of a normalised query with itself
-        ones = torch.ones(asked.shape, dtype=torch.float32, device=queries.device)
-        scores = ones.masked_fill(~asked, -torch.inf)
-        return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores[..., None])
+        if self._scoring is None:  # the inner product of a normalised query with itself
+            scores = torch.ones((*asked.shape, 1), device=queries.device)
+        else:
+            _, scores = self._scoring.nearest(queries)
+        scores = scores.masked_fill(~asked[..., None], -torch.inf)
+        return Retrieved(pool, index[..., None], torch.full((len(pool),), -1, device=queries.device), scores)
 
 
 class NoImages:

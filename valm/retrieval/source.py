@@ -82,6 +82,8 @@ class ImageSource:
         if isinstance(retriever, Retriever):
             return cls.of_knowledge_base(retriever.kb, **retriever.encoder.query_settings)
         if isinstance(retriever, BlindRetriever):
+            if retriever.kb is not None:
+                return cls.of_knowledge_base(retriever.kb, **retriever.encoder.query_settings)
             encoder, clip = retriever.encoder, retriever.encoder.clip
             place = clip.source
             if place is not None and os.path.isdir(place):
@@ -261,6 +263,7 @@ def open_retriever(
     num_images: int,
     *,
     blind: bool = False,
+    threshold: bool = False,
     as_trained: bool = False,
     dtype: torch.dtype | None = None,
     **how: Any,
@@ -270,6 +273,7 @@ def open_retriever(
     Args:
         num_images: K of a Retriever.
         blind: whether the images are the queries (the query control), so that a CLIP is enough.
+        threshold: whether a blind model has a score threshold, so that it needs the knowledge base too.
         as_trained: whether the default dtype is the precision in training, because the model depends on it. The
             precision of the retriever that the model was saved with comes first.
         dtype, how: dtype, and clip, allow_download and device, as in `open_encoder`.
@@ -279,17 +283,21 @@ def open_retriever(
             tower does not support this precision.
     """
     place: Any = source.clip
-    if place is None or not blind:
+    kb = None
+    if place is None or not blind or threshold:
         missing = source.missing()
         if source.knowledge_base is None:
-            raise ValmError(missing or "a model that is not blind needs a knowledge base: give it as kb (--kb)")
-        place = ImageKnowledgeBase.open(source.knowledge_base)
+            raise ValmError(missing or "this model needs a knowledge base, not only a CLIP: give it as kb (--kb)")
+        place = kb = ImageKnowledgeBase.open(source.knowledge_base)
     noted = source.reading_precision or (source.precision if as_trained else None)
     if noted is not None:
         dtype = dtype or getattr(torch, noted)
     segments: Any = {"overlap": source.overlap, "min_tokens": source.min_tokens}
     encoder = open_encoder(place, source.query, tokenizer, dtype=dtype, **segments, **how)
-    return BlindRetriever(encoder) if blind else Retriever(encoder, place, num_images)
+    if blind:
+        return BlindRetriever(encoder, kb=kb if threshold else None)
+    assert kb is not None
+    return Retriever(encoder, kb, num_images)
 
 
 def open_tokenizer(folder: str | os.PathLike, base: str | None) -> Any:

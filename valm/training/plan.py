@@ -53,7 +53,8 @@ class TrainingPlan:
         layer: with `base`: the layer that sees the images, negative from the end.
         unfreeze: with `base`: also train this layer ("block") or all weights ("all").
         logit_bias: with `base`: initial bias of each head's image scores; default -10.
-        score_scale: initial value of a learned weight on the retrieval score; default: scores are not used.
+        score_scale: initial value of a learned weight on how far an image's retrieval score is below the score of the
+            token's best image; default: scores are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image. "auto" chooses
             the threshold that 95 % of the knowledge base's captions reach.
         questions: with min_score="auto": file of texts whose last tokens need images, instead of the captions.
@@ -63,6 +64,7 @@ class TrainingPlan:
             frozen.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
         image_dropout: share of the documents, different in each pass, that train without their images.
+        image_weight: weight of the training loss at tokens that see images.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
@@ -114,8 +116,9 @@ class TrainingPlan:
         "with --base: initial bias of each head's image scores (default: -10, at which images have almost no weight)"
     )
     score_scale: float | None = option(
-        "initial value of a learned weight on the retrieval score, added to the image's attention scores; the corpus "
-        "must be retrieved with scores (default: retrieval scores are not used)"
+        "initial value of a learned weight on how far an image's retrieval score is below that of the token's best "
+        "image, which lowers the image's attention scores; the corpus must be retrieved with scores (default: "
+        "retrieval scores are not used)"
     )
     min_score: float | str | None = option(
         "score threshold: a token whose best image has a lower retrieval score sees no image; auto: the threshold that "
@@ -150,6 +153,12 @@ class TrainingPlan:
         least=0,
         below=1,
         metavar="SHARE",
+    )
+    image_weight: float = option(
+        "weight of the training loss at tokens that see images, so that the model learns to read them sooner; ignored "
+        "by --twin text",
+        1.0,
+        least=0,
     )
     model: str | None = option(
         f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "
@@ -202,7 +211,10 @@ class TrainingPlan:
                 "give --tokenizer to `valm retrieve`"
             )
         of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
-        given = {name: getattr(self, name) for name in of_images} | {"image_dropout": self.image_dropout or None}
+        given = {name: getattr(self, name) for name in of_images} | {
+            "image_dropout": self.image_dropout or None,
+            "image_weight": None if self.image_weight == 1 else self.image_weight,
+        }
         for name, value in given.items():
             if value is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is for a model with images: give --kb too")

@@ -88,6 +88,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=plan.limit_softmax,
         image_dropout=plan.image_dropout if sees.num_images > 0 else 0.0,
+        image_weight=plan.image_weight if sees.num_images > 0 else 1.0,
         callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,
     )
     if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -146,7 +147,7 @@ def _open(plan: TrainingPlan, seed: int) -> Data:
     """Opens or retrieves the inputs of a training. Raises ValmError if the inputs do not belong together."""
     kb = None if plan.kb is None else ImageKnowledgeBase.open(plan.kb)
     corpus, tokenizer = _open_corpus(plan)
-    min_score = None if kb is None or plan.twin in ("text", "blind") else _min_score(plan, kb, corpus)
+    min_score = None if kb is None or plan.twin == "text" else _min_score(plan, kb, corpus)
 
     def with_images(documents: Any) -> Any:
         seen = with_min_score(documents, min_score)
@@ -208,7 +209,8 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
         source = ImageSource.of_knowledge_base(kb, **data.corpus.query_settings)
         of_clip = {"clip": data.corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
         retriever = model.finder.open(source, data.corpus.tokenizer, device=device, **of_clip)
-        model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
+        scored = None if data.min_score is None else kb
+        model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES, scored))
     return model
 
 

@@ -42,9 +42,10 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys, error_of):
     kept = {twin: load(tmp_path / twin)[0].fusion_options.min_score for twin in ("random", "shuffled", "blind", "text")}
     captions = kept["random"]
     assert captions is not None and captions != scores[0]
-    assert kept == {"random": captions, "shuffled": captions, "blind": None, "text": None}
+    assert kept == {"random": captions, "shuffled": captions, "blind": captions, "text": None}
     blind, _ = load(tmp_path / "blind")
     assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
+    assert blind.retriever.kb is not None and blind.retriever.kb.path == world / "kb"
     other = error_of(*train, "--out", tmp_path / "stored", "--min-score", "0.9", "--resume")
     assert "its --min-score is" in other
     early = ["train", "--kb", world / "kb", "--base", base, world / "corpus.txt", "--out", tmp_path / "early"]

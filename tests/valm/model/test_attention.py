@@ -63,7 +63,8 @@ def test_joint_attention_in_float64_by_hand(sink, scored):
     image = (keys @ images.query[batch, head, token]).double() * 0.25
     scores = [1.5 * torch.tanh(text / 1.5), 1.5 * torch.tanh(image / 1.5) + images.terms.logit_bias[head]]
     if scored:
-        scores[1] = scores[1] + 1.5 * images.scores[batch, token][index >= 0]
+        seen = images.scores[batch, token][index >= 0]
+        scores[1] = scores[1] + 1.5 * (seen - seen.max()) if len(seen) else scores[1]
     if sink is not None:
         scores.append(sink[head, None].double())
     weights = torch.cat(scores).softmax(0)

@@ -229,18 +229,19 @@ def test_what_the_images_count_for_learns_in_16_bits_as_in_32(name, start):
 
 
 @each_model
-def test_retrieval_scores_are_added_to_the_logits_of_images(make):
-    """Images with one score between them are those of a model whose bias of every head is higher by scale x score."""
+def test_retrieval_scores_compare_the_images_of_a_token(make):
+    """Equal scores change nothing, nor does a number that is added to all scores of a token."""
     model, ids, images = make(score_scale=1.5), random_ids(2, 9), random_images(2, 9)
     index = images["image_index"]
     module = fusion_module(model)
     with torch.no_grad():
         flat = model(ids, **images, image_scores=torch.full(index.shape, 0.6)).logits
         varied = model(ids, **images, image_scores=random_scores(index)).logits
+        higher = model(ids, **images, image_scores=random_scores(index) + torch.randn(2, 9, 1)).logits
         without = make()
         without.load_state_dict(model.state_dict(), strict=False)
-        fusion_module(without).logit_bias_delta.add_(module(images["image_pool"]).score_scale * 0.6)
         assert_agree(without(ids, **images).logits, flat)
+    assert_agree(higher, varied)
     assert (varied - flat).abs().max() > 1e-2
     model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())

@@ -24,7 +24,8 @@ def attended(block, x, **images):
 
 
 def expected(block, fusion, x, pool, index, retrieval_scores=None):
-    """Equations 3-7 of the paper, token by token and head by head, with the scaled retrieval scores if given."""
+    """Equations 3-7 of the paper, token by token and head by head, with the scaled retrieval scores, relative to the
+    best of a token, if given."""
     attention, x = block.attn, block.ln_1(x)
     width, heads, dim = attention.embed_dim, attention.num_heads, attention.head_dim
     query_w, key_w, value_w = attention.c_attn.weight.split(width, dim=1)
@@ -48,7 +49,8 @@ def expected(block, fusion, x, pool, index, retrieval_scores=None):
                 scores = torch.cat([text_k @ q, image_k @ q]) * attention.scaling
                 scores[i + 1 :] += logit_bias[h]
                 if retrieval_scores is not None:
-                    scores[i + 1 :] += score_scale * retrieval_scores[b, i][index[b, i] >= 0]
+                    seen = retrieval_scores[b, i][index[b, i] >= 0]
+                    scores[i + 1 :] += score_scale * (seen - seen.max()) if len(slots) else 0
                 out[b, i, part] = scores.softmax(0) @ torch.cat([text_v, image_v])
     return attention.c_proj(out)
 

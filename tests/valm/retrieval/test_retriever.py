@@ -295,6 +295,19 @@ def test_the_blind_retriever_gives_each_token_its_query(clip, batch):
     torch.testing.assert_close(stepped, by_step)
 
 
+def test_a_blind_retriever_has_the_scores_of_the_images_that_it_hides(clip, make_kb, batch):
+    ids, mask = batch
+    encoder, kb = ContextEncoder(clip, dtype=torch.float64), make_kb(30)
+    seeing = Retriever(encoder, kb, 3)(ids, mask)
+    for blind in (BlindRetriever(encoder, kb=kb), BlindRetriever(encoder, 100, kb)):
+        found = blind(ids, mask)
+        torch.testing.assert_close(found.scores[..., 0], seeing.scores[..., 0])
+        assert torch.equal(found.image_index[..., 0] < 0, seeing.image_index[..., 0] < 0)
+        state = blind.start(2)
+        steps = [blind.step(ids[:, i : i + 1], state, mask[:, i : i + 1]).scores for i in range(ids.shape[1])]
+        torch.testing.assert_close(torch.cat(steps, 1), found.scores)
+
+
 def test_a_blind_retriever_encodes_a_row_that_it_keeps_once(clip, batch, monkeypatch):
     ids, mask = batch
     blind = BlindRetriever(ContextEncoder(clip), cache_tokens=int(mask[0].sum()) + 1)  # room for the first row

@@ -249,9 +249,9 @@ def test_a_clip_alone_where_the_model_needs_a_knowledge_base(copy):
     set_identity(copy / "valm", identity(copy / "blind"))
     set_places(copy / "valm", read_places(copy / "blind"))
     model, tokenizer = load(copy / "valm")
-    with pytest.raises(ValmError, match=r"cannot be retrieved: a model that is not blind needs a knowledge base"):
+    with pytest.raises(ValmError, match=r"cannot be retrieved: this model needs a knowledge base, not only a CLIP"):
         model(torch.tensor([prompt_ids(tokenizer, "a red apple")]))
-    with pytest.raises(ValmError, match=r"^a model that is not blind needs a knowledge base: give it as kb \(--kb\)"):
+    with pytest.raises(ValmError, match=r"^this model needs a knowledge base, not only a CLIP: give it as kb \(--kb\)"):
         load(copy / "valm", clip=str(copy / "clip"))
 
 
