@@ -19,12 +19,15 @@ from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on. Results are pooled only if these fields agree.
-RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "reading")
 # Increased when the code samples or trains differently for the same fields.
-RECIPE_VERSION = 7
+RECIPE_VERSION = 8
 
 # How an arm is trained: not at all, by `valm train`, or by `studies.color.training`.
 BASE, TRAINED, CONTEXT = "base", "trained", "context"
+# What an arm is trained on: a study's `text` with its `training`; more text (`Reading`) with the same loss; or that
+# text with another loss.
+PLAIN, MORE_TEXT, READING = "plain", "more text", "reading"
 
 
 class Arm(NamedTuple):
@@ -36,6 +39,7 @@ class Arm(NamedTuple):
     twin: `--twin` of `valm train`, "text" for every model without images.
     made: one of BASE, TRAINED and CONTEXT.
     cut: trained with a score threshold (`min_score`), which all its tests use too.
+    training: one of PLAIN, MORE_TEXT and READING.
     """
 
     title: str
@@ -43,6 +47,7 @@ class Arm(NamedTuple):
     twin: str | None = None
     made: str = TRAINED
     cut: bool = False
+    training: str = PLAIN
 
 
 # Tests that replace the vectors of the retrieved images. Their answers are compared with the answers to the originals.
@@ -62,6 +67,20 @@ ARMS = {
     "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
     "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
     "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
+    "cut-text": Arm("VaLM with a score threshold, more text", ("retrieved",), cut=True, training=MORE_TEXT),
+    "reading": Arm(
+        "VaLM, trained to read images",
+        ("retrieved", "off", *EXCHANGES, *DOSES, "taken-out"),
+        cut=True,
+        training=READING,
+    ),
+    "reading-random": Arm("random images, same training", ("random",), "random", cut=True, training=READING),
+    "reading-blind": Arm(
+        "query control (Blind), same training and tokens", ("retrieved",), "blind", cut=True, training=READING
+    ),
+    "reading-blind-all": Arm(
+        "query control (Blind), same training, every token", ("retrieved",), "blind", training=READING
+    ),
 }
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
@@ -115,6 +134,19 @@ class TextSources(_Options, total=False):
     prose: _Prose
 
 
+class Reading(_Options, total=False):
+    """How the arms of MORE_TEXT and READING are trained.
+
+    text: the sources of their text, as in `StudyConfig`.
+    batch_size: documents a step, as much of every other text as in `training`.
+    loss: options of `valm train` that change the loss, for the arms of READING only.
+    """
+
+    text: TextSources
+    batch_size: _Some
+    loss: dict[str, Any]
+
+
 # A source without options is an empty line of YAML.
 _Source = Annotated[PictureSource, BeforeValidator(lambda value: {} if value is None else value)]
 
@@ -132,6 +164,7 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
+        reading: the text and the loss of the arms that are trained to read images.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.
@@ -143,11 +176,27 @@ class StudyConfig:
     clip: dict[str, Any]
     text: TextSources
     training: dict[str, Any]
-    arms: tuple[_Arm, ...] = tuple(ARMS)
+    arms: tuple[_Arm, ...] = tuple(name for name, arm in ARMS.items() if arm.training == PLAIN)
     tests: tuple[_Test, ...] = TESTS
     seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
     images: Count = 4
+    reading: Reading | None = None
     allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reading is None and any(ARMS[name].training != PLAIN for name in self.arms):
+            raise ValueError("some arms are trained to read images: give `reading`, or leave these arms out")
+
+    def training_of(self, arm: Arm) -> dict[str, Any]:
+        """The options of `valm train` for an arm."""
+        settings = dict(self.training)
+        if self.reading is not None and arm.training != PLAIN:
+            settings["batch_size"] = self.reading.get("batch_size", settings.get("batch_size"))
+        if self.reading is not None and arm.training == READING:
+            settings |= self.reading.get("loss", {})
+        if arm.twin == "random":
+            settings.pop("score_scale", None)  # the scores of random images are unknown
+        return settings
 
     @property
     def recipe(self) -> str:

@@ -30,7 +30,7 @@ import valm_kernels
 from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.captions import Captions
 from studies.color.clip import image_tower
-from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, Arm
+from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, PLAIN, RECIPE, VALIDATION, Arm, TextSources
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
 from studies.color.seed_scores import Scoring
@@ -52,6 +52,8 @@ RESULTS_FILE = "results.json"
 # Two tables of pictures: those that show an item of MemoryColor or ColorTerms, and the rest.
 ITEMS, OTHERS = "items.csv", "others.csv"
 RETRIEVAL = "retrieval-train"
+# The text of the arms that are trained to read images, and its images.
+READING_TEXT, READING_RETRIEVAL = "text-reading", "retrieval-reading"
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
 
@@ -147,7 +149,10 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     stage = Stages(folder / "stages.json", f"seed {seed}, ", study.progress)
     pictures = read_pictures(study.pictures)
     arms = {name: ARMS[name] for name in config.arms}
-    stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
+    stage("text", lambda: _write_text(study, pictures, seed, config.text, folder / "text"))
+    if (reading := config.reading) is not None:
+        more = partial(_write_text, study, pictures, seed, reading.get("text", config.text), folder / READING_TEXT)
+        stage(READING_TEXT, more)
     _prepare(study, seed, base, folder, arms.values(), stage)
     for name, arm in arms.items():
         if arm.made != BASE:
@@ -184,8 +189,14 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[
     doses = [dose for dose in DOSES if any(dose in arm.tests for arm in arms)]
     for dose in doses:
         stage(f"{KB}-{dose}", partial(add_dose, dose))
-    options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", folder / RETRIEVAL, *hub)
-    stage(RETRIEVAL, lambda: study.valm("retrieve", folder / "text" / "train.jsonl", *options))
+    options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, *hub)
+
+    def retrieve(text: str, out: str) -> None:
+        study.valm("retrieve", folder / text / "train.jsonl", *options, "--out", folder / out)
+
+    stage(RETRIEVAL, lambda: retrieve("text", RETRIEVAL))
+    if config.reading is not None:
+        stage(READING_RETRIEVAL, lambda: retrieve(READING_TEXT, READING_RETRIEVAL))
 
 
 def _dose_table(study: Study, seed: int, dose: str) -> str:
@@ -197,9 +208,9 @@ def _dose_table(study: Study, seed: int, dose: str) -> str:
     return name
 
 
-def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path) -> None:
+def _write_text(study: Study, pictures: Sequence[Picture], seed: int, sources: TextSources, out: Path) -> None:
     names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
-    text = study_text(study.config.text, pictures, names, seed=seed, head_noun_items=heads)
+    text = study_text(sources, pictures, names, seed=seed, head_noun_items=heads)
     text.write(out)
 
 
@@ -220,12 +231,13 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     folder = study.seed_folder(seed)
     out = folder / name
     study.valm(
-        *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
+        *("train", "--base", base, "--kb", folder / KB_OTHERS),
+        *("--retrieval", folder / (RETRIEVAL if arm.training == PLAIN else READING_RETRIEVAL)),
         *(["--twin", arm.twin] if arm.twin else []),
         *(["--min-score", "auto"] if arm.cut else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(study.config.training),
+        *as_options(study.config.training_of(arm)),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     _remove_checkpoints(out)

@@ -42,10 +42,19 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
     assert config.recipe != before
 
 
+def test_what_each_arm_is_trained_with(tmp_path):
+    reading = "reading: {text: {glosses: {}}, batch_size: 9, loss: {image_weight: 5, score_scale: 3}}\n"
+    config = config_of(tmp_path, SMALL + reading)
+    more, read = {"steps": 3, "batch_size": 9}, {"image_weight": 5, "score_scale": 3}
+    expected = {"cut": {"steps": 3}, "cut-text": more, "reading": more | read, "reading-blind": more | read}
+    expected["reading-random"] = more | {"image_weight": 5}  # random images have no scores
+    assert {name: config.training_of(ARMS[name]) for name in expected} == expected
+
+
 def test_the_studies_of_the_repository_are_read():
     folder = Path(study_config.__file__).parent
     full = read_config(folder / "full.yaml")
-    assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS), (10, 11, 12, 13, 14))
+    assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS)[:7], (10, 11, 12, 13, 14))
     assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
 
@@ -60,6 +69,8 @@ def test_the_studies_of_the_repository_are_read():
         ("text: {glosses: {}}", "text: {lambada: {}}", "text.lambada: Extra inputs are not permitted"),
         ("clip: {steps: 2}", "clip: {steps: 2026-01-01}", "date is not JSON"),
         ("name: tiny\n", "", "name: Field required"),
+        ("arms: [twin, cut]", "arms: [reading]", "give `reading`, or leave these arms out"),
+        ("seeds: [3]", "reading: {texts: {}}", "reading.texts: Extra inputs are not permitted"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, said):

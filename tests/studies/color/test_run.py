@@ -66,6 +66,7 @@ def world(tmp_path_factory):
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0} | {"mix": 0.5},
+        "reading": {"text": {"templates": {"count": 50}}, "batch_size": 5, "loss": {"image_weight": 2}},
         "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
@@ -83,7 +84,7 @@ def study_of(world, command=main, **options):
 @pytest.mark.timeout(1200)
 def test_a_whole_study(world, capsys):
     def killed(line):
-        if line[0] == "train" and line[line.index("--out") + 1].endswith("/blind"):
+        if line[0] == "train" and line[line.index("--out") + 1].endswith("/reading-blind-all"):
             raise KeyboardInterrupt
         return main(line)
 
@@ -91,7 +92,7 @@ def test_a_whole_study(world, capsys):
         run_study(study_of(world, killed))
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
-    assert [line[:2] for line in lines] == [["train", "--base"]]  # Blind: all else was finished
+    assert [line[:2] for line in lines] == [["train", "--base"]]  # all else was finished
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
@@ -102,8 +103,8 @@ def test_a_whole_study(world, capsys):
     assert {of for of, _ in doses} == {"memory_color", "color_terms"}
     tables = [(world / f"out/pictures/seed-3-{dose}.csv").read_text().splitlines() for dose in DOSES]
     assert all(set(fewer) <= set(more) for more, fewer in itertools.pairwise(tables))
-    # hidden states of what is trained on, alone and behind captions, and of questions, alone and behind captions
-    assert len(list((world / "out/below").iterdir())) == 4
+    # hidden states of both texts, of a text behind captions, and of questions, alone and behind captions
+    assert len(list((world / "out/below").iterdir())) == 5
     assert EXCHANGES[0] in {row.measure for row in results.rows}
     answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
