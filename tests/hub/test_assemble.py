@@ -118,7 +118,7 @@ kernel = load("cuda")
 for result, wanted in zip(attend(kernel, "triton"), attend(kernel, "reference"), strict=True):
     torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
 ops = getattr(torch.ops, kernel.__name__)
-inputs = (*tensors, None, image_index, *[None] * 9, True, 0.25, None, None, "triton", False)
+inputs = (*tensors, None, image_index, *[None] * 8, True, 0.25, None, None, "triton", False)
 torch.library.opcheck(ops.visual_fusion_attn.default, inputs)
 fused = lambda q: kernel.visual_fusion_attn(q, *tensors[1:], image_index=image_index, impl="triton")
 compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
