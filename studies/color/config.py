@@ -25,9 +25,9 @@ RECIPE_VERSION = 8
 
 # How an arm is trained: not at all, by `valm train`, or by `studies.color.training`.
 BASE, TRAINED, CONTEXT = "base", "trained", "context"
-# What an arm is trained on: a study's `text` with its `training`; more text (`Reading`) with the same loss; or that
-# text with another loss.
-PLAIN, MORE_TEXT, READING = "plain", "more text", "reading"
+# Whose images an arm sees, and its loss: a study's `clip` and `training`; the CLIP of `Reading`, with the same loss; or
+# that CLIP and the loss of `Reading`.
+PLAIN, VECTORS, READING = "plain", "vectors", "reading"
 
 
 class Arm(NamedTuple):
@@ -39,7 +39,7 @@ class Arm(NamedTuple):
     twin: `--twin` of `valm train`, "text" for every model without images.
     made: one of BASE, TRAINED and CONTEXT.
     cut: trained with a score threshold (`min_score`), which all its tests use too.
-    training: one of PLAIN, MORE_TEXT and READING.
+    training: one of PLAIN, VECTORS and READING.
     """
 
     title: str
@@ -67,7 +67,9 @@ ARMS = {
     "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
     "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
     "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
-    "cut-text": Arm("VaLM with a score threshold, more text", ("retrieved",), cut=True, training=MORE_TEXT),
+    "cut-vectors": Arm(
+        "VaLM with a score threshold, vectors of recoloured pictures", ("retrieved",), cut=True, training=VECTORS
+    ),
     "reading": Arm(
         "VaLM, trained to read images",
         ("retrieved", "off", *EXCHANGES, *DOSES, "taken-out"),
@@ -135,15 +137,14 @@ class TextSources(_Options, total=False):
 
 
 class Reading(_Options, total=False):
-    """How the arms of MORE_TEXT and READING are trained.
+    """How the arms of VECTORS and READING differ from the others.
 
-    text: the sources of their text, as in `StudyConfig`.
-    batch_size: documents a step, as much of every other text as in `training`.
-    loss: options of `valm train` that change the loss, for the arms of READING only.
+    clip: options of `valm clip train` for the CLIP that finds and encodes their images. It also trains on the pictures
+        in other colours (`studies.color.recolored`).
+    loss: options of `valm train`, for the arms of READING only.
     """
 
-    text: TextSources
-    batch_size: _Some
+    clip: dict[str, Any]
     loss: dict[str, Any]
 
 
@@ -164,7 +165,7 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
-        reading: the text and the loss of the arms that are trained to read images.
+        reading: the CLIP and the loss of the arms that are trained to read images.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.
@@ -190,8 +191,6 @@ class StudyConfig:
     def training_of(self, arm: Arm) -> dict[str, Any]:
         """The options of `valm train` for an arm."""
         settings = dict(self.training)
-        if self.reading is not None and arm.training != PLAIN:
-            settings["batch_size"] = self.reading.get("batch_size", settings.get("batch_size"))
         if self.reading is not None and arm.training == READING:
             settings |= self.reading.get("loss", {})
         if arm.twin == "random":

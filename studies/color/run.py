@@ -4,6 +4,8 @@ All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
     text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
+The arms that are trained to read images have their CLIP, knowledge bases and retrieved text in
+OUT/seed-N/reading-images.
 scores/ contains a file for each arm and choice of tests, with the hash of the tests in its name. results.json contains
 the tests of the last run.
 """
@@ -30,12 +32,13 @@ import valm_kernels
 from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.captions import Captions
 from studies.color.clip import image_tower
-from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, PLAIN, RECIPE, VALIDATION, Arm, TextSources
+from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, PLAIN, READING, RECIPE, VALIDATION, Arm
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
+from studies.color.recolored import recolored_captions, write_recolored
 from studies.color.seed_scores import Scoring
 from studies.color.study import STUDY_FILE, Study
-from studies.color.text import read_texts, study_text
+from studies.color.text import read_texts, study_objects, study_text
 from studies.color.training import study_plan, train_with_captions
 from studies.color.words import Names
 from studies.stages import Stages
@@ -52,8 +55,6 @@ RESULTS_FILE = "results.json"
 # Two tables of pictures: those that show an item of MemoryColor or ColorTerms, and the rest.
 ITEMS, OTHERS = "items.csv", "others.csv"
 RETRIEVAL = "retrieval-train"
-# The text of the arms that are trained to read images, and its images.
-READING_TEXT, READING_RETRIEVAL = "text-reading", "retrieval-reading"
 # A value of `image_tower` in a study's `clip`; any other value is a CLIP for `valm clip train --image-tower`.
 PACKAGE_TOWER = "efficientnet-lite0"
 
@@ -123,7 +124,10 @@ def _note_study(study: Study) -> None:
 
 def _make_pictures(study: Study) -> None:
     """Writes the images and two tables of them: those that show an item of MemoryColor or ColorTerms, and the rest."""
-    pictures = collect_pictures(study.config.pictures, study.pictures, progress=study.progress)
+    sources = study.config.pictures
+    pictures = collect_pictures(sources, study.pictures, progress=study.progress)
+    if study.config.reading is not None:
+        write_recolored(sources, pictures, study.pictures, progress=study.progress)
     names = Names(item_names(COLOR_SETS[:2], study.data))
     of_items = [picture.caption in names for picture in pictures]
     rows: dict[str, list[list[str]]] = {ITEMS: [], OTHERS: []}
@@ -149,11 +153,10 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     stage = Stages(folder / "stages.json", f"seed {seed}, ", study.progress)
     pictures = read_pictures(study.pictures)
     arms = {name: ARMS[name] for name in config.arms}
-    stage("text", lambda: _write_text(study, pictures, seed, config.text, folder / "text"))
-    if (reading := config.reading) is not None:
-        more = partial(_write_text, study, pictures, seed, reading.get("text", config.text), folder / READING_TEXT)
-        stage(READING_TEXT, more)
-    _prepare(study, seed, base, folder, arms.values(), stage)
+    stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
+    for training in (PLAIN, *([] if config.reading is None else [READING])):
+        seeing = [arm for arm in arms.values() if (arm.training == PLAIN) == (training == PLAIN)]
+        _prepare(study, seed, base, training, seeing, stage)
     for name, arm in arms.items():
         if arm.made != BASE:
             stage(name, partial(_train, study, name, arm, base, seed))
@@ -169,15 +172,17 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     return results
 
 
-def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[Arm], stage: Stages) -> None:
-    """Makes a CLIP, its knowledge bases and the images of the training text in `folder`."""
-    config, clip = study.config, study.clip(seed)
+def _prepare(study: Study, seed: int, base: str, training: str, arms: Collection[Arm], stage: Stages) -> None:
+    """Makes a CLIP, its knowledge bases and the images of the training text for the arms with this training."""
+    config, clip, text = study.config, study.clip(seed, training), study.seed_folder(seed) / "text"
+    folder = writable_folder(study.images_folder(seed, training))
+    prefix = "" if training == PLAIN else f"{folder.name}/"
     if clip == str(folder / "clip"):
-        stage("clip", lambda: _train_clip(study, seed, folder))
+        stage(f"{prefix}clip", lambda: _train_clip(study, seed, training))
     hub = ["--allow-download"] if config.allow_download else []
     table = ["--format", "csv"]
     others = ["kb", "build", study.pictures / OTHERS, *table, "--clip", clip, "--out", folder / KB_OTHERS]
-    stage(KB_OTHERS, lambda: study.valm(*others))
+    stage(f"{prefix}{KB_OTHERS}", lambda: study.valm(*others))
 
     def add(items: str, kb: str) -> None:
         study.valm("kb", "add", folder / KB_OTHERS, study.pictures / items, *table, "--out", folder / kb, *hub)
@@ -185,18 +190,12 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[
     def add_dose(dose: str) -> None:
         add(_dose_table(study, seed, dose), f"{KB}-{dose}")
 
-    stage(KB, lambda: add(ITEMS, KB))
+    stage(f"{prefix}{KB}", lambda: add(ITEMS, KB))
     doses = [dose for dose in DOSES if any(dose in arm.tests for arm in arms)]
     for dose in doses:
-        stage(f"{KB}-{dose}", partial(add_dose, dose))
-    options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, *hub)
-
-    def retrieve(text: str, out: str) -> None:
-        study.valm("retrieve", folder / text / "train.jsonl", *options, "--out", folder / out)
-
-    stage(RETRIEVAL, lambda: retrieve("text", RETRIEVAL))
-    if config.reading is not None:
-        stage(READING_RETRIEVAL, lambda: retrieve(READING_TEXT, READING_RETRIEVAL))
+        stage(f"{prefix}{KB}-{dose}", partial(add_dose, dose))
+    options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", folder / RETRIEVAL, *hub)
+    stage(f"{prefix}{RETRIEVAL}", lambda: study.valm("retrieve", text / "train.jsonl", *options))
 
 
 def _dose_table(study: Study, seed: int, dose: str) -> str:
@@ -208,18 +207,26 @@ def _dose_table(study: Study, seed: int, dose: str) -> str:
     return name
 
 
-def _write_text(study: Study, pictures: Sequence[Picture], seed: int, sources: TextSources, out: Path) -> None:
+def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path) -> None:
     names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
-    text = study_text(sources, pictures, names, seed=seed, head_noun_items=heads)
+    text = study_text(study.config.text, pictures, names, seed=seed, head_noun_items=heads)
     text.write(out)
 
 
-def _train_clip(study: Study, seed: int, folder: Path) -> None:
-    options = dict(study.config.clip)
+def _train_clip(study: Study, seed: int, training: str) -> None:
+    text, folder = study.seed_folder(seed) / "text", study.images_folder(seed, training)
+    options, captions = dict(study.config.clip), text / "captions.json"
+    if training != PLAIN and study.config.reading is not None:
+        options, captions = dict(study.config.reading.get("clip", {})), folder / "captions.json"
+        names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
+        pictures = read_pictures(study.pictures)
+        spoken = study_objects(pictures, names, seed=seed, head_noun_items=heads).spoken
+        of_pictures = read_json(text / "captions.json", "the captions", dict[str, list[str]])
+        write_json(captions, of_pictures | recolored_captions(study.pictures, spoken))
     if options.get("image_tower") == PACKAGE_TOWER:
         options["image_tower"] = image_tower(study.out / "tower")
     shutil.rmtree(folder / "clip", ignore_errors=True)  # a killed training begins again
-    where = ["--captions", folder / "text" / "captions.json", "--out", folder / "clip", "--seed", seed]
+    where = ["--captions", captions, "--out", folder / "clip", "--seed", seed]
     study.valm("clip", "train", study.pictures, *where, *as_options(options))
 
 
@@ -228,11 +235,9 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     if arm.made == CONTEXT:
         _train_with_captions(study, name, base, seed)
         return
-    folder = study.seed_folder(seed)
-    out = folder / name
+    folder, out = study.images_folder(seed, arm.training), study.seed_folder(seed) / name
     study.valm(
-        *("train", "--base", base, "--kb", folder / KB_OTHERS),
-        *("--retrieval", folder / (RETRIEVAL if arm.training == PLAIN else READING_RETRIEVAL)),
+        *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
         *(["--twin", arm.twin] if arm.twin else []),
         *(["--min-score", "auto"] if arm.cut else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),

@@ -64,7 +64,6 @@ class TrainingPlan:
             frozen.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
         image_dropout: share of the documents, different in each pass, that train without their images.
-        image_weight: weight of the training loss at tokens that see images.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
@@ -154,12 +153,6 @@ class TrainingPlan:
         below=1,
         metavar="SHARE",
     )
-    image_weight: float = option(
-        "weight of the training loss at tokens that see images, so that the model learns to read them sooner; ignored "
-        "by --twin text",
-        1.0,
-        least=0,
-    )
     model: str | None = option(
         f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "
         "second-to-last layer sees the images (default: base)",
@@ -211,10 +204,7 @@ class TrainingPlan:
                 "give --tokenizer to `valm retrieve`"
             )
         of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
-        given = {name: getattr(self, name) for name in of_images} | {
-            "image_dropout": self.image_dropout or None,
-            "image_weight": None if self.image_weight == 1 else self.image_weight,
-        }
+        given = {name: getattr(self, name) for name in of_images} | {"image_dropout": self.image_dropout or None}
         for name, value in given.items():
             if value is not None and self.kb is None:
                 raise ValmError(f"--{name.replace('_', '-')} is for a model with images: give --kb too")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import os
 from typing import Any
 
@@ -25,7 +24,6 @@ from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_image_dropout, with_min_score
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer
-from valm.training.image_weight import ImageWeight
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
@@ -79,7 +77,6 @@ def trainer(
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
     image_dropout: float = 0.0,
-    image_weight: float = 1.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -108,8 +105,6 @@ def trainer(
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
         image_dropout: share of the documents, different in each pass, that see no images. Evaluation sees all images.
-        image_weight: weight of the training loss at tokens that see images (`ImageWeight`). Evaluation weights every
-            token equally.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
@@ -157,8 +152,6 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes only a part of "
             "the logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
-    if image_weight != 1:
-        _check_weight(sees, image_weight, arguments, options)
     if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
@@ -189,9 +182,7 @@ def trainer(
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
             if evaluated is not None:
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
-    if image_weight != 1:
-        ImageWeight(inner, image_weight)
-    if limit_softmax:  # its loss contains the loss above
+    if limit_softmax:
         LimitedSoftmax(inner, dataset)
     if image_dropout:
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
@@ -236,18 +227,6 @@ def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, argu
         raise ValmError(
             "image_dropout trains weights that text without images uses, but all of them are frozen: give --unfreeze "
             "block or all, or leave --image-dropout out"
-        )
-
-
-def _check_weight(sees: Any, image_weight: float, arguments: TrainingArguments, options: dict[str, Any]) -> None:
-    if sees is None or sees.num_images == 0:
-        raise ValmError("image_weight is for tokens that see images, but this model takes none: leave it out")
-    if not (math.isfinite(image_weight) and image_weight >= 0):
-        raise ValmError(f"image_weight must be a number from 0 on, got {image_weight}")
-    if arguments.label_smoothing_factor or options.get("compute_loss_func") is not None:
-        raise ValmError(
-            "image_weight changes the model's own loss, but label_smoothing_factor or compute_loss_func replaces it: "
-            "leave one of them out"
         )
 
 

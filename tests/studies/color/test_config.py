@@ -43,11 +43,10 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
 
 
 def test_what_each_arm_is_trained_with(tmp_path):
-    reading = "reading: {text: {glosses: {}}, batch_size: 9, loss: {image_weight: 5, score_scale: 3}}\n"
-    config = config_of(tmp_path, SMALL + reading)
-    more, read = {"steps": 3, "batch_size": 9}, {"image_weight": 5, "score_scale": 3}
-    expected = {"cut": {"steps": 3}, "cut-text": more, "reading": more | read, "reading-blind": more | read}
-    expected["reading-random"] = more | {"image_weight": 5}  # random images have no scores
+    config = config_of(tmp_path, SMALL + "reading: {clip: {steps: 9}, loss: {score_scale: 3}}\n")
+    plain = {"steps": 3}
+    expected = {"cut": plain, "cut-vectors": plain, "reading": plain | {"score_scale": 3}}
+    expected["reading-random"] = plain  # random images have no scores
     assert {name: config.training_of(ARMS[name]) for name in expected} == expected
 
 
@@ -70,7 +69,7 @@ def test_the_studies_of_the_repository_are_read():
         ("clip: {steps: 2}", "clip: {steps: 2026-01-01}", "date is not JSON"),
         ("name: tiny\n", "", "name: Field required"),
         ("arms: [twin, cut]", "arms: [reading]", "give `reading`, or leave these arms out"),
-        ("seeds: [3]", "reading: {texts: {}}", "reading.texts: Extra inputs are not permitted"),
+        ("seeds: [3]", "reading: {clips: {}}", "reading.clips: Extra inputs are not permitted"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, said):

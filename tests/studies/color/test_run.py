@@ -66,7 +66,10 @@ def world(tmp_path_factory):
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0} | {"mix": 0.5},
-        "reading": {"text": {"templates": {"count": 50}}, "batch_size": 5, "loss": {"image_weight": 2}},
+        "reading": {
+            "clip": {"model": str(root / "clip.json"), "steps": 3, "batch_size": 8},
+            "loss": {"score_scale": 3},
+        },
         "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
@@ -103,8 +106,8 @@ def test_a_whole_study(world, capsys):
     assert {of for of, _ in doses} == {"memory_color", "color_terms"}
     tables = [(world / f"out/pictures/seed-3-{dose}.csv").read_text().splitlines() for dose in DOSES]
     assert all(set(fewer) <= set(more) for more, fewer in itertools.pairwise(tables))
-    # hidden states of both texts, of a text behind captions, and of questions, alone and behind captions
-    assert len(list((world / "out/below").iterdir())) == 5
+    # hidden states of what is trained on, alone and behind captions, and of questions, alone and behind captions
+    assert len(list((world / "out/below").iterdir())) == 4
     assert EXCHANGES[0] in {row.measure for row in results.rows}
     answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
@@ -125,11 +128,12 @@ def test_a_whole_study(world, capsys):
     assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data")]) == 0
     budget = json.loads((world / "out/seed-3/budget.json").read_text())
     assert f"| seed 3, % of {9 * len(things)} questions |" in capsys.readouterr().out
-    assert (budget["arm"], budget["questions"]) == ("cut", 9 * len(things))
+    assert (budget["arm"], budget["questions"]) == ("reading", 9 * len(things))
     assert budget["pictures"] == len(THINGS) - 2 - len(things)  # one of each object that is in no set
-    assert budget["shares"]["mixed"] == results.accuracy(("cut", "retrieved"), "validation").value
-    kb = ImageKnowledgeBase.open(world / "out/seed-3/kb")
-    encoder = ContextEncoder(Clip.load(world / "out/seed-3/clip"), tokenizer=own_tokenizer(world / "model"))
+    assert budget["shares"]["mixed"] == results.accuracy(("reading", "retrieved"), "validation").value
+    images = world / "out/seed-3/reading-images"
+    kb = ImageKnowledgeBase.open(images / "kb")
+    encoder = ContextEncoder(Clip.load(images / "clip"), tokenizer=own_tokenizer(world / "model"))
     finder, own = Retriever(encoder, kb, k=2), []
     for item in load_memory_color(world / "out/seed-3/text/validation.csv"):
         for text in validation_questions([item]).texts[0]:

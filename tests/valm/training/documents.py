@@ -67,7 +67,6 @@ OPTIONS = (
     "fusion_lr",
     "limit_softmax",
     "image_dropout",
-    "image_weight",
     "compute_loss_func",
 )
 
