@@ -1,4 +1,4 @@
-"""From which length on flash attention is said to be faster, with a stand-in for the card."""
+"""From which length on flash or cuDNN's attention is said to be faster, with a stand-in for the card."""
 
 import json
 
@@ -7,12 +7,12 @@ import torch
 
 from benchmarks.outcomes import DEVICE_LOST
 from benchmarks.valm_kernels import measure_crossover
-from benchmarks.valm_kernels.measure_crossover import IMPLS, LENGTHS, TOKENS, cases, measure, read_times, shortest
+from benchmarks.valm_kernels.measure_crossover import CUDNN, LENGTHS, TOKENS, cases, measure, read_times, shortest
 from benchmarks.valm_kernels.tune_tiles import BEGUN_AGAIN, Case, launches, works
 from tests.checks.triton.compile_record import specialise
-from valm_kernels.visual_fusion import crossover
+from valm_kernels.visual_fusion import crossover, flash
 
-ONE, TWO = IMPLS
+ONE, TWO = measure_crossover.ONE_KERNEL, measure_crossover.FLASH
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def card(monkeypatch):
     def do_bench_cudagraph(call, rep, return_mode):
         call()
         case = measured[-1]
-        time = times.get((case.head_dim, case.keys, TWO if case.flash else ONE), 1.0)
+        impl = ONE if not case.flash else CUDNN if flash.uses_cudnn(None) else TWO
+        time = times.get((case.head_dim, case.keys, impl), 1.0)
         if isinstance(time, BaseException):
             raise time
         return time
@@ -38,11 +39,16 @@ def card(monkeypatch):
     return times, measured
 
 
+def lengths(folder, name="keys"):
+    """The measured lengths as the package reads them, by compute capability and head dimension."""
+    return {size: entry[name] for size, entry in crossover.read_measured(folder / "crossover.json").items()}
+
+
 def test_each_length_has_the_same_tokens_and_a_backward():
     found = list(cases())
-    assert len(found) == 3 * len(LENGTHS) * len(IMPLS)
+    assert len(found) == (3 + 3 + 2) * len(LENGTHS)  # cuDNN does not support 256
     for head_dim, length, impl, case in found:
-        assert (case.head_dim, case.queries, case.keys, case.flash) == (head_dim, length, length, impl == TWO)
+        assert (case.head_dim, case.queries, case.keys, case.flash) == (head_dim, length, length, impl != ONE)
         assert case.batch * length == TOKENS and "query" in case.kernels
 
 
@@ -59,7 +65,7 @@ def test_all_it_launches_was_compiled_for_the_tiles():
 
 
 @pytest.mark.parametrize(
-    ("flash", "keys"),
+    ("two", "keys"),
     [
         ([2, 2, 0.9, 0.9, 0.9], 2048),
         ([0.9, 2, 0.9, 0.9, 0.9], 2048),
@@ -69,10 +75,43 @@ def test_all_it_launches_was_compiled_for_the_tiles():
         ([2, 2, 2, 2, 0.9], 8192),
     ],
 )
-def test_the_length_is_the_least_from_which_on_flash_attention_was_faster(flash, keys):
+def test_the_length_is_the_least_from_which_on_flash_attention_was_faster(two, keys):
     times = {(64, length, ONE): (1.0, "") for length in LENGTHS}
-    times |= {(64, length, TWO): (time, "") for length, time in zip(LENGTHS, flash, strict=True)}
-    assert shortest(times, 64) == keys
+    times |= {(64, length, TWO): (time, "") for length, time in zip(LENGTHS, two, strict=True)}
+    assert shortest(times, 64, ONE, TWO) == keys
+
+
+@pytest.mark.parametrize(
+    ("two", "cudnn", "keys"),
+    [
+        ([2, 2, 0.9, 0.9, 0.9], [2, 0.8, 0.8, 0.8, 0.8], 1024),
+        ([2, 0.7, 0.9, 0.9, 0.9], [2, 0.8, 0.8, 0.8, 0.8], 2048),  # flash attention is faster at 1,024
+        ([0.7] * 5, [0.8] * 5, None),
+        ([2] * 5, [1.1] * 5, None),
+        ([0.9] * 5, [0.89] * 5, None),  # 1 % may be chance
+        ([0.9] * 5, [0.8, 0.8, RuntimeError("cuDNN Frontend error"), 0.8, 0.8], None),
+        ([0.9] * 5, [2, RuntimeError("cuDNN Frontend error"), 2, 0.8, 0.8], None),
+    ],
+)
+def test_cudnn_is_taken_from_the_length_on_where_it_was_faster_than_both(card, tmp_path, two, cudnn, keys):
+    times, _ = card
+    for impl, column in ((TWO, two), (CUDNN, cudnn)):
+        times |= {(64, length, impl): time for length, time in zip(LENGTHS, column, strict=True)}
+    assert measure(tmp_path) == []
+    assert lengths(tmp_path, "cudnn_keys") == {(90, 64): keys, (90, 128): None, (90, 256): None}
+    assert read_times(tmp_path / "crossover.csv")[64, 4096, CUDNN][0] == cudnn[3]
+
+
+def test_cudnn_is_not_taken_with_other_results(card, monkeypatch, tmp_path):
+    times, _ = card
+    times |= {(head_dim, length, CUDNN): 0.5 for head_dim in (64, 128) for length in LENGTHS}
+
+    def agrees(case, inputs):
+        return not (flash.uses_cudnn(inputs) and (case.head_dim, case.keys) == (64, 512))
+
+    monkeypatch.setattr(measure_crossover, "has_results_of_one_kernel", agrees)
+    assert measure(tmp_path) == []
+    assert lengths(tmp_path, "cudnn_keys") == {(90, 64): None, (90, 128): 512, (90, 256): None}
 
 
 def test_the_package_reads_what_was_measured(card, monkeypatch, tmp_path):
@@ -80,14 +119,14 @@ def test_the_package_reads_what_was_measured(card, monkeypatch, tmp_path):
     times |= {(64, 4096, TWO): 0.8, (64, 8192, TWO): 0.7, (256, 8192, TWO): RuntimeError("out of memory")}
     measure(tmp_path)
     # at 256 a time is missing
-    assert crossover.read_measured(tmp_path / "crossover.json") == {(90, 64): (4096, 8192), (90, 128): (None, 8192)}
+    assert lengths(tmp_path) == {(90, 64): 4096, (90, 128): None}
     assert len(measured) == len(list(cases()))
     entry = json.loads((tmp_path / "crossover.json").read_text())[0]
     assert (entry["device"], entry["torch"]) == ("a card", torch.__version__)
     del times[256, 8192, TWO]  # what failed once may have been short of memory
     assert measure(tmp_path) == []
     assert len(measured) == len(list(cases())) + 1, "measured again"
-    assert (90, 256) in crossover.read_measured(tmp_path / "crossover.json")
+    assert (90, 256) in lengths(tmp_path)
 
 
 def test_no_length_without_all_times_or_from_other_results(card, monkeypatch, tmp_path):
@@ -101,7 +140,7 @@ def test_no_length_without_all_times_or_from_other_results(card, monkeypatch, tm
         with pytest.raises(SystemExit, match=r"times are missing:\n(.*\n)*flash.* at 512 keys of 128: other results"):
             measure_crossover.main()
     assert len(measured) == len(list(cases())) + len(LENGTHS)
-    assert list(crossover.read_measured(tmp_path / "crossover.json")) == [(90, 256)]
+    assert list(lengths(tmp_path)) == [(90, 256)]
 
 
 def test_a_lost_card_ends_the_process_and_the_next_goes_on(card, monkeypatch, tmp_path):
@@ -132,5 +171,4 @@ def test_what_was_stopped_is_tried_again_and_what_kills_the_process_twice(card, 
     measure(tmp_path)
     assert len(measured) == len(list(cases())) + 2
     assert read_times(tmp_path / "crossover.csv")[64, 512, TWO] == (None, BEGUN_AGAIN)
-    assert crossover.read_measured(tmp_path / "crossover.json")[90, 128] == (512, 8192)
-    assert (90, 64) not in crossover.read_measured(tmp_path / "crossover.json")
+    assert lengths(tmp_path) == {(90, 128): 512, (90, 256): None}

@@ -4,7 +4,8 @@ The images of a query take registers that a tile of text products could use, so 
 for long texts (crossover.py).
 
 `torch.nn.attention.activate_flash_attention_impl` replaces the operators used here: after "FA3" or "FA4" they run
-FlashAttention-3 or -4.
+FlashAttention-3 or -4. Otherwise cuDNN's attention takes the place of flash attention where gpu-check has measured that
+it is right and faster.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from . import crossover
 from .inputs import Inputs
+from .layout import empty_rows_like, into
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 # Flash attention for packed documents, with tokens before heads.
 _packed_flash = torch.ops.aten._flash_attention_forward.default
 _packed_flash_backward = torch.ops.aten._flash_attention_backward.default
+_cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+_cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 # Used under Triton's interpreter, with CPU tensors.
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -34,6 +38,8 @@ SERVED = {"FA3": ((9,), 256), "FA4": ((9, 10), 128)}
 # PyTorch's own has no backward for head dimensions from the first to the second on GPUs of these compute capabilities,
 # whose blocks have 99 KiB of shared memory.
 NO_BACKWARD, SMALL_BLOCKS = (193, 224), (86, 89, 120, 121)
+# cuDNN's attention supports larger head dimensions only on some GPUs.
+CUDNN_DIM = 128
 
 NAME = "flash+triton"
 
@@ -46,10 +52,22 @@ def is_faster(inputs: Inputs) -> bool:
         return True
     if inputs.q.shape[2] == 1:  # "triton" spreads the keys and images over the GPU
         return False
+    if uses_cudnn(inputs):
+        return True
     batch, _, num_keys, head_dim = inputs.k.shape
     documents = batch if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
     by_pytorch = active_implementation() is None
     return crossover.is_long(batch * num_keys, documents, head_dim, inputs.k.device, by_pytorch)
+
+
+def uses_cudnn(inputs: Inputs) -> bool:
+    """Whether cuDNN's attention reads the text on CUDA: it supports the call, and was measured: right, and faster."""
+    _, _, num_keys, head_dim = inputs.k.shape
+    # with some versions of cuDNN, PyTorch raises for a single query
+    supported = inputs.cu_seqlens is None and inputs.q.shape[2] > 1 and head_dim <= CUDNN_DIM
+    if not supported or active_implementation() is not None:
+        return False
+    return crossover.is_long_for_cudnn(num_keys, head_dim, inputs.k.device)
 
 
 def refusal(inputs: Inputs) -> str | None:
@@ -90,7 +108,7 @@ def active_implementation() -> str | None:
 
 def serves(implementation: str | None, device: torch.device, head_dim: int) -> bool:
     """Whether an implementation of the operators, None for PyTorch's own, supports a device, with a backward."""
-    capability = 0 if device.type != "cuda" else crossover.capability(device)
+    capability = crossover.capability(device)
     if capability == 0:
         return True
     if implementation in SERVED:
@@ -114,6 +132,9 @@ def text_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         out, lse = _rows(out, inputs), _rows(lse, inputs)
     elif _on_cpu(inputs):
         out, lse = _cpu_flash(*text, *options, scale=inputs.scale)
+    elif uses_cudnn(inputs):
+        out, lse, *_ = _cudnn(*text, None, True, *options, False, scale=inputs.scale)
+        lse = lse.reshape(lse.shape[:3])  # (B, Hq, Tq, 1)
     else:
         out, lse, *_ = _flash(*text, *options, False, scale=inputs.scale)
     return out, lse.contiguous()
@@ -143,6 +164,11 @@ def text_backward(grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs) ->
     if _on_cpu(inputs):
         return _cpu_flash_backward(*tensors, *options, scale=inputs.scale)
     lengths = (None, None, q.shape[2], k.shape[2])
+    if uses_cudnn(inputs):
+        # some versions of PyTorch cache this backward by the strides of q, k and v only: the others must follow from q
+        grad_out, out = (into(empty_rows_like(q), x) for x in (grad_out, out))
+        tensors = (grad_out, q, k, v, out, lse[..., None])
+        return _cudnn_backward(*tensors, *random, None, *lengths, *options, scale=inputs.scale)
     return _flash_backward(*tensors, *lengths, *options, *random, scale=inputs.scale)
 
 

@@ -27,6 +27,11 @@ def empty_rows_like(like: Tensor) -> Tensor:
     return empty if like.stride(-1) == empty.stride(-1) == 1 else like.new_empty(like.shape)
 
 
+def into(result: Tensor, found: Tensor) -> Tensor:
+    """`found` in the layout of `result`, without a copy if it has that layout."""
+    return found if found.stride() == result.stride() else result.copy_(found)
+
+
 def _empty_contiguous(like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 

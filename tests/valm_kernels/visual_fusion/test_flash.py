@@ -29,11 +29,13 @@ def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> 
     return api._with_documents(checked_inputs(tensors, *options))
 
 
+@pytest.mark.parametrize("cudnn_keys", [None, 1])
 @pytest.mark.parametrize(
     "problem", [GROUPED, replace(GROUPED, causal=False), replace(GROUPED, num_queries=1, prefix=15), DOCUMENTS, ROWS]
 )
-def test_operators_are_called_as_pytorch_declares_them(problem):
+def test_operators_are_called_as_pytorch_declares_them(monkeypatch, problem, cudnn_keys):
     """On the meta device, whose operators check the arguments of those of CUDA."""
+    monkeypatch.setattr(crossover, "MEASURED", {(0, 64): measured(cudnn_keys=cudnn_keys)})
     inputs = checked(problem)
     inputs = Inputs._make(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs)
     out, lse = flash.text_forward(inputs)
@@ -97,10 +99,59 @@ def test_documents_are_handed_over_as_cuda_takes_them(monkeypatch, problem, dtyp
         assert found[0].stride() == inputs.q.stride()
 
 
+def cudnn_forward(q, k, v, bias, with_lse, dropout, causal, debug, scale):
+    """Stands in for CUDA's operator: lse (B, H, T, 1)."""
+    assert bias is None and with_lse
+    out, lse = flash._cpu_flash(q, k, v, dropout, causal, scale=scale)
+    return out, lse[..., None], None, None, q.shape[2], k.shape[2], None, None, None
+
+
+def cudnn_backward(grad_out, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, scale):
+    assert bias is cum_q is cum_k is None and (max_q, max_k) == (q.shape[2], k.shape[2])
+    assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
+    # PyTorch caches the backward by the strides of q, k and v
+    assert grad_out.stride() == out.stride() == torch.empty_like(q).stride()
+    return flash._cpu_flash_backward(grad_out, q, k, v, out, lse[..., 0], dropout, causal, scale=scale)
+
+
+def read_with_cudnn(monkeypatch):
+    """A stand-in for cuDNN's attention reads every text; what it does not support would raise, without a GPU."""
+    entry = measured(cudnn_keys=1)
+    monkeypatch.setattr(crossover, "MEASURED", {(0, head_dim): entry for head_dim in crossover.HEAD_DIMS})
+    monkeypatch.setattr(flash, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(flash, "_cudnn", cudnn_forward)
+    monkeypatch.setattr(flash, "_cudnn_backward", cudnn_backward)
+
+
+@pytest.mark.parametrize("tokens_first", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_cudnn_is_called_with_layouts_that_follow_from_q(monkeypatch, tokens_first, transposed):
+    inputs = checked(replace(GROUPED, tokens_first=tokens_first))
+    grad_out = torch.randn_like(inputs.q)
+    if transposed:  # in memory, to (H, B, T, D)
+        grad_out = grad_out.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def solve():
+        out, lse = flash.text_forward(inputs)
+        return out, lse, *flash.text_backward(grad_out, out, lse, inputs)
+
+    expected = solve()
+    read_with_cudnn(monkeypatch)
+    assert all(a.equal(b) for a, b in zip(solve(), expected, strict=True))
+
+
 @pytest.mark.parametrize(("given", "longest"), [(None, 80), (25, 25), (100, 80)])
 def test_the_longest_document_limits_the_programs(given, longest):
     inputs = checked(ROWS, max_seqlen=given)
     assert flash._bounds(inputs)[2:] == (longest, longest)
+
+
+ENTRY = {"capability": 90, "head_dim": 64, "keys": None, "cudnn_keys": None, "longest": 8192}
+ENTRY |= {"device": "a card", "torch": str(torch.__version__), "triton": "any"}
+
+
+def measured(keys=None, **fields):
+    return ENTRY | {"keys": keys} | fields
 
 
 @pytest.fixture(autouse=True)
@@ -110,11 +161,11 @@ def nothing_measured(monkeypatch):
 
 
 def impl_for(monkeypatch, q_len, head_dim, dtype=torch.float16, **options):
-    """The implementation that impl="auto" takes for CUDA tensors."""
+    """The implementation that impl="auto" takes for CUDA tensors; "cudnn+triton" if cuDNN reads the text."""
     chosen = []
 
     def attention(inputs, impl, with_image_scores):
-        chosen.append(impl)
+        chosen.append("cudnn+triton" if impl == flash.NAME and flash.uses_cudnn(inputs) else impl)
         return torch.empty_like(inputs.q), None, None
 
     monkeypatch.setattr(api, "fused_attention", attention)
@@ -147,7 +198,8 @@ def test_long_texts_on_cuda_take_flash_attention(monkeypatch):
 
 
 def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(monkeypatch):
-    monkeypatch.setattr(crossover, "MEASURED", {(90, 128): (1024, 8192), (90, 64): (None, 8192), (80, 128): (1, 8192)})
+    entries = {(90, 128): measured(1024), (90, 64): measured(), (80, 128): measured(1)}
+    monkeypatch.setattr(crossover, "MEASURED", entries)
     monkeypatch.setattr(crossover, "capability", lambda device: 90)
     assert impl_for(monkeypatch, 1024, 128) == impl_for(monkeypatch, 1024, 96) == "flash+triton"
     assert impl_for(monkeypatch, 1023, 128) == impl_for(monkeypatch, 1023, 96) == "triton"
@@ -157,7 +209,7 @@ def test_a_measured_length_takes_the_place_of_the_estimate_on_its_card_alone(mon
     assert impl_for(monkeypatch, 8192, 64) == impl_for(monkeypatch, 8193, 64) == "triton"
     # not measured: head dimensions above 128
     assert (impl_for(monkeypatch, 1024, 256), impl_for(monkeypatch, 1023, 256)) == ("flash+triton", "triton")
-    monkeypatch.setattr(crossover, "MEASURED", {(86, 64): (None, 8192)})
+    monkeypatch.setattr(crossover, "MEASURED", {(86, 64): measured()})
     monkeypatch.setattr(crossover, "capability", lambda device: 86)
     assert (impl_for(monkeypatch, 2048, 128), impl_for(monkeypatch, 2047, 128)) == ("flash+triton", "triton")
     assert (impl_for(monkeypatch, 8192, 64), impl_for(monkeypatch, 8193, 64)) == ("triton", "flash+triton")
@@ -169,33 +221,56 @@ def test_a_card_with_newer_products_is_not_sent_to_code_for_an_older_one(monkeyp
     monkeypatch.setattr(crossover, "capability", lambda device: capability)
     assert impl_for(monkeypatch, 4096, 64) == impl_for(monkeypatch, 1 << 16, 128) == "triton"
     assert impl_for(monkeypatch, 1024, 256) == "flash+triton"
-    assert impl_for(monkeypatch, 64, 64, text_alone=True) == "flash+triton"
+    assert impl_for(monkeypatch, 64, 64, text_alone=True) == "flash+triton"  # cuDNN's nowhere without a measurement
     newer = {90: "FA3", 100: "FA4"}[capability]
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: newer, raising=False)
     assert (impl_for(monkeypatch, 4096, 64), impl_for(monkeypatch, 4095, 64)) == ("flash+triton", "triton")
 
 
-ENTRY = {"capability": 90, "head_dim": 64, "keys": None, "longest": 8192}
-ENTRY |= dict.fromkeys(("device", "torch", "triton"), "any")
+def test_cudnn_reads_what_it_supports_where_it_was_measured_to_be_faster(monkeypatch):
+    entries = {
+        (90, 64): measured(4096, cudnn_keys=1024),
+        (90, 128): measured(2048),
+        (90, 256): measured(9, cudnn_keys=1),
+    }
+    monkeypatch.setattr(crossover, "MEASURED", entries)
+    monkeypatch.setattr(crossover, "capability", lambda device: 90)
+    assert (impl_for(monkeypatch, 1024, 64), impl_for(monkeypatch, 1023, 64)) == ("cudnn+triton", "triton")
+    assert (impl_for(monkeypatch, 2048, 64, text_alone=True)) == "cudnn+triton"
+    assert impl_for(monkeypatch, 2048, 128) == "flash+triton"  # cuDNN was not faster
+    # what cuDNN does not support
+    assert impl_for(monkeypatch, 1024, 256) == "flash+triton"
+    assert impl_for(monkeypatch, 1, 64, keys=8192, text_alone=True) == "flash+triton"
+    assert impl_for(monkeypatch, 4096, 64, documents=1) == "flash+triton"
+    assert impl_for(monkeypatch, 4095, 64, documents=1) == "triton"
+    assert impl_for(monkeypatch, 4096, 64, torch.float32) == "triton"
+    with monkeypatch.context() as activated:
+        activated.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+        assert (impl_for(activated, 4096, 64), impl_for(activated, 4095, 64)) == ("flash+triton", "triton")
+    monkeypatch.setattr(crossover, "capability", lambda device: 80)
+    assert impl_for(monkeypatch, 4096, 64) == "flash+triton"  # another GPU
 
 
 @pytest.fixture
 def measured_file(tmp_path):
     path = tmp_path / "crossover.json"
-    path.write_text(json.dumps([ENTRY, ENTRY | {"head_dim": 128, "keys": 512}]))
+    other_torch = measured(512, head_dim=128, cudnn_keys=512, torch="2.0.0")
+    path.write_text(json.dumps([measured(cudnn_keys=1024), other_torch]))
     return path
 
 
 def test_measured_lengths_are_read(measured_file):
-    assert crossover.read_measured(measured_file) == {(90, 64): (None, 8192), (90, 128): (512, 8192)}
+    found = crossover.read_measured(measured_file)
+    assert list(found) == [(90, 64), (90, 128)] and found[90, 64] == measured(cudnn_keys=1024)
+    assert (found[90, 128]["keys"], found[90, 128]["cudnn_keys"]) == (512, None)  # its PyTorch has another cuDNN
 
 
 @pytest.mark.slow  # it starts a process
 def test_a_file_named_by_the_environment_takes_the_place_of_the_measured_lengths(measured_file):
-    code = "from valm_kernels.visual_fusion import crossover; print(crossover.MEASURED)"
+    code = "from valm_kernels.visual_fusion import crossover; print(*crossover.MEASURED)"
     environment = os.environ | {"VALM_KERNELS_CROSSOVER": str(measured_file)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "{(90, 64): (None, 8192), (90, 128): (512, 8192)}\n"
+    assert found.stdout == "(90, 64) (90, 128)\n"
 
 
 def test_the_capability_is_that_of_the_card(monkeypatch):
@@ -208,13 +283,14 @@ def test_the_capability_is_that_of_the_card(monkeypatch):
 
 
 def test_torch_compile_asks_for_the_measured_length(monkeypatch):
-    monkeypatch.setattr(crossover, "MEASURED", {(0, 64): (5, 8)})
+    monkeypatch.setattr(crossover, "MEASURED", {(0, 64): measured(5, cudnn_keys=6)})
 
     @torch.compile(fullgraph=True, backend="eager", dynamic=True)
     def compiled(x):
-        return x + crossover.is_long(x.shape[0], 1, x.shape[1], x.device)
+        by_cudnn = crossover.is_long_for_cudnn(*x.shape, x.device)
+        return x + crossover.is_long(x.shape[0], 1, x.shape[1], x.device) + by_cudnn
 
-    assert [int(compiled(torch.zeros(keys, 16)).sum()) for keys in (4, 5, 6)] == [0, 80, 96]
+    assert [int(compiled(torch.zeros(keys, 16)).sum()) for keys in (4, 5, 6)] == [0, 80, 192]
 
 
 def test_text_alone_on_cuda_takes_flash_attention_at_any_length(monkeypatch):

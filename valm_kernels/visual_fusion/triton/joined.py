@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import flash
 from ..checks import check_cu_seqlens
 from ..inputs import Gradients, Inputs
-from ..layout import empty_gradients, empty_rows_like
+from ..layout import empty_gradients, empty_rows_like, into
 from . import backward as triton_backward
 from . import forward as triton_forward
 from .backward_pool import pool_gradients
@@ -25,7 +25,7 @@ def forward(inputs: Inputs, image_scores: Tensor | None = None) -> tuple[Tensor,
     q, inputs = inputs.q, kernel_inputs(inputs)
     text = flash.text_forward(inputs)
     if inputs.image_k is None:
-        return _into(empty_rows_like(q), text[0]), text[1]
+        return into(empty_rows_like(q), text[0]), text[1]
     # out is laid out like the original q; first_key limits only the text
     return triton_forward.forward(inputs._replace(q=q, first_key=None), image_scores, text)
 
@@ -65,9 +65,4 @@ def backward(
 def _with(gradients: Gradients, **found: Tensor) -> Gradients:
     """`gradients` with the wanted gradients from `found`."""
     wanted = {name: (getattr(gradients, name), tensor) for name, tensor in found.items()}
-    return gradients._replace(**{name: _into(*pair) for name, pair in wanted.items() if pair[0] is not None})
-
-
-def _into(result: Tensor, found: Tensor) -> Tensor:
-    """`found` in the layout of `result`."""
-    return found if found.stride() == result.stride() else result.copy_(found)
+    return gradients._replace(**{name: into(*pair) for name, pair in wanted.items() if pair[0] is not None})

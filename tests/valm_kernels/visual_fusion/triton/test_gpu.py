@@ -60,6 +60,14 @@ def test_agrees_with_flash_attention_for_the_text(monkeypatch, name, dtype, with
     assert bool(calls) == (not with_lse)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["dense", "pooled", "group of six"])
+def test_agrees_with_cudnn_for_the_text(monkeypatch, name, dtype):
+    monkeypatch.setattr(flash, "uses_cudnn", lambda inputs: True)
+    torch.set_deterministic_debug_mode("default")
+    assert_solves("flash+triton", LARGE[name], dtype, with_lse=False, device="cuda")
+
+
 @pytest.mark.parametrize("name", ["dense", "pooled", "decode"])
 def test_every_run_gives_the_same_bits(name):
     grads = cotangents(LARGE[name])

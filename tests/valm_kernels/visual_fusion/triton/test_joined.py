@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py with TRITON_INTERPRET=1", allow_module_level=True)
 
 from tests.tolerance import assert_agree
+from tests.valm_kernels.visual_fusion import test_flash as text
 from tests.valm_kernels.visual_fusion import test_varlen as varlen
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_passes_nan_on, assert_solves
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
@@ -46,6 +47,25 @@ def test_agrees_with_float64_reference(monkeypatch, name, dtype):
     monkeypatch.setattr(joined.triton_backward, "key_gradients", lambda *_: pytest.fail("reads keys in Triton"))
     with guarded():
         assert_solves(flash.NAME, PROBLEMS[name], dtype, with_lse=False)
+
+
+CUDNN_SUPPORTS = [
+    "dense",
+    "pooled",
+    "no images",
+    "not causal",
+    "group of three",
+    "multi-head",
+    "image_q",
+    "heads first",
+]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("name", quick_or_slow(CUDNN_SUPPORTS, ("pooled", "not causal", "group of three")))
+def test_agrees_with_float64_reference_where_cudnn_reads_the_text(monkeypatch, name, dtype):
+    text.read_with_cudnn(monkeypatch)
+    test_agrees_with_float64_reference(monkeypatch, name, dtype)
 
 
 @pytest.mark.parametrize(
