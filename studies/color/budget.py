@@ -37,7 +37,7 @@ from valm.training.mix import base_weights
 BUDGET_FILE = "budget.json"
 RUN = "run `python -m studies.color run CONFIG --out"
 # A budget describes the first of these arms that the study has.
-ARMS_WITH_IMAGES = ("reading", "cut", "valm")
+ARMS_WITH_IMAGES = ("recolored", "cut", "valm")
 # The rows: a name in BUDGET_FILE, and a title for K images per token.
 ROWS = {
     "retrieved": "one of the {K} images of the token before the answer shows the object",
@@ -120,7 +120,7 @@ def write_budget(study: Study, seed: int, results: Path) -> dict[str, Any]:
     objects = study_objects(pictures, names, seed=seed, head_noun_items=heads)
     if objects.validation != [thing.text for thing in scoring.things]:
         raise ValmError(f"the study in {study.out} ran with other test sets: name their folder with --data")
-    conditions = scoring.conditions_of(ARMS[arm].training)
+    conditions = scoring.conditions_of(ARMS[arm].recolored)
     probe, count = color_probe(conditions, objects.spoken)
     asked, model = validation_questions(scoring.things), scoring.open(arm)
     min_score = model.fusion_options.min_score

@@ -19,15 +19,12 @@ from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on. Results are pooled only if these fields agree.
-RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "reading")
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "recolored_clip")
 # Increased when the code samples or trains differently for the same fields.
 RECIPE_VERSION = 8
 
 # How an arm is trained: not at all, by `valm train`, or by `studies.color.training`.
 BASE, TRAINED, CONTEXT = "base", "trained", "context"
-# Whose images an arm sees, and its loss: a study's `clip` and `training`; the CLIP of `Reading`, with the same loss; or
-# that CLIP and the loss of `Reading`.
-PLAIN, VECTORS, READING = "plain", "vectors", "reading"
 
 
 class Arm(NamedTuple):
@@ -39,7 +36,7 @@ class Arm(NamedTuple):
     twin: `--twin` of `valm train`, "text" for every model without images.
     made: one of BASE, TRAINED and CONTEXT.
     cut: trained with a score threshold (`min_score`), which all its tests use too.
-    training: one of PLAIN, VECTORS and READING.
+    recolored: sees the images of the CLIP that also trains on recoloured pictures (`StudyConfig.recolored_clip`).
     """
 
     title: str
@@ -47,7 +44,7 @@ class Arm(NamedTuple):
     twin: str | None = None
     made: str = TRAINED
     cut: bool = False
-    training: str = PLAIN
+    recolored: bool = False
 
 
 # Tests that replace the vectors of the retrieved images. Their answers are compared with the answers to the originals.
@@ -67,22 +64,19 @@ ARMS = {
     "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
     "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
     "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
-    "cut-vectors": Arm(
-        "VaLM with a score threshold, vectors of recoloured pictures", ("retrieved",), cut=True, training=VECTORS
-    ),
-    "reading": Arm(
-        "VaLM, trained to read images",
+    "recolored": Arm(
+        "VaLM with a score threshold, recoloured CLIP",
         ("retrieved", "off", *EXCHANGES, *DOSES, "taken-out"),
         cut=True,
-        training=READING,
+        recolored=True,
     ),
-    "reading-random": Arm("random images, same training", ("random",), "random", cut=True, training=READING),
-    "reading-blind": Arm(
-        "query control (Blind), same training and tokens", ("retrieved",), "blind", cut=True, training=READING
+    "recolored-random": Arm(
+        "random images at the same tokens, recoloured CLIP", ("random",), "random", cut=True, recolored=True
     ),
-    "reading-blind-all": Arm(
-        "query control (Blind), same training, every token", ("retrieved",), "blind", training=READING
+    "recolored-blind": Arm(
+        "query control (Blind) with the threshold, recoloured CLIP", ("retrieved",), "blind", cut=True, recolored=True
     ),
+    "recolored-blind-all": Arm("query control (Blind), recoloured CLIP", ("retrieved",), "blind", recolored=True),
 }
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
@@ -136,18 +130,6 @@ class TextSources(_Options, total=False):
     prose: _Prose
 
 
-class Reading(_Options, total=False):
-    """How the arms of VECTORS and READING differ from the others.
-
-    clip: options of `valm clip train` for the CLIP that finds and encodes their images. It also trains on the pictures
-        in other colours (`studies.color.recolored`).
-    loss: options of `valm train`, for the arms of READING only.
-    """
-
-    clip: dict[str, Any]
-    loss: dict[str, Any]
-
-
 # A source without options is an empty line of YAML.
 _Source = Annotated[PictureSource, BeforeValidator(lambda value: {} if value is None else value)]
 
@@ -165,7 +147,8 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
-        reading: the CLIP and the loss of the arms that are trained to read images.
+        recolored_clip: options of `valm clip train` for the CLIP that also trains on pictures in other colours
+            (`studies.color.recolored`). The arms with `recolored` see its images.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.
@@ -177,25 +160,16 @@ class StudyConfig:
     clip: dict[str, Any]
     text: TextSources
     training: dict[str, Any]
-    arms: tuple[_Arm, ...] = tuple(name for name, arm in ARMS.items() if arm.training == PLAIN)
+    arms: tuple[_Arm, ...] = tuple(name for name, arm in ARMS.items() if not arm.recolored)
     tests: tuple[_Test, ...] = TESTS
     seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
     images: Count = 4
-    reading: Reading | None = None
+    recolored_clip: dict[str, Any] | None = None
     allow_download: bool = False
 
     def __post_init__(self) -> None:
-        if self.reading is None and any(ARMS[name].training != PLAIN for name in self.arms):
-            raise ValueError("some arms are trained to read images: give `reading`, or leave these arms out")
-
-    def training_of(self, arm: Arm) -> dict[str, Any]:
-        """The options of `valm train` for an arm."""
-        settings = dict(self.training)
-        if self.reading is not None and arm.training == READING:
-            settings |= self.reading.get("loss", {})
-        if arm.twin == "random":
-            settings.pop("score_scale", None)  # the scores of random images are unknown
-        return settings
+        if self.recolored_clip is None and any(ARMS[name].recolored for name in self.arms):
+            raise ValueError("some arms see the images of a recoloured CLIP: give recolored_clip, or leave them out")
 
     @property
     def recipe(self) -> str:

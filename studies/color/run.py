@@ -4,8 +4,7 @@ All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
     text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
-The arms that are trained to read images have their CLIP, knowledge bases and retrieved text in
-OUT/seed-N/reading-images.
+The recoloured CLIP, with its knowledge bases and retrieved text, is in OUT/seed-N/recolored-images.
 scores/ contains a file for each arm and choice of tests, with the hash of the tests in its name. results.json contains
 the tests of the last run.
 """
@@ -32,7 +31,7 @@ import valm_kernels
 from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.captions import Captions
 from studies.color.clip import image_tower
-from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, PLAIN, READING, RECIPE, VALIDATION, Arm
+from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, Arm
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
 from studies.color.recolored import recolored_captions, write_recolored
@@ -126,7 +125,7 @@ def _make_pictures(study: Study) -> None:
     """Writes the images and two tables of them: those that show an item of MemoryColor or ColorTerms, and the rest."""
     sources = study.config.pictures
     pictures = collect_pictures(sources, study.pictures, progress=study.progress)
-    if study.config.reading is not None:
+    if study.config.recolored_clip is not None:
         write_recolored(sources, pictures, study.pictures, progress=study.progress)
     names = Names(item_names(COLOR_SETS[:2], study.data))
     of_items = [picture.caption in names for picture in pictures]
@@ -154,9 +153,8 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     pictures = read_pictures(study.pictures)
     arms = {name: ARMS[name] for name in config.arms}
     stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
-    for training in (PLAIN, *([] if config.reading is None else [READING])):
-        seeing = [arm for arm in arms.values() if (arm.training == PLAIN) == (training == PLAIN)]
-        _prepare(study, seed, base, training, seeing, stage)
+    for recolored in (False, True) if config.recolored_clip is not None else (False,):
+        _prepare(study, seed, base, recolored, [arm for arm in arms.values() if arm.recolored == recolored], stage)
     for name, arm in arms.items():
         if arm.made != BASE:
             stage(name, partial(_train, study, name, arm, base, seed))
@@ -172,13 +170,13 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     return results
 
 
-def _prepare(study: Study, seed: int, base: str, training: str, arms: Collection[Arm], stage: Stages) -> None:
-    """Makes a CLIP, its knowledge bases and the images of the training text for the arms with this training."""
-    config, clip, text = study.config, study.clip(seed, training), study.seed_folder(seed) / "text"
-    folder = writable_folder(study.images_folder(seed, training))
-    prefix = "" if training == PLAIN else f"{folder.name}/"
+def _prepare(study: Study, seed: int, base: str, recolored: bool, arms: Collection[Arm], stage: Stages) -> None:
+    """Makes a CLIP, its knowledge bases and the images of the training text for `arms`."""
+    config, clip, text = study.config, study.clip(seed, recolored), study.seed_folder(seed) / "text"
+    folder = writable_folder(study.images_folder(seed, recolored))
+    prefix = f"{folder.name}/" if recolored else ""
     if clip == str(folder / "clip"):
-        stage(f"{prefix}clip", lambda: _train_clip(study, seed, training))
+        stage(f"{prefix}clip", lambda: _train_clip(study, seed, recolored))
     hub = ["--allow-download"] if config.allow_download else []
     table = ["--format", "csv"]
     others = ["kb", "build", study.pictures / OTHERS, *table, "--clip", clip, "--out", folder / KB_OTHERS]
@@ -213,11 +211,11 @@ def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path)
     text.write(out)
 
 
-def _train_clip(study: Study, seed: int, training: str) -> None:
-    text, folder = study.seed_folder(seed) / "text", study.images_folder(seed, training)
+def _train_clip(study: Study, seed: int, recolored: bool) -> None:
+    text, folder = study.seed_folder(seed) / "text", study.images_folder(seed, recolored)
     options, captions = dict(study.config.clip), text / "captions.json"
-    if training != PLAIN and study.config.reading is not None:
-        options, captions = dict(study.config.reading.get("clip", {})), folder / "captions.json"
+    if recolored:
+        options, captions = dict(study.config.recolored_clip or {}), folder / "captions.json"
         names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
         pictures = read_pictures(study.pictures)
         spoken = study_objects(pictures, names, seed=seed, head_noun_items=heads).spoken
@@ -235,14 +233,14 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     if arm.made == CONTEXT:
         _train_with_captions(study, name, base, seed)
         return
-    folder, out = study.images_folder(seed, arm.training), study.seed_folder(seed) / name
+    folder, out = study.images_folder(seed, arm.recolored), study.seed_folder(seed) / name
     study.valm(
         *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
         *(["--twin", arm.twin] if arm.twin else []),
         *(["--min-score", "auto"] if arm.cut else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(study.config.training_of(arm)),
+        *as_options(study.config.training),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     _remove_checkpoints(out)

@@ -14,7 +14,7 @@ import torch
 
 from studies.color.captions import Captions, captioned
 from studies.color.conditions import Conditions
-from studies.color.config import ARMS, BASE, COLORED_CAPTIONS, DOSES, HELDOUT, PLAIN, READING, VALIDATION, Arm
+from studies.color.config import ARMS, BASE, COLORED_CAPTIONS, DOSES, HELDOUT, VALIDATION, Arm
 from studies.color.pictures import Picture
 from studies.color.questions import (
     CAPTIONS_KIND,
@@ -107,13 +107,13 @@ class Scoring:
 
     @cached_property
     def conditions(self) -> Conditions:
-        return self.conditions_of(PLAIN)
+        return self.conditions_of(False)
 
     @cache  # noqa: B019 - one object scores a seed
-    def conditions_of(self, training: str) -> Conditions:
-        """The images of the arms with this training."""
-        clip = Clip.load(self.study.clip(self.seed, training), device=self.device)
-        folder, images = self.study.images_folder(self.seed, training), self.study.config.images
+    def conditions_of(self, recolored: bool) -> Conditions:
+        """The images of the arms with or without the recoloured CLIP."""
+        clip = Clip.load(self.study.clip(self.seed, recolored), device=self.device)
+        folder, images = self.study.images_folder(self.seed, recolored), self.study.config.images
         return Conditions(folder, clip, self.tokenizer, images, self.seed, self.pictures, self.study.pictures)
 
     @cached_property
@@ -133,8 +133,8 @@ class Scoring:
     @cached_property
     def with_captions(self) -> dict[str, Questions]:
         """The sets of `small`, with the captions of the images of each question's last token before the question. The
-        images are those of the arms that are trained to read images, if the study has such arms."""
-        conditions = self.conditions_of(PLAIN if self.study.config.reading is None else READING)
+        images are those of the recoloured CLIP if the study has one."""
+        conditions = self.conditions_of(self.study.config.recolored_clip is not None)
         caption = Captions(conditions.kb, self.pictures)
         return {name: captioned(one, conditions["retrieved"], caption) for name, one in self.small.items()}
 
@@ -163,7 +163,7 @@ class Scoring:
     def _tests(self, arm: Arm) -> list[Evaluation]:
         """The evaluations of an arm. Its first test without captions asks all sets, its other tests ask the sets of
         `small`, and the tests of DOSES ask only the sets about the items whose pictures they remove."""
-        tests, conditions = [], self.conditions_of(PLAIN if arm.training == PLAIN else READING)
+        tests, conditions = [], self.conditions_of(arm.recolored)
         of_items = {name: one for name, one in self.small.items() if name in COLOR_SETS[:2]}
         whole = next(images for images in arm.tests if images != COLORED_CAPTIONS)
         for images in arm.tests:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from studies.color.config import HELDOUT, PLAIN, VALIDATION, StudyConfig
+from studies.color.config import HELDOUT, VALIDATION, StudyConfig
 from valm.errors import ValmError
 
 STUDY_FILE = "study.json"
-# In the folder of a seed: the folder of `images_folder` for the arms that are trained to read images.
-READING_IMAGES = "reading-images"
+# In the folder of a seed: the folder of `images_folder` for the recoloured CLIP.
+RECOLORED_IMAGES = "recolored-images"
 # Runs a command line of `valm` and returns its exit status.
 Command = Callable[[list[str]], int]
 
@@ -49,14 +49,14 @@ class Study:
     def seed_folder(self, seed: int) -> Path:
         return self.out / f"seed-{seed}"
 
-    def images_folder(self, seed: int, training: str = PLAIN) -> Path:
-        """The folder with the CLIP, the knowledge bases and the retrieved text of the arms with this training."""
-        return self.seed_folder(seed) / ("" if training == PLAIN else READING_IMAGES)
+    def images_folder(self, seed: int, recolored: bool = False) -> Path:
+        """The folder with the CLIP, the knowledge bases and the retrieved text of the arms with this CLIP."""
+        return self.seed_folder(seed) / (RECOLORED_IMAGES if recolored else "")
 
-    def clip(self, seed: int, training: str = PLAIN) -> str:
+    def clip(self, seed: int, recolored: bool = False) -> str:
         """The CLIP of the knowledge bases of a seed."""
-        own = str(self.images_folder(seed, training) / "clip")
-        return own if training != PLAIN else str(self.config.clip.get("pretrained", own))
+        own = str(self.images_folder(seed, recolored) / "clip")
+        return own if recolored else str(self.config.clip.get("pretrained", own))
 
     def valm(self, *arguments: object) -> None:
         """Runs `valm arguments`.

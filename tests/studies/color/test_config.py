@@ -42,18 +42,11 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
     assert config.recipe != before
 
 
-def test_what_each_arm_is_trained_with(tmp_path):
-    config = config_of(tmp_path, SMALL + "reading: {clip: {steps: 9}, loss: {score_scale: 3}}\n")
-    plain = {"steps": 3}
-    expected = {"cut": plain, "cut-vectors": plain, "reading": plain | {"score_scale": 3}}
-    expected["reading-random"] = plain  # random images have no scores
-    assert {name: config.training_of(ARMS[name]) for name in expected} == expected
-
-
 def test_the_studies_of_the_repository_are_read():
     folder = Path(study_config.__file__).parent
     full = read_config(folder / "full.yaml")
     assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS)[:7], (10, 11, 12, 13, 14))
+    assert read_config(folder / "fourth.yaml").seeds == (15, 16, 17, 18, 19)
     assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
 
@@ -68,8 +61,7 @@ def test_the_studies_of_the_repository_are_read():
         ("text: {glosses: {}}", "text: {lambada: {}}", "text.lambada: Extra inputs are not permitted"),
         ("clip: {steps: 2}", "clip: {steps: 2026-01-01}", "date is not JSON"),
         ("name: tiny\n", "", "name: Field required"),
-        ("arms: [twin, cut]", "arms: [reading]", "give `reading`, or leave these arms out"),
-        ("seeds: [3]", "reading: {clips: {}}", "reading.clips: Extra inputs are not permitted"),
+        ("arms: [twin, cut]", "arms: [recolored]", "give recolored_clip, or leave them out"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, said):
