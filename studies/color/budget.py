@@ -17,7 +17,7 @@ from torch import Tensor
 from studies.color.captions import last_images
 from studies.color.comparisons import arm_title, table
 from studies.color.conditions import Conditions, commonest
-from studies.color.config import ARMS, COLORED_CAPTIONS, VALIDATION, StudyConfig
+from studies.color.config import COLORED_CAPTIONS, VALIDATION, StudyConfig
 from studies.color.pictures import read_pictures
 from studies.color.questions import COLOR_SETS, item_names, validation_questions
 from studies.color.results import RAW, read_results
@@ -37,7 +37,7 @@ from valm.training.mix import base_weights
 BUDGET_FILE = "budget.json"
 RUN = "run `python -m studies.color run CONFIG --out"
 # A budget describes the first of these arms that the study has.
-ARMS_WITH_IMAGES = ("recolored", "cut", "valm")
+ARMS_WITH_IMAGES = ("cut", "valm")
 # The rows: a name in BUDGET_FILE, and a title for K images per token.
 ROWS = {
     "retrieved": "one of the {K} images of the token before the answer shows the object",
@@ -120,16 +120,15 @@ def write_budget(study: Study, seed: int, results: Path) -> dict[str, Any]:
     objects = study_objects(pictures, names, seed=seed, head_noun_items=heads)
     if objects.validation != [thing.text for thing in scoring.things]:
         raise ValmError(f"the study in {study.out} ran with other test sets: name their folder with --data")
-    conditions = scoring.conditions_of(ARMS[arm].recolored)
-    probe, count = color_probe(conditions, objects.spoken)
+    probe, count = color_probe(scoring.conditions, objects.spoken)
     asked, model = validation_questions(scoring.things), scoring.open(arm)
     min_score = model.fusion_options.min_score
     answers = np.array([asked.candidates[right] for row in asked.right for right in row])
-    shares = shares_of_images(answers, retrieved_images(asked, conditions), min_score, probe)
+    shares = shares_of_images(answers, retrieved_images(asked, scoring.conditions), min_score, probe)
     # without a share in the study, the training chose one
     if (share := float(config.training.get("mix", 1))) < 1:
         unmix(model, base_weights(scoring.open("base")), share)
-        model.set_retriever(conditions["retrieved"])
+        model.set_retriever(scoring.conditions["retrieved"])
         found = answers_of(CausalScorer(model, scoring.tokenizer, arm), asked)[RAW]
         shares["trained"] = float((found == np.array(asked.right)).mean())
     for row, one in {"mixed": (arm, "retrieved"), "colors_in_prompt": ("base", COLORED_CAPTIONS)}.items():

@@ -68,9 +68,9 @@ class Conditions:
     def _of(self, kb: str) -> Retriever:
         return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / kb), self.images)
 
-    def blind(self, cut: bool) -> BlindRetriever:
-        """The retriever of the query control (Blind), which sees its own query. cut: with the scores of the images."""
-        return BlindRetriever(self.encoder, kb=self.kb if cut else None)
+    def blind(self) -> BlindRetriever:
+        """The retriever of the query control (Blind), which sees its own query."""
+        return BlindRetriever(self.encoder)
 
     @cached_property
     def kb(self) -> ImageKnowledgeBase:

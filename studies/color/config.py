@@ -19,9 +19,9 @@ from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on. Results are pooled only if these fields agree.
-RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "recolored_clip")
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
 # Increased when the code samples or trains differently for the same fields.
-RECIPE_VERSION = 8
+RECIPE_VERSION = 7
 
 # How an arm is trained: not at all, by `valm train`, or by `studies.color.training`.
 BASE, TRAINED, CONTEXT = "base", "trained", "context"
@@ -36,7 +36,6 @@ class Arm(NamedTuple):
     twin: `--twin` of `valm train`, "text" for every model without images.
     made: one of BASE, TRAINED and CONTEXT.
     cut: trained with a score threshold (`min_score`), which all its tests use too.
-    recolored: sees the images of the CLIP that also trains on recoloured pictures (`StudyConfig.recolored_clip`).
     """
 
     title: str
@@ -44,7 +43,6 @@ class Arm(NamedTuple):
     twin: str | None = None
     made: str = TRAINED
     cut: bool = False
-    recolored: bool = False
 
 
 # Tests that replace the vectors of the retrieved images. Their answers are compared with the answers to the originals.
@@ -64,19 +62,6 @@ ARMS = {
     "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
     "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
     "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
-    "recolored": Arm(
-        "VaLM with a score threshold, recoloured CLIP",
-        ("retrieved", "off", *EXCHANGES, *DOSES, "taken-out"),
-        cut=True,
-        recolored=True,
-    ),
-    "recolored-random": Arm(
-        "random images at the same tokens, recoloured CLIP", ("random",), "random", cut=True, recolored=True
-    ),
-    "recolored-blind": Arm(
-        "query control (Blind) with the threshold, recoloured CLIP", ("retrieved",), "blind", cut=True, recolored=True
-    ),
-    "recolored-blind-all": Arm("query control (Blind), recoloured CLIP", ("retrieved",), "blind", recolored=True),
 }
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
@@ -147,8 +132,6 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
-        recolored_clip: options of `valm clip train` for the CLIP that also trains on pictures in other colours
-            (`studies.color.recolored`). The arms with `recolored` see its images.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.
@@ -160,16 +143,11 @@ class StudyConfig:
     clip: dict[str, Any]
     text: TextSources
     training: dict[str, Any]
-    arms: tuple[_Arm, ...] = tuple(name for name, arm in ARMS.items() if not arm.recolored)
+    arms: tuple[_Arm, ...] = tuple(ARMS)
     tests: tuple[_Test, ...] = TESTS
     seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
     images: Count = 4
-    recolored_clip: dict[str, Any] | None = None
     allow_download: bool = False
-
-    def __post_init__(self) -> None:
-        if self.recolored_clip is None and any(ARMS[name].recolored for name in self.arms):
-            raise ValueError("some arms see the images of a recoloured CLIP: give recolored_clip, or leave them out")
 
     @property
     def recipe(self) -> str:

@@ -4,7 +4,6 @@ All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
     text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
 
-The recoloured CLIP, with its knowledge bases and retrieved text, is in OUT/seed-N/recolored-images.
 scores/ contains a file for each arm and choice of tests, with the hash of the tests in its name. results.json contains
 the tests of the last run.
 """
@@ -34,10 +33,9 @@ from studies.color.clip import image_tower
 from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, Arm
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
-from studies.color.recolored import recolored_captions, write_recolored
 from studies.color.seed_scores import Scoring
 from studies.color.study import STUDY_FILE, Study
-from studies.color.text import read_texts, study_objects, study_text
+from studies.color.text import read_texts, study_text
 from studies.color.training import study_plan, train_with_captions
 from studies.color.words import Names
 from studies.stages import Stages
@@ -123,10 +121,7 @@ def _note_study(study: Study) -> None:
 
 def _make_pictures(study: Study) -> None:
     """Writes the images and two tables of them: those that show an item of MemoryColor or ColorTerms, and the rest."""
-    sources = study.config.pictures
-    pictures = collect_pictures(sources, study.pictures, progress=study.progress)
-    if study.config.recolored_clip is not None:
-        write_recolored(sources, pictures, study.pictures, progress=study.progress)
+    pictures = collect_pictures(study.config.pictures, study.pictures, progress=study.progress)
     names = Names(item_names(COLOR_SETS[:2], study.data))
     of_items = [picture.caption in names for picture in pictures]
     rows: dict[str, list[list[str]]] = {ITEMS: [], OTHERS: []}
@@ -153,8 +148,7 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     pictures = read_pictures(study.pictures)
     arms = {name: ARMS[name] for name in config.arms}
     stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
-    for recolored in (False, True) if config.recolored_clip is not None else (False,):
-        _prepare(study, seed, base, recolored, [arm for arm in arms.values() if arm.recolored == recolored], stage)
+    _prepare(study, seed, base, folder, arms.values(), stage)
     for name, arm in arms.items():
         if arm.made != BASE:
             stage(name, partial(_train, study, name, arm, base, seed))
@@ -170,17 +164,15 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     return results
 
 
-def _prepare(study: Study, seed: int, base: str, recolored: bool, arms: Collection[Arm], stage: Stages) -> None:
-    """Makes a CLIP, its knowledge bases and the images of the training text for `arms`."""
-    config, clip, text = study.config, study.clip(seed, recolored), study.seed_folder(seed) / "text"
-    folder = writable_folder(study.images_folder(seed, recolored))
-    prefix = f"{folder.name}/" if recolored else ""
+def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[Arm], stage: Stages) -> None:
+    """Makes a CLIP, its knowledge bases and the images of the training text in `folder`."""
+    config, clip = study.config, study.clip(seed)
     if clip == str(folder / "clip"):
-        stage(f"{prefix}clip", lambda: _train_clip(study, seed, recolored))
+        stage("clip", lambda: _train_clip(study, seed, folder))
     hub = ["--allow-download"] if config.allow_download else []
     table = ["--format", "csv"]
     others = ["kb", "build", study.pictures / OTHERS, *table, "--clip", clip, "--out", folder / KB_OTHERS]
-    stage(f"{prefix}{KB_OTHERS}", lambda: study.valm(*others))
+    stage(KB_OTHERS, lambda: study.valm(*others))
 
     def add(items: str, kb: str) -> None:
         study.valm("kb", "add", folder / KB_OTHERS, study.pictures / items, *table, "--out", folder / kb, *hub)
@@ -188,12 +180,12 @@ def _prepare(study: Study, seed: int, base: str, recolored: bool, arms: Collecti
     def add_dose(dose: str) -> None:
         add(_dose_table(study, seed, dose), f"{KB}-{dose}")
 
-    stage(f"{prefix}{KB}", lambda: add(ITEMS, KB))
+    stage(KB, lambda: add(ITEMS, KB))
     doses = [dose for dose in DOSES if any(dose in arm.tests for arm in arms)]
     for dose in doses:
-        stage(f"{prefix}{KB}-{dose}", partial(add_dose, dose))
+        stage(f"{KB}-{dose}", partial(add_dose, dose))
     options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", folder / RETRIEVAL, *hub)
-    stage(f"{prefix}{RETRIEVAL}", lambda: study.valm("retrieve", text / "train.jsonl", *options))
+    stage(RETRIEVAL, lambda: study.valm("retrieve", folder / "text" / "train.jsonl", *options))
 
 
 def _dose_table(study: Study, seed: int, dose: str) -> str:
@@ -211,20 +203,12 @@ def _write_text(study: Study, pictures: Sequence[Picture], seed: int, out: Path)
     text.write(out)
 
 
-def _train_clip(study: Study, seed: int, recolored: bool) -> None:
-    text, folder = study.seed_folder(seed) / "text", study.images_folder(seed, recolored)
-    options, captions = dict(study.config.clip), text / "captions.json"
-    if recolored:
-        options, captions = dict(study.config.recolored_clip or {}), folder / "captions.json"
-        names, heads = item_names(COLOR_SETS, study.data), item_names(COLOR_SETS[:2], study.data)
-        pictures = read_pictures(study.pictures)
-        spoken = study_objects(pictures, names, seed=seed, head_noun_items=heads).spoken
-        of_pictures = read_json(text / "captions.json", "the captions", dict[str, list[str]])
-        write_json(captions, of_pictures | recolored_captions(study.pictures, spoken))
+def _train_clip(study: Study, seed: int, folder: Path) -> None:
+    options = dict(study.config.clip)
     if options.get("image_tower") == PACKAGE_TOWER:
         options["image_tower"] = image_tower(study.out / "tower")
     shutil.rmtree(folder / "clip", ignore_errors=True)  # a killed training begins again
-    where = ["--captions", captions, "--out", folder / "clip", "--seed", seed]
+    where = ["--captions", folder / "text" / "captions.json", "--out", folder / "clip", "--seed", seed]
     study.valm("clip", "train", study.pictures, *where, *as_options(options))
 
 
@@ -233,7 +217,8 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     if arm.made == CONTEXT:
         _train_with_captions(study, name, base, seed)
         return
-    folder, out = study.images_folder(seed, arm.recolored), study.seed_folder(seed) / name
+    folder = study.seed_folder(seed)
+    out = folder / name
     study.valm(
         *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
         *(["--twin", arm.twin] if arm.twin else []),

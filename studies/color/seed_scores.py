@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,9 @@ class Scoring:
 
     @cached_property
     def conditions(self) -> Conditions:
-        return self.conditions_of(False)
-
-    @cache  # noqa: B019 - one object scores a seed
-    def conditions_of(self, recolored: bool) -> Conditions:
-        """The images of the arms with or without the recoloured CLIP."""
-        clip = Clip.load(self.study.clip(self.seed, recolored), device=self.device)
-        folder, images = self.study.images_folder(self.seed, recolored), self.study.config.images
-        return Conditions(folder, clip, self.tokenizer, images, self.seed, self.pictures, self.study.pictures)
+        clip = Clip.load(self.study.clip(self.seed), device=self.device)
+        images, pictures = self.study.config.images, self.study.pictures
+        return Conditions(self.folder, clip, self.tokenizer, images, self.seed, self.pictures, pictures)
 
     @cached_property
     def small(self) -> dict[str, Questions]:
@@ -132,11 +127,9 @@ class Scoring:
 
     @cached_property
     def with_captions(self) -> dict[str, Questions]:
-        """The sets of `small`, with the captions of the images of each question's last token before the question. The
-        images are those of the recoloured CLIP if the study has one."""
-        conditions = self.conditions_of(self.study.config.recolored_clip is not None)
-        caption = Captions(conditions.kb, self.pictures)
-        return {name: captioned(one, conditions["retrieved"], caption) for name, one in self.small.items()}
+        """The sets of `small`, with the captions of the images of each question's last token before the question."""
+        caption = Captions(self.conditions.kb, self.pictures)
+        return {name: captioned(one, self.conditions["retrieved"], caption) for name, one in self.small.items()}
 
     def open(self, name: str) -> Any:
         """The model of an arm."""
@@ -163,18 +156,18 @@ class Scoring:
     def _tests(self, arm: Arm) -> list[Evaluation]:
         """The evaluations of an arm. Its first test without captions asks all sets, its other tests ask the sets of
         `small`, and the tests of DOSES ask only the sets about the items whose pictures they remove."""
-        tests, conditions = [], self.conditions_of(arm.recolored)
+        tests = []
         of_items = {name: one for name, one in self.small.items() if name in COLOR_SETS[:2]}
         whole = next(images for images in arm.tests if images != COLORED_CAPTIONS)
         for images in arm.tests:
             if images == COLORED_CAPTIONS:
                 tests.append(Evaluation(images, self.with_captions, {}))
             elif images in DOSES:
-                tests.append(Evaluation(images, of_items, {}, conditions[images]))
+                tests.append(Evaluation(images, of_items, {}, self.conditions[images]))
             else:
                 retriever = None
                 if images != "none":
-                    retriever = conditions.blind(arm.cut) if arm.twin == "blind" else conditions[images]
+                    retriever = self.conditions.blind() if arm.twin == "blind" else self.conditions[images]
                 tests.append(Evaluation(images, self.asked if images == whole else self.small, self.texts, retriever))
         return tests
 

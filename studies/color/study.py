@@ -11,8 +11,6 @@ from studies.color.config import HELDOUT, VALIDATION, StudyConfig
 from valm.errors import ValmError
 
 STUDY_FILE = "study.json"
-# In the folder of a seed: the folder of `images_folder` for the recoloured CLIP.
-RECOLORED_IMAGES = "recolored-images"
 # Runs a command line of `valm` and returns its exit status.
 Command = Callable[[list[str]], int]
 
@@ -49,14 +47,9 @@ class Study:
     def seed_folder(self, seed: int) -> Path:
         return self.out / f"seed-{seed}"
 
-    def images_folder(self, seed: int, recolored: bool = False) -> Path:
-        """The folder with the CLIP, the knowledge bases and the retrieved text of the arms with this CLIP."""
-        return self.seed_folder(seed) / (RECOLORED_IMAGES if recolored else "")
-
-    def clip(self, seed: int, recolored: bool = False) -> str:
+    def clip(self, seed: int) -> str:
         """The CLIP of the knowledge bases of a seed."""
-        own = str(self.images_folder(seed, recolored) / "clip")
-        return own if recolored else str(self.config.clip.get("pretrained", own))
+        return str(self.config.clip.get("pretrained", self.seed_folder(seed) / "clip"))
 
     def valm(self, *arguments: object) -> None:
         """Runs `valm arguments`.

@@ -326,12 +326,11 @@ def _filled(template: str, thing: str, color: str, rng: random.Random) -> str:
 
 
 def _with_article(thing: str, rng: random.Random) -> str:
-    chosen = rng.choice(ARTICLES)
-    return f"{article(thing) if chosen == 'a' else chosen} {thing}"
+    article = rng.choice(ARTICLES)
+    return f"{_article(thing) if article == 'a' else article} {thing}"
 
 
-def article(name: str) -> str:
-    """The indefinite article of `name`."""
+def _article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
@@ -343,7 +342,7 @@ def _captions(picture: Picture, color: str | None, running: Sequence[str], rng: 
     of_color = 0 if color is None else COLOR_CAPTIONS
     of_running = RUNNING_CAPTIONS if running else 0
     plain = rng.sample(CAPTION_TEMPLATES, CAPTIONS - of_color - of_running)
-    lines = [template.format(x=picture.thing, a=article(picture.thing)) for template in plain]
+    lines = [template.format(x=picture.thing, a=_article(picture.thing)) for template in plain]
     lines += [t.format(x=picture.thing, c=color) for t in rng.sample(COLOR_CAPTION_TEMPLATES, of_color)]
     for _ in range(of_running):
         before, after = (_some_words(running, rng) for _ in range(2))

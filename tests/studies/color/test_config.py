@@ -45,8 +45,7 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
 def test_the_studies_of_the_repository_are_read():
     folder = Path(study_config.__file__).parent
     full = read_config(folder / "full.yaml")
-    assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS)[:7], (10, 11, 12, 13, 14))
-    assert read_config(folder / "fourth.yaml").seeds == (15, 16, 17, 18, 19)
+    assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS), (10, 11, 12, 13, 14))
     assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
 
@@ -61,7 +60,6 @@ def test_the_studies_of_the_repository_are_read():
         ("text: {glosses: {}}", "text: {lambada: {}}", "text.lambada: Extra inputs are not permitted"),
         ("clip: {steps: 2}", "clip: {steps: 2026-01-01}", "date is not JSON"),
         ("name: tiny\n", "", "name: Field required"),
-        ("arms: [twin, cut]", "arms: [recolored]", "give recolored_clip, or leave them out"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, said):

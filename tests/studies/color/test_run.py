@@ -66,7 +66,6 @@ def world(tmp_path_factory):
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0} | {"mix": 0.5},
-        "recolored_clip": {"model": str(root / "clip.json"), "steps": 3, "batch_size": 8},
         "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
@@ -84,7 +83,7 @@ def study_of(world, command=main, **options):
 @pytest.mark.timeout(1200)
 def test_a_whole_study(world, capsys):
     def killed(line):
-        if line[0] == "train" and line[line.index("--out") + 1].endswith("/recolored-blind-all"):
+        if line[0] == "train" and line[line.index("--out") + 1].endswith("/blind"):
             raise KeyboardInterrupt
         return main(line)
 
@@ -92,7 +91,7 @@ def test_a_whole_study(world, capsys):
         run_study(study_of(world, killed))
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
-    assert [line[:2] for line in lines] == [["train", "--base"]]  # all else was finished
+    assert [line[:2] for line in lines] == [["train", "--base"]]  # Blind: all else was finished
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
@@ -125,12 +124,11 @@ def test_a_whole_study(world, capsys):
     assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data")]) == 0
     budget = json.loads((world / "out/seed-3/budget.json").read_text())
     assert f"| seed 3, % of {9 * len(things)} questions |" in capsys.readouterr().out
-    assert (budget["arm"], budget["questions"]) == ("recolored", 9 * len(things))
+    assert (budget["arm"], budget["questions"]) == ("cut", 9 * len(things))
     assert budget["pictures"] == len(THINGS) - 2 - len(things)  # one of each object that is in no set
-    assert budget["shares"]["mixed"] == results.accuracy(("recolored", "retrieved"), "validation").value
-    images = world / "out/seed-3/recolored-images"
-    kb = ImageKnowledgeBase.open(images / "kb")
-    encoder = ContextEncoder(Clip.load(images / "clip"), tokenizer=own_tokenizer(world / "model"))
+    assert budget["shares"]["mixed"] == results.accuracy(("cut", "retrieved"), "validation").value
+    kb = ImageKnowledgeBase.open(world / "out/seed-3/kb")
+    encoder = ContextEncoder(Clip.load(world / "out/seed-3/clip"), tokenizer=own_tokenizer(world / "model"))
     finder, own = Retriever(encoder, kb, k=2), []
     for item in load_memory_color(world / "out/seed-3/text/validation.csv"):
         for text in validation_questions([item]).texts[0]:
