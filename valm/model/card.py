@@ -109,7 +109,8 @@ def _what(model: Any) -> str:
     if options.num_images == 0:
         sees = "no images, as in the text-only baseline"
     if options.min_score is not None:
-        sees += f" with a retrieval score from {options.min_score:.4g}, or none"
+        where = "if its best image has" if options.blind else "with"
+        sees += f" {where} a retrieval score from {options.min_score:.4g}, or none"
     return f"{made} by [valm](https://github.com/valm-kernels/valm) {__version__}. Each token sees {sees}."
 
 
