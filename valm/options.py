@@ -44,6 +44,11 @@ def option(
     return dataclasses.field(default=default, metadata=said | {"short": short, "metavar": metavar, "parse": parse})
 
 
+def listed(text: str) -> tuple[str, ...]:
+    """The parts of a text between commas: a `parse` of `option`."""
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
 def add_fields(parser: argparse.ArgumentParser, kind: Any) -> None:
     """Adds an option to `parser` for each field of the dataclass `kind`."""
     for field in dataclasses.fields(kind):

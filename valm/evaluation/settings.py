@@ -7,12 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from valm.model.opening import Opening
-from valm.options import option
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """The parts of a text between commas."""
-    return tuple(filter(None, map(str.strip, text.split(","))))
+from valm.options import listed, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valm.errors import ValmError
-from valm.options import MAX_SEED, REQUIRED, check_fields, option
+from valm.options import MAX_SEED, REQUIRED, check_fields, listed, option
 from valm.text import nearest
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ STEPS = 1000
 EVALUATIONS, PATIENCE = 20, 3
 # Fields for pretrained decoders only.
 BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
+# Fields for models with images only.
+IMAGE_FIELDS = (
+    *("twin", "logit_bias", "score_scale", "min_score", "questions", "ordinary_text", "fusion_lr", "image_dropout"),
+    *("image_words", "image_word_weight"),
+)
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
 PATHS = ("kb", "retrieval", "questions", "ordinary_text")
@@ -64,6 +69,9 @@ class TrainingPlan:
             frozen.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
         image_dropout: share of the documents, different in each pass, that train without their images.
+        image_words: words that name what images show. Where the token before such a word sees an image, the training
+            loss of the word is multiplied by `image_word_weight`.
+        image_word_weight: the factor.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
@@ -153,6 +161,15 @@ class TrainingPlan:
         below=1,
         metavar="SHARE",
     )
+    image_words: Sequence[str] = option(
+        "words that name what images show, such as red,green,blue: where the token before such a word sees an image, "
+        "the training loss of the word is multiplied by --image-word-weight, so that the model learns to read images; "
+        "ignored by --twin text (default: none)",
+        (),
+        metavar="WORD,WORD",
+        parse=listed,
+    )
+    image_word_weight: float = option("with --image-words: the factor", 5.0, least=0)
     model: str | None = option(
         f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "
         "second-to-last layer sees the images (default: base)",
@@ -203,11 +220,9 @@ class TrainingPlan:
                 "--tokenizer is for a new text-only model: --base has its own tokenizer, and for a model with images, "
                 "give --tokenizer to `valm retrieve`"
             )
-        of_images = ("twin", "score_scale", "min_score", "questions", "ordinary_text", "logit_bias", "fusion_lr")
-        given = {name: getattr(self, name) for name in of_images} | {"image_dropout": self.image_dropout or None}
-        for name, value in given.items():
-            if value is not None and self.kb is None:
-                raise ValmError(f"--{name.replace('_', '-')} is for a model with images: give --kb too")
+        for field in dataclasses.fields(self):
+            if field.name in IMAGE_FIELDS and self.kb is None and getattr(self, field.name) != field.default:
+                raise ValmError(f"--{field.name.replace('_', '-')} is for a model with images: give --kb too")
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
                 f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
+from valm.training.word_weight import WordWeight
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,8 @@ def trainer(
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
     image_dropout: float = 0.0,
+    image_words: Sequence[str] = (),
+    image_word_weight: float = 5.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -105,6 +110,9 @@ def trainer(
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
         image_dropout: share of the documents, different in each pass, that see no images. Evaluation sees all images.
+        image_words: words that name what images show, such as colours. Where the token before such a word sees an
+            image, the training loss of the word is multiplied by image_word_weight (`WordWeight`).
+        image_word_weight: the factor. Evaluation weights every token equally.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
@@ -152,6 +160,8 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes only a part of "
             "the logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
+    if image_words:
+        _check_words(sees, image_word_weight, arguments, options)
     if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
@@ -182,7 +192,9 @@ def trainer(
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
             if evaluated is not None:
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
-    if limit_softmax:
+    if image_words:
+        WordWeight(inner, image_words, image_word_weight, tokenizer)
+    if limit_softmax:  # its loss contains the loss above
         LimitedSoftmax(inner, dataset)
     if image_dropout:
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
@@ -227,6 +239,18 @@ def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, argu
         raise ValmError(
             "image_dropout trains weights that text without images uses, but all of them are frozen: give --unfreeze "
             "block or all, or leave --image-dropout out"
+        )
+
+
+def _check_words(sees: Any, weight: float, arguments: TrainingArguments, options: dict[str, Any]) -> None:
+    if sees is None or sees.num_images == 0:
+        raise ValmError("image_words are words that images show, but this model sees no images: leave image_words out")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValmError(f"image_word_weight must be a finite number from 0 on, got {weight}")
+    if arguments.label_smoothing_factor or options.get("compute_loss_func") is not None:
+        raise ValmError(
+            "image_words change the model's own loss, which label_smoothing_factor or compute_loss_func replaces: give "
+            "one of them"
         )
 
 
