@@ -37,7 +37,7 @@ from valm.training.mix import base_weights
 BUDGET_FILE = "budget.json"
 RUN = "run `python -m studies.color run CONFIG --out"
 # A budget describes the first of these arms that the study has.
-ARMS_WITH_IMAGES = ("cut", "valm")
+ARMS_WITH_IMAGES = ("reading", "cut", "valm")
 # The rows: a name in BUDGET_FILE, and a title for K images per token.
 ROWS = {
     "retrieved": "one of the {K} images of the token before the answer shows the object",
@@ -112,7 +112,7 @@ def write_budget(study: Study, seed: int, results: Path) -> dict[str, Any]:
     arm = next((name for name in ARMS_WITH_IMAGES if name in config.arms), None)
     if arm is None:
         raise ValmError(
-            f"no arm of {study.out} sees images: add {' or '.join(ARMS_WITH_IMAGES)} and run the study again"
+            f"no arm of {study.out} sees images: add one of {', '.join(ARMS_WITH_IMAGES)}, and run the study again"
         )
     pictures, known = read_pictures(study.pictures), read_results([results])
     scoring = Scoring(study, seed, language_model(config.language_model, study.out / "language-model"), pictures)

@@ -11,7 +11,9 @@ from studies.color.results import (
     APART,
     CALIBRATED,
     NATS,
+    PEOPLE,
     RAW,
+    SHOWN,
     ArmTest,
     Found,
     Keep,
@@ -25,17 +27,29 @@ from valm.evaluation.sets import SETS
 
 BASE, TWIN, VALM, BLIND = ("base", "none"), ("twin", "none"), ("valm", "retrieved"), ("blind", "retrieved")
 CUT, RANDOM = ("cut", "retrieved"), ("random", "random")
+READING, READING_RANDOM = ("reading", "retrieved"), ("reading-random", "random")
+READING_BLIND, READING_BLIND_ALL = ("reading-blind", "retrieved"), ("reading-blind-all", "retrieved")
 IN_CONTEXT = ("colored-context", COLORED_CAPTIONS)
-PRIMARY, COLOR_TERMS, VICOMTE = "memory_color", "color_terms", "vicomte_color"
-# What VaLM with a score threshold is compared with.
-PAIRS = {
-    "base model": (CUT, BASE),
-    "text-only baseline": (CUT, TWIN),
-    "query control (Blind)": (CUT, BLIND),
-    "random images": (CUT, RANDOM),
+PRIMARY, VICOMTE = "memory_color", "vicomte_color"
+# What each arm that a study may be about is compared with.
+OTHERS = {
+    CUT: {"base model": BASE, "text-only baseline": TWIN, "query control (Blind)": BLIND, "random images": RANDOM},
+    READING: {
+        "base model": BASE,
+        "text-only baseline": TWIN,
+        "VaLM with the old training": CUT,
+        "query control at the same tokens": READING_BLIND,
+        "query control at all tokens": READING_BLIND_ALL,
+        "random images": READING_RANDOM,
+    },
 }
 # The titles of measures in tables; results files have their keys.
-MEASURES = {RAW: "uncalibrated", CALIBRATED: "calibrated", APART: "calibrated within this group"}
+MEASURES = {
+    RAW: "uncalibrated",
+    CALIBRATED: "calibrated",
+    APART: "calibrated within this group",
+    SHOWN: "answers with the pictures' colour",
+}
 # "No difference" needs an interval within so many points of 0.
 EQUAL = 0.03
 
@@ -52,24 +66,31 @@ class Items(NamedTuple):
 VALIDATION_OBJECTS = Items("validation objects", VALIDATION)
 WITH_PICTURE = Items("MemoryColor, objects with a picture", PRIMARY, pictured, APART)
 WITHOUT_PICTURE = Items("MemoryColor, objects without a picture", PRIMARY, unpictured, APART)
+ALL_OF_PEOPLE = Items("MemoryColor and ColorTerms", PEOPLE)
 ALL_OF_PRIMARY, ALL_OF_VICOMTE = Items("MemoryColor", PRIMARY), Items("ViComTe colour", VICOMTE)
 SECONDARY = (
     ALL_OF_PRIMARY,
     WITH_PICTURE,
     Items("MemoryColor, objects whose pictures show the right colour", PRIMARY, pixels_agree),
     WITHOUT_PICTURE,
-    Items("ColorTerms", COLOR_TERMS),
-    Items("ColorTerms, objects with a picture", COLOR_TERMS, pictured),
-    Items("ColorTerms, objects without a picture", COLOR_TERMS, unpictured),
+    ALL_OF_PEOPLE,
+    ALL_OF_PEOPLE._replace(title="MemoryColor and ColorTerms, objects with a picture", keep=pictured),
+    ALL_OF_PEOPLE._replace(title="MemoryColor and ColorTerms, objects without a picture", keep=unpictured),
     ALL_OF_VICOMTE,
     VALIDATION_OBJECTS,
 )
 
 
+def studied(results: Results) -> ArmTest:
+    """The arm that the study is about."""
+    return READING if READING in results.arms else CUT
+
+
 def follows(results: Results, items: Items, exchange: str) -> Found | None:
-    """How much more often VaLM with a score threshold answers the exchanged colour with exchanged images than with the
-    original ones. No model without a knowledge base can do so."""
-    return results.difference((CUT[0], exchange), CUT, items.of, exchange, items.keep)
+    """How much more often the studied arm answers the exchanged colour with exchanged images than with the original
+    ones. No model without a knowledge base can do so."""
+    arm = studied(results)
+    return results.difference((arm[0], exchange), arm, items.of, exchange, items.keep)
 
 
 def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -> Found | None:
@@ -125,7 +146,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def set_title(of: str) -> str:
-    return SETS[of].title if of in SETS else VALIDATION_OBJECTS.title
+    named = {one.of: one.title for one in (ALL_OF_PEOPLE, VALIDATION_OBJECTS)}
+    return named[of] if of in named else SETS[of].title
 
 
 def arm_title(arm: ArmTest) -> str:

@@ -68,9 +68,10 @@ class Conditions:
     def _of(self, kb: str) -> Retriever:
         return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / kb), self.images)
 
-    def blind(self) -> BlindRetriever:
-        """The retriever of the query control (Blind), which sees its own query."""
-        return BlindRetriever(self.encoder)
+    def blind(self, cut: bool) -> BlindRetriever:
+        """The retriever of the query control (Blind), which sees its own query; with `cut`, only at the tokens that
+        would see images."""
+        return BlindRetriever(self.encoder, kb=self.kb if cut else None)
 
     @cached_property
     def kb(self) -> ImageKnowledgeBase:

@@ -19,7 +19,7 @@ from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on. Results are pooled only if these fields agree.
-RECIPE = ("language_model", "pictures", "clip", "text", "images", "training")
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "reading")
 # Increased when the code samples or trains differently for the same fields.
 RECIPE_VERSION = 7
 
@@ -36,6 +36,7 @@ class Arm(NamedTuple):
     twin: `--twin` of `valm train`, "text" for every model without images.
     made: one of BASE, TRAINED and CONTEXT.
     cut: trained with a score threshold (`min_score`), which all its tests use too.
+    reading: trained with the options in a study's `reading` too.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Arm(NamedTuple):
     twin: str | None = None
     made: str = TRAINED
     cut: bool = False
+    reading: bool = False
 
 
 # Tests that replace the vectors of the retrieved images. Their answers are compared with the answers to the originals.
@@ -52,15 +54,19 @@ COLORED_CAPTIONS = "colored-captions"
 KB, KB_OTHERS = "kb", "kb-others"
 # Tests with this percentage of the items' pictures in the knowledge base ("retrieved": 100, "taken-out": 0).
 DOSES = {"pictures-75": 75, "pictures-50": 50, "pictures-25": 25}
+# The tests of the arm that a study is about.
+OF_ALL_KINDS = ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out")
 ARMS = {
     "base": Arm("base model, unmodified", ("none", COLORED_CAPTIONS), "text", made=BASE),
     "twin": Arm("text-only baseline", ("none",), "text"),
     "valm": Arm("VaLM without a threshold", ("retrieved",)),
-    "cut": Arm(
-        "VaLM with a score threshold", ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out"), cut=True
-    ),
+    "cut": Arm("VaLM with a score threshold", OF_ALL_KINDS, cut=True),
     "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
     "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
+    "reading": Arm("VaLM trained for reading", OF_ALL_KINDS, cut=True, reading=True),
+    "reading-random": Arm("random images, trained for reading", ("random",), "random", cut=True, reading=True),
+    "reading-blind": Arm("query control trained for reading", ("retrieved",), "blind", cut=True, reading=True),
+    "reading-blind-all": Arm("query control trained for reading, at all tokens", ("retrieved",), "blind", reading=True),
     "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
 }
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
@@ -132,6 +138,7 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
+        reading: further options of `valm train` for the arms that are trained for reading.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.
@@ -143,6 +150,7 @@ class StudyConfig:
     clip: dict[str, Any]
     text: TextSources
     training: dict[str, Any]
+    reading: dict[str, Any] = dataclasses.field(default_factory=dict)
     arms: tuple[_Arm, ...] = tuple(ARMS)
     tests: tuple[_Test, ...] = TESTS
     seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)

@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, TWIN, VALM, WITH_PICTURE, WITHOUT_PICTURE
+from studies.color.comparisons import (
+    BASE,
+    BLIND,
+    CUT,
+    PRIMARY,
+    READING,
+    READING_BLIND,
+    TWIN,
+    VALM,
+    WITH_PICTURE,
+    WITHOUT_PICTURE,
+    studied,
+)
 from studies.color.config import DOSES
 from studies.color.results import APART, RAW, Results
 from studies.plots import FAINT, INK, SERIES, new_figure, quiet
@@ -23,8 +35,10 @@ NAMES = {
     BLIND: "query control",
     VALM: "VaLM, no threshold",
     CUT: "VaLM, threshold",
+    READING: "VaLM, for reading",
+    READING_BLIND: "query control, for reading",
 }
-# Percent of the items' pictures in the knowledge base, and what VaLM with a score threshold is then tested with.
+# Percent of the items' pictures in the knowledge base, and what the studied arm is then tested with.
 PICTURES = {100: "retrieved", **{percent: dose for dose, percent in DOSES.items()}, 0: "taken-out"}
 
 
@@ -38,18 +52,19 @@ def dose(results: Results) -> Figure:
 
 
 def _curve(axes: Axes, results: Results) -> None:
+    arm = studied(results)
     for measure, color in zip((RAW, APART), SERIES, strict=False):
         found = {
             percent: one
             for percent, images in PICTURES.items()
-            if (one := results.accuracy((CUT[0], images), PRIMARY, measure, WITH_PICTURE.keep))
+            if (one := results.accuracy((arm[0], images), PRIMARY, measure, WITH_PICTURE.keep))
         }
         if not found:  # if only validation objects were asked
             continue
         values, lows, highs = 100 * np.array([one[:3] for one in found.values()]).T
-        axes.plot(list(found), values, "o-", color=color, label=f"{NAMES[CUT]}, {SHORT[measure]}")
+        axes.plot(list(found), values, "o-", color=color, label=f"{NAMES[arm]}, {SHORT[measure]}")
         axes.fill_between(list(found), lows, highs, color=color, alpha=0.15, linewidth=0)
-        for other, line in ((BLIND, "--"), (BASE, ":")):
+        for other, line in ((READING_BLIND if arm == READING else BLIND, "--"), (BASE, ":")):
             one = results.accuracy(other, PRIMARY, measure, WITH_PICTURE.keep)
             if one is not None:
                 axes.axhline(100 * one.value, color=color, linestyle=line, label=f"{NAMES[other]}, {SHORT[measure]}")
@@ -62,7 +77,7 @@ def _curve(axes: Axes, results: Results) -> None:
 def _gains(axes: Axes, results: Results) -> None:
     """The difference of each arm to the base in points, with its interval."""
     rows = []
-    for arm in (TWIN, BLIND, VALM, CUT):
+    for arm in (TWIN, BLIND, VALM, CUT, READING_BLIND, READING):
         for items, color in ((WITH_PICTURE, SERIES[0]), (WITHOUT_PICTURE, SERIES[1])):
             for measure in (RAW, APART):
                 found = results.difference(arm, BASE, PRIMARY, measure, items.keep)

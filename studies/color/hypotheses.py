@@ -1,4 +1,4 @@
-"""The primary hypotheses of the third study in studies/color/plan.md."""
+"""The primary hypotheses of the third and the fourth study in studies/color/plan.md."""
 
 from __future__ import annotations
 
@@ -7,17 +7,53 @@ from typing import NamedTuple
 
 import numpy as np
 
-from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, points, set_title, signed, table
-from studies.color.results import CALIBRATED, RAW, ArmTest, Found, Results
+from studies.color.comparisons import (
+    BASE,
+    BLIND,
+    CUT,
+    PRIMARY,
+    READING,
+    READING_BLIND,
+    READING_BLIND_ALL,
+    arm_title,
+    points,
+    set_title,
+    signed,
+    studied,
+    table,
+)
+from studies.color.config import VALIDATION
+from studies.color.results import CALIBRATED, PEOPLE, RAW, ArmTest, Found, Results
 from valm.errors import ValmError
 
-# The number of seeds that decide, and the level over the four hypotheses.
+# The number of seeds that decide, and the level over all hypotheses of a study.
 SEEDS, LEVEL = 5, 0.05
+
+
+class Hypothesis(NamedTuple):
+    """The studied arm is more often correct on the set `of` than the best of `others` on validation objects is."""
+
+    title: str
+    others: tuple[ArmTest, ...]
+    measure: str
+    of: str
+
+
+_CONTROLS = (READING_BLIND, READING_BLIND_ALL)
 HYPOTHESES = {
-    "T1: query control (Blind), uncalibrated": (BLIND, RAW),
-    "T2: base model, uncalibrated": (BASE, RAW),
-    "T3: query control (Blind), calibrated": (BLIND, CALIBRATED),
-    "T4: base model, calibrated": (BASE, CALIBRATED),
+    CUT: (
+        Hypothesis("T1: query control (Blind), uncalibrated", (BLIND,), RAW, PRIMARY),
+        Hypothesis("T2: base model, uncalibrated", (BASE,), RAW, PRIMARY),
+        Hypothesis("T3: query control (Blind), calibrated", (BLIND,), CALIBRATED, PRIMARY),
+        Hypothesis("T4: base model, calibrated", (BASE,), CALIBRATED, PRIMARY),
+    ),
+    READING: (
+        Hypothesis("F1: query control, uncalibrated", _CONTROLS, RAW, PEOPLE),
+        Hypothesis("F2: query control, calibrated", _CONTROLS, CALIBRATED, PEOPLE),
+        Hypothesis("F3: VaLM with the old training, uncalibrated", (CUT,), RAW, PEOPLE),
+        Hypothesis("F4: VaLM with the old training, calibrated", (CUT,), CALIBRATED, PEOPLE),
+        Hypothesis("F5: base model, calibrated", (BASE,), CALIBRATED, PEOPLE),
+    ),
 }
 
 
@@ -30,8 +66,8 @@ class OverSeeds(NamedTuple):
     p: float
 
 
-def over_seeds(results: Results, other: ArmTest, measure: str) -> OverSeeds:
-    """The accuracy of VaLM with a score threshold minus that of `other`, seed by seed.
+def over_seeds(results: Results, other: ArmTest, of: str, measure: str) -> OverSeeds:
+    """The accuracy of the studied arm minus that of `other`, seed by seed.
 
     Raises:
         ValmError: SciPy is not installed.
@@ -40,7 +76,8 @@ def over_seeds(results: Results, other: ArmTest, measure: str) -> OverSeeds:
         from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
     except ImportError as error:
         raise ValmError(f"t intervals need the package scipy ({error}): pip install scipy") from error
-    found = [results.of_seeds([seed]).difference(CUT, other, PRIMARY, measure) for seed in results.numbers]
+    arm = studied(results)
+    found = [results.of_seeds([seed]).difference(arm, other, of, measure) for seed in results.numbers]
     values = tuple(one.value for one in found if one is not None)
     test = ttest_1samp(values, 0)
     low, high = test.confidence_interval()
@@ -58,31 +95,36 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def hypotheses(results: Results) -> str:
     """The table of hypotheses with their outcomes. No hypothesis is decided before its seeds have run."""
-    some = results.having(*((PRIMARY, arm) for arm in (CUT, BASE, BLIND)))
+    arm = studied(results)
+    planned = HYPOTHESES[arm]
+    some = results.having(*((one.of, each) for one in planned for each in (arm, *one.others)))
     if len(some.seeds) < 2:
         return "Fewer than two seeds have the arms of the hypotheses."
-    found = [some.difference(CUT, other, PRIMARY, measure) for other, measure in HYPOTHESES.values()]
-    seeds = [over_seeds(some, other, measure) for other, measure in HYPOTHESES.values()]
+    others = [best(some, one.others) for one in planned]
+    found = [some.difference(arm, other, one.of, one.measure) for one, other in zip(planned, others, strict=True)]
+    seeds = [over_seeds(some, other, one.of, one.measure) for one, other in zip(planned, others, strict=True)]
     adjusted = holm([one.p for one in seeds])
     rows = []
-    for title, one, by_seed, p in zip(HYPOTHESES, found, seeds, adjusted, strict=True):
-        assert one is not None  # as the seeds have both arms
+    for one, difference, by_seed, p in zip(planned, found, seeds, adjusted, strict=True):
+        assert difference is not None  # as the seeds have both arms
         values = ", ".join(map(signed, by_seed.values))
         interval = f"[{signed(by_seed.low)}, {signed(by_seed.high)}]"
-        rows.append(
-            [
-                title,
-                points(one),
-                interval,
-                values,
-                "< 0.001" if p < 0.0005 else f"{p:.3f}",
-                _outcome(one, by_seed, p, len(some.seeds)),
-            ]
-        )
-    compared = f"{set_title(PRIMARY)}: VaLM with a score threshold compared with"
+        outcome = _outcome(difference, by_seed, p, len(some.seeds))
+        rows.append([one.title, points(difference), interval, values, "< 0.001" if p < 0.0005 else f"{p:.3f}", outcome])
+    compared = f"{set_title(planned[0].of)}: {arm_title(arm)} compared with"
     intervals = ["points [95 %, objects and seeds]", "[95 %, t over seeds]"]
     head = [compared, *intervals, "points, seed by seed", "p (Holm)", "hypothesis"]
     return table(head, rows)
+
+
+def best(results: Results, arms: Sequence[ArmTest]) -> ArmTest:
+    """The arm that is most often correct on validation objects, uncalibrated."""
+
+    def accuracy(arm: ArmTest) -> float:
+        found = results.accuracy(arm, VALIDATION)
+        return 0.0 if found is None else found.value
+
+    return max(arms, key=accuracy)
 
 
 def _outcome(found: Found, by_seed: OverSeeds, p: float, seeds: int) -> str:

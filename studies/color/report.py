@@ -15,8 +15,12 @@ from studies.color.comparisons import (
     CUT,
     IN_CONTEXT,
     MEASURES,
-    PAIRS,
+    OTHERS,
     RANDOM,
+    READING,
+    READING_BLIND,
+    READING_BLIND_ALL,
+    READING_RANDOM,
     SECONDARY,
     TWIN,
     VALIDATION_OBJECTS,
@@ -30,6 +34,7 @@ from studies.color.comparisons import (
     perplexity_ratio,
     raw_and_calibrated,
     set_title,
+    studied,
     table,
     times,
 )
@@ -37,7 +42,7 @@ from studies.color.config import COLORED_CAPTIONS, EXCHANGES
 from studies.color.figures import dose
 from studies.color.hypotheses import SEEDS, hypotheses
 from studies.color.questions import CAPTIONS_KIND
-from studies.color.results import APART, CALIBRATED, RAW, Results, every
+from studies.color.results import APART, ArmTest, Results, every
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.store.files import output_file, read_text, writable_folder
@@ -45,6 +50,13 @@ from valm_kernels.atomic_files import atomic_path
 
 MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 FIGURE = "study-dose.png"
+# The arms in the table of answers.
+ARMS: tuple[ArmTest, ...] = (
+    *(BASE, TWIN, VALM, CUT, RANDOM, BLIND, READING, READING_RANDOM, READING_BLIND, READING_BLIND_ALL),
+    *(IN_CONTEXT, ("base", COLORED_CAPTIONS)),
+)
+# The kinds of text whose perplexity is compared.
+TEXTS = ("glosses", "prose", CAPTIONS_KIND)
 
 
 def write_page(results: Results, page: str | os.PathLike) -> None:
@@ -96,9 +108,8 @@ def state(results: Results) -> str:
 def answers(results: Results) -> str:
     """Correct answers of every arm, and its perplexity on captions."""
     asked = (VALIDATION_OBJECTS, WITH_PICTURE, WITHOUT_PICTURE, ALL_OF_VICOMTE)
-    arms = (BASE, TWIN, VALM, CUT, RANDOM, BLIND, IN_CONTEXT, ("base", COLORED_CAPTIONS))
     rows = []
-    for arm in arms:
+    for arm in ARMS:
         if arm in results.arms:
             read = (arm[0], "none") if arm[1] == COLORED_CAPTIONS else arm  # captions are read as they are
             captions = perplexity_ratio(results, read, BASE, CAPTIONS_KIND)
@@ -110,21 +121,22 @@ def answers(results: Results) -> str:
 
 
 def secondary(results: Results) -> str:
-    """VaLM with a score threshold compared with other arms on all sets, and its perplexity on captions."""
-    rows = []
+    """The studied arm compared with other arms on all sets, and its perplexity on text."""
+    rows, arm = [], studied(results)
     for items in SECONDARY:
-        for measure in (RAW, CALIBRATED, APART):
-            found = [results.difference(*pair, items.of, measure, items.keep) for pair in PAIRS.values()]
+        for measure in MEASURES:
+            found = [results.difference(arm, other, items.of, measure, items.keep) for other in OTHERS[arm].values()]
             if any(found) and (measure != APART or items.keep is not every):
                 rows.append([f"{items.title}, {MEASURES[measure]}", *(cell(one, decided, results) for one in found)])
-    ratios = [perplexity_ratio(results, *pair, CAPTIONS_KIND) for pair in PAIRS.values()]
-    rows.append(["captions, perplexity ÷ the other model [95 %]", *(cell(one, times, results) for one in ratios)])
-    head = "VaLM with a score threshold, difference in points [95 %]"
-    return table([head, *(f"compared with {other}" for other in PAIRS)], rows)
+    for text in TEXTS:
+        ratios = [perplexity_ratio(results, arm, other, text) for other in OTHERS[arm].values()]
+        rows.append([f"{text}, perplexity ÷ the other model [95 %]", *(cell(one, times, results) for one in ratios)])
+    head = f"{arm_title(arm)}, difference in points [95 %]"
+    return table([head, *(f"compared with {other}" for other in OTHERS[arm])], rows)
 
 
 def exchanged(results: Results) -> str:
-    """How often VaLM with a score threshold follows replaced images."""
+    """How often the studied arm follows replaced images."""
     rows = []
     for exchange, title in zip(
         EXCHANGES, ("same pictures, red and blue exchanged", "pictures of other objects in another colour"), strict=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,12 @@ from valm.store.files import Count, read_json
 from valm_kernels.json_files import short
 
 # The measures. RAW counts correct answers. CALIBRATED first divides each candidate's probability by its mean over the
-# items; APART takes that mean separately over items with and items without a picture. NATS sums a text's nats. The
-# tests of EXCHANGES count answers with the colour of the exchanged images.
-RAW, CALIBRATED, APART, NATS = "raw", "calibrated", "calibrated apart", "nats"
+# items; APART takes that mean separately over items with and items without a picture. SHOWN counts answers with the
+# colour of the item's pictures, whatever the correct answer is. NATS sums a text's nats. The tests of EXCHANGES count
+# answers with the colour of the exchanged images.
+RAW, CALIBRATED, APART, SHOWN, NATS = "raw", "calibrated", "calibrated apart", "shown", "nats"
+# The items of two sets that people labelled, each item once.
+PEOPLE, PEOPLE_SETS = "people", ("memory_color", "color_terms")
 # The images that the tokens of a row may see.
 SEEN = {images for arm in ARMS.values() for images in arm.tests}
 _Number = Annotated[float, Field(ge=0)]
@@ -254,4 +257,16 @@ def _rows(asked: Sequence[AskedJson], rows: Sequence[RowJson], seed: int, file: 
         if about is None or not about.is_of(len(hits)) or (arm, of, measure) in found:
             raise ValmError(f"the results {file} are damaged: they lack answers; run the study again")
         found[arm, of, measure] = Row(seed, arm, of, measure, about, hits)
-    return list(found.values())
+    return [*found.values(), *_pooled(found)]
+
+
+def _pooled(found: Mapping[tuple[ArmTest, str, str], Row]) -> Iterator[Row]:
+    """The rows of PEOPLE. A thing that both sets name, also in the plural, is the first set's."""
+    for (arm, of, measure), row in found.items():
+        other = found.get((arm, PEOPLE_SETS[1], measure))
+        if of == PEOPLE_SETS[0] and other is not None:
+            known = {name.rstrip("s") for name in row.asked.items}
+            new = np.array([name.rstrip("s") not in known for name in other.asked.items])
+            parts = zip(row.asked, other.asked, strict=True)
+            asked = Asked(*(np.concatenate([first, second[new]]) for first, second in parts))
+            yield row._replace(of=PEOPLE, asked=asked, hits=np.concatenate([row.hits, other.hits[new]]))

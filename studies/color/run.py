@@ -225,7 +225,7 @@ def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
         *(["--min-score", "auto"] if arm.cut else []),
         *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(study.config.training),
+        *as_options(study.config.training | (study.config.reading if arm.reading else {})),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     _remove_checkpoints(out)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from studies.color.config import ARMS, EXCHANGES
-from studies.color.results import APART, CALIBRATED, NATS, RAW, RowJson
+from studies.color.results import APART, CALIBRATED, NATS, RAW, SHOWN, RowJson
 from valm.clip.tokenizer import begin_id
 from valm.evaluation.metrics import log_prior
 from valm.evaluation.questions import FAIR, Documents, Questions
@@ -58,7 +58,8 @@ class Counted(NamedTuple):
 
 
 def measures(asked: Questions, colors: Sequence[Mapping[str, str | None]]) -> dict[str, Counted]:
-    """What each measure counts: RAW, CALIBRATED and APART, and each of EXCHANGES that changes the colour of an item.
+    """What each measure counts: RAW, CALIBRATED and APART, SHOWN, and each of EXCHANGES that changes the colour of an
+    item.
 
     Args:
         colors: the colours of each item's pictures (`Conditions.colors_of`), or an empty list.
@@ -67,20 +68,22 @@ def measures(asked: Questions, colors: Sequence[Mapping[str, str | None]]) -> di
     asked_for = (RAW, CALIBRATED, APART) if _one_right(asked) else (RAW,)
     found = {measure: Counted(every, right) for measure in asked_for}
     candidates = list(asked.candidates)
-    for exchange in EXCHANGES:
-        changed = {
+    for measure in (SHOWN, *EXCHANGES):
+        pictures = "retrieved" if measure == SHOWN else measure
+        answers = {
             number: candidates.index(color)
             for number, one in enumerate(colors)
-            if (color := one[exchange]) in candidates and one["retrieved"] not in (None, color)
+            if (color := one[pictures]) in candidates and (measure == SHOWN or one["retrieved"] not in (None, color))
         }
-        if changed:
-            found[exchange] = Counted(list(changed), np.array(list(changed.values()))[:, None])
+        if answers:
+            found[measure] = Counted(list(answers), np.array(list(answers.values()))[:, None])
     return found
 
 
 def counted(row: Mapping[str, Any], measured: Mapping[str, Counted]) -> list[RowJson]:
-    """Turns a row of `score_arm` about a set into rows of results. If the arm also sees exchanged images, further rows
-    count how often it answers the colour of the exchanged images, with exchanged and with original images."""
+    """Turns a row of `score_arm` about a set into rows of results. A further row counts how often the arm answers the
+    colour of the pictures (SHOWN). If the arm also sees exchanged images, further rows count how often it answers the
+    colour of the exchanged images, with exchanged and with original images."""
     arm, images, own = row["arm"], row["images"], row["measure"]
     exchanges = [one for one in EXCHANGES if own == RAW and one in ARMS[arm].tests and images in ("retrieved", one)]
     answers = np.array(row["answers"])
@@ -92,7 +95,7 @@ def counted(row: Mapping[str, Any], measured: Mapping[str, Counted]) -> list[Row
             "measure": measure,
             "hits": (answers[measured[measure].items] == measured[measure].answers).sum(-1).tolist(),
         }
-        for measure in (own, *exchanges)
+        for measure in (own, *([SHOWN] if own == RAW else []), *exchanges)
         if measure in measured
     ]
 

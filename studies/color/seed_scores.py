@@ -167,7 +167,7 @@ class Scoring:
             else:
                 retriever = None
                 if images != "none":
-                    retriever = self.conditions.blind() if arm.twin == "blind" else self.conditions[images]
+                    retriever = self.conditions.blind(arm.cut) if arm.twin == "blind" else self.conditions[images]
                 tests.append(Evaluation(images, self.asked if images == whole else self.small, self.texts, retriever))
         return tests
 

@@ -77,6 +77,25 @@ def result(seed, pictured=PICTURED):
     }
 
 
+# The arms of the fourth study: the query control at all tokens is the better one on validation objects.
+READING_HITS = {
+    ("reading", "retrieved"): {"raw": ALL} | dict.fromkeys(EXCHANGES, NONE),
+    ("reading", "exchanged"): {"raw": NONE, "exchanged": ALL},
+    ("reading-random", "random"): {"raw": RED},
+    ("reading-blind", "retrieved"): {"raw": NONE},
+    ("reading-blind-all", "retrieved"): {"raw": RED},
+}
+
+
+def fourth(seed):
+    """Results with the arms of the fourth study. ColorTerms has an object of MemoryColor, in the plural."""
+    found = result(seed)
+    names = [f"thing {ITEMS - 1}s", *(f"term {number}" for number in range(1, ITEMS))]
+    found["asked"] += [asked("color_terms", names, measure) for measure in ("raw", *CALIBRATIONS, *EXCHANGES)]
+    found["rows"] += rows(HITS, ["color_terms"]) + rows(READING_HITS, ["memory_color", "validation", "color_terms"])
+    return found
+
+
 def write(folder, seeds=(0, 1), made=result):
     """Writes the files of these seeds."""
     files = []

@@ -214,7 +214,7 @@ def test_the_finished_seeds_of_a_study_are_found(out):
 
 def test_a_study_without_images_or_with_other_test_sets_is_rejected(out, pictures, tmp_path):
     study, files = finished_seeds(out, tmp_path / "data", [3])
-    with pytest.raises(ValmError, match=f"no arm of {out} sees images: add cut or valm and run the study again"):
+    with pytest.raises(ValmError, match=f"no arm of {out} sees images: add one of reading, cut, valm, and run"):
         write_budget(replace(study, config=replace(study.config, arms=("base", "blind"))), 3, files[3])
     study.pictures.mkdir()
     write_json(study.pictures / "pictures.json", [asdict(one) for one in pictures])

@@ -6,6 +6,7 @@ import pytest
 from studies.color import config as study_config
 from studies.color.config import ARMS, read_config
 from valm.errors import ValmError
+from valm.evaluation.questions import COLORS
 
 SMALL = """\
 name: tiny
@@ -45,7 +46,11 @@ def test_the_recipe_is_of_what_results_depend_on(tmp_path, monkeypatch):
 def test_the_studies_of_the_repository_are_read():
     folder = Path(study_config.__file__).parent
     full = read_config(folder / "full.yaml")
-    assert (full.name, full.arms, full.seeds) == ("third", tuple(ARMS), (10, 11, 12, 13, 14))
+    assert (full.name, full.seeds) == ("third", (10, 11, 12, 13, 14))
+    fourth = read_config(folder / "fourth.yaml")
+    assert (fourth.training, fourth.clip, fourth.text) == (full.training, full.clip, full.text)
+    assert {*full.arms, *fourth.arms} == {*ARMS} and fourth.seeds == (15, 16, 17, 18, 19)
+    assert fourth.reading["image_words"].split(",") == list(COLORS)
     assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
 

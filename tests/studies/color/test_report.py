@@ -6,17 +6,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from studies.color.comparisons import BASE, BLIND, CUT, PRIMARY, points
+from studies.color.comparisons import (
+    BASE,
+    BLIND,
+    CUT,
+    PRIMARY,
+    READING,
+    READING_BLIND,
+    READING_BLIND_ALL,
+    points,
+)
 from studies.color.config import COLORED_CAPTIONS
-from studies.color.hypotheses import holm, hypotheses
+from studies.color.hypotheses import best, holm, hypotheses
 from studies.color.report import FIGURE, TABLES, answers, exchanged, secondary, write_figure, write_page
-from studies.color.results import CALIBRATED, pictured, read_results
-from tests.studies.color.synthetic import PICTURED, RIGHT, result, without, write
+from studies.color.results import CALIBRATED, PEOPLE, pictured, read_results
+from tests.studies.color.synthetic import PICTURED, RIGHT, fourth, result, without, write
 from valm.errors import ValmError
+from valm.evaluation import statistics
 
 ROOT = Path(__file__).parents[3]
 MARK = "<!-- study: {} of synthetic -->\n{}\n<!-- end -->\n"
 RED = RIGHT == "red"
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 4 * statistics.CHUNK)
 
 
 def row(table, title):
@@ -25,6 +40,7 @@ def row(table, title):
     return [text.strip() for text in line.strip("|").split("|")][1:]
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_a_page_gets_every_table_and_the_figure_of_its_study(tmp_path):
     page = tmp_path / "study.md"
     other = "<!-- study: state of other -->\nOLD\n<!-- end -->\n"
@@ -118,6 +134,20 @@ def test_the_hypotheses_are_decided_by_five_seeds_with_holms_correction(tmp_path
     by_seed = [float(text) for text in row(all_seeds, "T2: base model, uncalibrated")[2].split(", ")]
     assert np.diff(by_seed) == pytest.approx([100 / (9 * len(RIGHT))] * 4, abs=0.11)
     assert re.match("Fewer than two seeds", hypotheses(read_results(files[:1])))
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_the_study_of_reading_is_about_that_arm(tmp_path):
+    results = read_results(write(tmp_path, made=fourth))
+    assert best(results, [READING_BLIND, READING_BLIND_ALL]) == READING_BLIND_ALL
+    table = hypotheses(results)
+    assert table.startswith("| MemoryColor and ColorTerms: VaLM trained for reading compared with |")
+    difference = results.difference(READING, READING_BLIND_ALL, PEOPLE)
+    assert row(table, "F1: query control, uncalibrated")[0] == points(difference)
+    assert row(table, "F3: VaLM with the old training, uncalibrated")[0].startswith("+11.1")
+    others = row(secondary(results), "MemoryColor, uncalibrated")
+    assert others[2].startswith("+11.1") and others[3].startswith("+100.0") and others[4] == others[5] == others[0]
+    assert row(exchanged(results), "same pictures, red and blue exchanged")[0].startswith("+100.0")
 
 
 def test_holms_correction():

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from studies.color.results import NATS, pictured, pixels_agree, read_results, unpictured
-from tests.studies.color.synthetic import ITEMS, PICTURED, RIGHT, result, without, write
+from studies.color.results import NATS, PEOPLE, pictured, pixels_agree, read_results, unpictured
+from tests.studies.color.synthetic import ITEMS, PICTURED, RIGHT, fourth, result, without, write
 from valm.errors import ValmError
 
 CUT, TWIN, BLIND = ("cut", "retrieved"), ("twin", "none"), ("blind", "retrieved")
@@ -47,6 +47,18 @@ def test_a_difference_may_be_of_some_items(tmp_path):
     no_red = results.difference(CUT, TWIN, "memory_color", keep=lambda asked: asked.answers != "red")
     assert no_red.value == pytest.approx(8 / 9)  # the twin always says "red"
     assert results.difference(CUT, TWIN, "memory_color", keep=lambda asked: asked.answers == "black") is None
+
+
+def test_a_thing_of_both_sets_counts_once(tmp_path):
+    results = read_results(write(tmp_path, made=fourth))
+    found = results.accuracy(("reading", "retrieved"), PEOPLE)
+    assert (found.value, found.items) == (1.0, 2 * ITEMS - 1)
+    base = results.accuracy(("base", "none"), PEOPLE, keep=pictured)
+    red, first = RIGHT == "red", np.arange(ITEMS) > 0  # the first of the second set is the last of the first set
+    assert base.items == PICTURED.sum() + (PICTURED & first).sum()
+    assert base.value == pytest.approx((red[PICTURED].sum() + red[PICTURED & first].sum()) / base.items)
+    assert results.accuracy(("reading", "exchanged"), PEOPLE, "exchanged").items == 2 * (ITEMS - 1)
+    assert read_results(write(tmp_path)).accuracy(TWIN, PEOPLE) is None
 
 
 def test_nats_are_those_of_a_token(tmp_path):

@@ -89,16 +89,18 @@ def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have
     colors = [dict.fromkeys(("retrieved", "exchanged", "other-colors")) for _ in THINGS]
     colors[1] = {"retrieved": "red", "exchanged": "blue", "other-colors": "red"}
     measured = measures(asked, colors)
-    assert set(measured) == {"raw", "calibrated", "calibrated apart", "exchanged"}  # the other colour is the same one
+    # the other colour is the same one
+    assert set(measured) == {"raw", "calibrated", "calibrated apart", "shown", "exchanged"}
     answers = np.array(asked.right)
     answers[1, :2] = asked.candidates.index("blue")
     row = {"arm": "cut", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}
     prompts = len(asked.prompts)
-    raw, exchanged = counted(row, measured)
+    raw, shown, exchanged = counted(row, measured)
     assert (raw["measure"], raw["hits"]) == ("raw", [prompts, prompts - 2, prompts])
+    assert (shown["measure"], shown["hits"]) == ("shown", [prompts - 2])
     assert (exchanged["measure"], exchanged["hits"]) == ("exchanged", [2])
-    assert [one["measure"] for one in counted(row | {"images": "random"}, measured)] == ["raw"]
-    assert [one["measure"] for one in counted(row | {"arm": "blind"}, measured)] == ["raw"]
+    assert [one["measure"] for one in counted(row | {"images": "random"}, measured)] == ["raw", "shown"]
+    assert [one["measure"] for one in counted(row | {"arm": "blind"}, measured)] == ["raw", "shown"]
     assert [one["measure"] for one in counted(row | {"measure": "calibrated"}, measured)] == ["calibrated"]
 
 
