@@ -25,7 +25,7 @@ BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 # Fields for models with images only.
 IMAGE_FIELDS = (
     *("twin", "logit_bias", "score_scale", "min_score", "questions", "ordinary_text", "fusion_lr", "image_dropout"),
-    *("image_words", "image_word_weight"),
+    *("image_words", "image_word_weight", "image_noise"),
 )
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
@@ -72,6 +72,8 @@ class TrainingPlan:
         image_words: words that name what images show. Where the token before such a word sees an image, the training
             loss of the word is multiplied by `image_word_weight`.
         image_word_weight: the factor.
+        image_noise: length of the noise that is added to each image vector in each step, as a multiple of the vector's
+            length.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
@@ -170,6 +172,13 @@ class TrainingPlan:
         parse=listed,
     )
     image_word_weight: float = option("with --image-words: the factor", 5.0, least=0)
+    image_noise: float = option(
+        "length of the random noise that is added to each image vector in each step, as a multiple of the vector's "
+        "length, so that the model does not learn its pictures by heart; ignored by --twin text",
+        0.0,
+        least=0,
+        metavar="LENGTH",
+    )
     model: str | None = option(
         f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "
         "second-to-last layer sees the images (default: base)",

@@ -25,6 +25,7 @@ from valm.text import nearest
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_image_dropout, with_min_score
+from valm.training.image_noise import add_image_noise
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
@@ -82,6 +83,7 @@ def trainer(
     image_dropout: float = 0.0,
     image_words: Sequence[str] = (),
     image_word_weight: float = 5.0,
+    image_noise: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -113,6 +115,8 @@ def trainer(
         image_words: words that name what images show, such as colours. Where the token before such a word sees an
             image, the training loss of the word is multiplied by image_word_weight (`WordWeight`).
         image_word_weight: the factor. Evaluation weights every token equally.
+        image_noise: length of the noise that is added to each image vector in each training step, as a multiple of the
+            vector's length (`add_image_noise`).
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
@@ -162,6 +166,8 @@ def trainer(
         )
     if image_words:
         _check_words(sees, image_word_weight, arguments, options)
+    if image_noise:
+        _check_sees(sees, "image_noise", image_noise)
     if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
@@ -192,6 +198,8 @@ def trainer(
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
             if evaluated is not None:
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
+    if image_noise:
+        add_image_noise(inner, image_noise)
     if image_words:
         WordWeight(inner, image_words, image_word_weight, tokenizer)
     if limit_softmax:  # its loss contains the loss above
@@ -242,11 +250,15 @@ def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, argu
         )
 
 
-def _check_words(sees: Any, weight: float, arguments: TrainingArguments, options: dict[str, Any]) -> None:
+def _check_sees(sees: Any, option: str, value: float) -> None:
     if sees is None or sees.num_images == 0:
-        raise ValmError("image_words are words that images show, but this model sees no images: leave image_words out")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValmError(f"image_word_weight must be a finite number from 0 on, got {weight}")
+        raise ValmError(f"{option} is for a model that sees images, but this model sees none: leave it out")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValmError(f"{option} must be a finite number from 0 on, got {value}")
+
+
+def _check_words(sees: Any, weight: float, arguments: TrainingArguments, options: dict[str, Any]) -> None:
+    _check_sees(sees, "image_word_weight", weight)
     if arguments.label_smoothing_factor or options.get("compute_loss_func") is not None:
         raise ValmError(
             "image_words change the model's own loss, which label_smoothing_factor or compute_loss_func replaces: give "

@@ -242,7 +242,12 @@ WORDS = ["--image-words", "red, black"]
 
 
 @pytest.mark.parametrize(
-    "option, other", [(["--image-dropout", 0.5], ["--image-dropout", 0.25]), (WORDS, ["--image-word-weight", 2.0])]
+    "option, other",
+    [
+        (["--image-dropout", 0.5], ["--image-dropout", 0.25]),
+        (WORDS, ["--image-word-weight", 2.0]),
+        (["--image-noise", 1.0], ["--image-noise", 0.5]),
+    ],
 )
 def test_options_of_models_that_see_images(world, base, tmp_path, error_of, option, other):
     """The text-only twin trains as without them, because it sees no images."""
@@ -254,7 +259,7 @@ def test_options_of_models_that_see_images(world, base, tmp_path, error_of, opti
     weights = {path.name: load_file(path / "model.safetensors") for path in tmp_path.iterdir() if path.name != "below"}
     assert all(torch.equal(weights["plain-twin"][name], weight) for name, weight in weights["option-twin"].items())
     assert any(not torch.equal(weights["plain"][name], weight) for name, weight in weights["option"].items())
-    if option != WORDS:
+    if option[0] == "--image-dropout":
         blind = error_of(*train, *option, "--out", tmp_path / "blind", "--twin", "blind")
         assert f"leave {option[0]} out" in blind
     resumed = error_of(*train, *option, *other, "--out", tmp_path / "option", "--resume")

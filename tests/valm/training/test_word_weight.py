@@ -107,7 +107,7 @@ def test_evaluation_weights_all_tokens_equally(tmp_path):
 @pytest.mark.parametrize(
     "model, given, message",
     [
-        ({"num_images": 0}, {"kb": None}, "image_words are words that images show"),
+        ({"num_images": 0}, {"kb": None}, "image_word_weight is for a model that sees images, but this"),
         ({}, {"image_word_weight": float("inf")}, "image_word_weight must be a finite number from 0 on, got inf"),
         ({}, {"image_word_weight": -1.0}, "image_word_weight must be a finite number from 0 on"),
         ({}, {"label_smoothing_factor": 0.1}, "image_words change the model's own loss"),
