@@ -38,6 +38,7 @@ def build_parser() -> CommandParser:
     budget.add_argument(
         "--seed", type=int, action="append", help="only this seed; may be repeated (default: all that are finished)"
     )
+    budget.add_argument("--results", type=Path, help="folder with the results of the seeds, to copy the budgets to")
     budget.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     return study
 
@@ -68,10 +69,15 @@ def run_run(arguments: argparse.Namespace) -> None:
         print(f"seed {seed}: {file}")
         if arguments.results is not None:
             kind = "validation-" if arguments.validation else ""
-            with output_file(writable_folder(arguments.results) / f"{kind}{config.name}-seed-{seed}.json") as copy:
+            with output_file(writable_folder(arguments.results) / f"{kind}{results_name(config.name, seed)}") as copy:
                 shutil.copyfile(file, copy)
     results = read_results(list(files.values()))
     print("\n\n".join(table(results) for table in (state, answers, secondary)))
+
+
+def results_name(study: str, seed: int) -> str:
+    """The name of a seed's results in a folder of results."""
+    return f"{study}-seed-{seed}.json"
 
 
 def _data(arguments: argparse.Namespace) -> Path | None:
@@ -95,10 +101,18 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 
 def run_budget(arguments: argparse.Namespace) -> None:
-    from studies.color.budget import budget_table, finished_seeds, write_budget
+    from studies.color.budget import finished_seeds, write_budget
+    from studies.color.report import budget_table
+    from studies.color.results import budget_file
+    from valm.store.files import writable_folder, write_json
 
     study, files = finished_seeds(arguments.out, _data(arguments), arguments.seed, progress=not arguments.quiet)
-    print(budget_table([write_budget(study, seed, file) for seed, file in files.items()]))
+    budgets = {seed: write_budget(study, seed, file) for seed, file in files.items()}
+    if arguments.results is not None:
+        folder = writable_folder(arguments.results)
+        for seed, budget in budgets.items():
+            write_json(budget_file(folder / results_name(study.config.name, seed)), budget)
+    print(budget_table(list(budgets.values())))
 
 
 if __name__ == "__main__":

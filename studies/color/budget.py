@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from studies.color.captions import last_images
-from studies.color.comparisons import arm_title, table
 from studies.color.conditions import Conditions, commonest
 from studies.color.config import COLORED_CAPTIONS, VALIDATION, StudyConfig
 from studies.color.pictures import read_pictures
 from studies.color.questions import COLOR_SETS, item_names, validation_questions
+from studies.color.report import BUDGET_ROWS
 from studies.color.results import RAW, read_results
 from studies.color.run import RESULTS_FILE, language_model
 from studies.color.scoring import answers_of
@@ -38,19 +38,6 @@ BUDGET_FILE = "budget.json"
 RUN = "run `python -m studies.color run CONFIG --out"
 # A budget describes the first of these arms that the study has.
 ARMS_WITH_IMAGES = ("reading", "cut", "valm")
-# The rows: a name in BUDGET_FILE, and a title for K images per token.
-ROWS = {
-    "retrieved": "one of the {K} images of the token before the answer shows the object",
-    "seen": "one of the {K} images shows the object, and the best score reaches the threshold: the token sees them",
-    "own_above": "an image of the object is retrieved, and its own score reaches the threshold",
-    "pixels": "the most frequent colour in the pixels of the {K} images is correct",
-    "probe_of_best": "a linear probe of the best image's vector names the correct colour",
-    "probe_of_mean": "a linear probe of the mean of the {K} vectors names the correct colour",
-    "probe_of_mean_above": "a linear probe of the mean of the vectors above the threshold names the correct colour",
-    "trained": "{arm}: the trained weights alone answer correctly",
-    "mixed": "{arm}: the weights mixed with the base model's, as in the study, answer correctly",
-    "colors_in_prompt": "{base}: answers correctly",
-}
 
 
 class Images(NamedTuple):
@@ -101,8 +88,8 @@ def finished_seeds(
 def write_budget(study: Study, seed: int, results: Path) -> dict[str, Any]:
     """Writes the budget of a seed to BUDGET_FILE in its folder, and returns it.
 
-    It contains the share of questions for each of ROWS, None if the study lacks it, and the numbers of questions and of
-    the pictures that train the probe.
+    It contains the share of questions for each of BUDGET_ROWS, None if the study lacks it, and the numbers of questions
+    and of the pictures that train the probe.
 
     Raises:
         ValmError: no arm sees images, too few objects have a colour, or the test sets are not those of the run.
@@ -136,7 +123,7 @@ def write_budget(study: Study, seed: int, results: Path) -> dict[str, Any]:
             shares[row] = accuracy.value
     numbers = {"questions": len(answers), "pictures": count, "images": config.images, "min_score": min_score}
     about = {"study": config.name, "recipe": config.recipe, "seed": seed, "arm": arm}
-    budget = about | numbers | {"shares": {row: shares.get(row) for row in ROWS}}
+    budget = about | numbers | {"shares": {row: shares.get(row) for row in BUDGET_ROWS}}
     write_json(study.seed_folder(seed) / BUDGET_FILE, budget)
     return budget
 
@@ -207,17 +194,3 @@ def unmix(model: Any, base: Mapping[str, Tensor], share: float) -> None:
     for name, weight in model.named_parameters():
         if name in base:
             weight.copy_(torch.lerp(base[name].to(weight), weight, 1 / (1 - share)))
-
-
-def budget_table(budgets: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of the budgets of one study, with a column for each seed."""
-    first = budgets[0]
-    arm, base = arm_title((first["arm"], "retrieved")), arm_title(("base", COLORED_CAPTIONS))
-    heads = [f"seed {one['seed']}, % of {one['questions']:,} questions" for one in budgets]
-    rows = []
-    for row, title in ROWS.items():
-        shares = [one["shares"][row] for one in budgets]
-        if set(shares) != {None}:
-            cells = ["–" if share is None else f"{100 * share:.1f}" for share in shares]
-            rows.append([title.format(K=first["images"], arm=arm, base=base), *cells])
-    return table(["Questions about validation objects", *heads], rows)

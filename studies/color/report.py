@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from studies.color.comparisons import (
     ALL_OF_PRIMARY,
@@ -57,6 +58,20 @@ ARMS: tuple[ArmTest, ...] = (
 )
 # The kinds of text whose perplexity is compared.
 TEXTS = ("glosses", "prose", CAPTIONS_KIND)
+
+# The rows of a budget: a name in its file, and a title for K images per token.
+BUDGET_ROWS = {
+    "retrieved": "one of the {K} images of the token before the answer shows the object",
+    "seen": "one of the {K} images shows the object, and the best score reaches the threshold: the token sees them",
+    "own_above": "an image of the object is retrieved, and its own score reaches the threshold",
+    "pixels": "the most frequent colour in the pixels of the {K} images is correct",
+    "probe_of_best": "a linear probe of the best image's vector names the correct colour",
+    "probe_of_mean": "a linear probe of the mean of the {K} vectors names the correct colour",
+    "probe_of_mean_above": "a linear probe of the mean of the vectors above the threshold names the correct colour",
+    "trained": "{arm}: the trained weights alone answer correctly",
+    "mixed": "{arm}: the weights mixed with the base model's, as in the study, answer correctly",
+    "colors_in_prompt": "{base}: answers correctly",
+}
 
 
 def write_page(results: Results, page: str | os.PathLike) -> None:
@@ -147,10 +162,31 @@ def exchanged(results: Results) -> str:
     return table(["Images replaced by", *sets], rows)
 
 
+def budget(results: Results) -> str:
+    """Where a colour is lost before the answer, in the seeds whose budget is next to their results."""
+    found = [seed["budget"] for seed in results.seeds if "budget" in seed]
+    return budget_table(found) if found else "No seed has a budget."
+
+
+def budget_table(budgets: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the budgets of one study, with a column for each seed."""
+    first = budgets[0]
+    arm, base = arm_title((first["arm"], "retrieved")), arm_title(("base", COLORED_CAPTIONS))
+    heads = [f"seed {one['seed']}, % of {one['questions']:,} questions" for one in budgets]
+    rows = []
+    for row, title in BUDGET_ROWS.items():
+        shares = [one["shares"][row] for one in budgets]
+        if set(shares) != {None}:
+            cells = ["–" if share is None else f"{100 * share:.1f}" for share in shares]
+            rows.append([title.format(K=first["images"], arm=arm, base=base), *cells])
+    return table(["Questions about validation objects", *heads], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "state": state,
     "answers": answers,
     "hypotheses": hypotheses,
     "secondary": secondary,
     "exchanged": exchanged,
+    "budget": budget,
 }

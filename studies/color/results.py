@@ -217,8 +217,13 @@ class _Counts(NamedTuple):
     objects: np.ndarray | None
 
 
+def budget_file(results: str | os.PathLike) -> Path:
+    """The file of the budget next to the results file of a seed."""
+    return Path(results).with_name(f"budget-{Path(results).name}")
+
+
 def read_results(files: Sequence[str | os.PathLike]) -> Results:
-    """The results in `files`, one file for each seed.
+    """The results in `files`, one file for each seed, with the budget that is next to a file (`budget_file`).
 
     Raises:
         ValmError: there are no files, a file is damaged, the recipes differ, or two files belong to one seed.
@@ -227,7 +232,9 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
         raise ValmError("there are no results of a study: run `python -m studies.color run`")
     seeds, rows = [], []
     for file in files:
-        found = read_json(Path(file), "the results", SeedJson, "run the study again")
+        found: dict[str, Any] = read_json(Path(file), "the results", SeedJson, "run the study again")
+        if (budget := budget_file(file)).is_file():
+            found["budget"] = read_json(budget, "the budget", dict[str, Any], "write it again")
         rows += _rows(found.pop("asked"), found.pop("rows"), found["seed"], file)
         seeds.append(found)
     if len({seed["recipe"] for seed in seeds}) > 1:

@@ -10,9 +10,7 @@ import torch
 
 from studies.color.__main__ import build_parser
 from studies.color.budget import (
-    ROWS,
     Images,
-    budget_table,
     color_probe,
     finished_seeds,
     retrieved_images,
@@ -25,6 +23,8 @@ from studies.color.conditions import Conditions
 from studies.color.config import StudyConfig
 from studies.color.pictures import Picture
 from studies.color.questions import validation_questions
+from studies.color.report import BUDGET_ROWS, budget, budget_table
+from studies.color.results import read_results
 from tests.studies.color import synthetic
 from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.other_tokenizers import gpt2_like
@@ -175,7 +175,7 @@ def test_mixed_weights_become_the_trained_weights():
 
 
 def budget_of(seed, **shares):
-    shares = dict.fromkeys(ROWS) | shares
+    shares = dict.fromkeys(BUDGET_ROWS) | shares
     return {"seed": seed, "arm": "cut", "images": 4, "questions": 819, "shares": shares}
 
 
@@ -188,6 +188,13 @@ def test_the_table_has_a_row_for_each_share_that_a_seed_has():
         "| VaLM with a score threshold: the weights mixed with the base model's, as in the study, answer correctly "
         "| 25.0 | – |",
     ]
+
+
+def test_a_page_shows_the_budgets_next_to_the_results(tmp_path):
+    files = synthetic.write(tmp_path)
+    assert budget(read_results(files)) == "No seed has a budget."
+    write_json(tmp_path / "budget-seed-1.json", budget_of(1, retrieved=0.5))
+    assert budget(read_results(files)) == budget_table([budget_of(1, retrieved=0.5)])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from studies.color import run, seed_scores
 from studies.color.__main__ import build_parser
 from studies.color.config import ARMS, DOSES, EXCHANGES, read_config
 from studies.color.questions import validation_questions
-from studies.color.results import read_results
+from studies.color.results import PEOPLE, PEOPLE_SETS, read_results
 from studies.color.run import as_options, run_study
 from studies.color.study import Study
 from tests.valm.evaluation.small_sets import write_sets
@@ -66,6 +66,7 @@ def world(tmp_path_factory):
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0} | {"mix": 0.5},
+        "reading": {"image_words": "red,blue,green,yellow", "image_noise": 1},
         "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
@@ -83,7 +84,7 @@ def study_of(world, command=main, **options):
 @pytest.mark.timeout(1200)
 def test_a_whole_study(world, capsys):
     def killed(line):
-        if line[0] == "train" and line[line.index("--out") + 1].endswith("/blind"):
+        if line[0] == "train" and line[line.index("--out") + 1].endswith("/reading-blind-all"):
             raise KeyboardInterrupt
         return main(line)
 
@@ -91,15 +92,16 @@ def test_a_whole_study(world, capsys):
         run_study(study_of(world, killed))
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
-    assert [line[:2] for line in lines] == [["train", "--base"]]  # Blind: all else was finished
+    assert [line[:2] for line in lines] == [["train", "--base"]]  # all else was finished
+    assert "--image-noise" in lines[0] and "--min-score" not in lines[0]
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
     results = read_results(files.values())
-    assert {row.of for row in results.rows} == {"validation", "memory_color", "color_terms"}
+    assert {row.of for row in results.rows} == {"validation", *PEOPLE_SETS, PEOPLE}
     assert set(results.arms) == {(name, images) for name, arm in ARMS.items() for images in arm.tests}
     doses = {(of, images) for (_, images), of in ((row.arm, row.of) for row in results.rows) if images in DOSES}
-    assert {of for of, _ in doses} == {"memory_color", "color_terms"}
+    assert {of for of, _ in doses} == {*PEOPLE_SETS, PEOPLE}
     tables = [(world / f"out/pictures/seed-3-{dose}.csv").read_text().splitlines() for dose in DOSES]
     assert all(set(fewer) <= set(more) for more, fewer in itertools.pairwise(tables))
     # hidden states of what is trained on, alone and behind captions, and of questions, alone and behind captions
@@ -121,12 +123,14 @@ def test_a_whole_study(world, capsys):
     assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
     assert any(stage.startswith("scores of twin") for stage in stages)
 
-    assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data")]) == 0
-    budget = json.loads((world / "out/seed-3/budget.json").read_text())
+    copies = ["--results", str(world / "results")]
+    assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data"), *copies]) == 0
+    budget = json.loads((world / "results/budget-tiny-seed-3.json").read_text())
+    assert budget == json.loads((world / "out/seed-3/budget.json").read_text())
     assert f"| seed 3, % of {9 * len(things)} questions |" in capsys.readouterr().out
-    assert (budget["arm"], budget["questions"]) == ("cut", 9 * len(things))
+    assert (budget["arm"], budget["questions"]) == ("reading", 9 * len(things))
     assert budget["pictures"] == len(THINGS) - 2 - len(things)  # one of each object that is in no set
-    assert budget["shares"]["mixed"] == results.accuracy(("cut", "retrieved"), "validation").value
+    assert budget["shares"]["mixed"] == results.accuracy(("reading", "retrieved"), "validation").value
     kb = ImageKnowledgeBase.open(world / "out/seed-3/kb")
     encoder = ContextEncoder(Clip.load(world / "out/seed-3/clip"), tokenizer=own_tokenizer(world / "model"))
     finder, own = Retriever(encoder, kb, k=2), []
@@ -135,7 +139,7 @@ def test_a_whole_study(world, capsys):
             own.append(item.text in [kb.item(image).caption for image in finder.find([text])[0][0, -1].tolist()])
     assert budget["shares"]["retrieved"] == np.mean(own)
 
-    for name in ("twin", "valm", "blind"):
+    for name in ("twin", "valm", "reading-blind"):
         model, tokenizer = valm.load(world / "out/seed-3" / name)
         if name == "valm":
             assert model.finder.source.knowledge_base.name == "kb-others"  # that it was trained with
