@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from valm.clip.execution import CLIP_HELP, QUERY_DTYPES
+from valm.clip.execution import CLIP_HELP
 from valm.options import check_fields, option
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ class Opening:
         metavar="SCORE",
     )
     clip: str | None = option(CLIP_HELP)
-    query_dtype: str | None = option(
-        "precision of CLIP's text tower (default: the model's own, if it was saved with one, is a query control "
-        "(Blind) or has a score threshold; otherwise a fast precision of this device)",
-        choices=QUERY_DTYPES,
-    )
     device: str = option("where the models run: cpu, cuda, cuda:1, ...; auto uses a GPU if torch finds one", "auto")
     allow_download: bool = False
 
@@ -53,8 +48,6 @@ class Opening:
         Raises:
             ValmError: as in `valm.load`, or there is no such device.
         """
-        import torch
-
         from valm.model.checkpoint import load
         from valm.retrieval.min_score import set_min_score
 
@@ -64,7 +57,6 @@ class Opening:
             clip=self.clip,
             allow_download=self.allow_download,
             device=self.opened_device(),
-            query_dtype=None if self.query_dtype is None else getattr(torch, self.query_dtype),
         )
         if self.min_score is not None:
             set_min_score(model, self.min_score, folder)

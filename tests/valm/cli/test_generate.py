@@ -3,7 +3,6 @@ import json
 from argparse import Namespace
 
 import pytest
-import torch
 from transformers import GenerationMixin
 
 from tests.valm.cli.commands import run, wrong_inputs
@@ -50,15 +49,6 @@ def test_a_prompt_longer_than_the_context_is_shortened(world, capsys, words, new
     left = 32 - min(words + 1, room)
     assert (cut in err) == (words + 1 > room)
     assert (f"the model reads 32 tokens: the continuation is at most {left} tokens long" in err) == (new > left)
-
-
-def test_the_text_tower_in_another_precision(world, error_of, monkeypatch):
-    assert run("generate", world / "valm", "the sea", "--max-new-tokens", 2, "--query-dtype", "bfloat16") == 0
-    monkeypatch.setenv("VALM_KERNELS_ISA", "generic")
-    error = error_of("generate", world / "valm", "the sea", "--query-dtype", "int8")
-    assert "this processor has no AVX2" in error
-    model, _ = load(world / "valm", query_dtype=torch.bfloat16)
-    assert model.retriever.encoder.tower.dtype == torch.bfloat16
 
 
 def test_images_only_from_a_score_on(world, tmp_path):

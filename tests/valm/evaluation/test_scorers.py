@@ -136,8 +136,7 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     augmented = valm.augment(base, kb.dim, 2, logit_bias=2.0)
     augmented.set_retriever(Retriever(ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer), kb, 2))
     valm.save_adapter(augmented, tmp_path / "adapter")
-    settings = Settings(query_dtype="float32")
-    scorer = open_scorer(str(tmp_path / "adapter"), settings)
+    scorer = open_scorer(str(tmp_path / "adapter"), Settings())
     assert scorer.sees_images and scorer.kind == "GPT2LMHeadModel, 2 images a token"
     asked = questions()
     own = scorer.fingerprint
@@ -153,13 +152,13 @@ def test_an_augmented_decoder_without_images_scores_as_the_original(folders, tmp
     build(FolderSource(tmp_path / "images", shard_size=2), tmp_path / "other", kb.load_clip(), progress=False)
     other = open_scorer(str(tmp_path / "adapter"), Settings(kb=tmp_path / "other"))
     assert other.fingerprint != own
-    half = open_scorer(str(tmp_path / "adapter"), Settings(query_dtype="bfloat16"))
-    assert half.fingerprint != own
-    assert (scorer.query_dtype, half.query_dtype, original.query_dtype) == (torch.float32, torch.bfloat16, None)
+    double = CausalScorer(*valm.load(tmp_path / "adapter", query_dtype=torch.float64), scorer.kind)
+    assert double.fingerprint != own
+    assert double.query_dtype == torch.float64 != scorer.query_dtype and original.query_dtype is None
     shorter = ContextEncoder(kb.load_clip(), tokenizer=original.tokenizer, overlap=0, min_tokens=3)
     augmented.set_retriever(Retriever(shorter, kb, 2))
     valm.save_adapter(augmented, tmp_path / "shorter")
-    assert open_scorer(str(tmp_path / "shorter"), settings).fingerprint != own
+    assert open_scorer(str(tmp_path / "shorter"), Settings()).fingerprint != own
     # `valm eval MODEL TWIN --kb KB` is how a model whose knowledge base was moved is compared
     twin = valm.augment(GPT2LMHeadModel.from_pretrained(folders / "gpt2"), kb.dim, 0, unfreeze="block")
     valm.save_adapter(twin, tmp_path / "twin-adapter")
