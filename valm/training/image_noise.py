@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from valm.model.augment import fusion_module
 
 
 def add_image_noise(model: Any, scale: float) -> None:
@@ -13,20 +16,18 @@ def add_image_noise(model: Any, scale: float) -> None:
 
     To each vector of a batch's pool a Gaussian vector is added whose expected length is about `scale` times the
     vector's. The sum gets the vector's length. With a scale of 1 its cosine to the vector is about 0.7. Each batch has
-    other noise, from torch's random numbers. The model's weights and their names stay the same.
+    other noise, from torch's random numbers. The model is changed; its weights and their names stay the same.
 
     Args:
         model: a causal language model with images.
     """
 
-    def disturb(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        pool = kwargs.get("image_pool")
-        if pool is None or not decoder.training:
+    def disturb(fusion: nn.Module, args: tuple[Tensor]) -> Tensor | None:
+        if not fusion.training:
             return None
-        vectors = pool.float()
+        vectors = args[0].float()
         length = vectors.norm(dim=-1, keepdim=True)
         noise = torch.randn_like(vectors) * (scale * length / vectors.shape[-1] ** 0.5)
-        return args, kwargs | {"image_pool": F.normalize(vectors + noise, dim=-1) * length}
+        return F.normalize(vectors + noise, dim=-1) * length
 
-    decoder = model.get_decoder() if model.base_model is model else model.base_model
-    decoder.register_forward_pre_hook(disturb, with_kwargs=True)  # after the hook that finds the images
+    fusion_module(model).register_forward_pre_hook(disturb)

@@ -1,7 +1,7 @@
 """A training loss in which given words count more where the model sees images.
 
 Few words of a corpus name what its images show. The loss is therefore mostly over tokens that need no image, and the
-fusion layer learns slowly to read images (docs/results/study.md).
+fusion layer learns slowly to read images (studies/color/plan.md measures it).
 """
 
 from __future__ import annotations
@@ -31,31 +31,34 @@ class WordWeight:
     Args:
         model: a causal language model with images whose loss is that of the next token
             (`valm.training.next_token_loss.has_next_token_loss`).
-        words: found by their tokens, at the beginning of a text and after a space, in the given case.
+        words: found by their tokens, at the beginning of a text and after a space, in the given case. A longer word
+            that begins with these tokens is weighted at them too.
 
     Raises:
-        ValmError: the model does not compute its loss by its `loss_function`.
+        ValmError: the model is not called with token ids, or does not compute its loss by its `loss_function`.
     """
 
     def __init__(self, model: Any, words: Iterable[str], weight: float, tokenizer: PreTrainedTokenizerFast):
         self._weight = weight
         self._words = _by_length(words, tokenizer)
-        self._weighted: Tensor | None = None  # (B, T) of the last call: whether the next token has the weight
+        self._weighted: Tensor | None = None  # (B, T) of a call: whether the next token has the weight
         self._loss_of_model = model.loss_function
-        self._calls = 0
+        self._works = False
         model.loss_function = self._loss
-        decoder = model.get_decoder() if model.base_model is model else model.base_model
-        decoder.register_forward_pre_hook(self._note, with_kwargs=True)  # after the hook that finds the images
+        for part in model.parts_with_ids():  # after the hooks that find the images
+            part.register_forward_pre_hook(self._note, with_kwargs=True)
         ids = probe_tokens(model)
-        with torch.no_grad(), in_mode(model, training=False), torch.random.fork_rng():
+        with torch.no_grad(), in_mode(model, training=True), torch.random.fork_rng():
             model(input_ids=ids, labels=ids, **no_images(model, ids))
-        if not self._calls:
+        if not self._works:
             raise ValmError(f"the loss of {type(model).__name__} cannot be weighted: leave image_words out")
 
-    def _note(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _note(self, part: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         ids, index = kwargs.get("input_ids"), kwargs.get("image_index")
+        if ids is None:  # an outer part noted the ids of these embeddings
+            return
         self._weighted = None
-        if decoder.training and ids is not None and index is not None:
+        if part.training and index is not None:
             self._weighted = F.pad(self._of_words(ids), (0, 1))[:, 1:] & (index >= 0).any(-1)
 
     def _of_words(self, ids: Tensor) -> Tensor:
@@ -74,15 +77,16 @@ class WordWeight:
         self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **more: Any
     ) -> Tensor:
         """logits: (B, T, V). labels: (B, T), which may be other numbers of the tokens (`LimitedSoftmax`)."""
-        self._calls += 1
-        if self._weighted is None:
+        weighted, self._weighted = self._weighted, None
+        if weighted is None:
             given = {"num_items_in_batch": num_items_in_batch, **more}
             return self._loss_of_model(logits=logits, labels=labels, vocab_size=vocab_size, **given)
         following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(logits.device).flatten()
         losses = F.cross_entropy(logits.flatten(0, 1).float(), following, ignore_index=IGNORED, reduction="none")
-        weighted = self._weighted.to(logits.device).flatten()
+        losses = torch.where(weighted.to(losses.device).flatten(), self._weight * losses, losses)
         count = (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return torch.where(weighted, self._weight * losses, losses).sum() / count
+        self._works = True
+        return losses.sum() / torch.as_tensor(count, device=losses.device)
 
 
 def _by_length(words: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> dict[int, Tensor]:

@@ -11,6 +11,8 @@ from transformers import (
     LlamaForCausalLM,
     MiniMaxConfig,
     MiniMaxForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -48,6 +50,12 @@ def tiny_phi3_longrope(seed=0):
 def tiny_gpt2(seed=0, **arguments):
     config = GPT2Config(**SMALL, n_embd=32, n_layer=3, n_head=4, n_positions=128, **arguments)
     return _randomised(GPT2LMHeadModel, config, seed)
+
+
+def tiny_opt(seed=0):
+    """Its language model calls the decoder inside the base model, not the base model."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "dropout": 0.0}
+    return _randomised(OPTForCausalLM, OPTConfig(**SMALL, **sizes, word_embed_proj_dim=32), seed)
 
 
 def _randomised(model_class, config, seed):

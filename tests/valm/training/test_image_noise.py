@@ -2,18 +2,19 @@ import pytest
 import torch
 
 from tests.tolerance import assert_agree
-from tests.valm.model.decoders import augmented, fusion_module, random_ids, random_images, tiny_llama
+from tests.valm.model.decoders import augmented, fusion_module, random_ids, random_images, tiny_llama, tiny_opt
 from tests.valm.models import HashRetriever
 from tests.valm.training.documents import new_model, new_trainer, trained
 from valm.errors import ValmError
 from valm.training.image_noise import add_image_noise
 
 
-def test_each_vector_keeps_its_length_and_gets_another_direction_in_training():
-    model, images = augmented(tiny_llama, unfreeze="all").train(), random_images(2, 9, pool=500)
+@pytest.mark.parametrize("base", [tiny_llama, tiny_opt])
+def test_each_vector_keeps_its_length_and_gets_another_direction_in_training(base):
+    model, images = augmented(base, unfreeze="all").train(), random_images(2, 9, pool=500)
+    add_image_noise(model, 1.0)
     seen = []
     fusion_module(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    add_image_noise(model, 1.0)
     ids = random_ids(2, 9)
     for _ in range(2):
         model(ids, **images)

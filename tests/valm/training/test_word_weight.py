@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tolerance import assert_agree
-from tests.valm.model.decoders import augmented, random_images, tiny_llama
+from tests.valm.model.decoders import augmented, random_images, tiny_llama, tiny_opt
 from tests.valm.models import HashRetriever
 from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer, trained
 from tests.valm.training.test_limited_softmax import gpt2_without_dropout, inputs, limited
@@ -50,7 +50,7 @@ def by_hand(logits, labels, input_ids, image_index, weight):
     return total
 
 
-@pytest.mark.parametrize("base", [tiny_llama, gpt2_without_dropout])
+@pytest.mark.parametrize("base", [tiny_llama, gpt2_without_dropout, tiny_opt])
 def test_the_loss_of_a_word_is_multiplied_where_the_preceding_token_sees_an_image(base):
     model, given = weighted(base), call()
     found = model(**given)
@@ -59,6 +59,8 @@ def test_the_loss_of_a_word_is_multiplied_where_the_preceding_token_sees_an_imag
     assert expected > 1.5 * plain
     assert_agree(found.loss, (expected / 24).float())  # six tokens of each row have labels
     assert_agree(model(**given, num_items_in_batch=torch.tensor(5.0)).loss, (expected / 5).float())
+    assert_agree(model.eval()(**given).loss, (plain / 24).float())
+    model.train()(**{name: value for name, value in given.items() if name != "labels"})
     assert_agree(model.eval()(**given).loss, (plain / 24).float())
 
 
@@ -109,6 +111,7 @@ def test_evaluation_weights_all_tokens_equally(tmp_path):
     [
         ({"num_images": 0}, {"kb": None}, "image_word_weight is for a model that sees images, but this"),
         ({}, {"image_word_weight": float("inf")}, "image_word_weight must be a finite number from 0 on, got inf"),
+        ({}, {"image_words": "red"}, "image_words must be a list of words, got 'red'"),
         ({}, {"image_word_weight": -1.0}, "image_word_weight must be a finite number from 0 on"),
         ({}, {"label_smoothing_factor": 0.1}, "image_words change the model's own loss"),
         ({}, {"compute_loss_func": NextTokenLoss()}, "image_words change the model's own loss"),
