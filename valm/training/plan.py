@@ -232,6 +232,8 @@ class TrainingPlan:
         for field in dataclasses.fields(self):
             if field.name in IMAGE_FIELDS and self.kb is None and getattr(self, field.name) != field.default:
                 raise ValmError(f"--{field.name.replace('_', '-')} is for a model with images: give --kb too")
+        if not self.image_words and self.image_word_weight != TrainingPlan.image_word_weight:
+            raise ValmError("--image-word-weight is the weight of --image-words: give --image-words too")
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
                 f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"

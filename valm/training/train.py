@@ -91,6 +91,7 @@ def trainer(
     Precision, accumulation, schedules, logs, checkpoints and several processes work as in the Trainer. The loss is the
     mean over all tokens of a step, in any batch and process. A copy of `arguments` is adapted to the data: columns are
     not removed, each process makes batches from its own documents, and the logs show losses that are not finite.
+    limit_softmax, image_words and image_noise change the model itself: load it again for a training without them.
 
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
@@ -165,7 +166,7 @@ def trainer(
             "the logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
     if image_words:
-        _check_words(sees, image_word_weight, arguments, options)
+        _check_words(sees, image_words, image_word_weight, arguments, options)
     if image_noise:
         _check_sees(sees, "image_noise", image_noise)
     if arguments.label_smoothing_factor:
@@ -257,8 +258,12 @@ def _check_sees(sees: Any, option: str, value: float) -> None:
         raise ValmError(f"{option} must be a finite number from 0 on, got {value}")
 
 
-def _check_words(sees: Any, weight: float, arguments: TrainingArguments, options: dict[str, Any]) -> None:
+def _check_words(
+    sees: Any, words: Sequence[str], weight: float, arguments: TrainingArguments, options: dict[str, Any]
+) -> None:
     _check_sees(sees, "image_word_weight", weight)
+    if isinstance(words, str):
+        raise ValmError(f"image_words must be a list of words, got {words!r}")
     if arguments.label_smoothing_factor or options.get("compute_loss_func") is not None:
         raise ValmError(
             "image_words change the model's own loss, which label_smoothing_factor or compute_loss_func replaces: give "

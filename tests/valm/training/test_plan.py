@@ -32,6 +32,7 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"image_dropout": 0.5}, "--image-dropout is for a model with images: give --kb too"),
         (TEXT | {"image_words": ["red"]}, "--image-words is for a model with images: give --kb too"),
         (WITH_KB | {"image_word_weight": -1.0}, "--image-word-weight is -1.0, expected at least 0"),
+        (WITH_KB | {"image_word_weight": 2.0}, "--image-word-weight is the weight of --image-words: give"),
         (WITH_KB | {"image_dropout": 1.0}, "--image-dropout is 1.0, expected at least 0 and below 1"),
         (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, whose retrieval scor"),
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, whose retrieval s"),
