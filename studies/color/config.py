@@ -161,6 +161,8 @@ class StudyConfig:
     def recipe(self) -> str:
         """A hash of the fields in RECIPE and of RECIPE_VERSION: results of different recipes are never pooled."""
         settings = {name: getattr(self, name) for name in RECIPE} | {"version": RECIPE_VERSION}
+        if not self.reading:  # the recipe of studies before the arms that are trained for reading
+            del settings["reading"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_the_studies_of_the_repository_are_read():
     fourth = read_config(folder / "fourth.yaml")
     assert (fourth.training, fourth.clip, fourth.text) == (full.training, full.clip, full.text)
     assert {*full.arms, *fourth.arms} == {*ARMS} and fourth.seeds == (15, 16, 17, 18, 19)
+    assert (full.recipe, fourth.recipe) == ("e96398966bf6", "548dde697046")  # of the results in studies/results
     assert fourth.reading["image_words"].split(",") == list(COLORS)
     assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
