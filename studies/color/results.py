@@ -233,8 +233,10 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
     seeds, rows = [], []
     for file in files:
         found: dict[str, Any] = read_json(Path(file), "the results", SeedJson, "run the study again")
-        if (budget := budget_file(file)).is_file():
-            found["budget"] = read_json(budget, "the budget", dict[str, Any], "write it again")
+        if (path := budget_file(file)).is_file():
+            found["budget"] = budget = read_json(path, "the budget", dict[str, Any], "write it again")
+            if (budget.get("recipe"), budget.get("seed")) != (found["recipe"], found["seed"]):
+                raise ValmError(f"the budget {path} is another seed's or study's: write it again")
         rows += _rows(found.pop("asked"), found.pop("rows"), found["seed"], file)
         seeds.append(found)
     if len({seed["recipe"] for seed in seeds}) > 1:

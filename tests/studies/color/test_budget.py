@@ -176,7 +176,7 @@ def test_mixed_weights_become_the_trained_weights():
 
 def budget_of(seed, **shares):
     shares = dict.fromkeys(BUDGET_ROWS) | shares
-    return {"seed": seed, "arm": "cut", "images": 4, "questions": 819, "shares": shares}
+    return {"recipe": "abc", "seed": seed, "arm": "cut", "images": 4, "questions": 819, "shares": shares}
 
 
 def test_the_table_has_a_row_for_each_share_that_a_seed_has():
@@ -195,6 +195,9 @@ def test_a_page_shows_the_budgets_next_to_the_results(tmp_path):
     assert budget(read_results(files)) == "No seed has a budget."
     write_json(tmp_path / "budget-seed-1.json", budget_of(1, retrieved=0.5))
     assert budget(read_results(files)) == budget_table([budget_of(1, retrieved=0.5)])
+    write_json(tmp_path / "budget-seed-1.json", budget_of(2, retrieved=0.5))
+    with pytest.raises(ValmError, match=r"the budget .*budget-seed-1.json is another seed's or study's: write it"):
+        read_results(files)
 
 
 @pytest.fixture
