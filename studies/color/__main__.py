@@ -30,7 +30,7 @@ def build_parser() -> CommandParser:
         "--page",
         type=Path,
         action="append",
-        help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md)",
+        help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md and the archive)",
     )
     report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figure")
     budget = command(study_commands, "budget", run_budget, "print where a colour is lost before the answer")
@@ -68,16 +68,17 @@ def run_run(arguments: argparse.Namespace) -> None:
     for seed, file in files.items():
         print(f"seed {seed}: {file}")
         if arguments.results is not None:
-            kind = "validation-" if arguments.validation else ""
-            with output_file(writable_folder(arguments.results) / f"{kind}{results_name(config.name, seed)}") as copy:
+            with output_file(writable_folder(arguments.results) / results_name(config.name, seed, file)) as copy:
                 shutil.copyfile(file, copy)
     results = read_results(list(files.values()))
     print("\n\n".join(table(results) for table in (state, answers, secondary)))
 
 
-def results_name(study: str, seed: int) -> str:
-    """The name of a seed's results in a folder of results."""
-    return f"{study}-seed-{seed}.json"
+def results_name(study: str, seed: int, file: Path) -> str:
+    """The name in a folder of results for what the results file of a seed contains."""
+    from studies.color.run import RESULTS_FILE
+
+    return f"{file.name.removesuffix(RESULTS_FILE)}{study}-seed-{seed}.json"
 
 
 def _data(arguments: argparse.Namespace) -> Path | None:
@@ -89,13 +90,11 @@ def _data(arguments: argparse.Namespace) -> Path | None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    from studies.color.report import write_figure, write_page
+    from studies.color.report import PAGES, write_figure, write_pages
     from studies.color.results import read_results
 
     results = read_results(arguments.results)
-    pages = arguments.page or [Path("docs/results/study.md")]
-    for page in pages:
-        write_page(results, page)
+    pages = write_pages(results, arguments.page or PAGES)
     write_figure(results, arguments.figures)
     print(f"written to {', '.join(map(str, pages))} and {arguments.figures}")
 
@@ -111,7 +110,7 @@ def run_budget(arguments: argparse.Namespace) -> None:
     if arguments.results is not None:
         folder = writable_folder(arguments.results)
         for seed, budget in budgets.items():
-            write_json(budget_file(folder / results_name(study.config.name, seed)), budget)
+            write_json(budget_file(folder / results_name(study.config.name, seed, files[seed])), budget)
     print(budget_table(list(budgets.values())))
 
 

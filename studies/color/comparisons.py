@@ -68,14 +68,26 @@ WITH_PICTURE = Items("MemoryColor, objects with a picture", PRIMARY, pictured, A
 WITHOUT_PICTURE = Items("MemoryColor, objects without a picture", PRIMARY, unpictured, APART)
 ALL_OF_PEOPLE = Items("MemoryColor and ColorTerms", PEOPLE)
 ALL_OF_PRIMARY, ALL_OF_VICOMTE = Items("MemoryColor", PRIMARY), Items("ViComTe colour", VICOMTE)
+COLOR_TERMS = Items("ColorTerms", "color_terms")
+
+
+def _with_and_without(items: Items) -> tuple[Items, Items]:
+    parts = {"with": pictured, "without": unpictured}
+    with_picture, without = (
+        items._replace(title=f"{items.title}, objects {which} a picture", keep=keep) for which, keep in parts.items()
+    )
+    return with_picture, without
+
+
 SECONDARY = (
     ALL_OF_PRIMARY,
     WITH_PICTURE,
     Items("MemoryColor, objects whose pictures show the right colour", PRIMARY, pixels_agree),
     WITHOUT_PICTURE,
     ALL_OF_PEOPLE,
-    ALL_OF_PEOPLE._replace(title="MemoryColor and ColorTerms, objects with a picture", keep=pictured),
-    ALL_OF_PEOPLE._replace(title="MemoryColor and ColorTerms, objects without a picture", keep=unpictured),
+    *_with_and_without(ALL_OF_PEOPLE),
+    COLOR_TERMS,
+    *_with_and_without(COLOR_TERMS),
     ALL_OF_VICOMTE,
     VALIDATION_OBJECTS,
 )

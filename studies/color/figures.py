@@ -13,6 +13,7 @@ from studies.color.comparisons import (
     PRIMARY,
     READING,
     READING_BLIND,
+    READING_BLIND_ALL,
     TWIN,
     VALM,
     WITH_PICTURE,
@@ -20,6 +21,7 @@ from studies.color.comparisons import (
     studied,
 )
 from studies.color.config import DOSES
+from studies.color.hypotheses import CONTROLS, best
 from studies.color.results import APART, RAW, Results
 from studies.plots import FAINT, INK, SERIES, new_figure, quiet
 
@@ -37,6 +39,7 @@ NAMES = {
     CUT: "VaLM, threshold",
     READING: "VaLM, for reading",
     READING_BLIND: "query control, for reading",
+    READING_BLIND_ALL: "query control at all tokens, for reading",
 }
 # Percent of the items' pictures in the knowledge base, and what the studied arm is then tested with.
 PICTURES = {100: "retrieved", **{percent: dose for dose, percent in DOSES.items()}, 0: "taken-out"}
@@ -64,7 +67,7 @@ def _curve(axes: Axes, results: Results) -> None:
         values, lows, highs = 100 * np.array([one[:3] for one in found.values()]).T
         axes.plot(list(found), values, "o-", color=color, label=f"{NAMES[arm]}, {SHORT[measure]}")
         axes.fill_between(list(found), lows, highs, color=color, alpha=0.15, linewidth=0)
-        for other, line in ((READING_BLIND if arm == READING else BLIND, "--"), (BASE, ":")):
+        for other, line in ((best(results, CONTROLS[arm]), "--"), (BASE, ":")):
             one = results.accuracy(other, PRIMARY, measure, WITH_PICTURE.keep)
             if one is not None:
                 axes.axhline(100 * one.value, color=color, linestyle=line, label=f"{NAMES[other]}, {SHORT[measure]}")
@@ -76,8 +79,8 @@ def _curve(axes: Axes, results: Results) -> None:
 
 def _gains(axes: Axes, results: Results) -> None:
     """The difference of each arm to the base in points, with its interval."""
-    rows = []
-    for arm in (TWIN, BLIND, VALM, CUT, READING_BLIND, READING):
+    rows, control = [], best(results, CONTROLS[studied(results)])
+    for arm in dict.fromkeys((TWIN, control, VALM, CUT, studied(results))):
         for items, color in ((WITH_PICTURE, SERIES[0]), (WITHOUT_PICTURE, SERIES[1])):
             for measure in (RAW, APART):
                 found = results.difference(arm, BASE, PRIMARY, measure, items.keep)

@@ -39,17 +39,17 @@ class Hypothesis(NamedTuple):
     of: str
 
 
-_CONTROLS = (READING_BLIND, READING_BLIND_ALL)
+CONTROLS = {CUT: (BLIND,), READING: (READING_BLIND, READING_BLIND_ALL)}  # the query controls of a study
 HYPOTHESES = {
     CUT: (
-        Hypothesis("T1: query control (Blind), uncalibrated", (BLIND,), RAW, PRIMARY),
+        Hypothesis("T1: query control (Blind), uncalibrated", CONTROLS[CUT], RAW, PRIMARY),
         Hypothesis("T2: base model, uncalibrated", (BASE,), RAW, PRIMARY),
-        Hypothesis("T3: query control (Blind), calibrated", (BLIND,), CALIBRATED, PRIMARY),
+        Hypothesis("T3: query control (Blind), calibrated", CONTROLS[CUT], CALIBRATED, PRIMARY),
         Hypothesis("T4: base model, calibrated", (BASE,), CALIBRATED, PRIMARY),
     ),
     READING: (
-        Hypothesis("F1: query control, uncalibrated", _CONTROLS, RAW, PEOPLE),
-        Hypothesis("F2: query control, calibrated", _CONTROLS, CALIBRATED, PEOPLE),
+        Hypothesis("F1: query control, uncalibrated", CONTROLS[READING], RAW, PEOPLE),
+        Hypothesis("F2: query control, calibrated", CONTROLS[READING], CALIBRATED, PEOPLE),
         Hypothesis("F3: VaLM with the old training, uncalibrated", (CUT,), RAW, PEOPLE),
         Hypothesis("F4: VaLM with the old training, calibrated", (CUT,), CALIBRATED, PEOPLE),
         Hypothesis("F5: base model, calibrated", (BASE,), CALIBRATED, PEOPLE),
@@ -105,12 +105,13 @@ def hypotheses(results: Results) -> str:
     seeds = [over_seeds(some, other, one.of, one.measure) for one, other in zip(planned, others, strict=True)]
     adjusted = holm([one.p for one in seeds])
     rows = []
-    for one, difference, by_seed, p in zip(planned, found, seeds, adjusted, strict=True):
+    for one, other, difference, by_seed, p in zip(planned, others, found, seeds, adjusted, strict=True):
         assert difference is not None  # as the seeds have both arms
         values = ", ".join(map(signed, by_seed.values))
         interval = f"[{signed(by_seed.low)}, {signed(by_seed.high)}]"
         outcome = _outcome(difference, by_seed, p, len(some.seeds))
-        rows.append([one.title, points(difference), interval, values, "< 0.001" if p < 0.0005 else f"{p:.3f}", outcome])
+        title = one.title if len(one.others) == 1 else f"{one.title} ({arm_title(other)})"
+        rows.append([title, points(difference), interval, values, "< 0.001" if p < 0.0005 else f"{p:.3f}", outcome])
     compared = f"{set_title(planned[0].of)}: {arm_title(arm)} compared with"
     intervals = ["points [95 %, objects and seeds]", "[95 %, t over seeds]"]
     head = [compared, *intervals, "points, seed by seed", "p (Holm)", "hypothesis"]

@@ -50,7 +50,7 @@ from valm.store.files import output_file, read_text, writable_folder
 from valm_kernels.atomic_files import atomic_path
 
 MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-FIGURE = "study-dose.png"
+PAGES = ("docs/results/study.md", "studies/color/archive.md")
 # The arms in the table of answers.
 ARMS: tuple[ArmTest, ...] = (
     *(BASE, TWIN, VALM, CUT, RANDOM, BLIND, READING, READING_RANDOM, READING_BLIND, READING_BLIND_ALL),
@@ -74,33 +74,49 @@ BUDGET_ROWS = {
 }
 
 
-def write_page(results: Results, page: str | os.PathLike) -> None:
-    """Writes the tables between the marks of `page`.
+def write_pages(results: Results, pages: Sequence[str | os.PathLike]) -> list[Path]:
+    """Writes the tables between the marks of `pages`, and returns the pages with marks of this study.
 
     A mark is `<!-- study: TABLE of STUDY -->`, and its table ends at `<!-- end -->`; those of other studies stay.
 
     Raises:
-        ValmError: the page cannot be read, has a mark of no table, or none of this study.
+        ValmError: a page cannot be read or has a mark of no table, or no page has a mark of this study.
     """
-    path = Path(page)
-    study, text = results.seeds[0]["study"], read_text(path)
+    study, paths = results.seeds[0]["study"], list(map(Path, pages))
+    written = {path: text for path in paths if (text := _with_tables(results, path)) is not None}
+    if not written:
+        mark = f"<!-- study: state of {study} -->"
+        raise ValmError(
+            f"no table of the study {study} is in {', '.join(map(str, paths))}: mark its place by lines {mark} and "
+            "<!-- end -->"
+        )
+    for path, text in written.items():
+        with output_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return list(written)
+
+
+def _with_tables(results: Results, page: Path) -> str | None:
+    """The text of a page with the tables of the study, None if it has no mark of the study."""
+    study, text = results.seeds[0]["study"], read_text(page)
+    marks = MARK.findall(text)
+    for name, _ in marks:
+        if name not in TABLES:
+            raise ValmError(f"{page} has the mark of a table {name!r}, expected one of {', '.join(TABLES)}")
+    if study not in (of for _, of in marks):
+        return None
+    tables = {name: TABLES[name](results) for name, of in marks if of == study}
 
     def filled(mark: re.Match) -> str:
         name, of = mark.groups()
-        if name not in TABLES:
-            raise ValmError(f"{path} has the mark of a table {name!r}, expected one of {', '.join(TABLES)}")
-        return f"<!-- study: {name} of {of} -->\n{TABLES[name](results)}\n<!-- end -->" if of == study else mark[0]
+        return f"<!-- study: {name} of {of} -->\n{tables[name]}\n<!-- end -->" if of == study else mark[0]
 
-    if study not in (of for _, of in MARK.findall(text)):
-        mark = f"<!-- study: state of {study} -->"
-        raise ValmError(f"{path} has no table of the study {study}: mark its place by lines {mark} and <!-- end -->")
-    with output_file(path) as temporary:
-        temporary.write_text(MARK.sub(filled, text), encoding="utf-8")
+    return MARK.sub(filled, text)
 
 
 def write_figure(results: Results, images: str | os.PathLike) -> None:
-    """Writes FIGURE into the folder `images`."""
-    with atomic_path(writable_folder(images) / FIGURE) as temporary:
+    """Writes the figure of the study into the folder `images`."""
+    with atomic_path(writable_folder(images) / f"study-{results.seeds[0]['study']}.png") as temporary:
         dose(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
 
