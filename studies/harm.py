@@ -7,7 +7,8 @@ python -m studies.harm smollm2 --out harm               # the first run writes t
 VALM_EVAL_DATA names the folder with Flickr8k. The study runs the commands of a user: it trains a CLIP, builds a
 knowledge base, and trains a model with images and its text-only baseline by the same rules. It skips steps that an
 earlier run has finished. Then the base, the baseline and the model (with its images, with random images, and without
-images) read prose, definitions and captions that none of them was trained on. docs/results/ordinary-text.md contains the table.
+images) read prose, definitions and captions that none of them was trained on. docs/results/ordinary-text.md contains
+the table.
 """
 
 from __future__ import annotations

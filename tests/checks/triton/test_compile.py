@@ -43,8 +43,8 @@ TEXT_LOOP_SPILLS = {
     # beside 384 instructions of each warp for the products of a step
     **{("key", "dense", arch, 256, "float32"): spills for arch, spills in ((80, 68), (90, 68), (100, 43))},
     **{("key", "softcap image_q", arch, 256, "float32"): spills for arch, spills in ((80, 69), (90, 67), (100, 31))},
-    # beside the same number of products as with the tiles of 8.0, which spill 66; the tiles without spills, 16 x 16 with 4
-    # warps and 32 x 16 with 8, take half as many products again
+    # beside as many products as with the tiles of 8.0, which spill 66; tiles without spills (16 x 16 with 4 warps, 32 x
+    # 16 with 8) take half as many products again
     ("key", "dense", 120, 128, "float32"): 2,
     ("forward", "decode", "gfx942", 256, "float32"): 69,
     ("query", "dense", "gfx942", 256, "float32"): 92,

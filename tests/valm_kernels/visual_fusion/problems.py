@@ -412,9 +412,6 @@ PROBLEMS = {
         **{"pool_size": 11, "by_head": True, "query_heads": 6, "num_queries": 35, "first_key": "documents"},
         **{"image_q": True, "softcap": 1.5, "score_bias": True, "weights": True},
     ),
-    "by head, popular images": Problem(
-        pool_size=2, by_head=True, query_heads=3, kv_heads=3, num_queries=140, num_images=4, head_dim=13
-    ),
     "by head, wide": Problem(pool_size=7, by_head=True, num_queries=20, head_dim=64),
     "by head, decode": Problem(pool_size=5, by_head=True, num_queries=1, prefix=300, batch=8),
     "by head, one head": Problem(pool_size=7, by_head=True, query_heads=4, kv_heads=1, num_queries=20),

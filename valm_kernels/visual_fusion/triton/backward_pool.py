@@ -4,7 +4,7 @@ The maths is in backward.py. The slots are sorted by image. A program then owns 
 sums dx u and b do over the image's slots in order, so results are bit for bit equal in every run.
 
 A popular image, with very many slots, would make one program long. For B4 T1024 K8, an image in a tenth of the slots
-takes 3,277 slots, or 820 steps one after the other, while other images take 4. So the sorted slots are also cut into
+takes 3,277 slots, or 820 steps one after the other, while other images take 1. So the sorted slots are also cut into
 blocks of BLOCK_SLOTS, and separate programs sum the part of each block that belongs to a popular image. A popular image
 takes more slots than a block, so a block contains parts of at most two popular images, one at its beginning and one at
 its end. The program of the image then adds up these parts, again in order.
@@ -26,13 +26,15 @@ from ..slots import sorted_slots
 from .backward_query import QueryResults
 from .compiled import launch
 from .launch import VECTOR, cdiv, strides
-from .primitives import kernel, row_pointers
+from .primitives import columns, kernel, row_pointers
 from .tiles import block_d
 
-# Slots per step of a program, columns (heads x D) of its sums, and slots from which an image is popular. Chosen by
-# arithmetic and by the registers that the compiler reports, not yet measured on a GPU.
+# Slots per step of a program, whose rows are loaded together; columns (heads x D) of its sums; columns of a thread, 16
+# bytes of a row of 16-bit elements; and slots from which an image is popular. Chosen by arithmetic and by the compiled
+# code, not yet measured on a GPU. A thread keeps its columns, so no sum crosses threads or waits for a barrier.
 SLOTS = 4
-COLUMNS = 512
+COLUMNS = 1024
+THREAD_COLUMNS = 8
 BLOCK_SLOTS = 256
 
 
@@ -55,37 +57,37 @@ def _sum_slots(
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Sums of dx u and b do over the slots begin..end of `order`, for the key-value heads o_h, [BH, BD] each."""
-    m_d = tl.arange(0, BLOCK_D) < D
-    b_dk = tl.zeros([BLOCK_E, BLOCK_H, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_E, BLOCK_H, BLOCK_D], tl.float32)
-    for i_e in range(begin, end, BLOCK_E):
-        o_e = i_e + tl.arange(0, BLOCK_E)
-        # a division of int32 takes a fifth of the instructions of one of int64
-        o_slot = tl.load(order + o_e, mask=o_e < end, other=0).to(tl.int32)
-        o_token = o_slot // K
-        o_row = o_token // Tq
-        # [BE, BH]
-        m_eh = (o_e < end)[:, None] & (o_h < Hkv)[None, :]
-        o_b, o_t = o_row.to(tl.int64)[:, None], (o_token - o_row * Tq).to(tl.int64)[:, None]
-        o_k = (o_slot - o_token * K).to(tl.int64)[:, None]
-        for i_g in range(0, G):
-            o_hq = (o_h * G + i_g)[None, :]
-            o_coefficient = ((o_b * Hkv * G + o_hq) * K + o_k) * Tq + o_t
-            b_dx = tl.load(image_dx + o_coefficient, mask=m_eh, other=0.0)
-            b_b = tl.load(image_b + o_coefficient, mask=m_eh, other=0.0)
-            # [BE, BH, BD]
-            p_u = _columns(row_pointers(image_q, stride_iq, o_b, o_hq, o_t), BLOCK_D, ALIGNED)
-            p_do = _columns(row_pointers(grad_out, stride_do, o_b, o_hq, o_t), BLOCK_D, ALIGNED)
-            m_ehd = m_eh[:, :, None] & m_d[None, None, :]
-            b_u = tl.load(p_u, mask=m_ehd, other=0.0).to(tl.float32)
-            b_do = tl.load(p_do, mask=m_ehd, other=0.0).to(tl.float32)
-            b_dk += b_dx[:, :, None] * b_u
-            b_dv += b_b[:, :, None] * b_do
-    return tl.sum(b_dk, 0), tl.sum(b_dv, 0)
+    m_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    b_dk = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for i_g in range(0, G):
+        o_hq = o_h * G + i_g
+        # offsets of the heads; what follows adds the scalars of a slot to them
+        o_c, o_u, o_do = o_hq * K * Tq, o_hq * stride_iq[1], o_hq * stride_do[1]
+        for i_e in range(begin, end, SLOTS):
+            for i in tl.static_range(0, SLOTS):
+                has_slot = i_e + i < end
+                # a division of int32 takes a fifth of the instructions of one of int64
+                i_slot = tl.load(order + i_e + i, mask=has_slot, other=0).to(tl.int32)
+                i_token = i_slot // K
+                i_row = i_token // Tq
+                i_b, i_t = i_row.to(tl.int64), (i_token - i_row * Tq).to(tl.int64)
+                i_c = (i_b * Hkv * G * K + (i_slot - i_token * K)) * Tq + i_t
+                # [BH]
+                m_h = (o_h < Hkv) & has_slot
+                b_dx = tl.load(image_dx + i_c + o_c, mask=m_h, other=0.0)
+                b_b = tl.load(image_b + i_c + o_c, mask=m_h, other=0.0)
+                # [BH, BD]
+                m_hd = m_h[:, None] & m_d
+                p_u = columns(row_pointers(image_q, stride_iq, i_b, 0, i_t) + o_u, BLOCK_D, ALIGNED)
+                p_do = columns(row_pointers(grad_out, stride_do, i_b, 0, i_t) + o_do, BLOCK_D, ALIGNED)
+                b_dk += b_dx[:, None] * tl.load(p_u, mask=m_hd, other=0.0).to(tl.float32)
+                b_dv += b_b[:, None] * tl.load(p_do, mask=m_hd, other=0.0).to(tl.float32)
+    return b_dk, b_dv
 
 
 @triton.jit
@@ -94,15 +96,6 @@ def _of_heads(x, length, BY_HEAD: tl.constexpr):
     if BY_HEAD:
         x += tl.program_id(1).to(tl.int64) * length
     return x
-
-
-@triton.jit
-def _columns(p_row, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
-    """`columns`, for rows in two dimensions."""
-    p = p_row[:, :, None] + tl.arange(0, BLOCK_D)[None, None, :]
-    if ALIGNED:
-        p = tl.max_contiguous(tl.multiple_of(p, [1, 1, 16]), [1, 1, 16])
-    return p
 
 
 @kernel
@@ -127,8 +120,8 @@ def _popular_kernel(
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
     image_index = _of_heads(image_index, n_slots, BY_HEAD)
@@ -166,12 +159,11 @@ def _popular_kernel(
                 G,
                 ALIGNED,
                 BLOCK_D,
-                BLOCK_E,
                 BLOCK_H,
+                SLOTS,
             )
-            o_d = tl.arange(0, BLOCK_D)
-            m_hd = (o_h < Hkv)[:, None] & (o_d < D)[None, :]
-            p_part = parts + ((i_s * 2 + i_end) * 2 * Hkv + o_h)[:, None] * D + o_d[None, :]
+            m_hd = (o_h < Hkv)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+            p_part = columns(parts + ((i_s * 2 + i_end) * 2 * Hkv + o_h) * D, BLOCK_D, ALIGNED)
             tl.store(p_part, b_dk, mask=m_hd)
             tl.store(p_part + Hkv * D, b_dv, mask=m_hd)
 
@@ -202,8 +194,8 @@ def _pool_kernel(
     G: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
     order = _of_heads(order, n_slots, BY_HEAD)
@@ -233,18 +225,19 @@ def _pool_kernel(
         G,
         ALIGNED,
         BLOCK_D,
-        BLOCK_E,
         BLOCK_H,
+        SLOTS,
     )
     first_block = begin // BLOCK_SLOTS
     for i_s in range(first_block, tl.where(is_popular, tl.cdiv(end, BLOCK_SLOTS), first_block)):
         # the image is at the end of the block in which it begins, unless it begins with the block
         i_end = tl.where(i_s * BLOCK_SLOTS < begin, 1, 0).to(tl.int64)
+        # a vector of 16 bytes here would cost every program registers
         p_part = parts + ((i_s * 2 + i_end) * 2 * Hkv + o_h)[:, None] * D + o_d[None, :]
         b_dk += tl.load(p_part, mask=m_hd, other=0.0)
         b_dv += tl.load(p_part + Hkv * D, mask=m_hd, other=0.0)
-    p_dik = dimage_k + o_h[:, None] * stride_dik[0] + i_u * stride_dik[1] + o_d[None, :]
-    p_div = dimage_v + o_h[:, None] * stride_div[0] + i_u * stride_div[1] + o_d[None, :]
+    p_dik = columns(dimage_k + o_h * stride_dik[0] + i_u * stride_dik[1], BLOCK_D, ALIGNED)
+    p_div = columns(dimage_v + o_h * stride_div[0] + i_u * stride_div[1], BLOCK_D, ALIGNED)
     tl.store(p_dik, (b_dk * scale).to(dimage_k.dtype.element_ty), mask=m_hd)
     tl.store(p_div, b_dv.to(dimage_v.dtype.element_ty), mask=m_hd)
 
@@ -267,7 +260,7 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, results: QueryResults, grad
     blocks = cdiv(n_slots, BLOCK_SLOTS)
     parts = results.image_b.new_empty(blocks, 2, 2, kv_heads, head_dim)
     of_shape = _constants(kv_heads, inputs.q.shape[1] // kv_heads, head_dim, inputs.q.dtype, inputs.by_head)
-    constants = {"BLOCK_SLOTS": BLOCK_SLOTS, **of_shape}
+    constants = {"SLOTS": SLOTS, "BLOCK_SLOTS": BLOCK_SLOTS, **of_shape}
     head_blocks = cdiv(kv_heads, constants["BLOCK_H"])
     sizes = (kv_heads, image_q.shape[2], num_images(inputs), n_slots, pool_size)
     of_slots = (image_q, grad_out, results.image_dx, results.image_b)
@@ -291,16 +284,16 @@ def pool_gradients(inputs: Inputs, grad_out: Tensor, results: QueryResults, grad
 @cache
 def _constants(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, by_head: bool) -> dict[str, Any]:
     """The compile-time arguments of both kernels."""
-    columns = block_d(head_dim)
-    most = 1 if by_head else max(1, COLUMNS // columns)
+    width = block_d(head_dim)
+    most = 1 if by_head else max(1, COLUMNS // width)
+    heads = min(1 << (kv_heads - 1).bit_length(), most)
     return {
         "BY_HEAD": by_head,
         "D": head_dim,
         "G": group,
         "ALIGNED": head_dim * dtype.itemsize % VECTOR == 0,
-        "BLOCK_D": columns,
-        "BLOCK_E": SLOTS,
-        "BLOCK_H": min(1 << (kv_heads - 1).bit_length(), most),
-        "num_warps": 4,
+        "BLOCK_D": width,
+        "BLOCK_H": heads,
+        "num_warps": max(1, heads * width // (32 * THREAD_COLUMNS)),
         "enable_fp_fusion": True,
     }

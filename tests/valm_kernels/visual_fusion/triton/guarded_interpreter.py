@@ -50,7 +50,7 @@ class Memory:
     def access(self, pointers: TensorHandle, mask: TensorHandle, program: int, writes: bool) -> None:
         size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
         addresses = np.asarray(pointers.data).astype(np.int64)
-        addresses = addresses[np.broadcast_to(np.asarray(mask.data), addresses.shape)]
+        addresses = addresses[np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)]
         region = np.searchsorted(self.starts, addresses, side="right") - 1
         if (region < 0).any() or (addresses + size > self.ends[region]).any():
             raise IllegalAccess(f"{'store' if writes else 'load'} outside of every tensor of the launch")

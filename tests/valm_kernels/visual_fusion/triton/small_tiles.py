@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels.visual_fusion.triton import backward_key, forward, launch
+from valm_kernels.visual_fusion.triton import backward_key, backward_pool, forward, launch
 from valm_kernels.visual_fusion.triton.tiles import Tiles
 
 
@@ -21,6 +21,7 @@ def use_small_tiles(
     block = 16 if problem.num_keys <= 48 else 32 if problem.num_keys <= 96 else 64
     monkeypatch.setattr(launch, "tiles_for", lambda *_: Tiles(block, block, num_warps=4, num_stages=2))
     monkeypatch.setattr(backward_key, "SCAN", 64)
+    monkeypatch.setattr(backward_pool, "SLOTS", 2)
     monkeypatch.setattr(forward, "multiprocessors", lambda _: 8)
     monkeypatch.setattr(forward, "MIN_KEYS_PER_SPLIT", 32)
 

@@ -33,7 +33,7 @@ QUICK = (
     *("dense", "pooled", "no images", "one token", "decode few", "prefix", "not causal", "multi-query", "odd head"),
     *("odd wide head", "documents with prefix", "random first_key with prefix", "group of three"),
     *("group of three, pooled", "large group", "striped first_key", "image_q", "image_score_bias"),
-    *("image weights, pooled", "cache_seqlens, documents", "by head, all options", "by head, popular images"),
+    *("image weights, pooled", "cache_seqlens, documents", "by head, all options"),
 )
 
 
@@ -92,13 +92,15 @@ def test_each_gradient_alone(monkeypatch, layout):
         assert torch.equal(torch.autograd.grad(out, leaf, grad_out)[0], expected), name
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize(
     "pool_size", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(30, marks=pytest.mark.slow)]
 )
-def test_popular_images(monkeypatch, pool_size):
+def test_popular_images(monkeypatch, pool_size, by_head):
     """Images with more slots than a block, which begin and end anywhere in it, beside others with few or none."""
     monkeypatch.setattr(backward_pool, "BLOCK_SLOTS", 8)
-    problem = Problem(batch=1, query_heads=6, kv_heads=3, num_queries=21, num_images=2, pool_size=pool_size)
+    heads = {"query_heads": 6, "kv_heads": 3, "by_head": by_head}
+    problem = Problem(batch=1, num_queries=21, num_images=2, pool_size=pool_size, head_dim=13, **heads)
     use_small_tiles(monkeypatch, problem)
     with guarded():
         assert_solves("triton", problem, torch.float32)
