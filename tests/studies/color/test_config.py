@@ -52,7 +52,8 @@ def test_the_studies_of_the_repository_are_read():
     assert {*full.arms, *fourth.arms} == {*ARMS} and fourth.seeds == (15, 16, 17, 18, 19)
     assert (full.recipe, fourth.recipe) == ("e96398966bf6", "548dde697046")  # of the results in studies/results
     assert fourth.reading["image_words"].split(",") == list(COLORS)
-    assert read_config(folder / "small.yaml").arms == ("twin", "cut", "blind")
+    small = read_config(folder / "small.yaml")
+    assert small.arms == ("twin", "reading", "reading-blind") and small.reading == fourth.reading
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
 
 

@@ -96,12 +96,15 @@ def test_a_number_of_fewer_seeds_says_which(tmp_path):
 
 
 def test_the_readme_says_what_the_study_found():
-    results = read_results(sorted((ROOT / "studies" / "results").glob("third-seed-*.json")))
+    results, fourth_study = (
+        read_results(sorted((ROOT / "studies" / "results").glob(f"{name}-seed-*.json"))) for name in ("third", "fourth")
+    )
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     differences = [
         results.difference(CUT, BASE, PRIMARY),
         results.difference(CUT, BLIND, PRIMARY),
         results.difference(CUT, BASE, PRIMARY, CALIBRATED),
+        fourth_study.difference(READING, CUT, PEOPLE),
     ]
     assert [points(found) for found in differences if points(found) not in said] == []
     in_prompt, attended = (results.accuracy(arm, PRIMARY, keep=pictured) for arm in (("base", COLORED_CAPTIONS), CUT))
