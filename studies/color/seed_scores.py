@@ -14,7 +14,7 @@ import torch
 
 from studies.color.captions import Captions, captioned
 from studies.color.conditions import Conditions
-from studies.color.config import ARMS, BASE, COLORED_CAPTIONS, DOSES, HELDOUT, VALIDATION, Arm
+from studies.color.config import ARMS, BASE, COLORED_CAPTIONS, DOSES, EXCHANGES, HELDOUT, VALIDATION, Arm
 from studies.color.pictures import Picture
 from studies.color.questions import (
     CAPTIONS_KIND,
@@ -155,7 +155,8 @@ class Scoring:
 
     def _tests(self, arm: Arm) -> list[Evaluation]:
         """The evaluations of an arm. Its first test without captions asks all sets, its other tests ask the sets of
-        `small`, and the tests of DOSES ask only the sets about the items whose pictures they remove."""
+        `small`, and the tests of DOSES ask only the sets about the items whose pictures they remove. Exchanged images
+        are for questions: with them, no text is read."""
         tests = []
         of_items = {name: one for name, one in self.small.items() if name in COLOR_SETS[:2]}
         whole = next(images for images in arm.tests if images != COLORED_CAPTIONS)
@@ -168,7 +169,8 @@ class Scoring:
                 retriever = None
                 if images != "none":
                     retriever = self.conditions.blind(arm.cut) if arm.twin == "blind" else self.conditions[images]
-                tests.append(Evaluation(images, self.asked if images == whole else self.small, self.texts, retriever))
+                texts = {} if images in EXCHANGES else self.texts
+                tests.append(Evaluation(images, self.asked if images == whole else self.small, texts, retriever))
         return tests
 
     def results(self, rows: dict[str, Path]) -> dict[str, Any]:
