@@ -38,7 +38,15 @@ from triton.runtime.jit import create_function_from_signature
 from tests.checks.triton.loops import Spills, products_in_ptx, products_of_amd, spills_in_sass, spills_of_amd
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_image_scores
-from valm_kernels.visual_fusion.triton import backward, backward_key, backward_pool, backward_query, forward, joined
+from valm_kernels.visual_fusion.triton import (
+    backward,
+    backward_bias,
+    backward_key,
+    backward_pool,
+    backward_query,
+    forward,
+    joined,
+)
 from valm_kernels.visual_fusion.triton import launch as launchers
 
 TABLE = Path(__file__).parents[3] / "benchmarks" / "records" / "triton_compile.csv"
@@ -53,6 +61,7 @@ KERNELS = {
     "forward": (forward, "_forward_kernel"),
     "merge": (forward, "_merge_kernel"),
     "query": (backward_query, "_query_kernel"),
+    "bias": (backward_bias, "_bias_kernel"),
     "range": (backward_key, "_query_range_kernel"),
     "key": (backward_key, "_key_kernel"),
     "popular": (backward_pool, "_popular_kernel"),
@@ -64,6 +73,7 @@ CASES = (
     ("forward", "decode"),
     ("merge", "decode"),
     ("query", "dense"),
+    ("bias", "dense"),
     ("key", "dense"),
     ("popular", "pooled"),
     ("pool", "pooled"),

@@ -18,7 +18,8 @@ biases. The gradient of the image scores t_k themselves (return_image_weights) i
 
 Three steps, by what a program owns:
 - a query tile (backward_query.py): dq, delta, partial sums of the bias gradients, and for the images either their
-  gradients (dense layout: an image belongs to one query) or dx and b (pooled layout);
+  gradients (dense layout: an image belongs to one query) or dx and b (pooled layout). backward_bias.py adds the partial
+  sums;
 - a key tile (backward_key.py): dk and dv. Under first_key a small kernel first finds the queries of each key tile;
 - an image of the pool (backward_pool.py): dimage_k and dimage_v from dx and b, popular images in parts first.
 In joined.py flash attention replaces the second step: it computes dk, dv and the text's part of dq. Its dq may differ

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Gradients, Inputs, num_images
+from .backward_bias import Biases, bias_gradients
 from .compiled import launch
 from .launch import (
     ImageStrides,
@@ -89,7 +90,7 @@ class QueryResults(NamedTuple):
     image_b: Tensor | None
     dimage_k_bias: Tensor | None  # partial sums, (tiles, B, Hkv, D)
     dimage_v_bias: Tensor | None
-    dimage_logit_bias: Tensor | None  # (tiles, B, Hkv, BLOCK_H)
+    dimage_logit_bias: Tensor | None  # (tiles, B, Hkv, BLOCK_H); tile n has part n % parts of a group's heads
     dimage_score_bias: Tensor | None  # (parts of a group, Hkv, B, K, Tq)
 
 
@@ -316,8 +317,6 @@ def query_gradients(
         # a dense image belongs to all heads of its group: each part of the heads writes its own sum
         dense_k = scratch(dense_k is not None, parts, batch, kv_heads, q_len, images, head_dim)
         dense_v = scratch(dense_v is not None, parts, batch, kv_heads, q_len, images, head_dim)
-    # consecutive tiles of one part are `parts` tiles apart
-    of_tiles = (row_tiles // parts, parts, batch, kv_heads, block_h)
     results = QueryResults(
         dq=gradients.q,
         delta=torch.empty_like(lse),
@@ -328,7 +327,7 @@ def query_gradients(
         image_b=scratch(pool_wanted, batch, q_heads, images, q_len),
         dimage_k_bias=scratch(gradients.image_k_bias is not None, row_tiles, batch, kv_heads, head_dim),
         dimage_v_bias=scratch(gradients.image_v_bias is not None, row_tiles, batch, kv_heads, head_dim),
-        dimage_logit_bias=scratch(gradients.image_logit_bias is not None, *of_tiles),
+        dimage_logit_bias=scratch(gradients.image_logit_bias is not None, row_tiles, batch, kv_heads, block_h),
         dimage_score_bias=scratch(gradients.image_score_bias is not None, parts * kv_heads, batch, images, q_len),
     )
     launch(
@@ -372,12 +371,14 @@ def query_gradients(
     if parts > 1:
         _sum_into(gradients.image_k, dense_k)
         _sum_into(gradients.image_v, dense_v)
-    _sum_into(gradients.image_k_bias, results.dimage_k_bias)
-    _sum_into(gradients.image_v_bias, results.dimage_v_bias)
-    if gradients.image_logit_bias is not None and results.dimage_logit_bias is not None:
-        # a group's rows are padded to a power of two
-        of_heads = results.dimage_logit_bias.sum((0, 2)).transpose(0, 1).reshape(kv_heads, block_g)
-        gradients.image_logit_bias.view(kv_heads, -1).copy_(of_heads[:, : q_heads // kv_heads])
+    bias_gradients(
+        Biases(results.dimage_k_bias, results.dimage_v_bias, results.dimage_logit_bias),
+        Biases(gradients.image_k_bias, gradients.image_v_bias, gradients.image_logit_bias),
+        kv_heads,
+        head_dim,
+        q_heads // kv_heads,
+        block_h,
+    )
     if gradients.image_score_bias is not None:
         _sum_into(gradients.image_score_bias.transpose(1, 2), results.dimage_score_bias)
     return results
