@@ -187,7 +187,9 @@ def _records_gradients(inputs: tuple[Any, ...]) -> bool:
         NotImplementedError: a tangent is asked for.
     """
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    # outside a level no tensor has a tangent, and to ask each of them takes as long as a launch
+    within_level = forward_ad._current_level >= 0
+    if within_level and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "visual_fusion_attn has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
             'torch.autograd.forward_ad); use impl="reference", or torch.func.jacrev for first derivatives'
@@ -215,7 +217,7 @@ def _in_transform(function: Any) -> Any:
     return type(function.__name__, (_SingleLevelFunction,), methods)
 
 
-# Every call uses three private names of PyTorch, and transforms of torch.func use three more. The public ways fail in
+# Every call uses four private names of PyTorch, and transforms of torch.func use three more. The public ways fail in
 # PyTorch 2.13. With torch.library.register_autograd, torch.func.grad raises, forward mode returns zeros, and a call
 # with gradients takes 100 µs more to read the schema. An autograd.Function around the operator is not traced by
 # torch.compile if it has a jvp, is not functionalised, and leaves exported programs without torch.func.
