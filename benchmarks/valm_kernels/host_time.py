@@ -1,63 +1,50 @@
-"""The host's time for one call of `visual_fusion_attn` in Triton: Python, dispatcher and allocations.
+"""The host's time for one call of `visual_fusion_attn` in Triton: Python, dispatcher, allocations and launches.
 
-    TRITON_INTERPRET=1 python -m benchmarks.valm_kernels.host_time
+    python -m benchmarks.valm_kernels.host_time
 
-Launches do nothing, so this needs no GPU and leaves out the time of Triton's binder. The tensors are small, because
-allocation takes longer for larger tensors on a CPU, but not with PyTorch's CUDA allocator. Each line gives the least
-and the median of several hundred calls, each after an untimed call. The backward includes about 35 µs that PyTorch's
-autograd needs for any operator with as many gradients.
+The kernels are compiled for an H100 and launched on a driver that runs nothing, which gcc builds. So this needs no GPU.
+The tensors are small, because allocation takes longer for larger tensors on a CPU, but not with PyTorch's CUDA
+allocator. Each line gives the least and the median of several hundred calls, each after an untimed call. The backward
+includes about 35 µs that PyTorch's autograd needs for any operator with as many gradients.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
 
+from tests.checks.triton.on_fake_driver import ARCH, FakeDriver, build, environment
 from valm_kernels import visual_fusion_attn
+from valm_kernels.visual_fusion import api
+from valm_kernels.visual_fusion.triton import forward, launch
 
 CALLS = 400
 B, H, T, K, D, U = 1, 12, 32, 2, 64, 50
-LAYOUTS = ("dense", "pooled")
-
-
-class NoKernel:
-    """Replaces a kernel."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: None
-
-
-@contextmanager
-def without_launches() -> Iterator[None]:
-    from valm_kernels.visual_fusion.triton import backward_key, backward_pool, backward_query, forward
-
-    with ExitStack() as stack:
-        for module in (forward, backward_query, backward_key, backward_pool):
-            for name in [name for name in vars(module) if name.endswith("_kernel") and name.startswith("_")]:
-                stack.enter_context(mock.patch.object(module, name, NoKernel()))
-        # an H100's, so that the keys are not split
-        stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda device: 1))
-        yield
+PREFIX = 8191  # of decoding: long enough to be split
 
 
 def arguments(layout: str, biases: bool) -> dict[str, Any]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float16)
 
-    found: dict[str, Any] = {name: normal(B, T, H, D).transpose(1, 2) for name in "qkv"}
-    if layout == "dense":
-        found |= {name: normal(B, T, K, H, D).permute(0, 3, 1, 2, 4) for name in ("image_k", "image_v")}
-    else:
+    queries, keys = (1, PREFIX + 1) if layout == "decoding" else (T, T)
+    found: dict[str, Any] = {"q": normal(B, queries, H, D).transpose(1, 2)}
+    found |= {name: normal(B, keys, H, D).transpose(1, 2) for name in "kv"}
+    if layout == "pooled":
         found |= {name: normal(U, H, D).transpose(0, 1) for name in ("image_k", "image_v")}
         found["image_index"] = torch.randint(-1, U, (B, T, K))
+    else:
+        found |= {name: normal(B, queries, K, H, D).permute(0, 3, 1, 2, 4) for name in ("image_k", "image_v")}
     if biases:
         found |= {"image_k_bias": normal(H, D), "image_v_bias": normal(H, D), "image_logit_bias": torch.zeros(H)}
     return found
@@ -66,12 +53,13 @@ def arguments(layout: str, biases: bool) -> dict[str, Any]:
 class Case:
     """A layout and the times of its calls in µs."""
 
-    def __init__(self, name: str, inputs: dict[str, Any]) -> None:
-        self.name = name
-        self.inputs = inputs
-        self.leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if t.is_floating_point()}
-        self.grad_out = torch.ones_like(inputs["q"])
-        self.times: dict[str, list[float]] = {"forward": [], "forward with gradients": [], "backward": []}
+    def __init__(self, layout: str, biases: bool) -> None:
+        self.name = f"{layout}, biases" if biases else layout
+        self.differentiated = layout != "decoding"
+        self.inputs = arguments(layout, biases)
+        self.leaves = {name: t.detach().requires_grad_() for name, t in self.inputs.items() if t.is_floating_point()}
+        self.grad_out = torch.ones_like(self.inputs["q"])
+        self.times: dict[str, list[float]] = {}
 
     def forward(self) -> torch.Tensor:
         with torch.no_grad():
@@ -86,28 +74,29 @@ class Case:
     def measure(self) -> None:
         self.forward()
         self._timed("forward", self.forward)
-        untimed = self.forward_with_gradients()
-        out = self._timed("forward with gradients", self.forward_with_gradients)
-        self.backward(untimed)
-        self._timed("backward", self.backward, out)
+        if self.differentiated:
+            untimed = self.forward_with_gradients()
+            out = self._timed("forward with gradients", self.forward_with_gradients)
+            self.backward(untimed)
+            self._timed("backward", self.backward, out)
 
     def _timed(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter_ns()
         result = function(*arguments)
-        self.times[name].append((time.perf_counter_ns() - start) / 1e3)
+        self.times.setdefault(name, []).append((time.perf_counter_ns() - start) / 1e3)
         return result
 
 
-def main() -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("set TRITON_INTERPRET=1, without which Triton takes no CPU tensors")
+def measure() -> None:
     torch.set_num_threads(1)
-    cases = [
-        Case(f"{layout}, biases" if biases else layout, arguments(layout, biases))
-        for layout in LAYOUTS
-        for biases in (False, True)
-    ]
-    with without_launches():
+    triton.runtime.driver.set_active(FakeDriver())
+    layouts = [(layout, biases) for layout in ("dense", "pooled") for biases in (False, True)]
+    cases = [Case(*layout) for layout in (*layouts, ("decoding", False))]
+    with (
+        mock.patch.object(api, "_choose_impl", lambda impl, q: "triton"),
+        mock.patch.object(launch, "architecture", lambda device: ARCH),
+        mock.patch.object(forward, "multiprocessors", lambda device: 132),
+    ):
         for _ in range(CALLS):  # in turns, because other work on the machine changes
             for case in cases:
                 case.measure()
@@ -117,5 +106,12 @@ def main() -> None:
             print(f"{called:60} least {min(times):5.0f} µs, median {statistics.median(times):5.0f} µs")
 
 
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        build(folder)
+        command = [sys.executable, "-m", "benchmarks.valm_kernels.host_time", "measure"]
+        subprocess.run(command, env=os.environ | environment(folder), check=True)
+
+
 if __name__ == "__main__":
-    main()
+    measure() if sys.argv[1:] == ["measure"] else main()

@@ -32,15 +32,14 @@ CACHE_BYTES_PER_S = 6.65e12
 MMA_SYNC_SHARE = 0.629
 
 # Not in a data sheet, and to be measured on a GPU: the time from the end of one kernel to the start of the next on its
-# stream, and the time of the host. The host's time is Triton's binder for each launch, plus the least times of
-# host_time.py on two busy cores of an AMD EPYC: a forward without gradients, a dense backward, and the addition to the
-# backward by a pool and the sort of its slots.
+# stream, and the time of the host. The host's time is the least of six runs of host_time.py on two idle cores of an
+# Intel Xeon with AMX, with Triton 3.7.1: a forward without gradients, one of a single query (with a merge), and two
+# backwards without biases.
 LAUNCH_S = 3e-6
-BINDER_S = 13e-6
-FORWARD_HOST_S = 52e-6
-BACKWARD_HOST_S = 119e-6
-POOL_HOST_S = 31e-6
-SORT_HOST_S = 40e-6
+FORWARD_HOST_S = 111e-6
+DECODING_HOST_S = 116e-6
+BACKWARD_HOST_S = 209e-6
+POOLED_BACKWARD_HOST_S = 317e-6
 # Of a radix sort in PyTorch beside its passes of 8 bits: conversion, values, histogram and offsets, then arange and
 # searchsorted for the segments.
 SORT_LAUNCHES = 6
@@ -111,8 +110,6 @@ class Work:
     flop: int
     exponentials: int
     launches: int = 1
-    # PyTorch's kernels need no binder
-    by_triton: bool = True
 
     @property
     def least_s(self) -> float:
@@ -199,7 +196,7 @@ def sort(s: Shape) -> Work:
     key_bytes = 2 if s.U < 1 << 15 else 4  # and as many passes
     # each pass reads and writes a key and an index of 8 bytes; then the segments, 8 bytes an image
     moved = 2 * (key_bytes + 8) * key_bytes * slots + 8 * s.U
-    return Work("backward: sort of the slots", moved, 0, 0, 0, SORT_LAUNCHES + key_bytes, by_triton=False)
+    return Work("backward: sort of the slots", moved, 0, 0, 0, SORT_LAUNCHES + key_bytes)
 
 
 def merge(s: Shape) -> Work:
@@ -210,7 +207,7 @@ def merge(s: Shape) -> Work:
 def text(s: Shape, backward: bool) -> Work:
     """Flash attention to only the text, forward or backward, by PyTorch."""
     only_text = replace(s, K=0, U=0)
-    return replace((whole_backward if backward else forward)(only_text), kernel="flash attention", by_triton=False)
+    return replace((whole_backward if backward else forward)(only_text), kernel="flash attention")
 
 
 def joined_forward(s: Shape) -> Work:
@@ -270,7 +267,7 @@ def images_in_pytorch(s: Shape, backward: bool) -> Work:
             attention.join_images(q, image_k, image_v, out, tokens(dtype=torch.float32))
         for _ in range(2 if s.U else 0):
             pool.index_put((index,), images, accumulate=True) if backward else pool[index]
-    return Work("images", traffic.bytes, 0, 0, 0, traffic.operations, by_triton=False)
+    return Work("images", traffic.bytes, 0, 0, 0, traffic.operations)
 
 
 def was_joined(s: Shape) -> bool:
@@ -297,12 +294,10 @@ def gpu_s(works: list[Work]) -> float:
 
 
 def host_s(s: Shape, backward: bool) -> float:
-    """The host's time for the forward without gradients, or for the backward, at cb7a91eb: with Triton's binder."""
-    works = (backward_works if backward else forward_works)(s, was_joined(s))
-    bound = BINDER_S * sum(work.launches for work in works if work.by_triton)
-    if not backward:
-        return FORWARD_HOST_S + bound
-    return BACKWARD_HOST_S + (POOL_HOST_S + SORT_HOST_S if s.U else 0) + bound
+    """The host's time for the forward without gradients, or for the backward."""
+    if backward:
+        return POOLED_BACKWARD_HOST_S if s.U else BACKWARD_HOST_S
+    return DECODING_HOST_S if s.Tq == 1 else FORWARD_HOST_S
 
 
 def attention_s(s: Shape, backward: bool) -> float:
@@ -357,7 +352,7 @@ def table() -> str:
     """The arithmetic of docs/results/gpu.md: a row for each call."""
     lines = [
         "| Call in 16 bits | Direction | Floor, µs | Floor bound by | Ours at cb7a91eb, µs | Ours now, µs | "
-        "In PyTorch, µs | Our host at cb7a91eb, µs |",
+        "In PyTorch, µs | Our host, µs |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
 

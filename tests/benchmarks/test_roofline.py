@@ -18,8 +18,10 @@ def test_nothing_is_below_the_floor():
             assert roofline.gpu_s(works(shape)) >= least + len(works(shape)) * roofline.LAUNCH_S
             peer = [roofline.text(shape, backward), roofline.images_in_pytorch(shape, backward)]
             assert roofline.gpu_s(peer) > least
-            assert roofline.host_s(shape, backward) > roofline.FORWARD_HOST_S
+    decoding = roofline.SHAPES[-1]
+    assert decoding.Tq == 1 and roofline.host_s(decoding, False) == roofline.DECODING_HOST_S
     dense, pooled = roofline.SHAPES[:2]
+    assert roofline.host_s(dense, False) < roofline.host_s(dense, True) < roofline.host_s(pooled, True)
     sort = roofline.sort(pooled)
     assert sort in roofline.backward_works(pooled) and sort not in roofline.backward_works(dense)
     assert sort.launches == roofline.SORT_LAUNCHES + 2  # int16
