@@ -20,9 +20,9 @@ NUMBERS = 4096
 class Biases(NamedTuple):
     """A tensor for each bias; None if nobody asks for its gradient."""
 
-    image_k: Tensor | None
-    image_v: Tensor | None
-    image_logit: Tensor | None
+    image_k_bias: Tensor | None
+    image_v_bias: Tensor | None
+    image_logit_bias: Tensor | None
 
 
 @triton.jit
@@ -66,23 +66,23 @@ def _bias_kernel(
     i_bias = tl.program_id(1)
     # the first condition of each pair is one of the compiler, the second one of the program
     o_d = tl.arange(0, BLOCK_D)
-    if partial.image_k is not None:  # noqa: SIM102
+    if partial.image_k_bias is not None:  # noqa: SIM102
         if i_bias == 0:
-            b_k = _sum_rows(partial.image_k + i_h * D, n_rows, Hkv * D, 0, batch, D, 1, BLOCK_D, BLOCK_R)
-            p_k = gradients.image_k + i_h * D + o_d
-            tl.store(p_k, b_k.to(gradients.image_k.dtype.element_ty), mask=o_d < D)
-    if partial.image_v is not None:  # noqa: SIM102
+            b_k = _sum_rows(partial.image_k_bias + i_h * D, n_rows, Hkv * D, 0, batch, D, 1, BLOCK_D, BLOCK_R)
+            p_k = gradients.image_k_bias + i_h * D + o_d
+            tl.store(p_k, b_k.to(gradients.image_k_bias.dtype.element_ty), mask=o_d < D)
+    if partial.image_v_bias is not None:  # noqa: SIM102
         if i_bias == 1:
-            b_v = _sum_rows(partial.image_v + i_h * D, n_rows, Hkv * D, 0, batch, D, 1, BLOCK_D, BLOCK_R)
-            p_v = gradients.image_v + i_h * D + o_d
-            tl.store(p_v, b_v.to(gradients.image_v.dtype.element_ty), mask=o_d < D)
-    if partial.image_logit is not None:  # noqa: SIM102
+            b_v = _sum_rows(partial.image_v_bias + i_h * D, n_rows, Hkv * D, 0, batch, D, 1, BLOCK_D, BLOCK_R)
+            p_v = gradients.image_v_bias + i_h * D + o_d
+            tl.store(p_v, b_v.to(gradients.image_v_bias.dtype.element_ty), mask=o_d < D)
+    if partial.image_logit_bias is not None:  # noqa: SIM102
         if i_bias == 2:
-            rows = partial.image_logit + i_h * BLOCK_H
+            rows = partial.image_logit_bias + i_h * BLOCK_H
             for i_part in tl.static_range(0, PARTS):
                 b_logit = _sum_rows(rows, n_rows, Hkv * BLOCK_H, i_part, batch, BLOCK_H, PARTS, BLOCK_H, BLOCK_R)
                 o_g = i_part * BLOCK_H + tl.arange(0, BLOCK_H)  # a group is padded to a power of two
-                tl.store(gradients.image_logit + i_h * G + o_g, b_logit, mask=o_g < G)
+                tl.store(gradients.image_logit_bias + i_h * G + o_g, b_logit, mask=o_g < G)
 
 
 def bias_gradients(partial: Biases, gradients: Biases, kv_heads: int, head_dim: int, group: int, block_h: int) -> None:

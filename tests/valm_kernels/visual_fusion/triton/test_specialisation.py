@@ -99,6 +99,7 @@ def launched(inputs, *needed):
         for launch in recorder.launches:
             values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
             values |= values["results"]._asdict() if "results" in values else {}
+            values |= {f"d{n}": x for n, x in values["gradients"]._asdict().items()} if "gradients" in values else {}
             filled[name] = {n for n, x in values.items() if n.startswith("d") and isinstance(x, torch.Tensor)}
     return filled
 
@@ -107,8 +108,14 @@ def test_nothing_is_computed_for_gradients_that_nobody_needs():
     dense, pooled = (without(meta_inputs(64, torch.float16, pooled), "first_key") for pooled in (False, True))
     assert launched(dense, "q") == {"query": {"dq", "delta"}}
     assert launched(dense, "v") == {"query": {"delta"}, "key": {"delta", "dk", "dv"}}
-    assert launched(dense, "image_v", "image_k_bias") == {"query": {"delta", "dimage_v", "dimage_k_bias"}}
-    assert launched(pooled, "q", "image_logit_bias") == {"query": {"dq", "delta", "dimage_logit_bias"}}
+    assert launched(dense, "image_v", "image_k_bias") == {
+        "query": {"delta", "dimage_v", "dimage_k_bias"},
+        "bias": {"dimage_k_bias"},
+    }
+    assert launched(pooled, "q", "image_logit_bias") == {
+        "query": {"dq", "delta", "dimage_logit_bias"},
+        "bias": {"dimage_logit_bias"},
+    }
     assert set(launched(pooled, "image_v")) == {"query", "popular", "pool"}
     biased = without(meta_inputs(64, torch.float16, True, score_bias=True), "first_key")
     assert launched(biased, "image_score_bias") == {"query": {"delta", "dimage_score_bias"}}
@@ -125,4 +132,4 @@ def test_a_batch_may_be_larger_than_the_second_dimension_of_a_grid():
         forward.forward(inputs)
         backward.backward(inputs.q, None, None, inputs.q, lse, inputs, [True] * len(Gradients._fields))
     grids = [grid for recorder in found.values() for grid in recorder.grids]
-    assert len(grids) == 6 and all(size < 2**16 for grid in grids for size in grid[1:])
+    assert len(grids) == 7 and all(size < 2**16 for grid in grids for size in grid[1:])
