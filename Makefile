@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*
 
 help:
 	@echo "make demo         train and evaluate a small VaLM on real pictures, on the CPU; writes $(DEMO_OUTPUT)/"
-	@echo "make study-small  run one seed of the study (studies/color/plan.md), 20 minutes; writes $(STUDY_OUTPUT)/"
+	@echo "make study-small  run one seed of the study (studies/color/plan.md), 15 minutes; writes $(STUDY_OUTPUT)/"
 	@echo "make test         run the quick tests"
 	@echo "make check        run the slow tests, as the workflow does every night"
 	@echo "make lint         check with ruff, clang-format and schemas of the workflow and similar files"
