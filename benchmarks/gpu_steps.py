@@ -44,7 +44,7 @@ COMPILE_TILES, TILES, TESTS_OF_TILES = "compile tiles", "measure tiles", "tests 
 CROSSOVER = "measure the crossover"
 FLASH_TESTS = "test_agrees_with_flash_attention_for_the_text"
 # Seconds on one core to compile the kernels of a step, which its processes divide: Triton 3.7.1, for compute capability
-# 9.0, on two cores of an Intel Xeon with AMX, where nothing else ran. compilations.py measures them.
+# 9.0, on an Intel Xeon with AMX on which nothing else ran. compilations.py measures them.
 WORK_S = {"tests": 887, COMPILE_TILES: 1221, TESTS_OF_TILES: 387}
 # Seconds in which Python and PyTorch start and pytest collects.
 START_S = 5

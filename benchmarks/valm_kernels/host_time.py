@@ -10,7 +10,6 @@ includes about 35 µs that PyTorch's autograd needs for any operator with as man
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -21,12 +20,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 
-from tests.checks.triton.on_fake_driver import ARCH, FakeDriver, build, environment
+from tests.checks.triton.on_fake_driver import build, environment, fake_gpu
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api
-from valm_kernels.visual_fusion.triton import forward, launch
 
 CALLS = 400
 B, H, T, K, D, U = 1, 12, 32, 2, 64, 50
@@ -89,14 +86,9 @@ class Case:
 
 def measure() -> None:
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(FakeDriver())
     layouts = [(layout, biases) for layout in ("dense", "pooled") for biases in (False, True)]
     cases = [Case(*layout) for layout in (*layouts, ("decoding", False))]
-    with (
-        mock.patch.object(api, "_choose_impl", lambda impl, q: "triton"),
-        mock.patch.object(launch, "architecture", lambda device: ARCH),
-        mock.patch.object(forward, "multiprocessors", lambda device: 132),
-    ):
+    with fake_gpu(), mock.patch.object(api, "_choose_impl", lambda impl, q: "triton"):
         for _ in range(CALLS):  # in turns, because other work on the machine changes
             for case in cases:
                 case.measure()
@@ -110,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build(folder)
         command = [sys.executable, "-m", "benchmarks.valm_kernels.host_time", "measure"]
-        subprocess.run(command, env=os.environ | environment(folder), check=True)
+        subprocess.run(command, env=environment(folder), check=True)
 
 
 if __name__ == "__main__":

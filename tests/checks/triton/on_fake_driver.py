@@ -10,6 +10,7 @@ test_fake_driver.py starts it, with fake_libcuda.c built as libcuda.so.1 in FOLD
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import struct
 import subprocess
@@ -73,8 +74,10 @@ def build(folder: str | Path) -> None:
 
 
 def environment(folder: str | Path) -> dict[str, str]:
-    """The variables with which a process finds the driver in `folder`."""
-    return {"LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
+    """The environment of a process that compiles kernels and finds the driver in `folder`."""
+    found = os.environ | {"LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
+    found.pop("TRITON_INTERPRET", None)
+    return found
 
 
 class FakeDriver(nvidia.CudaDriver):
@@ -120,6 +123,17 @@ def check_compiled_for(source: Any, arguments: tuple[Any, ...], name: str) -> No
 
 
 @contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Triton's driver is the fake one, and launchers see a GPU of compute capability ARCH with an H100's processors."""
+    triton.runtime.driver.set_active(FakeDriver())
+    with (
+        mock.patch.object(launchers, "architecture", lambda device: ARCH),
+        mock.patch.object(forward, "multiprocessors", lambda device: 132),
+    ):
+        yield
+
+
+@contextmanager
 def on_fake_gpu() -> Iterator[Launches]:
     """Launches go to the fake driver, where each parameter that arrives is compared with what was passed."""
     fake: Any = ctypes.CDLL("libcuda.so.1")
@@ -156,13 +170,11 @@ def on_fake_gpu() -> Iterator[Launches]:
         launches.by_triton.append(kernel.__name__)
         return run(kernel, *arguments, **options)
 
-    triton.runtime.driver.set_active(FakeDriver())
     with ExitStack() as stack:
+        stack.enter_context(fake_gpu())
         stack.enter_context(mock.patch.object(nvidia.CudaLauncher, "__init__", noted))
         stack.enter_context(mock.patch.object(nvidia.CudaLauncher, "__call__", compared))
         stack.enter_context(mock.patch.object(triton.JITFunction, "run", examined))
-        stack.enter_context(mock.patch.object(launchers, "architecture", lambda device: ARCH))
-        stack.enter_context(mock.patch.object(forward, "multiprocessors", lambda device: 132))
         yield launches
 
 

@@ -2,7 +2,6 @@
 arrives."""
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -32,8 +31,7 @@ def driver(tmp_path_factory):
 
 
 def checked(driver, *arguments, **environment):
-    environment = os.environ | on_fake_driver.environment(driver) | environment
-    environment.pop("TRITON_INTERPRET", None)
+    environment = on_fake_driver.environment(driver) | environment
     command = [sys.executable, "-m", "tests.checks.triton.on_fake_driver", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

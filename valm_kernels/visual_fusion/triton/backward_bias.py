@@ -64,8 +64,8 @@ def _bias_kernel(
 ):
     i_h = tl.program_id(0)
     i_bias = tl.program_id(1)
-    # the first condition of each pair is one of the compiler, the second one of the program
     o_d = tl.arange(0, BLOCK_D)
+    # nested: the compiler leaves out what the first condition excludes, and the program decides the second
     if partial.image_k_bias is not None:  # noqa: SIM102
         if i_bias == 0:
             b_k = _sum_rows(partial.image_k_bias + i_h * D, n_rows, Hkv * D, 0, batch, D, 1, BLOCK_D, BLOCK_R)
