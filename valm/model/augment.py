@@ -264,16 +264,12 @@ class AugmentedCausalLM(ImageModel):
         self.add_finder()
 
     def add_finder(self) -> None:
-        """Hooks the finder to the modules that take token ids."""
+        """Hooks the finder to the modules that may be called with token ids: the base model, and the decoder inside it,
+        which some classes (OPT) call directly."""
         self.finder = self.finder_class(self.config)
-        for part in self.parts_with_ids():
-            self.finder.put_on(part)
-
-    def parts_with_ids(self) -> tuple[Any, ...]:
-        """The modules that may be called with token ids: the base model, and the decoder inside it, which some classes
-        (OPT) call directly."""
         parts = dict.fromkeys(part for part in (self.base_model, self.get_decoder()) if part is not self)
-        return tuple(parts) or (self,)
+        for part in parts or (self,):
+            self.finder.put_on(part)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:

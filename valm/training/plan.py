@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from valm.errors import ValmError
-from valm.options import MAX_SEED, REQUIRED, check_fields, listed, option
+from valm.options import MAX_SEED, REQUIRED, check_fields, option
 from valm.text import nearest
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 # Fields for models with images only.
 IMAGE_FIELDS = (
     *("twin", "logit_bias", "score_scale", "min_score", "questions", "ordinary_text", "fusion_lr", "image_dropout"),
-    *("image_words", "image_word_weight", "image_noise"),
 )
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
@@ -69,11 +68,6 @@ class TrainingPlan:
             frozen.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
         image_dropout: share of the documents, different in each pass, that train without their images.
-        image_words: words that name what images show. Where the token before such a word sees an image, the training
-            loss of the word is multiplied by `image_word_weight`.
-        image_word_weight: the factor.
-        image_noise: length of the noise that is added to each image vector in each step, as a multiple of the vector's
-            length.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
@@ -163,22 +157,6 @@ class TrainingPlan:
         below=1,
         metavar="SHARE",
     )
-    image_words: Sequence[str] = option(
-        "words that name what images show, such as red,green,blue: where the token before such a word sees an image, "
-        "the training loss of the word is multiplied by --image-word-weight, so that the model learns to read images; "
-        "ignored by --twin text (default: none)",
-        (),
-        metavar="WORD,WORD",
-        parse=listed,
-    )
-    image_word_weight: float = option("with --image-words: the factor", 5.0, least=0)
-    image_noise: float = option(
-        "length of the random noise that is added to each image vector in each step, as a multiple of the vector's "
-        "length, so that the model does not learn its pictures by heart; ignored by --twin text",
-        0.0,
-        least=0,
-        metavar="LENGTH",
-    )
     model: str | None = option(
         f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "
         "second-to-last layer sees the images (default: base)",
@@ -232,8 +210,6 @@ class TrainingPlan:
         for field in dataclasses.fields(self):
             if field.name in IMAGE_FIELDS and self.kb is None and getattr(self, field.name) != field.default:
                 raise ValmError(f"--{field.name.replace('_', '-')} is for a model with images: give --kb too")
-        if not self.image_words and self.image_word_weight != TrainingPlan.image_word_weight:
-            raise ValmError("--image-word-weight is the weight of --image-words: give --image-words too")
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
                 f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"

@@ -88,9 +88,6 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=plan.limit_softmax,
         image_dropout=plan.image_dropout if sees.num_images > 0 else 0.0,
-        image_words=plan.image_words if sees.num_images > 0 else (),
-        image_word_weight=plan.image_word_weight,
-        image_noise=plan.image_noise if sees.num_images > 0 else 0.0,
         callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,
     )
     if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):

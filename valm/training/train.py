@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +23,10 @@ from valm.text import nearest
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_image_dropout, with_min_score
-from valm.training.image_noise import add_image_noise
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
-from valm.training.word_weight import WordWeight
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +77,6 @@ def trainer(
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
     image_dropout: float = 0.0,
-    image_words: Sequence[str] = (),
-    image_word_weight: float = 5.0,
-    image_noise: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -91,7 +84,7 @@ def trainer(
     Precision, accumulation, schedules, logs, checkpoints and several processes work as in the Trainer. The loss is the
     mean over all tokens of a step, in any batch and process. A copy of `arguments` is adapted to the data: columns are
     not removed, each process makes batches from its own documents, and the logs show losses that are not finite.
-    limit_softmax, image_words and image_noise change the model itself: load it again for a training without them.
+    limit_softmax changes the model itself: load it again for a training without it.
 
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
@@ -113,11 +106,6 @@ def trainer(
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
         image_dropout: share of the documents, different in each pass, that see no images. Evaluation sees all images.
-        image_words: words that name what images show, such as colours. Where the token before such a word sees an
-            image, the training loss of the word is multiplied by image_word_weight (`WordWeight`).
-        image_word_weight: the factor. Evaluation weights every token equally.
-        image_noise: length of the noise that is added to each image vector in each training step, as a multiple of the
-            vector's length (`add_image_noise`).
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
@@ -165,10 +153,6 @@ def trainer(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes only a part of "
             "the logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
         )
-    if image_words:
-        _check_words(sees, image_words, image_word_weight, arguments, options)
-    if image_noise:
-        _check_sees(sees, "image_noise", image_noise)
     if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
@@ -199,11 +183,7 @@ def trainer(
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
             if evaluated is not None:
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
-    if image_noise:
-        add_image_noise(inner, image_noise)
-    if image_words:
-        WordWeight(inner, image_words, image_word_weight, tokenizer)
-    if limit_softmax:  # its loss contains the loss above
+    if limit_softmax:
         LimitedSoftmax(inner, dataset)
     if image_dropout:
         seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
@@ -248,26 +228,6 @@ def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, argu
         raise ValmError(
             "image_dropout trains weights that text without images uses, but all of them are frozen: give --unfreeze "
             "block or all, or leave --image-dropout out"
-        )
-
-
-def _check_sees(sees: Any, option: str, value: float) -> None:
-    if sees is None or sees.num_images == 0:
-        raise ValmError(f"{option} is for a model that sees images, but this model sees none: leave it out")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValmError(f"{option} must be a finite number from 0 on, got {value}")
-
-
-def _check_words(
-    sees: Any, words: Sequence[str], weight: float, arguments: TrainingArguments, options: dict[str, Any]
-) -> None:
-    _check_sees(sees, "image_word_weight", weight)
-    if isinstance(words, str):
-        raise ValmError(f"image_words must be a list of words, got {words!r}")
-    if arguments.label_smoothing_factor or options.get("compute_loss_func") is not None:
-        raise ValmError(
-            "image_words change the model's own loss, which label_smoothing_factor or compute_loss_func replaces: give "
-            "one of them"
         )
 
 

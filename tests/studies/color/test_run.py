@@ -66,7 +66,7 @@ def world(tmp_path_factory):
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
         "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0} | {"mix": 0.5},
-        "reading": {"image_words": "red,blue,green,yellow", "image_noise": 1},
+        "reading": {"limit_softmax": True},
         "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
@@ -93,7 +93,7 @@ def test_a_whole_study(world, capsys):
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
     assert [line[:2] for line in lines] == [["train", "--base"]]  # all else was finished
-    assert "--image-noise" in lines[0] and "--min-score" not in lines[0]
+    assert "--limit-softmax" in lines[0] and "--min-score" not in lines[0]
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 

@@ -61,10 +61,7 @@ def new_model(**arguments):
 
 
 # Arguments of `trainer` that `new_trainer` passes on.
-OPTIONS = (
-    *("row_length", "cache_below", "fusion_lr", "limit_softmax", "image_dropout", "compute_loss_func"),
-    *("image_words", "image_word_weight", "image_noise"),
-)
+OPTIONS = ("row_length", "cache_below", "fusion_lr", "limit_softmax", "image_dropout", "compute_loss_func")
 
 
 def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, tokenizer=TOKENIZER, **fields):
