@@ -44,7 +44,7 @@ ASKED = 200  # texts of each kind
 CLIP_OPTIONS = ("--cache-images", "--steps", 250, "--batch-size", 128, "--max-logit-scale", 50)
 TRAIN_OPTIONS = (
     *("--unfreeze", "block", "--logit-bias", -3, "--lr", 2e-4, "--fusion-lr", 2e-3, "--steps", 300, "--limit-softmax"),
-    *("--min-score", "auto", "--image-dropout", 0.5),
+    *("--min-score", "auto"),
 )
 NOTE_FILE = "harm.json"  # in the output folder: the seed and the settings of all files there
 

@@ -36,7 +36,6 @@ COMMANDS = {
     "images": IMAGES,
     "cut": [*IMAGES, "--min-score", "0.2"],
     "scored": [*IMAGES, "--score-scale", "1"],
-    "dropout": [*IMAGES, "--image-dropout", "0.3"],
     "held out": [*IMAGES, "--validation", "0.25", "--patience", "0", "--eval_steps", "50"],
     **{twin: [*IMAGES, "--min-score", "0.2", "--twin", twin] for twin in ("text", "random", "shuffled", "blind")},
     "base": [*BASE, "--unfreeze", "block", "--fusion-lr", "1e-2", "--logit-bias", "-2"],

@@ -30,7 +30,6 @@ class Documents(Dataset[dict[str, Any]]):
     """A view of `documents` with the given `numbers` (default: all), each changed by `change`.
 
     Args:
-        passes: whether indices continue past the end for later passes, as a `TrainingOrder` with `passes` counts them.
         min_score: the score threshold below which `change` hides a token's images.
         of_images: (documents,) the result of `groups`; by default from `documents`.
         of_length: (documents,) the result of `lengths`; by default from `documents`.
@@ -42,19 +41,18 @@ class Documents(Dataset[dict[str, Any]]):
         change: Change | None = None,
         numbers: np.ndarray | None = None,
         *,
-        passes: bool = False,
         min_score: float | None = None,
         of_images: np.ndarray | None = None,
         of_length: np.ndarray | None = None,
     ):
         self.documents, self.change, self.numbers = documents, change, numbers
-        self.passes, self.min_score, self.of_images, self.of_length = passes, min_score, of_images, of_length
+        self.min_score, self.of_images, self.of_length = min_score, of_images, of_length
 
     def __len__(self) -> int:
         return len(self.documents) if self.numbers is None else len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index >= len(self) and not self.passes:
+        if index >= len(self):
             raise IndexError(f"documents go from 0 to {len(self) - 1}, got {index}")  # ends a for loop
         number = index if self.numbers is None else int(self.numbers[index])
         document = self.documents[number % len(self.documents)]
@@ -141,12 +139,6 @@ def with_min_score(documents: Any, min_score: float | None) -> Any:
     made = Documents(documents, partial(_cut, min_score), min_score=min_score)
     _warn_of_no_image(made)  # raises, too, before anything is computed
     return made
-
-
-def with_image_dropout(documents: Any, share: float, seed: int) -> Documents:
-    """`documents` for training, a share of which sees no image, so that the model stays good without images. Which
-    documents they are changes from pass to pass and depends only on the seed, the pass and the document's number."""
-    return Documents(documents, partial(_drop, share, seed, len(documents)), passes=True)
 
 
 def twin(kind: str, documents: Any, images: int, seed: int) -> Documents:
@@ -240,15 +232,6 @@ def _cut(min_score: float, number: int, document: dict[str, Any]) -> dict[str, A
     scores = torch.from_numpy(document["image_scores"])
     ids, scores = cut(torch.from_numpy(document["image_ids"]), scores, min_score)
     return document | {"image_ids": ids.numpy(), "image_scores": scores.numpy()}
-
-
-def _drop(share: float, seed: int, size: int, number: int, document: dict[str, Any]) -> dict[str, Any]:
-    if np.random.default_rng([seed, *divmod(number, size)]).random() >= share:
-        return document
-    none: dict[str, Any] = {"image_ids": np.full_like(document["image_ids"], -1)}
-    if "image_scores" in document:
-        none["image_scores"] = np.full_like(document["image_scores"], -np.inf)
-    return document | none
 
 
 def _random(images: int, seed: int, number: int, document: dict[str, Any]) -> dict[str, Any]:

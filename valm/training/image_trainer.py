@@ -191,8 +191,7 @@ class ImageTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step_rows = self.get_total_train_batch_size(self.args)
-        passes = getattr(dataset, "passes", False)
-        return TrainingOrder(len(dataset), step_rows, seed, lambda: self.state.global_step, self.args.max_steps, passes)
+        return TrainingOrder(len(dataset), step_rows, seed, lambda: self.state.global_step, self.args.max_steps)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Resuming, by a separate generator for the loader: otherwise each epoch and each evaluation would advance the

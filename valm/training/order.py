@@ -21,15 +21,10 @@ class TrainingOrder(Sampler[int]):
         seed: seed of the order.
         step: returns the number of finished steps.
         max_steps: steps of the training, or -1 if the epochs determine them.
-        passes: number the rows of pass p from p · size on, for data that change from pass to pass
-            (`with_image_dropout`).
     """
 
-    def __init__(
-        self, size: int, step_rows: int, seed: int, step: Callable[[], int], max_steps: int = -1, passes: bool = False
-    ):
+    def __init__(self, size: int, step_rows: int, seed: int, step: Callable[[], int], max_steps: int = -1):
         self.size, self.step_rows, self.seed, self.step, self.max_steps = size, step_rows, seed, step, max_steps
-        self.passes = passes
         self.epoch_steps = max(1, size // step_rows)
 
     def __len__(self) -> int:
@@ -40,17 +35,13 @@ class TrainingOrder(Sampler[int]):
         last = first + self.epoch_steps
         if self.max_steps > 0:
             last = min(last, self.max_steps)
-        read = self._numbers if self.passes else self.rows
-        return read(first * self.step_rows, last * self.step_rows)
+        return self.rows(first * self.step_rows, last * self.step_rows)
 
     def rows(self, start: int, stop: int) -> Iterator[int]:
         """The sequence from `start` to `stop`."""
-        return (number % self.size for number in self._numbers(start, stop))
-
-    def _numbers(self, start: int, stop: int) -> Iterator[int]:
         generator = np.random.default_rng(self.seed)
         begin = 0
         while begin < stop:
             shuffled = generator.permutation(self.size)
-            yield from (begin + shuffled[max(0, start - begin) : max(0, stop - begin)]).tolist()
+            yield from shuffled[max(0, start - begin) : max(0, stop - begin)].tolist()
             begin += self.size

@@ -23,9 +23,7 @@ EVALUATIONS, PATIENCE = 20, 3
 # Fields for pretrained decoders only.
 BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
 # Fields for models with images only.
-IMAGE_FIELDS = (
-    *("twin", "logit_bias", "score_scale", "min_score", "questions", "ordinary_text", "fusion_lr", "image_dropout"),
-)
+IMAGE_FIELDS = ("twin", "logit_bias", "score_scale", "min_score", "questions", "ordinary_text", "fusion_lr")
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
 PATHS = ("kb", "retrieval", "questions", "ordinary_text")
@@ -67,7 +65,6 @@ class TrainingPlan:
         cache_below: with `base`: folder for the input of the fusion layer, computed once; all lower layers must be
             frozen.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
-        image_dropout: share of the documents, different in each pass, that train without their images.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
@@ -148,14 +145,6 @@ class TrainingPlan:
         "compute the training loss over the tokens of the corpus and a random sample of the others in each step; "
         "faster if the corpus contains few different tokens",
         False,
-    )
-    image_dropout: float = option(
-        "share of the documents, different in each pass, that train without their images, so that the model stays good "
-        "without images; ignored by --twin text",
-        0.0,
-        least=0,
-        below=1,
-        metavar="SHARE",
     )
     model: str | None = option(
         f"size of a new model: {', '.join(SIZES)} (as GPT-2) or LAYERSxWIDTHxHEADS, such as 4x256x4; its "

@@ -87,7 +87,6 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         cache_below=plan.cache_below,
         fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=plan.limit_softmax,
-        image_dropout=plan.image_dropout if sees.num_images > 0 else 0.0,
         callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,
     )
     if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):

@@ -22,7 +22,7 @@ from valm.retrieval.source import ImageSource
 from valm.text import nearest
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
-from valm.training.data import blocks, evened, views, with_image_dropout, with_min_score
+from valm.training.data import blocks, evened, views, with_min_score
 from valm.training.image_trainer import FUSION_NAME, ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
@@ -76,7 +76,6 @@ def trainer(
     cache_below: str | os.PathLike | None = None,
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
-    image_dropout: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -105,7 +104,6 @@ def trainer(
         fusion_lr: learning rate of the parameters that only see images; None uses the rate of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
-        image_dropout: share of the documents, different in each pass, that see no images. Evaluation sees all images.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
@@ -160,8 +158,6 @@ def trainer(
             f"{type(inner).__name__} does not compute the loss of the next token: use another decoder, or give "
             "compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
         )
-    if image_dropout:
-        _check_dropout(model, dataset, kb, arguments)
     corpus = _retrieval(dataset)
     if kb is not None and corpus is not None:  # for models saved from now on
         inner.finder.set_source(ImageSource.of_knowledge_base(kb, **corpus.query_settings))
@@ -185,9 +181,6 @@ def trainer(
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
     if limit_softmax:
         LimitedSoftmax(inner, dataset)
-    if image_dropout:
-        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-        trained = with_image_dropout(trained, image_dropout, seed)
 
     def even(documents: Any) -> Any:
         multiple = changed.eval_batch_size * changed.world_size
@@ -216,19 +209,6 @@ def _tells_apart(model: Any) -> bool:
     if isinstance(model, ImageModel):
         return model.finder.tells_apart(model.base_model)
     return keeps_apart(model, model.base_model.forward)
-
-
-def _check_dropout(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, arguments: TrainingArguments) -> None:
-    countable = hasattr(dataset, "__len__") and arguments.train_sampling_strategy == "random"
-    if kb is None or not countable:
-        raise ValmError(
-            "image_dropout needs retrieved documents with a length, in random order: leave --image-dropout out"
-        )
-    if all(FUSION_NAME in name for name, parameter in model.named_parameters() if parameter.requires_grad):
-        raise ValmError(
-            "image_dropout trains weights that text without images uses, but all of them are frozen: give --unfreeze "
-            "block or all, or leave --image-dropout out"
-        )
 
 
 def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -238,23 +238,6 @@ def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp
         assert "which is not a folder there: give its folder or name (--clip), or allow" in error
 
 
-def test_image_dropout(world, base, tmp_path, error_of):
-    """The text-only twin trains as without it, because it sees no images."""
-    option, other = ["--image-dropout", 0.5], ["--image-dropout", 0.25]
-    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
-    train = ["train", "--base", base, *options, "--cache-below", tmp_path / "below", "--logit-bias", 0]
-    for name, more in {"plain": [], "option": option}.items():
-        assert run(*train, *more, "--out", tmp_path / name) == 0
-        assert run(*train, *more, "--out", tmp_path / f"{name}-twin", "--twin", "text") == 0
-    weights = {path.name: load_file(path / "model.safetensors") for path in tmp_path.iterdir() if path.name != "below"}
-    assert all(torch.equal(weights["plain-twin"][name], weight) for name, weight in weights["option-twin"].items())
-    assert any(not torch.equal(weights["plain"][name], weight) for name, weight in weights["option"].items())
-    blind = error_of(*train, *option, "--out", tmp_path / "blind", "--twin", "blind")
-    assert f"leave {option[0]} out" in blind
-    resumed = error_of(*train, *option, *other, "--out", tmp_path / "option", "--resume")
-    assert f"contains another training: its {other[0]} is " in resumed and f"here it is {other[1]}" in resumed
-
-
 @pytest.mark.parametrize("of", ["base", "new"])
 def test_retrieval_scores_train_a_scale(world, base, tmp_path, error_of, of):
     retrieval = tmp_path / "retrieval"

@@ -1,7 +1,6 @@
 """Documents are cut, exchanged, held out and divided as they say, and the trainings that read them too."""
 
 import pickle
-import shutil
 
 import numpy as np
 import pytest
@@ -11,14 +10,13 @@ from hypothesis import strategies as st
 from torch.utils.data import Subset
 
 from tests.tolerance import assert_agree
-from tests.valm.models import HashRetriever
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model, new_trainer, trained
 from tests.valm.training.process import unequal_documents
 from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
 from valm.retrieval.min_score import cut
 from valm.training.collate import Collator
-from valm.training.data import TWINS, Documents, evened, hold_out, twin, with_image_dropout, with_min_score
+from valm.training.data import TWINS, Documents, evened, hold_out, twin, with_min_score
 from valm.training.data import blocks as cut_up
 from valm.training.image_trainer import FUSION_NAME
 
@@ -279,103 +277,12 @@ def test_documents_without_scores_are_refused_before_the_training(tmp_path):
     assert with_min_score(streamed, None) is streamed
 
 
-def blinded(dropout, passes, size):
-    """Whether each document has no image, (passes, size)."""
-    found = [(dropout[number]["image_ids"] == -1).all() for number in range(passes * size)]
-    return np.reshape(found, (passes, size))
-
-
-def test_each_pass_takes_the_images_of_other_documents():
-    made = [one | {"image_scores": np.full(one["image_ids"].shape, 0.5)} for one in documents(count=50)]
-    dropout = with_image_dropout(made, 0.3, seed=1)
-    found = blinded(dropout, passes=40, size=50)
-    assert len(dropout) == 50 and abs(found.mean() - 0.3) < 0.05
-    assert np.unique(found, axis=0).shape == np.unique(found, axis=1).shape == (40, 50)
-    again, other = (blinded(with_image_dropout(made, 0.3, seed), passes=40, size=50) for seed in (1, 2))
-    assert (again == found).all() and (other != found).any()
-    for number in (3, 17, 1234):
-        before, after = made[number % 50], dropout[number]
-        assert after["input_ids"] == before["input_ids"]
-        hidden = found.flat[number]
-        assert (after["image_ids"] == (-1 if hidden else before["image_ids"])).all()
-        assert (after["image_scores"] == (-np.inf if hidden else 0.5)).all()
-
-
-def test_nobody_draws_from_a_global_generator():
-    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
-    blinded(with_image_dropout(documents(), 0.5, seed=1), passes=3, size=8)
-    assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpys).all()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The losses of a training of more than two passes."""
-    return trained(tmp_path_factory.mktemp("run"), image_dropout=0.5, max_steps=7).losses()
-
-
-def test_a_resumed_training_drops_the_images_of_the_same_documents(tmp_path, uninterrupted):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 7, "image_dropout": 0.5}
-    trained(tmp_path, **saving)
-    for step in (6, 7):
-        shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    assert trained(tmp_path, resume=True, **saving).losses() == uninterrupted
-
-
-@pytest.mark.slow
-def test_workers_drop_the_images_of_the_same_documents(tmp_path, uninterrupted):
-    made = trained(tmp_path, image_dropout=0.5, max_steps=7, dataloader_num_workers=2)
-    assert made.losses() == uninterrupted
-
-
-@pytest.mark.parametrize("image_dropout", [0.0, 0.5])
-def test_accumulation_changes_no_loss(tmp_path, image_dropout):
-    """Nor would the number of processes: the images that a document drops do not depend on its batch. Of documents of
-    unequal length a mean over batches would weigh the tokens of short ones more."""
+def test_accumulation_changes_no_loss(tmp_path):
+    """Of documents of unequal length a mean over batches would weigh the tokens of short ones more."""
     runs = []
     for size in (4, 2, 1):
         model = new_model(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        made = trained(tmp_path, model=model, dataset=unequal_documents(8), image_dropout=image_dropout, **sizes)
+        made = trained(tmp_path, model=model, dataset=unequal_documents(8), **sizes)
         runs.append(made.losses())
     assert_agree(runs[1:], [runs[0]] * 2)
-
-
-def test_the_trainer_counts_passes(tmp_path, monkeypatch):
-    """Where all documents are one batch, only the pass tells its draws apart."""
-    read = []
-    get = Documents.__getitem__
-
-    def reading(self, number):
-        if self.passes:
-            read.append(number)
-        return get(self, number)
-
-    monkeypatch.setattr(Documents, "__getitem__", reading)
-    trained(tmp_path, image_dropout=0.5, per_device_train_batch_size=8, max_steps=3)
-    for first in (0, 8, 16):
-        assert sorted(read[first : first + 8]) == list(range(first, first + 8))
-
-
-def test_evaluation_sees_all_images(tmp_path):
-    made = [new_trainer(tmp_path, eval_dataset=documents(count=5), image_dropout=share) for share in (0, 0.9)]
-    assert made[0].evaluate()["eval_loss"] == made[1].evaluate()["eval_loss"]
-
-
-def retrieving():
-    model = new_model()
-    model.set_retriever(HashRetriever())
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "more", "message"),
-    [
-        (lambda: new_model(num_images=0), {"kb": None}, "image_dropout needs retrieved documents"),
-        (retrieving, {"kb": None}, "image_dropout needs retrieved documents"),
-        (new_model, {"train_sampling_strategy": "group_by_length"}, "with a length, in random order"),
-        (augmented, {}, "all of them are frozen: give --unfreeze block or all, or leave"),
-    ],
-)
-def test_where_it_could_do_nothing_it_is_refused(tmp_path, model, more, message):
-    with pytest.raises(ValmError, match=message):
-        new_trainer(tmp_path, **({"model": model(), "image_dropout": 0.5} | more))

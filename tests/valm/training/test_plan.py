@@ -29,8 +29,6 @@ WITH_KB = RETRIEVED | {"kb": "kb"}
         (TEXT | {"fusion_lr": 1.0}, "--fusion-lr is for a pretrained decoder: give --base too"),
         (TEXT | {"twin": "random"}, "--twin is for a model with images: give --kb too"),
         (TEXT | {"score_scale": 1.0}, "--score-scale is for a model with images: give --kb too"),
-        (TEXT | {"image_dropout": 0.5}, "--image-dropout is for a model with images: give --kb too"),
-        (WITH_KB | {"image_dropout": 1.0}, "--image-dropout is 1.0, expected at least 0 and below 1"),
         (WITH_KB | {"score_scale": 0.5, "twin": "random"}, "--twin random exchanges images, whose retrieval scor"),
         (WITH_KB | {"score_scale": 0.5, "twin": "shuffled"}, "--twin shuffled exchanges images, whose retrieval s"),
         (TEXT | {"steps": 0}, "--steps is 0, expected at least 1"),
