@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from studies.color.captions import last_images
 from studies.color.conditions import Conditions, commonest
@@ -20,9 +18,8 @@ from studies.color.config import COLORED_CAPTIONS, VALIDATION, StudyConfig
 from studies.color.pictures import read_pictures
 from studies.color.questions import COLOR_SETS, item_names, validation_questions
 from studies.color.report import BUDGET_ROWS
-from studies.color.results import RAW, read_results
+from studies.color.results import read_results
 from studies.color.run import RESULTS_FILE, language_model
-from studies.color.scoring import answers_of
 from studies.color.seed_scores import Scoring
 from studies.color.study import STUDY_FILE, Study
 from studies.color.text import study_objects
@@ -30,9 +27,7 @@ from valm.cli import main
 from valm.errors import ValmError
 from valm.evaluation.clip_check import PROBE_FOLDS, fit_probe
 from valm.evaluation.questions import Questions
-from valm.evaluation.scorers import CausalScorer
 from valm.store.files import read_json, write_json
-from valm.training.mix import base_weights
 
 BUDGET_FILE = "budget.json"
 RUN = "run `python -m studies.color run CONFIG --out"
@@ -112,12 +107,6 @@ def write_budget(study: Study, seed: int, results: Path) -> dict[str, Any]:
     min_score = model.fusion_options.min_score
     answers = np.array([asked.candidates[right] for row in asked.right for right in row])
     shares = shares_of_images(answers, retrieved_images(asked, scoring.conditions), min_score, probe)
-    # without a share in the study, the training chose one
-    if (share := float(config.training.get("mix", 1))) < 1:
-        unmix(model, base_weights(scoring.open("base")), share)
-        model.set_retriever(scoring.conditions["retrieved"])
-        found = answers_of(CausalScorer(model, scoring.tokenizer, arm), asked)[RAW]
-        shares["trained"] = float((found == np.array(asked.right)).mean())
     for row, one in {"mixed": (arm, "retrieved"), "colors_in_prompt": ("base", COLORED_CAPTIONS)}.items():
         if accuracy := known.accuracy(one, VALIDATION):
             shares[row] = accuracy.value
@@ -186,11 +175,3 @@ def shares_of_images(answers: np.ndarray, images: Images, min_score: float | Non
         right["own_above"] = (images.own & above).any(1)
         right["probe_of_mean_above"] = from_mean(above)
     return {row: float(hits.mean()) for row, hits in right.items()}
-
-
-@torch.no_grad()
-def unmix(model: Any, base: Mapping[str, Tensor], share: float) -> None:
-    """Undoes `valm.training.mix` with this share of `base`, up to rounding."""
-    for name, weight in model.named_parameters():
-        if name in base:
-            weight.copy_(torch.lerp(base[name].to(weight), weight, 1 / (1 - share)))

@@ -23,8 +23,8 @@ RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "r
 # Increased when the code samples or trains differently for the same fields.
 RECIPE_VERSION = 7
 
-# How an arm is trained: not at all, by `valm train`, or by `studies.color.training`.
-BASE, TRAINED, CONTEXT = "base", "trained", "context"
+# How an arm is trained: not at all, by `valm train`, or only by the code of an earlier commit, which the study names.
+BASE, TRAINED, PAST = "base", "trained", "past"
 
 
 class Arm(NamedTuple):
@@ -34,7 +34,7 @@ class Arm(NamedTuple):
     tests: the images of each evaluation, beginning with the images of the training (see `studies.color.conditions`,
         and COLORED_CAPTIONS below).
     twin: `--twin` of `valm train`, "text" for every model without images.
-    made: one of BASE, TRAINED and CONTEXT.
+    made: one of BASE, TRAINED and PAST.
     cut: trained with a score threshold (`min_score`), which all its tests use too.
     reading: trained with the options in a study's `reading` too.
     """
@@ -58,7 +58,7 @@ DOSES = {"pictures-75": 75, "pictures-50": 50, "pictures-25": 25}
 OF_ALL_KINDS = ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out")
 ARMS = {
     "base": Arm("base model, unmodified", ("none", COLORED_CAPTIONS), "text", made=BASE),
-    "twin": Arm("text-only baseline", ("none",), "text"),
+    "twin": Arm("text-only baseline", ("none",), "text", made=PAST),
     "valm": Arm("VaLM without a threshold", ("retrieved",)),
     "cut": Arm("VaLM with a score threshold", OF_ALL_KINDS, cut=True),
     "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
@@ -67,7 +67,7 @@ ARMS = {
     "reading-random": Arm("random images, trained for reading", ("random",), "random", cut=True, reading=True),
     "reading-blind": Arm("query control trained for reading", ("retrieved",), "blind", cut=True, reading=True),
     "reading-blind-all": Arm("query control trained for reading, at all tokens", ("retrieved",), "blind", reading=True),
-    "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=CONTEXT),
+    "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=PAST),
 }
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"

@@ -28,22 +28,17 @@ from typing_extensions import TypedDict
 import valm
 import valm_kernels
 from examples.augment_smollm2 import PACKAGE, convert_smollm2
-from studies.color.captions import Captions
 from studies.color.clip import image_tower
-from studies.color.config import ARMS, BASE, CONTEXT, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, Arm
+from studies.color.config import ARMS, BASE, DOSES, KB, KB_OTHERS, PAST, RECIPE, VALIDATION, Arm
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
 from studies.color.seed_scores import Scoring
 from studies.color.study import STUDY_FILE, Study
-from studies.color.text import read_texts, study_text
-from studies.color.training import study_plan, train_with_captions
+from studies.color.text import study_text
 from studies.color.words import Names
 from studies.stages import Stages
-from valm.corpus.retrieved import CorpusRetrieval
 from valm.errors import ValmError
 from valm.evaluation.files import read_csv
-from valm.evaluation.sets import load_memory_color
-from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
 from valm.store.settings import check_same
@@ -60,12 +55,19 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
     """Runs the unfinished stages of all seeds, or of `seeds`, and returns the results file of each seed.
 
     Raises:
-        ValmError: a stage fails, the folder contains a study of another recipe, or the study lacks a seed of `seeds`.
+        ValmError: a stage fails, the folder contains a study of another recipe, the study lacks a seed of `seeds`, or
+            today's code does not train one of its arms.
     """
     config = study.config
     for seed in seeds or ():
         if seed not in config.seeds:
             raise ValmError(f"the study {config.name} has no seed {seed}, only {', '.join(map(str, config.seeds))}")
+    past = [name for name in config.arms if ARMS[name].made == PAST]
+    if past:
+        raise ValmError(
+            f"this code does not train the arm {past[0]}: run the study {config.name} with the code of the commit that "
+            "its YAML names"
+        )
     writable_folder(study.out)
     _note_study(study)
     shared = Stages(study.out / "stages-shared.json", progress=study.progress)
@@ -214,33 +216,17 @@ def _train_clip(study: Study, seed: int, folder: Path) -> None:
 
 def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
     """Trains an arm."""
-    if arm.made == CONTEXT:
-        _train_with_captions(study, name, base, seed)
-        return
     folder = study.seed_folder(seed)
     out = folder / name
     study.valm(
         *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
         *(["--twin", arm.twin] if arm.twin else []),
         *(["--min-score", "auto"] if arm.cut else []),
-        *("--unfreeze", "block", "--cache-below", study.out / "below", "--out", out, "--resume"),
+        *("--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
         *as_options(study.config.training | (study.config.reading if arm.reading else {})),
         *(["--allow-download"] if study.config.allow_download else []),
     )
-    _remove_checkpoints(out)
-
-
-def _train_with_captions(study: Study, name: str, base: str, seed: int) -> None:
-    """Trains an arm with captions in context. If it was killed, it begins again."""
-    folder = study.seed_folder(seed)
-    out, text = folder / name, folder / "text"
-    shutil.rmtree(out, ignore_errors=True)
-    retrieval = CorpusRetrieval.open(folder / RETRIEVAL)
-    things = {thing.text for thing in load_memory_color(text / "validation.csv")}
-    captions = Captions(ImageKnowledgeBase.open(folder / KB_OTHERS), read_pictures(study.pictures), things)
-    plan = study_plan(out, base, seed, study.out / "below", study.config.training)
-    train_with_captions(plan, read_texts(text / "train.jsonl"), retrieval, captions, study.progress)
     _remove_checkpoints(out)
 
 

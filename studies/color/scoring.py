@@ -121,13 +121,16 @@ def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def read_from_fusion(model: Any, rows: Iterable[Sequence[int]], folder: Path, *, progress: bool = True) -> None:
-    """Makes `model` start at its fusion layer for batches of token sequences in `rows`.
+    """Makes `model` start at its fusion layer, the layer before the last, for batches of token sequences in `rows`.
 
     All models share the layers below, so `cache_below` computes their output once for each distinct row, into one file.
     Opening that file hashes all weights below. Batches with other rows run through all layers.
     """
     known = {row: number for number, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-    cached = cache_below(model, [{"input_ids": np.array(row)} for row in known], folder, progress=progress)
+    documents = [{"input_ids": np.array(row)} for row in known]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # of the base model too
+    cached = cache_below(model, documents, folder, layer=-2, progress=progress)
 
     def begin_above(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]

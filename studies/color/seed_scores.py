@@ -42,7 +42,6 @@ from valm.clip.tokenizer import own_tokenizer
 from valm.evaluation.questions import Questions
 from valm.evaluation.scorers import CausalScorer, digest
 from valm.evaluation.sets import SETS, Item, find_file, load_memory_color
-from valm.model.augment import augment
 from valm.model.checkpoint import load, load_decoder
 from valm.store.files import read_json, writable_folder, write_json
 
@@ -133,8 +132,8 @@ class Scoring:
 
     def open(self, name: str) -> Any:
         """The model of an arm."""
-        if ARMS[name].made == BASE:  # the text-only baseline before its training, with the same hidden states
-            return augment(load_decoder(self.base), 1, 0, unfreeze="block").eval().to(self.device)
+        if ARMS[name].made == BASE:
+            return load_decoder(self.base).eval().to(self.device)
         return load(self.folder / name, device=self.device)[0]
 
     def write(self, name: str, file: Path) -> None:

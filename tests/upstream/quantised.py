@@ -70,24 +70,3 @@ def check_adapters(folder: Path, quantised, make_base=opened) -> None:
             load_adapter(base("other"), folder / name)
         with pytest.raises(ValmError, match="belongs to another base model"):
             load_adapter(opened(folder / "other"), folder / name)
-
-
-def check_training(folder: Path, quantised, kind: str) -> None:
-    """Checks that valm rejects quantised weights which would train.
-
-    quantised: makes the options, as above, with the names of the modules that stay in float.
-    kind: class of the quantised weights.
-    """
-    save_bases(folder)
-
-    def base(skip=None):
-        return opened(folder / "base", **quantised(skip))
-
-    for unfreeze in ("block", "all"):
-        refusal = rf"^unfreeze='{unfreeze}' trains .*proj\.weight, which is quantised \({kind}\)"
-        with pytest.raises(ValmError, match=refusal):
-            augment(base(), IMAGE_DIM, IMAGES, unfreeze=unfreeze)
-    save_adapter(augment(base(["model.layers.1"]), IMAGE_DIM, IMAGES, unfreeze="block"), folder / "adapter")
-    load_adapter(base(["model.layers.1"]), folder / "adapter")
-    with pytest.raises(ValmError, match=rf"trains self_attn\.q_proj\.weight, which is quantised \({kind}\)"):
-        load_adapter(base(), folder / "adapter")

@@ -34,10 +34,10 @@ class CountingRetriever(HashRetriever):
         return super().__call__(ids, attention_mask)
 
 
-def sft(folder, unfreeze):
+def sft(folder):
     """A trainer for two steps, its model, and the tensors of the fusion before."""
     tokenizer = gpt2_like()
-    model = augmented(lambda seed: tiny_llama(seed, vocab_size=len(tokenizer)), unfreeze=unfreeze)
+    model = augmented(lambda seed: tiny_llama(seed, vocab_size=len(tokenizer)))
     model.set_retriever(CountingRetriever())
     texts = datasets.Dataset.from_dict({"text": LINES})
     options = trl.SFTConfig(
@@ -48,9 +48,8 @@ def sft(folder, unfreeze):
     return trainer, model, before
 
 
-@pytest.mark.parametrize("unfreeze", ["", "block"])
-def test_training_asks_the_retriever_and_moves_the_fusion(tmp_path, unfreeze):
-    trainer, model, before = sft(tmp_path, unfreeze)
+def test_training_asks_the_retriever_and_moves_the_fusion(tmp_path):
+    trainer, model, before = sft(tmp_path)
     trainer.train()
     after = dict(fusion_module(model).named_parameters())
     assert not [name for name, tensor in before.items() if after[name].equal(tensor)]
@@ -58,7 +57,7 @@ def test_training_asks_the_retriever_and_moves_the_fusion(tmp_path, unfreeze):
 
 
 def test_evaluation_asks_the_retriever(tmp_path):
-    trainer, model, _ = sft(tmp_path, "block")
+    trainer, model, _ = sft(tmp_path)
     trainer.evaluate()
     assert model.retriever.asked > 0
 
@@ -133,7 +132,7 @@ def test_a_model_that_sees_other_images_than_its_folder_notes_needs_a_reference(
 
 def test_a_model_in_memory_has_no_reference_without_a_word(page):
     folder, run = page
-    model = augmented(lambda seed: AutoModelForCausalLM.from_pretrained(folder / "path/to/llama"), unfreeze="block")
+    model = augmented(lambda seed: AutoModelForCausalLM.from_pretrained(folder / "path/to/llama"))
     with pytest.raises(OSError, match="give TRL ref_model= and processing_class="):
         dpo(model, folder, run)
     model.set_retriever(HashRetriever())

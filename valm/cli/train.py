@@ -47,21 +47,18 @@ def chosen_plan(arguments: argparse.Namespace) -> TrainingPlan:
 
 
 def print_held_out(training: ImageTrainer) -> None:
-    """Prints the perplexities of the held-out documents, if any: what `valm.training.mix.mix` measured, or the logged
-    perplexity of the model."""
+    """Prints the perplexities of the held-out documents, if any: the last that was logged of the model, and that of the
+    base, which is the model without images."""
     numbers = training.model_numbers()
-    lines = {"eval_perplexity_base": "of the base", "eval_perplexity_trained": "after the training"}
-    if "base_share" in numbers:
-        lines["eval_perplexity"] = f"mixed with the base, whose share is {numbers['base_share']:g}"
-    lines["eval_perplexity_without_images"] = "without images"
-    if "eval_perplexity_base" not in numbers:
-        best = training.args.load_best_model_at_end
-        last = "of the best checkpoint, at step {}, which is the model" if best else "at the last evaluation"
-        lines = {"eval_perplexity": last.format(f"{numbers['steps']:.0f}")}
-    for name, what in lines.items():
-        if name in numbers:
-            print(f"held-out perplexity {numbers[name]:.2f} {what}")
-    if numbers.get("eval_perplexity_base", math.inf) < numbers.get("eval_perplexity", 0.0):
+    if "eval_perplexity" not in numbers:
+        return
+    best = training.args.load_best_model_at_end
+    last = f"of the best checkpoint, at step {numbers['steps']:.0f}, which is the model"
+    print(f"held-out perplexity {numbers['eval_perplexity']:.2f} {last if best else 'at the last evaluation'}")
+    base = numbers.get("eval_perplexity_base", math.inf)
+    if math.isfinite(base):
+        print(f"held-out perplexity {base:.2f} of the base, which is the model without images")
+    if base < numbers["eval_perplexity"]:
         print("the base predicts the validation text better than this model: train for fewer steps, or on more text")
 
 

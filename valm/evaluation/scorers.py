@@ -42,7 +42,7 @@ from valm.evaluation.scoring import (
     equal_lengths,
     last_tokens,
 )
-from valm.model.adapter import ADAPTER_FILE, is_adapter
+from valm.model.adapter import is_adapter
 from valm.model.checkpoint import ModelConfig
 from valm.model.config import MODEL_TYPE
 from valm.model.image_model import ImageModel
@@ -380,8 +380,9 @@ def _open_valm(source: str, settings: Opening) -> CausalScorer:
 
 def _sees_no_images(folder: Path) -> bool:
     """Whether a folder contains a text-only baseline of `valm`."""
-    file = current_files(folder) / (ADAPTER_FILE if is_adapter(folder) else CONFIG_FILE)
-    config = read_json(file, "the config", dict[str, Any], "save the model again")
+    if is_adapter(folder):
+        return False
+    config = read_json(current_files(folder) / CONFIG_FILE, "the config", dict[str, Any], "save the model again")
     return config.get("fusion", {}).get("num_images") == 0
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.model.attention import ImageFusion
-from valm.model.augment import AugmentedCausalLM, become_augmented, check_loaded, check_trained_weights
+from valm.model.augment import AugmentedCausalLM, become_augmented, check_loaded
 from valm.model.card import write_card
 from valm.model.config import MODEL_TYPE, FusionOptions
 from valm.model.image_model import ImageModel
@@ -33,7 +31,7 @@ from valm.text import one_line
 
 ADAPTER_FILE = "image_fusion.json"
 WEIGHTS_FILE = "image_fusion.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class _Version(TypedDict):
@@ -50,7 +48,7 @@ class AdapterFile(_Version):
 
 
 def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
-    """Saves what `augment` added to the base model; with unfreeze="block", the trained layer too.
+    """Saves what `augment` added to the base model.
 
     The folder also gets the paths of the images and of the base, relative to `folder` so that both can be moved
     together, and a model card. If the process is killed, `load_adapter` loads the old adapter or the new one. The base
@@ -64,8 +62,8 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
         The folder.
 
     Raises:
-        ValmError: every weight was trained, or a weight of the base has changed since `augment` (for example, a LoRA
-            was merged into it); or the folder cannot be written, or contains a whole model.
+        ValmError: a weight of the base has changed since `augment` (it was trained, or a LoRA was merged into it); or
+            the folder cannot be written, or contains a whole model.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -74,13 +72,7 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
         'adapter'
     """
     options = model.fusion_options
-    if options.unfreeze == "all":
-        raise ValmError('with unfreeze="all" every weight was trained: save the whole model with save_pretrained')
     found, expected = sketch(model), options.sketch or {}
-    if options.unfreeze == "block":
-        layer = f"{_layer_name(model, options)}."
-        found = {name: found[name] for name in found if not name.startswith(layer)}
-        expected = {name: expected[name] for name in expected if not name.startswith(layer)}
     if name := other_tensor(found, expected):
         if name not in found or name not in expected:
             raise ValmError(
@@ -139,19 +131,10 @@ def adapter_base(folder: str | os.PathLike) -> str:
     return base
 
 
-def adapter_dtype(folder: str | os.PathLike) -> torch.dtype | None:
-    """The dtype in which to load the base of the adapter in `folder`, so that its trained layer is not rounded. None if
-    the adapter contains no weights of the base, so that any dtype will do. Raises ValmError if the adapter's weights
-    cannot be read."""
-    if not _description(Path(folder))["fusion"].unfreeze:
-        return None
-    return _main_dtype(_stored_tensors(Path(folder)))
-
-
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> AugmentedCausalLM:
     """Adds the adapter in `folder` to its base model, in place. If an error is raised, the model is unchanged.
 
-    The base may be loaded in another precision. A warning names a trained layer that the base's precision rounds.
+    The base may be loaded in another precision, which the adapter's parameters then get too.
 
     Args:
         model: the base model that the adapter was made with.
@@ -187,16 +170,9 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     layers = decoder_layers(model)
     if not -len(layers) <= options.layer < len(layers):
         raise ValmError(f"the adapter {folder} is for layer {options.layer}, but the base model has {len(layers)}")
-    check_trained_weights(model, options)
     options = _of_this_base(model, options, folder)
     tensors = _stored_tensors(folder)
     _check_shapes(model, options, folder, tensors)
-    if options.unfreeze and (stored := _main_dtype(tensors)).itemsize > model.dtype.itemsize:
-        warnings.warn(
-            f"the trained layer in {folder} is {stored}, but the base model is {model.dtype}, so small changes are "
-            "lost by rounding: load the base in the layer's dtype",
-            stacklevel=2,
-        )
     ImageSource.of_config(described["retrieval"], folder)  # raises before the model is changed
     augmented = become_augmented(model, options)
     with torch.no_grad():
@@ -212,23 +188,16 @@ def _check_shapes(model: PreTrainedModel, options: FusionOptions, folder: Path, 
     differ from the adapter's description."""
     try:
         with torch.device("meta"):
-            fusion = ImageFusion(options).state_dict() if options.num_images > 0 else {}
+            fusion = ImageFusion(options).state_dict()
     except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
         raise ValmError(f"{folder / ADAPTER_FILE} does not describe an adapter: {one_line(str(error))}") from error
     path = attention_path(model, options.layer)
-    expected = {f"{path}.image_fusion.{name}": tensor for name, tensor in fusion.items()} | _tensors(model, options)
+    expected = {f"{path}.image_fusion.{name}": tensor for name, tensor in fusion.items()}
     for name in sorted({*tensors, *expected}):
         shapes = [tuple(some[name].shape) if name in some else None for some in (tensors, expected)]
         if shapes[0] != shapes[1]:
             weights = current_files(folder) / WEIGHTS_FILE
             raise ValmError(f"{name} in {weights} has shape {shapes[0]}, expected {shapes[1]}")
-
-
-def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    numbers: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        numbers[tensor.dtype] += tensor.numel()
-    return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
 
 
 def _stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -265,11 +234,6 @@ def _of_this_base(model: PreTrainedModel, options: FusionOptions, folder: Path) 
     return replace(options, sketch=found)
 
 
-def _layer_name(model: PreTrainedModel, options: FusionOptions) -> str:
-    layer = decoder_layers(model)[options.layer]
-    return next(name for name, module in model.named_modules() if module is layer)
-
-
 def _description(folder: Path) -> AdapterFile:
     file = current_files(folder) / ADAPTER_FILE
     if not is_adapter(folder):
@@ -289,5 +253,4 @@ def _description(folder: Path) -> AdapterFile:
 def _tensors(model: PreTrainedModel, options: FusionOptions) -> dict[str, Tensor]:
     """The adapter's tensors by name in the layer, sharing memory with the model's."""
     weights = named_weights(decoder_layers(model)[options.layer])
-    every = options.unfreeze == "block"
-    return {name: tensor.detach() for name, _, tensor in weights if every or "image_fusion." in name}
+    return {name: tensor.detach() for name, _, tensor in weights if "image_fusion." in name}

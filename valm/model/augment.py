@@ -31,13 +31,13 @@ from valm.model.attention import (
     visible_keys,
     visual_layer_class,
 )
-from valm.model.config import NOT_SAVED, FusionOptions, augmented_config_class, reads_images
+from valm.model.config import NOT_SAVED, VALM, FusionOptions, augmented_config_class, reads_images
 from valm.model.image_arguments import check_readable
 from valm.model.image_finder import ImageFinder
 from valm.model.image_model import ImageModel
 from valm.model.private_names import check_overridden, with_attention
 from valm.model.probe import Probe, attention_path, decoder_layers, in_mode, not_on_images, probe
-from valm.model.sketch import named_weights, quantisation, sketch
+from valm.model.sketch import quantisation, sketch
 from valm.model.subclasses import subclass
 
 
@@ -48,7 +48,6 @@ def augment(
     layer: int | None = None,
     *,
     logit_bias: float = -10.0,
-    unfreeze: str = "",
     blind: bool = False,
     score_scale: float | None = None,
     min_score: float | None = None,
@@ -56,20 +55,19 @@ def augment(
     """Makes one layer of a pretrained decoder attend to text and images in one softmax.
 
     The model is changed in place. It keeps its class, config and parameters; the layer's attention gains a child module
-    `image_fusion`. Images come from the arguments `image_pool` (U, E) and `image_index` (B, T, K) of forward, or from
-    `set_retriever`. Without images, the logits are those of the original model; with the default `logit_bias`, they are
-    nearly so until training. After Wang et al., "Visually-Augmented Language Modeling", section 2.3.
+    `image_fusion`, whose parameters are the only ones that train: all others are frozen. Images come from the arguments
+    `image_pool` (U, E) and `image_index` (B, T, K) of forward, or from `set_retriever`. Without images, the logits are
+    those of the original model; with the default `logit_bias`, they are nearly so until training. After Wang et al.,
+    "Visually-Augmented Language Modeling", section 2.3.
 
     Args:
         model: a causal language model of transformers, loaded, with attn_implementation "sdpa" or "eager".
         image_dim: E, dimension of an image vector.
-        num_images: K, images per token, from 1 to 64. 0 makes the text-only baseline: it takes no images, has no new
-            parameters, trains what `unfreeze` names, and has no dropout in the layer's attention.
+        num_images: K, images per token, from 1 to 64.
         layer: index of the layer, negative from the end. None: the second-to-last layer; if that layer computes no
             keys of its own, the last layer that does, which a warning names.
         logit_bias: initial bias that each head adds to its scores of images. At -10 the pretrained logits change by
             about their rounding error, and the gradient can still open the heads.
-        unfreeze: what trains besides the new parameters: "" nothing, "block" the layer, "all" everything.
         blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image. Needs
             num_images = 1.
         score_scale: initial value of a learned weight, shared by all heads, on how far an image's retrieval score is
@@ -82,7 +80,7 @@ def augment(
         The model.
 
     Raises:
-        ValmError: an argument is invalid, the family cannot be augmented, or a weight that would train is quantised.
+        ValmError: an argument is invalid, or the family cannot be augmented.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -106,12 +104,10 @@ def augment(
         **{name: getattr(found, name) for name in ("width", "heads", "kv_heads", "key_dim", "value_dim")},
         logit_bias=logit_bias,
         blind=blind,
-        unfreeze=unfreeze,
         score_scale=score_scale,
         min_score=min_score,
         layer_drops_images=found.layer_drops_images,
     )
-    check_trained_weights(model, options)
     if layer is None and found.layer != -2:
         alone = len(decoder_layers(model)) == 1
         reason = "the model has one layer" if alone else "layer -2 has no attention with keys of its own"
@@ -130,20 +126,6 @@ def check_loaded(model: PreTrainedModel) -> None:
         )
 
 
-def check_trained_weights(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Checks that the base weights that `unfreeze` trains can be trained; an adapter stores them too. Raises ValmError
-    if a weight is quantised."""
-    if not options.unfreeze:
-        return
-    for name, _, weight in named_weights(model if options.unfreeze == "all" else decoder_layers(model)[options.layer]):
-        if kind := quantisation(weight):
-            raise ValmError(
-                f"unfreeze={options.unfreeze!r} trains {name}, which is quantised ({kind}): exclude it from "
-                "quantisation when the base is loaded (llm_int8_skip_modules of bitsandbytes, modules_to_not_convert "
-                'of torchao), or augment with unfreeze=""'
-            )
-
-
 def become_augmented(model: PreTrainedModel, options: FusionOptions) -> AugmentedCausalLM:
     """`augment` with known options, for a model whose fusion weights are not loaded yet."""
     attach(model, options)
@@ -160,7 +142,7 @@ def _with_class(model: PreTrainedModel, options: FusionOptions) -> AugmentedCaus
     model.__class__ = augmented_class(type(model), config_class)
     assert isinstance(model, AugmentedCausalLM)
     model.add_finder()
-    freeze(model, options)
+    freeze(model)
     return model
 
 
@@ -178,7 +160,7 @@ def _absolute(place: str | None) -> str | None:
 
 
 def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None = None) -> None:
-    """Adds the fusion to a layer. In a text-only baseline the fusion has no parameters and attends to text only.
+    """Adds the fusion to a layer. In a VaLM without images the fusion has no parameters and attends to text only.
 
     LN_img starts as the layer's own input norm (`found`), so that images reach the attention at the scale of its text.
     With weight 1, images still moved the logits of SmolLM2 at the initial bias.
@@ -220,17 +202,11 @@ def _attach_checked(model: PreTrainedModel, options: FusionOptions, found: Probe
     attach(model, options, found)
 
 
-def freeze(model: PreTrainedModel, options: FusionOptions) -> None:
-    """Freezes quantised parameters and all parameters that `options` does not train."""
+def freeze(model: PreTrainedModel) -> None:
+    """Freezes all parameters but those of the fusion, and of these the quantised ones."""
     model.requires_grad_(False)
-    trained: list[nn.Module] = []
-    if options.unfreeze:
-        trained.append(model if options.unfreeze == "all" else decoder_layers(model)[options.layer])
-    if options.num_images > 0:
-        trained.append(fusion_module(model))
-    for module in trained:
-        for parameter in module.parameters():
-            parameter.requires_grad_(quantisation(parameter) is None)
+    for parameter in fusion_module(model).parameters():
+        parameter.requires_grad_(quantisation(parameter) is None)
 
 
 def fusion_module(model: nn.Module) -> ImageFusion:
@@ -289,7 +265,8 @@ class AugmentedCausalLM(ImageModel):
                 f"the weights in {pretrained_model_name_or_path} contain no {sorted(missing)[0]}, so they do not "
                 "belong to the config there: save the model again"
             )
-        freeze(model, model.fusion_options)
+        if model.fusion_options.architecture != VALM:
+            freeze(model)
         model.config.name_or_path = _absolute(model.config.name_or_path)
         if pretrained_model_name_or_path is not None:
             model.read_places(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))

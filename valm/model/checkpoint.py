@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.model.adapter import ADAPTER_FILE, adapter_base, adapter_dtype, is_adapter, load_adapter
+from valm.model.adapter import ADAPTER_FILE, adapter_base, is_adapter, load_adapter
 from valm.model.card import CARD_FILE, write_card
 from valm.model.config import MODEL_TYPE
 from valm.model.gpt2 import VaLMForCausalLM
@@ -216,12 +216,8 @@ def load_decoder(source: str | os.PathLike) -> Any:
 
 def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
     what = f"the base model {base} of the adapter {folder}"
-    dtype = adapter_dtype(folder)
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     base, gguf = gguf_option(base)
-    return from_pretrained(
-        AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user, **options, **gguf
-    )
+    return from_pretrained(AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user, **gguf)
 
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:

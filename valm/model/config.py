@@ -34,8 +34,8 @@ NOT_SAVED = (
 reads_images: ContextVar[bool] = ContextVar("reads_images", default=False)
 
 FUSION_SCALES = ("head_dim", "embed_dim")
-# What trains besides the fusion: nothing, its layer, or everything.
-UNFREEZE = ("", "block", "all")
+# The architecture of a VaLM, which is trained as a whole, also as a text-only baseline.
+VALM = "VaLMForCausalLM"
 
 _Config: Any = object  # for type checkers: the mixin's base class
 
@@ -45,15 +45,14 @@ class FusionOptions:
     """Options that rebuild the fusion of a saved model: the `fusion` entry of its config.
 
     Args:
-        architecture: class of the model in transformers, or VaLMForCausalLM.
+        architecture: class of the model in transformers, or VALM.
         image_dim: E, dimension of an image vector.
-        num_images: K, images per token; 0 in a text-only baseline, which has no fusion.
+        num_images: K, images per token; 0 in a VaLM that is a text-only baseline, which has no fusion.
         layer: index of the fusion layer, as given (negative from the end).
         width: C, dimension of the attention's input.
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
         logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token's retrieval query replaces its image (Blind-VaLM, Ontalvilla et al. 2024).
-        unfreeze: what trained besides the fusion: "", "block" or "all".
         score_scale: initial value of the scale of the retrieval scores, relative to the token's best image; None = they
             are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image, with blind not
@@ -79,7 +78,6 @@ class FusionOptions:
     value_dim: int
     logit_bias: float
     blind: bool
-    unfreeze: str
     score_scale: float | None = None
     min_score: float | None = None
     fusion_scale: str = "head_dim"
@@ -91,23 +89,19 @@ class FusionOptions:
         for name in ("image_dim", "width", "heads", "kv_heads", "key_dim", "value_dim"):
             if getattr(self, name) < 1:
                 raise ValmError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.num_images <= MAX_IMAGES:
-            raise ValmError(f"num_images must be from 0 to {MAX_IMAGES}, got {self.num_images}")
+        fewest = 0 if self.architecture == VALM else 1
+        if not fewest <= self.num_images <= MAX_IMAGES:
+            raise ValmError(f"num_images must be from {fewest} to {MAX_IMAGES}, got {self.num_images}")
         if self.blind and self.num_images != 1:
             raise ValmError(f"blind needs num_images = 1 (the query is the one image), got {self.num_images}")
-        for name, allowed in (("unfreeze", UNFREEZE), ("fusion_scale", FUSION_SCALES)):
-            if getattr(self, name) not in allowed:
-                raise ValmError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if self.fusion_scale not in FUSION_SCALES:
+            known = ", ".join(map(repr, FUSION_SCALES))
+            raise ValmError(f"fusion_scale must be one of {known}, got {self.fusion_scale!r}")
         for name in ("logit_bias", "score_scale", "min_score"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not number:
                 raise ValmError(f"{name} must be a finite number, got {value!r}")
-        if self.num_images == 0 and not self.unfreeze:
-            raise ValmError(
-                "with num_images = 0 (the text-only baseline) there are no new parameters to train: set "
-                'unfreeze="block" or "all"'
-            )
         if self.score_scale is not None and self.num_images == 0:
             raise ValmError("score_scale scales the scores of images, but num_images is 0: leave score_scale out")
         if self.min_score is not None and self.num_images == 0:
@@ -235,7 +229,7 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
             raise ValmError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         self.fusion = asdict(
             FusionOptions(
-                architecture="VaLMForCausalLM",
+                architecture=VALM,
                 image_dim=image_dim,
                 num_images=num_images,
                 layer=layer,
@@ -246,7 +240,6 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
                 value_dim=head_dim,
                 logit_bias=logit_bias,
                 blind=blind,
-                unfreeze="all",
                 score_scale=score_scale,
                 min_score=min_score,
                 fusion_scale=fusion_scale,
@@ -278,7 +271,7 @@ def config_from_dict(content: dict[str, Any], **kwargs: Any) -> Any:
     base = {key: base[key] for key in base if key != WEIGHTS_KEY}
     result = CONFIG_MAPPING[base["model_type"]].from_dict(base, **kwargs)
     made = result[0] if isinstance(result, tuple) else result  # a tuple also contains unused arguments
-    made.__class__ = ValmConfig if options.architecture == "VaLMForCausalLM" else augmented_config_class(type(made))
+    made.__class__ = ValmConfig if options.architecture == VALM else augmented_config_class(type(made))
     made.fusion = fusion
     # TRL opens a model by the class that `architectures` names, if transformers has it, else by AutoModelForCausalLM
     if made.architectures:

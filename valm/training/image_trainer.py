@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from valm.errors import ValmError
+from valm.model.attention import IMAGE_ARGUMENTS
 from valm.model.card import write_card
 from valm.model.checkpoint import save_checkpoint
 from valm.model.image_model import ImageModel
@@ -24,6 +25,7 @@ from valm.retrieval.source import write_places
 from valm.store.files import writable_folder
 from valm.store.pretrained import quiet_transformers
 from valm.text import one_line
+from valm.training.cache_below import no_images
 from valm.training.launch import check_processes
 from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
@@ -107,7 +109,7 @@ class ImageTrainer(Trainer):
         check_processes(self.args)
         self.fusion_lr = fusion_lr
         self._prepared = prepared
-        self.numbers: dict[str, float] = {}  # for the model card, instead of the logged numbers
+        self.numbers: dict[str, float] = {}  # for the model card, besides the logged numbers
         self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the tokens' losses, number of tokens
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -136,16 +138,20 @@ class ImageTrainer(Trainer):
         """The logged losses; with logging_steps=1, the loss of every step."""
         return [entry["loss"] for entry in self.state.log_history if "loss" in entry]
 
-    def held_out_loss(self) -> float:
-        """The mean loss per token of eval_dataset, without logging it. All processes call it, after the training."""
+    def perplexity_without_images(self) -> float:
+        """The perplexity of eval_dataset if the model sees no images: the base's, if only parameters that see images
+        train. It is not logged. All processes call it, after the training."""
+        model: Any = self.model
+        hook = model.register_forward_pre_hook(_drop_images, with_kwargs=True)
         self.is_in_train = True  # otherwise bf16_full_eval would change the weights' dtype
         try:
             loader = self.get_eval_dataloader()
             output = self.evaluation_loop(loader, description="Evaluation", prediction_loss_only=True)
         finally:
             self.is_in_train = False
+            hook.remove()
         metrics: Any = output.metrics
-        return metrics["eval_loss"]
+        return metrics["eval_perplexity"]
 
     def model_numbers(self) -> dict[str, float]:
         """Numbers of the model that `write` writes: `steps`, losses and the like.
@@ -325,6 +331,11 @@ class ImageTrainer(Trainer):
             write_card(self.model, str(self.args.output_dir), numbers=self.model_numbers())
         else:
             super().create_model_card(*args, **kwargs)
+
+
+def _drop_images(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    others = {name: value for name, value in kwargs.items() if name not in IMAGE_ARGUMENTS}
+    return args, others | no_images(model, kwargs["input_ids"])
 
 
 def _is_of_model(name: str) -> bool:

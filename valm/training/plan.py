@@ -21,9 +21,9 @@ STEPS = 1000
 # Default number of evaluations in a training, and how many evaluations without improvement end it.
 EVALUATIONS, PATIENCE = 20, 3
 # Fields for pretrained decoders only.
-BASE_FIELDS = ("layer", "unfreeze", "logit_bias", "fusion_lr", "cache_below")
+BASE_FIELDS = ("layer", "logit_bias", "fusion_lr", "cache_below")
 # Fields for models with images only.
-IMAGE_FIELDS = ("twin", "logit_bias", "score_scale", "min_score", "questions", "ordinary_text", "fusion_lr")
+IMAGE_FIELDS = ("twin", "score_scale", "min_score", "questions", "ordinary_text")
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
 PATHS = ("kb", "retrieval", "questions", "ordinary_text")
@@ -51,9 +51,9 @@ class TrainingPlan:
         tokenizer: tokenizer of a new text-only model (without `kb`): folder or Hugging Face name; default CLIP's.
         twin: train a control instead of the model with `kb`: "text", "random", "blind" or "shuffled" (see
             `valm.training.data.twin`).
-        base: pretrained decoder to augment instead of making a new model: folder or Hugging Face name.
+        base: pretrained decoder to augment instead of making a new model: folder or Hugging Face name. Its weights are
+            frozen.
         layer: with `base`: the layer that sees the images, negative from the end.
-        unfreeze: with `base`: also train this layer ("block") or all weights ("all").
         logit_bias: with `base`: initial bias of each head's image scores; default -10.
         score_scale: initial value of a learned weight on how far an image's retrieval score is below the score of the
             token's best image; default: scores are not used.
@@ -62,8 +62,7 @@ class TrainingPlan:
         questions: with min_score="auto": file of texts whose last tokens need images, instead of the captions.
         ordinary_text: with min_score="auto": file of texts that need no images; 5 % of their tokens see some.
         fusion_lr: with `base`: learning rate of the new parameters; default `lr`.
-        cache_below: with `base`: folder for the input of the fusion layer, computed once; all lower layers must be
-            frozen.
+        cache_below: with `base`: folder for the input of the fusion layer, computed once.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
         context: maximum tokens of a document; longer documents are cut.
@@ -74,7 +73,6 @@ class TrainingPlan:
         validation: text file, result of `valm retrieve`, or fraction of the documents to hold out. The best checkpoint
             becomes the model.
         patience: with `validation`: stop after this many evaluations without improvement; 0: never; default 3.
-        mix: with `base` and `unfreeze`: share of the base's weights in the final model (`valm.training.mix`).
 
     Example:
         >>> from valm.corpus.texts import TextCorpus
@@ -98,19 +96,17 @@ class TrainingPlan:
     )
     twin: str | None = option(
         "train a control instead of the model with --kb, on the same tokens in the same order with the same seed: "
-        "text, without images; random, with random images of the knowledge base; blind, with each token's retrieval "
-        "query instead of its image; shuffled, with the images of other tokens of the corpus",
+        "text, without images (with --base, the base itself is this control); random, with random images of the "
+        "knowledge base; blind, with each token's retrieval query instead of its image; shuffled, with the images of "
+        "other tokens of the corpus",
         choices=TWINS,
     )
     base: str | None = option(
-        "augment this pretrained decoder instead of making a new model: folder or Hugging Face name"
+        "add images to this pretrained decoder, whose weights are frozen, instead of making a new model: folder or "
+        "Hugging Face name"
     )
     layer: int | None = option(
         "with --base: the layer that sees the images (default: -2, or the last layer that computes its own keys)"
-    )
-    unfreeze: str | None = option(
-        "with --base: also train this layer (block) or all weights, not only the new parameters",
-        choices=["block", "all"],
     )
     logit_bias: float | None = option(
         "with --base: initial bias of each head's image scores (default: -10, at which images have almost no weight)"
@@ -138,7 +134,7 @@ class TrainingPlan:
     fusion_lr: float | None = option("with --base: learning rate of the new parameters (default: --lr)", least=0)
     cache_below: str | os.PathLike | None = option(
         "with --base: compute the input of the fusion layer once into this folder, which controls can share, and train "
-        "from there; all lower layers must be frozen",
+        "from there",
         metavar="FOLDER",
     )
     limit_softmax: bool = option(
@@ -165,13 +161,6 @@ class TrainingPlan:
     patience: int | None = option(
         "with --validation: stop after this many evaluations without improvement; 0: never (default: 3)", least=0
     )
-    mix: float | None = option(
-        "with --base and --unfreeze: share of the base's weights in the final model (default: with --validation, the "
-        "share with the lowest perplexity, else 0)",
-        least=0,
-        below=1,
-        metavar="SHARE",
-    )
 
     def check(self) -> None:
         """Checks the fields against each other, without opening files. Raises ValmError if fields contradict each
@@ -183,15 +172,18 @@ class TrainingPlan:
             raise ValmError("--patience counts evaluations: give --validation too")
         if self.patience and not self.training_fields()["load_best_model_at_end"]:
             raise ValmError("--patience needs the best checkpoint: leave --load_best_model_at_end out, or give 0")
-        if self.mix is not None and self.unfreeze is None:
-            raise ValmError("--mix is for a base whose weights train: give --base and --unfreeze")
         for name in BASE_FIELDS if self.base is None else ():
             if getattr(self, name) is not None:
                 raise ValmError(f"--{name.replace('_', '-')} is for a pretrained decoder: give --base too")
+        if self.base is not None and (self.kb is None or self.twin == "text"):
+            raise ValmError(
+                "--base trains only what sees images, so without images nothing trains, and the base itself is the "
+                "text-only baseline: give --kb, and leave --twin text out"
+            )
         if self.base is not None and self.model is not None:
             raise ValmError("--model is the size of a new model, but --base has its own: leave --model out")
         self.size()
-        if self.tokenizer is not None and (self.retrieval or self.kb or self.base):
+        if self.tokenizer is not None and (self.retrieval or self.kb):
             raise ValmError(
                 "--tokenizer is for a new text-only model: --base has its own tokenizer, and for a model with images, "
                 "give --tokenizer to `valm retrieve`"

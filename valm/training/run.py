@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer
 from valm.corpus.min_score import find_min_score
@@ -31,7 +30,6 @@ from valm.training.callbacks import ended_by_signals, show_progress
 from valm.training.data import Documents, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
-from valm.training.mix import base_weights, mix
 from valm.training.plan import TrainingPlan, validation_of
 from valm.training.run_note import begun_checkpoint, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
@@ -75,7 +73,6 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     torch.manual_seed(settings.seed)
     model = _model(plan, data, settings.device)
     sees = model.fusion_options
-    base = None if plan.base is None or (data.held_out is None and not plan.mix) else base_weights(model)
     training = trainer(
         model,
         data.documents,
@@ -89,12 +86,6 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         limit_softmax=plan.limit_softmax,
         callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,
     )
-    if base is not None and (training.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-        if plan.mix != 0 and base:
-            raise ValmError(
-                "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --mix 0"
-            )
-        base = None
     note_run(out, plan, training, data.corpus, data.held_out)
     if settings.should_log:
         print(summary(plan, model, data.documents, training), file=sys.stderr)
@@ -106,8 +97,8 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
     with only_training(out) if settings.should_save else nullcontext():
         with ended_by_signals(training):
             training.train(resume_from_checkpoint=checkpoint)
-        if base is not None:
-            training.numbers = mix(training, base, plan.mix)
+        if plan.base is not None and data.held_out is not None:
+            training.numbers = {"eval_perplexity_base": training.perplexity_without_images()}
             note_numbers(out, training)
         training.write(out, data.tokenizer, command=command)
     return training
@@ -176,8 +167,8 @@ def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: Any) -> float
 
 
 def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
-    """The model or control before the training on `device`: a VaLM with random weights or an augmented decoder. Without
-    images it is the text-only baseline."""
+    """The model or control before the training on `device`: a VaLM with random weights, without images the text-only
+    baseline, or an augmented decoder."""
     kb, blind = data.kb, plan.twin == "blind"
     images: dict[str, Any] = {}
     if kb is not None and plan.twin != "text":
@@ -198,11 +189,8 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
         )
         model: Any = VaLMForCausalLM(config)
     else:
-        if not images and plan.unfreeze is None:
-            raise ValmError("the text-only baseline has no new parameters to train: give --unfreeze block or all")
-        given = {"layer": plan.layer, "unfreeze": plan.unfreeze, "logit_bias": plan.logit_bias}
-        said: Any = {name: value for name, value in given.items() if value is not None}
-        model = augment(load_decoder(plan.base), **(images or {"num_images": 0, "image_dim": 1}), **said)
+        said: Any = {} if plan.logit_bias is None else {"logit_bias": plan.logit_bias}
+        model = augment(load_decoder(plan.base), **images, layer=plan.layer, **said)
     if kb is not None and blind:
         source = ImageSource.of_knowledge_base(kb, **data.corpus.query_settings)
         of_clip = {"clip": data.corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
@@ -239,8 +227,7 @@ def _open_validation(
 def _open_corpus(plan: TrainingPlan) -> tuple[Documents | CorpusRetrieval, PreTrainedTokenizerFast]:
     """The documents and the tokenizer of the model."""
     if plan.corpus is not None and plan.kb is None:
-        new = clip_tokenizer() if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
-        tokenizer = new if plan.base is None else own_tokenizer(plan.base)
+        tokenizer = clip_tokenizer() if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
         return _read(plan.corpus, tokenizer), tokenizer
     if plan.corpus is not None:
         documents = _retrieve(plan, plan.corpus, "retrieval")

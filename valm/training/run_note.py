@@ -21,7 +21,7 @@ RUN_FILE = "_run.json"  # uploads ignore names that begin with _
 LOGS = "runs"  # of TensorBoard
 # Fields of the plan that a resumed training may change, or whose content is compared in another way ...
 FREE = {
-    *("allow_download", "base", "batch_size", "cache_below", "corpus", "fields", "kb", "mix", "ordinary_text", "out"),
+    *("allow_download", "base", "batch_size", "cache_below", "corpus", "fields", "kb", "ordinary_text", "out"),
     *("patience", "questions", "resume", "retrieval", "steps", "tokenizer"),
 }
 # ... and prefixes of such fields of TrainingArguments: they change neither the data nor the weights after a step, or

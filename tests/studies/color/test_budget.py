@@ -15,7 +15,6 @@ from studies.color.budget import (
     finished_seeds,
     retrieved_images,
     shares_of_images,
-    unmix,
     write_budget,
 )
 from studies.color.captions import last_images
@@ -34,7 +33,7 @@ from valm.evaluation.sets import Item
 from valm.store.files import write_json
 
 CONFIG = {"name": "tiny", "language_model": "model", "pictures": {"openmoji": {}}, "clip": {"steps": 2}, "text": {}}
-CONFIG |= {"training": {"mix": 0.5}, "seeds": [3, 4, 5]}
+CONFIG |= {"training": {"steps": 2}, "seeds": [3, 4, 5]}
 # Colours are axes of the vectors.
 AXES = ("red", "blue", "green")
 
@@ -161,17 +160,6 @@ def test_an_object_is_found_by_the_captions_of_its_pictures(conditions, monkeypa
     assert images.own.tolist() == [[True, True]] * prompts + [[False, False]] * prompts
     assert images.colors == [["red", "yellow"]] * prompts + [["red", None]] * prompts
     assert images.vectors[:, :, 0].tolist() == ids.clamp(min=0).tolist()
-
-
-def test_mixed_weights_become_the_trained_weights():
-    model = torch.nn.Linear(3, 2)
-    trained, base = (torch.randn(2, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
-    bias = model.bias.clone()
-    with torch.no_grad():
-        model.weight.copy_(0.75 * trained + 0.25 * base)
-    unmix(model, {"weight": base}, 0.25)
-    torch.testing.assert_close(model.weight.detach(), trained)
-    assert torch.equal(model.bias, bias)
 
 
 def budget_of(seed, **shares):

@@ -51,7 +51,7 @@ def test_the_studies_of_the_repository_are_read():
     assert {*full.arms, *fourth.arms} == {*ARMS} and fourth.seeds == (15, 16, 17, 18, 19)
     assert (full.recipe, fourth.recipe) == ("e96398966bf6", "548dde697046")  # of the results in studies/results
     small = read_config(folder / "small.yaml")
-    assert small.arms == ("twin", "cut", "blind") and not small.reading
+    assert small.arms == ("base", "cut", "blind") and not small.reading
     assert read_config(folder / "gpu.yaml").recipe != full.recipe
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import valm
 from studies.color import run, seed_scores
 from studies.color.__main__ import build_parser
-from studies.color.config import ARMS, DOSES, EXCHANGES, read_config
+from studies.color.config import ARMS, DOSES, EXCHANGES, PAST, read_config
 from studies.color.questions import validation_questions
 from studies.color.results import PEOPLE, PEOPLE_SETS, read_results
 from studies.color.run import as_options, run_study
@@ -65,9 +65,9 @@ def world(tmp_path_factory):
         "clip": {"model": str(root / "clip.json"), "steps": 2, "batch_size": 8},
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
-        "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0} | {"mix": 0.5},
+        "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0},
         "reading": {"limit_softmax": True},
-        "arms": list(ARMS),
+        "arms": [name for name, arm in ARMS.items() if arm.made != PAST],
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
         "seeds": [3],
@@ -99,13 +99,15 @@ def test_a_whole_study(world, capsys):
 
     results = read_results(files.values())
     assert {row.of for row in results.rows} == {"validation", *PEOPLE_SETS, PEOPLE}
-    assert set(results.arms) == {(name, images) for name, arm in ARMS.items() for images in arm.tests}
+    assert set(results.arms) == {
+        (name, images) for name in results.seeds[0]["config"]["arms"] for images in ARMS[name].tests
+    }
     doses = {(of, images) for (_, images), of in ((row.arm, row.of) for row in results.rows) if images in DOSES}
     assert {of for of, _ in doses} == {*PEOPLE_SETS, PEOPLE}
     tables = [(world / f"out/pictures/seed-3-{dose}.csv").read_text().splitlines() for dose in DOSES]
     assert all(set(fewer) <= set(more) for more, fewer in itertools.pairwise(tables))
-    # hidden states of what is trained on, alone and behind captions, and of questions, alone and behind captions
-    assert len(list((world / "out/below").iterdir())) == 4
+    # hidden states of what is trained on, and of questions, alone and behind captions
+    assert len(list((world / "out/below").iterdir())) == 3
     assert EXCHANGES[0] in {row.measure for row in results.rows}
     answers = next(row for file in (world / "out/seed-3/scores").glob("valm-*") for row in json.loads(file.read_text()))
     assert [answers[name] for name in ("images", "of", "measure")] == ["retrieved", "validation", "raw"]
@@ -120,8 +122,8 @@ def test_a_whole_study(world, capsys):
     assert items.pixels.tolist() == ["", "green", "yellow", ""]
     assert results.difference(("cut", "retrieved"), ("cut", "taken-out"), "memory_color")
     stages = set(results.seeds[0]["seconds"])
-    assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "twin"}
-    assert any(stage.startswith("scores of twin") for stage in stages)
+    assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "valm"}
+    assert any(stage.startswith("scores of valm") for stage in stages)
 
     copies = ["--results", str(world / "results")]
     assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data"), *copies]) == 0
@@ -139,7 +141,7 @@ def test_a_whole_study(world, capsys):
             own.append(item.text in [kb.item(image).caption for image in finder.find([text])[0][0, -1].tolist()])
     assert budget["shares"]["retrieved"] == np.mean(own)
 
-    for name in ("twin", "valm", "reading-blind"):
+    for name in ("valm", "reading-blind"):
         model, tokenizer = valm.load(world / "out/seed-3" / name)
         if name == "valm":
             assert model.finder.source.knowledge_base.name == "kb-others"  # that it was trained with
@@ -148,7 +150,7 @@ def test_a_whole_study(world, capsys):
     (world / "object_color").mkdir()
     table = "Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n"
     (world / "object_color" / "memory_color_data.csv").write_text(table)
-    folders = [str(world / "out/seed-3" / name) for name in ("valm", "twin", "blind")]
+    folders = [str(world / "out/seed-3" / name) for name in ("valm", "blind")]
     assert main(["eval", *folders, "--tasks", "memory_color", "--data", str(world)]) == 0
 
 
@@ -159,6 +161,10 @@ def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
         run_study(Study(study.config, tmp_path, main, study.data))
     with pytest.raises(ValmError, match="no seed 7, only 3"):
         run_study(study, [7])
+    past = dataclasses.replace(study.config, arms=("base", "twin"))
+    with pytest.raises(ValmError, match="does not train the arm twin: run the study tiny with the code of the commit"):
+        run_study(Study(past, tmp_path / "never", main, study.data))
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.fixture
@@ -189,7 +195,7 @@ def asked(world, tmp_path, monkeypatch):
     monkeypatch.setattr(seed_scores.Scoring, "write", write)
     monkeypatch.setattr(seed_scores.Scoring, "results", results)
 
-    def ask(*tests, arms=("twin", "cut")):
+    def ask(*tests, arms=("valm", "cut")):
         config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms)
         (file,) = run_study(Study(config, tmp_path, main, world / "data", progress=False)).values()
         rows = json.loads(file.read_text())["rows"]
@@ -203,12 +209,12 @@ def asked(world, tmp_path, monkeypatch):
 
 def test_what_was_asked_is_not_asked_again_unless_its_set_has_other_contents(asked):
     first, second = ("validation", "memory_color"), ("validation", "color_terms")
-    assert asked.ask(*first) == (set(first), ["twin", "cut"])
-    assert asked.ask(*second) == (set(second), ["twin", "cut"])
-    for arms in (("twin", "cut"), ("twin",)):
+    assert asked.ask(*first) == (set(first), ["valm", "cut"])
+    assert asked.ask(*second) == (set(second), ["valm", "cut"])
+    for arms in (("valm", "cut"), ("valm",)):
         assert asked.ask(*first, arms=arms) == (set(first), [])
     asked.contents["memory_color"] = "another thing"
-    assert asked.ask(*first)[1] == ["twin", "cut"]
+    assert asked.ask(*first)[1] == ["valm", "cut"]
     del asked.contents["memory_color"]
     assert asked.ask(*first)[1] == []
 
@@ -219,7 +225,7 @@ def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
     assert asked.ask("validation", "object_shape")[1] == []
 
     def killed(scoring, arm, file):
-        asked.write(scoring, arm, file) if arm == "twin" else pytest.fail("killed")
+        asked.write(scoring, arm, file) if arm == "valm" else pytest.fail("killed")
 
     with monkeypatch.context() as patched:
         patched.setattr(seed_scores.Scoring, "write", killed)
@@ -227,9 +233,9 @@ def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
             asked.ask("validation", "memory_color", "object_shape")
     asked.lacking.clear()
     both = {"validation", "object_shape"}
-    assert asked.ask(*sorted(both, reverse=True)) == (both, ["twin", "twin", "cut"])
+    assert asked.ask(*sorted(both, reverse=True)) == (both, ["valm", "valm", "cut"])
     sets, arms = asked.ask("validation", "memory_color", "object_shape")
-    assert sets == {*both, "memory_color"} and arms == ["twin", "cut"]
+    assert sets == {*both, "memory_color"} and arms == ["valm", "cut"]
 
 
 def test_other_code_in_one_folder_is_noted(asked, monkeypatch):

@@ -47,7 +47,7 @@ def scorer():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    augment(model, 24, 2, unfreeze="block")
+    augment(model, 24, 2)
     open_images(model)
     model.set_retriever(EveryImage())
     return CausalScorer(model, tokenizer, "tiny")

@@ -13,7 +13,7 @@ from tests.valm.cli.commands import SIZE, STEPS, evaluations, run, wrong_inputs
 from tests.valm.other_tokenizers import gpt2_like
 from valm.corpus.retrieved import CorpusRetrieval
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.model.checkpoint import load
+from valm.model.checkpoint import load, load_decoder
 from valm.retrieval.retriever import BlindRetriever
 from valm.training import trainer, training_arguments
 from valm.training.collate import Collator
@@ -36,13 +36,12 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys, error_of):
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "stored"))
     for name in expected:
         assert_agree(found[name], expected[name])
-    for twin in ("random", "shuffled", "blind", "text"):
-        more = ["--unfreeze", "block"] if twin == "text" else []
-        assert run(*train, "--out", tmp_path / twin, "--twin", twin, *auto, *more) == 0
-    kept = {twin: load(tmp_path / twin)[0].fusion_options.min_score for twin in ("random", "shuffled", "blind", "text")}
+    for twin in ("random", "shuffled", "blind"):
+        assert run(*train, "--out", tmp_path / twin, "--twin", twin, *auto) == 0
+    kept = {twin: load(tmp_path / twin)[0].fusion_options.min_score for twin in ("random", "shuffled", "blind")}
     captions = kept["random"]
     assert captions is not None and captions != scores[0]
-    assert kept == {"random": captions, "shuffled": captions, "blind": captions, "text": None}
+    assert kept == {"random": captions, "shuffled": captions, "blind": captions}
     blind, _ = load(tmp_path / "blind")
     assert blind.fusion_options.blind and isinstance(blind.retriever, BlindRetriever)
     assert blind.retriever.kb is not None and blind.retriever.kb.path == world / "kb"
@@ -54,36 +53,26 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys, error_of):
     assert not list(tmp_path.glob("early*retrieval"))
 
 
-def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, tmp_path, error_of):
-    """Of both the same block, from the same inputs, which are computed once."""
-    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS, "--unfreeze", "block"]
+def test_a_pretrained_decoder_stays_as_it_is(world, base, tmp_path, error_of):
+    """And so does that of a control. Both read one file of the inputs of their fusion layer."""
+    options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS]
     options += ["--logit-bias", "-1", "--fusion-lr", "1e-2", "--cache-below", tmp_path / "below", "--save_steps", 1]
     train = ["train", "--base", base, *options]
     assert run(*train, "--out", tmp_path / "model") == 0
-    assert run(*train, "--out", tmp_path / "twin", "--twin", "text") == 0
+    assert run(*train, "--out", tmp_path / "random", "--twin", "random") == 0
     assert len(list((tmp_path / "below").iterdir())) == 1
     before = load_file(base / "model.safetensors")
+    models = [load(tmp_path / name) for name in ("model", "random")]
+    after = [model.state_dict() for model, _ in models]
     added = {"proj.weight", "norm.weight", "norm.bias", "k_bias", "v_bias", "logit_bias_delta"}
-    for name, new in (("model", added), ("twin", set())):
-        after = load_file(tmp_path / name / "model.safetensors")
-        moved = {weight for weight in before if not torch.equal(before[weight], after[weight])}
-        assert moved == {weight for weight in before if ".layers.1." in weight}
-        assert {weight.partition(".image_fusion.")[2] for weight in set(after) - set(before)} == new
-    model, tokenizer = load(tmp_path / "model")
+    for weights in after:
+        assert all(torch.equal(weights[name], weight) for name, weight in before.items())
+        assert {name.partition(".image_fusion.")[2] for name in set(weights) - set(before)} == added
+    assert all(not torch.equal(after[0][name], after[1][name]) for name in set(after[0]) - set(before))
+    model, tokenizer = models[0]
     assert model.config.fusion["layer"] == -2 and model.config.fusion["logit_bias"] == -1
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
-    twin, _ = load(tmp_path / "twin")
-    assert twin.fusion_options.num_images == 0 and twin.retriever is None
-    assert "Each token sees no images" in (tmp_path / "twin" / "README.md").read_text()
-    # from the text itself, and going on
-    shutil.rmtree(tmp_path / "twin" / "checkpoint-3")
-    assert run(*train, "--out", tmp_path / "twin", "--twin", "text", "--resume") == 0
-    plain = ["train", world / "corpus.txt", "--base", base, *STEPS, "--unfreeze", "block", "--out", tmp_path / "plain"]
-    assert run(*plain) == 0
-    expected = load_file(tmp_path / "twin" / "model.safetensors")
-    for name, weight in load_file(tmp_path / "plain" / "model.safetensors").items():
-        assert_agree(weight, expected[name])
     again = ["--out", tmp_path / "model", "--resume"]
     for option, value, was in (("--fusion-lr", 0.001, 0.01), ("--context", 8, 512)):
         said = f"contains another training: its {option} is {was}, here it is {value}"
@@ -101,68 +90,46 @@ def test_a_pretrained_decoder_is_trained_beside_its_text_only_twin(world, base, 
 
 def test_a_training_on_the_tokens_of_the_text_is_evaluated_on_all(world, base, tmp_path):
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    train += ["--unfreeze", "block", "--logit-bias", "-1", "--fusion-lr", "1e-2", "--limit-softmax"]
+    train += ["--logit-bias", "-1", "--fusion-lr", "1e-2", "--limit-softmax"]
     assert run(*train, "--validation", 0.3, "--save_steps", 1, "--out", tmp_path / "limited") == 0
     losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "limited")]
     assert losses[0] > losses[-1] > 4  # of 300 tokens that are about alike; the text has 60
 
 
-@pytest.mark.parametrize("twin", [None, "text", pytest.param("blind", marks=pytest.mark.slow)])
-def test_what_is_trained_is_mixed_with_the_base(world, base, tmp_path, output_of, twin):
-    """As the terminal, _run.json and the card say; again where all steps are done; and not with --mix 0."""
+@pytest.mark.parametrize("twin", [None, pytest.param("blind", marks=pytest.mark.slow)])
+def test_a_training_is_compared_with_its_base(world, base, tmp_path, output_of, twin):
+    """On the terminal, in _run.json and on the card; and what is written has the perplexity that was said."""
     out = tmp_path / "model"
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
     train += [] if twin is None else ["--twin", twin]
-    train += ["--unfreeze", "block", "--steps", 8, "--batch-size", 4, "--lr", 0.1, "--lr_scheduler_type", "constant"]
-    train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", -3]
+    train += ["--steps", 4, "--batch-size", 4, "--fusion-lr", 0.03, "--lr_scheduler_type", "constant"]
+    train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", -1]
     train += ["--validation", world / "base-retrieval"]
     said = output_of(*train)
-    numbers = json.loads((out / "_run.json").read_text())["numbers"]
-    share = numbers["base_share"]
-    assert share > 0 or twin == "blind"
-    assert f"{numbers['eval_perplexity']:.2f} mixed with the base, whose share is {share:g}" in said
-    assert f"{numbers['eval_perplexity_base']:.2f} of the base\n" in said
-    worse = numbers["eval_perplexity"] > numbers["eval_perplexity_base"]
-    assert ("the base predicts the validation text better than this model" in said) == worse
-    assert ("without images" in said) == ("eval_perplexity_without_images" in numbers) == (twin != "text")
     best = min(evaluations(out), key=lambda entry: entry["eval_loss"])
-    assert_agree(numbers["eval_perplexity_trained"], best["eval_perplexity"])
-    assert (numbers["eval_perplexity"] < numbers["eval_perplexity_trained"]) == (share > 0)
-    for name in ("base_share", "eval_perplexity", "eval_perplexity_base"):
-        assert f"| {name} | {numbers[name]:.4g} |" in (out / "README.md").read_text()
-    folders = (base, out / f"checkpoint-{best['step']}", out)
-    of_base, trained, written = (load_file(folder / "model.safetensors") for folder in folders)
-    for name, weight in written.items():
-        mixed = (1 - share) * trained[name] + share * of_base.get(name, trained[name])
-        torch.testing.assert_close(weight, mixed)
-    # what was written has the perplexity that was said
+    of_base = json.loads((out / "_run.json").read_text())["numbers"]["eval_perplexity_base"]
+    step = f"at step {best['step']}, which is the model"
+    assert f"held-out perplexity {best['eval_perplexity']:.2f} of the best checkpoint, {step}\n" in said
+    assert f"held-out perplexity {of_base:.2f} of the base, which is the model without images\n" in said
+    worse = best["eval_perplexity"] > of_base
+    assert ("the base predicts the validation text better than this model" in said) == worse
+    for name, value in (("eval_perplexity", best["eval_perplexity"]), ("eval_perplexity_base", of_base)):
+        assert f"| {name} | {value:.4g} |" in (out / "README.md").read_text()
     model, tokenizer = load(out)
     corpus, kb = CorpusRetrieval.open(world / "base-retrieval"), ImageKnowledgeBase.open(world / "kb")
     options = {"arguments": training_arguments(tmp_path / "check", use_cpu=True, report_to="none")}
     options |= {"tokenizer": tokenizer, "eval_dataset": corpus}
     check = trainer(model, corpus, kb if twin is None else None, **options)
-    assert_agree(check.evaluate()["eval_perplexity"], numbers["eval_perplexity"])
-    before = (out / "model.safetensors").read_bytes()
-    (out / "model.safetensors").unlink()
-    assert run(*train, "--resume") == 0
-    assert (out / "model.safetensors").read_bytes() == before
-    assert "mixed with the base, whose share is 0" in output_of(*train, "--mix", 0, "--resume")
-    assert all(torch.equal(weight, trained[name]) for name, weight in load_file(out / "model.safetensors").items())
+    assert_agree(check.evaluate()["eval_perplexity"], best["eval_perplexity"])
+    plain = trainer(load_decoder(base), corpus, **options)
+    assert_agree(plain.evaluate()["eval_perplexity"], of_base)
+    assert abs(of_base / best["eval_perplexity"] - 1) > 1e-3
 
 
-def test_a_frozen_base_is_evaluated_and_nothing_is_mixed(world, base, tmp_path, output_of):
-    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    printed = output_of(*train, "--validation", 0.3, "--out", tmp_path / "model")
-    said = re.findall(r"held-out perplexity \d+\.\d\d (.*)", printed)
-    assert said == ["of the base", "after the training", "without images"]
-    assert "base_share" not in json.loads((tmp_path / "model" / "_run.json").read_text())["numbers"]
-
-
-@pytest.mark.parametrize("source", [pytest.param("corpus", marks=pytest.mark.slow), "retrieval", "images"])
+@pytest.mark.parametrize("source", ["retrieval", "images"])
 def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monkeypatch):
     """Its own, so a chat prompt begins with one bos; and a prompt is read after bos as a document is."""
     of = {
-        "corpus": [world / "corpus.txt", "--unfreeze", "block"],
         "retrieval": ["--retrieval", world / "base-retrieval", "--kb", world / "kb"],
         "images": [world / "corpus.txt", "--kb", world / "kb"],
     }
@@ -181,9 +148,8 @@ def test_the_tokenizer_of_the_base_is_saved(world, base, tmp_path, source, monke
     assert run("generate", tmp_path / "it", "the coal") == run("generate", tmp_path / "it", chat) == 0
     assert seen == [[[begin, *own("the coal")["input_ids"]]], [own(chat)["input_ids"]]]
     assert own(chat)["input_ids"].count(begin) == 1
-    if source != "corpus":
-        found, _ = model.retriever.find([chat, "the coal"])
-        assert found.shape[:2] == (2, len(own(chat)["input_ids"]))
+    found, _ = model.retriever.find([chat, "the coal"])
+    assert found.shape[:2] == (2, len(own(chat)["input_ids"]))
 
 
 def test_a_tokenizer_without_a_pad_token_pads_on_the_left(world, tmp_path):
@@ -394,13 +360,12 @@ WITH_KB = "train --retrieval {world}/base-retrieval --kb {world}/kb " + OF_BASE
 
 @wrong_inputs(
     {
-        "train {world}/corpus.txt " + OF_BASE + " --base {tmp}/none": "cannot be read: there is no folder {tmp}/none",
-        WITH_KB + " --twin text": "no new parameters to train: give --unfreeze",
+        WITH_KB + " --base {tmp}/none": "cannot be read: there is no folder {tmp}/none",
+        WITH_KB + " --twin text": "the base itself is the text-only baseline: give --kb, and leave --twin text out",
+        "train {world}/corpus.txt " + OF_BASE: "--base trains only what sees images, so without images nothing trains",
         WITH_KB + " --layer 3": "layer must be one of the 3 layers of LlamaForCausalLM, got 3",
-        WITH_KB + " --unfreeze all --cache-below {tmp}/x": "1 and trains, so the layer's input cannot be cached",
         "train --retrieval {world}/retrieval --kb {world}/kb " + OF_BASE: "tokenizer",
         "train {tmp}/empty.txt " + OUT: "no documents",
-        "train {tmp}/empty.txt --unfreeze block " + OF_BASE: "no documents",
         "train {world}/pictures/sea.png --out {tmp}/model": "sea.png, row 1: 'utf-8' codec can't decode",
         CACHED + " --streaming": "--streaming needs a Hugging Face dataset",
         CACHED + " --tokenizer {world}/clip": "give --tokenizer to `valm retrieve`",

@@ -12,7 +12,6 @@ import torch
 
 from tests.tolerance import assert_agree
 from tests.valm.cli.commands import STEPS, run
-from valm.training import trainer
 
 
 def launch(folder, command, *more):
@@ -34,7 +33,7 @@ def documented(world, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("documented")
     (folder / "kb").symlink_to(world / "kb")
     (folder / "retrieval").symlink_to(world / "base-retrieval")
-    lines = [f"base: {base}", "unfreeze: block", "logit_bias: -1", "steps: 3", "batch_size: 2", "logging_steps: 1"]
+    lines = [f"base: {base}", "logit_bias: -1", "steps: 3", "batch_size: 2", "logging_steps: 1"]
     (folder / "run.yaml").write_text("\n".join(lines))
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
     assert run("train", *options, "--batch-size", 4, "--out", folder / "one") == 0
@@ -60,31 +59,16 @@ def test_the_documented_launches_train_one_model(documented, command, more, tmp_
 
 
 @pytest.mark.slow
-def test_all_processes_mix_as_one_does(documented, world, tmp_path):
+def test_all_processes_measure_the_base_as_one_does(documented, world, tmp_path):
     folder, _ = documented
-    fields = ["--validation", 0.3, "--steps", 8, "--lr", 0.03, "--lr_scheduler_type", "constant"]
-    fields += ["--patience", 0, "--logit-bias", 0, "--limit-softmax"]
+    fields = ["--validation", 0.3, "--logit-bias", 0, "--limit-softmax"]
     done = launch(folder, COMMANDS[0], *fields, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mixed with the base") == 1
+    assert done.stdout.count("of the base, which is the model without images") == 1
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", "--config", folder / "run.yaml"]
     assert run("train", *options, "--batch-size", 4, *fields, "--out", tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / name / "_run.json").read_text())["numbers"] for name in ("one", "two"))
-    assert one["base_share"] > 0 and two == pytest.approx(one, rel=1e-4)
-
-
-def test_divided_weights_are_not_mixed(world, base, tmp_path, error_of, monkeypatch):
-    def sharded(*arguments, **options):
-        made = trainer(*arguments, **options)
-        made.is_fsdp_enabled = True
-        return made
-
-    monkeypatch.setattr("valm.training.run.trainer", sharded)
-    train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    error = error_of(*train, "--unfreeze", "block", "--validation", 0.3, "--out", tmp_path / "model")
-    said = "weights that FSDP or DeepSpeed's ZeRO-3 divide among the processes cannot be mixed: give --mix 0"
-    assert said in error
-    assert not list(tmp_path.glob("model/*"))
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -107,8 +107,7 @@ def test_rolling_text_has_one_bos(models):
 def test_a_chat_prompt_has_one_bos(tmp_path):
     """And a text without a template begins with bos, as documents do, whatever the base's tokenizer does by itself."""
     tokenizer = chat_like()
-    twin = valm.augment(llama_of(tokenizer), 1, 0, unfreeze="block")
-    save_checkpoint(twin, tokenizer, tmp_path)
+    save_checkpoint(valm.augment(llama_of(tokenizer), 1, 1), tokenizer, tmp_path)
     model = ValmLM(str(tmp_path), batch_size=1)
     chat = model.apply_chat_template([{"role": "user", "content": "the sky"}])
     for text in (chat, "the sky"):

@@ -64,7 +64,7 @@ def test_a_layer_that_nobody_asked_for_need_not_run_on_images():
 
 def test_the_only_layer_is_the_fusion_layer():
     with pytest.warns(UserWarning, match="the model has one layer, so layer -1 is the fusion layer"):
-        augment(tiny_gpt2(num_hidden_layers=1), IMAGE_DIM, 0, unfreeze="all")
+        augment(tiny_gpt2(num_hidden_layers=1), IMAGE_DIM, IMAGES)
 
 
 def tiny_gpt2_of(n_positions):

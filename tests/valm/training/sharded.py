@@ -25,7 +25,7 @@ def batch(rank):
 
 
 def with_biases():
-    model = augmented(unfreeze="all").train()
+    model = augmented().requires_grad_(True).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in fusion_module(model).parameters():

@@ -53,9 +53,9 @@ def gemma(seed=0):
 
 
 MODELS = {
-    "llama": lambda: augmented(unfreeze="block"),
+    "llama": augmented,
     "gpt2": lambda: augmented(lambda seed: tiny_gpt2(seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
-    "gemma": lambda: augmented(gemma, unfreeze="block"),
+    "gemma": lambda: augmented(gemma),
     "valm": frozen_valm,
 }
 
@@ -186,7 +186,7 @@ def test_a_file_that_was_cut_is_not_trained_on(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: augmented(unfreeze="all"), r"embed_tokens\.weight is below layer 1 and trains"),
+        (lambda: augmented().requires_grad_(True), r"embed_tokens\.weight is below layer 1 and trains"),
         (lambda: tiny_model(attn_pdrop=0.0), r"wte\.weight is below layer 1 and trains"),
         (lambda: augmented(tiny_gpt2), r"dropout is active below layer 1"),
         (lambda: augmented(layer=0), r"nothing below it to be cached"),
@@ -220,7 +220,7 @@ def test_a_trainer_with_the_cache(tmp_path):
     data = documents()
     given = {"dataset": data, "eval_dataset": data[:5], "tokenizer": Tokenizer(), "max_steps": 4, "learning_rate": 1e-2}
     for folder in (None, tmp_path / "cache"):
-        made = trained(tmp_path / "out", model=augmented(unfreeze="block"), cache_below=folder, **given)
+        made = trained(tmp_path / "out", model=augmented(), cache_below=folder, **given)
         runs.append([*made.losses(), made.evaluate()["eval_loss"]])
     assert len(runs[0]) == 5 and abs(runs[0][0] - runs[0][3]) > 1e-3
     assert_agree(runs[0], runs[1])

@@ -34,7 +34,7 @@ def gpt2_without_dropout(seed):
 
 @pytest.mark.parametrize("base", [tiny_llama, gpt2_without_dropout])
 def test_with_all_other_tokens_in_the_sample_the_loss_is_that_of_the_whole_vocabulary(base):
-    model = augmented(base, unfreeze="all").train()
+    model = augmented(base).requires_grad_(True).train()
     call = inputs() | random_images(2, 9)
     expected = model(**call)
     expected.loss.backward()
@@ -50,7 +50,7 @@ def test_with_all_other_tokens_in_the_sample_the_loss_is_that_of_the_whole_vocab
 
 
 def test_autograd_does_not_copy_the_logits(monkeypatch):
-    model = augmented(unfreeze="all").train()
+    model = augmented().requires_grad_(True).train()
     softmax = limited(model)
     softmax._sampled = 7
     made = []

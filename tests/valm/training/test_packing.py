@@ -37,7 +37,7 @@ def test_a_packed_training_has_the_losses_of_a_padded_one(decoder, images, tmp_p
     for row_length in (None, 24):
         model, kb = decoder(), None
         if images:
-            model, kb = augment(model, Vectors.dim, 3, logit_bias=0.0, unfreeze="all"), Vectors()
+            model, kb = augment(model, Vectors.dim, 3, logit_bias=0.0).requires_grad_(True), Vectors()
         found[row_length], collator = losses(tmp_path / str(row_length), model, row_length, kb)
         assert collator.row_length == row_length
     assert_agree(found[24], found[None])

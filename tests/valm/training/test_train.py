@@ -178,12 +178,12 @@ def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
     """Of 0 they stay as they are; and a resumed training has both rates."""
 
     def train(**arguments):
-        return trained(tmp_path, model=augmented(unfreeze="block"), max_steps=4, **arguments)
+        return trained(tmp_path, model=augmented().requires_grad_(True), max_steps=4, **arguments)
 
     def other(model, before):
         return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
-    base = augmented(unfreeze="block")
+    base = augmented().requires_grad_(True)
     before = base.state_dict()
     trains = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     fusion = {name for name in trains if ".image_fusion." in name}

@@ -21,7 +21,7 @@ def test_a_training(tmp_path, monkeypatch, clip, strategy, base):
         tokenizer = retriever.encoder.tokenizer
         tiny_llama(vocab_size=len(tokenizer)).save_pretrained(root / "base")
         tokenizer.save_pretrained(root / "base")
-        options = ["--base", root / "base", "--unfreeze", "block", "--steps", "3", "--batch-size", "2"]
+        options = ["--base", root / "base", "--steps", "3", "--batch-size", "2"]
     uploads = Uploads(monkeypatch)
     retrieved = ["--kb", root / "kb", "--out", root / "retrieval", "-k", "2"]
     assert run("retrieve", root / "corpus.txt", *retrieved) == 0
