@@ -13,9 +13,11 @@ from valm.corpus.retrieved import BATCH_TOKENS
 from valm.corpus.texts import read_documents
 from valm.errors import ValmError
 from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.min_score import choose_min_score
+from valm.retrieval.min_score import PERCENT, choose_min_score
 from valm.retrieval.retriever import Retriever
 
+# With fewer captions, the threshold that PERCENT of them miss is their lowest score.
+FEWEST = int(100 / PERCENT)
 # Captions that are read, from images evenly spaced in the knowledge base.
 CAPTIONS = 1000
 # Texts that are read ahead, so that texts of equal length share a search.
@@ -41,20 +43,19 @@ def find_min_score(
     """
     if ordinary_text is not None:
         return choose_min_score(text=_scores(read_documents([ordinary_text]), retriever))
-    texts = _captions(retriever.kb) if questions is None else read_documents([questions])
+    texts = captions_of(retriever.kb) if questions is None else read_documents([questions])
+    if questions is None and not texts:
+        raise ValmError(
+            f"the knowledge base {retriever.kb.path} has no captions to choose min_score from: name texts whose last "
+            "tokens need images (--questions) or texts that need none (--ordinary-text)"
+        )
     return choose_min_score(questions=_scores(texts, retriever))
 
 
-def _captions(kb: ImageKnowledgeBase) -> list[str]:
-    """The first captions of some images. Raises ValmError if no image has a caption."""
+def captions_of(kb: ImageKnowledgeBase) -> list[str]:
+    """The first captions of some images."""
     images = np.unique(np.linspace(0, len(kb) - 1, CAPTIONS, dtype=int))
-    found = [caption for image in images if (caption := kb.item(int(image)).caption.split("\n")[0])]
-    if not found:
-        raise ValmError(
-            f"the knowledge base {kb.path} has no captions to choose min_score from: name texts whose last tokens need "
-            "images (--questions) or texts that need none (--ordinary-text)"
-        )
-    return found
+    return [caption for image in images if (caption := kb.item(int(image)).caption.split("\n")[0])]
 
 
 def _scores(texts: Iterable[str], retriever: Retriever) -> Iterator[np.ndarray]:

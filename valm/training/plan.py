@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from valm.corpus.texts import TextCorpus
 
 STEPS = 1000
+# Default learning rate of a new model; and with a base, of what sees the images, and the initial bias of its scores.
+LR, BASE_LR, BASE_LOGIT_BIAS = 5e-4, 2e-3, 0.0
+# A `min_score` that hides no image.
+NO_MIN_SCORE = -1.0
 # Default number of evaluations in a training, and how many evaluations without improvement end it.
 EVALUATIONS, PATIENCE = 20, 3
 # Fields for pretrained decoders only.
@@ -44,7 +48,7 @@ class TrainingPlan:
             next to `out`. Give either `corpus` or `retrieval`.
         allow_download: load the CLIP from the hub that the knowledge base names.
         fields: fields of transformers' TrainingArguments. They override `steps`, `batch_size`, `lr` and `seed`.
-        retrieval: folder that `valm retrieve` wrote, to train on without CLIP.
+        retrieval: folder that `valm retrieve` wrote, to train on instead of a corpus.
         out: folder of the checkpoints and of the model.
         resume: resume from the newest checkpoint in `out`, if there is one.
         kb: folder of the knowledge base; without it, the model sees no images.
@@ -54,11 +58,13 @@ class TrainingPlan:
         base: pretrained decoder to augment instead of making a new model: folder or Hugging Face name. Its weights are
             frozen.
         layer: with `base`: the layer that sees the images, negative from the end.
-        logit_bias: with `base`: initial bias of each head's image scores; default -10.
+        logit_bias: with `base`: initial bias of each head's image scores; default BASE_LOGIT_BIAS.
         score_scale: initial value of a learned weight on how far an image's retrieval score is below the score of the
             token's best image; default: scores are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image. "auto" chooses
-            the threshold that 95 % of the knowledge base's captions reach.
+            the threshold that 95 % of the knowledge base's captions reach, and loads CLIP. NO_MIN_SCORE: no threshold.
+            Default: "auto" with `base`, unless the retrieval has no scores or the knowledge base has fewer captions
+            than `valm.corpus.min_score.FEWEST`; else no threshold.
         questions: with min_score="auto": file of texts whose last tokens need images, instead of the captions.
         ordinary_text: with min_score="auto": file of texts that need no images; 5 % of their tokens see some.
         fusion_lr: with `base`: learning rate of the new parameters; default `lr`.
@@ -68,7 +74,7 @@ class TrainingPlan:
         context: maximum tokens of a document; longer documents are cut.
         steps: updates; default 1000.
         batch_size: documents a step and process.
-        lr: learning rate.
+        lr: learning rate; default LR, with `base` BASE_LR.
         seed: random seed for weights, data order, validation split and dropout.
         validation: text file, result of `valm retrieve`, or fraction of the documents to hold out. The best checkpoint
             becomes the model.
@@ -85,9 +91,7 @@ class TrainingPlan:
     corpus: TextCorpus | None = None
     allow_download: bool = False
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    retrieval: str | os.PathLike | None = option(
-        "train on what `valm retrieve` wrote, without CLIP, instead of on a corpus"
-    )
+    retrieval: str | os.PathLike | None = option("train on what `valm retrieve` wrote, instead of on a corpus")
     out: str | os.PathLike = option("folder of the checkpoints and of the model", REQUIRED)
     resume: bool = option("resume from the newest checkpoint in --out, if any", False)
     kb: str | os.PathLike | None = option("knowledge base; without it the model sees no images")
@@ -109,7 +113,8 @@ class TrainingPlan:
         "with --base: the layer that sees the images (default: -2, or the last layer that computes its own keys)"
     )
     logit_bias: float | None = option(
-        "with --base: initial bias of each head's image scores (default: -10, at which images have almost no weight)"
+        f"with --base: initial bias of each head's image scores (default: {BASE_LOGIT_BIAS:g}; at -10 images have "
+        "almost no weight)"
     )
     score_scale: float | None = option(
         "initial value of a learned weight on how far an image's retrieval score is below that of the token's best "
@@ -118,7 +123,8 @@ class TrainingPlan:
     )
     min_score: float | str | None = option(
         "score threshold: a token whose best image has a lower retrieval score sees no image; auto: the threshold that "
-        "95 in 100 captions of the knowledge base reach (default: every token but a document's first sees images)",
+        "95 in 100 captions of the knowledge base reach, which loads CLIP; -1: no threshold (default: with --base auto "
+        "or, if the retrieval has no scores or the knowledge base fewer than 20 captions, none; without --base none)",
         metavar="SCORE",
         parse=score,
     )
@@ -150,7 +156,7 @@ class TrainingPlan:
     context: int = option("maximum tokens of a document; longer documents are cut", 512, least=1)
     steps: int | None = option("updates (default: 1000, or as --num_train_epochs determines)", least=1)
     batch_size: int = option("documents a step and process", 16, least=1)
-    lr: float = option("learning rate", 5e-4, least=0)
+    lr: float | None = option(f"learning rate (default: {LR:g}; with --base {BASE_LR:g})", least=0)
     seed: int = option("random seed for weights, data order, validation split and dropout", 0, least=0, below=MAX_SEED)
     validation: str | os.PathLike | float | None = option(
         "text file, result of `valm retrieve`, or fraction of the documents to hold out, such as 0.01; its perplexity "
@@ -196,7 +202,7 @@ class TrainingPlan:
                 f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"
             )
         texts = [text for text in (self.questions, self.ordinary_text) if text is not None]
-        if self.min_score != "auto" and texts:
+        if texts and self.min_score != "auto" and (self.base is None or self.min_score is not None):
             raise ValmError("--questions and --ordinary-text choose the score threshold: give --min-score auto too")
         if len(texts) > 1:
             raise ValmError("--min-score auto uses one kind of text: give either --questions or --ordinary-text")
@@ -226,6 +232,11 @@ class TrainingPlan:
         layers, width, heads = map(int, SIZES.get(given, given).split("x"))
         return layers, width, heads
 
+    def learning_rate(self) -> float:
+        """`lr` or its default."""
+        default = LR if self.base is None else BASE_LR
+        return default if self.lr is None else self.lr
+
     def stops_after(self) -> int:
         """How many evaluations without improvement end the training; 0: training never stops early."""
         if self.validation is None or not self.training_fields()["load_best_model_at_end"]:
@@ -237,7 +248,11 @@ class TrainingPlan:
         found: dict[str, Any] = {"save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
         if self.steps is not None or "num_train_epochs" not in self.fields:
             found["max_steps"] = STEPS if self.steps is None else self.steps
-        found |= {"per_device_train_batch_size": self.batch_size, "learning_rate": self.lr, "seed": self.seed}
+        found |= {
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate(),
+            "seed": self.seed,
+        }
         found |= self.fields
         if self.validation is not None:
             # a share of the steps if the epochs determine their number

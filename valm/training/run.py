@@ -11,7 +11,7 @@ import torch
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainingArguments
 
 from valm.clip.tokenizer import begin_id, clip_tokenizer, load_tokenizer, own_tokenizer
-from valm.corpus.min_score import find_min_score
+from valm.corpus.min_score import FEWEST, captions_of, find_min_score
 from valm.corpus.plan import RetrievalPlan
 from valm.corpus.retrieved import CorpusRetrieval, tokenized
 from valm.corpus.run import run_retrieval
@@ -30,7 +30,7 @@ from valm.training.callbacks import ended_by_signals, show_progress
 from valm.training.data import Documents, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
-from valm.training.plan import TrainingPlan, validation_of
+from valm.training.plan import BASE_LOGIT_BIAS, NO_MIN_SCORE, TrainingPlan, validation_of
 from valm.training.run_note import begun_checkpoint, note_numbers, note_run, only_training
 from valm.training.train import trainer, training_arguments
 
@@ -153,8 +153,16 @@ def _open(plan: TrainingPlan, seed: int) -> Data:
 
 
 def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: Any) -> float | None:
-    if not isinstance(plan.min_score, str):
-        return plan.min_score
+    """The score threshold, also of the controls with images."""
+    if isinstance(plan.min_score, float | int):
+        return None if plan.min_score == NO_MIN_SCORE else plan.min_score
+    if plan.min_score is None and plan.base is None:
+        return None
+    if plan.min_score is None and (reason := _why_no_threshold(plan, kb, corpus)):
+        print(
+            f"{reason}, so there is no score threshold: every token but a document's first sees images", file=sys.stderr
+        )
+        return None
     settings = dict(corpus.query_settings)
     precision = getattr(torch, settings.pop("precision"))
     of_clip = {"clip": corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
@@ -164,6 +172,15 @@ def _min_score(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: Any) -> float
     found = find_min_score(Retriever(encoder, kb, corpus.k), **texts)
     print(f"min_score {found:.4f}: below it a token sees no images", file=sys.stderr)
     return found
+
+
+def _why_no_threshold(plan: TrainingPlan, kb: ImageKnowledgeBase, corpus: CorpusRetrieval) -> str | None:
+    """Why the default threshold with a base cannot be chosen, or None if it can."""
+    if not corpus.has_scores:
+        return f"the retrieval {corpus.path} contains no scores"
+    if plan.questions is None and plan.ordinary_text is None and len(captions_of(kb)) < FEWEST:
+        return f"the knowledge base {kb.path} has fewer than {FEWEST} captions, and there is no --questions file"
+    return None
 
 
 def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
@@ -189,8 +206,8 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
         )
         model: Any = VaLMForCausalLM(config)
     else:
-        said: Any = {} if plan.logit_bias is None else {"logit_bias": plan.logit_bias}
-        model = augment(load_decoder(plan.base), **images, layer=plan.layer, **said)
+        logit_bias = BASE_LOGIT_BIAS if plan.logit_bias is None else plan.logit_bias
+        model = augment(load_decoder(plan.base), **images, layer=plan.layer, logit_bias=logit_bias)
     if kb is not None and blind:
         source = ImageSource.of_knowledge_base(kb, **data.corpus.query_settings)
         of_clip = {"clip": data.corpus.clip(plan.allow_download), "allow_download": plan.allow_download}

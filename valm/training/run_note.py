@@ -83,6 +83,7 @@ def note_run(out: Path, plan: TrainingPlan, training: ImageTrainer, dataset: Any
         "kb": None if plan.kb is None else "given",  # the data cover its content
         "model": "x".join(map(str, plan.size())) if plan.base is None else None,
         "min_score": model.fusion_options.min_score,
+        "lr": plan.learning_rate(),
         "validation": content_of(held_out) if isinstance(validation, Path) else validation and str(validation),
         "step_rows": training.get_total_train_batch_size(training.args),
         "data": content_of(dataset),

@@ -53,6 +53,38 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys, error_of):
     assert not list(tmp_path.glob("early*retrieval"))
 
 
+def test_a_base_has_a_threshold_by_default(world, base, tmp_path, capsys, monkeypatch):
+    """Unless the knowledge base has few captions and no questions are given, or the retrieval no scores; -1 is none."""
+    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", base, "-k", 2]
+    assert run(*retrieve, "--no-scores", "--out", tmp_path / "bare") == 0
+    questions = tmp_path / "questions.txt"
+    questions.write_text("the color of the apple is")
+
+    def threshold(name, *options, retrieval=world / "base-retrieval", of=("--base", base, *STEPS)):
+        train = ["train", "--retrieval", retrieval, "--kb", world / "kb", *of, *options]
+        assert run(*train, "--out", tmp_path / name) == 0
+        return load(tmp_path / name)[0].fusion_options.min_score, capsys.readouterr().err
+
+    few, said = threshold("few")
+    assert few is None and "kb has fewer than 20 captions, and there is no --questions file, so there is no sc" in said
+    own, _ = threshold("questions", "--questions", questions)
+    assert own is not None
+    monkeypatch.setattr("valm.training.run.FEWEST", 2)
+    bare, said = threshold("no-scores", retrieval=tmp_path / "bare")
+    assert bare is None and "bare contains no scores, so there is no score threshold: every token" in said
+    auto, _ = threshold("auto", "--min-score", "auto")
+    assert auto not in (None, own)
+    for twin in ("random", "shuffled", "blind"):
+        assert threshold(twin, "--twin", twin)[0] == auto
+    found = [
+        threshold("plain"),
+        threshold("off", "--min-score", -1),
+        threshold("new", of=SIZE, retrieval=world / "retrieval"),
+    ]
+    assert [number for number, _ in found] == [auto, None, None]
+    assert not any("so there is no score threshold" in said for _, said in found)
+
+
 def test_a_pretrained_decoder_stays_as_it_is(world, base, tmp_path, error_of):
     """And so does that of a control. Both read one file of the inputs of their fusion layer."""
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS]

@@ -12,7 +12,7 @@ from valm import load
 from valm.corpus.texts import TextCorpus
 from valm.errors import ValmError
 from valm.training import TrainingPlan, run_plan, training_arguments
-from valm.training.plan import validation_of
+from valm.training.plan import BASE_LR, LR, validation_of
 
 TEXT = {"corpus": TextCorpus(["corpus.txt"])}
 RETRIEVED = {"retrieval": "retrieval"}
@@ -53,6 +53,12 @@ def test_what_does_not_go_together_is_refused_before_anything_is_opened(tmp_path
     with pytest.raises(ValmError, match=f"^{message}"):
         run_plan(TrainingPlan(out=tmp_path / "out", **fields))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_has_its_own_learning_rate():
+    new, base = TrainingPlan(out="x", **WITH_KB), TrainingPlan(out="x", base="base", **WITH_KB)
+    assert (new.learning_rate(), base.learning_rate()) == (LR, BASE_LR) == (5e-4, 2e-3)
+    assert TrainingPlan(out="x", base="base", lr=1e-4, **WITH_KB).training_fields()["learning_rate"] == 1e-4
 
 
 @pytest.fixture
