@@ -333,9 +333,14 @@ class ImageTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
 
 
+def without_images(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `model`, changed so that no token sees an image."""
+    others = {name: value for name, value in call.items() if name not in IMAGE_ARGUMENTS}
+    return others | no_images(model, call["input_ids"])
+
+
 def _drop_images(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    others = {name: value for name, value in kwargs.items() if name not in IMAGE_ARGUMENTS}
-    return args, others | no_images(model, kwargs["input_ids"])
+    return args, without_images(model, kwargs)
 
 
 def _is_of_model(name: str) -> bool:

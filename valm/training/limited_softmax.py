@@ -26,7 +26,8 @@ SAMPLED = 2048
 class LimitedSoftmax:
     """Limits the logits and the loss of `model`, in training mode, to V' tokens: (B, T, V').
 
-    The V' tokens are the tokens of `documents` and SAMPLED others, sampled again in every step. Each sampled token
+    The V' tokens are the tokens of `documents` and SAMPLED others, sampled again in every call with gradients. A call
+    without gradients, such as the base's (`BaseDivergence`), has the tokens of the call before. Each sampled token
     stands for its share of all other tokens in the denominator, whose expected value is therefore exact (sampled
     softmax, Jean et al. 2015). Evaluation uses the whole vocabulary. The model is changed; its weights and their names
     stay the same.
@@ -57,6 +58,7 @@ class LimitedSoftmax:
         self._ranks[self.tokens] = torch.arange(len(self.tokens))
         self._head = head
         self._sampled = SAMPLED
+        self._sample = self._others[:0]
         self._loss_of_model = model.loss_function
         # not the class, which decides how the weights are saved and sharded
         vars(head)["forward"] = self._logits
@@ -72,8 +74,9 @@ class LimitedSoftmax:
         weight, bias = self._head.weight, self._head.bias
         if not self._head.training:
             return F.linear(hidden_states, weight, bias)
-        sample = self._others[torch.randperm(len(self._others))[: self._sampled]]
-        tokens = torch.cat((self.tokens, sample)).to(weight.device)
+        if torch.is_grad_enabled():
+            self._sample = self._others[torch.randperm(len(self._others))[: self._sampled]]
+        tokens = torch.cat((self.tokens, self._sample)).to(weight.device)
         return F.linear(hidden_states, weight[tokens], None if bias is None else bias[tokens])
 
     def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **more: Any) -> Tensor:
@@ -96,11 +99,9 @@ class LimitedSoftmax:
         with in_mode(model, training=False), torch.random.fork_rng():
             whole = model(**call)
             self._head.train()
-            self._sampled = 0
             logits = model(**call).logits
-            self._sampled = len(self._others)
+            self._sample = self._others
             loss = model(**call).loss
-            self._sampled = SAMPLED
         expected = whole.logits[..., self.tokens.to(whole.logits.device)]
         tolerance = torch.finfo(expected.dtype).eps ** 0.5
         same = logits.shape == expected.shape and torch.allclose(

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 STEPS = 1000
 # Default learning rate of a new model; and with a base, of what sees the images, and the initial bias of its scores.
 LR, BASE_LR, BASE_LOGIT_BIAS = 5e-4, 2e-3, 0.0
+# With a base: default weight of the divergence from it (studies/color/plan.md, 3 December 2026).
+BASE_KL = 1.5
 # A `min_score` that hides no image.
 NO_MIN_SCORE = -1.0
 # Default number of evaluations in a training, and how many evaluations without improvement end it.
 EVALUATIONS, PATIENCE = 20, 3
 # Fields for pretrained decoders only.
-BASE_FIELDS = ("layer", "logit_bias", "fusion_lr", "cache_below")
+BASE_FIELDS = ("layer", "base_kl", "logit_bias", "fusion_lr", "cache_below")
 # Fields for models with images only.
 IMAGE_FIELDS = ("twin", "score_scale", "min_score", "questions", "ordinary_text")
 TWINS = ("text", "random", "blind", "shuffled")
@@ -58,6 +60,8 @@ class TrainingPlan:
         base: pretrained decoder to augment instead of making a new model: folder or Hugging Face name. Its weights are
             frozen.
         layer: with `base`: the layer that sees the images, negative from the end.
+        base_kl: with `base`: weight of the model's divergence from the base in the training loss
+            (`valm.training.base_divergence`); default BASE_KL. 0: cross entropy alone.
         logit_bias: with `base`: initial bias of each head's image scores; default BASE_LOGIT_BIAS.
         score_scale: initial value of a learned weight on how far an image's retrieval score is below the score of the
             token's best image; default: scores are not used.
@@ -111,6 +115,12 @@ class TrainingPlan:
     )
     layer: int | None = option(
         "with --base: the layer that sees the images (default: -2, or the last layer that computes its own keys)"
+    )
+    base_kl: float | None = option(
+        f"with --base: weight of the Kullback-Leibler divergence from the base in the training loss, which keeps text "
+        f"without pictures nearly as the base predicts it; 0: cross entropy alone (default: {BASE_KL:g})",
+        least=0,
+        metavar="WEIGHT",
     )
     logit_bias: float | None = option(
         f"with --base: initial bias of each head's image scores (default: {BASE_LOGIT_BIAS:g}; at -10 images have "
@@ -236,6 +246,11 @@ class TrainingPlan:
         """`lr` or its default."""
         default = LR if self.base is None else BASE_LR
         return default if self.lr is None else self.lr
+
+    def divergence_weight(self) -> float:
+        """`base_kl` or its default; 0 without a base."""
+        default = 0.0 if self.base is None else BASE_KL
+        return default if self.base_kl is None else self.base_kl
 
     def stops_after(self) -> int:
         """How many evaluations without improvement end the training; 0: training never stops early."""

@@ -20,6 +20,7 @@ from valm.model.image_model import ImageModel
 from valm.model.probe import keeps_apart
 from valm.retrieval.source import ImageSource
 from valm.text import nearest
+from valm.training.base_divergence import BaseDivergence
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_min_score
@@ -76,6 +77,7 @@ def trainer(
     cache_below: str | os.PathLike | None = None,
     fusion_lr: float | None = None,
     limit_softmax: bool = False,
+    base_kl: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -83,7 +85,7 @@ def trainer(
     Precision, accumulation, schedules, logs, checkpoints and several processes work as in the Trainer. The loss is the
     mean over all tokens of a step, in any batch and process. A copy of `arguments` is adapted to the data: columns are
     not removed, each process makes batches from its own documents, and the logs show losses that are not finite.
-    limit_softmax changes the model itself: load it again for a training without it.
+    limit_softmax and base_kl change the model itself: load it again for a training without them.
 
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
@@ -104,6 +106,8 @@ def trainer(
         fusion_lr: learning rate of the parameters that only see images; None uses the rate of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
+        base_kl: weight of the divergence from the base in the training loss, for an augmented model whose base is
+            frozen (`BaseDivergence`). Evaluation is without it.
         options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
@@ -158,6 +162,11 @@ def trainer(
             f"{type(inner).__name__} does not compute the loss of the next token: use another decoder, or give "
             "compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
         )
+    if base_kl and (arguments.label_smoothing_factor or options.get("compute_loss_func") is not None):
+        raise ValmError(
+            "base_kl is added to the model's own loss, which label_smoothing_factor or compute_loss_func replaces: set "
+            "base_kl (--base-kl) to 0"
+        )
     corpus = _retrieval(dataset)
     if kb is not None and corpus is not None:  # for models saved from now on
         inner.finder.set_source(ImageSource.of_knowledge_base(kb, **corpus.query_settings))
@@ -179,7 +188,9 @@ def trainer(
             trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
             if evaluated is not None:
                 evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
-    if limit_softmax:
+    if base_kl:
+        BaseDivergence(inner, base_kl)
+    if limit_softmax:  # its loss contains the loss above
         LimitedSoftmax(inner, dataset)
 
     def even(documents: Any) -> Any:
