@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
@@ -47,7 +48,14 @@ class AdapterFile(_Version):
     retrieval: dict[str, Any] | None
 
 
-def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
+def save_adapter(
+    model: AugmentedCausalLM,
+    folder: str | os.PathLike,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    numbers: Mapping[str, float] | None = None,
+    command: str | None = None,
+) -> Path:
     """Saves what `augment` added to the base model.
 
     The folder also gets the paths of the images and of the base, relative to `folder` so that both can be moved
@@ -57,6 +65,9 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     Args:
         model: what `augment` returned, trained or not.
         folder: created if missing; an adapter in it is replaced.
+        tokenizer: saved too; by default the base's tokenizer is opened with the adapter.
+        numbers: measurements for the model card, by name. A card that the user wrote is never replaced.
+        command: the command for the model card.
 
     Returns:
         The folder.
@@ -109,8 +120,10 @@ def save_adapter(model: AugmentedCausalLM, folder: str | os.PathLike) -> Path:
     with replaced_files(folder, "the adapter") as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE)
         write_json(temporary / ADAPTER_FILE, description)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         write_places(model.finder.source, temporary, place=folder, base=base if here else None)
-    write_card(model, folder, with_base=False)
+    write_card(model, folder, numbers=numbers, command=command, with_base=False)
     return folder
 
 
@@ -175,12 +188,24 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     _check_shapes(model, options, folder, tensors)
     ImageSource.of_config(described["retrieval"], folder)  # raises before the model is changed
     augmented = become_augmented(model, options)
-    with torch.no_grad():
-        for name, tensor in _tensors(augmented, options).items():
-            tensor.copy_(tensors[name])
+    _set(augmented, tensors)
     augmented.config.retrieval = described["retrieval"]
     augmented.read_places(folder)
     return augmented
+
+
+def load_weights(model: AugmentedCausalLM, folder: str | os.PathLike) -> None:
+    """Sets the weights that `augment` added to `model` to those of the adapter in `folder`. Raises ValmError if the
+    adapter's weights cannot be read or do not fit."""
+    tensors = _stored_tensors(Path(folder))
+    _check_shapes(model, model.fusion_options, Path(folder), tensors)
+    _set(model, tensors)
+
+
+@torch.no_grad()
+def _set(model: AugmentedCausalLM, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in _tensors(model, model.fusion_options).items():
+        tensor.copy_(tensors[name])
 
 
 def _check_shapes(model: PreTrainedModel, options: FusionOptions, folder: Path, tensors: dict[str, Tensor]) -> None:

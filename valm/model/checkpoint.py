@@ -121,10 +121,11 @@ def load(
         folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer. An adapter's
             tokenizer may be in the folder of its base model.
         base: where an adapter's base model is, if it has moved: a folder, a Hugging Face name, or a GGUF file in either
-            (`folder/model.gguf`). A name that only the adapter's file contains is never downloaded.
+            (`folder/model.gguf`). A name that only the adapter's file contains is not downloaded without
+            allow_download.
         kb: folder of the knowledge base, if it has moved. Another knowledge base of the same CLIP raises a warning.
         clip: where the CLIP is, if it has moved (see `Clip.load`). Another CLIP is rejected.
-        allow_download: load the CLIP from the hub that the knowledge base names.
+        allow_download: load the CLIP that the knowledge base names, and the base that an adapter names, from the hub.
         device: where the model and CLIP run.
         query_dtype: precision of CLIP's text tower, as in `open_encoder`. Default: the precision that was chosen for
             the model's retriever before the model was saved.
@@ -143,20 +144,20 @@ def load(
         >>> model(ids).logits.shape  # (B, T, V); the retriever finds the images
         torch.Size([1, 3, ...])
     """
-    folder = Path(folder)
-    if not Path(folder).is_dir():
+    folder, local = Path(folder), base is None and not allow_download
+    if not folder.is_dir():
         raise ValmError(f"there is no checkpoint folder {folder}")
     source: str | os.PathLike
     if is_adapter(folder):
         source = adapter_base(folder) if base is None else base
-        model = load_adapter(_load_base(folder, source, by_user=base is not None), folder)
+        model = load_adapter(_load_base(folder, source, local=local), folder)
         source = folder if (folder / TOKENIZER_FILE).is_file() else source
     else:
         if base is not None:
             raise ValmError(f"{folder} is no adapter (it contains no {ADAPTER_FILE}), so it takes no base model")
         source = current_files(folder)
         model = _load_whole(folder, source)
-    tokenizer = _load_tokenizer(source, folder, local=base is None)
+    tokenizer = _load_tokenizer(source, folder, local=local)
     check_vocabulary(model, tokenizer, f"the tokenizer in {source}")
     sees, of_images = model.fusion_options.num_images > 0, model.finder.source
     if not sees and kb is not None:
@@ -214,10 +215,14 @@ def load_decoder(source: str | os.PathLike) -> Any:
     return model
 
 
-def _load_base(folder: Path, base: str | os.PathLike, by_user: bool) -> Any:
+def _load_base(folder: Path, base: str | os.PathLike, local: bool) -> Any:
     what = f"the base model {base} of the adapter {folder}"
+    remedy = (
+        "; put it back, allow its download (--allow-download), or note where it is: model, _ = valm.load(ADAPTER, "
+        "base=BASE); valm.save_adapter(model, ADAPTER)"
+    )
     base, gguf = gguf_option(base)
-    return from_pretrained(AutoModelForCausalLM, base, what, "; give it as base", local_files_only=not by_user, **gguf)
+    return from_pretrained(AutoModelForCausalLM, base, what, remedy, local_files_only=local, **gguf)
 
 
 def _load_tokenizer(source: str | os.PathLike, folder: Path, local: bool) -> Any:

@@ -20,7 +20,7 @@ class Opening:
     """How models are loaded. The fields are options with a help text, and arguments of `valm.load`.
 
     Attributes:
-        allow_download: load the CLIP from the hub that the knowledge base names.
+        allow_download: load the CLIP that the knowledge base names, and the base that an adapter names, from the hub.
     """
 
     kb: str | os.PathLike | None = option("another knowledge base than the checkpoint was trained with")

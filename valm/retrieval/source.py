@@ -199,11 +199,11 @@ def write_places(
     place: where `folder` will be moved.
     """
     folder = Path(folder)
-    of_training = _is_of_training(folder)
+    place = folder if place is None else Path(place)
+    of_training = _is_of_training(place)
     if of_training:
         (folder / PLACES_FILE).unlink(missing_ok=True)  # it would be read first
-        folder = folder.resolve().parent
-    place = folder if place is None else place
+        folder = place = place.resolve().parent
     named = {} if source is None else {"knowledge_base": source.knowledge_base, "clip": source.clip}
     places = {
         name: relative_path(path, place) if os.path.isabs(path) else str(path)

@@ -17,12 +17,15 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from valm.errors import ValmError
+from valm.model.adapter import is_adapter, load_weights, save_adapter
 from valm.model.attention import IMAGE_ARGUMENTS
+from valm.model.augment import AugmentedCausalLM
 from valm.model.card import write_card
-from valm.model.checkpoint import save_checkpoint
+from valm.model.checkpoint import save_checkpoint, with_length
 from valm.model.image_model import ImageModel
 from valm.retrieval.source import write_places
 from valm.store.files import writable_folder
+from valm.store.folders import ADAPTER, link
 from valm.store.pretrained import quiet_transformers
 from valm.text import one_line
 from valm.training.cache_below import no_images
@@ -34,7 +37,7 @@ from valm_kernels.json_files import check_own
 # Part of the names of parameters that only see images.
 FUSION_NAME = ".image_fusion."
 # The Trainer writes these files; the state is last.
-STATE_FILE, SCHEDULER_FILE = "trainer_state.json", "scheduler.pt"
+STATE_FILE, SCHEDULER_FILE, TRAINING_ARGS_NAME = "trainer_state.json", "scheduler.pt", "training_args.bin"
 OPTIMIZER_FILES = {"optimizer.pt", "optimizer.bin"}
 # DeepSpeed writes this file; its own files contain the optimizer and the learning rates.
 DEEPSPEED_FILE = "latest"
@@ -168,13 +171,27 @@ class ImageTrainer(Trainer):
 
     def write(self, folder: Any, tokenizer: Any, *, command: str | None = None) -> None:
         """Writes the trained model into `folder` completely or not at all, with a card that shows its losses and
-        `command`. All processes call it (`save_checkpoint`)."""
+        `command`: an adapter if its base is known and did not train, else the whole model. All processes call it
+        (`save_adapter`, `save_checkpoint`)."""
         state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            numbers = self.model_numbers()
-            save_checkpoint(model, tokenizer, folder, state_dict=state, numbers=numbers, command=command)
+            shown: Any = {"numbers": self.model_numbers(), "command": command}
+            if adapted := self._adapted():
+                save_adapter(adapted, folder, tokenizer=with_length(tokenizer, adapted), **shown)
+            else:
+                model = self.accelerator.unwrap_model(self.model)
+                save_checkpoint(model, tokenizer, folder, state_dict=state, **shown)
         self.accelerator.wait_for_everyone()
+
+    def _adapted(self) -> Any:
+        """The model if it is saved as an adapter, because its base is known and only parameters that see images train;
+        else None. FSDP and DeepSpeed load whole models."""
+        model: Any = self.model
+        divided = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if divided or not isinstance(model, AugmentedCausalLM) or not model.config.base_place:
+            return None
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        return model if all(FUSION_NAME in name for name in trained) else None
 
     # ---- what the Trainer calls ----
 
@@ -309,26 +326,49 @@ class ImageTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Raises if the best checkpoint is missing; the Trainer would use the last weights."""
-        self.state.best_model_checkpoint = self._best_checkpoint(self.state.best_model_checkpoint)
-        super()._load_best_model()
+        best = self._best_checkpoint(self.state.best_model_checkpoint)
+        self.state.best_model_checkpoint = best
+        if best is not None and is_adapter(Path(best)):
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Checkpoints that are adapters contain only what trained."""
+        if is_adapter(Path(resume_from_checkpoint)):
+            trained: Any = self.model
+            load_weights(trained, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Checkpoints load with their images: writes the paths of the images, once for all checkpoints."""
+        """Checkpoints load with their images: writes the paths of the images, once for all checkpoints. Without a
+        training of the base, a checkpoint is an adapter."""
+        if adapted := self._adapted():
+            if self.args.should_save:
+                folder = Path(output_dir or str(self.args.output_dir))
+                tokenizer: Any = self.processing_class
+                save_adapter(adapted, folder, tokenizer=tokenizer)
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            return
         with quiet_transformers():
             super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, ImageModel):
             write_places(self.model.finder.source, str(self.args.output_dir))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publishing: each upload gets the card, which names the images."""
+        """Publishing: each upload gets the card, which names the images, and the adapter if the checkpoint is one."""
         if self.args.should_save and isinstance(self.model, ImageModel):
             self.create_model_card()
+            for file in Path(checkpoint_folder).glob(ADAPTER):
+                link(file, Path(str(self.args.output_dir)) / file.name)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Publishing: the card names the images, and no folder of this machine."""
         if isinstance(self.model, ImageModel):
-            write_card(self.model, str(self.args.output_dir), numbers=self.model_numbers())
+            folder, with_base = str(self.args.output_dir), self._adapted() is None
+            write_card(self.model, folder, numbers=self.model_numbers(), with_base=with_base)
         else:
             super().create_model_card(*args, **kwargs)
 

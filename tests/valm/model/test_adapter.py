@@ -178,10 +178,12 @@ def test_load_finds_base_tokenizer_and_images_of_an_adapter(tmp_path, clip, make
     torch.testing.assert_close(loaded(ids).logits, expected)
     assert len(tokenizer) == len(clip.tokenizer)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValmError, match=r"the base model .* cannot be read: .*; give it as base"):
+    with pytest.raises(ValmError, match=r"the base model .* cannot be read: .*; put it back, .* or note where it is"):
         load(tmp_path / "adapter")
     loaded, _ = load(tmp_path / "adapter", base=tmp_path / "elsewhere", clip=str(tmp_path / "clip"))
     torch.testing.assert_close(loaded(ids).logits, expected)
+    save_adapter(loaded, tmp_path / "adapter")  # as the sentence says
+    torch.testing.assert_close(load(tmp_path / "adapter", clip=str(tmp_path / "clip"))[0](ids).logits, expected)
     with pytest.raises(ValmError, match="is no adapter"):
         load(tmp_path / "elsewhere", base=tmp_path / "elsewhere")
 

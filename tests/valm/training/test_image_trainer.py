@@ -14,8 +14,10 @@ from tests.tolerance import assert_agree
 from tests.valm.killed import exit_code, forked, needs_fork
 from tests.valm.models import HashRetriever
 from tests.valm.training.documents import TOKENIZER, documents, new_model, new_trainer, trained
+from tests.valm.training.test_train import plain_llama
 from valm.errors import ValmError
-from valm.model.checkpoint import load
+from valm.model.augment import augment
+from valm.model.checkpoint import load, load_decoder
 from valm.retrieval.source import ImageSource
 from valm.training.callbacks import ended_by_signals
 from valm.training.image_trainer import STATE_FILE, newest_checkpoint
@@ -79,6 +81,55 @@ def test_resumed_anywhere_the_losses_and_weights_are_the_same(tmp_path, uninterr
     stopped.add_callback(StopAfter(step))
     stopped.train()
     check_resumed(tmp_path, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def on_base(tmp_path_factory):
+    """Makes a model of one base, which is in a folder."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    plain_llama().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return lambda: augment(load_decoder(folder), 24, 3, logit_bias=0.0)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_checkpoints_of_a_frozen_base_are_adapters_and_go_on(tmp_path, on_base, step):
+    base = on_base().config.base_place
+    whole = trained(tmp_path / "whole", model=on_base(), **SAVING)
+    stopped = new_trainer(tmp_path / "stopped", model=on_base(), **SAVING)
+    stopped.add_callback(StopAfter(step))
+    stopped.train()
+    checkpoint = tmp_path / "stopped" / f"checkpoint-{step}"
+    names = {file.name for file in checkpoint.iterdir()}
+    assert {"image_fusion.safetensors", "optimizer.pt", STATE_FILE} <= names and "_retrieval.json" not in names
+    assert not list(checkpoint.glob("model*")) and "config.json" not in names
+    loaded, tokenizer = load(checkpoint)
+    assert same(weights(loaded), weights(stopped.model)) and len(tokenizer) == len(TOKENIZER)
+    assert loaded.config.base_place == base
+    resumed = trained(tmp_path / "stopped", model=on_base(), resume=True, **SAVING)
+    assert resumed.losses() == whole.losses() and same(weights(resumed.model), weights(whole.model))
+
+
+def test_the_best_adapter_becomes_the_model(tmp_path, on_base):
+    made = evaluated(tmp_path / "out", [3.0, 1.0, 2.0], model=on_base(), max_steps=3)
+    each = BeforeSteps()
+    made.add_callback(each)
+    made.train()
+    assert same(weights(made.model), each.weights[2]) and not same(weights(made.model), each.weights[1])
+    made.write(tmp_path / "model", TOKENIZER, command="as it was made")
+    assert same(weights(load(tmp_path / "model")[0]), each.weights[2])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| eval_loss | 1 |" in card and "as it was made" in card
+
+
+@pytest.mark.parametrize("how", ["trains", "has no folder"])
+def test_a_base_that_trains_or_is_in_no_folder_is_saved_whole(tmp_path, on_base, how):
+    model = on_base().requires_grad_(True) if how == "trains" else augment(plain_llama(), 24, 3)
+    made = trained(tmp_path / "out", model=model, **(SAVING | {"max_steps": 2}))
+    made.write(tmp_path / "model", TOKENIZER)
+    for folder in (tmp_path / "out" / "checkpoint-2", tmp_path / "model"):
+        assert (folder / "model.safetensors").is_file() and not list(folder.glob("image_fusion*"))
+        assert same(weights(load(folder)[0]), weights(made.model))
 
 
 class Asks(TrainerCallback):

@@ -34,4 +34,6 @@ def test_a_training(tmp_path, monkeypatch, clip, strategy, base):
     if strategy == "checkpoint":
         uploads.check("me/it/last-checkpoint", source, str(tmp_path))
         assert "me/it/last-checkpoint/trainer_state.json" in uploads
-    assert read_places(tmp_path / "out" / "checkpoint-3") == {"knowledge_base": f"../{SECRET}/kb"}
+    places = {"knowledge_base": f"../{SECRET}/kb"} | ({"base": f"../{SECRET}/base"} if base else {})
+    assert read_places(tmp_path / "out" / "checkpoint-3") == places
+    assert ("me/it/image_fusion.safetensors" in uploads) == base != ("me/it/model.safetensors" in uploads)
