@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES = 1 << 22
+SHA256_BYTES = 32
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
+def file_sha256(path: Path, *, omit: int = 0) -> str:
+    """SHA-256 of a file's content without its last `omit` bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        left = max(0, os.fstat(file.fileno()).st_size - omit)
+        while block := file.read(min(BLOCK_BYTES, left)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

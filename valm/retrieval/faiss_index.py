@@ -153,7 +153,13 @@ class FaissIndex:
                 f"{path} is damaged: it has {found} bytes instead of {parameters.file['bytes']}; {remedy(kb)}"
             )
         try:
-            return cls(kb, read_index(path), parameters, device)
+            index = read_index(path)
+            if (index.d, index.ntotal) != (kb.dim, len(kb)):
+                raise ValmError(
+                    f"{path} contains {index.ntotal:,} vectors of {index.d} numbers, but the knowledge base contains "
+                    f"{len(kb):,} of {kb.dim}; {remedy(kb)}"
+                )
+            return cls(kb, index, parameters, device)
         except RuntimeError as error:
             raise ValmError(f"cannot read {path}; {remedy(kb)}") from error
 

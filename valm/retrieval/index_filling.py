@@ -1,15 +1,17 @@
 """Trains the faiss index of a knowledge base and adds the vectors in parts.
 
-    index-PLAN.partial    the index with its first vectors, as faiss writes it; PLAN is a hash of everything on which
-                          the index depends
+    index-PLAN.partial    the index with its first vectors, as faiss writes it, and the SHA-256 of these bytes; PLAN is
+                          a hash of everything on which the index depends
 
-The next build continues with this file, so a killed build loses at most the training or a sixteenth of the vectors.
+The next build continues with this file, so a killed build loses at most the training or a sixteenth of the vectors. If
+the file is damaged, the next build starts again. faiss ignores the SHA-256 at the end.
 Finding the nearest cell of each vector takes most of the time; an exact top-K search finds it faster than faiss.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from valm.progress import progress_bar
 from valm.retrieval.index_parameters import INDEX_FILE, import_faiss, new_index, stages
 from valm_kernels import FlatIPIndex
 from valm_kernels.atomic_files import atomic_path
+from valm_kernels.checksums import SHA256_BYTES, file_sha256
 from valm_kernels.json_files import check_own
 
 # Training vectors per cell (faiss warns below 39), and the least and most training vectors.
@@ -70,21 +73,20 @@ def filled_index(
 
     Raises:
         OSError: `partial` cannot be written, or is a link that leads out of its folder.
-        ValmError: `partial` is damaged, a vector is not finite, or there are more cells than vectors.
+        ValmError: a vector is not finite, or there are more cells than vectors.
     """
     faiss = import_faiss()
     index, block = _unpacked(new_index(kb.dim, factory))
     device = torch.device(device)
-    try:
-        index = _read(partial)
-    except FileNotFoundError:
-        if not index.is_trained:
-            count = training_rows(kb, index)
-            rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
-            with progress_bar(total=count, desc="train", unit=" images", unit_scale=True, shown=progress) as bar:
-                _train(index, _vectors(kb, rows), device)
-                bar.update(count)
-            _write(index, partial)
+    if _is_whole(partial):
+        index = faiss.read_index(str(partial))
+    elif not index.is_trained:
+        count = training_rows(kb, index)
+        rows = np.sort(np.random.default_rng(seed).choice(len(kb), count, replace=False))
+        with progress_bar(total=count, desc="train", unit=" images", unit_scale=True, shown=progress) as bar:
+            _train(index, _vectors(kb, rows), device)
+            bar.update(count)
+        _write(index, partial)
     _add(kb, index, partial, device, progress)
     if block is None:
         return partial
@@ -204,26 +206,36 @@ def _vectors(kb: ImageKnowledgeBase, rows: np.ndarray) -> np.ndarray:
     return vectors
 
 
-def _read(partial: Path) -> Any:
-    check_own(partial)
+def _is_whole(partial: Path) -> bool:
+    """Whether the file exists and its SHA-256 fits. Warns if it does not fit."""
     try:
-        return import_faiss().read_index(str(partial))
-    except RuntimeError as error:
-        raise ValmError(f"{partial} is damaged: delete it, and the index is made from the start") from error
+        check_own(partial)
+    except FileNotFoundError:
+        return False
+    with open(partial, "rb") as file:
+        file.seek(max(0, partial.stat().st_size - SHA256_BYTES))
+        noted = file.read().hex()
+    if noted == file_sha256(partial, omit=SHA256_BYTES):
+        return True
+    warnings.warn(f"{partial} of an interrupted build is damaged, so the index is made from the start", stacklevel=3)
+    return False
 
 
 def _write(index: Any, partial: Path) -> None:
     with atomic_path(partial) as temporary:
-        _write_to(temporary, index, partial)
+        _write_to(temporary, index, partial, with_sha256=True)
 
 
-def _write_to(temporary: Path, index: Any, file: Path) -> None:
-    """Writes a faiss index to `temporary`, which will become `file`."""
+def _write_to(temporary: Path, index: Any, file: Path, *, with_sha256: bool = False) -> None:
+    """Writes a faiss index, and its SHA-256 if wanted, to `temporary`, which will become `file`."""
     faiss = import_faiss()
     try:
         # faiss's own writer does not report that the last bytes do not fit on the disk
         with temporary.open("wb") as opened:
             faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
+            if with_sha256:
+                opened.flush()
+                opened.write(bytes.fromhex(file_sha256(temporary)))
     except (OSError, RuntimeError) as error:  # faiss raises RuntimeError
         reason = "the disk is full, or cannot be written"
         raise ValmError(f"cannot write {file}: {reason}. The old file is untouched") from error

@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -164,7 +165,9 @@ def test_the_index_is_what_faiss_makes_of_the_cells_and_codes(kb, tmp_path, fact
 def test_an_index_is_written_once_if_it_is_not_packed(kb, monkeypatch, factory, parts):
     """Beside once when it is trained."""
     written, write = [], index_filling._write_to
-    monkeypatch.setattr(index_filling, "_write_to", lambda *what: (written.append(what[1].ntotal), write(*what)))
+    monkeypatch.setattr(
+        index_filling, "_write_to", lambda *what, **how: (written.append(what[1].ntotal), write(*what, **how))
+    )
     make_index(kb, queries(kb), factory, target_recall=0.1)
     assert written == [part * len(kb) for part in parts]
     assert verify_index(kb) == [] and (kb.path / "index.faiss").stat().st_nlink == 1
@@ -192,6 +195,14 @@ def interrupted(kb, monkeypatch, factory="PCA8,IVF16,SQ8", step=(index_tuning, "
     return partial, build
 
 
+def flip(place, file):
+    """Changes eight bytes, counted from the end if `place` is negative."""
+    content = bytearray(file.read_bytes())
+    place %= len(content)
+    content[place : place + 8] = bytes(255 - byte for byte in content[place : place + 8])
+    file.write_bytes(content)
+
+
 STEPS = {
     "trained": (index_filling.NearestCell, "__call__"),
     "added": (index_tuning, "_exact"),
@@ -217,13 +228,43 @@ def test_what_a_killed_build_leaves_makes_the_same_index(clip, tmp_path, monkeyp
         assert not list(kb.path.glob("*.partial"))
 
 
-def test_a_partial_index_that_faiss_cannot_read_is_named(kb, monkeypatch):
-    partial, build = interrupted(kb, monkeypatch)
-    partial.write_bytes(partial.read_bytes()[:-1])
-    with pytest.raises(ValmError, match=rf"{partial} is damaged: delete it"):
-        build()
-    partial.unlink()
-    assert len(build()) == COUNT
+def of_another_width(partial):
+    other = faiss.index_factory(2000, "Flat")
+    faiss.write_index(other, str(partial))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(partial(flip, place) for place in (100, -40, -20)),
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        of_another_width,
+    ],
+    ids=str,
+)
+def test_a_damaged_partial_index_is_named_and_made_from_the_start(kb, monkeypatch, damage):
+    expected = make_index(kb, queries(kb), "PCA8,IVF16,SQ8", target_recall=0.5)
+    content = (kb.path / "index.faiss").read_bytes()
+    remove_index(kb)
+    file, build = interrupted(kb, monkeypatch)
+    damage(file)
+    with pytest.warns(
+        UserWarning, match=rf"{file} of an interrupted build is damaged, so the index is made from the start"
+    ):
+        found = build()
+    assert found.parameters == expected.parameters and (kb.path / "index.faiss").read_bytes() == content
+
+
+def test_an_index_of_another_width_is_named(kb):
+    make_index(kb, queries(kb), "IVF16,Flat", target_recall=0.5)
+    file = kb.path / "index.faiss"
+    size = file.stat().st_size
+    faiss.write_index(faiss.index_factory(kb.dim + 1, "Flat"), str(file))
+    file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    with pytest.raises(
+        ValmError, match=rf"index.faiss contains 0 vectors of {kb.dim + 1} numbers, but .* {COUNT:,} of {kb.dim}"
+    ):
+        open_index(kb)
 
 
 def test_a_link_out_of_the_folder_is_refused(kb, monkeypatch):
