@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from valm.evaluation.questions import FAIR, YES_NO, Documents, Questions
-from valm.evaluation.statistics import accuracy, ratio
+from valm.evaluation.statistics import accuracy, as_json, ratio
 
 
 def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | None) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def choice_metrics(asked: Questions, scores: np.ndarray, alone: np.ndarray | Non
 
     def share(name: str, correct: np.ndarray) -> None:
         """Adds a metric from `correct`, (seeds, items) or (seeds, items, prompts)."""
-        found[name] = asdict(accuracy(correct, asked.objects))
+        found[name] = as_json(accuracy(correct, asked.objects), len(right))
 
     given = scores.argmax(-1)
     correct = given == right  # (seeds, items, prompts)
@@ -76,8 +75,10 @@ def document_metrics(asked: Documents, scores: Mapping[str, np.ndarray]) -> dict
     accuracy: how often the last word is the likeliest; target_perplexity: per last word (published: per last token).
     """
 
-    def perplexity(nats: np.ndarray, units: np.ndarray) -> dict[str, float]:
-        return asdict(ratio(nats, units, transform=np.exp))
+    items = len(asked.texts)
+
+    def perplexity(nats: np.ndarray, units: np.ndarray) -> dict[str, float | None]:
+        return as_json(ratio(nats, units, transform=np.exp), items)
 
     nats, texts = scores["nats"], np.ones_like(scores["nats"])
     found: dict[str, Any] = {"perplexity": perplexity(nats, scores["tokens"])}
@@ -86,7 +87,7 @@ def document_metrics(asked: Documents, scores: Mapping[str, np.ndarray]) -> dict
         found["byte_perplexity"] = perplexity(nats, scores["bytes"])
     if asked.last_word:
         found |= {
-            "accuracy": asdict(accuracy(scores["known"])),
+            "accuracy": as_json(accuracy(scores["known"]), items),
             "target_perplexity": perplexity(scores["word_nats"], texts),
             "baselines": {"majority": 0.0, "majority_answer": "any one word", "chance": 0.0, "constants": {}},
         }

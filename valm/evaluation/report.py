@@ -17,6 +17,7 @@ from valm.evaluation.charts import Quantity, axes, charts
 from valm.evaluation.published import LAYOUTS, Column, Layout
 from valm.evaluation.questions import FAIR
 from valm.evaluation.sets import OWN
+from valm.evaluation.statistics import FEWEST
 from valm.evaluation.suite import RESULTS
 from valm.store.files import writable_folder, write_json
 from valm.store.folders import atomic_folder
@@ -163,6 +164,12 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
     if about.get("knowledge_base"):
         found.append(f"Images from the knowledge base {about['knowledge_base']}.")
     titles = _titles(results)
+    few = {row["task"]: row["items"] for row in results["rows"] if row["items"] < FEWEST}
+    found += [
+        f"{titles[task]}: no intervals, because they need {FEWEST} items and there are {items}. Ask more questions "
+        "before you compare models."
+        for task, items in few.items()
+    ]
     found += [f"{task['title']}: {task['note']}." for task in results["tasks"] if task["note"]]
     refused = dict.fromkeys(
         (row["model"], titles[row["task"]], row["not_applicable"]) for row in results["rows"] if _refused(row)
@@ -219,7 +226,7 @@ def _differences(results: Mapping[str, Any]) -> Table:
             pair["protocol"],
             pair["metric"],
             Quantity(1 if pair["metric"] == "nats per byte" else 100, "+.2f").text(pair),
-            MISSING if pair["p"] is None else f"{pair['p']:.4f}",
+            MISSING if pair.get("p") is None else f"{pair['p']:.4f}",
         )
         for pair in results["pairs"]
     )

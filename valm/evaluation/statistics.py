@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -11,6 +11,9 @@ RESAMPLES = 2000
 PERMUTATIONS = 10_000
 # Resamples computed at once, to bound memory for 10,000 items.
 CHUNK = 200
+
+# Resampling fewer items than this says little about other items, so no interval is shown.
+FEWEST = 20
 
 # Numbers of hits or tries: (seeds, items), or an array (items,) for each seed if the seeds have different items.
 Counts = np.ndarray | list[np.ndarray]
@@ -38,6 +41,12 @@ class Difference:
     low: float
     high: float
     p: float | None
+
+
+def as_json(found: Estimate | Difference, items: int) -> dict[str, float | None]:
+    """The numbers as results contain them: with fewer than FEWEST items the value alone, without interval and p."""
+    numbers = asdict(found)
+    return numbers if items >= FEWEST else {"value": numbers["value"]}
 
 
 def _same(ratio: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from valm.evaluation.questions import Documents, Questions, chosen_sets, what_is
 from valm.evaluation.scorers import NotApplicable, Scorer, check_source, digest, open_scorer
 from valm.evaluation.sets import OWN, EvaluationSet, own_sets
 from valm.evaluation.settings import Settings
-from valm.evaluation.statistics import paired
+from valm.evaluation.statistics import as_json, paired
 from valm.knowledge_base.sources.folder import find_images
 from valm.progress import progress_bar
 from valm.store.files import short_names
@@ -296,5 +296,5 @@ def _pairs(rows: Sequence[Mapping[str, Any]], compared: Sequence[list[Any]]) -> 
         for (metric, first, tries, objects), (_, second, *_) in zip(compared[same[0]], compared[number], strict=False):
             of = {"task": row["task"], "protocol": row["protocol"], "metric": metric}
             both = {"first": rows[same[0]]["model"], "second": row["model"]}
-            found.append(of | both | asdict(paired(first, second, tries, objects=objects)))
+            found.append(of | both | as_json(paired(first, second, tries, objects=objects), row["items"]))
     return found

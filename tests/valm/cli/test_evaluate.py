@@ -38,8 +38,8 @@ def test_eval_prints_and_writes_the_tables(world, tmp_path, output_of):
     for content in (page, text):
         assert all(name in content for name in names)
         assert "53.99" in content and "VaLM, K = 4 (paper)" in content  # the published row of table 2
-        value, low, high = (100 * first["metrics"]["accuracy"][name] for name in ("value", "low", "high"))
-        assert f"{value:.1f} [{low:.1f}, {high:.1f}]" in content
+        assert f"{100 * first['metrics']['accuracy']['value']:.1f}" in content
+        assert "no intervals, because they need 20 items and there are 1" in content
     assert printed.startswith(text)
     assert "http" not in page  # it needs nothing from elsewhere
     assert len(list((out / "cache").iterdir())) == 4 * 3
@@ -83,12 +83,14 @@ def test_ones_own_questions_are_asked_alone_or_beside_the_sets(world, color, tmp
     printed = output_of("eval", *models, "--ask", f"{same},{other}", "--controls", "off", "--out", out)
     assert "## Your questions, accuracy in percent, fair protocol" in printed
     assert "| model | Your questions: fruit, 2 items | Your questions: more, 2 items |" in printed
+    assert "Your questions: fruit: no intervals, because they need 20 items and there are 2." in printed
     assert "<h3>Your questions: fruit " in (out / "report.html").read_text()
     results = json.loads((out / "results.json").read_text())
     assert [row["model"] for row in results["rows"]] == ["valm"] * 2 + ["valm, no images"] * 2 + ["gpt2"] * 2
     pairs = [(pair["task"], pair["metric"]) for pair in results["pairs"] if pair["second"] == "gpt2"]
     assert pairs == [("ask-fruit", "accuracy"), ("ask-fruit", "calibrated by mean"), ("ask-more", "accuracy")]
     fruit, more = (row["metrics"] for row in results["rows"][:2])
+    assert set(fruit["accuracy"]) == {"value"} and "low" not in results["pairs"][0]
     assert "calibrated" in fruit and "calibrated_mean" in fruit and "calibrated" not in more
     assert fruit["baselines"]["constants"] == {"red": 0.5, "green": 0.5}
     assert more["baselines"]["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
