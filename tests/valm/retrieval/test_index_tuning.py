@@ -240,7 +240,7 @@ def of_another_width(partial):
         lambda file: file.write_bytes(file.read_bytes()[:-1]),
         of_another_width,
     ],
-    ids=str,
+    ids=["near the beginning", "at the end of the index", "in the checksum", "truncated", "of another width"],
 )
 def test_a_damaged_partial_index_is_named_and_made_from_the_start(kb, monkeypatch, damage):
     expected = make_index(kb, queries(kb), "PCA8,IVF16,SQ8", target_recall=0.5)
