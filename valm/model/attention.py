@@ -47,7 +47,7 @@ from valm.model.positions import (
     identity_rotation,
     named_arguments,
 )
-from valm.model.private_names import gone
+from valm.model.private_names import gone, own_attention
 from valm.model.sketch import quantisation
 from valm.model.subclasses import subclass
 from valm_kernels import attention_weights, visual_fusion_attn
@@ -176,9 +176,14 @@ class ImageHook:
     """A forward pre-hook of the fusion layer's attention, which turns the images of a call into `Images`.
 
     It hooks the attention, not the layer: gradient checkpointing reruns the layer's forward without the layer's hooks.
+
+    Args:
+        attention: of the fusion layer.
+        own_config: config with the class's own implementation, which runs if no token sees an image.
     """
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, own_config: Any):
+        self.own_config = own_config
         self.names = tuple(inspect.signature(type(attention).forward).parameters)[1:]  # without self
         # its own tables, by which it rotates queries and keys
         self.has_tables = any("rotary" in name or "embed_positions" in name for name, _ in attention.named_buffers())
@@ -187,7 +192,11 @@ class ImageHook:
         arguments = named_arguments(self.names, args, kwargs) | getattr(_call, "images", {})
         pool, index, scores = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
         if pool is None or (pool.shape[0] == 0 and not attention.training):
-            return (), arguments
+            return (), arguments | self.as_base(attention)
+        # elsewhere, reading the index would wait for the device
+        readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not attention.training and readable and not (index >= 0).any():
+            return (), arguments | self.as_base(attention)
         if pool.shape[0] == 0:  # add a row that no token sees, so that all parameters get gradients
             pool = pool.new_zeros(1, pool.shape[1])
         if not torch.compiler.is_compiling() and _adapts_rows(attention):
@@ -202,6 +211,13 @@ class ImageHook:
         if keys.shape[1] < len(terms.k_bias):
             terms = _of_own_heads(terms, attention)
         return (), arguments | {"images": Images(keys[0], values[0], index, query, terms, scores)}
+
+    def as_base(self, attention: Any) -> dict[str, Any]:
+        """An argument for a call in which no token sees an image, which then gets the base's result to the bit. Empty
+        in training, where the fusion layer has no dropout and all parameters get gradients, and in a graph."""
+        if attention.training or torch.compiler.is_compiling():
+            return {}
+        return {"own": own_attention(attention, self.own_config)}
 
     def image_query(self, attention: Any, arguments: dict[str, Any]) -> Tensor | None:
         """The unrotated query of a call, (B, Hq, T, Dk). None if neither an argument nor the attention's own tables
@@ -325,7 +341,7 @@ def check_mathematics(attention: Any, own_config: Any, calls: list[Call]) -> Non
         ValmError: the results differ, because the family computes more than one softmax over what a token sees,
             changes queries or keys after their rotation, or scales keys by their position.
     """
-    hook = ImageHook(attention)
+    hook = ImageHook(attention, own_config)
     text = calls[0].arguments["hidden_states"][0]  # (T, C)
     pairs = torch.stack([text[:-1], text[1:]], 1)  # (T - 1, 2, C)
     query, keys, values = catch(attention, hook.at_no_position(attention, pairs[None, :, 0], calls[0].arguments))
@@ -377,12 +393,14 @@ def fusion_attention(
     s_aux: Tensor | None = None,
     text_limits: TextLimits | None = None,
     read_weights: Callable[..., None] | None = None,
+    own: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: returns (B, Tq, Hq, Dv) and no weights. Without dropout.
 
     text_limits: the limits in the mask, if known. Otherwise they are read from it, except in a compiled graph.
     read_weights: called with the arguments of `joint_weights`.
+    own: the class's own function of the interface, called instead.
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
     if caught is not None:
@@ -395,6 +413,10 @@ def fusion_attention(
     seen = visible_keys(attention_mask)
     if read_weights is not None:
         read_weights(query, key, images, seen, scale, softcap, position_bias, s_aux)
+    if own is not None:
+        given = {"scaling": scaling, "softcap": softcap, "position_bias": position_bias, "s_aux": s_aux}
+        given = {name: value for name, value in given.items() if value is not None}
+        return own(module, query, key, value, attention_mask, dropout=dropout, **given, **kwargs)
     if seen is None and 1 < num_queries < num_keys:  # a static cache during prefill
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     if text_limits is None and not torch.compiler.is_compiling():

@@ -179,8 +179,9 @@ def attach(model: PreTrainedModel, options: FusionOptions, found: Probe | None =
     if options.fusion_scale == "embed_dim":
         attention.scaling = options.width**-0.5
     # the masks follow the model's config, so this layer's config may name another implementation
-    attention.config = with_attention(attention.config, IMPLEMENTATION)
-    attention.register_forward_pre_hook(ImageHook(attention), with_kwargs=True)
+    own_config = attention.config
+    attention.config = with_attention(own_config, IMPLEMENTATION)
+    attention.register_forward_pre_hook(ImageHook(attention, own_config), with_kwargs=True)
     if options.layer_drops_images:
         block.__class__ = visual_layer_class(type(block))
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import transformers
 from torch import Tensor
+from transformers import AttentionInterface
 
 from valm.errors import ValmError
 
@@ -54,6 +56,13 @@ def with_attention(config: Any, name: str) -> Any:
     if attention_of(changed) != name:
         raise gone(f"{type(config).__name__}._attn_implementation_internal")
     return changed
+
+
+def own_attention(attention: Any, config: Any) -> Callable[..., Any] | None:
+    """The function of transformers' attention interface that an attention with this config calls by itself. None for
+    "eager" if the module of its class does not define the function."""
+    eager = getattr(import_module(type(attention).__module__), "eager_attention_forward", None)
+    return AttentionInterface().get(attention_of(config), eager)
 
 
 def uses_interface(cls: type) -> bool:
