@@ -21,6 +21,7 @@ from valm.knowledge_base.sources import encode_list
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Part, Progress
 from valm.text import one_line
+from valm_kernels.json_files import check_regular
 
 if TYPE_CHECKING:
     from valm.clip.clip import Clip
@@ -72,8 +73,8 @@ class WebdatasetSource:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the names and sizes of `files`. Raises OSError if a file is missing."""
-    sizes = [[file.name, file.stat().st_size] for file in files]
+    """SHA-256 over the names and sizes of `files`. Raises OSError if a file is missing, or a pipe or device."""
+    sizes = [[file.name, check_regular(file).st_size] for file in files]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 

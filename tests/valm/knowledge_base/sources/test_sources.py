@@ -14,6 +14,7 @@ from valm.errors import ValmError
 from valm.knowledge_base.format import skipped_of
 from valm.knowledge_base.records import Encoding, Record, fingerprint_records
 from valm.knowledge_base.sources.dataset import DatasetSource
+from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource, fingerprint_files
 
@@ -42,6 +43,19 @@ def test_another_process_may_encode_its_images(kind, tars, clip, tmp_path, monke
     encoded = [(item["uri"], item["caption"]) for table in tables for item in table.to_pylist()]
     skipped = {entry["uri"] for table in tables for entry in skipped_of(table)}
     assert [(record.uri, record.caption) for record in source.images() if record.uri not in skipped] == encoded
+
+
+@pytest.mark.parametrize(
+    ("open_source", "pipe"),
+    [(WebdatasetSource, "0.tar"), (EmbeddingSource, "img_emb/img_emb_0.npy")],
+)
+def test_a_pipe_is_refused_before_it_is_opened(open_source, pipe, tmp_path):
+    """A build that opens it waits for a writer, and nothing would end the wait."""
+    touch(tmp_path / "metadata", "metadata_0.parquet")
+    (tmp_path / pipe).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / pipe)
+    with pytest.raises(PermissionError, match=rf"not a regular file.*{pipe}"):
+        list(open_source(tmp_path).parts())
 
 
 def test_names_captions_sizes_of_files_and_contents_count(tmp_path):
