@@ -110,7 +110,7 @@ def visual_fusion_attn(
         q: (B, Hq, Tq, D) float32, float16 or bfloat16, any strides, D from 8 to 256. "cpu" and "reference" also take
             float64.
         k, v: (B, Hkv, Tk, D), dtype of q. Hq is a multiple of Hkv (grouped-query attention). Tk >= Tq: the first
-            Tk - Tq keys are a prefix, such as a KV cache.
+            Tk - Tq keys are a prefix, such as a KV cache. B and Tq may be 0: results are then empty, gradients 0.
         image_k, image_v: keys and values of the images, dtype of q: dense, (B, Hkv, Tq, K, D), or a pool (Hkv, U, D)
             with image_index. K is at most 64. None for both means no images.
         image_q: (B, Hq, Tq, D), dtype of q: the query of the image scores, by default q. In a rotary model pass the
@@ -174,6 +174,8 @@ def visual_fusion_attn(
         impl = flash.NAME
     if inputs.cu_seqlens is not None and impl != flash.NAME:
         inputs = inputs._replace(cu_seqlens=None, max_seqlen=None)  # other implementations read first_key
+    if q.numel() == 0:
+        impl = "reference"  # no kernel takes an empty tensor, and nothing is to be computed
     with outside_autocast(q.device.type):
         if impl == "reference":
             out, lse, image_weights = reference_attention(inputs)

@@ -145,8 +145,8 @@ def _check_text_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor, meaning in (("q", q, "(B, Hq, Tq, D)"), ("k", k, "(B, Hkv, Tk, D)"), ("v", v, "(B, Hkv, Tk, D)")):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions {meaning}, got shape {tuple(tensor.shape)}")
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(tensor.shape)}")
+        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
+            raise ValueError(f"{name} must have heads and a head_dim D, got shape {tuple(tensor.shape)}")
     batch, query_heads, num_queries, head_dim = q.shape
     _, kv_heads, num_keys, _ = k.shape
     _check_shape("k", k, (batch, kv_heads, num_keys, head_dim), "(B, Hkv, Tk, D)")
@@ -260,7 +260,7 @@ def check_pool(inputs: Inputs) -> None:
         known = (image_index >= -1) & (image_index < pool_size)
         torch._assert_async(known.all(), f"image_index must be -1 (no image) or a row of the pool below {pool_size}")
         return
-    if image_index.numel() == 0:
+    if not _has_values(image_index):
         return
     low, high = (int(x) for x in torch.aminmax(image_index))
     if low < -1 or high >= pool_size:
@@ -270,12 +270,18 @@ def check_pool(inputs: Inputs) -> None:
         )
 
 
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and not tensor.is_meta
+
+
 def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
     """Checks the values of cache_seqlens, which on CUDA waits for the device.
 
     Raises:
         ValueError: a length is outside [0, num_keys].
     """
+    if not _has_values(cache_seqlens):
+        return
     low, high = (int(x) for x in torch.aminmax(cache_seqlens))
     if low < 0 or high > num_keys:
         wrong = low if low < 0 else high

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.valm_kernels.visual_fusion.problems import Problem, solve
+from tests.valm_kernels.visual_fusion.problems import Problem, cotangents, differentiable, solve
 from tests.valm_kernels.visual_fusion.test_checks import DENSE, ONE_ROW, POOLED, zeros
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api
@@ -132,6 +132,23 @@ def test_every_way_to_have_no_images(impl):
         {"image_score_bias": zeros(2, 5, 0)},
     ):
         assert visual_fusion_attn(**{**inputs, **images}, impl=impl).equal(expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("pool_size", [None, 6])
+@pytest.mark.parametrize(("batch", "num_queries", "prefix"), [(0, 5, 2), (2, 0, 7), (2, 0, 0), (0, 0, 0)])
+def test_no_queries(batch, num_queries, prefix, pool_size, impl):
+    """As PyTorch's scaled_dot_product_attention: results are empty, and every gradient is there and 0."""
+    problem = Problem(batch, 4, 2, num_queries, prefix, head_dim=8, pool_size=pool_size, score_bias=True, weights=True)
+    inputs = problem.inputs(torch.float32) | {"cache_seqlens": torch.full((batch,), prefix).int()}
+    found = solve(inputs, impl, cotangents(problem))
+    shape = (batch, 4, num_queries)
+    assert [found[name].shape for name in ("out", "lse", "image_weights")] == [(*shape, 8), shape, (*shape, 3)]
+    for name, leaf in differentiable(inputs).items():
+        assert found[name].equal(torch.zeros_like(leaf)), name
+    bounds = torch.tensor([0] + [(row + 1) * (num_queries + prefix) for row in range(batch)])
+    inputs |= {"cache_seqlens": None, "cu_seqlens": bounds}
+    assert solve(inputs, impl, cotangents(problem))["out"].shape == (*shape, 8)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
