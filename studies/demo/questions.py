@@ -18,6 +18,7 @@ from valm.evaluation.metrics import choice_metrics
 from valm.evaluation.questions import COLOR_PROMPTS, COLORS, FAIR, Questions, build, fill
 from valm.evaluation.scorers import CausalScorer
 from valm.evaluation.sets import SETS, Item
+from valm.evaluation.statistics import accuracy
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import ContextEncoder
@@ -89,10 +90,10 @@ def accuracies(result: ColorResult) -> dict[str, Any]:
     """The numbers of one evaluation for results.json."""
     gold = np.array([item.answer for item in result.items])
     right = np.array(result.predictions) == gold[:, None]  # (items, prompts)
-    accuracy = result.metrics["accuracy"]
+    found = accuracy(right[None])
     return {
-        "accuracy": round(accuracy["value"], 4),
-        "interval": [round(accuracy["low"], 4), round(accuracy["high"], 4)],
+        "accuracy": round(found.value, 4),
+        "interval": [round(found.low, 4), round(found.high, 4)],
         "vote": round(result.metrics["vote"]["value"], 4),
         "by_prompt": {
             prompt: round(float(share), 4) for prompt, share in zip(result.prompts, right.mean(0), strict=True)
