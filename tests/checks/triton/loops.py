@@ -80,7 +80,7 @@ def _code(assembly: str, label: re.Pattern[str], jump: re.Pattern[str], end: re.
     return _Code(instructions, jumps, ends)
 
 
-def _sass_code(sass: str) -> _Code:
+def sass_code(sass: str) -> _Code:
     found = _SASS.findall(sass)
     number_of = {int(address, 16): number for number, (address, _) in enumerate(found)}
     instructions = [text for _, text in found]
@@ -97,7 +97,7 @@ class Spills(NamedTuple):
 
 def spills_in_sass(sass: str) -> Spills:
     """The code of one kernel in the output of `cuobjdump -sass`."""
-    return _spills(_sass_code(sass), _SASS_PRODUCT, _SASS_SPILL)
+    return _spills(sass_code(sass), _SASS_PRODUCT, _SASS_SPILL)
 
 
 def spills_of_amd(assembly: str) -> Spills:
