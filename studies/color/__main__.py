@@ -1,4 +1,4 @@
-"""python -m studies.color run, report, budget: do pictures help a language model (studies/color/plan.md)?"""
+"""python -m studies.color run, report: do pictures help a language model (studies/color/plan.md)?"""
 
 from __future__ import annotations
 
@@ -33,13 +33,6 @@ def build_parser() -> CommandParser:
         help="Markdown file with marks for tables; may be repeated (default: docs/results/study.md and the archive)",
     )
     report.add_argument("--figures", type=Path, default=Path("docs/images"), help="folder of the figure")
-    budget = command(study_commands, "budget", run_budget, "print where a colour is lost before the answer")
-    budget.add_argument("out", type=Path, help="output folder of `run`; each seed's folder gets a budget.json")
-    budget.add_argument(
-        "--seed", type=int, action="append", help="only this seed; may be repeated (default: all that are finished)"
-    )
-    budget.add_argument("--results", type=Path, help="folder with the results of the seeds, to copy the budgets to")
-    budget.add_argument("--data", type=Path, help="folder of the evaluation sets (default: $VALM_EVAL_DATA)")
     return study
 
 
@@ -97,21 +90,6 @@ def run_report(arguments: argparse.Namespace) -> None:
     pages = write_pages(results, arguments.page or PAGES)
     write_figure(results, arguments.figures)
     print(f"written to {', '.join(map(str, pages))} and {arguments.figures}")
-
-
-def run_budget(arguments: argparse.Namespace) -> None:
-    from studies.color.budget import finished_seeds, write_budget
-    from studies.color.report import budget_table
-    from studies.color.results import budget_file
-    from valm.store.files import writable_folder, write_json
-
-    study, files = finished_seeds(arguments.out, _data(arguments), arguments.seed, progress=not arguments.quiet)
-    budgets = {seed: write_budget(study, seed, file) for seed, file in files.items()}
-    if arguments.results is not None:
-        folder = writable_folder(arguments.results)
-        for seed, budget in budgets.items():
-            write_json(budget_file(folder / results_name(study.config.name, seed, files[seed])), budget)
-    print(budget_table(list(budgets.values())))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from studies.color.config import ARMS, COLORED_CAPTIONS, VALIDATION
+from studies.color.config import ARMS, COLORED_CAPTIONS, EXCHANGES, VALIDATION
 from studies.color.results import (
     APART,
     CALIBRATED,
@@ -25,24 +25,15 @@ from studies.color.results import (
 )
 from valm.evaluation.sets import SETS
 
-BASE, TWIN, VALM, BLIND = ("base", "none"), ("twin", "none"), ("valm", "retrieved"), ("blind", "retrieved")
-CUT, RANDOM = ("cut", "retrieved"), ("random", "random")
-READING, READING_RANDOM = ("reading", "retrieved"), ("reading-random", "random")
-READING_BLIND, READING_BLIND_ALL = ("reading-blind", "retrieved"), ("reading-blind-all", "retrieved")
-IN_CONTEXT = ("colored-context", COLORED_CAPTIONS)
+BASE, VALM, CONTROL, RANDOM = ("base", "none"), ("valm", "retrieved"), ("control", "retrieved"), ("random", "random")
 PRIMARY, VICOMTE = "memory_color", "vicomte_color"
-# What each arm that a study may be about is compared with.
-OTHERS = {
-    CUT: {"base model": BASE, "text-only baseline": TWIN, "query control (Blind)": BLIND, "random images": RANDOM},
-    READING: {
-        "base model": BASE,
-        "text-only baseline": TWIN,
-        "VaLM with the old training": CUT,
-        "query control at the same tokens": READING_BLIND,
-        "query control at all tokens": READING_BLIND_ALL,
-        "random images": READING_RANDOM,
-    },
-}
+# What VaLM is compared with.
+OTHERS = {"base model": BASE, "query control": CONTROL, "random images": RANDOM}
+EXCHANGE_TITLES = dict(
+    zip(
+        EXCHANGES, ("same pictures, red and blue exchanged", "pictures of other objects in another colour"), strict=True
+    )
+)
 # The titles of measures in tables; results files have their keys.
 MEASURES = {
     RAW: "uncalibrated",
@@ -93,16 +84,16 @@ SECONDARY = (
 )
 
 
-def studied(results: Results) -> ArmTest:
-    """The arm that the study is about."""
-    return READING if READING in results.arms else CUT
-
-
 def follows(results: Results, items: Items, exchange: str) -> Found | None:
-    """How much more often the studied arm answers the exchanged colour with exchanged images than with the original
-    ones. No model without a knowledge base can do so."""
-    arm = studied(results)
-    return results.difference((arm[0], exchange), arm, items.of, exchange, items.keep)
+    """How much more often VaLM answers the exchanged colour with exchanged images than with the original ones. No model
+    without a knowledge base can do so."""
+    return results.difference((VALM[0], exchange), VALM, items.of, exchange, items.keep)
+
+
+def learned(results: Results, items: Items) -> Found | None:
+    """VaLM minus the query control, uncalibrated: the mean over the trainings of the curve. None without a curve."""
+    pairs = list(zip(results.curve(VALM[0]).values(), results.curve(CONTROL[0]).values(), strict=True))
+    return results.mean_difference(pairs, items.of, RAW, items.keep) if pairs else None
 
 
 def perplexity_ratio(results: Results, arm: ArmTest, over: ArmTest, text: str) -> Found | None:

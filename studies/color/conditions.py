@@ -21,7 +21,7 @@ from valm.evaluation.controls import RandomImages, Replaced
 from valm.evaluation.questions import COLORS
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import BlindRetriever, NoImages, Retriever
+from valm.retrieval.retriever import BlindRetriever, Retriever
 
 
 class Conditions:
@@ -56,7 +56,6 @@ class Conditions:
             "random": lambda: RandomImages(self["retrieved"], seed),
             "exchanged": lambda: Replaced(self["retrieved"], swapped_red_and_blue(self.kb, folder_of_pictures, clip)),
             "other-colors": lambda: Replaced(self["retrieved"], self._other_vectors()),
-            "off": lambda: NoImages(images, self.kb.dim),
         } | {dose: partial(self._of, f"{KB}-{dose}") for dose in DOSES}
         self._made: dict[str, Any] = {}
 
@@ -68,10 +67,10 @@ class Conditions:
     def _of(self, kb: str) -> Retriever:
         return Retriever(self.encoder, ImageKnowledgeBase.open(self.folder / kb), self.images)
 
-    def blind(self, cut: bool) -> BlindRetriever:
-        """The retriever of the query control (Blind), which sees its own query; with `cut`, only at the tokens that
-        would see images."""
-        return BlindRetriever(self.encoder, kb=self.kb if cut else None)
+    @cached_property
+    def blind(self) -> BlindRetriever:
+        """The retriever of the query control, which sees its own query at the tokens that would see images."""
+        return BlindRetriever(self.encoder, kb=self.kb)
 
     @cached_property
     def kb(self) -> ImageKnowledgeBase:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,32 +19,25 @@ from valm.store.files import Count, parse_json, read_yaml
 from valm.text import nearest
 
 # The fields that a seed's results depend on. Results are pooled only if these fields agree.
-RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "reading")
+RECIPE = ("language_model", "pictures", "clip", "text", "images", "training", "curve")
 # Increased when the code samples or trains differently for the same fields.
-RECIPE_VERSION = 7
-
-# How an arm is trained: not at all, by `valm train`, or only by the code of an earlier commit, which the study names.
-BASE, TRAINED, PAST = "base", "trained", "past"
+RECIPE_VERSION = 8
 
 
 class Arm(NamedTuple):
-    """A model of the comparison.
+    """A model of the comparison. Each but BASE is trained by `valm train --base`.
 
     title: name in tables.
     tests: the images of each evaluation, beginning with the images of the training (see `studies.color.conditions`,
         and COLORED_CAPTIONS below).
-    twin: `--twin` of `valm train`, "text" for every model without images.
-    made: one of BASE, TRAINED and PAST.
-    cut: trained with a score threshold (`min_score`), which all its tests use too.
-    reading: trained with the options in a study's `reading` too.
+    twin: `--twin` of `valm train`.
+    curve: trained for each number of steps in the study's `curve` too.
     """
 
     title: str
     tests: tuple[str, ...]
     twin: str | None = None
-    made: str = TRAINED
-    cut: bool = False
-    reading: bool = False
+    curve: bool = False
 
 
 # Tests that replace the vectors of the retrieved images. Their answers are compared with the answers to the originals.
@@ -54,21 +47,40 @@ COLORED_CAPTIONS = "colored-captions"
 KB, KB_OTHERS = "kb", "kb-others"
 # Tests with this percentage of the items' pictures in the knowledge base ("retrieved": 100, "taken-out": 0).
 DOSES = {"pictures-75": 75, "pictures-50": 50, "pictures-25": 25}
-# The tests of the arm that a study is about.
-OF_ALL_KINDS = ("retrieved", "random", "off", *EXCHANGES, *DOSES, "taken-out")
+BASE, VALM, CONTROL, RANDOM = "base", "valm", "control", "random"
 ARMS = {
-    "base": Arm("base model, unmodified", ("none", COLORED_CAPTIONS), "text", made=BASE),
-    "twin": Arm("text-only baseline", ("none",), "text", made=PAST),
-    "valm": Arm("VaLM without a threshold", ("retrieved",)),
-    "cut": Arm("VaLM with a score threshold", OF_ALL_KINDS, cut=True),
-    "random": Arm("random images at the same tokens", ("random",), "random", cut=True),
-    "blind": Arm("query control (Blind)", ("retrieved",), "blind"),
-    "reading": Arm("VaLM trained for reading", OF_ALL_KINDS, cut=True, reading=True),
-    "reading-random": Arm("random images, trained for reading", ("random",), "random", cut=True, reading=True),
-    "reading-blind": Arm("query control trained for reading", ("retrieved",), "blind", cut=True, reading=True),
-    "reading-blind-all": Arm("query control trained for reading, at all tokens", ("retrieved",), "blind", reading=True),
-    "colored-context": Arm("colours in the prompt, trained", (COLORED_CAPTIONS, "none"), "text", made=PAST),
+    BASE: Arm("base model, unmodified", ("none", COLORED_CAPTIONS)),
+    VALM: Arm("VaLM", ("retrieved", "random", *EXCHANGES, *DOSES, "taken-out"), curve=True),
+    CONTROL: Arm("query control", ("retrieved",), "blind", curve=True),
+    RANDOM: Arm("random images at the same tokens", ("random",), "random"),
 }
+
+
+class Training(NamedTuple):
+    """A training of an arm. name: of its folder and of its rows in the results. options: of `valm train`."""
+
+    name: str
+    arm: Arm
+    options: dict[str, Any]
+
+
+def arm_of(name: str) -> Arm | None:
+    """The arm of a training's name, `ARM` or, in a curve, `ARM-STEPS`. None if no study trains it."""
+    kind, dash, steps = name.partition("-")
+    arm = ARMS.get(kind)
+    return arm if arm is not None and (not dash or (arm.curve and steps.isdecimal())) else None
+
+
+def of_curve(name: str) -> bool:
+    """Whether a training is one of a curve alone."""
+    return name not in ARMS
+
+
+def name_of(arm: str, steps: int, training: Mapping[str, Any]) -> str:
+    """The name of the training of an arm for so many steps. training: the study's options of `valm train`."""
+    return arm if steps == training.get("steps") else f"{arm}-{steps}"
+
+
 # The tests: the study's own objects, sets of `valm eval`, and held-out text for perplexity.
 VALIDATION, HELDOUT = "validation", "heldout"
 SETS = ("memory_color", "color_terms", "vicomte_color", "object_shape", "relative_size")
@@ -138,7 +150,8 @@ class StudyConfig:
         text: sources of text, each with its options (`studies.color.text.study_text`).
         images: K, images per token.
         training: options of `valm train` for every arm.
-        reading: further options of `valm train` for the arms that are trained for reading.
+        curve: numbers of steps, each the same multiple of the one before. VaLM and the query control are also trained
+            for each of them, with schedules of their own, and asked about the objects of the claims.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.
@@ -150,7 +163,7 @@ class StudyConfig:
     clip: dict[str, Any]
     text: TextSources
     training: dict[str, Any]
-    reading: dict[str, Any] = dataclasses.field(default_factory=dict)
+    curve: tuple[_Some, ...] = ()
     arms: tuple[_Arm, ...] = tuple(ARMS)
     tests: tuple[_Test, ...] = TESTS
     seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
@@ -161,9 +174,16 @@ class StudyConfig:
     def recipe(self) -> str:
         """A hash of the fields in RECIPE and of RECIPE_VERSION: results of different recipes are never pooled."""
         settings = {name: getattr(self, name) for name in RECIPE} | {"version": RECIPE_VERSION}
-        if not self.reading:  # the recipe of studies before the arms that are trained for reading
-            del settings["reading"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def trainings(self) -> list[Training]:
+        """The trainings of one seed. The steps of `training` are trained once, also if `curve` contains them."""
+        found = {name: self.training for name in self.arms if name != BASE}
+        for steps in self.curve:
+            for arm in [name for name in self.arms if ARMS[name].curve]:
+                found.setdefault(name_of(arm, steps, self.training), self.training | {"steps": steps})
+        return [Training(name, ARMS[name.partition("-")[0]], options) for name, options in found.items()]
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -174,10 +194,12 @@ def read_config(file: str | os.PathLike) -> StudyConfig:
 
     Raises:
         ValmError: the file cannot be read, lacks a field, or contains an unknown field, arm, test or option, or a value
-            of the wrong type.
+            of the wrong type; or it belongs to earlier code, which it names as `code`.
     """
     path = Path(file)
     content = read_yaml(path, "the study")
+    if isinstance(content, dict) and (code := content.get("code")) is not None:
+        raise ValmError(f"the study {path} needs the code of commit {code}: run it in a checkout of that commit")
     try:
         return StudyConfig(**parse_json(json.dumps(content), StudyConfig))
     except (TypeError, ValueError) as error:  # a date is no JSON, nor is a number of thousands of digits

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from studies.color.claims import SEEDS, claims
 from studies.color.comparisons import (
-    ALL_OF_PRIMARY,
+    ALL_OF_PEOPLE,
     ALL_OF_VICOMTE,
     BASE,
-    BLIND,
-    CUT,
-    IN_CONTEXT,
+    CONTROL,
+    EXCHANGE_TITLES,
     MEASURES,
     OTHERS,
     RANDOM,
-    READING,
-    READING_BLIND,
-    READING_BLIND_ALL,
-    READING_RANDOM,
     SECONDARY,
-    TWIN,
     VALIDATION_OBJECTS,
     VALM,
     WITH_PICTURE,
@@ -32,18 +26,18 @@ from studies.color.comparisons import (
     cell,
     decided,
     follows,
+    learned,
     perplexity_ratio,
+    points,
     raw_and_calibrated,
     set_title,
-    studied,
     table,
     times,
 )
-from studies.color.config import COLORED_CAPTIONS, EXCHANGES
-from studies.color.figures import dose
-from studies.color.hypotheses import SEEDS, hypotheses
+from studies.color.config import COLORED_CAPTIONS
+from studies.color.figures import curve as figure_of_curve
 from studies.color.questions import CAPTIONS_KIND
-from studies.color.results import APART, ArmTest, Results, every
+from studies.color.results import APART, ArmTest, Found, Results, every
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.store.files import output_file, read_text, writable_folder
@@ -52,26 +46,9 @@ from valm_kernels.atomic_files import atomic_path
 MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 PAGES = ("docs/results/study.md", "studies/color/archive.md")
 # The arms in the table of answers.
-ARMS: tuple[ArmTest, ...] = (
-    *(BASE, TWIN, VALM, CUT, RANDOM, BLIND, READING, READING_RANDOM, READING_BLIND, READING_BLIND_ALL),
-    *(IN_CONTEXT, ("base", COLORED_CAPTIONS)),
-)
+ARMS: tuple[ArmTest, ...] = (BASE, VALM, CONTROL, RANDOM, ("base", COLORED_CAPTIONS))
 # The kinds of text whose perplexity is compared.
 TEXTS = ("glosses", "prose", CAPTIONS_KIND)
-
-# The rows of a budget: a name in its file, and a title for K images per token.
-BUDGET_ROWS = {
-    "retrieved": "one of the {K} images of the token before the answer shows the object",
-    "seen": "one of the {K} images shows the object, and the best score reaches the threshold: the token sees them",
-    "own_above": "an image of the object is retrieved, and its own score reaches the threshold",
-    "pixels": "the most frequent colour in the pixels of the {K} images is correct",
-    "probe_of_best": "a linear probe of the best image's vector names the correct colour",
-    "probe_of_mean": "a linear probe of the mean of the {K} vectors names the correct colour",
-    "probe_of_mean_above": "a linear probe of the mean of the vectors above the threshold names the correct colour",
-    "trained": "{arm}: the trained weights alone answer correctly",
-    "mixed": "{arm}: the weights mixed with the base model's, as in the study, answer correctly",
-    "colors_in_prompt": "{base}: answers correctly",
-}
 
 
 def write_pages(results: Results, pages: Sequence[str | os.PathLike]) -> list[Path]:
@@ -117,7 +94,7 @@ def _with_tables(results: Results, page: Path) -> str | None:
 def write_figure(results: Results, images: str | os.PathLike) -> None:
     """Writes the figure of the study into the folder `images`."""
     with atomic_path(writable_folder(images) / f"study-{results.seeds[0]['study']}.png") as temporary:
-        dose(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
+        figure_of_curve(results).savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
 
 def state(results: Results) -> str:
@@ -151,58 +128,60 @@ def answers(results: Results) -> str:
     return table(heads, rows)
 
 
+def curve(results: Results) -> str:
+    """VaLM and the query control by steps of training, and the mean of their differences."""
+    asked = (VALIDATION_OBJECTS, ALL_OF_PEOPLE)
+    rows = []
+    control = results.curve(CONTROL[0])
+    for steps, arm in results.curve(VALM[0]).items():
+        row = [str(steps)]
+        for items in asked:
+            both = [results.accuracy(one, items.of) for one in (arm, control[steps])]
+            row += [cell(one, _percent, results) for one in both]
+            row.append(cell(results.difference(arm, control[steps], items.of), points, results))
+        rows.append(row)
+    if not rows:
+        return "The study has no curve."
+    means = [["–", "–", cell(learned(results, items), points, results)] for items in asked]
+    rows.append(["mean", *(text for mean in means for text in mean)])
+    columns = ("VaLM, %", "query control, %", "difference in points [95 %]")
+    return table(["Steps", *(f"{items.title}: {column}" for items in asked for column in columns)], rows)
+
+
+def _percent(found: Found) -> str:
+    return f"{100 * found.value:.1f}"
+
+
 def secondary(results: Results) -> str:
-    """The studied arm compared with other arms on all sets, and its perplexity on text."""
-    rows, arm = [], studied(results)
+    """VaLM compared with other arms on all sets, and its perplexity on text."""
+    rows = []
     for items in SECONDARY:
         for measure in MEASURES:
-            found = [results.difference(arm, other, items.of, measure, items.keep) for other in OTHERS[arm].values()]
+            found = [results.difference(VALM, other, items.of, measure, items.keep) for other in OTHERS.values()]
             if any(found) and (measure != APART or items.keep is not every):
                 rows.append([f"{items.title}, {MEASURES[measure]}", *(cell(one, decided, results) for one in found)])
     for text in TEXTS:
-        ratios = [perplexity_ratio(results, arm, other, text) for other in OTHERS[arm].values()]
+        ratios = [perplexity_ratio(results, VALM, other, text) for other in OTHERS.values()]
         rows.append([f"{text}, perplexity ÷ the other model [95 %]", *(cell(one, times, results) for one in ratios)])
-    head = f"{arm_title(arm)}, difference in points [95 %]"
-    return table([head, *(f"compared with {other}" for other in OTHERS[arm])], rows)
+    head = f"{arm_title(VALM)}, difference in points [95 %]"
+    return table([head, *(f"compared with {other}" for other in OTHERS)], rows)
 
 
 def exchanged(results: Results) -> str:
-    """How often the studied arm follows replaced images."""
-    rows = []
-    for exchange, title in zip(
-        EXCHANGES, ("same pictures, red and blue exchanged", "pictures of other objects in another colour"), strict=True
-    ):
-        found = [follows(results, items, exchange) for items in (ALL_OF_PRIMARY, VALIDATION_OBJECTS)]
-        rows.append([title, *(cell(one, decided, results) for one in found)])
-    sets = (f"{items.title}, points [95 %]" for items in (ALL_OF_PRIMARY, VALIDATION_OBJECTS))
-    return table(["Images replaced by", *sets], rows)
-
-
-def budget(results: Results) -> str:
-    """Where a colour is lost before the answer, in the seeds whose budget is next to their results."""
-    found = [seed["budget"] for seed in results.seeds if "budget" in seed]
-    return budget_table(found) if found else "No seed has a budget."
-
-
-def budget_table(budgets: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of the budgets of one study, with a column for each seed."""
-    first = budgets[0]
-    arm, base = arm_title((first["arm"], "retrieved")), arm_title(("base", COLORED_CAPTIONS))
-    heads = [f"seed {one['seed']}, % of {one['questions']:,} questions" for one in budgets]
-    rows = []
-    for row, title in BUDGET_ROWS.items():
-        shares = [one["shares"][row] for one in budgets]
-        if set(shares) != {None}:
-            cells = ["–" if share is None else f"{100 * share:.1f}" for share in shares]
-            rows.append([title.format(K=first["images"], arm=arm, base=base), *cells])
-    return table(["Questions about validation objects", *heads], rows)
+    """How often VaLM follows replaced images."""
+    asked = (ALL_OF_PEOPLE, VALIDATION_OBJECTS)
+    rows = [
+        [title, *(cell(follows(results, items, exchange), decided, results) for items in asked)]
+        for exchange, title in EXCHANGE_TITLES.items()
+    ]
+    return table(["Images replaced by", *(f"{items.title}, points [95 %]" for items in asked)], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "state": state,
     "answers": answers,
-    "hypotheses": hypotheses,
+    "claims": claims,
+    "curve": curve,
     "secondary": secondary,
     "exchanged": exchanged,
-    "budget": budget,
 }

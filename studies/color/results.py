@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from studies.color.config import ARMS
+from studies.color.config import ARMS, arm_of, name_of
 from valm.errors import ValmError
 from valm.evaluation.questions import YES_NO, objects_of
 from valm.evaluation.statistics import paired, ratio
@@ -61,11 +61,19 @@ class RowJson(TypedDict):
     hits: list[_Number]
 
 
+class ConfigJson(TypedDict, total=False):
+    """The fields of a study's config that a curve depends on."""
+
+    training: dict[str, Any]
+    curve: list[int]
+
+
 class SeedJson(TypedDict):
     """A results file: one seed."""
 
     study: str
     recipe: str
+    config: ConfigJson
     seed: Count
     missing: list[str]
     asked: list[AskedJson]
@@ -183,12 +191,27 @@ class Results:
     ) -> Found | None:
         """Hits per try of `first` minus hits per try of `second`, on the items that `keep` chooses and the seeds with
         both arms. None if no seed has both."""
-        found = self._counts([first, second], of, measure, keep)
+        return self.mean_difference([(first, second)], of, measure, keep)
+
+    def mean_difference(
+        self, pairs: Sequence[tuple[ArmTest, ArmTest]], of: str, measure: str = RAW, keep: Keep = every
+    ) -> Found | None:
+        """The mean of `difference` over pairs of arms, on the seeds with all arms. The hits of an item are summed over
+        the pairs, because its answers from several trainings are not independent. None if no seed has all arms."""
+        firsts, seconds = zip(*pairs, strict=True)
+        found = self._counts([*firsts, *seconds], of, measure, keep)
         if found is None:
             return None
-        tries = found.tries[0] if found.same else found.tries
-        between = paired(found.hits[0], found.hits[1], tries, objects=found.objects)
+        first, second = _sum(found.hits[: len(pairs)]), _sum(found.hits[len(pairs) :])
+        tries = _sum([found.tries] * len(pairs))
+        between = paired(first, second, tries[0] if found.same else tries, objects=found.objects)
         return Found(between.value, between.low, between.high, found.seeds, found.items, between.p)
+
+    def curve(self, arm: str) -> dict[int, ArmTest]:
+        """The trainings of an arm by their steps, in increasing order. Empty if the study has no curve."""
+        config = self.seeds[0]["config"]
+        steps = sorted(config.get("curve", []))
+        return {one: (name_of(arm, one, config.get("training", {})), ARMS[arm].tests[0]) for one in steps}
 
     def _counts(self, arms: Sequence[ArmTest], of: str, measure: str, keep: Keep) -> _Counts | None:
         parts: list[tuple[Any, ...]] = []
@@ -217,13 +240,13 @@ class _Counts(NamedTuple):
     objects: np.ndarray | None
 
 
-def budget_file(results: str | os.PathLike) -> Path:
-    """The file of the budget next to the results file of a seed."""
-    return Path(results).with_name(f"budget-{Path(results).name}")
+def _sum(counts: Sequence[Any]) -> Any:
+    """The sum of arrays, or of lists of arrays array by array."""
+    return sum(counts) if isinstance(counts[0], np.ndarray) else [sum(each) for each in zip(*counts, strict=True)]
 
 
 def read_results(files: Sequence[str | os.PathLike]) -> Results:
-    """The results in `files`, one file for each seed, with the budget that is next to a file (`budget_file`).
+    """The results in `files`, one file for each seed.
 
     Raises:
         ValmError: there are no files, a file is damaged, the recipes differ, or two files belong to one seed.
@@ -233,10 +256,6 @@ def read_results(files: Sequence[str | os.PathLike]) -> Results:
     seeds, rows = [], []
     for file in files:
         found: dict[str, Any] = read_json(Path(file), "the results", SeedJson, "run the study again")
-        if (path := budget_file(file)).is_file():
-            found["budget"] = budget = read_json(path, "the budget", dict[str, Any], "write it again")
-            if (budget.get("recipe"), budget.get("seed")) != (found["recipe"], found["seed"]):
-                raise ValmError(f"the budget {path} is another seed's or study's: write it again")
         rows += _rows(found.pop("asked"), found.pop("rows"), found["seed"], file)
         seeds.append(found)
     if len({seed["recipe"] for seed in seeds}) > 1:
@@ -261,7 +280,7 @@ def _rows(asked: Sequence[AskedJson], rows: Sequence[RowJson], seed: int, file: 
     for row in rows:
         arm, of, measure = (row["arm"], row["images"]), row["of"], row["measure"]
         about, hits = known.get((of, measure)), np.array(row["hits"], float)
-        if arm[0] not in ARMS or arm[1] not in SEEN:
+        if arm_of(arm[0]) is None or arm[1] not in SEEN:
             raise ValmError(f"the results {file} have a row that no study has: {short(arm)}")
         if about is None or not about.is_of(len(hits)) or (arm, of, measure) in found:
             raise ValmError(f"the results {file} are damaged: they lack answers; run the study again")

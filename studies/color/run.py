@@ -2,7 +2,7 @@
 
 All seeds share OUT/pictures. The files of a seed are in OUT/seed-N:
 
-    text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  twin/  valm/  blind/ …  scores/  results.json
+    text/  clip/  kb-others/  kb/  kb-pictures-75/ …  retrieval-train/  valm/  valm-60/ …  scores/  results.json
 
 scores/ contains a file for each arm and choice of tests, with the hash of the tests in its name. results.json contains
 the tests of the last run.
@@ -17,7 +17,7 @@ import math
 import random
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import valm
 import valm_kernels
 from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.clip import image_tower
-from studies.color.config import ARMS, BASE, DOSES, KB, KB_OTHERS, PAST, RECIPE, VALIDATION, Arm
+from studies.color.config import BASE, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, VALM, Training
 from studies.color.pictures import Picture, collect_pictures, read_pictures
 from studies.color.questions import COLOR_SETS, item_names
 from studies.color.seed_scores import Scoring
@@ -55,19 +55,12 @@ def run_study(study: Study, seeds: Sequence[int] | None = None) -> dict[int, Pat
     """Runs the unfinished stages of all seeds, or of `seeds`, and returns the results file of each seed.
 
     Raises:
-        ValmError: a stage fails, the folder contains a study of another recipe, the study lacks a seed of `seeds`, or
-            today's code does not train one of its arms.
+        ValmError: a stage fails, the folder contains a study of another recipe, or the study lacks a seed of `seeds`.
     """
     config = study.config
     for seed in seeds or ():
         if seed not in config.seeds:
             raise ValmError(f"the study {config.name} has no seed {seed}, only {', '.join(map(str, config.seeds))}")
-    past = [name for name in config.arms if ARMS[name].made == PAST]
-    if past:
-        raise ValmError(
-            f"this code does not train the arm {past[0]}: run the study {config.name} with the code of the commit that "
-            "its YAML names"
-        )
     writable_folder(study.out)
     _note_study(study)
     shared = Stages(study.out / "stages-shared.json", progress=study.progress)
@@ -148,14 +141,12 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     config, folder = study.config, writable_folder(study.seed_folder(seed))
     stage = Stages(folder / "stages.json", f"seed {seed}, ", study.progress)
     pictures = read_pictures(study.pictures)
-    arms = {name: ARMS[name] for name in config.arms}
     stage("text", lambda: _write_text(study, pictures, seed, folder / "text"))
-    _prepare(study, seed, base, folder, arms.values(), stage)
-    for name, arm in arms.items():
-        if arm.made != BASE:
-            stage(name, partial(_train, study, name, arm, base, seed))
+    _prepare(study, seed, base, folder, stage)
+    for training in config.trainings:
+        stage(training.name, partial(_train, study, training, base, seed))
     scoring, rows = Scoring(study, seed, base, pictures), {}
-    for name in arms:
+    for name in [name for name in config.arms if name == BASE] + [training.name for training in config.trainings]:
         rows[name] = scoring.file(name)
         title = f"scores of {name} on {', '.join(scoring.names)}"
         if not rows[name].is_file():  # also if an earlier run asked other contents
@@ -166,7 +157,7 @@ def _run_seed(study: Study, seed: int, base: str) -> Path:
     return results
 
 
-def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[Arm], stage: Stages) -> None:
+def _prepare(study: Study, seed: int, base: str, folder: Path, stage: Stages) -> None:
     """Makes a CLIP, its knowledge bases and the images of the training text in `folder`."""
     config, clip = study.config, study.clip(seed)
     if clip == str(folder / "clip"):
@@ -183,8 +174,7 @@ def _prepare(study: Study, seed: int, base: str, folder: Path, arms: Collection[
         add(_dose_table(study, seed, dose), f"{KB}-{dose}")
 
     stage(KB, lambda: add(ITEMS, KB))
-    doses = [dose for dose in DOSES if any(dose in arm.tests for arm in arms)]
-    for dose in doses:
+    for dose in DOSES if VALM in config.arms else ():
         stage(f"{KB}-{dose}", partial(add_dose, dose))
     options = ("--kb", folder / KB_OTHERS, "--tokenizer", base, "-k", config.images, "--out", folder / RETRIEVAL, *hub)
     stage(RETRIEVAL, lambda: study.valm("retrieve", folder / "text" / "train.jsonl", *options))
@@ -214,24 +204,22 @@ def _train_clip(study: Study, seed: int, folder: Path) -> None:
     study.valm("clip", "train", study.pictures, *where, *as_options(options))
 
 
-def _train(study: Study, name: str, arm: Arm, base: str, seed: int) -> None:
-    """Trains an arm."""
+def _train(study: Study, training: Training, base: str, seed: int) -> None:
     folder = study.seed_folder(seed)
-    out = folder / name
+    out = folder / training.name
     study.valm(
         *("train", "--base", base, "--retrieval", folder / RETRIEVAL, "--kb", folder / KB_OTHERS),
-        *(["--twin", arm.twin] if arm.twin else []),
-        *(["--min-score", "auto"] if arm.cut else []),
+        *(["--twin", training.arm.twin] if training.arm.twin else []),
         *("--cache-below", study.out / "below", "--out", out, "--resume"),
         *("--seed", seed, "--logging_steps", "1"),
-        *as_options(study.config.training | (study.config.reading if arm.reading else {})),
+        *as_options(training.options),
         *(["--allow-download"] if study.config.allow_download else []),
     )
     _remove_checkpoints(out)
 
 
 def _remove_checkpoints(out: Path) -> None:
-    """Removes the checkpoints, because each is as large as the model."""
+    """Removes the checkpoints of a finished training."""
     for checkpoint in out.glob("checkpoint-*"):
         remove_folder(checkpoint)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from studies.color.config import ARMS, EXCHANGES
+from studies.color.config import EXCHANGES, arm_of, of_curve
 from studies.color.results import APART, CALIBRATED, NATS, RAW, SHOWN, RowJson
 from valm.clip.tokenizer import begin_id
 from valm.evaluation.metrics import log_prior
@@ -84,12 +84,15 @@ def counted(row: Mapping[str, Any], measured: Mapping[str, Counted]) -> list[Row
     """Turns a row of `score_arm` about a set into rows of results. A further row counts how often the arm answers the
     colour of the pictures (SHOWN). If the arm also sees exchanged images, further rows count how often it answers the
     colour of the exchanged images, with exchanged and with original images."""
-    arm, images, own = row["arm"], row["images"], row["measure"]
-    exchanges = [one for one in EXCHANGES if own == RAW and one in ARMS[arm].tests and images in ("retrieved", one)]
+    name, images, own = row["arm"], row["images"], row["measure"]
+    arm = arm_of(name)
+    assert arm is not None
+    tests = () if of_curve(name) else arm.tests
+    exchanges = [one for one in EXCHANGES if own == RAW and one in tests and images in ("retrieved", one)]
     answers = np.array(row["answers"])
     return [
         {
-            "arm": arm,
+            "arm": name,
             "images": images,
             "of": row["of"],
             "measure": measure,

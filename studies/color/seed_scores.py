@@ -14,7 +14,17 @@ import torch
 
 from studies.color.captions import Captions, captioned
 from studies.color.conditions import Conditions
-from studies.color.config import ARMS, BASE, COLORED_CAPTIONS, DOSES, EXCHANGES, HELDOUT, VALIDATION, Arm
+from studies.color.config import (
+    BASE,
+    COLORED_CAPTIONS,
+    DOSES,
+    EXCHANGES,
+    HELDOUT,
+    VALIDATION,
+    Arm,
+    arm_of,
+    of_curve,
+)
 from studies.color.pictures import Picture
 from studies.color.questions import (
     CAPTIONS_KIND,
@@ -132,15 +142,14 @@ class Scoring:
 
     def open(self, name: str) -> Any:
         """The model of an arm."""
-        if ARMS[name].made == BASE:
+        if name == BASE:
             return load_decoder(self.base).eval().to(self.device)
         return load(self.folder / name, device=self.device)[0]
 
     def write(self, name: str, file: Path) -> None:
         """Writes the rows of an arm."""
-        arm, study = ARMS[name], self.study
-        scorer = CausalScorer(self.open(name), self.tokenizer, name)
-        tests = self._tests(arm)
+        study, scorer = self.study, CausalScorer(self.open(name), self.tokenizer, name)
+        tests = self._tests(name)
         plain = [row for one in self.asked.values() for row in question_rows(self.tokenizer, one)]
         plain += [row for documents in self.texts.values() for row in text_rows(self.tokenizer, documents)]
         captioned = [one for test in tests if test.images == COLORED_CAPTIONS for one in test.asked.values()]
@@ -152,12 +161,18 @@ class Scoring:
         del scorer
         gc.collect()
 
-    def _tests(self, arm: Arm) -> list[Evaluation]:
-        """The evaluations of an arm. Its first test without captions asks all sets, its other tests ask the sets of
-        `small`, and the tests of DOSES ask only the sets about the items whose pictures they remove. Exchanged images
-        are for questions: with them, no text is read."""
+    def _tests(self, name: str) -> list[Evaluation]:
+        """The evaluations of a training. A training of a curve has one, of the sets about the objects of the claims.
+        Else the first test without captions asks all sets, the other tests ask the sets of `small`, and the tests of
+        DOSES ask only the sets about the items whose pictures they remove. Exchanged images are for questions: with
+        them, no text is read."""
+        arm = arm_of(name)
+        assert arm is not None
+        if of_curve(name):
+            of_claims = {of: one for of, one in self.asked.items() if of in (VALIDATION, *COLOR_SETS[:2])}
+            return [Evaluation(arm.tests[0], of_claims, {}, self._retriever(arm, arm.tests[0]))]
         tests = []
-        of_items = {name: one for name, one in self.small.items() if name in COLOR_SETS[:2]}
+        of_items = {of: one for of, one in self.small.items() if of in COLOR_SETS[:2]}
         whole = next(images for images in arm.tests if images != COLORED_CAPTIONS)
         for images in arm.tests:
             if images == COLORED_CAPTIONS:
@@ -165,12 +180,14 @@ class Scoring:
             elif images in DOSES:
                 tests.append(Evaluation(images, of_items, {}, self.conditions[images]))
             else:
-                retriever = None
-                if images != "none":
-                    retriever = self.conditions.blind(arm.cut) if arm.twin == "blind" else self.conditions[images]
-                texts = {} if images in EXCHANGES else self.texts
-                tests.append(Evaluation(images, self.asked if images == whole else self.small, texts, retriever))
+                asked, texts = self.asked if images == whole else self.small, {} if images in EXCHANGES else self.texts
+                tests.append(Evaluation(images, asked, texts, self._retriever(arm, images)))
         return tests
+
+    def _retriever(self, arm: Arm, images: str) -> Any:
+        if images == "none":
+            return None
+        return self.conditions.blind if arm.twin == "blind" else self.conditions[images]
 
     def results(self, rows: dict[str, Path]) -> dict[str, Any]:
         """The results of the seed from the rows of its arms: a `SeedJson` with further notes."""

@@ -281,12 +281,11 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     return Probe(accuracy(right[None]), majority, len(train), len(test), search.best_params_["C"])
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, folds: int, groups: np.ndarray | None = None) -> Any:
+def fit_probe(features: np.ndarray, labels: np.ndarray, folds: int) -> Any:
     """Logistic regression on features (N, E) with labels (N,), whose regularisation cross-validation chooses.
 
     Args:
-        folds: number of folds, stratified by label if there are no groups.
-        groups: (N,), the images of a group are in one fold.
+        folds: number of folds, stratified by label.
 
     Returns:
         A fitted `GridSearchCV`.
@@ -297,15 +296,15 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, folds: int, groups: np.n
     _need_sklearn()
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.model_selection import GridSearchCV
 
     regression = LogisticRegression(max_iter=PROBE_ITERATIONS)
     with warnings.catch_warnings():
         # weak regularisation converges slowly; the result is measured anyway
         warnings.simplefilter("ignore", ConvergenceWarning)
         # among equally good values the first, which is the strongest regularisation
-        search = GridSearchCV(regression, {"C": PROBE_C}, cv=folds if groups is None else GroupKFold(folds))
-        return search.fit(features, labels, groups=groups)
+        search = GridSearchCV(regression, {"C": PROBE_C}, cv=folds)
+        return search.fit(features, labels)
 
 
 def _need_sklearn() -> None:

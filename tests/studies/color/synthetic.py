@@ -1,4 +1,4 @@
-"""Synthetic results of a study: VaLM with the threshold follows its images, base and baseline say one colour."""
+"""Synthetic results of a study: VaLM follows its images, the base says one colour, and the control learns slowly."""
 
 import json
 
@@ -13,21 +13,28 @@ PICTURED = np.arange(ITEMS) % 2 == 0
 ALL, MOST, NONE = (np.full(ITEMS, count) for count in (PROMPTS, PROMPTS - 1, 0))
 RED = PROMPTS * (RIGHT == "red")
 CALIBRATIONS = ("calibrated", "calibrated apart")
-BASE, TWIN, CUT = ("base", "none"), ("twin", "none"), ("cut", "retrieved")
+SETS = ("memory_color", "color_terms", "validation")
+# The steps of the curve, and the query control's hits of PROMPTS after each of them; VaLM has one more.
+CONTROL_HITS = {60: 2, 120: 4, 240: 8}
+STEPS = 240
 # The hits of each arm by what it sees. An exchange changes the colour of every picture except the first item's.
 HITS = {
     ("base", "none"): {"raw": RED},
-    ("twin", "none"): {"raw": RED},
-    ("cut", "retrieved"): {"raw": MOST} | dict.fromkeys(EXCHANGES, NONE),
-    ("cut", "taken-out"): {"raw": RED},
-    ("cut", "pictures-50"): {"raw": RED},
-    ("cut", "exchanged"): {"raw": NONE, "exchanged": ALL},
+    ("valm", "retrieved"): {"raw": ALL} | dict.fromkeys(EXCHANGES, NONE),
+    ("valm", "taken-out"): {"raw": RED},
+    ("valm", "exchanged"): {"raw": NONE, "exchanged": ALL},
+    ("valm", "other-colors"): {"raw": NONE, "other-colors": ALL},
+    ("control", "retrieved"): {"raw": MOST},
     ("random", "random"): {"raw": RED},
-    ("blind", "retrieved"): {"raw": MOST},
+} | {
+    (f"{arm}-{steps}", "retrieved"): {"raw": np.full(ITEMS, hits + more)}
+    for arm, more in (("valm", 1), ("control", 0))
+    for steps, hits in CONTROL_HITS.items()
+    if steps != STEPS
 }
 
 
-def rows(hits, sets=("memory_color", "validation")):
+def rows(hits, sets):
     """Rows of the results; the calibrated answers equal the raw answers."""
     found = []
     for (arm, images), measured in hits.items():
@@ -57,51 +64,36 @@ def asked_texts(of):
 
 
 def result(seed, pictured=PICTURED):
-    """Each seed has its own validation objects. pictured: which of them have a picture."""
+    """Each seed has its own validation objects. pictured: which of them have a picture. ColorTerms has an object of
+    MemoryColor, in the plural."""
     things, own = ([f"{of} {number}" for number in range(ITEMS)] for of in ("thing", str(seed)))
+    terms = [f"thing {ITEMS - 1}s", *(f"term {number}" for number in range(1, ITEMS))]
     measures = ("raw", *CALIBRATIONS, *EXCHANGES)
     return {
         "study": "synthetic",
         "recipe": "abc",
+        "config": {"training": {"steps": STEPS}, "curve": list(CONTROL_HITS)},
         "seed": seed,
         "missing": ["vicomte_color", "captions"],
         "asked": [
             *(asked("memory_color", things, measure) for measure in measures),
+            *(asked("color_terms", terms, measure) for measure in measures),
             *(asked("validation", own, measure, pictured) for measure in measures),
             asked_texts("prose"),
         ],
-        "rows": [*rows(HITS), *(text_row(*arm, nats) for arm, nats in ((BASE, 5.0), (TWIN, 4.0), (CUT, 3.9)))],
+        "rows": [*rows(HITS, SETS), text_row("base", "none", 5.0), text_row("valm", "retrieved", 3.9)],
         "versions": {"torch": "2.13"},
         "hardware": "a processor",
         "threads": 2,
     }
 
 
-# The arms of the fourth study: the query control at all tokens is the better one on validation objects.
-READING_HITS = {
-    ("reading", "retrieved"): {"raw": ALL} | dict.fromkeys(EXCHANGES, NONE),
-    ("reading", "exchanged"): {"raw": NONE, "exchanged": ALL},
-    ("reading-random", "random"): {"raw": RED},
-    ("reading-blind", "retrieved"): {"raw": NONE},
-    ("reading-blind-all", "retrieved"): {"raw": RED},
-}
-
-
-def fourth(seed):
-    """Results with the arms of the fourth study. ColorTerms has an object of MemoryColor, in the plural."""
-    found = result(seed)
-    names = [f"thing {ITEMS - 1}s", *(f"term {number}" for number in range(1, ITEMS))]
-    found["asked"] += [asked("color_terms", names, measure) for measure in ("raw", *CALIBRATIONS, *EXCHANGES)]
-    found["rows"] += rows(HITS, ["color_terms"]) + rows(READING_HITS, ["memory_color", "validation", "color_terms"])
-    return found
-
-
-def write(folder, seeds=(0, 1), made=result):
+def write(folder, seeds=(0, 1)):
     """Writes the files of these seeds."""
     files = []
     for seed in seeds:
         files.append(folder / f"seed-{seed}.json")
-        files[-1].write_text(json.dumps(made(seed)))
+        files[-1].write_text(json.dumps(result(seed)))
     return files
 
 

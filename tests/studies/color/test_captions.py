@@ -19,7 +19,6 @@ KB = types.SimpleNamespace(item=lambda image: types.SimpleNamespace(uri=PICTURES
 
 def test_a_caption_says_its_colour_only_where_it_may():
     assert [Captions(KB, PICTURES)(image) for image in (0, 1)] == ["red apple", "A man."]
-    assert Captions(KB, PICTURES, {"apple"})(0) == "apple"
 
 
 def test_a_question_stands_behind_the_captions_of_its_last_tokens_images():

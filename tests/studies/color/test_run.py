@@ -14,9 +14,8 @@ from PIL import Image, ImageDraw
 
 import valm
 from studies.color import run, seed_scores
-from studies.color.__main__ import build_parser
-from studies.color.config import ARMS, DOSES, EXCHANGES, PAST, read_config
-from studies.color.questions import validation_questions
+from studies.color.comparisons import ALL_OF_PEOPLE, VALIDATION_OBJECTS, learned
+from studies.color.config import ARMS, DOSES, EXCHANGES, read_config
 from studies.color.results import PEOPLE, PEOPLE_SETS, read_results
 from studies.color.run import as_options, run_study
 from studies.color.study import Study
@@ -24,16 +23,11 @@ from tests.valm.evaluation.small_sets import write_sets
 from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import gpt2_like
 from tests.valm.tiny_clip import TINY
-from valm.cli import main, run_command
-from valm.clip.clip import Clip
-from valm.clip.tokenizer import own_tokenizer
+from valm.cli import main
 from valm.errors import ValmError
 from valm.evaluation.questions import COLORS as COLOR_WORDS
 from valm.evaluation.questions import FAIR, Questions
 from valm.evaluation.sets import load_memory_color
-from valm.knowledge_base.store import ImageKnowledgeBase
-from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import Retriever
 from valm.store.files import write_json
 
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 160, 20), "yellow": (240, 220, 20)}
@@ -65,9 +59,17 @@ def world(tmp_path_factory):
         "clip": {"model": str(root / "clip.json"), "steps": 2, "batch_size": 8},
         "text": {"templates": {"count": 30}},
         # numbers as YAML has them
-        "training": {"steps": 2, "batch_size": 4, "lr": "1e-3", "fusion_lr": "1e-2", "logit_bias": 0},
-        "reading": {"limit_softmax": True},
-        "arms": [name for name, arm in ARMS.items() if arm.made != PAST],
+        "training": {
+            "steps": 2,
+            "batch_size": 4,
+            "lr": "1e-3",
+            "fusion_lr": "1e-2",
+            "logit_bias": 0,
+            "limit_softmax": True,
+            "min_score": "auto",
+        },
+        "curve": [1, 2],
+        "arms": list(ARMS),
         "tests": ["validation", "memory_color", "color_terms", "heldout"],
         "images": 2,
         "seeds": [3],
@@ -82,9 +84,9 @@ def study_of(world, command=main, **options):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_whole_study(world, capsys):
+def test_a_whole_study(world):
     def killed(line):
-        if line[0] == "train" and line[line.index("--out") + 1].endswith("/reading-blind-all"):
+        if line[0] == "train" and line[line.index("--out") + 1].endswith("/control-1"):
             raise KeyboardInterrupt
         return main(line)
 
@@ -93,15 +95,19 @@ def test_a_whole_study(world, capsys):
     lines = []
     files = run_study(study_of(world, lambda line: lines.append(line) or main(line)))
     assert [line[:2] for line in lines] == [["train", "--base"]]  # all else was finished
-    assert "--limit-softmax" in lines[0] and "--min-score" not in lines[0]
+    assert "--min-score" in lines[0] and lines[0][lines[0].index("--steps") + 1] == "1"
+    assert lines[0][lines[0].index("--twin") + 1] == "blind"
     assert list(files) == [3]
     assert run_study(study_of(world, lambda line: pytest.fail("all was finished"))) == files
 
     results = read_results(files.values())
     assert {row.of for row in results.rows} == {"validation", *PEOPLE_SETS, PEOPLE}
-    assert set(results.arms) == {
-        (name, images) for name in results.seeds[0]["config"]["arms"] for images in ARMS[name].tests
-    }
+    of_curve = {("valm-1", "retrieved"), ("control-1", "retrieved")}
+    assert set(results.arms) == {(name, images) for name in ARMS for images in ARMS[name].tests} | of_curve
+    assert {row.measure for row in results.rows if row.arm in of_curve}.isdisjoint({"nats", *EXCHANGES})
+    assert {row.of for row in results.rows if row.arm in of_curve} == {"validation", *PEOPLE_SETS, PEOPLE}
+    for items in (VALIDATION_OBJECTS, ALL_OF_PEOPLE):
+        assert len(learned(results, items).seeds) == 1
     doses = {(of, images) for (_, images), of in ((row.arm, row.of) for row in results.rows) if images in DOSES}
     assert {of for of, _ in doses} == {*PEOPLE_SETS, PEOPLE}
     tables = [(world / f"out/pictures/seed-3-{dose}.csv").read_text().splitlines() for dose in DOSES]
@@ -120,28 +126,12 @@ def test_a_whole_study(world, capsys):
     pictured = {"banana": False, "apple": True, "sky": True, "cloud": False}
     assert dict(zip(items.items, items.pictured, strict=True)) == pictured
     assert items.pixels.tolist() == ["", "green", "yellow", ""]
-    assert results.difference(("cut", "retrieved"), ("cut", "taken-out"), "memory_color")
+    assert results.difference(("valm", "retrieved"), ("valm", "taken-out"), "memory_color")
     stages = set(results.seeds[0]["seconds"])
     assert stages >= {"text", "clip", "kb-others", "kb", "retrieval-train", "valm"}
     assert any(stage.startswith("scores of valm") for stage in stages)
 
-    copies = ["--results", str(world / "results")]
-    assert run_command(build_parser(), ["budget", str(world / "out"), "--data", str(world / "data"), *copies]) == 0
-    budget = json.loads((world / "results/budget-tiny-seed-3.json").read_text())
-    assert budget == json.loads((world / "out/seed-3/budget.json").read_text())
-    assert f"| seed 3, % of {9 * len(things)} questions |" in capsys.readouterr().out
-    assert (budget["arm"], budget["questions"]) == ("reading", 9 * len(things))
-    assert budget["pictures"] == len(THINGS) - 2 - len(things)  # one of each object that is in no set
-    assert budget["shares"]["mixed"] == results.accuracy(("reading", "retrieved"), "validation").value
-    kb = ImageKnowledgeBase.open(world / "out/seed-3/kb")
-    encoder = ContextEncoder(Clip.load(world / "out/seed-3/clip"), tokenizer=own_tokenizer(world / "model"))
-    finder, own = Retriever(encoder, kb, k=2), []
-    for item in load_memory_color(world / "out/seed-3/text/validation.csv"):
-        for text in validation_questions([item]).texts[0]:
-            own.append(item.text in [kb.item(image).caption for image in finder.find([text])[0][0, -1].tolist()])
-    assert budget["shares"]["retrieved"] == np.mean(own)
-
-    for name in ("valm", "reading-blind"):
+    for name in ("valm", "control-1"):
         model, tokenizer = valm.load(world / "out/seed-3" / name)
         if name == "valm":
             assert model.finder.source.knowledge_base.name == "kb-others"  # that it was trained with
@@ -150,7 +140,7 @@ def test_a_whole_study(world, capsys):
     (world / "object_color").mkdir()
     table = "Index,Descriptor,Item,Color\n1,the,kettle,red\n2,an,apple,green\n"
     (world / "object_color" / "memory_color_data.csv").write_text(table)
-    folders = [str(world / "out/seed-3" / name) for name in ("valm", "blind")]
+    folders = [str(world / "out/seed-3" / name) for name in ("valm", "control")]
     assert main(["eval", *folders, "--tasks", "memory_color", "--data", str(world)]) == 0
 
 
@@ -161,10 +151,6 @@ def test_a_folder_with_another_recipe_is_refused(world, tmp_path):
         run_study(Study(study.config, tmp_path, main, study.data))
     with pytest.raises(ValmError, match="no seed 7, only 3"):
         run_study(study, [7])
-    past = dataclasses.replace(study.config, arms=("base", "twin"))
-    with pytest.raises(ValmError, match="does not train the arm twin: run the study tiny with the code of the commit"):
-        run_study(Study(past, tmp_path / "never", main, study.data))
-    assert not (tmp_path / "never").exists()
 
 
 @pytest.fixture
@@ -195,8 +181,8 @@ def asked(world, tmp_path, monkeypatch):
     monkeypatch.setattr(seed_scores.Scoring, "write", write)
     monkeypatch.setattr(seed_scores.Scoring, "results", results)
 
-    def ask(*tests, arms=("valm", "cut")):
-        config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms)
+    def ask(*tests, arms=("valm", "control")):
+        config = dataclasses.replace(read_config(world / "study.yaml"), tests=tests, arms=arms, curve=())
         (file,) = run_study(Study(config, tmp_path, main, world / "data", progress=False)).values()
         rows = json.loads(file.read_text())["rows"]
         assert [row["arm"] for row in rows] == [arm for arm in arms for _ in range(len(rows) // len(arms))]
@@ -209,12 +195,12 @@ def asked(world, tmp_path, monkeypatch):
 
 def test_what_was_asked_is_not_asked_again_unless_its_set_has_other_contents(asked):
     first, second = ("validation", "memory_color"), ("validation", "color_terms")
-    assert asked.ask(*first) == (set(first), ["valm", "cut"])
-    assert asked.ask(*second) == (set(second), ["valm", "cut"])
-    for arms in (("valm", "cut"), ("valm",)):
+    assert asked.ask(*first) == (set(first), ["valm", "control"])
+    assert asked.ask(*second) == (set(second), ["valm", "control"])
+    for arms in (("valm", "control"), ("valm",)):
         assert asked.ask(*first, arms=arms) == (set(first), [])
     asked.contents["memory_color"] = "another thing"
-    assert asked.ask(*first)[1] == ["valm", "cut"]
+    assert asked.ask(*first)[1] == ["valm", "control"]
     del asked.contents["memory_color"]
     assert asked.ask(*first)[1] == []
 
@@ -233,9 +219,9 @@ def test_a_set_that_arrives_later_is_asked_of_every_arm(asked, monkeypatch):
             asked.ask("validation", "memory_color", "object_shape")
     asked.lacking.clear()
     both = {"validation", "object_shape"}
-    assert asked.ask(*sorted(both, reverse=True)) == (both, ["valm", "valm", "cut"])
+    assert asked.ask(*sorted(both, reverse=True)) == (both, ["valm", "valm", "control"])
     sets, arms = asked.ask("validation", "memory_color", "object_shape")
-    assert sets == {*both, "memory_color"} and arms == ["valm", "cut"]
+    assert sets == {*both, "memory_color"} and arms == ["valm", "control"]
 
 
 def test_other_code_in_one_folder_is_noted(asked, monkeypatch):

@@ -93,14 +93,15 @@ def test_hits_are_right_answers_and_answers_with_the_colour_that_the_images_have
     assert set(measured) == {"raw", "calibrated", "calibrated apart", "shown", "exchanged"}
     answers = np.array(asked.right)
     answers[1, :2] = asked.candidates.index("blue")
-    row = {"arm": "cut", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}
+    row = {"arm": "valm", "images": "retrieved", "of": "validation", "measure": "raw", "answers": answers.tolist()}
     prompts = len(asked.prompts)
     raw, shown, exchanged = counted(row, measured)
     assert (raw["measure"], raw["hits"]) == ("raw", [prompts, prompts - 2, prompts])
     assert (shown["measure"], shown["hits"]) == ("shown", [prompts - 2])
     assert (exchanged["measure"], exchanged["hits"]) == ("exchanged", [2])
     assert [one["measure"] for one in counted(row | {"images": "random"}, measured)] == ["raw", "shown"]
-    assert [one["measure"] for one in counted(row | {"arm": "blind"}, measured)] == ["raw", "shown"]
+    assert [one["measure"] for one in counted(row | {"arm": "control"}, measured)] == ["raw", "shown"]
+    assert [one["measure"] for one in counted(row | {"arm": "valm-60"}, measured)] == ["raw", "shown"]
     assert [one["measure"] for one in counted(row | {"measure": "calibrated"}, measured)] == ["calibrated"]
 
 
