@@ -24,8 +24,8 @@ from benchmarks.valm_kernels import tune_tiles
 from tests.checks.triton.compile_record import Launch, recorders, specialise
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
 from tests.valm_kernels.visual_fusion.triton.test_gpu import DTYPES, LARGE, WITH_FLASH
-from valm_kernels.visual_fusion import api
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients
+from valm_kernels.visual_fusion.checks import checked_inputs
+from valm_kernels.visual_fusion.inputs import Gradients
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import backward, forward, joined
 
@@ -60,9 +60,7 @@ def of_tiles() -> Found:
 
 def launches(problem: Problem, dtype: torch.dtype, with_lse: bool = True, flash: bool = False) -> Iterator[Launch]:
     """The kernels of the forward and backward in a problem's test."""
-    given = problem.inputs(dtype)
-    tensors = tuple(given.get(name) for name in TENSOR_NAMES)
-    inputs = api.checked_inputs(tensors, given.get("causal", True), given.get("scale"), given.get("softcap"))
+    inputs = checked_inputs(**problem.inputs(dtype))
     if not flash:
         inputs = inputs._replace(cu_seqlens=None)
     scores = empty_image_scores(inputs, True) if problem.weights else None

@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.outcomes import DEVICE_LOST, append_row, claim
 from tests.checks.triton.compile_record import Launch, recorders, specialise
 from valm_kernels.atomic_files import atomic_path
+from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.triton import backward, backward_key, backward_query, forward, joined
 from valm_kernels.visual_fusion.triton.launch import architecture
@@ -98,9 +99,8 @@ class Case:
         pool_k, pool_v = (normal(rows, self.kv_heads, self.head_dim).transpose(0, 1) for _ in range(2))
         size = (self.batch, self.queries, self.images)
         index = torch.randint(rows, size, device=device, generator=generator)
-        fields = dict.fromkeys(Inputs._fields) | {"q": q, "k": k, "v": v, "image_k": pool_k, "image_v": pool_v}
-        options = {"image_index": index, "causal": True, "scale": self.head_dim**-0.5, "softcap": self.softcap}
-        return Inputs(**(fields | options))
+        images = {"image_k": pool_k, "image_v": pool_v, "image_index": index}
+        return checked_inputs(q=q, k=k, v=v, **images, softcap=self.softcap)
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         """The results of the forward, and of the backward if its kernels are measured."""

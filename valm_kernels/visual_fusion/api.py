@@ -14,7 +14,7 @@ from torch import Tensor
 from ..native import survives_fork
 from . import flash
 from .autocast import is_autocast_enabled, outside_autocast
-from .checks import check_bool, check_tensor, check_text_bias, checked_inputs
+from .checks import LIKE_Q, check_bool, check_tensor, check_text_bias, checked_inputs
 from .inputs import Inputs
 from .op import document_starts, fused_attention
 from .reference import joint_softmax, reference_attention
@@ -162,12 +162,14 @@ def visual_fusion_attn(
     """
     check_bool("return_lse", return_lse)
     check_bool("return_image_weights", return_image_weights)
-    images = (image_k, image_v, image_q, image_index, image_mask)
-    biases = (image_k_bias, image_v_bias, image_logit_bias, image_score_bias)
-    tensors = (q, k, v, *images, *biases, first_key, cache_seqlens, cu_seqlens)
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "image_k": image_k, "image_v": image_v, "image_q": image_q}
+    given |= {"image_index": image_index, "image_mask": image_mask, "image_score_bias": image_score_bias}
+    given |= {"image_k_bias": image_k_bias, "image_v_bias": image_v_bias, "image_logit_bias": image_logit_bias}
+    given |= {"first_key": first_key, "cache_seqlens": cache_seqlens, "cu_seqlens": cu_seqlens}
+    given |= {"causal": causal, "scale": scale, "softcap": softcap, "max_seqlen": max_seqlen}
     check_tensor("q", q)
     asked, impl = impl, _choose_impl(impl, q)
-    inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, max_seqlen))
+    inputs = _with_documents(checked_inputs(**_cast(given)))
     if impl == flash.NAME and (refusal := flash.refusal(inputs)) is not None:
         raise ValueError(f'impl="{impl}" {refusal}; use impl="auto"')
     if asked == "auto" and impl == "triton" and flash.is_faster(inputs):
@@ -237,28 +239,30 @@ def attention_weights(
         (torch.Size([1, 2, 4, 4]), torch.Size([1, 2, 4, 3]))
     """
     # weights do not depend on values, so keys are passed in their place
-    images = (image_k, image_k, image_q, image_index, image_mask)
-    biases = (image_k_bias, None, image_logit_bias, image_score_bias)
-    tensors = (q, k, k, *images, *biases, first_key, cache_seqlens, cu_seqlens)
+    given: dict[str, Any] = {"q": q, "k": k, "v": k, "image_k": image_k, "image_v": image_k, "image_q": image_q}
+    given |= {"image_index": image_index, "image_mask": image_mask, "image_score_bias": image_score_bias}
+    given |= {"image_k_bias": image_k_bias, "image_logit_bias": image_logit_bias}
+    given |= {"first_key": first_key, "cache_seqlens": cache_seqlens, "cu_seqlens": cu_seqlens}
+    given |= {"causal": causal, "scale": scale, "softcap": softcap}
     check_tensor("q", q)
-    inputs = _with_documents(checked_inputs(_cast(tensors), causal, scale, softcap, any_dim=True))
+    inputs = _with_documents(checked_inputs(**_cast(given), any_dim=True))
     if text_bias is not None:
         check_text_bias(text_bias, inputs)
     with outside_autocast(q.device.type):
         return joint_softmax(inputs, text_bias)
 
 
-def _cast(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The tensors; under autocast, q, k, v, image_k, image_v and image_q are cast to its dtype.
+def _cast(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments; under autocast, q, k, v, image_k, image_v and image_q are cast to its dtype.
 
     torch.library.register_autocast does not serve here: it knows one fixed dtype and would cast the float32 biases too.
     """
-    q = tensors[0]
+    q = given["q"]
     device_type = q.device.type
     if not is_autocast_enabled(device_type) or q.dtype == torch.float64:
-        return tensors
+        return given
     dtype = torch.get_autocast_dtype(device_type)
-    return (*(t.to(dtype) if _is_cast(t) else t for t in tensors[:6]), *tensors[6:])
+    return given | {name: given[name].to(dtype) for name in LIKE_Q if _is_cast(given[name])}
 
 
 def _with_documents(inputs: Inputs) -> Inputs:

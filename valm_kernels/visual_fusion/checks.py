@@ -18,11 +18,12 @@ MAX_IMAGES = 64
 # scale and softcap must be from 2**-RANGE to 2**RANGE, so that scores and their gradients are finite in float32.
 RANGE = 60
 # The tensors with the dtype of q.
-_LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
+LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
+_DEFAULTS: dict[str, Any] = dict.fromkeys(Inputs._fields) | {"causal": True}
 _NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in TENSOR_NAMES if name.startswith("image_"))
 
 
-def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
+def _dtypes(q: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:
     """The dtypes that each tensor may have if q has this dtype."""
     wide = torch.promote_types(q, torch.float32)
     others = {
@@ -36,48 +37,41 @@ def _dtypes(q: torch.dtype) -> tuple[tuple[torch.dtype, ...], ...]:
         "cu_seqlens": (torch.int32, torch.int64),
         "cache_seqlens": (torch.int32,),
     }
-    return tuple(others.get(name, (q,)) for name in TENSOR_NAMES)
+    return dict.fromkeys(TENSOR_NAMES, (q,)) | others
 
 
 _DTYPES = {q: _dtypes(q) for q in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
 
-def checked_inputs(
-    tensors: tuple[Any, ...],
-    causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    max_seqlen: int | None = None,
-    *,
-    any_dim: bool = False,
-) -> Inputs:
+def checked_inputs(*, any_dim: bool = False, **given: Any) -> Inputs:
     """The arguments with their defaults; images with K = 0 become None.
 
     Args:
-        tensors: q to cu_seqlens, in the order of `Inputs` and cast to the autocast dtype; the first is a tensor.
         any_dim: whether a head may have any dimension.
+        given: the arguments by their names in `Inputs`, cast to the autocast dtype; q is a tensor.
 
     Raises:
         TypeError, ValueError: as `visual_fusion_attn`, except for the values of tensors.
     """
-    _check_tensors(tensors)
-    check_bool("causal", causal)
-    if scale is not None:
-        _check_positive_number("scale", scale)
-    if softcap is not None:
-        _check_positive_number("softcap", softcap)
-        softcap = float(softcap)
-    q, k, v = tensors[:3]
-    _check_text_shapes(q, k, v)
+    given = _DEFAULTS | given
+    _check_tensors(given)
+    check_bool("causal", given["causal"])
+    for name in ("scale", "softcap"):
+        if given[name] is not None:
+            _check_positive_number(name, given[name])
+            given[name] = float(given[name])
+    q = given["q"]
+    _check_text_shapes(q, given["k"], given["v"])
     if not any_dim and not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"q must have a head_dim D from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    inputs = Inputs._make([*tensors, causal, scale, softcap, max_seqlen])
+    if given["scale"] is None:
+        given["scale"] = q.shape[-1] ** -0.5
+    inputs = Inputs(**given)
     num_images = _check_image_shapes(inputs)
     _check_option_shapes(inputs, num_images)
     if inputs.cu_seqlens is not None:
         _check_documents(inputs, inputs.cu_seqlens)
-    elif max_seqlen is not None:
+    elif inputs.max_seqlen is not None:
         raise ValueError("max_seqlen is the length of the longest document in cu_seqlens: give cu_seqlens too")
     if num_images == 0:
         inputs = inputs._replace(**_NO_IMAGES)
@@ -102,19 +96,20 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {'None' if value is None else type(value).__name__}")
 
 
-def _check_tensors(tensors: tuple[Any, ...]) -> None:
+def _check_tensors(given: dict[str, Any]) -> None:
     """Checks types, devices and dtypes."""
-    dtype, device = tensors[0].dtype, tensors[0].device
+    dtype, device = given["q"].dtype, given["q"].device
     if dtype not in _DTYPES:
         raise TypeError(f"q must be float32, float16, bfloat16 or float64, got {dtype}")
-    for name, tensor, dtypes in zip(TENSOR_NAMES, tensors, _DTYPES[dtype], strict=True):
+    for name, dtypes in _DTYPES[dtype].items():
+        tensor = given[name]
         if tensor is None and name not in ("k", "v"):
             continue
         check_tensor(name, tensor)
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of q, {device}, but is on {tensor.device}")
         if tensor.dtype not in dtypes:
-            if name in _LIKE_Q:
+            if name in LIKE_Q:
                 raise TypeError(f"{name} must have the dtype of q, {dtype}, got {tensor.dtype}")
             names = " or ".join(dict.fromkeys(str(d) for d in dtypes))
             raise TypeError(f"{name} must be {names} for a {dtype} q, got {tensor.dtype}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     causal: bool
     scale: float
     softcap: float | None
-    max_seqlen: int | None = None
+    max_seqlen: int | None
 
     @property
     def by_head(self) -> bool:
@@ -45,8 +45,10 @@ class Inputs(NamedTuple):
         return self[:14]
 
 
-# q to cu_seqlens; the other fields are options
-TENSOR_NAMES = Inputs._fields[:15]
+# The type of each field.
+TYPES = get_type_hints(Inputs)
+# The fields before the options.
+TENSOR_NAMES = tuple(name for name, kind in TYPES.items() if kind in (Tensor, Tensor | None))
 
 
 class Gradients(NamedTuple):

@@ -46,7 +46,7 @@ _GRADIENT_LIKE = (
 
 def empty_gradients(inputs: Inputs, needed: Sequence[bool]) -> Gradients:
     """Uninitialised gradients of the inputs that are present and needed, in the order of `Gradients`."""
-    differentiable = (*inputs[:6], *inputs[8:12])
+    differentiable = (getattr(inputs, name) for name in Gradients._fields)
     return Gradients._make(
         empty(tensor) if is_needed and tensor is not None else None
         for empty, tensor, is_needed in zip(_GRADIENT_LIKE, differentiable, needed, strict=True)

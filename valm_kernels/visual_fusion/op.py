@@ -18,15 +18,15 @@ from ..native import survives_fork
 from . import cpu, flash
 from .autocast import outside_autocast
 from .checks import check_cu_seqlens
-from .inputs import Gradients, Inputs
+from .inputs import TENSOR_NAMES, TYPES, Gradients, Inputs
 from .layout import empty_gradients, empty_image_scores, empty_rows_like
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? image_k, Tensor? image_v, Tensor? image_q, Tensor? image_index, "
-    "Tensor? image_mask, Tensor? image_k_bias, Tensor? image_v_bias, Tensor? image_logit_bias, "
-    "Tensor? image_score_bias, Tensor? first_key, Tensor? cache_seqlens, Tensor? cu_seqlens, "
-    "bool causal, float scale, float? softcap, SymInt? max_seqlen, str impl"
-)
+# The type in the operators' schema for each type of a field of `Inputs`.
+_SCHEMA_TYPES: dict[Any, str] = {
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool"},
+    **{float: "float", float | None: "float?", int | None: "SymInt?"},
+}
+_INPUTS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in TYPES.items()) + ", str impl"
 # Positions of the differentiable tensors among the inputs.
 _DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in Gradients._fields)
 
@@ -134,7 +134,8 @@ class _Attention(torch.autograd.Function):
         # Otherwise an unused lse would get a gradient of zeros, which costs time in the backward.
         ctx.set_materialize_grads(False)
         out, lse, image_scores = _below_autograd(_forward_op, keyset, inputs)
-        *tensors, ctx.causal, ctx.scale, ctx.softcap, ctx.max_seqlen, ctx.impl, ctx.with_image_scores = inputs
+        tensors = inputs[: len(TENSOR_NAMES)]
+        *ctx.options, ctx.with_image_scores = inputs[len(TENSOR_NAMES) :]  # the last of the options is impl
         ctx.save_for_backward(out, lse, *tensors)
         return out, lse, image_scores
 
@@ -150,8 +151,8 @@ class _Attention(torch.autograd.Function):
             if grad_lse is None and grad_image_scores is None:
                 return (None,) * (2 + len(needed))
             grad_out = torch.zeros_like(out)
-        options = (ctx.causal, ctx.scale, ctx.softcap, ctx.max_seqlen, ctx.impl, needed)
-        gradients = _backward_op(grad_out, grad_lse, grad_image_scores, out, lse, *tensors, *options)
+        inputs = (*tensors, *ctx.options, needed)
+        gradients = _backward_op(grad_out, grad_lse, grad_image_scores, out, lse, *inputs)
         return None, None, *(g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
 
 

@@ -36,6 +36,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tests.checks.triton.loops import Spills, products_in_ptx, products_of_amd, spills_in_sass, spills_of_amd
+from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import (
@@ -198,8 +199,10 @@ def meta_inputs(
     own_q = q if image_q else None
     lengths = empty(batch, dtype=torch.int32) if seqlens else None
     of_scores = empty(batch, q_len, images, dtype=torch.float32) if score_bias else None
-    options = (index, mask, bias, bias, logit_bias, of_scores, first_key, lengths, None)
-    return Inputs(q, k, k, image, image, own_q, *options, True, head_dim**-0.5, softcap)
+    images = {"image_k": image, "image_v": image, "image_q": own_q, "image_index": index, "image_mask": mask}
+    biases = {"image_k_bias": bias, "image_v_bias": bias, "image_logit_bias": logit_bias, "image_score_bias": of_scores}
+    limits = {"first_key": first_key, "cache_seqlens": lengths, "softcap": softcap}
+    return checked_inputs(q=q, k=k, v=k, **images, **biases, **limits)
 
 
 def without(inputs: Inputs, *names: str) -> Inputs:

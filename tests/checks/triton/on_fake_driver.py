@@ -31,8 +31,8 @@ from triton.runtime.jit import mangle_type
 from benchmarks.valm_kernels import tune_tiles
 from tests.checks.triton.compile_record import KERNELS, specialise
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem
-from valm_kernels.visual_fusion import api
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients
+from valm_kernels.visual_fusion.checks import checked_inputs
+from valm_kernels.visual_fusion.inputs import Gradients
 from valm_kernels.visual_fusion.layout import empty_image_scores
 from valm_kernels.visual_fusion.triton import backward, forward
 from valm_kernels.visual_fusion.triton import launch as launchers
@@ -191,9 +191,7 @@ def check_parameters() -> None:
 
 def solve(given: dict[str, Any], weights: bool = False) -> None:
     """Forward and backward of `visual_fusion_attn` for these arguments."""
-    tensors = tuple(given.get(name) for name in TENSOR_NAMES)
-    inputs = api.checked_inputs(tensors, given.get("causal", True), given.get("scale"), given.get("softcap"))
-    inputs = inputs._replace(cu_seqlens=None)
+    inputs = checked_inputs(**given)._replace(cu_seqlens=None)
     scores = empty_image_scores(inputs, wanted=True) if weights else None
     out, lse = forward.forward(inputs, scores)
     results = (out.nan_to_num(), lse.nan_to_num())

@@ -5,6 +5,7 @@ import torch
 
 from tests.valm_kernels.visual_fusion.problems import Problem
 from valm_kernels import attention_weights, visual_fusion_attn
+from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.inputs import TENSOR_NAMES
 
 DENSE = Problem(batch=2, query_heads=4, kv_heads=2, num_queries=5, prefix=2, head_dim=8, num_images=3)
@@ -240,3 +241,8 @@ def test_a_text_bias_that_does_not_fit_is_refused():
         attention_weights(q, k, None, text_bias=zeros(1, 1, 5, 7, device="meta"))
     wide = attention_weights(q, k, None, text_bias=zeros(1, 1, 5, 7, dtype=torch.float64))
     assert {part.dtype for part in wide} == {torch.float32}
+
+
+def test_no_argument_is_dropped():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'window'"):
+        checked_inputs(**DENSE.inputs(), window=4)

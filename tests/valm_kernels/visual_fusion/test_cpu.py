@@ -27,8 +27,9 @@ from tests.valm_kernels.visual_fusion.problems import (
 from valm_kernels import visual_fusion_attn
 from valm_kernels.native import native
 from valm_kernels.visual_fusion import cpu
+from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.cpu import text_segments
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients, Inputs
+from valm_kernels.visual_fusion.inputs import Gradients
 from valm_kernels.visual_fusion.reference import text_visible
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -248,10 +249,8 @@ def fork_and_compare(other_runtime):
 
 
 def fused_image_gradient(problem):
-    inputs = problem.inputs(torch.float32)
+    inputs = checked_inputs(**problem.inputs(torch.float32))
     grad_out, grad_lse = (g.float() for g in cotangents(problem))
-    tensors = (inputs.get(name) for name in TENSOR_NAMES)
-    inputs = Inputs(*tensors, problem.causal, problem.head_dim**-0.5, problem.softcap)
     needed = [True] * len(Gradients._fields)
     return cpu.backward(grad_out, grad_lse, None, *cpu.forward(inputs), inputs, needed).image_k
 

@@ -15,7 +15,7 @@ from tests.valm_kernels.visual_fusion.problems import Problem
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api, crossover, flash
 from valm_kernels.visual_fusion.checks import checked_inputs
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Inputs
+from valm_kernels.visual_fusion.inputs import Inputs
 
 GROUPED = Problem(query_heads=8, kv_heads=2, num_queries=16, head_dim=64, num_images=0, biases=False)
 DOCUMENTS = replace(GROUPED, batch=1, num_queries=80, cu_seqlens=True)
@@ -23,10 +23,7 @@ ROWS = replace(DOCUMENTS, batch=3)
 
 
 def checked(problem: Problem, dtype: torch.dtype = torch.float16, **options) -> Inputs:
-    given = problem.inputs(dtype) | options
-    tensors = tuple(given.get(name) for name in TENSOR_NAMES)
-    options = (given.get("causal", True), None, given.get("softcap"), given.get("max_seqlen"))
-    return api._with_documents(checked_inputs(tensors, *options))
+    return api._with_documents(checked_inputs(**problem.inputs(dtype) | options))
 
 
 @pytest.mark.parametrize("cudnn_keys", [None, 1])

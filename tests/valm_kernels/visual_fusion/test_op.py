@@ -8,7 +8,7 @@ from tests.tolerance import assert_agree
 from tests.valm_kernels.visual_fusion.problems import PROBLEMS, cotangents, differentiable, solve
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import cpu
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES
+from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.layout import empty_tokens_first
 
 forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
@@ -26,11 +26,7 @@ def quick_or_slow(quick):
 
 
 def op_arguments(inputs, impl="cpu", with_image_scores=False):
-    tensors = {name: inputs.get(name) for name in TENSOR_NAMES}
-    if inputs["image_k"] is None:
-        tensors |= {name: None for name in TENSOR_NAMES if name.startswith("image_")}
-    options = (inputs["causal"], 0.25, inputs.get("softcap"), inputs.get("max_seqlen"))
-    return *tensors.values(), *options, impl, with_image_scores
+    return *checked_inputs(**inputs), impl, with_image_scores
 
 
 @pytest.mark.parametrize(

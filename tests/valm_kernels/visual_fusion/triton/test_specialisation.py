@@ -18,15 +18,15 @@ import triton
 
 from tests.checks.triton.compile_record import Launch, meta_inputs, recorders, specialise, without
 from tests.valm_kernels.visual_fusion.problems import Problem
-from valm_kernels.visual_fusion.inputs import TENSOR_NAMES, Gradients, Inputs
+from valm_kernels.visual_fusion.checks import checked_inputs
+from valm_kernels.visual_fusion.inputs import Gradients
 from valm_kernels.visual_fusion.triton import backward, forward
 
 ARCH = 90
 
 
 def inputs_of(problem):
-    given = problem.inputs(torch.float16)
-    return Inputs(*(given.get(name) for name in TENSOR_NAMES), True, 0.1, None)
+    return checked_inputs(**problem.inputs(torch.float16))
 
 
 def decoding_step(num_keys, **options):
