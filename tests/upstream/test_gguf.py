@@ -78,9 +78,7 @@ def test_an_adapter_says_in_which_file_its_base_is(bases):
     save_adapter(loaded, bases / "adapter" / "again")
     assert json.loads((bases / "adapter/again/_retrieval.json").read_text())["base"] == "../../bases/base.gguf"
     (bases / "bases" / "base.gguf").unlink()
-    with pytest.raises(
-        ValmError, match=r"the base model .*base\.gguf of the adapter .* cannot be read: .*; give it as"
-    ):
+    with pytest.raises(ValmError, match=r"the base model .*base\.gguf of the adapter .* cannot be read: .*; put it b"):
         load(bases / "adapter")
 
 
