@@ -25,7 +25,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import valm
-from examples.augment_smollm2 import convert_smollm2
 from studies.color.clip import image_tower
 from studies.color.questions import FLICKR_CAPTIONS, photographs
 from studies.color.text import color_glosses, python_prose
@@ -35,6 +34,7 @@ from valm.errors import ValmError
 from valm.evaluation.controls import switch_images
 from valm.evaluation.language import token_log_probs
 from valm.evaluation.statistics import Estimate, ratio
+from valm.model.smollm2 import convert_smollm2
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.settings import check_same
 

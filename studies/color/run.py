@@ -27,7 +27,6 @@ from typing_extensions import TypedDict
 
 import valm
 import valm_kernels
-from examples.augment_smollm2 import PACKAGE, convert_smollm2
 from studies.color.clip import image_tower
 from studies.color.config import BASE, DOSES, KB, KB_OTHERS, RECIPE, VALIDATION, VALM, Training
 from studies.color.pictures import Picture, collect_pictures, read_pictures
@@ -39,6 +38,7 @@ from studies.color.words import Names
 from studies.stages import Stages
 from valm.errors import ValmError
 from valm.evaluation.files import read_csv
+from valm.model.smollm2 import PACKAGE, convert_smollm2
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
 from valm.store.settings import check_same

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import valm
 from studies.color.__main__ import build_parser as color_parser
@@ -26,6 +25,7 @@ from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
 from valm.errors import ValmError
 from valm.model.augment import fusion_module
+from valm.model.smollm2 import convert_smollm2
 from valm.training import training_arguments
 
 ROOT = Path(__file__).parents[3]
@@ -112,7 +112,7 @@ def write_photographs(folder: Path) -> None:
 def write_smollm2(folder: Path) -> None:
     """SmolLM2-135M where its package is installed, else a tiny decoder."""
     try:
-        runpy.run_path(str(ROOT / "examples" / "augment_smollm2.py"))["convert_smollm2"](folder)
+        convert_smollm2(folder)
     except ValmError:
         tokenizer = gpt2_like()
         llama_of(tokenizer, max_position_embeddings=512).save_pretrained(folder)
@@ -259,14 +259,3 @@ def test_the_memory_of_the_examples_names_what_is_not_there(monkeypatch, tmp_pat
         with pytest.raises(SystemExit):
             run_example(monkeypatch, "memory", *arguments)
         assert said in capsys.readouterr().err
-
-
-def test_an_augmented_decoder_agrees_with_its_own_attention_in_the_examples(monkeypatch, tmp_path, capsys):
-    tokenizer = gpt2_like()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    run_example(monkeypatch, "augment_smollm2", str(tmp_path))
-    found = json.loads(capsys.readouterr().out)
-    assert found["text_alone_largest_difference"] < 1e-5 and found["closed_kl"] < 1e-4
-    assert found["open_against_own_attention"] < 1e-5 < found["open_largest_difference"]
