@@ -62,7 +62,7 @@ def test_a_weight_that_torchao_does_not_dequantise_is_not_compared():
     plain.bias = packed.bias
     packed.weight = nn.Parameter(made, requires_grad=False)
     expected = sketch(packed)
-    assert expected["weight"] == "Int4Tensor:"
+    assert expected["weight"] == "Int4Tensor::"
     assert other_tensor(sketch(packed), expected) is None
     assert other_tensor(sketch(plain), expected) == "weight"
     assert other_tensor(sketch(plain), expected, coarsely=True) is None

@@ -1,7 +1,7 @@
-"""A sketch of a model's weights: a few values of each tensor, which show whether two models are the same.
+"""A sketch of a model's weights: a few values and sums of each tensor, which show whether two models are the same.
 
-A hash would differ between precisions. A change of a whole tensor, such as a merged LoRA, changes nearly all of its
-values. A change of a few rows may go unnoticed. Quantised weights are dequantised first.
+The sums see any changed number. A tensor wider than 16 bits has one sum in each precision that its model may be loaded
+in. The values are compared where no precision is common, and for quantised weights, which are dequantised first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +22,7 @@ from valm.errors import ValmError
 from valm.model.private_names import dequantized, offloaded_weight
 
 # The sketch contains its version, under a name that no tensor uses. Sketches without a version are random projections.
-VERSION_KEY, VERSION = "sketch version", "2"
+VERSION_KEY, VERSION = "sketch version", "3"
 SAMPLES = 16
 # The golden ratio spreads the samples, so that they fall on different rows and columns in a tensor of any width.
 GOLDEN_RATIO = 0.6180339887498949
@@ -30,6 +31,8 @@ GOLDEN_RATIO = 0.6180339887498949
 # 17 % in 4. For heavy-tailed weights, 16 samples change by up to 90 % (2,000 draws of Student's t, 3 degrees of
 # freedom). Another model differs by about 140 %, and in some weights by more than COARSE.
 EXACT, COARSE = 1e-5, 1.0
+# Numbers that are rounded at once, so that rounding a weight takes little memory.
+BLOCK = 1 << 20
 # Largest difference between a number in bfloat16 and in float16: relative, and by the smallest number of float16.
 HALVES = {"bfloat16", "float16"}
 RELATIVE, SMALLEST = 2.0**-7, 2.0**-24
@@ -49,9 +52,9 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 @torch.no_grad()
 def sketch(model: Any) -> dict[str, str]:
-    """How each parameter and persistent buffer is stored, and SAMPLES of its values as base64, by name. Weights of the
-    fusion are skipped. Raises ValmError if a module was quantised by torch.ao, or a weight is divided among
-    processes."""
+    """How each parameter and persistent buffer is stored, SAMPLES of its values as base64, and its sums, by name.
+    Weights of the fusion are skipped. Raises ValmError if a module was quantised by torch.ao, or a weight is divided
+    among processes."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao."):
             raise ValmError(
@@ -68,8 +71,9 @@ def sketch(model: Any) -> dict[str, str]:
             )
         if "image_fusion." not in name:
             kind = quantisation(weight) or whole or str(weight.dtype).removeprefix("torch.")
-            numbers = _samples(_read(model, name, module, weight))
-            found[name] = f"{kind}:{base64.b64encode(numbers.tobytes()).decode()}"
+            values = _read(model, name, module, weight)
+            sums = _sums(values) if values is not None and _is_dtype(kind) else {}
+            found[name] = _encoded(kind, _samples(values), sums)
     return found
 
 
@@ -96,7 +100,7 @@ def other_tensor(found: Mapping[str, str], expected: Mapping[str, str], *, coars
 
 def _agree(found: str, expected: str, coarsely: bool) -> bool:
     try:
-        (kind, numbers), (other_kind, others) = _decoded(found), _decoded(expected)
+        (kind, numbers, sums), (other_kind, others, other_sums) = _decoded(found), _decoded(expected)
     except (binascii.Error, ValueError, TypeError, AttributeError):
         return False
     if not (_is_dtype(kind) and _is_dtype(other_kind)):
@@ -104,6 +108,8 @@ def _agree(found: str, expected: str, coarsely: bool) -> bool:
             return coarsely or kind == other_kind
         limit = COARSE if coarsely else EXACT if kind == other_kind else 0.0
         return numbers.shape == others.shape and bool((numbers - others).norm() <= limit * others.norm())
+    if any(sums[name] != other_sums[name] for name in sums.keys() & other_sums.keys()):
+        return False
     for name in (kind, other_kind):  # both dtypes that either was rounded to
         numbers, others = (each.to(getattr(torch, name)).float() for each in (numbers, others))
     if {kind, other_kind} == HALVES and numbers.shape == others.shape:
@@ -111,9 +117,15 @@ def _agree(found: str, expected: str, coarsely: bool) -> bool:
     return numbers.equal(others)
 
 
-def _decoded(entry: str) -> tuple[str, Tensor]:
-    kind, _, content = entry.partition(":")
-    return kind, torch.from_numpy(np.frombuffer(base64.b64decode(content, validate=True), np.float32).copy())
+def _encoded(kind: str, samples: np.ndarray, sums: Mapping[str, int]) -> str:
+    named = ",".join(f"{name}={total}" for name, total in sums.items())
+    return f"{kind}:{base64.b64encode(samples.tobytes()).decode()}:{named}"
+
+
+def _decoded(entry: str) -> tuple[str, Tensor, dict[str, str]]:
+    kind, content, named = entry.split(":")
+    samples = np.frombuffer(base64.b64decode(content, validate=True), np.float32).copy()
+    return kind, torch.from_numpy(samples), dict(total.split("=") for total in named.split(",") if total)
 
 
 def _is_dtype(kind: str) -> bool:
@@ -133,6 +145,23 @@ def _samples(tensor: Tensor | None) -> np.ndarray:
     shares = torch.arange(1, min(SAMPLES, tensor.numel()) + 1, dtype=torch.float64) * GOLDEN_RATIO % 1
     places = (shares * tensor.numel()).long()
     return tensor.detach().reshape(-1)[places.to(tensor.device)].float().cpu().numpy()
+
+
+def _sums(tensor: Tensor) -> dict[str, int]:
+    """The sum of a tensor's 64-bit words, modulo 2**64, by dtype: in its own and, of wider numbers, rounded to 16 bits.
+    Every device computes the same sums."""
+    flat = tensor.detach().reshape(-1).contiguous()
+    rounded = (torch.bfloat16, torch.float16) if flat.is_floating_point() and flat.itemsize > 2 else ()
+    return {
+        str(dtype).removeprefix("torch."): int(sum(_words(block.to(dtype)).sum() for block in flat.split(BLOCK)))
+        for dtype in (flat.dtype, *rounded)
+    }
+
+
+def _words(flat: Tensor) -> Tensor:
+    """The bits of a tensor of one dimension as int64."""
+    bits = flat.view(torch.uint8)
+    return (F.pad(bits, (0, -bits.numel() % 8)) if bits.numel() % 8 else bits).view(torch.int64)
 
 
 def _read(model: Any, name: str, module: Any, weight: Any) -> Tensor | None:

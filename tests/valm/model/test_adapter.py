@@ -220,6 +220,16 @@ def test_an_adapter_drops_no_change_of_the_base(tmp_path, base_folder, name):
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_of_a_base_that_differs_in_one_row_is_refused(tmp_path, base_folder, dtype):
+    """As of a token that was trained, or that the base's own save changes."""
+    save_adapter(on_base(base_folder), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+    base.get_input_embeddings().weight.data[0] = 0
+    with pytest.raises(ValmError, match=r"another base model than .*: model\.embed_tokens\.weight has other values$"):
+        load_adapter(base, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_opens_on_its_base_in_another_precision(tmp_path, base_folder, dtype):
     save_adapter(on_base(base_folder).to(dtype), tmp_path / "adapter")

@@ -5,7 +5,7 @@ from torch import nn
 
 from tests.valm.model.decoders import tiny_gpt2, tiny_llama, tiny_minimax
 from valm.errors import ValmError
-from valm.model.sketch import VERSION_KEY, _decoded, named_weights, other_tensor, sketch
+from valm.model.sketch import VERSION_KEY, _decoded, _sums, named_weights, other_tensor, sketch
 
 SIZE = 576  # of SmolLM2-135M
 
@@ -57,6 +57,33 @@ def test_a_low_rank_change_is_found(rank, then, now, size):
         with torch.no_grad():
             model.q_proj += change * (size * model.q_proj.norm() / change.norm())
         assert other_tensor(sketch(model.to(now)), expected) == "q_proj", seed
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    "then, now", [(torch.float32,) * 2, *[(one,) * 2 for one in HALVES], *[(torch.float32, one) for one in HALVES]]
+)
+def test_one_changed_row_is_found(then, now):
+    """As of one trained token, in the dtype that the base had or another."""
+    changed = Weights()
+    changed.q_proj.data[7] += 0.01
+    for first, second in ((then, now), (now, then)):
+        assert other_tensor(sketch(Weights().to(first)), sketch(Weights().to(second))) is None
+        assert other_tensor(sketch(changed.to(first)), sketch(Weights().to(second))) == "q_proj"
+        changed = changed.float()
+
+
+def test_the_sums_are_of_the_values_wherever_they_lie():
+    wide = torch.randn(5, 7)
+    expected = _sums(wide)
+    assert expected.keys() == {"float32", "bfloat16", "float16"}
+    for same in (wide.t().contiguous().t(), torch.cat([wide, wide], 1)[:, :7], wide.expand(1, 5, 7)):
+        assert _sums(same) == expected
+    assert _sums(wide[:, ::2]) == _sums(wide[:, ::2].contiguous()) != expected
+    assert _sums(torch.zeros(3, dtype=torch.bool)) == {"bool": 0} and _sums(torch.tensor(-1)) == {"int64": -1}
+    assert _sums(torch.full((9,), -1)) == {"int64": -9} and _sums(torch.full((2,), 2**63 - 1)) == {"int64": -2}
 
 
 def test_names_and_shapes_are_compared():
@@ -140,4 +167,4 @@ def test_a_change_of_a_quantised_weight_is_found():
 def test_a_weight_without_numbers_is_none_of_a_model_that_is_not_quantised():
     found = sketch(Weights())
     for kind, other in (("float32", "q_proj"), ("Int4Tensor", None)):
-        assert other_tensor(found, found | {"q_proj": f"{kind}:"}, coarsely=True) == other
+        assert other_tensor(found, found | {"q_proj": f"{kind}::"}, coarsely=True) == other
