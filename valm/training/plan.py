@@ -21,7 +21,7 @@ STEPS = 1000
 # Default learning rate of a new model; and with a base, of what sees the images, and the initial bias of its scores.
 LR, BASE_LR, BASE_LOGIT_BIAS = 5e-4, 2e-3, 0.0
 # With a base: default weight of the divergence from it (studies/color/plan.md, 3 December 2026).
-BASE_KL = 1.5
+BASE_KL = 1.0
 # A `min_score` that hides no image.
 NO_MIN_SCORE = -1.0
 # Default number of evaluations in a training, and how many evaluations without improvement end it.
