@@ -112,7 +112,7 @@ def visual_fusion_attn(
         k, v: (B, Hkv, Tk, D), dtype of q. Hq is a multiple of Hkv (grouped-query attention). Tk >= Tq: the first
             Tk - Tq keys are a prefix, such as a KV cache. B and Tq may be 0: results are then empty, gradients 0.
         image_k, image_v: keys and values of the images, dtype of q: dense, (B, Hkv, Tq, K, D), or a pool (Hkv, U, D)
-            with image_index. K is at most 64. None for both means no images.
+            with image_index. K is at most 64. None for both means no images. K and U may be 0: gradients are then 0.
         image_q: (B, Hq, Tq, D), dtype of q: the query of the image scores, by default q. In a rotary model pass the
             query before rotation, so that every image stands at its token's position.
         softcap: cap c of the scores, from `2**-60` to `2**60`: a product x becomes c tanh(x / c), before the two score
@@ -142,7 +142,8 @@ def visual_fusion_attn(
         return_lse: also return lse.
         return_image_weights: also return the weights of the images, which the same pass computes.
         impl: "auto" (by device and length), "cpu", "triton", "flash+triton" (PyTorch's flash attention for the text,
-            and a kernel that joins the images) or "reference". A named implementation never falls back to another.
+            and a kernel that joins the images) or "reference". A named implementation never falls back to another,
+            except that every call without queries (B or Tq is 0) runs "reference".
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q. With return_lse also lse (B, Hq, Tq), with return_image_weights also the

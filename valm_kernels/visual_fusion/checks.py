@@ -20,7 +20,6 @@ RANGE = 60
 # The tensors with the dtype of q.
 LIKE_Q = ("q", "k", "v", "image_k", "image_v", "image_q")
 _DEFAULTS: dict[str, Any] = dict.fromkeys(Inputs._fields) | {"causal": True}
-_NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in TENSOR_NAMES if name.startswith("image_"))
 
 
 def _dtypes(q: torch.dtype) -> dict[str, tuple[torch.dtype, ...]]:
@@ -44,7 +43,7 @@ _DTYPES = {q: _dtypes(q) for q in (torch.float32, torch.float16, torch.bfloat16,
 
 
 def checked_inputs(*, any_dim: bool = False, **given: Any) -> Inputs:
-    """The arguments with their defaults; images with K = 0 become None.
+    """The arguments with their defaults.
 
     Args:
         any_dim: whether a head may have any dimension.
@@ -73,9 +72,7 @@ def checked_inputs(*, any_dim: bool = False, **given: Any) -> Inputs:
         _check_documents(inputs, inputs.cu_seqlens)
     elif inputs.max_seqlen is not None:
         raise ValueError("max_seqlen is the length of the longest document in cu_seqlens: give cu_seqlens too")
-    if num_images == 0:
-        inputs = inputs._replace(**_NO_IMAGES)
-    return inputs
+    return inputs.without_images() if inputs.image_k is None else inputs
 
 
 def check_text_bias(text_bias: Tensor, inputs: Inputs) -> None:

@@ -18,7 +18,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from . import crossover
-from .inputs import Inputs
+from .inputs import Inputs, num_images
 from .layout import empty_rows_like, into
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -48,7 +48,7 @@ def is_faster(inputs: Inputs) -> bool:
     """Whether impl="auto" chooses flash attention for the text of these inputs on CUDA."""
     if refusal(inputs) is not None:
         return False
-    if inputs.image_k is None:  # no images to join
+    if num_images(inputs) == 0:
         return True
     if inputs.q.shape[2] == 1:  # "triton" spreads the keys and images over the GPU
         return False

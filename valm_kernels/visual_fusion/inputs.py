@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
@@ -10,8 +10,8 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
-    Shapes and dtypes are those of visual_fusion_attn. If K is 0, all image arguments are None. The values of
-    image_index are not checked yet. If cu_seqlens is given, first_key contains its limits too.
+    Shapes and dtypes are those of visual_fusion_attn. Without image_k and image_v, all image arguments are None. The
+    values of image_index are not checked yet. If cu_seqlens is given, first_key contains its limits too.
     """
 
     q: Tensor
@@ -44,11 +44,15 @@ class Inputs(NamedTuple):
         """The tensors that the forward reads: q to cache_seqlens, in order."""
         return self[:14]
 
+    def without_images(self) -> Inputs:
+        return self._replace(**_NO_IMAGES)
+
 
 # The type of each field.
 TYPES = get_type_hints(Inputs)
 # The fields before the options.
 TENSOR_NAMES = tuple(name for name, kind in TYPES.items() if kind in (Tensor, Tensor | None))
+_NO_IMAGES: dict[str, Any] = dict.fromkeys(name for name in TENSOR_NAMES if name.startswith("image_"))
 
 
 class Gradients(NamedTuple):

@@ -18,7 +18,7 @@ from ..native import survives_fork
 from . import cpu, flash
 from .autocast import outside_autocast
 from .checks import check_cu_seqlens
-from .inputs import TENSOR_NAMES, TYPES, Gradients, Inputs
+from .inputs import TENSOR_NAMES, TYPES, Gradients, Inputs, num_images
 from .layout import empty_gradients, empty_image_scores, empty_rows_like
 
 # The type in the operators' schema for each type of a field of `Inputs`.
@@ -80,9 +80,9 @@ def _triton(with_flash: bool) -> tuple[Any, Any]:
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, impl, with_image_scores = inputs
-    checked = Inputs(*inputs[:-2])
-    image_scores = empty_image_scores(checked, with_image_scores)
-    out, lse = _implementation(impl)[0](checked, image_scores if with_image_scores else None)
+    given = Inputs(*inputs[:-2])
+    image_scores = empty_image_scores(given, with_image_scores)
+    out, lse = _implementation(impl)[0](_read(given), image_scores if with_image_scores else None)
     return out, lse, image_scores
 
 
@@ -95,10 +95,19 @@ def _backward(
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
     *_, impl, needed = inputs
-    backward = _implementation(impl)[1]
+    given, backward = Inputs(*inputs[:-2]), _implementation(impl)[1]
+    read = _read(given)
     with outside_autocast(grad_out.device.type):
-        gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, Inputs(*inputs[:-2]), needed)
+        gradients = backward(grad_out, grad_lse, grad_image_scores, out, lse, read, needed)
+    if read is not given:
+        of_images = (None if g is None else g.zero_() for g in empty_gradients(given, needed)[3:])
+        gradients = Gradients(*gradients[:3], *of_images)
     return _present(grad_out, gradients)
+
+
+def _read(given: Inputs) -> Inputs:
+    """The inputs that an implementation reads: without images if K is 0."""
+    return given if given.image_k is None or num_images(given) else given.without_images()
 
 
 def _present(grad_out: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ class Problem:
                 inputs[name] = normal(*shape, mean=mean).permute(0, 3, 1, 2, 4)
             if self.gaps:
                 inputs["image_mask"] = torch.rand(slots, generator=generator) < 0.7
-        elif self.num_images:
+        elif self.pool_size is not None:
             for name, mean in (("image_k", 0), ("image_v", 1)):
                 inputs[name] = normal(self.pool_size, self.kv_heads, self.head_dim, mean=mean).transpose(0, 1)
             lowest = -1 if self.gaps else 0
@@ -333,6 +333,8 @@ PROBLEMS = {
     "dense": Problem(),
     "pooled": Problem(pool_size=11),
     "no images": Problem(num_images=0),
+    "no slots": Problem(num_images=0, pool_size=11, image_q=True, score_bias=True),
+    "empty pool": Problem(pool_size=0, score_bias=True),
     "one image": Problem(num_images=1, biases=False, gaps=False),
     "one token": Problem(num_queries=1, batch=9),
     "decode": Problem(num_queries=1, prefix=300, batch=8, pool_size=5, scale=0.15),

@@ -152,6 +152,16 @@ def test_no_queries(batch, num_queries, prefix, pool_size, impl):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_no_slots_in_the_dense_layout(impl):
+    """Every gradient is there, as DistributedDataParallel waits for it. PROBLEMS has the pooled layout."""
+    problem = Problem(num_images=0, image_q=True, score_bias=True)
+    inputs = problem.inputs(torch.float32) | {"image_k": zeros(2, 2, 40, 0, 16), "image_v": zeros(2, 2, 40, 0, 16)}
+    found = solve(inputs, impl, cotangents(problem))
+    for name in differentiable(inputs).keys() - {"q", "k", "v"}:
+        assert found[name].equal(torch.zeros_like(inputs[name])), name
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_results_in_order(impl):
     inputs = DENSE.inputs(torch.bfloat16)
     out, lse, weights = visual_fusion_attn(**inputs, return_lse=True, return_image_weights=True, impl=impl)

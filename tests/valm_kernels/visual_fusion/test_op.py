@@ -15,7 +15,7 @@ forward_op = torch.ops.valm_kernels.visual_fusion_attn.default
 backward_op = torch.ops.valm_kernels.visual_fusion_attn_backward.default
 
 NAMES = (
-    *("dense", "pooled", "no images", "prefix", "documents", "heads first"),
+    *("dense", "pooled", "no images", "no slots", "prefix", "documents", "heads first"),
     *("image_q", "softcap, no images", "softcap, image_q, pooled", "image_score_bias", "image_score_bias, pooled"),
     *("cache_seqlens", "cache_seqlens, random first_key", "by head, wide"),
 )
