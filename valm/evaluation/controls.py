@@ -121,7 +121,7 @@ def images_fingerprint(folder: str | os.PathLike) -> str:
 
 def images_in(folder: str | os.PathLike) -> list[Path]:
     """The images under `folder`, sorted by name. Raises ValmError if there are no images."""
-    return [Path(folder) / name for name in find_images(Path(folder)).images]
+    return [Path(folder) / name for name in find_images(Path(folder))]
 
 
 def images_for(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from valm.errors import ValmError
 from valm.store.files import parse_json
@@ -16,8 +18,6 @@ from valm.text import one_line, split_lines
 from valm_kernels.json_files import check_regular, short
 
 CAPTION_SUFFIXES = (".txt", ".json")
-# Suffixes of captions next to an image. Cameras and old programs write IMAGE.TXT next to IMAGE.JPG.
-SUFFIXES_BESIDE = (".txt", ".TXT", ".json", ".JSON")
 CAPTION_TABLES = ("captions.csv", "captions.txt", "captions.json")
 # Common column names of a table. The first one in the table is read.
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "uri")
@@ -26,57 +26,36 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
 MAX_CAPTION_BYTES = 1 << 20
 
 
-class FolderCaptions(NamedTuple):
-    """The captions of a folder of images.
+class CaptionTable(NamedTuple):
+    """A table of captions.
 
     Attributes:
-        of_image: the captions of each captioned image, one a line.
-        damaged: the damaged caption files next to images, each with the reason.
-        table: the table that was read, if there is one.
+        path: the table, for messages.
+        rows: the captions of each name.
     """
 
-    of_image: dict[str, str]
-    damaged: dict[str, str]
-    table: Path | None
+    path: Path
+    rows: dict[str, list[str]]
 
+    def add_to(self, images: dict[str, str]) -> None:
+        """Adds the captions of the `images` that have none. An image is named by its path, or by its file name if only
+        one image has that name.
 
-def read_captions(folder: Path, images: list[str], table: Path | None = None) -> FolderCaptions:
-    """Finds the captions of images in `folder`.
-
-    An image's caption is the first of these: `NAME.txt` next to the image, `caption` in `NAME.json` next to it (as
-    img2dataset writes), or a row in a table of captions. The table is `table`, or `captions.csv`, `captions.txt` (as in
-    Flickr8k: a CSV with the header `image,caption`) or `captions.json` (an object from file name to caption or list of
-    captions) in the folder. It names images by path, or by file name if only one image has that name.
-
-    Raises:
-        OSError: a file cannot be read, or the table is not a regular file.
-        ValmError: the table is damaged, or names an image by a file name that several images have.
-    """
-    tables = [folder / name for name in CAPTION_TABLES]
-    table = table or next((file for file in tables if file.is_file()), None)
-    by_name = {} if table is None else read_table(table)
-    known, number_of = set(images), Counter(PurePosixPath(image).name for image in images)
-    captions, damaged = {}, {}
-    for image in images:
-        path, caption = folder / image, ""
-        for file in map(path.with_suffix, SUFFIXES_BESIDE):
-            if not caption and file.is_file() and file not in (*tables, table):
-                try:
-                    with open(file, "rb") as opened:
-                        caption = parse_caption(opened.read(MAX_CAPTION_BYTES + 1), file.suffix.lower())
-                except ValueError as error:
-                    damaged[file.relative_to(folder).as_posix()] = str(error)
-        name = image if image in by_name or path.name in known else path.name
-        if not caption and name in by_name:
+        Raises:
+            ValmError: the table names an image by a file name that several images have.
+        """
+        number_of = Counter(PurePosixPath(image).name for image in images)
+        for image, caption in images.items():
+            file = PurePosixPath(image).name
+            name = image if image in self.rows or file in images else file
+            if caption or name not in self.rows:
+                continue
             if name != image and number_of[name] > 1:
                 raise ValmError(
-                    f"{name} in the caption table {table} is the name of {number_of[name]} images, such as {image}: "
-                    "name images by their paths in the folder"
+                    f"{name} in the caption table {self.path} is the name of {number_of[name]} images, such as "
+                    f"{image}: name images by their paths in the folder"
                 )
-            caption = "\n".join(by_name[name])
-        if caption:
-            captions[image] = caption
-    return FolderCaptions(captions, damaged, table)
+            images[image] = "\n".join(self.rows[name])
 
 
 def parse_caption(content: bytes, suffix: str) -> str:
@@ -107,64 +86,68 @@ def join_captions(captions: Iterable[str]) -> str:
     return "\n".join(line for line in map(one_line, captions) if line)
 
 
-def read_table(table: Path) -> dict[str, list[str]]:
-    """The captions of each image in a table: CSV or TSV (`read_rows`), or JSON, an object from file name to a caption
-    or a list of captions.
+def read_table(table: Path) -> CaptionTable:
+    """The table of captions in a file (`parse_table`).
 
     Raises:
         OSError: the table cannot be read or is not a regular file.
         ValmError: the table is damaged.
     """
+    check_regular(table)  # opening a pipe would wait
+    with open(table, "rb") as file:
+        return parse_table(file, table)
+
+
+def parse_table(file: BinaryIO, table: Path) -> CaptionTable:
+    """The table in `file`: CSV or TSV (`parse_rows`), or JSON, an object from file name to a caption or a list of
+    captions. `table` names it. Raises ValmError if the table is damaged."""
     found: dict[str, list[str]] = {}
     if table.suffix != ".json":
-        for image, caption in read_rows(table):
+        for image, caption in parse_rows(file, table):
             if image and caption:
                 found.setdefault(image, []).append(caption)
-        return found
-    check_regular(table)
+        return CaptionTable(table, found)
     try:
-        content = parse_json(table.read_bytes().removeprefix(codecs.BOM_UTF8), dict[str, str | list[str]])
+        content = parse_json(file.read().removeprefix(codecs.BOM_UTF8), dict[str, str | list[str]])
     except ValueError as error:
         raise ValmError(
             f"the caption table {table} is not an object from file names to a caption or a list of captions: {error}"
         ) from error
     for image, captions in content.items():
         found[image] = [line for line in map(one_line, [captions] if isinstance(captions, str) else captions) if line]
-    return found
+    return CaptionTable(table, found)
 
 
-def read_rows(
-    table: Path, image_column: str | None = None, caption_column: str | None = None
+def parse_rows(
+    file: BinaryIO, table: Path, image_column: str | None = None, caption_column: str | None = None
 ) -> Iterator[tuple[str, str]]:
     """Image and caption of each row of a table with a header, separated by commas or tabs; "" for an empty field.
 
     By default the columns are the first of IMAGE_COLUMNS and of CAPTION_COLUMNS in the table, ignoring case.
 
     Raises:
-        OSError: the table cannot be read or is not a regular file.
         ValmError: the table is damaged or lacks the columns.
     """
-    check_regular(table)  # opening a pipe would wait
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-            file.seek(0)
-            # strict: a quote opened by mistake would swallow the rows up to the next quote
-            reader = csv.DictReader(file, delimiter="\t" if "\t" in header else ",", strict=True)
-            image_names, caption_names = (
-                names if column is None else (column,)
-                for names, column in ((IMAGE_COLUMNS, image_column), (CAPTION_COLUMNS, caption_column))
+        header = lines.readline()
+        # strict: a quote opened by mistake would swallow the rows up to the next quote
+        delimiter = "\t" if "\t" in header else ","
+        reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+        image_names, caption_names = (
+            names if column is None else (column,)
+            for names, column in ((IMAGE_COLUMNS, image_column), (CAPTION_COLUMNS, caption_column))
+        )
+        image, caption = (first_of(names, reader.fieldnames or []) for names in (image_names, caption_names))
+        if image is None or caption is None:
+            raise ValmError(
+                f"the caption table {table} starts with {header.strip()[:60]!r}, expected a header with a column "
+                f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}"
             )
-            image, caption = (first_of(names, reader.fieldnames or []) for names in (image_names, caption_names))
-            if image is None or caption is None:
-                raise ValmError(
-                    f"the caption table {table} starts with {header.strip()[:60]!r}, expected a header with a column "
-                    f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}"
-                )
-            for row in reader:
-                if any(field.strip() for field in row.get(None, [])):
-                    raise csv.Error(f"line {reader.line_num} has more fields than the header names")
-                yield (row[image] or "").strip(), one_line(row[caption] or "")
+        for row in reader:
+            if any(field.strip() for field in row.get(None, [])):
+                raise csv.Error(f"line {reader.line_num} has more fields than the header names")
+            yield (row[image] or "").strip(), one_line(row[caption] or "")
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValmError(
             f"cannot read the caption table {table}: {error}. Quote fields as in RFC 4180, or write a captions.json"

@@ -35,7 +35,6 @@ from valm.errors import ValmError
 from valm.knowledge_base.encode import decoded_batches, decoding_workers, end_with_parent
 from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import Source
-from valm.knowledge_base.sources.folder import FolderSource
 from valm.progress import progress_bar
 from valm.store.files import cannot_read, is_transient, read_json
 from valm.text import nearest, one_line, printable
@@ -419,7 +418,7 @@ def captioned(source: Source) -> list[Record]:
             f"{len(unreadable):,} images or captions of the source could not be read and are skipped, such as "
             f"{printable(unreadable[0])}"
         )
-    if len(records) < images and not isinstance(source, FolderSource):  # its remarks say so
+    if len(records) < images and not hasattr(source, "remarks"):  # they say so
         log.warning(f"{images - len(records):,} of {images:,} images have no caption and are skipped")
     if len(records) < 2:
         raise ValmError(f"the source contains {len(records)} images with captions, but a CLIP needs two or more")

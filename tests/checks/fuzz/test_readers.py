@@ -35,7 +35,7 @@ from valm.clip.tokenizer import load_tokenizer
 from valm.corpus.retrieved import CorpusRecord, CorpusRetrieval
 from valm.corpus.texts import read_documents
 from valm.evaluation.sets import SETS, read_set
-from valm.knowledge_base.captions import read_captions
+from valm.knowledge_base.captions import read_table
 from valm.knowledge_base.format import ImageRecord
 from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
@@ -198,7 +198,7 @@ def test_captions_tables(tmp_path_factory, linked, data):
     (folder / "captions.csv").write_text('image,caption\na.png,"a ""red"" dog"\nb.png,two\nb.png,three\n')
     (folder / "captions.json").write_text('{"a.png": "one", "b.png": ["two", "three"]}')
     file = folder / data.draw(st.sampled_from(["captions.csv", "captions.json"]))
-    check_mutants(data, [file], linked, lambda: read_captions(folder, ["a.png", "b.png"], file), ...)
+    check_mutants(data, [file], linked, lambda: read_table(file), ...)
 
 
 @fuzzed(300)

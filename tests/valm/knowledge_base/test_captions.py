@@ -8,8 +8,15 @@ import pytest
 from tests.valm.knowledge_base.inputs import touch
 from valm.errors import ValmError
 from valm.knowledge_base import captions
-from valm.knowledge_base.captions import parse_caption, read_captions
-from valm.knowledge_base.sources.folder import find_images
+from valm.knowledge_base.captions import parse_caption, read_table
+from valm.knowledge_base.sources.folder import FolderSource
+
+
+def captions_of(folder, table=None):
+    """The captions of the images in `folder` that have some, and why others cannot be read."""
+    records = FolderSource(folder, captions=table).images()
+    of_image = {record.uri: record.caption for record in records if record.caption}
+    return of_image, {record.uri: record.reason for record in records if record.source is None}
 
 
 def test_captions_beside_the_picture(tmp_path):
@@ -18,9 +25,8 @@ def test_captions_beside_the_picture(tmp_path):
     (tmp_path / "b/c.json").write_text(json.dumps({"caption": "a dog", "url": "x"}))
     (tmp_path / "d.json").write_text(json.dumps({"url": "x"}))
     (tmp_path / "UPPER.TXT").write_text("a cat")
-    names = find_images(tmp_path).images
     expected = {"UPPER.JPG": "a cat", "a.png": "a red apple\nan apple", "b/c.png": "a dog"}
-    assert read_captions(tmp_path, names)[:2] == (expected, {})
+    assert captions_of(tmp_path) == (expected, {})
 
 
 def test_captions_are_utf8(tmp_path):
@@ -28,9 +34,9 @@ def test_captions_are_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes("a café\n".encode("utf-8-sig"))
     (tmp_path / "b.txt").write_bytes("a café\n".encode("latin-1"))
     (tmp_path / "captions.csv").write_bytes("image,caption\nc.png,a café\n".encode("utf-8-sig"))
-    found = read_captions(tmp_path, find_images(tmp_path).images)
-    assert found.of_image == dict.fromkeys(["a.png", "c.png"], "a café")
-    assert list(found.damaged) == ["b.txt"] and "utf-8" in found.damaged["b.txt"]
+    found, damaged = captions_of(tmp_path)
+    assert found == dict.fromkeys(["a.png", "c.png"], "a café")
+    assert list(damaged) == ["b.txt"] and "utf-8" in damaged["b.txt"]
 
 
 def test_a_caption_has_a_line_each():
@@ -54,25 +60,25 @@ def test_damaged_caption_files_are_listed(tmp_path):
     (tmp_path / "b.txt").write_text("a" * captions.MAX_CAPTION_BYTES)
     (tmp_path / "c.txt").write_text("a" * (captions.MAX_CAPTION_BYTES + 1))
     os.mkfifo(tmp_path / "d.txt")  # opened, it would be waited for
-    found, damaged, *_ = read_captions(tmp_path, find_images(tmp_path).images)
+    found, damaged = captions_of(tmp_path)
     assert list(found) == ["b.png"]
-    assert list(damaged) == ["a.json", "c.txt"]
+    assert list(damaged) == ["a.json", "c.txt", "d.txt"]
+    assert "not a file" in damaged["d.txt"]
     assert "not JSON" in damaged["a.json"] and "more than 1,048,576 bytes" in damaged["c.txt"]
 
 
 def test_caption_tables(tmp_path):
     touch(tmp_path, "images/a.png", "images/b.png", "captions.png")
-    names = find_images(tmp_path).images
     (tmp_path / "captions.txt").write_text('image,caption\na.png,a red apple\na.png,"one, two"\nimages/b.png,a dog, \n')
-    assert read_captions(tmp_path, names)[0] == {"images/a.png": "a red apple\none, two", "images/b.png": "a dog"}
+    assert captions_of(tmp_path)[0] == {"images/a.png": "a red apple\none, two", "images/b.png": "a dog"}
     # what stands beside the picture goes before the table; a table may lie anywhere
     (tmp_path / "images/b.txt").write_text("a cat")
     (tmp_path / "table.csv").write_text("id\tText\tFile\n1\ta pear\ta.png\n")
-    assert read_captions(tmp_path, names)[0]["images/b.png"] == "a cat"
-    assert read_captions(tmp_path, names, tmp_path / "table.csv")[0]["images/a.png"] == "a pear"
+    assert captions_of(tmp_path)[0]["images/b.png"] == "a cat"
+    assert captions_of(tmp_path, tmp_path / "table.csv")[0]["images/a.png"] == "a pear"
     (tmp_path / "table.json").write_text(json.dumps({"a.png": ["x", "y"], "captions.png": "z"}))
-    found = read_captions(tmp_path, names, tmp_path / "table.json")
-    assert found.of_image == {"images/a.png": "x\ny", "images/b.png": "a cat", "captions.png": "z"}
+    expected = {"images/a.png": "x\ny", "images/b.png": "a cat", "captions.png": "z"}
+    assert captions_of(tmp_path, tmp_path / "table.json")[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ def test_caption_tables(tmp_path):
 def test_broken_caption_tables(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValmError, match=message):
-        read_captions(tmp_path, ["a.png"], tmp_path / name)
+        read_table(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.json"])
@@ -99,20 +105,21 @@ def test_a_pipe_is_no_table(tmp_path, name):
     """Opened, it would be waited for."""
     os.mkfifo(tmp_path / name)
     with pytest.raises(PermissionError, match="not a regular file"):
-        read_captions(tmp_path, ["a.png"], tmp_path / name)
+        read_table(tmp_path / name)
 
 
 def test_a_file_name_alone_is_of_one_image(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption\n1.png,a red ball\n2.png,two\nx/3.png,three\n")
     table = tmp_path / "t.csv"
-    found = read_captions(tmp_path, ["1.png", "b/1.png", "b/2.png", "x/3.png", "y/3.png"], table)
-    assert found.of_image == {"1.png": "a red ball", "b/2.png": "two", "x/3.png": "three"}
+    touch(tmp_path, "1.png", "b/1.png", "b/2.png", "x/3.png", "y/3.png")
+    assert captions_of(tmp_path, table)[0] == {"1.png": "a red ball", "b/2.png": "two", "x/3.png": "three"}
+    touch(tmp_path, "a/2.png")
     with pytest.raises(ValmError, match=r"2\.png in .*t\.csv is the name of 2 images, such as a/2\.png"):
-        read_captions(tmp_path, ["a/2.png", "b/2.png"], table)
+        captions_of(tmp_path, table)
 
 
 def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("a")
+    touch(tmp_path, "a.png", "a.txt")
     monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(OSError, match="Input/output error"):
-        read_captions(tmp_path, ["a.png"])
+    with pytest.raises(ValmError, match=r"cannot read a\.txt: .*Input/output error\. Once it can be read"):
+        captions_of(tmp_path)

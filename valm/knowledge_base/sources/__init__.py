@@ -56,6 +56,33 @@ class Source(Protocol):
         """Every shard in order, as an `Encode` and a hash of its content, which a resumed build compares."""
 
 
+class RecordSource:
+    """Images whose records are in memory, `shard_size` in a shard. `kind` is the `source` of its plan."""
+
+    precomputed = False
+    kind: str
+
+    def __init__(self, records: list[Record], shard_size: int):
+        self.records = records
+        self.shard_size = shard_size
+
+    @property
+    def count(self) -> int:
+        return -(-len(self.records) // self.shard_size)
+
+    def plan(self) -> dict[str, Any]:
+        return {"source": self.kind, "shard_size": self.shard_size}
+
+    def files(self) -> Iterable[Path]:
+        return (record.source for record in self.records if isinstance(record.source, Path))
+
+    def images(self) -> Iterable[Record]:
+        return self.records
+
+    def parts(self) -> Iterable[Part]:
+        return record_parts(self.records, self.shard_size)
+
+
 def record_parts(records: Iterable[Record], shard_size: int) -> Iterator[Part]:
     """Parts of `shard_size` images."""
     records = iter(records)

@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from valm.clip.read_image import IMAGE_SUFFIXES, unread_formats
+from valm.clip.read_image import IMAGE_SUFFIXES
 from valm.errors import ValmError
-from valm.knowledge_base.captions import CAPTION_SUFFIXES, join_captions, read_captions, read_rows
+from valm.knowledge_base.captions import CAPTION_TABLES, MAX_CAPTION_BYTES, join_captions, parse_rows, read_table
 from valm.knowledge_base.records import Record
-from valm.knowledge_base.sources import record_parts
+from valm.knowledge_base.sources import RecordSource
+from valm.knowledge_base.sources.samples import Samples, no_images, picture_records
 from valm.store.files import files_below
-from valm.store.shards import Part
+from valm_kernels.json_files import check_regular
 
 
-class _RecordSource:
-    """Images whose records are in memory, `shard_size` in a shard."""
-
-    precomputed = False
-    kind: str
-
-    def __init__(self, records: list[Record], shard_size: int):
-        self.records = records
-        self.shard_size = shard_size
-
-    @property
-    def count(self) -> int:
-        return -(-len(self.records) // self.shard_size)
-
-    def plan(self) -> dict[str, Any]:
-        return {"source": self.kind, "shard_size": self.shard_size}
-
-    def files(self) -> Iterable[Path]:
-        return (record.source for record in self.records if isinstance(record.source, Path))
-
-    def images(self) -> Iterable[Record]:
-        return self.records
-
-    def parts(self) -> Iterable[Part]:
-        return record_parts(self.records, self.shard_size)
-
-
-class FolderSource(_RecordSource):
+class FolderSource(RecordSource):
     """Every image under `folder`.
 
     Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` lists other files,
     which are ignored, and the number of images without a caption.
 
     Args:
-        captions: a table of captions; by default found as in `read_captions`.
+        captions: a table of captions; by default `captions.csv`, `captions.txt` (as in Flickr8k: a CSV with the header
+            `image,caption`) or `captions.json` in the folder, if there is one.
         shard_size: images per shard. A killed build encodes at most one shard again.
 
     Raises:
@@ -64,22 +36,28 @@ class FolderSource(_RecordSource):
     def __init__(
         self, folder: str | os.PathLike, *, captions: str | os.PathLike | None = None, shard_size: int = 16384
     ):
-        where = Path(folder).absolute()  # another machine may have another working directory
-        content = find_images(Path(folder))
-        found = read_captions(where, content.images, None if captions is None else Path(captions).absolute())
-        records = [Record(image, found.of_image.get(image, ""), where / image) for image in content.images]
-        damaged = [Record(file, "", None, reason=reason) for file, reason in found.damaged.items()]
-        super().__init__(records + damaged, shard_size)
-        if found.table is not None and found.table.is_relative_to(where):
-            content.ignored[found.table.suffix.lower()] -= 1
-        others = {suffix: n for suffix, n in content.ignored.items() if n > 0 and suffix not in CAPTION_SUFFIXES}
-        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(others.items()))
-        self.remarks = ["; ".join([f"files ignored: {kinds}", *unread_formats(others)])] if others else []
-        if without := len(content.images) - len(found.of_image):
-            self.remarks.append(f"{without:,} of {len(content.images):,} images have no caption")
+        self.folder = Path(folder).absolute()  # another machine may have another working directory
+        names = files_below(Path(folder))
+        own = (self.folder / name for name in CAPTION_TABLES if name in names)
+        table = next(own, None) if captions is None else Path(captions).absolute()
+        beside = [name for name in names if name not in CAPTION_TABLES and self.folder / name != table]
+        records, self.remarks = picture_records(
+            Samples(beside, self._content),
+            Path(folder),
+            lambda image, caption: Record(image, caption, self.folder / image),
+            None if table is None else read_table(table),
+        )
+        super().__init__(records, shard_size)
+
+    def _content(self, name: str) -> bytes:
+        """The content of a caption file."""
+        if not (self.folder / name).is_file():  # opening a pipe would wait
+            raise ValueError("it is not a file, or a link that leads to no file")
+        with open(self.folder / name, "rb") as file:
+            return file.read(MAX_CAPTION_BYTES + 1)
 
 
-class TableSource(_RecordSource):
+class TableSource(RecordSource):
     """The images that the rows of `table` name, in the order of the table.
 
     Rows without a path and images that are damaged or missing are skipped and listed (`ImageKnowledgeBase.skipped`).
@@ -114,28 +92,20 @@ def table_records(table: Path, image_column: str | None = None, caption_column: 
     """The images of a table with their captions, then records without an image for rows that name no image."""
     captions: dict[str, list[str]] = {}
     unnamed = []
-    for number, (image, caption) in enumerate(read_rows(table, image_column, caption_column), start=1):
-        if image:
-            captions.setdefault(image, []).append(caption)
-        else:
-            unnamed.append(Record(f"{table.name}, row {number}", caption, None, reason="it names no image"))
+    check_regular(table)  # opening a pipe would wait
+    with open(table, "rb") as file:
+        for number, (image, caption) in enumerate(parse_rows(file, table, image_column, caption_column), start=1):
+            if image:
+                captions.setdefault(image, []).append(caption)
+            else:
+                unnamed.append(Record(f"{table.name}, row {number}", caption, None, reason="it names no image"))
     folder = table.absolute().parent  # another machine may have another working directory
     records = [Record(image, join_captions(lines), folder / image) for image, lines in captions.items()]
     return records + unnamed
 
 
-class FolderContent(NamedTuple):
-    """The content of a folder of images.
-
-    images: sorted paths relative to the folder, with forward slashes. ignored: number of other files, by suffix.
-    """
-
-    images: list[str]
-    ignored: Counter[str]
-
-
-def find_images(folder: Path) -> FolderContent:
-    """All images under `folder`: the files with one of IMAGE_SUFFIXES, in the order of `files_below`.
+def find_images(folder: Path) -> list[str]:
+    """All images under `folder`: the files with one of IMAGE_SUFFIXES, relative to it, in the order of `files_below`.
 
     Raises:
         OSError: the folder, or a folder below it, cannot be read.
@@ -143,11 +113,6 @@ def find_images(folder: Path) -> FolderContent:
     """
     suffixes = {name: Path(name).suffix.lower() for name in files_below(folder)}
     images = [name for name, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
-    ignored = Counter(suffix for suffix in suffixes.values() if suffix not in IMAGE_SUFFIXES)
     if not images:
-        unread = "".join(f"; {remark}" for remark in unread_formats(ignored))
-        raise ValmError(
-            f"no images in {folder}: looked for files ending in {' '.join(sorted(IMAGE_SUFFIXES))}, in folders below "
-            f"it too{unread}"
-        )
-    return FolderContent(images, ignored)
+        raise no_images(folder, suffixes.values())
+    return images

@@ -9,15 +9,16 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 
 from valm.clip.read_image import IMAGE_SUFFIXES, UNREAD_SUFFIXES, unread_formats
 from valm.errors import ValmError
-from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES, parse_caption
+from valm.knowledge_base.captions import CAPTION_SUFFIXES, MAX_CAPTION_BYTES
 from valm.knowledge_base.records import Encoding, Record
 from valm.knowledge_base.sources import encode_list
+from valm.knowledge_base.sources.samples import Samples, at_first_dot
 from valm.store.files import cannot_read, is_transient
 from valm.store.shards import Part, Progress
 from valm.text import one_line
@@ -34,12 +35,12 @@ class WebdatasetSource:
     """The images in tar files, one shard for each file.
 
     Nothing is unpacked, so any names in an archive are safe. A truncated or damaged archive is read up to the damage
-    and listed as skipped. Also skipped and listed are damaged images and caption files, images whose name belongs to
-    no sample, and all except the last of several images of one name.
+    and listed as skipped. Also skipped and listed are damaged images and caption files, and images whose name belongs
+    to no sample.
 
     Args:
         tars: a folder of `*.tar` files, one file, or several files. Members whose names agree up to the first dot
-            belong together: an image, and its caption in `.txt` or under `caption` in `.json`.
+            belong together: images, and their caption in `.txt` or under `caption` in `.json`.
 
     Raises:
         ValmError: there is no tar file.
@@ -88,46 +89,39 @@ def tar_records(path: Path) -> list[Record]:
     Raises:
         ValmError: a transient error (`is_transient`) while the archive is read.
     """
-    images: dict[str, tarfile.TarInfo] = {}
-    captions: dict[tuple[str, str], str] = {}
-    skipped: dict[str, str] = {}
-    others: list[tuple[str, str]] = []  # links, unsupported formats, and images such as a mask, 0.mask.png
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _members(tar):
-                name = PurePosixPath(member.name)
-                stem, _, extension = name.name.partition(".")
-                key, suffix = str(name.parent / stem), f".{extension.lower()}"
-                if suffix in CAPTION_SUFFIXES:
-                    try:
-                        captions[key, suffix] = parse_caption(_content(tar, member), suffix)
-                    except ValueError as error:
-                        skipped[member.name] = str(error)
-                elif suffix in IMAGE_SUFFIXES and member.isreg() and not member.issparse():
-                    if key in images:
-                        skipped[images[key].name] = f"{member.name} comes after it in its place"
-                    images[key] = member
-                elif name.suffix.lower() in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and stem:
-                    others.append((key, member.name))
-    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        if is_transient(error):
-            raise cannot_read(path, one_line(str(error))) from error
-        skipped[""] = f"the archive ends early: {one_line(str(error))}"
-    for other in (other for key, other in others if key not in images):
-        unread = unread_formats([PurePosixPath(other).suffix.lower()])
-        skipped[other] = unread[0] if unread else "not a whole file whose name up to the first dot is that of a sample"
+    members: dict[str, tarfile.TarInfo] = {}
+    end: dict[str, str] = {}
+    with open(path, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in _members(tar):
+                    members[member.name] = member
+        except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+            if is_transient(error):
+                raise cannot_read(path, one_line(str(error))) from error
+            end[""] = f"the archive ends early: {one_line(str(error))}"
+
+        def split(name: str) -> tuple[str, str]:
+            key, suffix = at_first_dot(name)
+            return key, suffix if suffix in CAPTION_SUFFIXES or _is_whole(members[name]) else ""
+
+        samples = Samples(members, lambda name: _content(file, members[name]), split)
+    skipped = samples.damaged
+    for name in samples.others:  # links, unsupported formats, and images such as a mask, 0.mask.png
+        suffix, hidden = PurePosixPath(name).suffix.lower(), PurePosixPath(name).name.startswith(".")
+        if suffix in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and not hidden and at_first_dot(name)[0] not in samples.keys:
+            reason = "not a whole file whose name up to the first dot is that of a sample"
+            skipped[name] = next(iter(unread_formats([suffix])), reason)
     records = [
-        Record(
-            f"{path.name}/{member.name}",
-            captions.get((key, ".txt")) or captions.get((key, ".json")) or "",
-            path,
-            member.offset_data,
-            member.size,
-        )
-        for key, member in images.items()
+        Record(f"{path.name}/{name}", caption, path, members[name].offset_data, members[name].size)
+        for name, caption in samples.images.items()
     ]
-    uris = ((f"{path.name}/{name}".rstrip("/"), reason) for name, reason in skipped.items())
+    uris = ((f"{path.name}/{name}".rstrip("/"), reason) for name, reason in {**skipped, **end}.items())
     return records + [Record(uri, "", None, reason=reason) for uri, reason in uris]
+
+
+def _is_whole(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -142,10 +136,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"at byte {tar.offset:,} there is neither a member nor the end of the archive")
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     """The content of a caption file. Raises ValueError for members that are not read."""
-    if not member.isreg() or member.issparse() or member.size > MAX_CAPTION_BYTES:
+    if not _is_whole(member) or member.size > MAX_CAPTION_BYTES:
         raise ValueError(f"a link, a sparse file or a file of more than {MAX_CAPTION_BYTES:,} bytes is not read")
-    opened = tar.extractfile(member)
-    assert opened is not None  # None only for a link or a folder
-    return opened.read()
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    if len(content) < member.size:
+        raise ValueError("the archive ends in it")
+    return content

@@ -51,8 +51,9 @@ def test_a_table_that_was_not_read_is_among_the_files_ignored(tmp_path):
 
 def test_pictures_are_found_in_order_and_what_is_passed_over_is_counted(tmp_path):
     touch(tmp_path, "b.JPG", "a/z.png", "a/.hidden.png", ".git/x.png", "c.webp", "x.svg", "b/y.svg", "README")
-    found = find_images(tmp_path)
-    assert (found.images, found.ignored) == (["a/z.png", "b.JPG", "c.webp"], {".svg": 2, "": 1})
+    assert find_images(tmp_path) == ["a/z.png", "b.JPG", "c.webp"]
+    ignored, _ = FolderSource(tmp_path).remarks
+    assert ignored.startswith("files ignored: 1 without a suffix, 2 .svg; SVG is not read: ")
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -74,7 +75,7 @@ def test_links_are_followed_once(tmp_path):
     for name, target in links.items():
         (tmp_path / "pictures" / name).symlink_to(target)
     (tmp_path / "other" / "back").symlink_to(tmp_path / "pictures")
-    assert find_images(tmp_path / "pictures").images == ["1/e.png", "2/other/d.png", "a.png", "b/c.png"]
+    assert find_images(tmp_path / "pictures") == ["1/e.png", "2/other/d.png", "a.png", "b/c.png"]
 
 
 def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):
