@@ -67,7 +67,7 @@ def test_the_studies_of_the_repository_are_read():
     assert fifth.seeds == (20, 21, 22, 23, 24) and fifth.arms == tuple(ARMS)
     assert fifth.curve == (60, 120, 240, 480, 960) and fifth.training["steps"] == 480
     assert small.arms == ("base", "valm", "control") and not small.curve
-    assert {**small.training, "steps": 240} == fifth.training and fifth.training["min_score"] == "auto"
+    assert {**small.training, "steps": 480} == fifth.training and fifth.training["min_score"] == "auto"
     assert read_config(folder / "gpu.yaml").arms == tuple(ARMS)
 
 
