@@ -89,7 +89,7 @@ def ip_topk(
     check_database(rows, several=True)
     check_float(rows, "database")
     flat = as_tensor(queries, "queries")
-    check_search(flat, rows.shape[-2], rows.shape[-1], rows.device, k)
+    k = check_search(flat, rows.shape[-2], rows.shape[-1], rows.device, k)
     if rows.dim() > 2:
         check_queries_of_each(flat, rows, allowed)
     some = allowed_rows(allowed, len(rows), rows.device)

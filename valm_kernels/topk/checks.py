@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import sys
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor
@@ -91,14 +92,18 @@ def check_queries(queries: Tensor, dim: int, device: torch.device) -> None:
         raise ValueError(f"queries are on {queries.device}, the database is on {device}: move one of them")
 
 
-def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: int) -> None:
+def check_search(queries: Tensor, rows: int, dim: int, device: torch.device, k: SupportsIndex) -> int:
+    """k as an int."""
     check_queries(queries, dim, device)
+    if not isinstance(k, int) and hasattr(k, "__index__"):  # a numpy integer
+        k = operator.index(k)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, but is a {type(k).__name__}")
     if not 1 <= k <= MAX_TOPK:
         raise ValueError(f"k is {k}, expected 1 to {MAX_TOPK}")
     if k > rows:
         raise ValueError(f"k is {k}, but the database has only {rows} rows")
+    return k
 
 
 def check_queries_of_each(queries: Tensor, databases: Tensor, allowed: object) -> None:

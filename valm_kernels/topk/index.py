@@ -238,7 +238,7 @@ class FlatIPIndex:
         flat = as_tensor(queries, "queries")
         stored = self._searchable()
         rows, row_scale, ids, prepared = stored[:4]
-        check_search(flat, len(rows), self.dim, self.device, k)
+        k = check_search(flat, len(rows), self.dim, self.device, k)
         some = None if allowed is None else self._named(allowed, stored, "allowed")
         scores, indices = search(flat, rows, row_scale, k, prepared, streamed=self._streamed, allowed=some)
         if ids is not None:

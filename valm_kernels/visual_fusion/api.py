@@ -103,7 +103,8 @@ def visual_fusion_attn(
     Query i sees the keys up to i + Tk - Tq. A query that sees nothing gets zeros, lse -inf and zero gradient.
 
     Results are differentiable once, by autograd or torch.func (grad, vjp, jacrev, vmap). Second derivatives and forward
-    mode raise, except with impl="reference". Under torch.autocast, q, k, v, image_k, image_v and image_q are cast.
+    mode raise, except with impl="reference". vmap calls the kernels once for each example, as PyTorch's fallback does,
+    which warns. Under torch.autocast, q, k, v, image_k, image_v and image_q are cast.
     docs/reference/valm_kernels.md has the formula, the layouts, the dispatch and the limits of each implementation.
 
     Args:
@@ -141,9 +142,9 @@ def visual_fusion_attn(
         scale: factor of the scores, from `2**-60` to `2**60`; by default 1 / sqrt(D).
         return_lse: also return lse.
         return_image_weights: also return the weights of the images, which the same pass computes.
-        impl: "auto" (by device and length), "cpu", "triton", "flash+triton" (PyTorch's flash attention for the text,
-            and a kernel that joins the images) or "reference". A named implementation never falls back to another,
-            except that every call without queries (B or Tq is 0) runs "reference".
+        impl: "auto" (by device and length; on meta only shapes), "cpu", "triton", "flash+triton" (PyTorch's flash
+            attention for the text, and a kernel that joins the images) or "reference". A named implementation never
+            falls back to another, except that every call without queries (B or Tq is 0) runs "reference".
 
     Returns:
         out (B, Hq, Tq, D) in the dtype of q. With return_lse also lse (B, Hq, Tq), with return_image_weights also the
@@ -288,11 +289,13 @@ def _choose_impl(impl: str, q: Tensor) -> str:
     device_type = q.device.type
     on_cuda = device_type == "cuda"
     if impl == "auto":
-        if device_type not in ("cpu", "cuda"):
+        if device_type in ("cpu", "meta"):  # on meta the operator computes shapes, whatever the implementation
+            return "cpu"
+        if not on_cuda:
             raise ValueError(
-                f'impl="auto" serves CPU and CUDA tensors, but q is on {q.device}; use impl="reference" there'
+                f'impl="auto" serves CPU, CUDA and meta tensors, but q is on {q.device}; use impl="reference" there'
             )
-        impl = "triton" if on_cuda else "cpu"
+        impl = "triton"
     if impl == "cpu" and device_type != "cpu":
         raise ValueError(f'impl="cpu" needs CPU tensors, but q is on {q.device}; use impl="auto"')
     if impl in ("triton", flash.NAME):

@@ -161,6 +161,15 @@ def test_numpy_in_numpy_out():
     assert_same((torch.from_numpy(scores), torch.from_numpy(39 - indices)), expected)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_k_may_be_a_numpy_integer(kind):
+    queries, database = torch.randn(3, 16), torch.randn(40, 16)
+    expected = ip_topk(queries, database, 3)
+    for impl in ("auto", "matmul", "reference"):
+        assert_same(ip_topk(queries, database, kind(3), impl=impl), expected)
+    assert_same(FlatIPIndex(database).search(queries, kind(3)), expected)
+
+
 Q, D = torch.ones(2, 16), torch.ones(5, 16)
 NAN_ROW = torch.where(torch.arange(5)[:, None] == 1, torch.nan, D)
 REFUSALS = {

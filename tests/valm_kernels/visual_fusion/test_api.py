@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.valm_kernels.visual_fusion.problems import Problem, cotangents, differentiable, solve
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, cotangents, differentiable, solve
 from tests.valm_kernels.visual_fusion.test_checks import DENSE, ONE_ROW, POOLED, zeros
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import api
@@ -62,7 +62,6 @@ HERE, ON_META = zeros(1, 1, 2, 8), zeros(1, 1, 2, 8, device="meta")
     [
         ("flash", HERE, "0", ValueError, r"impl must be one of 'auto', .*'cpu', 'reference', got 'flash'"),
         ("cpu", ON_META, "0", ValueError, 'impl="cpu" needs CPU tensors, but q is on meta'),
-        ("auto", ON_META, "0", ValueError, 'CPU and CUDA tensors, but q is on meta; use impl="reference"'),
         ("triton", HERE, "0", ValueError, 'impl="triton" needs CUDA tensors, but q is on cpu'),
         ("triton", HERE.double(), "1", TypeError, 'impl="triton" does not take float64'),
     ],
@@ -74,10 +73,25 @@ def test_what_an_implementation_does_not_serve(monkeypatch, impl, q, interpret, 
         visual_fusion_attn(q, q, q, None, None, impl=impl)
 
 
-def test_reference_serves_every_device():
-    """Also one that has no autocast."""
-    out = visual_fusion_attn(ON_META, ON_META, ON_META, None, None, impl="reference")
-    assert out.shape == ON_META.shape and out.device == ON_META.device
+class OnOtherDevice(torch.Tensor):
+    device = torch.device("mps")
+
+
+def test_auto_names_the_devices_that_it_serves():
+    q = HERE.as_subclass(OnOtherDevice)
+    with pytest.raises(ValueError, match='CPU, CUDA and meta tensors, but q is on mps; use impl="reference"'):
+        visual_fusion_attn(q, q, q, None, None)
+
+
+@pytest.mark.parametrize("name", ["dense", "image weights, pooled", "cache_seqlens", "cu_seqlens, rows"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_meta_tensors_get_the_shapes_of_results(name, impl):
+    problem = PROBLEMS[name]
+    expected = solve(problem.inputs(torch.bfloat16), impl, cotangents(problem))
+    inputs = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in problem.inputs(torch.bfloat16).items()}
+    found = solve(inputs, impl, cotangents(problem))
+    layouts = [{n: (x.shape, x.dtype, x.stride()) for n, x in results.items()} for results in (found, expected)]
+    assert layouts[0] == layouts[1] and all(x.is_meta for x in found.values())
 
 
 def test_triton_has_to_be_installed(monkeypatch):
