@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SHOWN_CHARACTERS = 60
 
@@ -23,6 +24,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+
+
+def read_measured(path: Path, kind: type) -> list[Any]:
+    """The list in the file `path`, which `make gpu-check` writes: its entries are of the TypedDict `kind`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON, or has another form; the message names it.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must contain a list, as make gpu-check writes it, but contains {short(entries)}")
+    for n, entry in enumerate(entries):
+        for name, hint in get_type_hints(kind).items():
+            found = entry.get(name, "missing") if isinstance(entry, dict) else entry
+            if not (found in get_args(hint) if get_origin(hint) is Literal else isinstance(found, hint)):
+                expected = inspect.formatannotation(hint)
+                raise ValueError(f"{path}: {name} of entry {n} must be {expected}, but is {short(found)}")
+    return entries
 
 
 def check_own(path: str | os.PathLike[str]) -> os.stat_result:

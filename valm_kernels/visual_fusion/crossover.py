@@ -14,7 +14,7 @@ from typing import Literal, TypedDict
 
 import torch
 
-from ..json_files import read_json
+from .. import json_files
 
 # Keys times head dimension: 2,048 keys of 128 numbers, or 4,096 of 64.
 ESTIMATE = 2048 * 128
@@ -44,9 +44,9 @@ def read_measured(path: Path) -> dict[tuple[int, int], MeasuredCrossover]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not JSON; the message names it.
+        ValueError: the file is not JSON, or has another form; the message names it.
     """
-    entries: list[MeasuredCrossover] = read_json(path)
+    entries: list[MeasuredCrossover] = json_files.read_measured(path, MeasuredCrossover)
     for entry in entries:
         if entry["torch"] != torch.__version__:
             entry["cudnn_keys"] = None  # another PyTorch comes with another cuDNN, whose results nobody has checked

@@ -262,6 +262,23 @@ def test_measured_lengths_are_read(measured_file):
     assert (found[90, 128]["keys"], found[90, 128]["cudnn_keys"]) == (512, None)  # its PyTorch has another cuDNN
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "crossover.json must contain a list, as make gpu-check writes it, but contains an object of 0"),
+        (["x"], "capability of entry 0 must be int, but is 'x'"),
+        ([measured(1), ENTRY | {"keys": "4096"}], "keys of entry 1 must be int . None, but is '4096'"),
+        ([measured(1, head_dim=65)], r"head_dim of entry 0 must be .*Literal\[64, 128, 256\], but is 65"),
+        ([{"capability": 90}], "crossover.json: head_dim of entry 0 must be .* but is 'missing'"),
+    ],
+)
+def test_a_file_of_another_form_is_named(tmp_path, content, message):
+    path = tmp_path / "crossover.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        crossover.read_measured(path)
+
+
 @pytest.mark.slow  # it starts a process
 def test_a_file_named_by_the_environment_takes_the_place_of_the_measured_lengths(measured_file):
     code = "from valm_kernels.visual_fusion import crossover; print(*crossover.MEASURED)"

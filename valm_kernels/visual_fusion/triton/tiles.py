@@ -27,7 +27,7 @@ from typing import Any, Literal, TypedDict
 import torch
 import triton
 
-from ...json_files import read_json
+from ...json_files import read_measured
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def measured_tiles() -> dict[tuple[str, int, int | str, int], Tiles]:
 
     Raises:
         OSError: the file that VALM_KERNELS_TILES names cannot be read.
-        ValueError: the file is not JSON; the message names it.
+        ValueError: the file is not JSON, or has another form; the message names it.
     """
     named = os.environ.get("VALM_KERNELS_TILES")
     path = Path(named) if named else Path(__file__).with_name("measured_tiles.json")
     if not named and not path.exists():
         return {}
-    entries: list[MeasuredTiles] = read_json(path)
+    entries: list[MeasuredTiles] = read_measured(path, MeasuredTiles)
     return {
         (entry["kernel"], entry["bytes"], entry["capability"], entry["head_dim"]): Tiles(
             entry["block_m"], entry["block_n"], entry["num_warps"], entry["num_stages"]

@@ -55,6 +55,12 @@ def test_a_file_that_is_not_there(measured, monkeypatch, tmp_path):
         tiles_for("forward", 90, 128, torch.float16)
 
 
+def test_a_file_of_another_form(measured):
+    measured(ENTRY, ENTRY | {"block_m": 100})
+    with pytest.raises(ValueError, match=r"tiles\.json: block_m of entry 1 must be .*16, 32, .* but is 100"):
+        tiles_for("forward", 90, 128, torch.float16)
+
+
 def test_blocks_are_powers_of_two_and_no_smaller_than_a_product():
     """Triton takes no others; tests/checks/triton compiles each."""
     for entry in tiles._TILES.values():
