@@ -341,6 +341,12 @@ class ImageTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A checkpoint contains tied weights once: the Trainer would warn that their second name is missing."""
+        tied: Any = getattr(self.model, "all_tied_weights_keys", ())
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints load with their images: writes the paths of the images, once for all checkpoints. Without a
         training of the base, a checkpoint is an adapter."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers import trainer as transformers_trainer
 
 from tests.tolerance import assert_agree
 from tests.valm.killed import exit_code, forked, needs_fork
@@ -349,6 +350,16 @@ def test_a_best_checkpoint_that_is_not_in_the_folder_is_named(tmp_path, best):
     with pytest.raises(ValmError, match=r"the best checkpoint so far, .*, is missing: put it back"):
         evaluated(tmp_path, [3.0], max_steps=3).train(resume_from_checkpoint=True)
     evaluated(tmp_path, [3.0], max_steps=3, load_best_model_at_end=False).train(resume_from_checkpoint=True)
+
+
+def test_only_weights_that_are_really_missing_are_said_to_be(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(transformers_trainer.logger, "warning", said.append)
+    made = evaluated(tmp_path, [1.0, 2.0], max_steps=2)
+    made.train()  # and takes the best checkpoint, which contains tied weights once
+    assert said == []
+    made._issue_warnings_after_load(SimpleNamespace(missing_keys=["lm_head.weight", "other"], unexpected_keys=[]))
+    assert said == ["There were missing keys in the checkpoint model loaded: ['other']."]
 
 
 def test_the_numbers_are_of_the_checkpoint_that_became_the_model(tmp_path):
