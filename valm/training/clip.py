@@ -304,7 +304,7 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             workers: processes that decode.
 
         Raises:
-            ValmError: `size` is below 2, or hardly any image can be read.
+            ValmError: `size` is below 2, or fewer than two images of a batch can be read.
         """
         size = min(size, len(self.records))
         if size < 2:
@@ -317,13 +317,13 @@ class CaptionedImages(Dataset[tuple[Tensor, str] | None]):
             worker_init_fn=end_with_parent,
             generator=torch.Generator(),  # seeding workers must not advance the global generator
         )
-        empty = 0
         for batch in loader:
-            empty = 0 if batch is not None else empty + 1
-            if batch is not None:
-                yield batch
-            elif empty * size > len(self.records):  # the next round would find no more
-                raise ValmError("hardly any image of the source can be read, and a CLIP needs two or more in a batch")
+            if batch is None:  # without an error, a resumed training would read other batches
+                raise ValmError(
+                    f"a CLIP learns from two images or more, but fewer of a batch of {size} can be read: remove "
+                    "damaged images from the source, or give a larger batch size (--batch-size)"
+                )
+            yield batch
 
 
 def _draws(images: int, size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
@@ -340,7 +340,8 @@ def _draws(images: int, size: int, seed: int) -> Iterator[list[tuple[int, int]]]
 class CachedImages(CaptionedImages):
     """As `CaptionedImages`, with the frozen image tower's features instead of images (LiT, Zhai et al. 2022).
 
-    The features are computed once, without random views, and `clip` trains on them within `cached`.
+    The features are computed once, without random views, and `clip` trains on them within `cached`. Damaged images are
+    left out.
 
     Args:
         clip: from `new_clip` with an image tower.
@@ -349,10 +350,13 @@ class CachedImages(CaptionedImages):
     def __init__(self, records: list[Record], clip: Clip, seed: int, prefixes: float = 0.5, *, progress: bool = True):
         super().__init__(records, clip, seed, prefixes)
         self.clip = clip
-        self.features = self._computed(progress)  # F of each image, None if it is damaged
+        found = self._computed(progress)
+        self.records = [record for record, features in zip(records, found, strict=True) if features is not None]
+        self.features = [features for features in found if features is not None]  # F of each image
 
     @torch.no_grad()
     def _computed(self, progress: bool) -> list[Tensor | None]:
+        """F of each image, None if it is damaged."""
         visual = self.clip.model.visual
         frozen = (visual.trunk if _has_projection(visual) else visual).eval()
         features: list[Tensor | None] = []
@@ -373,7 +377,7 @@ class CachedImages(CaptionedImages):
             )
         return features
 
-    def _pixels(self, index: int, view: int) -> Tensor | None:
+    def _pixels(self, index: int, view: int) -> Tensor:
         return self.features[index]
 
     @contextmanager
