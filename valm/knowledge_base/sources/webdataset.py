@@ -87,8 +87,10 @@ def tar_records(path: Path) -> list[Record]:
     """The images of a tar file with their captions, then records without an image for damaged entries.
 
     Raises:
+        OSError: the file is missing, or a pipe or device.
         ValmError: a transient error (`is_transient`) while the archive is read.
     """
+    check_regular(path)  # opening a pipe would wait
     members: dict[str, tarfile.TarInfo] = {}
     end: dict[str, str] = {}
     with open(path, "rb") as file:

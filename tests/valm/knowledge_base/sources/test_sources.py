@@ -46,16 +46,21 @@ def test_another_process_may_encode_its_images(kind, tars, clip, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("open_source", "pipe"),
-    [(WebdatasetSource, "0.tar"), (EmbeddingSource, "img_emb/img_emb_0.npy")],
+    ("read", "pipe"),
+    [
+        (lambda folder: WebdatasetSource(folder).parts(), "0.tar"),
+        (lambda folder: WebdatasetSource(folder).images(), "0.tar"),
+        (lambda folder: EmbeddingSource(folder).parts(), "img_emb/img_emb_0.npy"),
+    ],
+    ids=["tar", "tar for a CLIP", "embeddings"],
 )
-def test_a_pipe_is_refused_before_it_is_opened(open_source, pipe, tmp_path):
-    """A build that opens it waits for a writer, and nothing would end the wait."""
+def test_a_pipe_is_refused_before_it_is_opened(read, pipe, tmp_path):
+    """A command that opens it waits for a writer, and nothing would end the wait."""
     touch(tmp_path / "metadata", "metadata_0.parquet")
     (tmp_path / pipe).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / pipe)
     with pytest.raises(PermissionError, match=rf"not a regular file.*{pipe}"):
-        list(open_source(tmp_path).parts())
+        list(read(tmp_path))
 
 
 def test_names_captions_sizes_of_files_and_contents_count(tmp_path):
