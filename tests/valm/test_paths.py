@@ -13,6 +13,7 @@ from valm.errors import ValmError
 from valm.evaluation.scorers import open_scorer
 from valm.evaluation.settings import Settings
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
+from valm.knowledge_base.sources.zip_file import ZipSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.adapter import load_adapter
 from valm.model.checkpoint import load, load_decoder
@@ -34,6 +35,7 @@ DOORS = {
     "places": read_places,
     "checkpoint": lambda path: check_resumable(Path(path)),
     "images": lambda path: FolderSource(Path(path)),
+    "zip": ZipSource,
     "table": lambda path: TableSource(Path(path)).plan(),
     "text": read_text,
     "output": writable_folder,

@@ -13,7 +13,9 @@ EXAMPLE = "valm clip check pictures --clip clip"
 
 def add_to(commands: Commands) -> None:
     check = command(commands, "check", run_check, "evaluate a CLIP on labelled or captioned images", EXAMPLE)
-    check.add_argument("folder", type=Path, help="folder of images, in class folders, with captions, or both")
+    check.add_argument(
+        "folder", type=Path, help="folder or zip file of images, in class folders, with captions, or both"
+    )
     check.add_argument(
         "--clip", required=True, help="folder of the CLIP, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS"
     )
@@ -23,10 +25,10 @@ def add_to(commands: Commands) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.sources.folder import FolderSource
+    from valm.knowledge_base.images import ImageSource
     from valm.store.files import output_file, write_json
 
-    source = FolderSource(arguments.folder, captions=arguments.captions)
+    source = ImageSource(arguments.folder, captions=arguments.captions).open()
 
     from valm.clip.clip import Clip
     from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip

@@ -106,8 +106,8 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=Path,
-        help="folder of images; with --format: a tar file or a folder of tar files, a table, or the name of a Hugging "
-        "Face dataset",
+        help="folder or zip file of images; with --format: a tar file or a folder of tar files, a table, or the name "
+        "of a Hugging Face dataset",
     )
     add_fields(parser, ImageSource)
 

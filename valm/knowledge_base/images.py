@@ -23,7 +23,8 @@ class ImageSource:
     """The images that `valm kb build`, `kb add` and `clip train` read. `open` opens the source.
 
     Attributes:
-        source: a folder of images, a tar file or a folder of tar files, a table, or a dataset as for `open_dataset`.
+        source: a folder or zip file of images, a tar file or a folder of tar files, a table, or a dataset as for
+            `open_dataset`.
 
     Raises:
         ValmError: there is no such format, or a field belongs to another format.
@@ -37,10 +38,10 @@ class ImageSource:
 
     source: str | os.PathLike
     format: str = option(
-        "pictures: a folder of images, with captions next to them or in a table of captions. webdataset: tar files as "
-        "img2dataset writes them. dataset: a Hugging Face dataset, NAME[:CONFIG[:SPLIT]]. embeddings: vectors made by "
-        "--clip, in clip-retrieval's layout. csv: a table (CSV or TSV) of image paths, relative to the table, and "
-        "captions",
+        "pictures: a folder or zip file of images, with captions next to them or in a table of captions. webdataset: "
+        "tar files as img2dataset writes them. dataset: a Hugging Face dataset, NAME[:CONFIG[:SPLIT]]. embeddings: "
+        "vectors made by --clip, in clip-retrieval's layout. csv: a table (CSV or TSV) of image paths, relative to the "
+        "table, and captions",
         "pictures",
         choices=FORMATS,
     )
@@ -83,4 +84,8 @@ class ImageSource:
 
         if self.format == "csv":
             return TableSource(source, **columns)
+        if source.suffix.lower() == ".zip" and not source.is_dir():
+            from valm.knowledge_base.sources.zip_file import ZipSource
+
+            return ZipSource(source, captions=self.captions)
         return FolderSource(source, captions=self.captions)

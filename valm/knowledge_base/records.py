@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import os
 import time
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from valm.errors import ValmError
 from valm.options import check_fields, option
 from valm.store.files import cannot_read, is_transient
-from valm.text import utf8
+from valm.text import one_line, utf8
+from valm_kernels.json_files import check_regular
 
 if TYPE_CHECKING:  # the command line reads the options of `Encoding` before it imports torch
     from PIL import Image
+
+# A larger image in a zip file is not read: 8 bytes for each of the most pixels. A zip file may claim any size.
+MAX_MEMBER_BYTES = 1 << 29
+ZIP_REMEDY = "Copy or download the zip file again, or unpack it and name the folder"
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ class Record:
     """One image of a source.
 
     Attributes:
-        source: a file, whose image is the whole file or `size` bytes from `offset` (a member of a tar file); or the
-            content of a file, or a PIL image. None is an entry that is listed as skipped.
+        source: a file, whose image is the whole file, `size` bytes from `offset` (in a tar file) or `member` of `size`
+            bytes (in a zip file); or the content of a file, or a PIL image. None is an entry that is listed as skipped.
         reason: why an entry without an image is skipped.
     """
 
@@ -64,6 +73,7 @@ class Record:
     offset: int = 0
     size: int | None = None
     reason: str = "there is no picture"
+    member: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("uri", "caption"):  # written as UTF-8
@@ -77,15 +87,19 @@ class Record:
         """
         from valm.clip.read_image import read_image
 
-        if isinstance(self.source, Path):
-            if not self.source.is_file():  # opening a pipe would block
-                raise ValueError("it is not a file, or a link that leads to no file")
-            with open(self.source, "rb") as file:
-                file.seek(self.offset)
-                return read_image(io.BytesIO(file.read(self.size)))
         if self.source is None:
             raise ValueError(self.reason)
-        return read_image(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+        if isinstance(self.source, bytes):
+            return read_image(io.BytesIO(self.source))
+        if not isinstance(self.source, Path):
+            return read_image(self.source)
+        if not self.source.is_file():  # opening a pipe would block
+            raise ValueError("it is not a file, or a link that leads to no file")
+        if self.member is not None:
+            return read_image(io.BytesIO(read_member(self.source, self.member, MAX_MEMBER_BYTES)))
+        with open(self.source, "rb") as file:
+            file.seek(self.offset)
+            return read_image(io.BytesIO(file.read(self.size)))
 
     def identity(self) -> int | str | None:
         """The size of a file (None if it is missing) or of its part, or a hash of bytes or pixels. Name and identity
@@ -106,6 +120,44 @@ class Record:
             if is_transient(error):
                 raise cannot_read(self.source, error.strerror) from error
             return None
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """The zip file `path`. It stays open until another one is opened.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+        ValmError: the file is no zip file or is damaged.
+    """
+    found = check_regular(path)
+    try:
+        return _open_zip(path, found.st_mtime_ns, os.getpid())
+    except Exception as error:  # zipfile raises many types for damaged bytes
+        if is_transient(error):
+            raise
+        raise ValmError(f"cannot read the zip file {path}: {one_line(str(error))}. {ZIP_REMEDY}") from error
+
+
+@functools.lru_cache(1)
+def _open_zip(path: Path, written: int, process: int) -> zipfile.ZipFile:  # processes would share one position
+    return zipfile.ZipFile(path)
+
+
+def read_member(path: Path, name: str, most: int) -> bytes:
+    """The content of a file in a zip file.
+
+    Raises:
+        ValmError: it is damaged, encrypted or larger than `most` bytes.
+    """
+    archive = open_zip(path)
+    if archive.getinfo(name).file_size > most:  # zipfile reads no more than this, whatever follows
+        raise ValmError(f"a file of more than {most:,} bytes is not read")
+    try:
+        return archive.read(name)
+    except Exception as error:  # each compression raises its own types
+        if is_transient(error):
+            raise
+        raise ValmError(f"{one_line(str(error))}. {ZIP_REMEDY}") from error
 
 
 def _pixels_sha256(image: Image.Image) -> str:

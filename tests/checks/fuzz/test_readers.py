@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import tarfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from valm.knowledge_base.format import ImageRecord
 from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.webdataset import tar_records
+from valm.knowledge_base.sources.zip_file import ZipSource
 from valm.model.adapter import adapter_base, load_adapter, save_adapter
 from valm.model.augment import augment
 from valm.retrieval.index_parameters import index_parameters
@@ -216,19 +218,24 @@ def test_embeddings(tmp_path_factory, linked, clip, data):
         check_mutants(data, [vectors, metadata], linked, read, ...)
 
 
+@pytest.mark.parametrize("kind", ["tar", "zip"])
 @fuzzed(300)
-def test_archives(tmp_path_factory, data):
-    file = tmp_path_factory.mktemp("archive") / "a.tar"
+def test_archives(tmp_path_factory, kind, data):
+    file = tmp_path_factory.mktemp("archive") / f"a.{kind}"
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
-    with tarfile.open(file, "w") as tar:
-        for name, content in (("a.png", picture.getvalue()), ("a.txt", b"red"), ("b.json", b'{"caption": "x"}')):
+    members = {"a.png": picture.getvalue(), "a.txt": b"red", "b.png": b"", "b.json": b'{"caption": "x"}'}
+    with tarfile.open(file, "w") if kind == "tar" else zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            if isinstance(archive, zipfile.ZipFile):
+                archive.writestr(name, content)
+                continue
             member = tarfile.TarInfo(name)
             member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            archive.addfile(member, io.BytesIO(content))
 
     def read() -> Any:
-        for record in tar_records(file):
+        for record in tar_records(file) if kind == "tar" else ZipSource(file).images():
             with suppress(Exception):  # then it is listed as skipped
                 record.read()
 

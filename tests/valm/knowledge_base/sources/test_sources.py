@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,9 +18,10 @@ from valm.knowledge_base.sources.dataset import DatasetSource
 from valm.knowledge_base.sources.embeddings import EmbeddingSource
 from valm.knowledge_base.sources.folder import FolderSource, TableSource
 from valm.knowledge_base.sources.webdataset import WebdatasetSource, fingerprint_files
+from valm.knowledge_base.sources.zip_file import ZipSource
 
 
-@pytest.mark.parametrize("kind", ["folder", "webdataset", "huggingface", "table"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "webdataset", "huggingface", "table"])
 def test_another_process_may_encode_its_images(kind, tars, clip, tmp_path, monkeypatch):
     """A shard can be pickled, and does not depend on the working directory."""
     (tmp_path / "images").mkdir()
@@ -28,10 +30,12 @@ def test_another_process_may_encode_its_images(kind, tars, clip, tmp_path, monke
         (tmp_path / "images" / f"{number}.png").write_bytes(png(number))
         (tmp_path / "images" / f"{number}.txt").write_text(f"picture {number}")
         lines.append(f"images/{number}.png,picture {number}")
+    shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
     (tmp_path / "table.csv").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     source = {
         "folder": lambda: FolderSource("images", shard_size=2),
+        "zip": lambda: ZipSource("images.zip", shard_size=2),
         "webdataset": lambda: WebdatasetSource("tars"),
         "huggingface": lambda: DatasetSource([{"image": png(n), "caption": f"picture {n}"} for n in range(3)]),
         "table": lambda: TableSource("table.csv", shard_size=2),
