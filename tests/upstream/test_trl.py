@@ -2,7 +2,6 @@
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,6 @@ def page(tmp_path_factory):
     run: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in ("SFTConfig", "DPOConfig", "GRPOConfig"):
-            patch.setattr(trl, name, partial(getattr(trl, name), use_cpu=True, bf16=False, report_to="none"))
         exec(compile(code, str(PAGE), "exec"), run)
         yield folder, run
 

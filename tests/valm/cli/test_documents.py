@@ -13,17 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
 import valm
 from studies.color.__main__ import build_parser as color_parser
 from studies.color.questions import FLICKR_CAPTIONS, photographs
 from studies.demo.__main__ import build_parser as demo_parser
-from tests.valm.cli.commands import STEPS, run
+from tests.valm.cli.commands import run
 from tests.valm.models import llama_of
 from tests.valm.other_tokenizers import gpt2_like
 from valm.cli import build_parser, main
 from valm.errors import ValmError
+from valm.evaluation.sets import own_sets
+from valm.evaluation.statistics import FEWEST
 from valm.model.augment import fusion_module
 from valm.model.smollm2 import convert_smollm2
 from valm.training import training_arguments
@@ -122,7 +125,8 @@ def write_smollm2(folder: Path) -> None:
 @pytest.mark.slow  # it trains a CLIP and four models
 @pytest.mark.timeout(5400)
 def test_own_pictures(tmp_path):
-    """The commands as they stand on the page, with the CLIP of its first command as the pretrained one too."""
+    """The commands as they stand on the page; the folder of the pretrained CLIP's name is the CLIP of the first."""
+    (tmp_path / PRETRAINED_CLIP).symlink_to("clip")
     write_photographs(tmp_path / "pictures")
     write_smollm2(tmp_path / "smollm2")
     (tmp_path / "photos").mkdir()  # without captions
@@ -133,7 +137,7 @@ def test_own_pictures(tmp_path):
     write_configs(page, tmp_path)
     for command in commands(page):
         begin = time.monotonic()
-        words = shlex.split(command.replace(PRETRAINED_CLIP, "clip"), comments=True)
+        words = shlex.split(command, comments=True)
         done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         seconds[command] = time.monotonic() - begin
@@ -147,21 +151,29 @@ def test_own_pictures(tmp_path):
 
 @pytest.fixture
 def own_model(workshop, world, base):
-    """The workshop with what the README names: pictures, and a decoder in the folder smollm2."""
-    (workshop / "examples").symlink_to(ROOT / "examples")
+    """The workshop with what the README names: pictures, a decoder in the folder smollm2, and the examples, which train
+    for three steps and ask one question."""
+    shutil.copytree(ROOT / "examples", workshop / "examples")
+    config = workshop / "examples" / "smollm2.yaml"
+    fewer = {"context": 32, "steps": 3, "batch_size": 4}
+    questions = workshop / "examples" / "questions.csv"
+    questions.write_text("\n".join(questions.read_text(encoding="utf-8").splitlines()[:2]), encoding="utf-8")
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text(encoding="utf-8")) | fewer), encoding="utf-8")
     (workshop / "pictures").symlink_to(world / "pictures")
     (workshop / "smollm2").symlink_to(base)
     return workshop
 
 
 def test_the_commands_of_the_readme_run(own_model, capsys):
-    (questions,) = re.findall(r"^printf .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    subprocess.run(questions, shell=True, check=True)
     for command in commands(ROOT / "README.md"):
-        words = shlex.split(command)[1:]
-        words += ["--context", "32", *STEPS] if words[0] == "train" else []
+        words = shlex.split(command, comments=True)[1:]
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
     assert (own_model / "report" / "report.html").is_file()
+
+
+def test_the_questions_of_the_examples_are_enough_for_intervals():
+    file = ROOT / "examples" / "questions.csv"
+    assert len(own_sets([file])[0].load(file)) >= FEWEST
 
 
 def test_the_plan_of_the_page_on_training_goes_together(monkeypatch):
@@ -170,7 +182,7 @@ def test_the_plan_of_the_page_on_training_goes_together(monkeypatch):
 
     def check(plan):
         plan.check()
-        training_arguments(plan.out, **plan.training_fields() | {"bf16": False})  # which not every machine has
+        training_arguments(plan.out, **plan.training_fields())
         checked.append(plan)
 
     monkeypatch.setattr("valm.training.run.run_plan", check)

@@ -47,14 +47,18 @@ def generated(world):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_commands_of_the_page_get_what_generate_says(address, generated):
-    """Completions and chats, streamed and not, by the curl commands of docs/how-to/serve.md."""
+def test_the_commands_of_the_page_get_what_generate_says(address, generated, tmp_path, monkeypatch):
+    """Completions and chats, streamed and not, by the curl commands of docs/how-to/serve.md, of which curl's own
+    settings lead to the server's port."""
+    served = address.removeprefix("http://").removesuffix("/v1")
+    (tmp_path / ".curlrc").write_text(f"silent\nshow-error\nconnect-to = 127.0.0.1:8000:{served}\n")
+    monkeypatch.setenv("CURL_HOME", str(tmp_path))
     tried = []
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if not line.startswith("curl "):
             continue
-        words = shlex.split(line.replace("http://127.0.0.1:8000", address.removesuffix("/v1")))
-        out = subprocess.run([*words, "-sS"], capture_output=True, text=True, check=True).stdout
+        words = shlex.split(line)
+        out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
         if "-d" not in words:
             assert json.loads(out)
             continue
@@ -69,7 +73,7 @@ def test_the_commands_of_the_page_get_what_generate_says(address, generated):
         text = "".join(choice.get("text", part["content"]) for choice, part in zip(choices, texts, strict=True))
         prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
         assert prompt + text == generated[prompt] and body["max_tokens"] == NEW
-        tried.append((words[1].removeprefix(address), "stream" in body))
+        tried.append((words[1].removeprefix("http://127.0.0.1:8000/v1"), "stream" in body))
     paths = ("/chat/completions", "/completions")
     assert sorted(tried) == [(path, stream) for path in paths for stream in (False, True)]
 
