@@ -43,7 +43,7 @@ ORDINARY = 60  # paragraphs of the user: they set min_score, and some are the ot
 ASKED = 200  # texts of each kind
 CLIP_OPTIONS = ("--cache-images", "--steps", 250, "--batch-size", 128, "--max-logit-scale", 50)
 TRAIN_OPTIONS = (
-    *("--logit-bias", 0, "--fusion-lr", 2e-3, "--steps", 300, "--limit-softmax"),
+    *("--logit-bias", 0, "--lr", 2e-3, "--steps", 300, "--limit-softmax"),
     *("--min-score", "auto"),
 )
 NOTE_FILE = "harm.json"  # in the output folder: the seed and the settings of all files there

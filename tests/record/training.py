@@ -38,7 +38,7 @@ COMMANDS = {
     "scored": [*IMAGES, "--score-scale", "1"],
     "held out": [*IMAGES, "--validation", "0.25", "--patience", "0", "--eval_steps", "50"],
     **{twin: [*IMAGES, "--min-score", "0.2", "--twin", twin] for twin in ("text", "random", "shuffled", "blind")},
-    "base": [*BASE, "--fusion-lr", "1e-2", "--logit-bias", "-2"],
+    "base": [*BASE, "--logit-bias", "-2"],
     "limited softmax": [*BASE, "--limit-softmax"],
     "states below": [*BASE, "--cache-below", "{folder}/below"],
     "two processes": IMAGES,

@@ -97,20 +97,12 @@ class ImageTrainer(Trainer):
 
     Args:
         prepared: prepares documents that `evaluate` and `predict` are given as eval_dataset was prepared.
-        fusion_lr: learning rate of the parameters that only see images; None = the rate of all others.
         options: the Trainer's.
     """
 
-    def __init__(
-        self,
-        *,
-        prepared: Callable[[Any], Any] = lambda documents: documents,
-        fusion_lr: float | None = None,
-        **options: Any,
-    ):
+    def __init__(self, *, prepared: Callable[[Any], Any] = lambda documents: documents, **options: Any):
         super().__init__(**options)
         check_processes(self.args)
-        self.fusion_lr = fusion_lr
         self._prepared = prepared
         self.numbers: dict[str, float] = {}  # for the model card, besides the logged numbers
         self._scored = (0.0, 0.0)  # of the evaluation so far: sum of the tokens' losses, number of tokens
@@ -232,21 +224,6 @@ class ImageTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Evaluation: prepares the documents of `predict`."""
         return super().get_test_dataloader(self._prepared(test_dataset))
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """`fusion_lr`: puts its parameters into separate groups."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if self.fusion_lr is None or given:
-            return optimizer
-        trained: Any = self.model if model is None else model
-        fusion = {id(parameter) for name, parameter in trained.named_parameters() if FUSION_NAME in name}
-        for group in list(optimizer.param_groups):
-            new = [parameter for parameter in group["params"] if id(parameter) in fusion]
-            if new:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in fusion]
-                optimizer.add_param_group({**group, "params": new, "lr": self.fusion_lr})
-        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Raises ValmError if the loss is not finite, before the step is taken."""

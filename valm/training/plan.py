@@ -27,7 +27,7 @@ NO_MIN_SCORE = -1.0
 # Default number of evaluations in a training, and how many evaluations without improvement end it.
 EVALUATIONS, PATIENCE = 20, 3
 # Fields for pretrained decoders only.
-BASE_FIELDS = ("layer", "base_kl", "logit_bias", "fusion_lr", "cache_below")
+BASE_FIELDS = ("layer", "base_kl", "logit_bias", "cache_below")
 # Fields for models with images only.
 IMAGE_FIELDS = ("twin", "score_scale", "min_score", "questions", "ordinary_text")
 TWINS = ("text", "random", "blind", "shuffled")
@@ -71,7 +71,6 @@ class TrainingPlan:
             than `valm.corpus.min_score.FEWEST`; else no threshold.
         questions: with min_score="auto": file of texts whose last tokens need images, instead of the captions.
         ordinary_text: with min_score="auto": file of texts that need no images; 5 % of their tokens see some.
-        fusion_lr: with `base`: learning rate of the new parameters; default `lr`.
         cache_below: with `base`: folder for the input of the fusion layer, computed once.
         limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
         model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
@@ -147,7 +146,6 @@ class TrainingPlan:
         "with --min-score auto: texts that need no images; 5 in 100 of their tokens reach the threshold",
         metavar="FILE",
     )
-    fusion_lr: float | None = option("with --base: learning rate of the new parameters (default: --lr)", least=0)
     cache_below: str | os.PathLike | None = option(
         "with --base: compute the input of the fusion layer once into this folder, which controls can share, and train "
         "from there",

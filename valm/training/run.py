@@ -82,7 +82,6 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         eval_dataset=data.held_out,
         row_length=plan.context,
         cache_below=plan.cache_below,
-        fusion_lr=plan.fusion_lr if sees.num_images > 0 else None,
         limit_softmax=plan.limit_softmax,
         base_kl=plan.divergence_weight(),
         callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,

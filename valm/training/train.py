@@ -24,7 +24,7 @@ from valm.training.base_divergence import BaseDivergence
 from valm.training.cache_below import cache_below as with_fusion_input
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_min_score
-from valm.training.image_trainer import FUSION_NAME, ImageTrainer
+from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import check_processes
 from valm.training.limited_softmax import LimitedSoftmax
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
@@ -75,7 +75,6 @@ def trainer(
     eval_dataset: Any = None,
     row_length: int | None = None,
     cache_below: str | os.PathLike | None = None,
-    fusion_lr: float | None = None,
     limit_softmax: bool = False,
     base_kl: float = 0.0,
     **options: Any,
@@ -103,7 +102,6 @@ def trainer(
             warning.
         cache_below: folder for the input of the fusion layer, computed once if all lower layers are frozen
             (`valm.training.cache_below`); None computes it in every step.
-        fusion_lr: learning rate of the parameters that only see images; None uses the rate of `arguments`.
         limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
             (`LimitedSoftmax`).
         base_kl: weight of the divergence from the base in the training loss, for an augmented model whose base is
@@ -146,10 +144,6 @@ def trainer(
         return blocks(documents, limit, begin_id(tokenizer))
 
     trained, evaluated = ready(dataset), None if eval_dataset is None else ready(eval_dataset)
-    if fusion_lr is not None and not any(FUSION_NAME in name for name, _ in model.named_parameters()):
-        raise ValmError(
-            f"fusion_lr is for parameters that see images, but this {type(inner).__name__} has none: leave it out"
-        )
     if limit_softmax and arguments.label_smoothing_factor:
         raise ValmError(
             f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes only a part of "
@@ -198,7 +192,6 @@ def trainer(
         return documents if documents is None or changed.world_size == 1 else evened(documents, multiple)
 
     return ImageTrainer(
-        fusion_lr=fusion_lr,
         model=model,
         args=changed,
         train_dataset=trained,

@@ -62,8 +62,7 @@ def world(tmp_path_factory):
         "training": {
             "steps": 2,
             "batch_size": 4,
-            "lr": "1e-3",
-            "fusion_lr": "1e-2",
+            "lr": "1e-2",
             "logit_bias": 0,
             "limit_softmax": True,
             "min_score": "auto",

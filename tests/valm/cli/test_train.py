@@ -87,7 +87,7 @@ def test_a_base_has_a_threshold_by_default(world, base, tmp_path, capsys, monkey
 def test_a_pretrained_decoder_stays_as_it_is(world, base, tmp_path, error_of):
     """And so does that of a control. Both read one file of the inputs of their fusion layer."""
     options = ["--retrieval", world / "base-retrieval", "--kb", world / "kb", *STEPS]
-    options += ["--logit-bias", "-1", "--fusion-lr", "1e-2", "--cache-below", tmp_path / "below", "--save_steps", 1]
+    options += ["--logit-bias", "-1", "--lr", "1e-2", "--cache-below", tmp_path / "below", "--save_steps", 1]
     train = ["train", "--base", base, *options]
     assert run(*train, "--out", tmp_path / "model") == 0
     assert run(*train, "--out", tmp_path / "random", "--twin", "random") == 0
@@ -107,7 +107,7 @@ def test_a_pretrained_decoder_stays_as_it_is(world, base, tmp_path, error_of):
     ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     again = ["--out", tmp_path / "model", "--resume"]
-    for option, value, was in (("--fusion-lr", 0.001, 0.01), ("--context", 8, 512)):
+    for option, value, was in (("--lr", 0.001, 0.01), ("--context", 8, 512)):
         said = f"contains another training: its {option} is {was}, here it is {value}"
         assert said in error_of(*train, option, value, *again)
     shutil.copytree(base, tmp_path / "other")
@@ -127,7 +127,7 @@ def test_a_pretrained_decoder_stays_as_it_is(world, base, tmp_path, error_of):
 
 def test_a_training_on_the_tokens_of_the_text_is_evaluated_on_all(world, base, tmp_path):
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, *STEPS]
-    train += ["--logit-bias", "-1", "--fusion-lr", "1e-2", "--limit-softmax"]
+    train += ["--logit-bias", "-1", "--lr", "1e-2", "--limit-softmax"]
     assert run(*train, "--validation", 0.3, "--save_steps", 1, "--out", tmp_path / "limited") == 0
     losses = [entry["eval_loss"] for entry in evaluations(tmp_path / "limited")]
     assert losses[0] > losses[-1] > 4  # of 300 tokens that are about alike; the text has 60
@@ -139,7 +139,7 @@ def test_a_training_is_compared_with_its_base(world, base, tmp_path, output_of, 
     out = tmp_path / "model"
     train = ["train", "--retrieval", world / "base-retrieval", "--kb", world / "kb", "--base", base, "--out", out]
     train += [] if twin is None else ["--twin", twin]
-    train += ["--steps", 4, "--batch-size", 4, "--fusion-lr", 0.03, "--lr_scheduler_type", "constant"]
+    train += ["--steps", 4, "--batch-size", 4, "--lr", 0.03, "--lr_scheduler_type", "constant"]
     train += ["--patience", 0, "--limit-softmax", "--cache-below", tmp_path / "below", "--logit-bias", -1]
     train += ["--validation", world / "base-retrieval"]
     said = output_of(*train)

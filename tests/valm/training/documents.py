@@ -61,7 +61,7 @@ def new_model(**arguments):
 
 
 # Arguments of `trainer` that `new_trainer` passes on.
-OPTIONS = ("row_length", "cache_below", "fusion_lr", "limit_softmax", "compute_loss_func")
+OPTIONS = ("row_length", "cache_below", "limit_softmax", "compute_loss_func")
 
 
 def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, tokenizer=TOKENIZER, **fields):

@@ -89,11 +89,6 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
         ({}, {"fsdp": True}, "fsdp divides a model among several GPUs and has no effect on CPUs: leave"),
         ({}, {"lerning_rate": 1}, r"no field 'lerning_rate', did you mean learning_rate\?"),
         ({}, {"lr_scheduler_type": "cosin"}, "do not fit: cosin is not a valid SchedulerType"),
-        (
-            {"num_images": 0},
-            {"kb": None, "fusion_lr": 1.0},
-            "parameters that see images, but this VaLMForCausalLM has none",
-        ),
         # label smoothing reads the logits of the labels, by their numbers in the whole vocabulary
         (
             {},
@@ -172,30 +167,6 @@ def test_the_arguments_of_the_user_stay_as_they_are(tmp_path):
     assert arguments.remove_unused_columns and not made.args.remove_unused_columns
     assert made.args.accelerator_config.dispatch_batches is False
     assert arguments.accelerator_config.dispatch_batches is None
-
-
-def test_the_new_parameters_have_a_learning_rate_of_their_own(tmp_path):
-    """Of 0 they stay as they are; and a resumed training has both rates."""
-
-    def train(**arguments):
-        return trained(tmp_path, model=augmented().requires_grad_(True), max_steps=4, **arguments)
-
-    def other(model, before):
-        return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-
-    base = augmented().requires_grad_(True)
-    before = base.state_dict()
-    trains = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
-    fusion = {name for name in trains if ".image_fusion." in name}
-    assert fusion and fusion != trains
-    for fusion_lr, lr, expected in ((0.0, 1e-2, trains - fusion), (1e-2, 0.0, fusion), (None, 1e-2, trains)):
-        assert other(train(fusion_lr=fusion_lr, learning_rate=lr).model, before) == expected
-    saving = {"fusion_lr": 1e-2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
-    whole = train(**saving)
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    resumed = train(resume=True, **saving)
-    assert resumed.losses() == whole.losses()
-    assert not other(resumed.model, whole.model.state_dict())
 
 
 def test_a_resumed_training_follows_the_schedule_of_its_own_steps(tmp_path):
