@@ -87,7 +87,8 @@ class ImageTrainer(Trainer):
     """The `Trainer` that `valm.training.trainer` makes. It promises more than transformers' Trainer:
 
     - Data are read in a `TrainingOrder` (with train_sampling_strategy "random"; other strategies are the Trainer's).
-      So the losses are the same for any number of processes, and in a resumed training.
+      So the losses of the steps are the same for any number of processes, and in a resumed training. The first loss
+      that a resumed training logs is the mean since the resume, as in the Trainer.
     - A loss that is not finite stops the training before its step.
     - Resuming skips a half-written checkpoint: STATE_FILE is written last.
     - Evaluation weights every token equally, in any batch, and adds the perplexity.
