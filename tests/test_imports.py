@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"pictures"},
     {"evaluation", "explain", "serving", "training"},
     {"model"},
     {"corpus"},

@@ -77,6 +77,20 @@ def given_fields(kind: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values if value is not None}
 
 
+def as_options(values: Any) -> list[str]:
+    """The options of a command line that give the dataclass `values`; fields with their default value are left out."""
+    words: list[str] = []
+    for field in dataclasses.fields(values):
+        value, name = getattr(values, field.name), field.name.replace("_", "-")
+        if "help" not in field.metadata or value is None or value == field.default:
+            continue
+        if field.type == "bool":
+            words.append(f"--no-{name}" if field.default else f"--{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
 def check_fields(values: Any) -> None:
     """Checks the fields of a dataclass against the bounds and choices of its options. Raises ValmError if a value is
     out of bounds or not among the choices."""

@@ -35,13 +35,13 @@ from studies.color.seed_scores import Scoring
 from studies.color.study import STUDY_FILE, Study
 from studies.color.text import study_text
 from studies.color.words import Names
-from studies.stages import Stages
 from valm.errors import ValmError
 from valm.evaluation.files import read_csv
 from valm.model.smollm2 import PACKAGE, convert_smollm2
 from valm.store.files import read_json, writable_folder, write_json
 from valm.store.folders import remove_folder
 from valm.store.settings import check_same
+from valm.store.stages import Stages
 
 RESULTS_FILE = "results.json"
 # Two tables of pictures: those that show an item of MemoryColor or ColorTerms, and the rest.

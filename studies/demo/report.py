@@ -18,6 +18,7 @@ from studies.demo.exhibits import Exhibits
 from studies.demo.things import CREDIT
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.explain.explanation import Explanation
+from valm.pictures.page import HERE as FRAME
 from valm.text import printable
 from valm_kernels.atomic_files import atomic_path
 
@@ -57,7 +58,7 @@ def write_report(
     )
     environment.filters.update(png_uri=png_uri, percent=lambda share: f"{share:.1%}", counts=_counts)
     page = environment.get_template("report.html.j2").render(
-        style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        style=Markup((FRAME / "report.css").read_text(encoding="utf-8")),
         results=results,
         row_names=ROW_NAMES,
         swatches=SWATCHES,

@@ -22,6 +22,7 @@ from valm.cli import (
     generate,
     kb,
     lm_eval,
+    pictures,
     retrieve,
     serve,
     train,
@@ -109,7 +110,7 @@ def build_parser() -> CommandParser:
         help="download what is missing: the CLIP that a knowledge base names, and evaluation sets",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
-    build = (clip, kb, retrieve, verify)
+    build = (pictures, clip, kb, retrieve, verify)
     use = (train, evaluate, lm_eval, generate, explain, serve)
     for module in (*build, *use):
         module.add_to(commands)

@@ -36,7 +36,7 @@ EXAMPLE = 'valm generate model "the color of the sky is" --max-new-tokens 3'
 def add_to(commands: Commands) -> None:
     help = "continue a text, and list the images that the model saw"
     generate = command(commands, "generate", run_generate, help, EXAMPLE)
-    generate.add_argument("model", type=Path, help="folder of the checkpoint")
+    generate.add_argument("model", type=Path, help="folder of the checkpoint, or of `valm pictures`")
     generate.add_argument("prompt", nargs="?", help="text to continue")
     generate.add_argument(
         "--prompts", type=Path, metavar="FILE", help="file with a text to continue on each line; - reads standard input"

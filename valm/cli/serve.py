@@ -8,6 +8,7 @@ from pathlib import Path
 from valm.cli.options import Commands, add_opening, command, not_negative, opening, port, positive
 from valm.errors import ValmError
 from valm.store.files import name_of
+from valm.store.parts import control_of
 
 EXAMPLE = "valm serve model --port 8000"
 
@@ -15,7 +16,7 @@ EXAMPLE = "valm serve model --port 8000"
 def add_to(commands: Commands) -> None:
     help = "serve a model over HTTP: OpenAI's API, and a page for the browser"
     serve = command(commands, "serve", run_serve, help, EXAMPLE)
-    serve.add_argument("model", type=Path, help="folder of the checkpoint")
+    serve.add_argument("model", type=Path, help="folder of the checkpoint, or of `valm pictures`")
     serve.add_argument(
         "--host",
         default="127.0.0.1",
@@ -47,8 +48,8 @@ def run_serve(arguments: argparse.Namespace) -> None:
     opened, name = opening(arguments), name_of(arguments.model)
     model, tokenizer = opened.load(arguments.model)
     other = None
-    if arguments.compare:
-        other = (name_of(arguments.compare, unlike=[name]), *opened.load_other(arguments.compare))
+    if compare := arguments.compare or control_of(arguments.model):
+        other = (name_of(compare, unlike=[name]), *opened.load_other(compare))
     serve(
         name,
         model,

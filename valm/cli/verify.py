@@ -14,7 +14,8 @@ EXAMPLE = "valm verify kb"
 def add_to(commands: Commands) -> None:
     help = "check every file of a folder that valm wrote against its checksums"
     verify = command(commands, "verify", run_verify, help, EXAMPLE)
-    verify.add_argument("folder", type=Path, help="folder of a knowledge base, a retrieved corpus or a FlatIPIndex")
+    what = "folder of a knowledge base, a retrieved corpus or a FlatIPIndex, or of `valm pictures`"
+    verify.add_argument("folder", type=Path, help=what)
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -29,10 +30,13 @@ def verify(folder: Path) -> str:
     """
     from valm.corpus.retrieved import WHAT as CORPUS
     from valm.knowledge_base.format import WHAT as KNOWLEDGE_BASE
+    from valm.store.parts import KB, RETRIEVAL, part_of, read_parts
     from valm.store.shards import BUILD_FILE, MANIFEST_FILE, read_manifest
 
     if not folder.is_dir():
         raise ValmError(f"there is no folder {folder}")
+    if read_parts(folder) is not None:
+        return "\n".join(verify(part_of(folder, part)) for part in (KB, RETRIEVAL))
     if (folder / MANIFEST_FILE).exists():
         of = read_manifest(folder).get("format")
         if of == f"valm {KNOWLEDGE_BASE}":

@@ -25,6 +25,7 @@ from valm.evaluation.statistics import as_json, paired
 from valm.knowledge_base.sources.folder import find_images
 from valm.progress import progress_bar
 from valm.store.files import short_names
+from valm.store.parts import MODEL, control_of, part_of
 from valm_kernels import __version__
 from valm_kernels.atomic_files import atomic_path, remove_leftovers
 
@@ -48,8 +49,8 @@ Asked = dict[tuple[str, str], Questions | Documents]
 
 def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The checkpoints of each model by its name, from arguments FOLDER, NAME=FOLDER or NAME=FOLDER,FOLDER (checkpoints
-    of several seeds). Without a NAME, the name is the end of the path, long enough to tell the models apart. Raises
-    ValmError if two models are equal or have the same name."""
+    of several seeds). Without a NAME, the name is the end of the path, long enough to tell the models apart. What
+    `valm pictures` made is a model and a control. Raises ValmError if two models are equal or have the same name."""
     found: dict[str, tuple[str, ...]] = {}
     folders = [text for text in models if "=" not in text or Path(text).exists()]
     real = [os.path.realpath(folder) for folder in folders]
@@ -67,7 +68,10 @@ def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise ValmError(f"{text!r} names no model: give FOLDER or NAME=FOLDER,FOLDER")
         if name in found:
             raise ValmError(f"two models are called {name!r}: give them names, NAME={sources[0]}")
-        found[name] = sources
+        found[name] = tuple(str(part_of(source, MODEL)) for source in sources)
+        controls = [str(control) for source in sources if (control := control_of(source)) is not None]
+        if controls:
+            found[f"{name}, control"] = tuple(controls)
     return found
 
 

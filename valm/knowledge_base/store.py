@@ -28,6 +28,7 @@ from valm.knowledge_base.format import (
     vector_schema,
     vectors_of,
 )
+from valm.store.parts import KB, part_of
 from valm.store.shards import damaged_files, open_manifest, read_shard, shard_file
 from valm_kernels.memory_maps import exceeds_memory, read_ahead, read_at_random
 
@@ -75,7 +76,7 @@ class ImageKnowledgeBase:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> ImageKnowledgeBase:
-        """Opens the knowledge base in the folder `path`.
+        """Opens the knowledge base in the folder `path`, which `valm kb build` or `valm pictures` made.
 
         It checks the manifest and the size of every file. The number of a shard's rows is checked when the shard is
         first read. `verify` checks contents.
@@ -85,7 +86,7 @@ class ImageKnowledgeBase:
                 Hugging Face Hub's cache, a link may lead to a blob of that cache.
             ValmError: a check failed; the message names the file.
         """
-        path = Path(path)
+        path = part_of(path, KB)
         return cls(path, open_manifest(path, WHAT, VERSION, "valm kb build", KnowledgeBaseManifest, FACTS))
 
     def __reduce__(self) -> tuple[Any, ...]:

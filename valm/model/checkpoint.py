@@ -25,6 +25,7 @@ from valm.model.positions import positions
 from valm.retrieval.source import ImageSource, write_places
 from valm.store.files import read_json
 from valm.store.folders import current_files, replaced_files
+from valm.store.parts import MODEL, part_of
 from valm.store.pretrained import CONFIG_FILE, from_pretrained, gguf_option, quiet_transformers
 from valm_kernels.json_files import short
 
@@ -118,8 +119,8 @@ def load(
     `image_pool` and `image_index` to each call.
 
     Args:
-        folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer. An adapter's
-            tokenizer may be in the folder of its base model.
+        folder: written by `save_checkpoint`, `save_pretrained` or `save_adapter`, with a tokenizer, or by
+            `valm pictures`. An adapter's tokenizer may be in the folder of its base model.
         base: where an adapter's base model is, if it has moved: a folder, a Hugging Face name, or a GGUF file in either
             (`folder/model.gguf`). A name that only the adapter's file contains is not downloaded without
             allow_download.
@@ -144,7 +145,7 @@ def load(
         >>> model(ids).logits.shape  # (B, T, V); the retriever finds the images
         torch.Size([1, 3, ...])
     """
-    folder, local = Path(folder), base is None and not allow_download
+    folder, local = part_of(folder, MODEL), base is None and not allow_download
     if not folder.is_dir():
         raise ValmError(f"there is no checkpoint folder {folder}")
     source: str | os.PathLike

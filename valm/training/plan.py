@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from valm.errors import ValmError
 from valm.options import MAX_SEED, REQUIRED, check_fields, option
+from valm.store.parts import base_of
 from valm.text import nearest
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ class TrainingPlan:
     def check_paths(self) -> None:
         """Checks that all files and folders of the fields exist; some are opened only hours later. Raises ValmError if
         a file or folder is missing."""
+        if self.base is not None and (base := base_of(self.base)) is not None:
+            raise ValmError(f"--base {self.base} sees pictures already: give a decoder, such as its {base}")
         validation = None if self.validation is None else validation_of(self.validation)
         named: list[tuple[str, Any]] = [("--validation", validation if isinstance(validation, Path) else None)]
         named += [(f"--{name.replace('_', '-')}", getattr(self, name)) for name in PATHS]

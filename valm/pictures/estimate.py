@@ -1,0 +1,162 @@
+"""Estimates how long `valm pictures` takes on this machine and how much disk it needs, from a few timed steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from valm.clip.clip import Clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
+from valm.errors import ValmError
+from valm.knowledge_base.records import Record
+from valm.model.augment import augment
+from valm.model.checkpoint import load_decoder
+from valm.pictures.making import CLIP, Making
+from valm.pictures.plan import BATCH_SIZE, EVALUATIONS, HELD_OUT
+from valm.retrieval.context import ContextEncoder
+from valm.store.parts import CONTROL, KB, MODEL, RETRIEVAL
+from valm.training.base_divergence import BaseDivergence
+from valm.training.cache_below import cache_below
+from valm.training.clip import new_clip, train_clip
+from valm.training.clip_plan import SMALL
+from valm.training.collate import Collator
+from valm.training.limited_softmax import LimitedSoftmax
+from valm.training.plan import BASE_KL
+
+# Pictures and steps that are timed, and the batch size of a CLIP.
+PICTURES, STEPS, CLIP_BATCH = 8, 2, 128
+IMAGES, CONTEXT = 4, 512  # of a token, and tokens of a document
+REPORT_TOKENS = 200  # that the report generates, about
+THUMBNAIL_BYTES = 6000
+# An adapter, two checkpoints of it with the optimizer's two moments, and the gradients' own: float32 numbers of each
+# trained parameter that one training leaves.
+NUMBERS_A_TRAINING = 10
+
+
+class Estimate(NamedTuple):
+    """The seconds of each stage, the bytes on the disk, and what was found out about the decoder.
+
+    Attributes:
+        fast: names of the options of `TrainingPlan` that make its training faster, of those that it supports.
+    """
+
+    seconds: dict[str, float]
+    disk: float
+    parameters: int
+    architecture: str
+    fast: list[str]
+
+
+def estimate(making: Making, tokenizer: PreTrainedTokenizerFast) -> Estimate:
+    """Times a few steps of every stage.
+
+    Raises:
+        ValmError: the decoder cannot see images, or a picture or the CLIP cannot be used.
+    """
+    found, plan = making.found, making.plan
+    texts = found.texts[:: max(1, len(found.texts) // BATCH_SIZE)][:BATCH_SIZE]
+    documents = tokenize_documents(texts, tokenizer)
+    tokens = sum(map(len, documents)) / len(documents) * len(found.texts)
+    documents = [document[:CONTEXT] for document in documents]
+    seconds = {}
+    if plan.clip is None:
+        clip, each = _small_clip(texts, len(found.captioned))
+        seconds[CLIP] = each * plan.steps_of_clip(len(found.captioned))
+    else:
+        clip = Clip.load(plan.clip)
+        seconds[CLIP] = 0.0
+    seconds[KB] = _timed(lambda: _encode(clip, found.records)) / PICTURES * len(found.records)
+    encoder = ContextEncoder(clip, tokenizer=tokenizer)
+    of_texts = _timed(lambda: [encoder(torch.tensor([ids])) for ids in documents])
+    seconds[RETRIEVAL] = of_texts / len(texts) * len(found.texts)
+    base = _Base(making, documents, tokenizer, clip.embed_dim)
+    steps = plan.training_steps(len(found.texts))
+    batches = (EVALUATIONS + 1) * max(1.0, HELD_OUT * len(found.texts) / BATCH_SIZE)
+    training = 2 * base.loading + steps * base.step + batches * base.evaluation
+    seconds[MODEL] = training + base.below * tokens
+    seconds[CONTROL] = training
+    seconds["report"] = base.loading + REPORT_TOKENS * base.token
+    clip_bytes = sum(4.0 * parameter.numel() for parameter in clip.model.parameters())
+    disk = clip_bytes + len(found.records) * (2 * clip.embed_dim + THUMBNAIL_BYTES) + tokens * (8 + 8 * IMAGES)
+    disk += tokens * 4 * base.width + 2 * NUMBERS_A_TRAINING * 4 * base.trained
+    return Estimate(seconds, disk, base.parameters, base.architecture, base.fast)
+
+
+class _Base:
+    """Times of the decoder: loading it, a step of training, an evaluated batch, and a token below and through it."""
+
+    def __init__(self, making: Making, documents: list[list[int]], tokenizer: PreTrainedTokenizerFast, dim: int):
+        assert making.base is not None
+        start = time.perf_counter()
+        model: Any = augment(load_decoder(making.base), image_dim=dim, num_images=IMAGES, logit_bias=0.0)
+        self.loading = time.perf_counter() - start
+        self.architecture = model.fusion_options.architecture
+        self.trained = model.num_parameters(only_trainable=True)
+        self.parameters = model.num_parameters() - self.trained
+        self.width = model.config.get_text_config(decoder=True).hidden_size
+        tokens = sum(map(len, documents))
+        data: Any = [{"input_ids": np.array(ids)} for ids in documents]
+        batch = self._batch(data, tokenizer, model)
+        with torch.no_grad():
+            whole = _timed(lambda: model(**batch))
+        self.token = whole / tokens * 3  # one by one, so less than a batch's speed
+        self.fast: list[str] = []
+        self.below = 0.0
+        with tempfile.TemporaryDirectory() as folder, suppress(ValmError):  # a family whose layers cannot be skipped
+            start = time.perf_counter()
+            data = cache_below(model, data, folder, progress=False)
+            self.below = (time.perf_counter() - start) / tokens
+            batch = self._batch([data[number] for number in range(len(data))], tokenizer, model)
+            self.fast.append("cache_below")
+        BaseDivergence(model, BASE_KL)
+        with suppress(ValmError):  # a family whose head is no plain matrix
+            LimitedSoftmax(model, data)
+            self.fast.append("limit_softmax")
+        model.train()
+        self.step = _timed(lambda: model(**batch).loss.backward())
+        model.eval()
+        with torch.no_grad():
+            self.evaluation = _timed(lambda: model(**batch))
+
+    def _batch(self, data: list[Any], tokenizer: PreTrainedTokenizerFast, model: Any) -> dict[str, Any]:
+        batch = Collator(tokenizer, None)(data)
+        index = torch.randint(PICTURES, (*batch["input_ids"].shape, IMAGES))
+        return batch | {"image_pool": torch.randn(PICTURES, model.fusion_options.image_dim), "image_index": index}
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    """Seconds of `work`, after a call that is not counted: the mean of STEPS calls."""
+    work()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        work()
+    return (time.perf_counter() - start) / STEPS
+
+
+def _small_clip(texts: list[str], pictures: int) -> tuple[Clip, float]:
+    """A small CLIP for these texts, and the seconds of a step of its training."""
+    clip = new_clip(SMALL, tokenizer=prune_tokenizer(clip_tokenizer(), texts))
+    size, batch = clip.model.visual.image_size, max(2, min(CLIP_BATCH, pictures))
+    side = size if isinstance(size, int) else max(size)
+    images, read = torch.randn(batch, 3, side, side), (texts * batch)[:batch]
+    taken = []
+    for steps in (STEPS, 3 * STEPS):
+        clip.model.requires_grad_(True)
+        start = time.perf_counter()
+        train_clip(clip, [(images, read)] * steps, steps=steps, lr=1e-3, progress=None)
+        taken.append(time.perf_counter() - start)
+    return clip, max(taken[1] - taken[0], taken[1] / 4) / (2 * STEPS)
+
+
+def _encode(clip: Clip, records: list[Record]) -> None:
+    """Decodes and encodes PICTURES pictures."""
+    for record in records[:: max(1, len(records) // PICTURES)][:PICTURES]:
+        with suppress(ValueError, OSError):  # a damaged picture, which the knowledge base lists
+            clip.encode_images([record.read()])

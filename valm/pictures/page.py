@@ -1,0 +1,52 @@
+"""The frame of reports: pages of one look that need no other file, so that they can be mailed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from valm.explain.page import thumbnail_uri
+from valm.store.files import output_file
+from valm.store.stages import duration
+
+HERE = Path(__file__).parent
+
+
+def write_page(path: Path, template: Path, **content: Any) -> None:
+    """Writes the page of `template`, which extends frame.html.j2, all or nothing. Everything is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, HERE]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=lambda share: f"{share:.1%}", duration=duration, uri=thumbnail_uri)
+    style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
+    page = environment.get_template(template.name).render(style=style, **content)
+    with output_file(path) as temporary:
+        temporary.write_text(page.lstrip(), encoding="utf-8")
+
+
+def machine(packages: Iterable[str] = ()) -> dict[str, str]:
+    """What numbers and times may depend on: versions, threads and the processor."""
+    found = {"python": platform.python_version()}
+    found |= {package: version(package) for package in ("torch", "transformers", *packages)}
+    return found | {"threads": str(torch.get_num_threads()), "processor": processor()}
+
+
+def processor() -> str:
+    """The processor and its number of cores."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
