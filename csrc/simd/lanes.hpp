@@ -37,21 +37,21 @@ class Buffer {
 
 // How a T is held in memory, and its conversion to and from a vector of sums.
 template <typename T>
-struct Element {
+struct InMemory {
     using Wide = T;
     using Memory = typename Lanes<T>::Vector;
     static Memory widen(Memory x) { return x; }
     static Memory narrow(Memory x) { return x; }
 };
 template <>
-struct Element<BFloat16> {
+struct InMemory<BFloat16> {
     using Wide = float;
     using Memory = HalfBitsVector;
     static FloatVector widen(Memory x) { return widen_bfloat16(x); }
     static Memory narrow(FloatVector x) { return narrow_bfloat16(x); }
 };
 template <>
-struct Element<Float16> {
+struct InMemory<Float16> {
     using Wide = float;
     using Memory = HalfBitsVector;
     static FloatVector widen(Memory x) { return widen_float16(x); }
@@ -60,8 +60,8 @@ struct Element<Float16> {
 
 // Writes around the caches, for outputs that exceed them; p is aligned to the stored vector.
 template <typename T>
-void store_around_caches(T* p, typename Lanes<typename Element<T>::Wide>::Vector x) {
-    const typename Element<T>::Memory memory = Element<T>::narrow(x);
+void store_around_caches(T* p, typename Lanes<typename InMemory<T>::Wide>::Vector x) {
+    const typename InMemory<T>::Memory memory = InMemory<T>::narrow(x);
 #if defined(__AVX512F__)
     if constexpr (sizeof(memory) == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(memory));
 #endif
@@ -85,20 +85,20 @@ inline void finish_stores_around_caches() {
 
 // The first n elements from p, padded with zeros.
 template <typename T>
-typename Lanes<typename Element<T>::Wide>::Vector load(const T* p, int64_t n) {
-    typename Element<T>::Memory memory = {};
-    if (n >= Lanes<typename Element<T>::Wide>::count) {
+typename Lanes<typename InMemory<T>::Wide>::Vector load(const T* p, int64_t n) {
+    typename InMemory<T>::Memory memory = {};
+    if (n >= Lanes<typename InMemory<T>::Wide>::count) {
         std::memcpy(&memory, p, sizeof(memory));
     } else {
         std::memcpy(&memory, p, n * sizeof(T));
     }
-    return Element<T>::widen(memory);
+    return InMemory<T>::widen(memory);
 }
 
 template <typename T>
-void store(T* p, typename Lanes<typename Element<T>::Wide>::Vector x, int64_t n) {
-    const typename Element<T>::Memory memory = Element<T>::narrow(x);
-    if (n >= Lanes<typename Element<T>::Wide>::count) {
+void store(T* p, typename Lanes<typename InMemory<T>::Wide>::Vector x, int64_t n) {
+    const typename InMemory<T>::Memory memory = InMemory<T>::narrow(x);
+    if (n >= Lanes<typename InMemory<T>::Wide>::count) {
         std::memcpy(p, &memory, sizeof(memory));
     } else {
         std::memcpy(p, &memory, n * sizeof(T));

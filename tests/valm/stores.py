@@ -27,7 +27,7 @@ from valm.model.checkpoint import save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.index_tuning import build_index, captions, context_queries
 from valm.retrieval.retriever import Retriever
-from valm.retrieval.source import ImageSource
+from valm.retrieval.source import RetrievalSource
 from valm_kernels import FlatIPIndex
 
 PICTURES, K, SHARD = 20, 2, 8
@@ -69,9 +69,9 @@ def make_stores(out: Path) -> Path:
     retriever = Retriever(ContextEncoder(clip, tokenizer=other), kb, K)
     retrieve(out, retriever, out / "corpus")
     killed(lambda: retrieve(out, retriever, out / "corpus-unfinished"))
-    save_model(out / "valm", clip.tokenizer, ImageSource.of_knowledge_base(kb, "eot"), num_images=K)
+    save_model(out / "valm", clip.tokenizer, RetrievalSource.of_knowledge_base(kb, "eot"), num_images=K)
     save_model(out / "gpt2", other, None, num_images=0)
-    save_model(out / "blind", other, ImageSource.of_knowledge_base(kb, "state"), num_images=1, blind=True)
+    save_model(out / "blind", other, RetrievalSource.of_knowledge_base(kb, "state"), num_images=1, blind=True)
     save_flat_indexes(out / "flat")
     return out
 
@@ -101,7 +101,9 @@ def retrieve(stores: Path, retriever: Retriever, out: Path) -> CorpusRetrieval:
     return retrieve_corpus(read_documents([stores / "corpus.txt"]), retriever, out, part_bytes=100, progress=False)
 
 
-def save_model(out: Path, tokenizer: PreTrainedTokenizerFast, source: ImageSource | None, **options: object) -> None:
+def save_model(
+    out: Path, tokenizer: PreTrainedTokenizerFast, source: RetrievalSource | None, **options: object
+) -> None:
     model = model_of(tokenizer, **SIZES, **options)
     if source is not None:
         model.finder.set_source(source)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from valm.model.card import MARKER
-from valm.retrieval.source import ImageSource
+from valm.retrieval.source import RetrievalSource
 
 # A private folder of the user.
 SECRET = "secret-project"
@@ -70,7 +70,7 @@ class Uploads(dict[str, bytes]):
             raise EntryNotFoundError(f"{repo_id} has no README.md")
         return ModelCard(self.card)
 
-    def check(self, folder: str, source: ImageSource, *secrets: str) -> None:
+    def check(self, folder: str, source: RetrievalSource, *secrets: str) -> None:
         """Checks that `folder` of a repository contains weights, and a config and a card that identify the images.
         Checks that no uploaded file except OF_TRAINER contains SECRET or one of `secrets`."""
         assert any(name.startswith(f"{folder}/") and name.endswith(".safetensors") for name in self)

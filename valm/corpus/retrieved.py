@@ -45,8 +45,8 @@ from valm.store.shards import (
     Part,
     Progress,
     ProgressBar,
-    Record,
     Runner,
+    ShardRecord,
     column_of,
     damaged_files,
     open_manifest,
@@ -75,7 +75,7 @@ OPEN_SHARDS = 1 << 13
 FACTS = ("documents", "tokens")
 
 
-class CorpusRecord(Record):
+class CorpusRecord(ShardRecord):
     """The record of a shard."""
 
     documents: Count

@@ -66,7 +66,7 @@ class HeldOut(TypedDict):
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """accuracy: on the test images. c: the best inverse regularisation in cross-validation."""
 
     accuracy: Estimate
@@ -82,7 +82,7 @@ class Classification:
 
     Attributes:
         chance: accuracy of a random guess.
-        majority: accuracy of always answering the largest class (in `Probe`: on the test images).
+        majority: accuracy of always answering the largest class (in `LinearProbe`: on the test images).
         balanced: zero-shot accuracy, averaged over the classes that have images.
         linear_probe: None if a class has fewer than MIN_PER_CLASS images.
     """
@@ -91,7 +91,7 @@ class Classification:
     pictures: int
     zero_shot: Estimate
     balanced: float
-    linear_probe: Probe | None
+    linear_probe: LinearProbe | None
     chance: float
     majority: float
 
@@ -260,7 +260,7 @@ def classify(
     )
 
 
-def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
+def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> LinearProbe:
     """Logistic regression on features (N, E) with labels (N,) int, at least MIN_PER_CLASS of each.
 
     A fifth of the images, at least as many as there are classes, is the test part, stratified by class.
@@ -278,7 +278,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int) -> Probe:
     search = fit_probe(features[train], labels[train], folds)
     right = search.predict(features[test]) == labels[test]
     majority = float(np.bincount(labels[test]).max() / len(test))
-    return Probe(accuracy(right[None]), majority, len(train), len(test), search.best_params_["C"])
+    return LinearProbe(accuracy(right[None]), majority, len(train), len(test), search.best_params_["C"])
 
 
 def fit_probe(features: np.ndarray, labels: np.ndarray, folds: int) -> Any:

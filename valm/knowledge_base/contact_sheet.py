@@ -8,7 +8,7 @@ import unicodedata
 
 from PIL import Image, ImageDraw, ImageFont
 
-from valm.knowledge_base.format import Item
+from valm.knowledge_base.format import StoredImage
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.text import one_line, utf8
 
@@ -19,7 +19,7 @@ FONT_SIZE = 12
 MARGIN = 8
 
 
-def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, Item]], title: str) -> Image.Image:
+def contact_sheet(kb: ImageKnowledgeBase, results: list[tuple[float, StoredImage]], title: str) -> Image.Image:
     """The thumbnails of `results` (from `Retriever.search`) in rows, each with its score and caption below.
 
     An image without a thumbnail is an empty frame, and an image without a caption shows its uri. The font is DejaVu if

@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from valm.errors import ValmError
 from valm.store.files import Count, PathText, parse_json, relative_path
-from valm.store.shards import Manifest, Record, ShardedBuild, column_of, read_shard, shard_file, totals
+from valm.store.shards import Manifest, ShardedBuild, ShardRecord, column_of, read_shard, shard_file, totals
 
 if TYPE_CHECKING:
     from valm.clip.clip import Clip
@@ -46,7 +46,7 @@ ITEM_SCHEMA = pa.schema(
 FACTS = ("count", "skipped")
 
 
-class ImageRecord(Record):
+class ImageRecord(ShardRecord):
     """The record of a shard."""
 
     count: Count
@@ -80,7 +80,7 @@ class Skipped(TypedDict):
 
 
 @dataclass(frozen=True)
-class Item:
+class StoredImage:
     """The metadata of one image.
 
     uri: its place in the source. caption: empty, or one or several captions, one a line.

@@ -20,9 +20,9 @@ from valm.knowledge_base.format import (
     ITEM_SCHEMA,
     VERSION,
     WHAT,
-    Item,
     KnowledgeBaseManifest,
     Skipped,
+    StoredImage,
     read_images,
     skipped_of,
     vector_schema,
@@ -151,14 +151,14 @@ class ImageKnowledgeBase:
         """Shard `number` of the manifest, memory-mapped."""
         return self._table(number)
 
-    def item(self, id: int) -> Item:
+    def item(self, id: int) -> StoredImage:
         """The metadata of image `id`.
 
         Raises:
             IndexError: the id is out of range.
         """
         table, row = self._row(id)
-        return Item(id, **{name: table[name][row].as_py() for name in ITEM_SCHEMA.names if name != "jpeg"})
+        return StoredImage(id, **{name: table[name][row].as_py() for name in ITEM_SCHEMA.names if name != "jpeg"})
 
     def thumbnail(self, id: int) -> Image.Image | None:
         """The thumbnail of image `id`, or None if the knowledge base stores no thumbnails.

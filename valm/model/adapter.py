@@ -24,7 +24,7 @@ from valm.model.config import MODEL_TYPE, FusionOptions
 from valm.model.image_model import ImageModel
 from valm.model.probe import attention_path, decoder_layers
 from valm.model.sketch import gguf_file, named_weights, other_tensor, sketch
-from valm.retrieval.source import ImageSource, places_folder, read_places, write_places
+from valm.retrieval.source import RetrievalSource, places_folder, read_places, write_places
 from valm.store.files import read_json, write_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.pretrained import CONFIG_FILE
@@ -186,7 +186,7 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Augmented
     options = _of_this_base(model, options, folder)
     tensors = _stored_tensors(folder)
     _check_shapes(model, options, folder, tensors)
-    ImageSource.of_config(described["retrieval"], folder)  # raises before the model is changed
+    RetrievalSource.of_config(described["retrieval"], folder)  # raises before the model is changed
     augmented = become_augmented(model, options)
     _set(augmented, tensors)
     augmented.config.retrieval = described["retrieval"]

@@ -41,7 +41,7 @@ from valm.errors import ValmError
 from valm.model.config import FusionOptions
 from valm.model.positions import (
     CACHE_ARGUMENTS,
-    Call,
+    AttentionCall,
     TokensBefore,
     alone,
     identity_rotation,
@@ -326,7 +326,7 @@ def visual_layer_class(base: Any) -> Any:
 
 
 @torch.no_grad()
-def check_mathematics(attention: Any, own_config: Any, calls: list[Call]) -> None:
+def check_mathematics(attention: Any, own_config: Any, calls: list[AttentionCall]) -> None:
     """Checks that a token that sees itself and one image gets the class's own attention over two such tokens.
 
     The check runs unrotated and at the last position of each call, with and without a cache. It uses several tokens,

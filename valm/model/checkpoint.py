@@ -22,7 +22,7 @@ from valm.model.config import MODEL_TYPE
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.model.image_model import ImageModel
 from valm.model.positions import positions
-from valm.retrieval.source import ImageSource, write_places
+from valm.retrieval.source import RetrievalSource, write_places
 from valm.store.files import read_json
 from valm.store.folders import current_files, replaced_files
 from valm.store.parts import MODEL, part_of
@@ -241,7 +241,7 @@ def _add_retriever(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path,
         raise ValmError(f"{folder} names no knowledge base: give it as kb (--kb)")
     if source is None:
         warnings.warn(f"{folder} does not name its kind of queries: 'eot' queries are used", stacklevel=3)
-        source = ImageSource("eot")
+        source = RetrievalSource("eot")
     if kb is not None:
         source = replace(source, knowledge_base=Path(kb).absolute(), clip=None)
     retriever = model.finder.open(source, tokenizer, **options)

@@ -122,7 +122,7 @@ class AugmentedConfig(_Config):
     """Mixin of the config of a model with images. It adds to the base's config:
 
     - `fusion`: the `FusionOptions`, as a dict;
-    - `retrieval`: what identifies its images (`ImageSource.identity`), or None;
+    - `retrieval`: what identifies its images (`RetrievalSource.identity`), or None;
     - `base_place`: folder or name of the model that was augmented, in memory only; None if the model was loaded whole.
 
     In memory, model_type is the base's. In the file it is "valm" and the base's config is nested: without this package,

@@ -23,7 +23,7 @@ from valm.model.probe import keeps_apart
 from valm.model.retrieval_cache import retrieval_state, with_retrieval
 from valm.retrieval.min_score import cut
 from valm.retrieval.retriever import BlindRetriever, ImageRetriever, NoImages, Retrieved
-from valm.retrieval.source import ImageSource, open_retriever, open_tokenizer
+from valm.retrieval.source import RetrievalSource, open_retriever, open_tokenizer
 
 # A vocabulary may exceed its tokenizer by this many rows, since it is padded to a multiple of at most 128.
 PADDED_ROWS = 127
@@ -42,7 +42,7 @@ class ImageFinder:
     # a message if the images come from another knowledge base than the model was saved with, else None
     other_images: str | None = None
     # says how to find the images; opened on first use unless a retriever was set
-    source: ImageSource | None = None
+    source: RetrievalSource | None = None
     folder: str | None = None  # of the model, with its tokenizer
     _retriever: ImageRetriever | None = None
     _is_set = False
@@ -231,8 +231,8 @@ class ImageFinder:
         other_images = None
         if retriever is not None:
             self._check_retriever(retriever)
-            given = ImageSource.of_retriever(retriever)
-            saved = ImageSource.of_config(self.config.retrieval)
+            given = RetrievalSource.of_retriever(retriever)
+            saved = RetrievalSource.of_config(self.config.retrieval)
             if given is not None:
                 reading = given.precision if chosen else getattr(self.source, "reading_precision", None)
                 given = replace(given, reading_precision=reading)
@@ -247,7 +247,7 @@ class ImageFinder:
         self._number += retriever is not self._retriever
         self._retriever, self.other_images, self._is_set = retriever, other_images, True
 
-    def set_source(self, source: ImageSource) -> None:
+    def set_source(self, source: RetrievalSource) -> None:
         """Sets what finds the images, and what later retrievers are compared with."""
         self.source = source
         self.note_source()
@@ -257,7 +257,7 @@ class ImageFinder:
         if self.source is not None:
             self.config.retrieval = self.source.identity()
 
-    def open(self, source: ImageSource, tokenizer: Any, **how: Any) -> ImageRetriever:
+    def open(self, source: RetrievalSource, tokenizer: Any, **how: Any) -> ImageRetriever:
         """The retriever that `source` describes, for this model and its `tokenizer`.
 
         how: clip, allow_download, device and dtype, as in `open_encoder`. The default dtype is the precision of the
@@ -270,7 +270,7 @@ class ImageFinder:
         how["as_trained"] = options.blind or (min_score is not None and min_score > -1)
         return open_retriever(source, tokenizer, options.num_images, **how)
 
-    def _open(self, source: ImageSource, folder: str, device: torch.device | None) -> None:
+    def _open(self, source: RetrievalSource, folder: str, device: torch.device | None) -> None:
         try:
             place = self.config.name_or_path
             tokenizer = open_tokenizer(folder, self.config.base_place or place)

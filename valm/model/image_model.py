@@ -16,7 +16,7 @@ from valm.model.config import FusionOptions
 from valm.model.image_finder import ImageFinder, finds_images
 from valm.model.private_names import has_own_adapters
 from valm.retrieval.retriever import ImageRetriever, Retriever
-from valm.retrieval.source import ImageSource, write_places
+from valm.retrieval.source import RetrievalSource, write_places
 from valm.store.files import set_mode
 from valm.store.folders import ADAPTER, PLACES_FILE, finish_save
 from valm.store.pretrained import CONFIG_FILE
@@ -156,7 +156,7 @@ class ImageModel(_Base):
         """Loads the paths of the images that were saved with the model in `folder`; a name on a hub has none. Raises
         ValmError if the file of paths or the config's retrieval is damaged."""
         self.finder.folder = os.path.abspath(folder) if os.path.isdir(folder) else None
-        self.finder.source = ImageSource.of_config(self.config.retrieval, self.finder.folder)
+        self.finder.source = RetrievalSource.of_config(self.config.retrieval, self.finder.folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`; also writes the paths of the images and a model card.

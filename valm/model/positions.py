@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """A call of an attention: its arguments by name, and the position of its last token."""
 
     arguments: dict[str, Any]

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from valm.errors import ValmError
 from valm.model.attention import visible_keys
-from valm.model.positions import Call, alone, named_arguments, positions
+from valm.model.positions import AttentionCall, alone, named_arguments, positions
 from valm.model.private_names import uses_interface, with_attention
 
 PROBE_IMPLEMENTATION = "valm_probe"
@@ -44,7 +44,7 @@ class Probe(NamedTuple):
     value_dim: int
     norm_weight: Tensor
     norm_bias: Tensor
-    calls: list[Call]
+    calls: list[AttentionCall]
     layer_drops_images: bool
 
 
@@ -151,12 +151,12 @@ def probe(model: PreTrainedModel, layer: int | None = None) -> Probe:
     with torch.no_grad(), in_mode(model, training=False):
         weight, bias = _affine(norm, hidden_states)
     tokens = hidden_states.shape[1]
-    calls = [Call(run.arguments, tokens - 1)]
+    calls = [AttentionCall(run.arguments, tokens - 1)]
     # near and far positions, since an attention may depend on positions only from some position on
     last = positions(model) or 0
     if last > tokens and "position_ids" in inspect.signature(model.forward).parameters:
         far = _record(model, position_ids=torch.arange(last - tokens, last, device=model.device)[None])
-        calls.append(Call(far[layer % count].arguments or {}, last - 1))
+        calls.append(AttentionCall(far[layer % count].arguments or {}, last - 1))
     return Probe(
         layer,
         hidden_states.shape[-1],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from valm.clip.tokenizer import padded, prompt_ids
 from valm.errors import ValmError
-from valm.knowledge_base.format import Item
+from valm.knowledge_base.format import StoredImage
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.retrieval.context import ContextCache, ContextEncoder
 from valm.retrieval.faiss_index import open_index
@@ -287,7 +287,7 @@ class Retriever:
         scores[asked], ids[asked] = self.index.search(queries[asked], self.k)
         return ids, scores
 
-    def search(self, query: str | Image.Image, k: int) -> list[tuple[float, Item]]:
+    def search(self, query: str | Image.Image, k: int) -> list[tuple[float, StoredImage]]:
         """The `k` images nearest to CLIP's feature of a text or an image, with their scores, best first.
 
         Args:
@@ -295,7 +295,7 @@ class Retriever:
             k: number of images; an approximate index may find fewer.
 
         Returns:
-            A list of (score, `Item`): the inner product, and the image's id, uri, caption and size.
+            A list of (score, `StoredImage`): the inner product, and the image's id, uri, caption and size.
 
         Raises:
             ValmError: `k` is below 1, above the number of images, or above the most results of a search.

@@ -41,7 +41,7 @@ class Places(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class RetrievalSource:
     """The source of a model's images.
 
     Attributes:
@@ -70,14 +70,14 @@ class ImageSource:
     clip: str | None = None
 
     @classmethod
-    def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str, **of_queries: Any) -> ImageSource:
+    def of_knowledge_base(cls, kb: ImageKnowledgeBase, query: str, **of_queries: Any) -> RetrievalSource:
         """The source of images from `kb`. of_queries: overlap, min_tokens and precision."""
         path, clip = Path(kb.path).absolute(), kb.manifest["clip"]
         names = {"clip_name": clip["name"], "clip_sha256": clip["weights_hash"], "knowledge_base_name": path.name}
         return cls(query, **names, knowledge_base_sha256=kb.fingerprint, knowledge_base=path, **of_queries)
 
     @classmethod
-    def of_retriever(cls, retriever: object) -> ImageSource | None:
+    def of_retriever(cls, retriever: object) -> RetrievalSource | None:
         """The source of `retriever`; None for a user's own class, which a file cannot describe."""
         if isinstance(retriever, Retriever):
             return cls.of_knowledge_base(retriever.kb, **retriever.encoder.query_settings)
@@ -93,7 +93,7 @@ class ImageSource:
         return None
 
     @classmethod
-    def of_config(cls, identity: Any, folder: str | os.PathLike | None = None) -> ImageSource | None:
+    def of_config(cls, identity: Any, folder: str | os.PathLike | None = None) -> RetrievalSource | None:
         """The source in a model's config, with the places noted in the model's `folder`; None if there is none.
 
         Raises:
@@ -112,7 +112,7 @@ class ImageSource:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: found[name] for name in found if name not in Places.__annotations__ and found[name] is not None}
 
-    def in_places(self, folder: str | os.PathLike) -> ImageSource:
+    def in_places(self, folder: str | os.PathLike) -> RetrievalSource:
         """This source with the places noted in the model's `folder`."""
         places, beside = read_places(folder), os.path.realpath(places_folder(folder))
         noted, clip = places.get("knowledge_base"), places.get("clip")
@@ -122,7 +122,7 @@ class ImageSource:
         kb = None if noted is None else Path(os.path.normpath(os.path.join(beside, noted)))
         return replace(self, knowledge_base=kb, clip=clip)
 
-    def same_images(self, found: ImageSource) -> str | None:
+    def same_images(self, found: RetrievalSource) -> str | None:
         """A sentence on the difference if `found` names another knowledge base of the same CLIP; otherwise None.
 
         Raises:
@@ -188,7 +188,7 @@ def read_places(folder: str | os.PathLike) -> Places:
 
 
 def write_places(
-    source: ImageSource | None,
+    source: RetrievalSource | None,
     folder: str | os.PathLike,
     *,
     place: str | os.PathLike | None = None,
@@ -232,7 +232,7 @@ def open_encoder(
     """The encoder of queries: the CLIP that `place` names, on `device`, for ids of `tokenizer`.
 
     Args:
-        place: the knowledge base, or the CLIP of a source without one (`ImageSource.clip`).
+        place: the knowledge base, or the CLIP of a source without one (`RetrievalSource.clip`).
         query, tokenizer, overlap, min_tokens: as for `ContextEncoder`.
         dtype: precision of the text tower; by default the fastest on the device (`fastest_dtype`). Name it if images
             are stored, which should not depend on the machine that found them.
@@ -258,7 +258,7 @@ def open_encoder(
 
 
 def open_retriever(
-    source: ImageSource,
+    source: RetrievalSource,
     tokenizer: PreTrainedTokenizerFast,
     num_images: int,
     *,

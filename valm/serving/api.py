@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from valm.clip.tokenizer import prompt_ids
 from valm.errors import ValmError
-from valm.knowledge_base.format import Item
+from valm.knowledge_base.format import StoredImage
 from valm.model.positions import positions
 from valm.retrieval.retriever import Retriever
 from valm.serving.engine import Answer, Engine, Prompt, StoppingError, TokenScore
@@ -380,7 +380,7 @@ def _usage(answers: Iterable[Answer]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-def _image(item: Item, score: float) -> dict[str, Any]:
+def _image(item: StoredImage, score: float) -> dict[str, Any]:
     return {"id": item.id, "score": round(score, 4), "uri": item.uri, "caption": item.caption}
 
 

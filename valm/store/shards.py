@@ -45,7 +45,7 @@ BUILD_FILE = "build.json"
 DELETE = "delete it or choose another folder"
 
 
-class Record(TypedDict):
+class ShardRecord(TypedDict):
     """The entries that the record of every shard contains."""
 
     content: str
@@ -64,7 +64,7 @@ class Manifest(Plan):
 
     format: str
     version: int
-    shards: list[Record]
+    shards: list[ShardRecord]
     sha256: Sha256
 
 
@@ -128,7 +128,7 @@ class ProgressBar:
 
 @contextmanager
 def sharded_build(
-    out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = Record
+    out: str | os.PathLike, what: str, plan: dict[str, Any], record: type = ShardRecord
 ) -> Iterator[ShardedBuild]:
     """The folder `out`, locked, in which the block writes shards.
 
@@ -136,7 +136,7 @@ def sharded_build(
         out: a new or empty folder, or a build of the same plan, finished or not.
         what: what the folder will be, for errors.
         plan: everything the result depends on except the content of the source, as JSON.
-        record: the schema of a shard's record, a `Record`.
+        record: the schema of a shard's record, a `ShardRecord`.
 
     Raises:
         OSError: `out` cannot be written, or (TimeoutError) another process is writing it.

@@ -28,7 +28,7 @@ from valm.model.probe import decoder_layers, in_mode, probe_tokens
 from valm.progress import progress_bar
 from valm.store.files import is_transient, writable_folder
 from valm.text import one_line
-from valm.training.data import Documents, Places, at_places, document_lengths
+from valm.training.data import DocumentView, Places, at_places, document_lengths
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.json_files import check_own
 
@@ -80,7 +80,7 @@ class FusionInput:
 
 def cache_below(
     model: Any, documents: Any, folder: str | os.PathLike, *, layer: int | None = None, progress: bool = True
-) -> Documents:
+) -> DocumentView:
     """Computes the input of the fusion layer of `model` once for each document, and makes the model start from it.
 
     The hidden states go to a file in `folder`, 4 C bytes a token in float32. Its name identifies weights, tokens and
@@ -116,7 +116,7 @@ def cache_below(
     check_own(file)
     states = open_array(file, shape, dtype)
     _install(model, layer)
-    return Documents(documents, partial(_with_states, states, np.cumsum(lengths)))
+    return DocumentView(documents, partial(_with_states, states, np.cumsum(lengths)))
 
 
 def _with_states(states: np.ndarray, ends: np.ndarray, number: int, document: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ Places = list[tuple[int, slice]]
 LOOKED_AT = 1000
 
 
-class Documents(Dataset[dict[str, Any]]):
+class DocumentView(Dataset[dict[str, Any]]):
     """A view of `documents` with the given `numbers` (default: all), each changed by `change`.
 
     Args:
@@ -100,7 +100,7 @@ def views(documents: Any) -> Iterator[Any]:
         documents = getattr(documents, "documents", getattr(documents, "dataset", None))
 
 
-def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Documents, Documents]:
+def hold_out(documents: Any, fraction: float, seed: int) -> tuple[DocumentView, DocumentView]:
     """Splits `documents` at random by `seed` into training and held-out documents, at least one of each.
 
     The texts of one image stay together, because its other captions would reveal the held-out caption.
@@ -122,7 +122,7 @@ def hold_out(documents: Any, fraction: float, seed: int) -> tuple[Documents, Doc
     drawn = np.argsort(np.random.default_rng(seed).permutation(len(first)))[group]  # rank of each document's group
     enough = int(np.searchsorted(np.cumsum(np.bincount(drawn)), max(1, round(fraction * count))))
     held = drawn <= min(enough, len(first) - 2)
-    return Documents(documents, numbers=np.flatnonzero(~held)), Documents(documents, numbers=np.flatnonzero(held))
+    return DocumentView(documents, numbers=np.flatnonzero(~held)), DocumentView(documents, numbers=np.flatnonzero(held))
 
 
 def with_min_score(documents: Any, min_score: float | None) -> Any:
@@ -136,12 +136,12 @@ def with_min_score(documents: Any, min_score: float | None) -> Any:
         return documents
     if not hasattr(documents, "__len__"):
         raise ValmError("min_score cannot be applied to a streamed dataset: give documents with a length")
-    made = Documents(documents, partial(_cut, min_score), min_score=min_score)
+    made = DocumentView(documents, partial(_cut, min_score), min_score=min_score)
     _warn_of_no_image(made)  # raises, too, before anything is computed
     return made
 
 
-def twin(kind: str, documents: Any, images: int, seed: int) -> Documents:
+def twin(kind: str, documents: Any, images: int, seed: int) -> DocumentView:
     """The data of a control: the same tokens in the same order, with other images or none.
 
     The difference between model and control is the effect of the images. Apply it before `blocks`.
@@ -160,20 +160,20 @@ def twin(kind: str, documents: Any, images: int, seed: int) -> Documents:
     if kind not in TWINS:
         raise ValmError(f"twin must be one of {', '.join(TWINS)}, got {kind!r}")
     if kind == "random":
-        return Documents(documents, partial(_random, images, seed))
-    return Documents(documents, _Shuffled(documents, seed) if kind == "shuffled" else _tokens_alone)
+        return DocumentView(documents, partial(_random, images, seed))
+    return DocumentView(documents, _Shuffled(documents, seed) if kind == "shuffled" else _tokens_alone)
 
 
-def evened(documents: Any, multiple: int) -> Documents:
+def evened(documents: Any, multiple: int) -> DocumentView:
     """`documents`, padded to a multiple of `multiple` with documents of one token, which add no loss.
 
     Otherwise accelerate would send some documents to two processes and count their losses twice.
     """
     numbers = np.arange(-(-len(documents) // multiple) * multiple)
-    return Documents(documents, partial(_one_token, len(documents)), numbers)
+    return DocumentView(documents, partial(_one_token, len(documents)), numbers)
 
 
-def blocks(documents: Any, length: int, sot: int) -> Documents:
+def blocks(documents: Any, length: int, sot: int) -> DocumentView:
     """Cuts `documents` longer than `length` tokens into blocks, which are documents too.
 
     Each block begins with SOT, so that it can be packed after any other. Its tokens do not see the text of earlier
@@ -194,7 +194,7 @@ def blocks(documents: Any, length: int, sot: int) -> Documents:
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)  # among the blocks of its document
     of_block = np.minimum(length, lengths[owner] - rank * (length - 1))
     cut_up = partial(_block, len(lengths), length, sot)
-    return Documents(documents, cut_up, owner + rank * len(lengths), of_length=of_block)
+    return DocumentView(documents, cut_up, owner + rank * len(lengths), of_length=of_block)
 
 
 # The changes are functions of the module, so that a data loader can send them to its workers.
@@ -275,7 +275,7 @@ def _with_images(document: dict[str, Any], images: np.ndarray) -> dict[str, Any]
     return {name: values for name, values in document.items() if name != "image_scores"} | {"image_ids": images}
 
 
-def _warn_of_no_image(documents: Documents) -> None:
+def _warn_of_no_image(documents: DocumentView) -> None:
     """Warns if no token of the first documents reaches the score threshold."""
     highest = -np.inf
     count = min(len(documents), LOOKED_AT)

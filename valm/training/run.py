@@ -24,10 +24,10 @@ from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
 from valm.retrieval.context import QUERY_SETTINGS
 from valm.retrieval.retriever import BlindRetriever, Retriever
-from valm.retrieval.source import ImageSource, open_encoder
+from valm.retrieval.source import RetrievalSource, open_encoder
 from valm.store.files import writable_folder
 from valm.training.callbacks import ended_by_signals, show_progress
-from valm.training.data import Documents, hold_out, twin, with_min_score
+from valm.training.data import DocumentView, hold_out, twin, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import launched_processes
 from valm.training.plan import BASE_LOGIT_BIAS, NO_MIN_SCORE, TrainingPlan, validation_of
@@ -209,7 +209,7 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
         logit_bias = BASE_LOGIT_BIAS if plan.logit_bias is None else plan.logit_bias
         model = augment(load_decoder(plan.base), **images, layer=plan.layer, logit_bias=logit_bias)
     if kb is not None and blind:
-        source = ImageSource.of_knowledge_base(kb, **data.corpus.query_settings)
+        source = RetrievalSource.of_knowledge_base(kb, **data.corpus.query_settings)
         of_clip = {"clip": data.corpus.clip(plan.allow_download), "allow_download": plan.allow_download}
         retriever = model.finder.open(source, data.corpus.tokenizer, device=device, **of_clip)
         scored = None if data.min_score is None else kb
@@ -219,7 +219,7 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
 
 def _open_validation(
     plan: TrainingPlan, dataset: Any, tokenizer: PreTrainedTokenizerFast, path: Path
-) -> Documents | CorpusRetrieval:
+) -> DocumentView | CorpusRetrieval:
     """The documents of `validation` in `path`. Raises ValmError if the documents do not belong to `dataset`."""
     texts = TextCorpus([path], column=plan.corpus.column if plan.corpus is not None else "text")
     if not isinstance(dataset, CorpusRetrieval):
@@ -241,7 +241,7 @@ def _open_validation(
     return found
 
 
-def _open_corpus(plan: TrainingPlan) -> tuple[Documents | CorpusRetrieval, PreTrainedTokenizerFast]:
+def _open_corpus(plan: TrainingPlan) -> tuple[DocumentView | CorpusRetrieval, PreTrainedTokenizerFast]:
     """The documents and the tokenizer of the model."""
     if plan.corpus is not None and plan.kb is None:
         tokenizer = clip_tokenizer() if plan.tokenizer is None else load_tokenizer(plan.tokenizer)
@@ -257,10 +257,10 @@ def _open_corpus(plan: TrainingPlan) -> tuple[Documents | CorpusRetrieval, PreTr
     return documents, load_tokenizer(documents.path) if chats else documents.tokenizer
 
 
-def _read(corpus: TextCorpus, tokenizer: PreTrainedTokenizerFast) -> Documents:
+def _read(corpus: TextCorpus, tokenizer: PreTrainedTokenizerFast) -> DocumentView:
     """The documents of a text-only model."""
     found, groups = tokenized(list(corpus.documents()), tokenizer)
-    return Documents([{"input_ids": document} for document in found], of_images=groups)
+    return DocumentView([{"input_ids": document} for document in found], of_images=groups)
 
 
 def _retrieve(plan: TrainingPlan, corpus: TextCorpus, name: str) -> CorpusRetrieval:

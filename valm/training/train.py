@@ -18,7 +18,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import check_vocabulary, positions, with_length
 from valm.model.image_model import ImageModel
 from valm.model.probe import keeps_apart
-from valm.retrieval.source import ImageSource
+from valm.retrieval.source import RetrievalSource
 from valm.text import nearest
 from valm.training.base_divergence import BaseDivergence
 from valm.training.cache_below import cache_below as with_fusion_input
@@ -163,7 +163,7 @@ def trainer(
         )
     corpus = _retrieval(dataset)
     if kb is not None and corpus is not None:  # for models saved from now on
-        inner.finder.set_source(ImageSource.of_knowledge_base(kb, **corpus.query_settings))
+        inner.finder.set_source(RetrievalSource.of_knowledge_base(kb, **corpus.query_settings))
     if row_length is not None and (retrieves or not _tells_apart(inner)):
         why = "retrieves while it trains" if retrieves else "does not keep documents apart by their positions"
         log.warning(f"this {type(inner).__name__} {why}: each document gets its own row")

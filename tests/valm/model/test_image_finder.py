@@ -16,7 +16,7 @@ from valm.model.augment import augment
 from valm.model.checkpoint import load, save_checkpoint
 from valm.retrieval.context import ContextEncoder
 from valm.retrieval.retriever import Retriever
-from valm.retrieval.source import ImageSource, write_places
+from valm.retrieval.source import RetrievalSource, write_places
 
 
 def test_auto_model_finds_the_images_of_a_checkpoint(saved):
@@ -37,7 +37,7 @@ def test_a_folder_without_a_tokenizer_is_named(saved, tmp_path):
 
 def test_a_knowledge_base_that_is_gone_is_named(saved, tmp_path):
     folder, ids, _ = saved
-    write_places(ImageSource("eot", knowledge_base=tmp_path / "gone"), folder)
+    write_places(RetrievalSource("eot", knowledge_base=tmp_path / "gone"), folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValmError, match=r"cannot be retrieved: .*gone.*; set another retriever"):
         loaded(ids)
@@ -61,7 +61,7 @@ def test_a_folder_that_is_gone_with_the_tokenizer_is_named(saved):
 def test_a_model_that_is_in_no_folder_opens_nothing(retriever):
     """As one that trains on a retrieved corpus, and was made from nothing."""
     model = model_for(retriever)
-    model.finder.set_source(ImageSource.of_retriever(retriever))
+    model.finder.set_source(RetrievalSource.of_retriever(retriever))
     with pytest.warns(UserWarning, match="has no retriever"):
         model(torch.tensor([[1, 2]]))
 
@@ -95,7 +95,7 @@ def test_the_precision_of_a_retriever_that_was_set_is_read_again(seeing, saved, 
 def test_a_retriever_that_nobody_chose_is_as_fast_as_the_machine_can(retriever, tmp_path, monkeypatch):
     """Also after the model was used and saved again elsewhere."""
     model, tokenizer = model_for(retriever), retriever.encoder.tokenizer
-    model.finder.set_source(ImageSource.of_retriever(retriever))
+    model.finder.set_source(RetrievalSource.of_retriever(retriever))
     for dtype in (torch.bfloat16, torch.float64):
         save_checkpoint(model, tokenizer, tmp_path / "model")
         monkeypatch.setattr("valm.retrieval.source.fastest_dtype", lambda device, dtype=dtype: dtype)

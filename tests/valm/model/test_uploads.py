@@ -12,7 +12,7 @@ from valm.model.adapter import save_adapter
 from valm.model.augment import augment
 from valm.model.card import MARKER
 from valm.model.checkpoint import load, save_checkpoint
-from valm.retrieval.source import ImageSource
+from valm.retrieval.source import RetrievalSource
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_save_pretrained_uploads_a_copy(model, uploads, tmp_path):
     model.save_pretrained(folder, push_to_hub=True, repo_id="me/it", private=True)
     uploads.check("me/it", model.finder.source, str(tmp_path))
     assert (folder / "README.md").read_text() == f"Mine, in {folder}."
-    assert ImageSource.of_config(model.config.retrieval, folder).knowledge_base.samefile(tmp_path / SECRET / "kb")
+    assert RetrievalSource.of_config(model.config.retrieval, folder).knowledge_base.samefile(tmp_path / SECRET / "kb")
     assert uploads.options[0]["private"]
     model.save_pretrained(tmp_path / "named", True, None, True)  # by its folder, as transformers has it
     uploads.check("me/named", model.finder.source, str(tmp_path))

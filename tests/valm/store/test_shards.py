@@ -11,8 +11,8 @@ from valm.store import shards
 from valm.store.shards import (
     Part,
     ProgressBar,
-    Record,
     ShardedBuild,
+    ShardRecord,
     open_manifest,
     read_manifest,
     read_shard,
@@ -254,4 +254,4 @@ def test_a_manifest_with_one_changed_bit_is_refused(tmp_path):
 def test_a_file_that_is_not_ours_is_not_written_over(tmp_path):
     (tmp_path / "notes").touch()
     with pytest.raises(ValmError, match="is not empty"):
-        ShardedBuild(tmp_path, "heap", PLAN, Record)
+        ShardedBuild(tmp_path, "heap", PLAN, ShardRecord)

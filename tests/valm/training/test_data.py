@@ -16,7 +16,7 @@ from tests.valm.training.test_train import augmented
 from valm.errors import ValmError
 from valm.retrieval.min_score import cut
 from valm.training.collate import Collator
-from valm.training.data import TWINS, Documents, evened, hold_out, twin, with_min_score
+from valm.training.data import TWINS, DocumentView, evened, hold_out, twin, with_min_score
 from valm.training.data import blocks as cut_up
 from valm.training.image_trainer import FUSION_NAME
 
@@ -155,7 +155,7 @@ def test_every_document_is_trained_on_or_held_out(count, fraction, seed):
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0.001, 0.999), st.integers(0, 9))
 def test_the_texts_of_an_image_are_held_out_together(groups, fraction, seed):
     groups = np.array(groups)
-    documents = Documents(DOCUMENTS[: len(groups)], of_images=groups)
+    documents = DocumentView(DOCUMENTS[: len(groups)], of_images=groups)
     if groups.all() and len({*groups.tolist()}) == 1:
         with pytest.raises(ValmError, match=f"at least 2 of more than one image, got {len(groups)}"):
             hold_out(documents, fraction, seed)

@@ -19,7 +19,7 @@ from tests.valm.training.test_train import plain_llama
 from valm.errors import ValmError
 from valm.model.augment import augment
 from valm.model.checkpoint import load, load_decoder
-from valm.retrieval.source import ImageSource
+from valm.retrieval.source import RetrievalSource
 from valm.training.callbacks import ended_by_signals
 from valm.training.image_trainer import STATE_FILE, newest_checkpoint
 from valm.training.train import training_arguments
@@ -271,7 +271,7 @@ def test_every_checkpoint_notes_what_finds_its_images(tmp_path):
     run = tmp_path / "run"
     made = new_trainer(run, **SAVING)
     (tmp_path / "kb").mkdir()
-    source = ImageSource("eot", "clip", "0" * 64, "kb", "1" * 64, knowledge_base=tmp_path / "kb")
+    source = RetrievalSource("eot", "clip", "0" * 64, "kb", "1" * 64, knowledge_base=tmp_path / "kb")
     made.model.finder.set_source(source)
     made.train()
     assert load(run / "checkpoint-2")[0].finder.source == source

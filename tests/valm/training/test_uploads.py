@@ -7,7 +7,7 @@ from tests.valm.model.decoders import tiny_llama
 from tests.valm.three_images import retriever_in
 from tests.valm.tiny_clip import TEXTS
 from tests.valm.uploads import SECRET, Uploads
-from valm.retrieval.source import ImageSource, read_places
+from valm.retrieval.source import RetrievalSource, read_places
 
 
 @pytest.mark.parametrize(("strategy", "base"), [("every_save", False), ("checkpoint", True)])
@@ -28,7 +28,7 @@ def test_a_training(tmp_path, monkeypatch, clip, strategy, base):
     data = ["--retrieval", root / "retrieval", *retrieved[:2], "--validation", "0.3", "--out", tmp_path / "out"]
     hub = ["--push_to_hub", "--hub_model_id", "me/it", "--hub_strategy", strategy, "--save_steps", "1"]
     assert run("train", *data, *options, *hub) == 0
-    source = ImageSource.of_knowledge_base(retriever.kb, "eot")
+    source = RetrievalSource.of_knowledge_base(retriever.kb, "eot")
     uploads.check("me/it", source, str(tmp_path))
     assert {"me/it/training_args.bin", "me/it/tokenizer.json"} <= uploads.keys()
     if strategy == "checkpoint":
