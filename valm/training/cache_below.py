@@ -61,8 +61,9 @@ class FusionInput:
 
     def _take(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         # stays until the next call, because gradient checkpointing reruns layers in backward
-        self._states = kwargs.pop(FUSION_INPUT, None)
-        return args, kwargs
+        self._states = kwargs.get(FUSION_INPUT)
+        # a copy, because `BaseDivergence` calls the model again with the same arguments
+        return args, {name: value for name, value in kwargs.items() if name != FUSION_INPUT}
 
     def _skip(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         returns_tuple = False

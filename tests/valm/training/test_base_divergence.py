@@ -8,6 +8,7 @@ from tests.valm.models import HashRetriever
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model
 from tests.valm.training.test_limited_softmax import gpt2_without_dropout, inputs, limited
 from valm.errors import ValmError
+from valm.model.probe import decoder_layers
 from valm.training.base_divergence import BaseDivergence
 from valm.training.cache_below import cache_below, fusion_layer, no_images
 from valm.training.train import trainer, training_arguments
@@ -91,7 +92,11 @@ def test_it_is_also_the_loss_of_a_limited_softmax_from_cached_states(tmp_path):
     cached = cache_below(model, rows, tmp_path, progress=False)
     states = torch.stack([torch.from_numpy(cached[row]["fusion_input"].copy()) for row in range(2)])
     assert fusion_layer(model) > 0
+    ran = []
+    hook = decoder_layers(model)[0].mlp.register_forward_hook(lambda *_: ran.append(1))
     assert_agree(model(**call, fusion_input=states).loss, expected)
+    assert not ran, "the pass of the base ran the layers below"
+    hook.remove()
     limited(model)._sampled = 1 << 20  # all other tokens
     assert_agree(model(**call, fusion_input=states).loss, expected)
     torch.manual_seed(0)
