@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -20,6 +21,11 @@ def split_lines(text: str) -> list[str]:
     """Splits at line feeds, carriage returns or both. `str.splitlines` also splits at form feeds and at Unicode
     separators, which may occur within a line."""
     return re.split("\r\n|\n|\r", text)
+
+
+def composed(name: str) -> str:
+    """A name in composed Unicode (NFC). macOS may write é as e and an accent, another program as one letter."""
+    return unicodedata.normalize("NFC", name)
 
 
 def one_line(text: str) -> str:

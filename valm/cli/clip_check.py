@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from valm.cli.kb import open_images
 from valm.cli.options import Commands, add_device, chosen_device, command
 
 EXAMPLE = "valm clip check pictures --clip clip"
@@ -13,9 +14,8 @@ EXAMPLE = "valm clip check pictures --clip clip"
 
 def add_to(commands: Commands) -> None:
     check = command(commands, "check", run_check, "evaluate a CLIP on labelled or captioned images", EXAMPLE)
-    check.add_argument(
-        "folder", type=Path, help="folder or zip file of images, in class folders, with captions, or both"
-    )
+    help = "folder or zip file of images, in class folders, with captions, or both"
+    check.add_argument("source", metavar="folder", type=Path, help=help)
     check.add_argument(
         "--clip", required=True, help="folder of the CLIP, hf-hub:ORGANISATION/MODEL or ARCHITECTURE:WEIGHTS"
     )
@@ -25,10 +25,9 @@ def add_to(commands: Commands) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> None:
-    from valm.knowledge_base.images import ImageSource
     from valm.store.files import output_file, write_json
 
-    source = ImageSource(arguments.folder, captions=arguments.captions).open()
+    source = open_images(arguments)
 
     from valm.clip.clip import Clip
     from valm.evaluation.clip_check import MIN_PER_CLASS, check_clip

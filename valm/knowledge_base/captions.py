@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from valm.errors import ValmError
 from valm.store.files import parse_json
-from valm.text import one_line, split_lines
+from valm.text import composed, one_line, split_lines
 from valm_kernels.json_files import check_regular, short
 
 CAPTION_SUFFIXES = (".txt", ".json")
@@ -31,31 +31,38 @@ class CaptionTable(NamedTuple):
 
     Attributes:
         path: the table, for messages.
-        rows: the captions of each name.
+        rows: the captions of each name, which is composed (`composed`).
     """
 
     path: Path
     rows: dict[str, list[str]]
 
-    def add_to(self, images: dict[str, str]) -> None:
+    def add_to(self, images: dict[str, str]) -> list[str]:
         """Adds the captions of the `images` that have none. An image is named by its path, or by its file name if only
         one image has that name.
+
+        Returns:
+            The name in each row that names no image.
 
         Raises:
             ValmError: the table names an image by a file name that several images have.
         """
-        number_of = Counter(PurePosixPath(image).name for image in images)
-        for image, caption in images.items():
-            file = PurePosixPath(image).name
-            name = image if image in self.rows or file in images else file
-            if caption or name not in self.rows:
+        paths = {image: composed(image) for image in images}
+        number_of = Counter(PurePosixPath(path).name for path in paths.values())
+        known, used = set(paths.values()), set()
+        for image, path in paths.items():
+            file = PurePosixPath(path).name
+            name = path if path in self.rows or file in known else file
+            used.add(name)
+            if images[image] or name not in self.rows:
                 continue
-            if name != image and number_of[name] > 1:
+            if name != path and number_of[name] > 1:
                 raise ValmError(
                     f"{name} in the caption table {self.path} is the name of {number_of[name]} images, such as "
                     f"{image}: name images by their paths in the folder"
                 )
             images[image] = "\n".join(self.rows[name])
+        return [name for name, captions in self.rows.items() if name not in used for _ in captions]
 
 
 def parse_caption(content: bytes, suffix: str) -> str:
@@ -104,8 +111,8 @@ def parse_table(file: BinaryIO, table: Path) -> CaptionTable:
     found: dict[str, list[str]] = {}
     if table.suffix != ".json":
         for image, caption in parse_rows(file, table):
-            if image and caption:
-                found.setdefault(image, []).append(caption)
+            if caption:
+                found.setdefault(composed(image), []).append(caption)
         return CaptionTable(table, found)
     try:
         content = parse_json(file.read().removeprefix(codecs.BOM_UTF8), dict[str, str | list[str]])
@@ -114,7 +121,9 @@ def parse_table(file: BinaryIO, table: Path) -> CaptionTable:
             f"the caption table {table} is not an object from file names to a caption or a list of captions: {error}"
         ) from error
     for image, captions in content.items():
-        found[image] = [line for line in map(one_line, [captions] if isinstance(captions, str) else captions) if line]
+        found[composed(image)] = [
+            line for line in map(one_line, [captions] if isinstance(captions, str) else captions) if line
+        ]
     return CaptionTable(table, found)
 
 

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import unicodedata
 from unittest.mock import Mock
 
 import pytest
@@ -116,6 +117,42 @@ def test_a_file_name_alone_is_of_one_image(tmp_path):
     touch(tmp_path, "a/2.png")
     with pytest.raises(ValmError, match=r"2\.png in .*t\.csv is the name of 2 images, such as a/2\.png"):
         captions_of(tmp_path, table)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.json"])
+def test_rows_that_name_no_image_are_counted(tmp_path, name):
+    """Another case, another folder, a missing picture, no name."""
+    touch(tmp_path, "a/1.png", "b/1.png", "2.png", "2.txt")
+    rows = [
+        ("a/1.png", "one"),
+        ("2.png", "two"),
+        ("2.PNG", "two"),
+        ("c/1.png", "one"),
+        ("3.png", "three"),
+        ("", "none"),
+    ]
+    lines = ["image,caption", *map(",".join, rows), "3.png,again", "4.png,"]
+    (tmp_path / "2.txt").write_text("two")
+    (tmp_path / name).write_text("\n".join(lines) if name == "t.csv" else json.dumps(dict(rows)))
+    source = FolderSource(tmp_path, captions=tmp_path / name)
+    count = 5 if name == "t.csv" else 4
+    assert source.remarks[-1] == f"{count} rows of {name} name no image, such as '2.PNG'"
+    assert captions_of(tmp_path, tmp_path / name)[0] == {"a/1.png": "one", "2.png": "two"}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_in_both_forms_of_unicode_are_the_same(tmp_path, form):
+    """macOS decomposes the names of files, and a table or another program may not."""
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    image, beside = unicodedata.normalize(form, "é/é.png"), unicodedata.normalize(form, "ü.png")
+    touch(tmp_path, image, beside)
+    (tmp_path / unicodedata.normalize(other, "ü.txt")).write_text("beside")
+    for table, name in (("t.csv", "é.png"), ("t.json", "é/é.png")):
+        name = unicodedata.normalize(other, name)
+        content = json.dumps({name: "a café"}) if table == "t.json" else f"image,caption\n{name},a café\n"
+        (tmp_path / table).write_text(content, encoding="utf-8")
+        assert captions_of(tmp_path, tmp_path / table)[0] == {image: "a café", beside: "beside"}
+        (tmp_path / table).unlink()
 
 
 def test_what_cannot_be_read_now_is_an_error(tmp_path, monkeypatch):

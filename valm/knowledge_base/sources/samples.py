@@ -12,18 +12,19 @@ from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_SUFFIXES, CaptionTable, parse_caption
 from valm.knowledge_base.records import Record
 from valm.store.files import cannot_read, is_transient
-from valm.text import one_line
+from valm.text import composed, one_line
+from valm_kernels.json_files import short
 
 
 def at_last_dot(name: str) -> tuple[str, str]:
     """The key and the suffix of a file in a folder of images."""
-    key, suffix = os.path.splitext(name)
+    key, suffix = os.path.splitext(composed(name))
     return key, suffix.lower()
 
 
 def at_first_dot(name: str) -> tuple[str, str]:
     """The key and the suffix of a member of a webdataset archive."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(composed(name))
     stem, _, suffix = path.name.partition(".")
     return str(path.parent / stem), f".{suffix.lower()}"
 
@@ -81,7 +82,8 @@ class Samples:
 def picture_records(
     samples: Samples, place: Path, record: Callable[[str, str], Record], table: CaptionTable | None
 ) -> tuple[list[Record], list[str]]:
-    """The records of the images in a folder or archive, and remarks on other files and on images without a caption.
+    """The records of the images in a folder or archive, and remarks on other files, on images without a caption
+    and on rows without an image.
 
     Args:
         record: makes the record of an image with its caption.
@@ -93,8 +95,7 @@ def picture_records(
     ignored = Counter(os.path.splitext(name)[1].lower() for name in samples.others)
     if not samples.images:
         raise no_images(place, ignored)
-    if table is not None:
-        table.add_to(samples.images)
+    unnamed = [] if table is None else table.add_to(samples.images)
     records = [record(image, caption) for image, caption in samples.images.items()]
     records += [Record(file, "", None, reason=reason) for file, reason in samples.damaged.items()]
     remarks = []
@@ -103,6 +104,8 @@ def picture_records(
         remarks.append("; ".join([f"files ignored: {kinds}", *unread_formats(ignored)]))
     if without := list(samples.images.values()).count(""):
         remarks.append(f"{without:,} of {len(samples.images):,} images have no caption")
+    if table is not None and unnamed:
+        remarks.append(f"{len(unnamed):,} rows of {table.path.name} name no image, such as {short(unnamed[0])}")
     return records, remarks
 
 
