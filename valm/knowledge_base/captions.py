@@ -66,8 +66,8 @@ class CaptionTable(NamedTuple):
 
 
 def parse_caption(content: bytes, suffix: str) -> str:
-    """The caption in a `.txt` file, or under `caption` in a `.json` file, without blank lines. In JSON a caption is a
-    text, a list of texts, or null (img2dataset's sign for no caption).
+    """The caption in a `.txt` file, or in a `.json` file under the first of CAPTION_COLUMNS in it, without blank lines.
+    In JSON a caption is a text, a list of texts, or null (img2dataset's sign for no caption).
 
     Raises:
         ValueError: the file is not UTF-8 or JSON, its caption is not a text, or it exceeds MAX_CAPTION_BYTES.
@@ -81,10 +81,11 @@ def parse_caption(content: bytes, suffix: str) -> str:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # RecursionError for thousands of brackets
         raise ValueError(f"a caption file that is not JSON: {error}") from error
-    caption = value.get("caption") if isinstance(value, dict) else None
+    name = first_of(CAPTION_COLUMNS, value) if isinstance(value, dict) else None
+    caption = None if name is None else value[name]
     captions = split_lines(caption) if isinstance(caption, str) else caption or []
     if not isinstance(captions, list) or not all(isinstance(line, str) for line in captions):
-        raise ValueError(f"a caption file whose 'caption' is {short(caption)}, expected a text or a list of texts")
+        raise ValueError(f"a caption file whose {name!r} is {short(caption)}, expected a text or a list of texts")
     return join_captions(captions)
 
 

@@ -140,6 +140,27 @@ def test_rows_that_name_no_image_are_counted(tmp_path, name):
     assert captions_of(tmp_path, tmp_path / name)[0] == {"a/1.png": "one", "2.png": "two"}
 
 
+def test_captions_of_google_takeout(tmp_path):
+    """As Takeout writes them, with what stands in every folder of it."""
+    names = {
+        "IMG_0.jpg": "IMG_0.jpg.json",
+        "IMG_0.png": "IMG_0.png.json",
+        "IMG_1.JPG": "IMG_1.JPG.supplemental-metadata.json",
+        "IMG_1(1).JPG": "IMG_1.JPG.supplemental-metadata(1).json",
+        "IMG_2(12).jpeg": "IMG_2.jpeg(12).json",
+        "A long name.jpg": "A long name.jpg.suppl.json",
+    }
+    touch(tmp_path, *names, "IMG_3.jpg", "IMG_4.heic", "a.small.jpg")
+    for name, file in [*names.items(), ("", "IMG_3.jpg.json"), ("IMG_4", "IMG_4.heic.json"), ("small", "a.small.json")]:
+        content = {"title": name, "description": f"{name}\nagain" if name else "", "geoData": {"latitude": 0.0}}
+        (tmp_path / file).write_text(json.dumps(content, indent=2))
+    (tmp_path / "metadata.json").write_text(json.dumps({"title": "Photos", "description": "an album"}, indent=2))
+    expected = {name: f"{name}\nagain" for name in [*names]} | {"a.small.jpg": "small\nagain"}
+    assert captions_of(tmp_path) == (expected, {})
+    remark, without = FolderSource(tmp_path).remarks
+    assert remark.startswith("files ignored: 1 .heic, 2 .json; HEIC") and without == "1 of 8 images have no caption"
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_names_in_both_forms_of_unicode_are_the_same(tmp_path, form):
     """macOS decomposes the names of files, and a table or another program may not."""

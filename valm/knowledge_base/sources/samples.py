@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path, PurePosixPath
@@ -15,11 +16,15 @@ from valm.store.files import cannot_read, is_transient
 from valm.text import composed, one_line
 from valm_kernels.json_files import short
 
+# What Google Takeout adds to the name of an image: .json, or .supplemental-metadata.json, which it cuts if the name is
+# long. The number of an image of the same name, as in a(1).jpg, stands behind: a.jpg(1).json.
+TAKEOUT = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\.s[a-z-]*)?(\(\d+\))?$", re.IGNORECASE)
+
 
 def at_last_dot(name: str) -> tuple[str, str]:
-    """The key and the suffix of a file in a folder of images."""
+    """The key and the suffix of a file in a folder of images. The key of Takeout's metadata is the image's name."""
     key, suffix = os.path.splitext(composed(name))
-    return key, suffix.lower()
+    return TAKEOUT.sub(r"\2\1", key) if suffix.lower() == ".json" else key, suffix.lower()
 
 
 def at_first_dot(name: str) -> tuple[str, str]:
@@ -30,7 +35,8 @@ def at_first_dot(name: str) -> tuple[str, str]:
 
 
 class Samples:
-    """Images with their captions. An image's caption is in a file of the same key, `.txt` before `.json`.
+    """Images with their captions. An image's caption is in a file of the same key, or whose key is the image's name:
+    `.txt` before `.json`.
 
     Args:
         names: all files.
@@ -40,7 +46,7 @@ class Samples:
     Attributes:
         images: the captions of each image, one a line, in the order of `names`; "" if there is none.
         damaged: why a caption file of an image cannot be read.
-        keys: the keys of the images.
+        keys: the keys and the names of the images.
         others: the files that are neither images nor captions of images.
 
     Raises:
@@ -54,7 +60,7 @@ class Samples:
         split: Callable[[str], tuple[str, str]] = at_last_dot,
     ):
         self.images = dict.fromkeys((name for name in names if split(name)[1] in IMAGE_SUFFIXES), "")
-        self.keys = {split(name)[0] for name in self.images}
+        self.keys = {key for name in self.images for key in (split(name)[0], composed(name))}
         self.damaged: dict[str, str] = {}
         self.others = []
         files: dict[tuple[str, str], str] = {}
@@ -65,7 +71,8 @@ class Samples:
             elif suffix not in IMAGE_SUFFIXES:
                 self.others.append(name)
         for name in self.images:
-            beside = (files.get((split(name)[0], suffix)) for suffix in CAPTION_SUFFIXES)
+            keys = (split(name)[0], composed(name))
+            beside = (files.get((key, suffix)) for suffix in CAPTION_SUFFIXES for key in keys)
             captions = (self._caption(file, content) for file in beside if file is not None)
             self.images[name] = next(filter(None, captions), "")
 
