@@ -22,6 +22,7 @@ CAPTION_TABLES = ("captions.csv", "captions.txt", "captions.json")
 # Common column names of a table. The first one in the table is read.
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "uri")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "description")
+TABLE_REMEDY = "In a spreadsheet, save it as CSV UTF-8, comma separated. Quote fields with commas or quotes (RFC 4180)"
 # A larger file next to an image is not read as a caption.
 MAX_CAPTION_BYTES = 1 << 20
 
@@ -152,16 +153,14 @@ def parse_rows(
         if image is None or caption is None:
             raise ValmError(
                 f"the caption table {table} starts with {header.strip()[:60]!r}, expected a header with a column "
-                f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}"
+                f"{' or '.join(image_names)} and a column {' or '.join(caption_names)}. {TABLE_REMEDY}"
             )
         for row in reader:
             if any(field.strip() for field in row.get(None, [])):
                 raise csv.Error(f"line {reader.line_num} has more fields than the header names")
             yield (row[image] or "").strip(), one_line(row[caption] or "")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValmError(
-            f"cannot read the caption table {table}: {error}. Quote fields as in RFC 4180, or write a captions.json"
-        ) from error
+        raise ValmError(f"cannot read the caption table {table}: {error}. {TABLE_REMEDY}") from error
 
 
 def first_of(names: Iterable[str], fields: Iterable[str]) -> str | None:

@@ -86,13 +86,19 @@ def test_caption_tables(tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", b"a.png,a red apple\n", "starts with 'a.png,a red apple', expected a header"),
+        (
+            "t.csv",
+            b"image;caption\na.png;a dog\n",
+            "starts with 'image;caption', expected .* save it as CSV UTF-8, comma",
+        ),
+        ("t.csv", "image,caption\na.png,café\n".encode("cp1252"), "codec can't decode .* save it as CSV UTF-8, comma"),
         ("t.json", b"{", "is not an object from file names"),
         ("t.json", b"[1]", "is not an object from file names"),
         ("t.json", b'{"a.png": 3}', "is not an object from file names"),
         ("t.json", b'{"a.png": {"caption": "a"}}', "is not an object from file names"),
         ("t.csv", b'image,caption,by\na.png,A dog\nb.png,"a, b",me,\nc.png,a,b,c\n', "line 4 has more fields than"),
         ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\ta big" bus\n', r"t\.tsv: .* expected after"),
-        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "unexpected end of data. Quote fields"),
+        ("t.tsv", b'image\tcaption\na.png\t"Go, he said\nb.png\tred\n', "unexpected end of data. .* Quote fields"),
     ],
 )
 def test_broken_caption_tables(tmp_path, name, content, message):

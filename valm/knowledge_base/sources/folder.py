@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from valm.clip.read_image import IMAGE_SUFFIXES
@@ -48,6 +49,10 @@ class FolderSource(RecordSource):
             None if table is None else read_table(table),
         )
         super().__init__(records, shard_size)
+        unread = [name for name in beside if Path(name).suffix.lower() in (".csv", ".tsv")]
+        if table is None and unread:
+            other = shlex.quote(os.fspath(Path(folder, unread[0])))
+            self.remarks.append(f"if {unread[0]} is a table of captions, give --captions {other}")
 
     def _content(self, name: str) -> bytes:
         """The content of a caption file."""

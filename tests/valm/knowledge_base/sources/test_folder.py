@@ -43,8 +43,11 @@ def test_captions_and_shards_are_told_apart(folder, tmp_path):
 def test_a_table_that_was_not_read_is_among_the_files_ignored(tmp_path):
     touch(tmp_path, "train/a.png", "train/b.png", "notes.csv")
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
-    assert FolderSource(tmp_path).remarks == ["files ignored: 2 .csv", "2 of 2 images have no caption"]
-    (tmp_path / "notes.csv").unlink()
+    first = f"if notes.csv is a table of captions, give --captions {tmp_path}/notes.csv"
+    assert FolderSource(tmp_path).remarks == ["files ignored: 2 .csv", "2 of 2 images have no caption", first]
+    (tmp_path / "notes.csv").rename(tmp_path / "my captions.csv")
+    assert FolderSource(tmp_path).remarks[2].endswith(f"give --captions '{tmp_path}/my captions.csv'")
+    (tmp_path / "my captions.csv").unlink()
     (tmp_path / "train" / "metadata.csv").rename(tmp_path / "captions.csv")
     assert FolderSource(tmp_path).remarks == ["1 of 2 images have no caption"]
 
@@ -149,7 +152,9 @@ def test_wrong_tables(table, tmp_path):
         TableSource(tmp_path / "none.csv")
     with pytest.raises(ValmError, match=r"starts with 'Caption,id,Path', expected a header with a column photo and"):
         TableSource(table, image_column="photo")
-    with pytest.raises(ValmError, match=r"expected a header with a column image or file or .* and a column text$"):
+    with pytest.raises(
+        ValmError, match=r"expected a header with a column image or file or .* and a column text\. In a spreadsheet"
+    ):
         TableSource(table, caption_column="text")
     table.write_bytes(b"\xff\xfeimage")  # UTF-16, cut in the middle of a character
     with pytest.raises(ValmError, match=r"cannot read the caption table .*table\.csv: 'utf-8' codec"):
