@@ -12,12 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Trainer
 
 from valm.errors import ValmError
 from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
 from valm.training.collate import IGNORED
 from valm.training.image_trainer import FUSION_NAME, without_images
+from valm.training.next_token_loss import check_own_loss
+
+
+def stay_near_base(training: Trainer, model: Any, weight: float) -> None:
+    """The method base_kl: adds `weight` × the divergence from the frozen base to the training loss."""
+    check_own_loss(training, "base_kl", "set base_kl (--base-kl) to 0")
+    BaseDivergence(model, weight)
 
 
 class BaseDivergence:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from valm.clip.tokenizer import batches_by_length, padded
 from valm.errors import ValmError
@@ -77,6 +78,15 @@ class FusionInput:
             return (self._states,) if returns_tuple else self._states
 
         return skipping
+
+
+def start_from_cache(training: Trainer, model: Any, folder: str | os.PathLike) -> None:
+    """The method cache_below: `cache_below` for the documents to train on and to evaluate on."""
+    with training.args.main_process_first(desc="hidden states"):
+        for name in ("train_dataset", "eval_dataset"):
+            if (documents := getattr(training, name)) is not None:
+                made = cache_below(model, documents, folder, progress=not training.args.disable_tqdm)
+                setattr(training, name, made)
 
 
 def cache_below(

@@ -55,30 +55,14 @@ def show_progress(training: Trainer, name: str, shown: bool = True) -> None:
 
 
 class StopsOnSignal(TrainerCallback):
-    """Ends a training with a KeyboardInterrupt if its first process gets a signal: after the running step, once a
-    checkpoint is written."""
+    """Ends a training with a KeyboardInterrupt once its first process was `asked` to end it: after the running step,
+    with a checkpoint."""
 
     def __init__(self) -> None:
-        self._asked = self._ends = False
-        self._handlers: dict[signal.Signals, Any] = {}
-
-    def install(self) -> None:
-        """From now on, Ctrl-C and SIGTERM end the training. A second signal does what it did before."""
-        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # background jobs ignore SIGINT
-                    self._handlers[number] = signal.signal(number, self._ask)
-
-    def remove(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-        self.remove()
+        self.asked = self._ends = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        asked = torch.tensor(int(self._asked), device=args.device)
+        asked = torch.tensor(int(self.asked), device=args.device)
         if args.world_size > 1:
             torch.distributed.broadcast(asked, 0)
         self._ends = bool(asked) and state.global_step < state.max_steps
@@ -94,15 +78,29 @@ class StopsOnSignal(TrainerCallback):
 
 @contextmanager
 def ended_by_signals(training: Trainer) -> Iterator[None]:
-    """Within the block, Ctrl-C or SIGTERM ends `training` as described in `StopsOnSignal`.
+    """Within the block, Ctrl-C or SIGTERM ends `training` as described in `StopsOnSignal`. A second signal does what it
+    did before.
 
     Raises:
         KeyboardInterrupt: a signal ended the training; the message names the step.
     """
     stops = StopsOnSignal()
+    handlers: dict[signal.Signals, Any] = {}
     training.add_callback(stops)
-    stops.install()
+
+    def restore() -> None:
+        while handlers:
+            signal.signal(*handlers.popitem())
+
+    def ask(*_: Any) -> None:
+        stops.asked = True
+        restore()
+
+    if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # background jobs ignore SIGINT
+                handlers[number] = signal.signal(number, ask)
     try:
         yield
     finally:
-        stops.remove()
+        restore()

@@ -26,25 +26,11 @@ SMALL_HELD_OUT, LEAST_HELD_OUT = 0.1, 10
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPlan:
-    """Describes the training of a CLIP, for `run_clip_plan`. Its fields are the options of `valm clip train`.
+    """Describes the training of a CLIP, for `run_clip_plan`. Its fields are the options of `valm clip train`, whose
+    `--help` explains them.
 
     Attributes:
         images: the source of images with captions, such as a `FolderSource`.
-        model: "small", which trains from scratch on hundreds of images in minutes; an open_clip architecture; or a JSON
-            file with its `model_cfg`. Default: the model of `image_tower`.
-        image_tower: CLIP whose image tower is copied and frozen (LiT): a folder, hf-hub:ORGANISATION/MODEL or
-            ARCHITECTURE:WEIGHTS.
-        cache_images: run the frozen image tower once over every image, without random views, and train on its output.
-        out: folder of the CLIP, in open_clip's format. A killed training resumes there.
-        steps: updates; default 1000, or 300 for "small".
-        batch_size: images a step, each with one caption.
-        lr: highest learning rate.
-        max_logit_scale: limit of the learned temperature; default 100, or 50 for "small".
-        held_out: share of the images that is not trained on but used for the recall at the end. Default: 0; for
-            "small", 0.1 from 100 images on.
-        vocabulary: with "small": a text whose words also become tokens.
-        seed: random seed for weights, data order, views, cut captions and the held-out images.
-        device: cpu, cuda (the first GPU) or auto.
 
     Example:
         >>> from valm.knowledge_base.sources.folder import FolderSource

@@ -30,7 +30,6 @@ from valm.store.pretrained import quiet_transformers
 from valm.text import one_line
 from valm.training.cache_below import no_images
 from valm.training.launch import check_processes
-from valm.training.next_token_loss import NextTokenLoss
 from valm.training.order import TrainingOrder
 from valm_kernels.json_files import check_own
 
@@ -237,14 +236,8 @@ class ImageTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluation: counts the tokens of each batch, and smooths no labels."""
-        trained = self.compute_loss_func
-        if isinstance(trained, NextTokenLoss):  # without smoothing
-            self.compute_loss_func = NextTokenLoss()
-        try:
-            result = super().prediction_step(model, inputs, *args, **kwargs)
-        finally:
-            self.compute_loss_func = trained
+        """Evaluation: counts the tokens of each batch."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
         loss = result[0]
         # the loss is a mean over the tokens of all processes' batches, times the number of processes
         tokens = self._get_num_items_in_batch([inputs], self.args.device)

@@ -13,14 +13,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Trainer
 
 from valm.errors import ValmError
 from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
+from valm.training.next_token_loss import check_own_loss
 
 # Other tokens in the softmax of a step. Without them, no step would make other tokens less likely, and they become
 # likelier with every change of the model.
 SAMPLED = 2048
+
+
+def limit_softmax(training: Trainer, model: Any, limited: bool) -> None:
+    """The method limit_softmax: the training loss is over the tokens of the documents and a sample of the others."""
+    check_own_loss(training, "limit_softmax", "leave limit_softmax (--limit-softmax) out")
+    LimitedSoftmax(model, training.train_dataset)
 
 
 class LimitedSoftmax:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Trainer
 
+from valm.errors import ValmError
 from valm.model.probe import in_mode, probe_tokens
 from valm.training.cache_below import no_images
 from valm.training.collate import IGNORED
@@ -17,7 +19,8 @@ class NextTokenLoss:
     """The cross entropy of each token with the preceding logits; a `compute_loss_func` of transformers' Trainer.
 
     Args:
-        smoothing: share of the target that is spread evenly over the vocabulary (Szegedy et al. 2016).
+        smoothing: share of the target that is spread evenly over the vocabulary (Szegedy et al. 2016), except in
+            evaluation, which is without gradients.
     """
 
     def __init__(self, smoothing: float = 0.0):
@@ -37,7 +40,7 @@ class NextTokenLoss:
             following.flatten(),
             ignore_index=IGNORED,
             reduction="sum",
-            label_smoothing=self.smoothing,
+            label_smoothing=self.smoothing if torch.is_grad_enabled() else 0.0,
         )
         count = following.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
@@ -63,3 +66,12 @@ def has_next_token_loss(model: Any) -> bool:
         except TypeError:  # it takes no num_items_in_batch
             return False
     return bool(torch.isclose(whole, others, rtol=1e-4) and halved < 0.9 * whole)
+
+
+def check_own_loss(training: Trainer, method: str, remedy: str) -> None:
+    """Raises ValmError if the loss of the model, which `method` changes, is replaced in `training`."""
+    if training.compute_loss_func is not None:
+        raise ValmError(
+            f"{method} changes the model's own loss, which label_smoothing_factor or compute_loss_func replaces: leave "
+            f"these out, or {remedy}"
+        )

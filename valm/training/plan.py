@@ -27,10 +27,11 @@ BASE_KL = 1.0
 NO_MIN_SCORE = -1.0
 # Default number of evaluations in a training, and how many evaluations without improvement end it.
 EVALUATIONS, PATIENCE = 20, 3
-# Fields for pretrained decoders only.
-BASE_FIELDS = ("layer", "base_kl", "logit_bias", "cache_below")
-# Fields for models with images only.
-IMAGE_FIELDS = ("twin", "score_scale", "min_score", "questions", "ordinary_text")
+# The fields that need another field, and what they are for.
+NEEDS = {
+    "base": ("a pretrained decoder", ("layer", "base_kl", "logit_bias", "cache_below")),
+    "kb": ("a model with images", ("twin", "score_scale", "min_score", "questions", "ordinary_text")),
+}
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
 PATHS = ("kb", "retrieval", "questions", "ordinary_text")
@@ -44,45 +45,14 @@ def score(text: str) -> float | str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Describes a training, for `run_plan`. Its fields are the options of `valm train`; errors use the options' names.
+    """Describes a training, for `run_plan`. Its fields are the options of `valm train`, whose `--help` explains them.
+    Errors use the options' names.
 
     Attributes:
         corpus: the texts to train on. If `kb` is given, their images are retrieved as by `valm retrieve`, into a folder
             next to `out`. Give either `corpus` or `retrieval`.
         allow_download: load the CLIP from the hub that the knowledge base names.
         fields: fields of transformers' TrainingArguments. They override `steps`, `batch_size`, `lr` and `seed`.
-        retrieval: folder that `valm retrieve` wrote, to train on instead of a corpus.
-        out: folder of the checkpoints and of the model.
-        resume: resume from the newest checkpoint in `out`, if there is one.
-        kb: folder of the knowledge base; without it, the model sees no images.
-        tokenizer: tokenizer of a new text-only model (without `kb`): folder or Hugging Face name; default CLIP's.
-        twin: train a control instead of the model with `kb`: "text", "random", "blind" or "shuffled" (see
-            `valm.training.data.twin`).
-        base: pretrained decoder to augment instead of making a new model: folder or Hugging Face name. Its weights are
-            frozen.
-        layer: with `base`: the layer that sees the images, negative from the end.
-        base_kl: with `base`: weight of the model's divergence from the base in the training loss
-            (`valm.training.base_divergence`); default BASE_KL. 0: cross entropy alone.
-        logit_bias: with `base`: initial bias of each head's image scores; default BASE_LOGIT_BIAS.
-        score_scale: initial value of a learned weight on how far an image's retrieval score is below the score of the
-            token's best image; default: scores are not used.
-        min_score: score threshold: a token whose best image has a lower retrieval score sees no image. "auto" chooses
-            the threshold that 95 % of the knowledge base's captions reach, and loads CLIP. NO_MIN_SCORE: no threshold.
-            Default: "auto" with `base`, unless the retrieval has no scores or the knowledge base has fewer captions
-            than `valm.corpus.min_score.FEWEST`; else no threshold.
-        questions: with min_score="auto": file of texts whose last tokens need images, instead of the captions.
-        ordinary_text: with min_score="auto": file of texts that need no images; 5 % of their tokens see some.
-        cache_below: with `base`: folder for the input of the fusion layer, computed once.
-        limit_softmax: compute the training loss over the corpus's tokens and a random sample of the others.
-        model: size of a new model: "tiny", "small", "base" (as GPT-2) or LAYERSxWIDTHxHEADS.
-        context: maximum tokens of a document; longer documents are cut.
-        steps: updates; default 1000.
-        batch_size: documents a step and process.
-        lr: learning rate; default LR, with `base` BASE_LR.
-        seed: random seed for weights, data order, validation split and dropout.
-        validation: text file, result of `valm retrieve`, or fraction of the documents to hold out. The best checkpoint
-            becomes the model.
-        patience: with `validation`: stop after this many evaluations without improvement; 0: never; default 3.
 
     Example:
         >>> from valm.corpus.texts import TextCorpus
@@ -187,9 +157,10 @@ class TrainingPlan:
             raise ValmError("--patience counts evaluations: give --validation too")
         if self.patience and not self.training_fields()["load_best_model_at_end"]:
             raise ValmError("--patience needs the best checkpoint: leave --load_best_model_at_end out, or give 0")
-        for name in BASE_FIELDS if self.base is None else ():
-            if getattr(self, name) is not None:
-                raise ValmError(f"--{name.replace('_', '-')} is for a pretrained decoder: give --base too")
+        for needed, (what, names) in NEEDS.items():
+            for name in names if getattr(self, needed) is None else ():
+                if getattr(self, name) is not None:
+                    raise ValmError(f"--{name.replace('_', '-')} is for {what}: give --{needed} too")
         if self.base is not None and (self.kb is None or self.twin == "text"):
             raise ValmError(
                 "--base trains only what sees images, so without images nothing trains, and the base itself is the "
@@ -203,9 +174,6 @@ class TrainingPlan:
                 "--tokenizer is for a new text-only model: --base has its own tokenizer, and for a model with images, "
                 "give --tokenizer to `valm retrieve`"
             )
-        for field in dataclasses.fields(self):
-            if field.name in IMAGE_FIELDS and self.kb is None and getattr(self, field.name) != field.default:
-                raise ValmError(f"--{field.name.replace('_', '-')} is for a model with images: give --kb too")
         if self.score_scale is not None and self.twin in ("random", "shuffled"):
             raise ValmError(
                 f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"
@@ -248,10 +216,10 @@ class TrainingPlan:
         default = LR if self.base is None else BASE_LR
         return default if self.lr is None else self.lr
 
-    def divergence_weight(self) -> float:
-        """`base_kl` or its default; 0 without a base."""
-        default = 0.0 if self.base is None else BASE_KL
-        return default if self.base_kl is None else self.base_kl
+    def methods(self) -> dict[str, Any]:
+        """The methods of `trainer`, with their defaults."""
+        base_kl = BASE_KL if self.base_kl is None and self.base is not None else self.base_kl
+        return {"cache_below": self.cache_below, "base_kl": base_kl, "limit_softmax": self.limit_softmax}
 
     def stops_after(self) -> int:
         """How many evaluations without improvement end the training; 0: training never stops early."""

@@ -81,9 +81,7 @@ def _run(plan: TrainingPlan, out: Path, settings: TrainingArguments, command: st
         arguments=settings,
         eval_dataset=data.held_out,
         row_length=plan.context,
-        cache_below=plan.cache_below,
-        limit_softmax=plan.limit_softmax,
-        base_kl=plan.divergence_weight(),
+        **plan.methods(),
         callbacks=[EarlyStoppingCallback(patience)] if (patience := plan.stops_after()) else None,
     )
     note_run(out, plan, training, data.corpus, data.held_out)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +20,24 @@ from valm.model.checkpoint import check_vocabulary, positions, with_length
 from valm.model.image_model import ImageModel
 from valm.model.probe import keeps_apart
 from valm.retrieval.source import RetrievalSource
-from valm.text import nearest
-from valm.training.base_divergence import BaseDivergence
-from valm.training.cache_below import cache_below as with_fusion_input
+from valm.training.base_divergence import stay_near_base
+from valm.training.cache_below import start_from_cache
 from valm.training.collate import NO_SCORES, Collator
 from valm.training.data import blocks, evened, views, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import check_processes
-from valm.training.limited_softmax import LimitedSoftmax
+from valm.training.limited_softmax import limit_softmax
 from valm.training.next_token_loss import NextTokenLoss, has_next_token_loss
 
 log = logging.getLogger(__name__)
 
+# What a training can do besides descending the loss of the next token, by the names of the options, in the order in
+# which the methods apply: each loss contains those before it.
+METHODS: dict[str, Callable[[ImageTrainer, Any, Any], None]] = {
+    "cache_below": start_from_cache,
+    "base_kl": stay_near_base,
+    "limit_softmax": limit_softmax,
+}
 # Defaults of `training_arguments`. AdamW and clipping as in Wang et al. 2022, who used the schedule inverse_sqrt.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
@@ -46,10 +53,6 @@ def training_arguments(output_dir: str | os.PathLike, **fields: Any) -> Training
     """`TrainingArguments` with `DEFAULTS` for fields that are not given; use_cpu is set if torch finds no GPU. Raises
     ValmError if a field does not exist, transformers rejects a value, or launched processes would not train
     together."""
-    known = [field.name for field in dataclasses.fields(TrainingArguments)]
-    for name in fields:
-        if name not in known:
-            raise ValmError(f"TrainingArguments has no field {name!r}{nearest(name, known)}")
     # without use_cpu, several processes on CPUs would each train by itself
     own: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -74,9 +77,6 @@ def trainer(
     arguments: TrainingArguments,
     eval_dataset: Any = None,
     row_length: int | None = None,
-    cache_below: str | os.PathLike | None = None,
-    limit_softmax: bool = False,
-    base_kl: float = 0.0,
     **options: Any,
 ) -> ImageTrainer:
     """Makes a transformers `Trainer` for a model that takes images. You may change it before you call `train()`.
@@ -84,7 +84,7 @@ def trainer(
     Precision, accumulation, schedules, logs, checkpoints and several processes work as in the Trainer. The loss is the
     mean over all tokens of a step, in any batch and process. A copy of `arguments` is adapted to the data: columns are
     not removed, each process makes batches from its own documents, and the logs show losses that are not finite.
-    limit_softmax and base_kl change the model itself: load it again for a training without them.
+    METHODS change the model itself: load it again for a training without them.
 
     Args:
         model: a `VaLMForCausalLM`, what `valm.augment` returned, or a decoder of transformers that sees no images.
@@ -100,13 +100,9 @@ def trainer(
         row_length: pack documents into rows of this length (see `Collator`); None pads. If the model does not keep
             documents apart (`valm.model.probe.keeps_apart`) or retrieves while it trains, rows are padded, with a
             warning.
-        cache_below: folder for the input of the fusion layer, computed once if all lower layers are frozen
-            (`valm.training.cache_below`); None computes it in every step.
-        limit_softmax: compute the training loss over the tokens of `dataset` and a sample of the others
-            (`LimitedSoftmax`).
-        base_kl: weight of the divergence from the base in the training loss, for an augmented model whose base is
-            frozen (`BaseDivergence`). Evaluation is without it.
-        options: more of the Trainer's arguments: callbacks, optimizers, compute_metrics, ...
+        options: METHODS, with the values of `TrainingPlan`, which also explains them: `cache_below`, `base_kl` and
+            `limit_softmax`. Evaluation is without base_kl, and over the whole vocabulary. Besides, more of the
+            Trainer's arguments: callbacks, optimizers, compute_metrics, ...
 
     Returns:
         The Trainer; its `write` saves the model with a card.
@@ -128,27 +124,8 @@ def trainer(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps a PEFT model
     sees: Any = getattr(inner, "fusion_options", None)
     retrieves = kb is None and sees is not None and sees.num_images > 0
-    limit = min((length for length in (positions(inner), row_length) if length), default=None)
-
-    def ready(documents: Any) -> Any:
-        """`documents` as the model reads them."""
-        _check(inner, documents, kb, tokenizer)
-        if (retrieved := _retrieval(documents)) is not None:
-            with arguments.main_process_first(desc="verify"):
-                if arguments.local_process_index == 0:
-                    retrieved.verify_once()
-        if kb is not None:
-            documents = with_min_score(documents, sees.min_score)
-        if limit is None or not hasattr(documents, "__len__"):
-            return documents
-        return blocks(documents, limit, begin_id(tokenizer))
-
-    trained, evaluated = ready(dataset), None if eval_dataset is None else ready(eval_dataset)
-    if limit_softmax and arguments.label_smoothing_factor:
-        raise ValmError(
-            f"label_smoothing_factor is {arguments.label_smoothing_factor}, but limit_softmax computes only a part of "
-            "the logits: set it to 0, or leave limit_softmax (--limit-softmax) out"
-        )
+    ready = partial(_ready, inner, kb, tokenizer, arguments, row_length)
+    documents, evaluated = ready(dataset), None if eval_dataset is None else ready(eval_dataset)
     if arguments.label_smoothing_factor:
         options.setdefault("compute_loss_func", NextTokenLoss(arguments.label_smoothing_factor))
     elif options.get("compute_loss_func") is None and not has_next_token_loss(inner):
@@ -156,20 +133,63 @@ def trainer(
             f"{type(inner).__name__} does not compute the loss of the next token: use another decoder, or give "
             "compute_loss_func=valm.training.next_token_loss.NextTokenLoss()"
         )
-    if base_kl and (arguments.label_smoothing_factor or options.get("compute_loss_func") is not None):
-        raise ValmError(
-            "base_kl is added to the model's own loss, which label_smoothing_factor or compute_loss_func replaces: set "
-            "base_kl (--base-kl) to 0"
-        )
     corpus = _retrieval(dataset)
     if kb is not None and corpus is not None:  # for models saved from now on
         inner.finder.set_source(RetrievalSource.of_knowledge_base(kb, **corpus.query_settings))
-    if row_length is not None and (retrieves or not _tells_apart(inner)):
-        why = "retrieves while it trains" if retrieves else "does not keep documents apart by their positions"
-        log.warning(f"this {type(inner).__name__} {why}: each document gets its own row")
-        row_length = None
+    row_length = _row_length(inner, row_length, retrieves)
+    chosen = {name: options.pop(name, None) for name in METHODS}
+    training = ImageTrainer(
+        model=model,
+        args=_changed(arguments, packed=row_length is not None),
+        train_dataset=documents,
+        eval_dataset=evaluated,
+        prepared=lambda documents: _even(ready(documents), training.args),
+        data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
+        processing_class=with_length(tokenizer, inner),
+        **options,
+    )
+    for name, method in METHODS.items():
+        if chosen[name]:
+            method(training, inner, chosen[name])
+    training.eval_dataset = _even(training.eval_dataset, training.args)
+    return training
+
+
+def _ready(
+    model: Any,
+    kb: ImageKnowledgeBase | None,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: TrainingArguments,
+    row_length: int | None,
+    documents: Any,
+) -> Any:
+    """`documents` as the model reads them."""
+    _check(model, documents, kb, tokenizer)
+    if (retrieved := _retrieval(documents)) is not None:
+        with arguments.main_process_first(desc="verify"):
+            if arguments.local_process_index == 0:
+                retrieved.verify_once()
+    if kb is not None:
+        documents = with_min_score(documents, model.fusion_options.min_score)
+    limit = min((length for length in (positions(model), row_length) if length), default=None)
+    if limit is None or not hasattr(documents, "__len__"):
+        return documents
+    return blocks(documents, limit, begin_id(tokenizer))
+
+
+def _row_length(model: Any, row_length: int | None, retrieves: bool) -> int | None:
+    """The length of packed rows; None, with a warning, if the model cannot read them."""
+    if row_length is None or not (retrieves or not _tells_apart(model)):
+        return row_length
+    why = "retrieves while it trains" if retrieves else "does not keep documents apart by their positions"
+    log.warning(f"this {type(model).__name__} {why}: each document gets its own row")
+    return None
+
+
+def _changed(arguments: TrainingArguments, *, packed: bool) -> TrainingArguments:
+    """A copy of the arguments, adapted to the data."""
     changed: Any = copy.copy(arguments)
-    if row_length is not None:
+    if packed:
         changed.use_cache = False  # with a cache, transformers does not keep documents apart
     changed.remove_unused_columns = False  # the collator needs columns that are no arguments of the model
     changed.logging_nan_inf_filter = False
@@ -177,30 +197,13 @@ def trainer(
     changed.accelerator_config.dispatch_batches = False  # it splits by rows, which image_pool does not have
     changed.accelerator_config.split_batches = False
     changed._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would split it too
-    if cache_below is not None:
-        with changed.main_process_first(desc="hidden states"):
-            trained = with_fusion_input(inner, trained, cache_below, progress=not changed.disable_tqdm)
-            if evaluated is not None:
-                evaluated = with_fusion_input(inner, evaluated, cache_below, progress=not changed.disable_tqdm)
-    if base_kl:
-        BaseDivergence(inner, base_kl)
-    if limit_softmax:  # its loss contains the loss above
-        LimitedSoftmax(inner, dataset)
+    return changed
 
-    def even(documents: Any) -> Any:
-        multiple = changed.eval_batch_size * changed.world_size
-        return documents if documents is None or changed.world_size == 1 else evened(documents, multiple)
 
-    return ImageTrainer(
-        model=model,
-        args=changed,
-        train_dataset=trained,
-        eval_dataset=even(evaluated),
-        prepared=lambda documents: even(ready(documents)),
-        data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
-        processing_class=with_length(tokenizer, inner),
-        **options,
-    )
+def _even(documents: Any, arguments: TrainingArguments) -> Any:
+    """Documents that all processes evaluate together."""
+    multiple = arguments.eval_batch_size * arguments.world_size
+    return documents if documents is None or arguments.world_size == 1 else evened(documents, multiple)
 
 
 def _retrieval(dataset: Any) -> CorpusRetrieval | None:

@@ -7,7 +7,7 @@ from transformers import PrinterCallback
 from tests.valm.models import tiny_config
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.model.gpt2 import VaLMForCausalLM
-from valm.training.train import trainer, training_arguments
+from valm.training.train import METHODS, trainer, training_arguments
 
 TEXTS = [
     f"the color of the {thing} is {color} ." for thing in ("sun", "sea", "cat", "leaf") for color in ("red", "blue")
@@ -61,7 +61,7 @@ def new_model(**arguments):
 
 
 # Arguments of `trainer` that `new_trainer` passes on.
-OPTIONS = ("row_length", "cache_below", "limit_softmax", "compute_loss_func")
+OPTIONS = ("row_length", "compute_loss_func", *METHODS)
 
 
 def new_trainer(folder, *, model=None, kb="default", dataset=None, eval_dataset=None, tokenizer=TOKENIZER, **fields):

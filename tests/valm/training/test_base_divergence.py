@@ -120,5 +120,5 @@ def test_a_base_that_trains_and_another_loss_are_refused(tmp_path):
         BaseDivergence(tiny_llama(), WEIGHT)  # a decoder that sees no images
     arguments = training_arguments(tmp_path, max_steps=1, label_smoothing_factor=0.1, report_to="none")
     given = {"tokenizer": TOKENIZER, "base_kl": 1.0}
-    with pytest.raises(ValmError, match=r"set base_kl \(--base-kl\) to 0"):
+    with pytest.raises(ValmError, match=r"leave these out, or set base_kl \(--base-kl\) to 0"):
         trainer(new_model(), documents(), Vectors(), arguments=arguments, **given)

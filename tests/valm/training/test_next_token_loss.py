@@ -69,3 +69,5 @@ def test_a_loss_of_the_user_stays(tmp_path):
 
     made = new_trainer(tmp_path, model=bart(), kb=None, compute_loss_func=zero)
     assert made.compute_loss_func is zero
+    with pytest.raises(ValmError, match=r"limit_softmax changes the model's own loss, which .* compute_loss_func re"):
+        new_trainer(tmp_path, compute_loss_func=zero, limit_softmax=True)  # it would read other logits than it knows
