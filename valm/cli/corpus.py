@@ -17,7 +17,8 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         help="text files with a document on each line; .jsonl, .json, .csv, .tsv or .parquet files with a document in "
-        "each row; folders of these files; all but .parquet may be compressed (.gz)",
+        "each row; folders of these files; all but .parquet may be compressed (.gz). A folder or zip file of pictures "
+        "is read for its captions",
     )
     parser.add_argument(
         "--dataset",
@@ -27,6 +28,9 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streaming", action="store_true", help="read the dataset while it is downloaded")
     parser.add_argument("--column", default="text", help="column or field that contains the text, except in text files")
+    parser.add_argument(
+        "--captions", type=Path, help="table of captions, if it is not in the folder or zip file of the pictures"
+    )
 
 
 def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
@@ -42,5 +46,6 @@ def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
         dataset=arguments.dataset,
         streaming=arguments.streaming,
         column=arguments.column,
+        captions=arguments.captions,
     )
     return found if found.files or found.dataset else None

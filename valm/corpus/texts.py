@@ -1,4 +1,5 @@
-"""The texts of a corpus: from text, JSON, CSV, TSV and parquet files, folders of such files, and rows of a dataset.
+"""The texts of a corpus: from text, JSON, CSV, TSV and parquet files, folders of such files, captions of pictures, and
+rows of a dataset.
 
 The suffix decides the format. JSON_LINES (one object a line; a `.json` may be one array), DELIMITERS (CSV and TSV) and
 `.parquet` contain texts in a column. Any other file is UTF-8 text with one document a line. A text of an image is a
@@ -15,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,9 +31,12 @@ import pyarrow.parquet as pq
 from valm.clip.read_image import IMAGE_SUFFIXES
 from valm.errors import ValmError
 from valm.knowledge_base.captions import CAPTION_COLUMNS, CAPTION_SUFFIXES, IMAGE_COLUMNS, first_of
+from valm.knowledge_base.images import ImageSource
 from valm.store.files import files_below
-from valm.text import one_line, utf8
+from valm.text import one_line, printable, utf8
 from valm_kernels.json_files import check_regular, short
+
+log = logging.getLogger(__name__)
 
 COLUMN = "text"  # the column of texts by default; captions of images are also in the first of CAPTION_COLUMNS
 READ_ROWS = 4096
@@ -72,6 +77,7 @@ class TextCorpus:
         dataset: a Hugging Face dataset instead of files, NAME[:CONFIG[:SPLIT]] (`open_dataset`).
         streaming: read the dataset while it is downloaded.
         column: name of the text column, in formats with columns.
+        captions: a table of captions of the pictures in the folders and zip files among `files`.
 
     Raises:
         ValmError: both files and a dataset are given, or streaming without a dataset.
@@ -86,6 +92,7 @@ class TextCorpus:
     dataset: str | None = None
     streaming: bool = False
     column: str = COLUMN
+    captions: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
         if self.dataset is not None and self.files:
@@ -101,24 +108,27 @@ class TextCorpus:
             ImportError: a dataset is given, and the package `datasets` is not installed.
         """
         if self.dataset is None:
-            return read_documents(self.files, column=self.column)
+            return read_documents(self.files, column=self.column, captions=self.captions)
         from valm.knowledge_base.sources.dataset import open_dataset
 
         return row_documents(open_dataset(self.dataset, streaming=self.streaming), self.column)
 
 
-def read_documents(paths: Iterable[str | os.PathLike], *, column: str = COLUMN) -> FileDocuments:
+def read_documents(
+    paths: Iterable[str | os.PathLike], *, column: str = COLUMN, captions: str | os.PathLike | None = None
+) -> FileDocuments:
     """The documents of files and folders (see `corpus_files`), in order, without blank documents.
 
     Args:
         column: name of the text column in JSON, CSV, TSV and parquet files.
+        captions: a table of captions of the pictures in folders and zip files of pictures.
 
     Raises:
         OSError: a file is missing or not a regular file.
         ValmError: a file's format differs from its suffix, or its first document cannot be read. Iterating raises it
             for other documents. The message names the file and the row.
     """
-    return FileDocuments(corpus_files(paths), column)
+    return FileDocuments(corpus_files(paths, captions), column)
 
 
 def row_documents(rows: Iterable[Mapping[str, Any]], column: str = COLUMN) -> Iterator[str]:
@@ -130,28 +140,56 @@ def row_documents(rows: Iterable[Mapping[str, Any]], column: str = COLUMN) -> It
     return _documents("the dataset", iter(rows), column)
 
 
-def corpus_files(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, str]]:
+def corpus_files(
+    paths: Iterable[str | os.PathLike], captions: str | os.PathLike | None = None
+) -> list[tuple[Path, str] | list[Caption]]:
     """The files among `paths`, each with its name in the corpus: the number of the path, and the file below it.
 
-    A folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path and without metadata of
-    images (`_without_metadata`).
+    A folder is replaced by the files with SUFFIXES below it (`files_below`), sorted by path. A folder that contains
+    pictures, or a zip file, is replaced by the captions of its pictures.
+
+    Args:
+        captions: a table of the captions.
 
     Raises:
         OSError: a path is missing, or is neither a folder nor a regular file (a pipe cannot be read twice).
-        ValmError: a folder contains no such file.
+        ValmError: a folder contains no such file, its pictures have no captions, or there are no pictures for
+            `captions`.
     """
-    files = []
+    found: list[tuple[Path, str] | list[Caption]] = []
     for number, path in enumerate(map(Path, paths)):
         check_regular(path)
-        if not path.is_dir():
-            files.append((path, f"{number}/{path.name}"))
-            continue
-        below = [file for name in files_below(path) if (file := path / name).is_file()]
-        found = [file for file in _without_metadata(below) if _suffix(file) in SUFFIXES]
-        if not found:
-            raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
-        files += [(file, f"{number}/{file.relative_to(path).as_posix()}") for file in found]
-    return files
+        below = files_below(path) if path.is_dir() else []
+        if any(map(_is_image, below)) or path.suffix.lower() == ".zip":
+            found.append(_captions_of(path, captions, number))
+        elif path.is_dir():
+            files = [file for name in below if (file := path / name).is_file() and _suffix(file) in SUFFIXES]
+            if not files:
+                raise ValmError(f"the folder {path} has no file that ends in {', '.join(SUFFIXES)}, or these and .gz")
+            found += [(file, f"{number}/{file.relative_to(path).as_posix()}") for file in files]
+        else:
+            found.append((path, f"{number}/{path.name}"))
+    if captions is not None and not any(isinstance(part, list) for part in found):
+        raise ValmError("--captions is for folders and zip files of pictures, and the corpus contains none")
+    return found
+
+
+def _captions_of(path: Path, table: str | os.PathLike | None, number: int) -> list[Caption]:
+    """The captions of the pictures in a folder or zip file, without those of pictures that cannot be opened."""
+    source = ImageSource(path, captions=table).open()
+    for remark in getattr(source, "remarks", ()):
+        log.warning(printable(f"{path}: {remark}"))
+    pictures = [record for record in source.images() if record.caption and record.is_image()]
+    if not pictures:
+        raise ValmError(
+            f"no picture in {path} has a caption, and of a folder with pictures only the captions are read: name each "
+            "other text file by itself"
+        )
+    return [
+        Caption(line, f"{number}/{os.path.splitext(record.uri)[0]}")
+        for record in pictures
+        for line in record.caption.split("\n")
+    ]
 
 
 def fingerprint(documents: Iterable[str | Sequence[int]]) -> str:
@@ -165,16 +203,19 @@ def fingerprint(documents: Iterable[str | Sequence[int]]) -> str:
 
 
 class FileDocuments(Iterator[str]):
-    """The documents of `files` (`corpus_files`), in order. Arguments and errors are those of `read_documents`."""
+    """The documents of `parts` (`corpus_files`), in order. Arguments and errors are those of `read_documents`."""
 
-    def __init__(self, files: Sequence[tuple[Path, str]], column: str) -> None:
-        for file, _ in files:  # reject a wrong file now, not after the hours that earlier files take
-            with open(file, "rb") as raw:
-                next(_documents(f"the corpus {file}", _rows(file, raw, column), column), None)
-        self._total = sum(file.stat().st_size for file, _ in files)
-        self._before = 0
+    def __init__(self, parts: Sequence[tuple[Path, str] | list[Caption]], column: str) -> None:
+        self._total = self._before = 0
+        for part in parts:
+            if isinstance(part, list):
+                self._total += sum(map(len, part))
+                continue
+            with open(part[0], "rb") as raw:  # reject a wrong file now, not after the hours that earlier files take
+                next(_documents(f"the corpus {part[0]}", _rows(part[0], raw, column), column), None)
+            self._total += part[0].stat().st_size
         self._raw: BinaryIO | None = None
-        self._iterator = self._read(files, column)
+        self._iterator = self._read(parts, column)
 
     def __next__(self) -> str:
         return next(self._iterator)
@@ -184,29 +225,21 @@ class FileDocuments(Iterator[str]):
         """The share of the files' bytes that has been read, from 0 to 1."""
         return (self._before + (self._raw.tell() if self._raw is not None else 0)) / max(1, self._total)
 
-    def _read(self, files: Sequence[tuple[Path, str]], column: str) -> Iterator[str]:
+    def _read(self, parts: Sequence[tuple[Path, str] | list[Caption]], column: str) -> Iterator[str]:
         images = functools.lru_cache(1)(_image_stems)
-        for file, name in files:
+        for part in parts:
+            if isinstance(part, list):
+                for caption in part:
+                    self._before += len(caption)
+                    yield caption
+                continue
+            file, name = part
             of_image = file.suffix.lower() in CAPTION_SUFFIXES and file.stem in images(file.parent)
             with open(file, "rb") as self._raw:
                 texts = _documents(f"the corpus {file}", _rows(file, self._raw, column), column)
                 yield from (Caption(text, os.path.splitext(name)[0]) for text in texts) if of_image else texts
                 self._raw = None
             self._before += file.stat().st_size
-
-
-def _without_metadata(files: list[Path]) -> list[Path]:
-    """`files` without each NAME.json next to an image and its NAME.txt: img2dataset writes the caption into both, so
-    the corpus would contain it twice."""
-    suffixes: dict[tuple[Path, str], set[str]] = {}
-    for file in files:
-        suffixes.setdefault((file.parent, file.stem), set()).add(file.suffix.lower())
-
-    def is_metadata(file: Path) -> bool:
-        beside = suffixes[file.parent, file.stem]
-        return file.suffix.lower() == ".json" and ".txt" in beside and not beside.isdisjoint(IMAGE_SUFFIXES)
-
-    return [file for file in files if not is_metadata(file)]
 
 
 def _image_stems(folder: Path) -> set[str]:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from valm.errors import ValmError
 from valm.options import check_fields, option
@@ -89,17 +89,41 @@ class Record:
 
         if self.source is None:
             raise ValueError(self.reason)
-        if isinstance(self.source, bytes):
-            return read_image(io.BytesIO(self.source))
-        if not isinstance(self.source, Path):
+        if not isinstance(self.source, Path | bytes):
             return read_image(self.source)
-        if not self.source.is_file():  # opening a pipe would block
+        with self._opened() as file:
+            return read_image(io.BytesIO(file.read()))
+
+    def is_image(self) -> bool:
+        """Whether a file begins as an image that `read_image` accepts. Its pixels are not decoded.
+
+        Raises:
+            OSError: a transient error (`is_transient`).
+        """
+        from valm.clip.read_image import check_size, open_image
+
+        try:
+            with self._opened() as file, open_image(file) as image:
+                check_size(image)
+        except Exception as error:  # decoders raise many types for damaged bytes
+            if is_transient(error):
+                raise
+            return False
+        return True
+
+    def _opened(self) -> BinaryIO:
+        """The content of a file, opened."""
+        if isinstance(self.source, bytes):
+            return io.BytesIO(self.source)
+        if not isinstance(self.source, Path) or not self.source.is_file():  # opening a pipe would block
             raise ValueError("it is not a file, or a link that leads to no file")
         if self.member is not None:
-            return read_image(io.BytesIO(read_member(self.source, self.member, MAX_MEMBER_BYTES)))
+            return io.BytesIO(read_member(self.source, self.member, MAX_MEMBER_BYTES))
+        if self.size is None:
+            return open(self.source, "rb")
         with open(self.source, "rb") as file:
             file.seek(self.offset)
-            return read_image(io.BytesIO(file.read(self.size)))
+            return io.BytesIO(file.read(self.size))
 
     def identity(self) -> int | str | None:
         """The size of a file (None if it is missing) or of its part, or a hash of bytes or pixels. Name and identity

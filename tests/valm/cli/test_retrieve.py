@@ -1,3 +1,5 @@
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ RETRIEVE = "retrieve {world}/corpus.txt " + OUT
         "retrieve --dataset {tmp}/none " + OUT: "cannot read the dataset {tmp}/none",
         RETRIEVE + "--dataset Salesforce/wikitext": "give either corpus files or --dataset",
         RETRIEVE + "--streaming": "--streaming needs a Hugging Face dataset",
+        RETRIEVE + "--captions {tmp}/table.csv": "--captions is for folders and zip files of pictures",
         RETRIEVE + "--out {world}/clip": "is not empty",
         RETRIEVE + "--out {world}/retrieval": "holds another corpus retrieval: its k is ",
         RETRIEVE + "--out {world}/retrieval -k 2 --query-dtype bfloat16": "its precision is ",
@@ -54,3 +57,12 @@ def test_a_dataset_is_retrieved_as_its_texts_in_a_file(world, tmp_path, streamin
     for one, other in zip(found, expected, strict=True):
         assert np.array_equal(one["input_ids"], other["input_ids"])
         assert np.array_equal(one["image_ids"], other["image_ids"])
+
+
+def test_pictures_are_retrieved_as_their_captions(world, tmp_path, output_of):
+    """With a table of captions that stands beside the folder."""
+    shutil.copytree(world / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "apple.txt").rename(tmp_path / "pictures" / "README.txt")
+    (tmp_path / "table.csv").write_text("image,caption\napple.png,an apple\napple.png,it is red\n")
+    captions = ["--captions", tmp_path / "table.csv", "--kb", world / "kb", "-k", 2, "--out", tmp_path / "retrieval"]
+    assert "7 documents" in output_of("retrieve", tmp_path / "pictures", *captions)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.valm.knowledge_base.inputs import png
 from valm.corpus import texts
 from valm.corpus.texts import MAX_DOCUMENT, Caption, fingerprint, read_documents, row_documents
 from valm.errors import ValmError
@@ -219,21 +221,65 @@ def test_other_tables_and_texts_have_no_images(tmp_path):
     assert not isinstance(next(read_documents([tmp_path / "rows.parquet"])), Caption)
 
 
-def test_the_lines_of_a_text_beside_an_image_are_its_captions(tmp_path):
-    write(tmp_path / "a.JPG", "no corpus")
-    write(tmp_path / "a.txt", "a red apple\nan apple")
-    write(tmp_path / "b.txt", "a leaf")
-    found = list(read_documents([tmp_path]))
-    assert found == ["a red apple", "an apple", "a leaf"]
-    assert [getattr(text, "image", None) for text in found] == ["0/a"] * 2 + [None]
+def pictures(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(0))
+
+
+def test_the_corpus_of_pictures_is_their_captions(tmp_path, caplog):
+    """No other text in the folder, and no caption of a picture that is missing or broken."""
+    folder = tmp_path / "pictures"
+    pictures(folder, "a.JPG", "deep/b.png", "c.png", "d.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "empty.png").touch()
+    write(folder / "a.txt", "a red apple\nan apple")
+    write(folder / "broken.txt", "of a broken picture")
+    write(folder / "deep" / "b.png.json", json.dumps({"description": "a leaf"}, indent=2))
+    write(folder / "README.txt", "no caption")
+    write(folder / "rows.jsonl", "no JSON")
+    write(folder / "captions.csv", "image,caption\nc.png,a boat\nempty.png,empty\nmissing.png,missing\n")
+    expected = [("a red apple", "0/a"), ("an apple", "0/a"), ("a boat", "0/c"), ("a leaf", "0/deep/b")]
+    documents = read_documents([folder])
+    assert documents.share == 0
+    found = list(documents)
+    assert [(text, text.image) for text in found] == expected and documents.share == 1
     again = pickle.loads(pickle.dumps(found[0]))
     assert again == found[0] and again.image == found[0].image
+    for remark in (
+        "files ignored: 1 .jsonl, 1 .txt",
+        "1 of 6 images have no caption",
+        "1 rows of captions.csv name no image, such as 'missing.png'",
+    ):
+        assert f"{folder}: {remark}" in caplog.text
+    shutil.make_archive(str(tmp_path / "pictures"), "zip", tmp_path, "pictures")
+    assert [(text, text.image) for text in read_documents([tmp_path / "pictures.zip"])] == expected
+
+
+def test_a_table_of_captions_of_pictures(tmp_path):
+    """As `valm kb build` takes it, with text files beside the folder."""
+    pictures(tmp_path / "one", "a.png", "b.png")
+    write(tmp_path / "captions.json", json.dumps({"a.png": ["a red apple", "an apple"]}))
+    write(tmp_path / "more.txt", "a text")
+    found = list(read_documents([tmp_path / "more.txt", tmp_path / "one"], captions=tmp_path / "captions.json"))
+    assert found == ["a text", "a red apple", "an apple"]
+    assert [getattr(text, "image", None) for text in found] == [None, "1/a", "1/a"]
+    with pytest.raises(ValmError, match="--captions is for folders and zip files of pictures"):
+        read_documents([tmp_path / "more.txt"], captions=tmp_path / "captions.json")
+
+
+def test_pictures_without_captions_are_no_corpus(tmp_path):
+    pictures(tmp_path, "cover.png", "d.png")
+    write(tmp_path / "chapter.txt", "a text")
+    with pytest.raises(ValmError, match=r"no picture in .* has a caption, .*: name each other text file by itself"):
+        read_documents([tmp_path])
+    assert list(read_documents([tmp_path / "chapter.txt"])) == ["a text"]
 
 
 def test_the_image_of_a_text_does_not_depend_on_how_its_path_is_typed(tmp_path, monkeypatch):
     """Or a resumed retrieval would divide the captions of one image; but those of two folders are of two images."""
     for name in ("p/deep", "q/deep"):
-        write(tmp_path / name / "a.b.jpg", "no corpus")
+        pictures(tmp_path / name, "a.b.jpg")
         write(tmp_path / name / "a.b.txt", "a red apple")
     monkeypatch.chdir(tmp_path / "p")
 
@@ -251,22 +297,12 @@ def test_metadata_beside_images_is_no_document(tmp_path, column):
     for number, caption in enumerate(captions):
         shard = tmp_path / f"0000{number % 2}"
         image, text, metadata = ("JPG", "TXT", "JSON") if number == 3 else ("jpg", "txt", "json")
-        write(shard / f"{number}.{image}", "no corpus")
+        pictures(shard, f"{number}.{image}")
         write(shard / f"{number}.{text}", caption)
         write(shard / f"{number}.{metadata}", json.dumps({"caption": caption, "status": "success"}))
     assert sorted(read_documents([tmp_path], column=column)) == captions
     # a file that is named is read
     assert list(read_documents([tmp_path / "00000" / "0.json"], column="caption")) == captions[:1]
-
-
-@pytest.mark.parametrize(
-    "others", [["a.txt"], ["a.jpg"], ["a.txt", "b.jpg"], ["a.txt", "b/a.jpg"], ["a.jsonl", "a.jpg"], ["a.txt", "a.mp4"]]
-)
-def test_json_without_both_an_image_and_its_text_is_read(tmp_path, others):
-    for name in others:
-        write(tmp_path / name, json.dumps({"text": "other"}) if name == "a.jsonl" else "other")
-    write(tmp_path / "a.json", json.dumps({"text": "own"}))
-    assert "own" in list(read_documents([tmp_path]))
 
 
 def test_a_mistyped_column_of_captions_is_named(tmp_path):
