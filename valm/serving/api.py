@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from valm.clip.tokenizer import prompt_ids
@@ -22,36 +22,20 @@ from valm.errors import ValmError
 from valm.knowledge_base.format import StoredImage
 from valm.model.positions import positions
 from valm.retrieval.retriever import Retriever
-from valm.serving.engine import Answer, Engine, Prompt, StoppingError, TokenScore
+from valm.serving.bodies import Bodies
+from valm.serving.engine import Answer, Engine, Prompt, TokenScore
+from valm.serving.errors import ApiError, StoppingError, failed, stopping
 from valm.serving.requests import AnyRequest, ChatRequest, CompletionRequest, FieldError, Message, Sampling, read
 from valm_kernels.json_files import short
 
 # Maximum bytes of a request. A context of 131,072 tokens takes about half of it in English.
 MAX_BODY = 1 << 20
-# Seconds for a request to arrive, fewer than the seconds for its answer when the server stops.
-BODY_SECONDS = 5
 # Default tokens of a completion, as in OpenAI's API. The default of a chat is `max_tokens`.
 COMPLETION_TOKENS = 16
 # Lower temperatures are greedy, because scores divided by them overflow.
 MIN_TEMPERATURE = 1e-4
 # Images that a search finds by default and at most; and the most images that an answer lists, best first.
 SEARCHED, MAX_SEARCHED, MAX_SEEN = 8, 64, 16
-# Seconds after which a rejected client may ask again.
-RETRY_AFTER = 1
-
-
-class ApiError(Exception):
-    """An answer with an error, in OpenAI's format."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.status = status
-        self.headers = {"Retry-After": str(RETRY_AFTER)} if status == 429 else None
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.content, self.status, self.headers)
 
 
 class Kind(NamedTuple):
@@ -77,6 +61,7 @@ class Api:
 
     def __init__(self, name: str, engine: Engine, max_tokens: int):
         self.name, self.engine, self.max_tokens = name, engine, max_tokens
+        self._bodies = Bodies()
         self.context = positions(engine.model)
         added = engine.tokenizer.added_tokens_decoder.items()
         self._special = {id for id, token in added if token.special}
@@ -130,11 +115,11 @@ class Api:
 
     async def _asked(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
         """The request's body. Raises ApiError if the body is no JSON, too large or too slow, or a field is invalid."""
-        body = await json_body(request, MAX_BODY)
-        try:
-            asked = read(body, kind)
-        except FieldError as error:
-            raise ApiError(400, str(error), param=error.field) from None
+        async with self._bodies.held(request, MAX_BODY) as body:
+            try:
+                asked = read(body, kind)
+            except FieldError as error:
+                raise ApiError(400, str(error), param=error.field) from None
         self._check_name(asked.model)
         return asked
 
@@ -306,30 +291,6 @@ class Api:
                 self.engine.cancel(answer)
 
 
-async def json_body(request: Request, most: int) -> bytes:
-    """The body of a JSON request. Raises ApiError if the body has another type, more than `most` bytes, or is too
-    slow."""
-    # a browser sends another page's form without asking, but not with this type
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "the request must have the header Content-Type: application/json")
-    try:
-        return await asyncio.wait_for(_body(request, most), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the request was not complete after {BODY_SECONDS} seconds") from None
-
-
-async def _body(request: Request, most: int) -> bytes:
-    body = bytearray()
-    try:
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise ApiError(413, f"the request contains more than {most:,} bytes", "request_too_large")
-    except ClientDisconnect:
-        raise ApiError(499, "the client has gone") from None
-    return bytes(body)
-
-
 async def _joined(answer: Answer) -> str:
     return "".join([text async for text in answer])
 
@@ -394,11 +355,3 @@ def _event(content: dict[str, Any]) -> str:
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False)
-
-
-def stopping() -> ApiError:
-    return ApiError(503, "the server is stopping: ask again when it is back", "server_stopping")
-
-
-def failed() -> ApiError:
-    return ApiError(500, "the server failed to answer this request; its log says why", "internal_error")

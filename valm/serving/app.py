@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from valm.serving.api import Api, ApiError, failed, stopping
-from valm.serving.engine import BusyError, StoppingError
+from valm.serving.api import Api
+from valm.serving.errors import ApiError, BusyError, StoppingError, failed, stopping
 from valm.serving.metrics import Metrics
 from valm.serving.page import Page
 

@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast, Temperatu
 from valm.clip.linear import pack_layers
 from valm.errors import PANIC, ValmError
 from valm.serving.batch import Batch, Seen, can_join, needs_positions
+from valm.serving.errors import BusyError, StoppingError
 from valm.serving.metrics import Metrics
 from valm.serving.text import StreamedText
 
@@ -28,14 +29,6 @@ PROMPT_TOKENS = 512
 GATHERING = 0.01
 # How many prompts may wait that are not the first of their request: as many as four of the largest requests contain.
 FURTHER_PROMPTS = 512
-
-
-class BusyError(Exception):
-    """Too many requests wait; the message says how many."""
-
-
-class StoppingError(Exception):
-    """The server stops before it has answered this request."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import asyncio
 import base64
 import ctypes
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,14 +26,16 @@ from valm.evaluation.controls import GivenImages, NamedImage, RandomImages
 from valm.explain.explanation import Explanation, Reader, explain_together
 from valm.explain.page import heads, heads_script, render_body, script_hash, style
 from valm.retrieval.retriever import Retriever
-from valm.serving.api import Api, ApiError, json_body, unless_gone
-from valm.serving.engine import StoppingError
+from valm.serving.api import Api, unless_gone
+from valm.serving.bodies import Bodies
+from valm.serving.errors import ApiError, BusyError, StoppingError
 from valm_kernels.json_files import short
 
 HERE = Path(__file__).parent
 MAX_BODY = 64 << 20  # bytes of a request with its images, which are kept for one answer
 MAX_IMAGES = 16  # of the slider; the operation allows more
-MAX_UPLOADS, UPLOADS_AT_ONCE = 64, 2
+MAX_UPLOADS = 64
+ANSWERED_AT_ONCE = 2  # requests whose images are in memory
 # Maximum decoded pixels of all images of a request (1 GB if they are one image), and maximum scans of a JPEG.
 MAX_DECODED, MAX_SCANS = 1 << 25, 100
 # Pixels of an uploaded image's side: a JPEG is decoded to at least this, and twice this is kept. CLIP reads 224 to 448.
@@ -43,6 +45,8 @@ MAX_PROMPT, MAX_ANSWERS, MAX_NAME = 20_000, 2_000, 255
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
 QUERY = "its own query (blind)"  # the one image of a blind model
+
+Result = TypeVar("Result")
 
 
 class Stop(NamedTuple):
@@ -112,7 +116,9 @@ class Page:
 
     def __init__(self, api: Api, other: tuple[str, Any, Any] | None = None):
         self.api, self.name, self.other = api, api.name, other
-        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)  # each with a body of MAX_BODY
+        self._bodies = Bodies()  # its own, so that uploads take no room from the API
+        self._open = 0  # requests that have arrived
+        self._places = asyncio.Semaphore(ANSWERED_AT_ONCE)
         self._aside = ThreadPoolExecutor(1, "page")  # one thread, so that only one task uses memory at a time
         self.model, self.tokenizer = api.engine.model, api.engine.tokenizer
         retriever = self.model.retriever
@@ -149,28 +155,33 @@ class Page:
     async def explain(self, request: Request) -> Response:
         """The body of an explanation and the weights of its heads, as JSON. Raises ApiError if the request is
         invalid."""
-        async with self._uploads:
-            body = await json_body(request, MAX_BODY)
+        async with self._bodies.held(request, MAX_BODY) as body:
+            if self._open >= ANSWERED_AT_ONCE + self.api.engine.max_waiting:
+                raise BusyError(f"{self._open:,} requests of the page are already waiting")
+            self._open += 1
             try:
                 return await unless_gone(request, self._explained(body))
             except ValmError as error:
                 raise ApiError(400, str(error)) from None
             finally:
+                self._open -= 1
                 self._aside.submit(_return_memory)
 
-    async def _explained(self, body: bytes) -> Response:
+    async def _explained(self, body: bytearray) -> Response:
         """The answer. It may be cancelled between two images."""
-        aside = partial(asyncio.get_running_loop().run_in_executor, self._aside)
-        asked, opened = await aside(self._read, body)
-        images = []
-        for image in opened:
-            if self.api.engine.ended:
-                raise StoppingError
-            images.append(await aside(_small, *image))
-        explanations = await self.api.engine.call(lambda: self.explanations(asked, images))
-        return await aside(lambda: JSONResponse({"body": render_body(explanations), "heads": heads(explanations)}))
+        async with self._places:
+            asked, opened = await self._beside(self._read, body)
+            images = [await self._beside(_small, *image) for image in opened]
+            explanations = await self.api.engine.call(lambda: self.explanations(asked, images))
+            return await self._beside(_written, explanations)
 
-    def _read(self, body: bytes) -> tuple[Asked, list[NamedImage]]:
+    async def _beside(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What `function` returns on the page's thread. Raises StoppingError if the server stops."""
+        if self.api.engine.ended:
+            raise StoppingError
+        return await asyncio.get_running_loop().run_in_executor(self._aside, function, *arguments)
+
+    def _read(self, body: bytearray) -> tuple[Asked, list[NamedImage]]:
         """A request and its images, of which only the headers are read. Raises ValmError if the request is invalid or
         cannot be shown."""
         try:
@@ -246,6 +257,10 @@ def _small(name: str, image: Image.Image) -> NamedImage:
     image.close()  # frees its pixels, since the request still refers to it
     small.thumbnail((2 * KEPT_SIDE, 2 * KEPT_SIDE))
     return name, small
+
+
+def _written(explanations: dict[str, Explanation]) -> Response:
+    return JSONResponse({"body": render_body(explanations), "heads": heads(explanations)})
 
 
 def _return_memory() -> None:

@@ -160,7 +160,7 @@ class FieldError(ValmError):
         self.field = field
 
 
-def read(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
+def read(body: bytes | bytearray, kind: type[AnyRequest]) -> AnyRequest:
     """The request in `body`. Raises FieldError if the body is no JSON object, or a field is invalid or unknown."""
     try:
         asked = kind.model_validate_json(body)

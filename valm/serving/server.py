@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from valm.errors import ValmError
-from valm.serving.api import BODY_SECONDS, Api
+from valm.serving.api import Api
 from valm.serving.app import build_app
+from valm.serving.bodies import BODY_SECONDS
 from valm.serving.engine import Engine
 from valm.serving.page import Page
 

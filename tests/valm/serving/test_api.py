@@ -399,7 +399,7 @@ def test_a_client_that_has_gone_holds_nobody_up(of_letters, letters, stream):
 
 
 def test_a_request_that_does_not_come_in(server, monkeypatch):
-    monkeypatch.setattr("valm.serving.api.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("valm.serving.bodies.BODY_SECONDS", 0.2)
     lines = ["POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", "Content-Length: 9"]
     head = "\r\n".join([*lines, "", "{"]).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as slow:

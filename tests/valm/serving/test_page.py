@@ -4,8 +4,12 @@ import base64
 import http.client
 import io
 import json
+import select
+import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +21,7 @@ from tests.valm.explain.conftest import kb, make_model, model
 from tests.valm.serving.test_api import JSON, running, wait_for
 from valm.errors import ValmError
 from valm.explain.explanation import explain
+from valm.serving import bodies
 from valm.serving import page as page_module
 from valm.serving.engine import Engine
 from valm.serving.page import Asked, Upload
@@ -148,6 +153,71 @@ def test_a_panic_of_the_tokenizer_is_one_sentence(server, page, monkeypatch):
 def test_too_many_bytes_are_refused(server, monkeypatch):
     monkeypatch.setattr(page_module, "MAX_BODY", 1000)
     assert server.ask("/explain", {"prompt": "a" * 2000, "images": "none"})[0] == 413
+
+
+@contextmanager
+def halves(server, number, size, address="127.0.0.1"):
+    """Connections of clients that have sent `size` bytes of an upload, and send no more."""
+    lines = ["POST /explain HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", "Content-Length: 1000000"]
+    request = "\r\n".join([*lines, "", " " * size]).encode()
+    bodies, before = server.page._bodies, server.page._bodies._bytes
+    with ExitStack() as stack:
+        sockets = []
+        for _ in range(number):
+            half = socket.create_connection(("127.0.0.1", server.port), timeout=60, source_address=(address, 0))
+            sockets.append(stack.enter_context(half))
+            half.sendall(request)
+        wait_for(lambda: bodies._bytes == before + number * size)
+        yield sockets
+
+
+def answered(sockets):
+    """The statuses of the responses that have come."""
+    ready, _, _ = select.select(sockets, [], [], 0.1)
+    return [int(half.recv(1000).split()[1]) for half in ready]
+
+
+def test_slow_uploads_delay_nobody(server):
+    with halves(server, 3, 10) as slow:
+        assert server.ask("/explain", {"prompt": TEXT, "images": "none"})[0] == 200
+        assert answered(slow) == []
+
+
+def test_the_largest_upload_gives_way(server, monkeypatch):
+    monkeypatch.setattr(bodies, "MAX_BYTES", 10_000)
+    with halves(server, 1, 6_000) as large, halves(server, 1, 3_000) as small:
+        assert server.ask("/explain", {"prompt": TEXT, "images": "none", "answers": "a" + 1_500 * " "})[0] == 200
+        assert answered(large) == [429] and answered(small) == []
+
+
+def test_uploads_take_no_room_from_the_api(server, monkeypatch):
+    monkeypatch.setattr(bodies, "MAX_BYTES", 10_000)
+    with halves(server, 1, 10_000) as full:
+        assert server.ask("/v1/completions", {"prompt": TEXT, "max_tokens": 1})[0] == 200
+        assert answered(full) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a second address of this machine")
+def test_uploads_count_against_their_own_address(server, monkeypatch):
+    monkeypatch.setattr(bodies, "MAX_BYTES", 10_000)
+    with halves(server, 3, 3_000, "127.0.0.2") as slow:
+        assert server.ask("/explain", {"prompt": TEXT + 4_000 * " ", "images": "none"})[0] == 200
+        assert answered(slow) == [429]
+
+
+def test_more_uploads_than_may_wait_are_told_so(server, decoding, monkeypatch):
+    monkeypatch.setattr(server.engine, "max_waiting", 2)
+    body = {"prompt": TEXT, "images": "uploaded", "uploads": [picture("a.png", Image.new("RGB", (40, 40)))], "k": 1}
+    decoding.go.clear()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.ask, "/explain", body) for _ in range(4)]
+        try:
+            wait_for(lambda: server.page._open == 4)
+            status, answer = server.ask("/explain", body)
+        finally:
+            decoding.go.set()
+        assert [each.result()[0] for each in asked] == [200] * 4
+    assert status == 429 and "4 requests of the page are already waiting: try again" in answer["error"]["message"]
 
 
 def test_too_many_pixels_are_refused(server):
