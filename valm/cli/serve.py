@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from valm.cli.options import Commands, add_opening, command, not_negative, opening, port, positive
@@ -62,3 +64,7 @@ def run_serve(arguments: argparse.Namespace) -> None:
         page=True if arguments.page else None,
         other=other,
     )
+    # All requests are answered. The interpreter would still wait for images to be decoded, and Triton 3.9 would print
+    # what `gc.freeze` keeps.
+    sys.stdout.flush()
+    os._exit(0)

@@ -34,7 +34,6 @@ def build_app(api: Api, hosts: list[str], page: Page | None = None) -> Starlette
     async def ended(app: Starlette) -> AsyncIterator[None]:
         yield
         api.engine.end()
-        await api.engine.join()
 
     routes = [
         Route("/v1/completions", api.completions, methods=["POST"]),

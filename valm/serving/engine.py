@@ -191,10 +191,6 @@ class Engine:
             elif not one.result.done():
                 one.result.set_exception(StoppingError())
 
-    async def join(self) -> None:
-        """Waits until all generation has ended."""
-        await asyncio.to_thread(self._thread.join)
-
     def _add(self, *new: Answer | Call) -> None:
         requests = len(set(self._open.values()))
         further = len(self._open) - requests

@@ -23,8 +23,9 @@ from valm.serving.engine import Engine
 from valm.serving.page import Page
 
 LOCAL_HOSTS = ["127.0.0.1", "localhost"]
-# Seconds after the first signal in which requests are still answered. Docker kills the process after ten.
-GRACE = 8
+# Seconds after the first signal in which requests are still answered, and further seconds in which the rest are told
+# that the server stops. Docker kills the process after ten.
+GRACE, FAREWELL = 6, 1
 # Simultaneous connections, and file descriptors reserved for everything else.
 MAX_CONNECTIONS, SPARE_FILES = 1000, 24
 
@@ -90,8 +91,18 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.loop is not None:
-            self.loop.call_soon_threadsafe(self.loop.call_later, 0 if self.should_exit else GRACE, self.engine.end)
+            self.loop.call_soon_threadsafe(self._end_after, 0 if self.should_exit else GRACE)
         self.should_exit = True
+
+    def _end_after(self, seconds: int) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(seconds, self.engine.end)
+        loop.call_later(seconds + FAREWELL, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """Closes the connections of clients that neither finish their request nor read their answer."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def most_connections() -> int:
@@ -120,7 +131,7 @@ def serve(
     page: bool | None = None,
     other: tuple[str, Any, Any] | None = None,
 ) -> None:
-    """Serves a model until SIGTERM or Ctrl-C.
+    """Serves a model until SIGTERM or Ctrl-C. The thread that uses the model may then still be in its last step.
 
     Args:
         name: the model's name in requests.
@@ -160,7 +171,7 @@ def serve(
             http=protocol,
             ws="none",
             log_level="warning",
-            timeout_graceful_shutdown=GRACE + 2,
+            timeout_graceful_shutdown=GRACE + FAREWELL + 1,
             server_header=False,
         )
         shown = f"[{host}]" if ":" in host else host

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
@@ -132,6 +133,27 @@ def test_half_requests_take_neither_all_files_nor_the_log(world):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert len(process.stderr.read().splitlines()) < 12
+
+
+@pytest.mark.slow
+def test_slow_clients_do_not_delay_the_end(world):
+    """Clients that wait with half an upload, and clients that read nothing of a long answer. Docker waits for 10 s."""
+    lines = ["POST {} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", "Content-Length: {}", "", ""]
+    head = "\r\n".join(lines)
+    unread = json.dumps({"prompt": ["the"] * 128, "max_tokens": 28, "logprobs": 5, "stream": True})
+    with serving(world / "valm") as (process, address), contextlib.ExitStack() as stack:
+        port = int(address.split(":")[2].partition("/")[0])
+        for path, length, body in [("/explain", 1000, "{")] * 20 + [("/v1/completions", len(unread), unread)] * 3:
+            slow = stack.enter_context(socket.socket())
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", port))
+            slow.sendall((head.format(path, length) + body).encode())
+        assert ask(address, "the")[0] == 200
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0 and time.monotonic() - begin < 9.5
+        said = process.stderr.read()
+    assert said.splitlines()[-1] == "stopped" and "Traceback" not in said
 
 
 def answer_or_nobody(address, prompt):

@@ -74,7 +74,8 @@ def running(model, tokenizer, max_waiting=8, max_batch=8, name="tiny", other=Non
         finally:
             server.should_exit = True
             thread.join(60)
-    assert not thread.is_alive()
+            page.api.engine._thread.join(60)
+    assert not thread.is_alive() and not page.api.engine._thread.is_alive()
 
 
 @pytest.fixture(scope="module")

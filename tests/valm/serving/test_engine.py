@@ -24,7 +24,7 @@ def served_together(model, tokenizer, prompts, **options):
         answers = engine.submit(*prompts)
         await asyncio.gather(*map(text_of, answers))
         engine.end()
-        await engine.join()
+        await asyncio.to_thread(engine._thread.join, 30)
         return [([score.id for score in answer.scores], answer.finish_reason, answer.images) for answer in answers]
 
     return asyncio.run(ask())
@@ -117,7 +117,8 @@ def serve(letters):
             engine = Engine(letters, letters, max_waiting, **options)
             await ask(engine)
             engine.end()
-            await asyncio.wait_for(engine.join(), 30)
+            await asyncio.to_thread(engine._thread.join, 30)
+            assert not engine._thread.is_alive()
 
         asyncio.run(whole())
 
