@@ -329,7 +329,8 @@ def assert_unseen_gradient_of_lse_is_ignored(impl: str, problem: Problem) -> Non
 
 
 # The problems that an implementation must solve. Sizes cross the borders of 16-, 32-, 64- and 128-wide tiles.
-PROBLEMS = {
+# `make test` runs these in Triton's interpreter too. Between them they take every branch of the kernels.
+QUICK = {
     "dense": Problem(),
     "pooled": Problem(pool_size=11),
     "no images": Problem(num_images=0),
@@ -341,15 +342,36 @@ PROBLEMS = {
     "decode few": Problem(num_queries=5, prefix=129, batch=4, scale=0.15),
     "prefix": Problem(prefix=37, pool_size=11, scale=0.15),
     "not causal": Problem(causal=False, prefix=3),
-    "multi-head": Problem(query_heads=3, kv_heads=3, pool_size=300),
     "multi-query": Problem(query_heads=4, kv_heads=1, scale=0.15),
     "group of three": Problem(query_heads=6),
     "group of three, pooled": Problem(query_heads=3, kv_heads=1, pool_size=11, first_key="documents"),
-    "group of three, decode": Problem(query_heads=6, num_queries=1, prefix=129, batch=8),
     "large group": Problem(batch=1, query_heads=20, kv_heads=1, num_queries=6, prefix=3, num_images=2),
+    "odd head": Problem(head_dim=13, num_queries=33),
+    "odd wide head": Problem(head_dim=133, num_queries=33, prefix=20, batch=3, num_images=2),
+    "heads first": Problem(tokens_first=False, num_queries=66),
+    "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),
+    "cu_seqlens, rows": Problem(cu_seqlens=True, num_queries=60, pool_size=11),
+    "random first_key with prefix": Problem(first_key="random", num_queries=70, prefix=20, pool_size=3),
+    "striped first_key": Problem(first_key="striped", num_queries=48, num_images=0),
+    "image_q": Problem(image_q=True),
+    "cache_seqlens, documents": Problem(
+        seqlens=True, prefix=20, first_key="documents", pool_size=11, query_heads=6, num_queries=70, batch=3
+    ),
+    "image weights, pooled": Problem(
+        weights=True, pool_size=11, first_key="random", num_queries=70, softcap=1.5, image_q=True, score_bias=True
+    ),
+    "image_score_bias": Problem(score_bias=True, query_heads=6),
+    "by head, all options": Problem(
+        **{"pool_size": 11, "by_head": True, "query_heads": 6, "num_queries": 35, "first_key": "documents"},
+        **{"image_q": True, "softcap": 1.5, "score_bias": True, "weights": True},
+    ),
+}
+# The interpreter runs the others every night: they repeat branches with other sizes and pairs of options.
+PROBLEMS = QUICK | {
+    "multi-head": Problem(query_heads=3, kv_heads=3, pool_size=300),
+    "group of three, decode": Problem(query_heads=6, num_queries=1, prefix=129, batch=8),
     "large group, pooled": Problem(batch=1, query_heads=20, kv_heads=1, num_queries=6, num_images=2, pool_size=5),
     "smallest head": Problem(head_dim=8, num_queries=65),
-    "odd head": Problem(head_dim=13, num_queries=33),
     "head of 64": Problem(head_dim=64, num_queries=35, num_images=8),
     "head of 64, pooled": Problem(head_dim=64, pool_size=9, first_key="documents"),
     "wide head": Problem(head_dim=80, pool_size=9, num_images=8),
@@ -358,13 +380,9 @@ PROBLEMS = {
         **{"head_dim": 200, "num_queries": 33, "prefix": 5, "query_heads": 6, "pool_size": 11},
         **{"first_key": "documents", "seqlens": True, "softcap": 1.5},
     ),
-    "odd wide head": Problem(head_dim=133, num_queries=33, prefix=20, batch=3, num_images=2),
     "many images": Problem(num_images=64, num_queries=20, pool_size=40),
-    "heads first": Problem(tokens_first=False, num_queries=130),
     "documents": Problem(first_key="documents", num_queries=150, pool_size=11),
-    "documents with prefix": Problem(first_key="documents", num_queries=80, prefix=16),
     "cu_seqlens": Problem(cu_seqlens=True, batch=1, num_queries=80, pool_size=11),
-    "cu_seqlens, rows": Problem(cu_seqlens=True, batch=3, num_queries=80, pool_size=11),
     "cu_seqlens, rows with prefix": Problem(cu_seqlens=True, num_queries=40, prefix=20),
     "cu_seqlens, no images": Problem(cu_seqlens=True, batch=1, num_queries=80, num_images=0),
     "cu_seqlens, random first_key with prefix": Problem(
@@ -374,18 +392,12 @@ PROBLEMS = {
     "left padding decode": Problem(first_key="left_padding", num_queries=1, prefix=60, batch=3),
     "sliding window": Problem(first_key="sliding_window", num_queries=200, pool_size=11),
     "random first_key": Problem(first_key="random", num_queries=150),
-    "random first_key with prefix": Problem(first_key="random", num_queries=70, prefix=20, pool_size=3),
     "descending first_key": Problem(first_key="descending", num_queries=70, prefix=5, pool_size=3),
     "alternating first_key": Problem(first_key="alternating", num_queries=48, pool_size=3),
     "extreme first_key": Problem(first_key="extreme", num_queries=70, pool_size=3),
-    "striped first_key": Problem(first_key="striped", num_queries=48, num_images=0),
     "random first_key not causal": Problem(first_key="random", num_queries=70, causal=False, num_images=0),
-    "image_q": Problem(image_q=True),
     "image_q, pooled": Problem(image_q=True, pool_size=11, query_heads=6, num_queries=35),
     "cache_seqlens": Problem(seqlens=True, prefix=37),
-    "cache_seqlens, documents": Problem(
-        seqlens=True, prefix=20, first_key="documents", pool_size=11, query_heads=6, num_queries=70, batch=3
-    ),
     "cache_seqlens, random first_key": Problem(
         seqlens=True, prefix=40, first_key="random", num_images=0, softcap=1.5, num_queries=33
     ),
@@ -394,14 +406,10 @@ PROBLEMS = {
         seqlens=True, num_queries=1, prefix=300, batch=8, pool_size=5, first_key="left_padding"
     ),
     "image weights": Problem(weights=True, query_heads=6),
-    "image weights, pooled": Problem(
-        weights=True, pool_size=11, first_key="random", num_queries=70, softcap=1.5, image_q=True, score_bias=True
-    ),
     "image weights, large group": Problem(
         weights=True, batch=1, query_heads=20, kv_heads=1, num_queries=6, num_images=2, pool_size=5
     ),
     "image weights, decode": Problem(weights=True, num_queries=1, prefix=300, batch=8, pool_size=5),
-    "image_score_bias": Problem(score_bias=True, query_heads=6),
     "image_score_bias, pooled": Problem(
         score_bias=True, pool_size=11, first_key="documents", num_queries=80, softcap=1.5, image_q=True
     ),
@@ -410,10 +418,6 @@ PROBLEMS = {
     ),
     "image_score_bias, decode": Problem(score_bias=True, num_queries=1, prefix=100, batch=8, pool_size=5),
     "by head": Problem(pool_size=11, by_head=True, num_queries=20),
-    "by head, all options": Problem(
-        **{"pool_size": 11, "by_head": True, "query_heads": 6, "num_queries": 35, "first_key": "documents"},
-        **{"image_q": True, "softcap": 1.5, "score_bias": True, "weights": True},
-    ),
     "by head, wide": Problem(pool_size=7, by_head=True, num_queries=20, head_dim=64),
     "by head, decode": Problem(pool_size=5, by_head=True, num_queries=1, prefix=300, batch=8),
     "by head, one head": Problem(pool_size=7, by_head=True, query_heads=4, kv_heads=1, num_queries=20),

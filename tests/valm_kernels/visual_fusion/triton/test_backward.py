@@ -13,6 +13,7 @@ from tests.valm_kernels.visual_fusion.problems import (
     BEYOND_32_BITS,
     CACHES,
     PROBLEMS,
+    QUICK,
     Problem,
     assert_identical,
     assert_minus_infinity_is_weight_zero,
@@ -28,14 +29,6 @@ from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, u
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion.triton import backward_pool
 
-# Between them they take every branch of the kernels; test_guarded_interpreter.py has all problems, and is slow.
-QUICK = (
-    *("dense", "pooled", "no images", "one token", "decode few", "prefix", "not causal", "multi-query", "odd head"),
-    *("odd wide head", "documents with prefix", "random first_key with prefix", "group of three"),
-    *("group of three, pooled", "large group", "striped first_key", "image_q", "image_score_bias"),
-    *("image weights, pooled", "cache_seqlens, documents", "by head, all options"),
-)
-
 
 def of_half_the_heads(problem: Problem) -> Problem:
     """The interpreter's time goes with the number of programs; two problems keep all of their heads."""
@@ -44,6 +37,7 @@ def of_half_the_heads(problem: Problem) -> Problem:
     return replace(problem, query_heads=problem.query_heads // 2, kv_heads=problem.kv_heads // 2)
 
 
+# test_guarded_interpreter.py runs all problems, and is slow.
 @pytest.mark.parametrize("name", QUICK)
 def test_agrees_with_float64_reference(monkeypatch, name):
     problem = of_half_the_heads(PROBLEMS[name])

@@ -12,15 +12,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from tests.tolerance import assert_agree
 from tests.valm_kernels.visual_fusion import test_flash as text
 from tests.valm_kernels.visual_fusion import test_varlen as varlen
-from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_passes_nan_on, assert_solves
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, QUICK, Problem, assert_passes_nan_on, assert_solves
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded
 from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, use_small_tiles
 from valm_kernels import visual_fusion_attn
 from valm_kernels.visual_fusion import flash
 from valm_kernels.visual_fusion.triton import joined
-
-QUICK = ("dense", "pooled", "no images", "not causal", "group of three", "decode", "image_q")
-QUICK += ("cu_seqlens", "cu_seqlens, rows")
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +46,13 @@ def test_agrees_with_float64_reference(monkeypatch, name, dtype):
         assert_solves(flash.NAME, PROBLEMS[name], dtype, with_lse=False)
 
 
-CUDNN_SUPPORTS = [
-    "dense",
-    "pooled",
-    "no images",
-    "not causal",
-    "group of three",
-    "multi-head",
-    "image_q",
-    "heads first",
-]
+def served_by_cudnn() -> list[str]:
+    found = ((name, PROBLEMS[name]) for name in served())
+    return [name for name, p in found if not p.cu_seqlens and p.num_queries > 1 and p.head_dim <= flash.CUDNN_DIM]
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize("name", quick_or_slow(CUDNN_SUPPORTS, ("pooled", "not causal", "group of three")))
+@pytest.mark.parametrize("name", quick_or_slow(served_by_cudnn(), ("pooled", "not causal", "group of three")))
 def test_agrees_with_float64_reference_where_cudnn_reads_the_text(monkeypatch, name, dtype):
     text.read_with_cudnn(monkeypatch)
     test_agrees_with_float64_reference(monkeypatch, name, dtype)
