@@ -19,6 +19,9 @@ from .version import __version__
 
 # The compute capability that Triton's kernels need.
 LEAST_CAPABILITY = (8, 0)
+# On compute capability 9.0, older versions of ptxas can reuse the registers of a product in flight
+# (https://github.com/triton-lang/triton/pull/11781).
+LEAST_PTXAS = (13, 3)
 
 
 def show_config() -> str:
@@ -53,13 +56,12 @@ def show_config() -> str:
 
 def show_paths() -> str:
     """Prints and returns five lines: what was built, and which code each operation runs here."""
-    attention = triton_obstacle()
     lines = [
         ("native module", _native_module()),
         ("CUDA in the native module", _native_cuda()),
         ("search on a CPU, on a GPU", f"{_cpu_path()}; {_gpu_search()}"),
         ("attention on a CPU", _cpu_path()),
-        ("attention on a GPU", f"not usable: {attention}" if attention else "Triton's kernels"),
+        ("attention on a GPU", _attention_on_gpu()),
     ]
     return _table(lines)
 
@@ -91,6 +93,39 @@ def triton_obstacle() -> str:
     if not header.exists():
         return f"Triton needs Python's header {header}: apt-get install python3-dev"
     return "" if torch.version.hip is not None else _driver_obstacle()
+
+
+def ptxas(capability: int) -> tuple[str, tuple[int, ...]]:
+    """The path and version of the ptxas that Triton uses for a compute capability, 90 for 9.0."""
+    from triton.backends.nvidia import compiler
+
+    try:
+        tool = compiler.get_ptxas(capability)
+    except TypeError:  # Triton 3.5 has one for all
+        tool = compiler.get_ptxas()
+    return tool.path, tuple(map(int, tool.version.split(".")))
+
+
+def ptxas_risk(capability: int) -> str:
+    """What the ptxas for this compute capability is known to do wrong, and the remedy; "" if nothing."""
+    path, found = ptxas(capability)
+    if capability // 10 != 9 or found >= LEAST_PTXAS:
+        return ""
+    return (
+        f"{path} is ptxas {'.'.join(map(str, found))}. Before 13.3, ptxas miscompiles some kernels for compute "
+        "capability 9.0 (none of these kernels, as far as their machine code shows): install Triton 3.9, or name a "
+        "newer ptxas in TRITON_PTXAS_PATH"
+    )
+
+
+def _attention_on_gpu() -> str:
+    if obstacle := triton_obstacle():
+        return f"not usable: {obstacle}"
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.version.hip is not None:
+        return "Triton's kernels"
+    major, minor = torch.cuda.get_device_capability()
+    risk = ptxas_risk(10 * major + minor)
+    return f"Triton's kernels; {risk}" if risk else "Triton's kernels"
 
 
 def _driver_obstacle() -> str:

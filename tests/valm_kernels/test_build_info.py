@@ -108,3 +108,23 @@ def test_the_search_on_a_gpu_is_what_runs_there(monkeypatch, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(build_info, "has_code", lambda device: runs and device.type == "cuda")
     assert build_info._gpu_search().startswith("native CUDA code" if runs else "PyTorch's matrix products")
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "shown"),
+    [
+        ((9, 0), "12.9", "; /triton/ptxas is ptxas 12.9. Before 13.3, ptxas miscompiles some kernels for compute"),
+        ((9, 0), "13.3", ""),
+        ((8, 0), "12.9", ""),
+    ],
+)
+def test_a_ptxas_with_a_known_fault_is_named(monkeypatch, capability, version, shown):
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(build_info, "triton_obstacle", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    tool = SimpleNamespace(path="/triton/ptxas", version=version)
+    for get_ptxas in (lambda arch: tool, lambda: tool):  # as from Triton 3.6 on, and before
+        monkeypatch.setattr(compiler, "get_ptxas", get_ptxas)
+        found = build_info._attention_on_gpu()
+        assert found.startswith(f"Triton's kernels{shown}") and ("install Triton 3.9" in found) == bool(shown)

@@ -258,14 +258,16 @@ def specialise(launch: Launch, arch: int | str) -> Specialisation:
 @cache
 def compile_case(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> Report:
     """Compiles one row of the table. Triton's exceptions pass."""
-    options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
-    inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
-    if call == "joined":
-        inputs, options = without(inputs, "first_key"), {"with_lse": False, "with_flash": True}
-    else:
-        options = {}
+    inputs = call_inputs(call, head_dim, dtype)
+    options = {"with_lse": False, "with_flash": True} if call == "joined" else {}
     _, report = compile_kernel(*row_key(kernel, call, arch, head_dim, dtype)[:2], arch, inputs, **options)
     return report
+
+
+def call_inputs(call: str, head_dim: int, dtype: str) -> Inputs:
+    options = {"decode": {"q_len": 1, "k_len": 4096}, "softcap image_q": {"softcap": 50.0, "image_q": True}}
+    inputs = meta_inputs(head_dim, DTYPES[dtype], call == "pooled", **options.get(call, {}))
+    return without(inputs, "first_key") if call == "joined" else inputs
 
 
 def row_key(kernel: str, call: str, arch: int | str, head_dim: int, dtype: str) -> tuple[str, str, str]:
@@ -317,12 +319,9 @@ def _products_needed(kernel: str, values: dict[str, Any]) -> int:
 
 def _nvidia_usage(asm: Any, warps: int, shared: int, tensor_memory: int, arch: int) -> dict[str, Any]:
     """The figures of ptxas for a kernel, and of its code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-        spills = spills_in_sass(_cuobjdump("-sass", file.name)) if stack + local else Spills(0, 0)
+    usage = cuobjdump("-res-usage", asm["cubin"])
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    spills = spills_in_sass(cuobjdump("-sass", asm["cubin"])) if stack + local else Spills(0, 0)
     blocks = min(
         BLOCKS_PER_SM,
         WARPS_PER_SM // warps,
@@ -360,9 +359,12 @@ def _amd_usage(assembly: str, warps: int, shared: int, arch: str) -> dict[str, A
     }
 
 
-def _cuobjdump(*arguments: str) -> str:
+def cuobjdump(option: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def all_cases() -> Iterator[tuple[str, str, int | str, int, str]]:
