@@ -58,6 +58,7 @@ try:
         slug,
     )
     from valm_kernels.atomic_files import atomic_path
+    from valm_kernels.build_info import ptxas, ptxas_risk
 except ModuleNotFoundError as error:
     sys.exit(
         f"gpu-check needs the package {error.name}, which is not installed for {sys.executable}: "
@@ -115,14 +116,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = results / state_of_card_and_code()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NONE_MEASURED).write_text("[]")
-    for name, text in missing().items():
-        print(f"missing: {name}: {text}")
+    major, minor = torch.cuda.get_device_capability()
+    arch = 10 * major + minor
+    print_tools(arch)
     # so that what it has started ends with it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check was told to end"))
-    major, minor = torch.cuda.get_device_capability()
-    steps = plan(folder, 10 * major + minor, number_of_processes(), run=time.time_ns())
+    steps = plan(folder, arch, number_of_processes(), run=time.time_ns())
     run_steps(steps, folder, begun)
     return finish(folder)
+
+
+def print_tools(arch: int) -> None:
+    """Prints what is missing, and which ptxas compiles the kernels for a GPU of `arch`."""
+    for name, text in missing().items():
+        print(f"missing: {name}: {text}")
+    with suppress(ImportError):  # without Triton
+        path, version = ptxas(arch)
+        print(ptxas_risk(arch) or f"Triton compiles with ptxas {'.'.join(map(str, version))}, {path}")
 
 
 def number_of_processes() -> int:
@@ -384,8 +394,7 @@ def dry_run(folder: Path) -> int:
         arch, card = 10 * major + minor, torch.cuda.get_device_name()
     processes = number_of_processes()
     print(f"{card}; {processes} processes; torch {torch.__version__}, Python {platform.python_version()}\n")
-    for name, text in missing().items():
-        print(f"missing: {name}: {text}")
+    print_tools(arch)
     steps = plan(folder, arch, processes)
     for step in steps:
         print(f"\n{step.name}, {step.budget_s} s{f', skipped: {step.skipped}' if step.skipped else ''}")

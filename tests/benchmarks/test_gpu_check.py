@@ -24,6 +24,7 @@ from benchmarks.valm_kernels.bench_long_attention import DECODING, SIZES, TEXT_O
 from benchmarks.valm_kernels.bench_visual_fusion import CASES
 from tests.bare_python import bare_python, path_without
 from tests.valm.killed import still_running
+from valm_kernels import build_info
 
 # In the place of what a step runs: notes its call, ends a test of flash attention and the test "b", adds a row to the
 # file of --results, and writes tiles. Where it is told to die it does so in "b".
@@ -402,6 +403,16 @@ def test_budgets_fit_in_ten_minutes_on_16_cores_and_the_rest_of_8_is_named(card)
     of_8 = plan(card, 90, 8)
     assert gpu_check.what_fits(of_8, 16) == gpu_check.what_fits(steps, 16)
     assert re.fullmatch(r"\d+ s of 560 s in a run; later runs do .*FlexAttention", gpu_check.what_fits(of_8, 8))
+
+
+@pytest.mark.parametrize(
+    ("version", "printed"), [((12, 9), "/ptxas is ptxas 12.9. Before 13.3, "), ((13, 4), "with ptxas 13.4, /ptxas\n")]
+)
+def test_the_ptxas_of_the_kernels_is_printed(monkeypatch, capsys, version, printed):
+    for module in (gpu_check, build_info):
+        monkeypatch.setattr(module, "ptxas", lambda arch: ("/ptxas", version))
+    gpu_check.print_tools(90)
+    assert printed in capsys.readouterr().out
 
 
 def test_steps_name_files_and_options_that_exist(card):

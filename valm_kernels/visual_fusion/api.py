@@ -6,6 +6,7 @@ import importlib.util
 import os
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -26,6 +27,8 @@ IMPLS = ("auto", "triton", flash.NAME, "cpu", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The kernels need tensor cores for bfloat16 and asynchronous copies to shared memory.
 MIN_CAPABILITY = (8, 0)
+# Written by `make gpu-check` if all tests have passed on a GPU.
+MEASURED_TILES = Path(__file__).parent / "triton" / "measured_tiles.json"
 
 
 class PackedOptions(TypedDict, total=False):
@@ -313,19 +316,20 @@ def _choose_impl(impl: str, q: Tensor) -> str:
                 f'impl="{impl}" needs a GPU of compute capability 8.0 or newer (Ampere), but {q.device} has '
                 f'{capability}; use impl="reference", or CPU tensors'
             )
-        if on_cuda and torch.version.hip is not None and not torch.compiler.is_compiling():
-            _warn_of_amd()
+        if on_cuda and not torch.compiler.is_compiling():
+            _warn_of_new_gpu("NVIDIA" if torch.version.hip is None else "AMD")
     return impl
 
 
 @cache
-def _warn_of_amd() -> None:
-    """Warns once in a process."""
-    warnings.warn(
-        "the Triton kernels of visual_fusion_attn compile for AMD GPUs, but have never run on an AMD GPU: compare "
-        'results with impl="reference"',
-        stacklevel=4,
-    )
+def _warn_of_new_gpu(vendor: str) -> None:
+    """Warns once in a process, on NVIDIA GPUs until the results of gpu-check are in the package."""
+    if torch.cuda.is_available() and not (vendor == "NVIDIA" and MEASURED_TILES.exists()):
+        warnings.warn(
+            f"the Triton kernels of visual_fusion_attn compile for {vendor} GPUs, but have never run on an {vendor} "
+            'GPU: compare results with impl="reference"',
+            stacklevel=4,
+        )
 
 
 @cache

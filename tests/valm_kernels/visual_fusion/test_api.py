@@ -1,4 +1,5 @@
 import inspect
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -102,23 +103,33 @@ def test_triton_has_to_be_installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "message"),
-    [((7, 5), None, "8.0 or newer .* but cuda:0 has 7.5"), ((8, 0), None, None), ((7, 0), "6", None)],
+    ("capability", "hip", "measured", "message", "vendor"),
+    [
+        ((7, 5), None, True, "8.0 or newer .* but cuda:0 has 7.5", None),
+        ((8, 0), None, True, None, None),
+        ((8, 0), None, False, None, "NVIDIA"),
+        ((7, 0), "6", True, None, "AMD"),
+    ],
 )
-def test_old_gpus_are_named(monkeypatch, capability, hip, message):
+def test_old_gpus_and_gpus_that_ran_no_kernel_are_named(
+    monkeypatch, tmp_path, capability, hip, measured, message, vendor
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(api, "MEASURED_TILES", tmp_path if measured else tmp_path / "measured_tiles.json")
     monkeypatch.setattr(api, "fused_attention", lambda inputs, impl, scores: (inputs.q, None, None))
     expected = nullcontext()
     if message:
         expected = pytest.raises(ValueError, match=message)
-    elif hip:
-        expected = pytest.warns(UserWarning, match="for AMD GPUs, but have never run on an AMD GPU")
-    caches = (api._too_old, api._warn_of_amd)
+    elif vendor:
+        expected = pytest.warns(UserWarning, match=f"for {vendor} GPUs, but have never run on an {vendor} GPU")
+    caches = (api._too_old, api._warn_of_new_gpu)
     for cached in caches:
         cached.cache_clear()
-    with FakeTensorMode(), expected:
+    with FakeTensorMode(), expected, warnings.catch_warnings():
+        if not vendor:
+            warnings.simplefilter("error")
         q = torch.empty(1, 2, 4, 8, dtype=torch.float16, device="cuda")
         visual_fusion_attn(q, q, q, None, None)
     for cached in caches:
