@@ -10,6 +10,7 @@ from valm.text import markdown_table
 NAMES = {
     "valm": "**VaLM, 4 retrieved images per token**",
     "gpt2": "Text-only baseline: same data, order, seed and steps",
+    "blind": "Query control (Blind): CLIP's vector of the text instead of images",
     "random_images": "VaLM, random images at test time",
     "majority": "Always the most frequent colour",
 }
@@ -23,8 +24,9 @@ def table(file: Path) -> str:
         f"Accuracy on {result['things']['heldout']} objects whose colour no text states [95 %]",
     )
     rows = []
-    for name, label in NAMES.items():
-        cell = _share(result["heldout_color_accuracy"][name])
+    accuracy = result["heldout_color_accuracy"]
+    for name, label in ((name, label) for name, label in NAMES.items() if name in accuracy):
+        cell = _share(accuracy[name])
         if name in result["details"]:
             low, high = map(_share, result["details"][name]["heldout"]["interval"])
             cell += f" [{low}, {high}]"

@@ -46,13 +46,13 @@ from studies.color.scoring import (
 )
 from studies.color.study import STUDY_FILE, Study
 from studies.color.text import read_texts
-from studies.demo.run import hardware, versions
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import own_tokenizer
 from valm.evaluation.questions import Questions
 from valm.evaluation.scorers import CausalScorer, digest
 from valm.evaluation.sets import SETS, Item, find_file, load_memory_color
 from valm.model.checkpoint import load, load_decoder
+from valm.pictures.page import hardware, versions
 from valm.store.files import read_json, writable_folder, write_json
 
 # Sets with more items than this are asked only in the first test of each arm.

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -18,9 +17,8 @@ from studies.demo.exhibits import Exhibits
 from studies.demo.things import CREDIT
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.explain.explanation import Explanation
-from valm.pictures.page import HERE as FRAME
+from valm.pictures.page import write_page
 from valm.text import printable
-from valm_kernels.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,22 +41,22 @@ SWATCHES = {
 ROW_NAMES = {
     "valm": "VaLM, 4 retrieved pictures per token",
     "gpt2": "text-only baseline (GPT-2*)",
+    "blind": "query control (Blind): its query instead of pictures",
     "random_images": "VaLM, random pictures at test time",
-    "valm_state_queries": "VaLM, state queries as published",
     "majority": "always the most frequent colour",
 }
+# The curves of the language models, by the stage that trained them.
+ROWS_OF_LOSSES = {"gpt2": "text-only baseline", "model": "VaLM", "control": "query control"}
 
 
 def write_report(
     path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]], exhibits: Exhibits
 ) -> None:
     """Writes the report, all or nothing. Everything is escaped, and the page makes no request."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(png_uri=png_uri, percent=lambda share: f"{share:.1%}", counts=_counts)
-    page = environment.get_template("report.html.j2").render(
-        style=Markup((FRAME / "report.css").read_text(encoding="utf-8")),
+    write_page(
+        path,
+        HERE / "report.html.j2",
+        filters={"png_uri": png_uri, "counts": _counts},
         results=results,
         row_names=ROW_NAMES,
         swatches=SWATCHES,
@@ -67,11 +65,9 @@ def write_report(
         prompts={prompt: begins_a_sentence(prompt) for prompt in COLOR_PROMPTS},
         exhibits=exhibits,
         attention=attention(exhibits.examples[0].seen),
-        language_losses=svg(plots.loss_curves({name: of for name, of in losses.items() if name != "CLIP"})),
-        clip_losses=svg(plots.loss_curves({"CLIP": losses["CLIP"]})),
+        language_losses=svg(plots.loss_curves({ROWS_OF_LOSSES[name]: losses[name] for name in ROWS_OF_LOSSES})),
+        clip_losses=svg(plots.loss_curves({"CLIP": losses["clip"]})),
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page.lstrip(), encoding="utf-8")
 
 
 def attention(seen: Explanation) -> list[dict[str, Any]]:

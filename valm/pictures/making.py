@@ -27,9 +27,8 @@ from valm.knowledge_base.sources import Source
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.smollm2 import convert_smollm2
 from valm.pictures.plan import BATCH_SIZE, EVALUATIONS, HELD_OUT, SMOLLM2, THUMBNAILS, PicturesPlan
-from valm.store.files import read_json, writable_folder, write_json
-from valm.store.parts import BASE, CONTROL, KB, MODEL, PARTS_FILE, RETRIEVAL, Parts, read_parts
-from valm.store.settings import check_same
+from valm.store.files import read_json, write_json
+from valm.store.parts import BASE, CONTROL, KB, MODEL, RETRIEVAL, claim_folder
 from valm.store.stages import Stages
 from valm.training.clip_plan import SMALL, ClipPlan
 from valm.training.clip_run import run_clip_plan
@@ -40,7 +39,6 @@ CLIP, BELOW, QUESTIONS = "clip", "below", "questions"
 NUMBERS_FILE = "numbers.json"
 # In NUMBERS_FILE: the options that make the training of this decoder faster, of those that it supports.
 FAST = "fast"
-OTHER = "choose another folder, or repeat the options"
 
 
 @dataclass(frozen=True)
@@ -93,18 +91,11 @@ class Making:
             self.base = str(self.out / SMOLLM2)
 
     def begin(self) -> None:
-        """Claims the folder `out` and writes its list of parts. Raises ValmError if it contains something else."""
-        out, settings = writable_folder(self.out), self._settings()
-        before = read_parts(out)
-        if before is not None:
-            check_same(f"{out} was begun otherwise", before["settings"], settings, OTHER)
-            return
-        if held := next(out.iterdir(), None):
-            raise ValmError(f"the output folder {out} is not empty (it contains {held.name}): choose another folder")
+        """Claims the folder `out`. Errors are those of `claim_folder`."""
         parts = {name: name for name in (CLIP, KB, RETRIEVAL, MODEL, CONTROL)}
-        if self.base == str(out / SMOLLM2):
+        if self.base == str(self.out / SMOLLM2):
             parts[BASE] = SMOLLM2
-        write_json(out / PARTS_FILE, Parts(format="valm pictures", version=1, parts=parts, settings=settings))
+        claim_folder(self.out, parts, self._settings())
 
     def _settings(self) -> dict[str, Any]:
         """What decides the result, as JSON, under the names that error messages use."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import unicodedata
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -20,8 +20,11 @@ from valm.store.stages import duration
 HERE = Path(__file__).parent
 
 
-def write_page(path: Path, template: Path, **content: Any) -> None:
-    """Writes the page of `template`, which extends frame.html.j2, all or nothing. Everything is escaped."""
+def write_page(path: Path, template: Path, *, filters: dict[str, Any] | None = None, **content: Any) -> None:
+    """Writes the page of `template`, which extends frame.html.j2, all or nothing. Everything is escaped.
+
+    filters: further filters of the template.
+    """
     environment = Environment(
         loader=FileSystemLoader([template.parent, HERE]),
         autoescape=True,
@@ -29,21 +32,22 @@ def write_page(path: Path, template: Path, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=lambda share: f"{share:.1%}", duration=duration, uri=thumbnail_uri)
+    environment.filters.update(
+        filters or {}, percent=lambda share: f"{share:.1%}", duration=duration, uri=thumbnail_uri
+    )
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     page = environment.get_template(template.name).render(style=style, **content)
     with output_file(path) as temporary:
         temporary.write_text(page.lstrip(), encoding="utf-8")
 
 
-def machine(packages: Iterable[str] = ()) -> dict[str, str]:
-    """What numbers and times may depend on: versions, threads and the processor."""
-    found = {"python": platform.python_version()}
-    found |= {package: version(package) for package in ("torch", "transformers", *packages)}
-    return found | {"threads": str(torch.get_num_threads()), "processor": processor()}
+def versions(packages: Iterable[str] = ("torch", "transformers")) -> dict[str, str]:
+    """Versions that numbers may depend on. The names of drawn objects come from Python's Unicode tables."""
+    python = {"python": platform.python_version(), "unicode": unicodedata.unidata_version}
+    return python | {package: version(package) for package in packages}
 
 
-def processor() -> str:
+def hardware() -> str:
     """The processor and its number of cores."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):

@@ -20,7 +20,7 @@ from valm.model.checkpoint import load
 from valm.model.sampling import keep_ends_alone, sampling_options
 from valm.options import as_options
 from valm.pictures.making import CLIP, QUESTIONS, Making
-from valm.pictures.page import machine, write_page
+from valm.pictures.page import hardware, versions, write_page
 from valm.pictures.plan import HELD_OUT, THUMBNAILS
 from valm.store.parts import CONTROL, KB, MODEL, RETRIEVAL
 from valm.text import printable
@@ -82,7 +82,8 @@ def write_report(making: Making, seconds: dict[str, float]) -> None:
         clip=numbers.get("clip"),
         questions=numbers.get(QUESTIONS, []),
         seconds={STAGES.get(stage, stage): of_stage for stage, of_stage in seconds.items()},
-        machine=machine(),
+        versions=versions() | {"threads": str(torch.get_num_threads())},
+        hardware=hardware(),
         commands=commands(making),
     )
 

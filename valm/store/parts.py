@@ -10,10 +10,12 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from valm.errors import ValmError
-from valm.store.files import read_json
+from valm.store.files import read_json, writable_folder, write_json
+from valm.store.settings import check_same
 from valm_kernels.json_files import check_own
 
 PARTS_FILE, STAGES_FILE = "pictures.json", "stages.json"
+OTHER = "choose another folder, or repeat the options"
 # The parts that commands look for.
 MODEL, CONTROL, KB, RETRIEVAL, BASE = "model", "control", "kb", "retrieval", "base"
 
@@ -39,6 +41,24 @@ def read_parts(folder: str | os.PathLike) -> Parts | None:
         return None
     check_own(file)
     return read_json(file, "the list of parts", Parts, "run `valm pictures` again in another folder")
+
+
+def claim_folder(folder: str | os.PathLike, parts: dict[str, str], settings: dict[str, Any]) -> Path:
+    """Creates `folder` and its list of parts, or compares the settings with those that it was begun with.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValmError: it contains something else, or was begun with other settings.
+    """
+    out = writable_folder(folder)
+    before = read_parts(out)
+    if before is not None:
+        check_same(f"{out} was begun otherwise", before["settings"], settings, OTHER)
+    elif held := next(out.iterdir(), None):
+        raise ValmError(f"the output folder {out} is not empty (it contains {held.name}): choose another folder")
+    else:
+        write_json(out / PARTS_FILE, Parts(format="valm pictures", version=1, parts=parts, settings=settings))
+    return out
 
 
 def part_of(folder: str | os.PathLike, part: str) -> Path:

