@@ -80,7 +80,7 @@ class TextCorpus:
         captions: a table of captions of the pictures in the folders and zip files among `files`.
 
     Raises:
-        ValmError: both files and a dataset are given, or streaming without a dataset.
+        ValmError: files or captions are given beside a dataset, or streaming without a dataset.
 
     Example:
         >>> from valm.corpus.texts import TextCorpus
@@ -95,8 +95,8 @@ class TextCorpus:
     captions: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
-        if self.dataset is not None and self.files:
-            raise ValmError("give either corpus files or --dataset")
+        if self.dataset is not None and (self.files or self.captions):
+            raise ValmError("give either corpus files, with --captions, or --dataset")
         if self.dataset is None and self.streaming:
             raise ValmError("--streaming needs a Hugging Face dataset: give --dataset too")
 

@@ -18,7 +18,7 @@ RETRIEVE = "retrieve {world}/corpus.txt " + OUT
         "retrieve " + OUT: "there is no corpus: give files, or --dataset",
         "retrieve {tmp}/rows.jsonl --column story " + OUT: "rows.jsonl, row 1: there is no column 'story', only text",
         "retrieve --dataset {tmp}/none " + OUT: "cannot read the dataset {tmp}/none",
-        RETRIEVE + "--dataset Salesforce/wikitext": "give either corpus files or --dataset",
+        RETRIEVE + "--dataset Salesforce/wikitext": "give either corpus files, with --captions, or --dataset",
         RETRIEVE + "--streaming": "--streaming needs a Hugging Face dataset",
         RETRIEVE + "--captions {tmp}/table.csv": "--captions is for folders and zip files of pictures",
         RETRIEVE + "--out {world}/clip": "is not empty",

@@ -93,37 +93,33 @@ def tar_records(path: Path) -> list[Record]:
     check_regular(path)  # opening a pipe would wait
     members: dict[str, tarfile.TarInfo] = {}
     end: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     with open(path, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in _members(tar):
-                    members[member.name] = member
+                    if member.isreg() and not member.issparse():
+                        members[member.name] = member
+                    elif at_first_dot(member.name)[1] in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
+                        skipped[member.name] = "a link, a sparse file or a folder is not read"
         except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
             if is_transient(error):
                 raise cannot_read(path, one_line(str(error))) from error
             end[""] = f"the archive ends early: {one_line(str(error))}"
-
-        def split(name: str) -> tuple[str, str]:
-            key, suffix = at_first_dot(name)
-            return key, suffix if suffix in CAPTION_SUFFIXES or _is_whole(members[name]) else ""
-
-        samples = Samples(members, lambda name: _content(file, members[name]), split)
-    skipped = samples.damaged
-    for name in samples.others:  # links, unsupported formats, and images such as a mask, 0.mask.png
+        samples = Samples(members, lambda name: _content(file, members[name]), at_first_dot)
+    for name in samples.others:  # unsupported formats, and images such as a mask, 0.mask.png
         suffix, hidden = PurePosixPath(name).suffix.lower(), PurePosixPath(name).name.startswith(".")
         if suffix in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and not hidden and at_first_dot(name)[0] not in samples.keys:
-            reason = "not a whole file whose name up to the first dot is that of a sample"
-            skipped[name] = next(iter(unread_formats([suffix])), reason)
+            unread = unread_formats([suffix])
+            skipped[name] = unread[0] if unread else "its name up to the first dot is not that of a sample"
     records = [
         Record(f"{path.name}/{name}", caption, path, members[name].offset_data, members[name].size)
         for name, caption in samples.images.items()
     ]
-    uris = ((f"{path.name}/{name}".rstrip("/"), reason) for name, reason in {**skipped, **end}.items())
+    uris = (
+        (f"{path.name}/{name}".rstrip("/"), reason) for name, reason in {**samples.damaged, **skipped, **end}.items()
+    )
     return records + [Record(uri, "", None, reason=reason) for uri, reason in uris]
-
-
-def _is_whole(member: tarfile.TarInfo) -> bool:
-    return member.isreg() and not member.issparse()
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -139,9 +135,9 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    """The content of a caption file. Raises ValueError for members that are not read."""
-    if not _is_whole(member) or member.size > MAX_CAPTION_BYTES:
-        raise ValueError(f"a link, a sparse file or a file of more than {MAX_CAPTION_BYTES:,} bytes is not read")
+    """The content of a caption file. Raises ValueError if it is too large or cut."""
+    if member.size > MAX_CAPTION_BYTES:
+        raise ValueError(f"a file of more than {MAX_CAPTION_BYTES:,} bytes is not read")
     file.seek(member.offset_data)
     content = file.read(member.size)
     if len(content) < member.size:
