@@ -116,6 +116,16 @@ class TextLimits(NamedTuple):
     cache_seqlens: Tensor | None = None
 
 
+class Scoring(NamedTuple):
+    """What a family does to scores: it multiplies them by `scale`, caps them softly at `softcap`, adds `position_bias`
+    to those of text, and gives each head `sink`, one more score without a value."""
+
+    scale: float
+    softcap: float | None = None
+    position_bias: Tensor | None = None
+    sink: Tensor | None = None
+
+
 class ImageProjection(nn.Linear):
     """The input projection. Its initialisation leaves the global random generator unchanged, so with one seed a model
     and its text-only baseline get the same other weights and the same random numbers afterwards."""
@@ -263,15 +273,21 @@ def _adapts_rows(attention: nn.Module) -> bool:
     return any(not {"adapter_names", "alora_offsets"}.isdisjoint(getattr(hook, "keywords", ())) for hook in hooks)
 
 
-class _Caught:
-    """tensors: query, key and value of a call. A class, because offloading would copy a list or tuple."""
-
-    tensors: Any = None
-
-
 class _Ended(Exception):
     """Ends a call whose query, key and value are known. There is no other way out of a family's forward; the output
     projection would be computed for nothing, and its dropout would advance the random generator."""
+
+
+class _Caught:
+    """A function of the attention interface that stores query, key and value in `tensors` and ends the call."""
+
+    tensors: Any = None
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.tensors = query, key, value
+        if not torch.compiler.is_compiling():  # a compiler drops unused results by itself
+            raise _Ended
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
 def catch(attention: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,7 +295,7 @@ def catch(attention: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Te
     IMPLEMENTATION."""
     caught = _Caught()
     try:  # noqa: SIM105 - torch.compile does not support contextlib.suppress
-        attention.forward(**arguments, caught=caught)
+        attention.forward(**arguments, own=caught)
     except _Ended:
         pass
     if caught.tensors is None:
@@ -387,7 +403,6 @@ def fusion_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     images: Images | None = None,
-    caught: _Caught | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
@@ -400,19 +415,15 @@ def fusion_attention(
 
     text_limits: the limits in the mask, if known. Otherwise they are read from it, except in a compiled graph.
     read_weights: called with the arguments of `joint_weights`.
-    own: the class's own function of the interface, called instead.
+    own: a function of the interface that is called instead, such as the class's own.
     softcap, position_bias and s_aux (a sink: one more score per head, without a value) come from the families.
     """
-    if caught is not None:
-        caught.tensors = query, key, value
-        if not torch.compiler.is_compiling():  # a compiler drops unused results by itself
-            raise _Ended
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scale, softcap, position_bias, s_aux)
     num_queries, num_keys = query.shape[2], key.shape[2]
     seen = visible_keys(attention_mask)
     if read_weights is not None:
-        read_weights(query, key, images, seen, scale, softcap, position_bias, s_aux)
+        read_weights(query, key, images, seen, scoring)
     if own is not None:
         given = {"scaling": scaling, "softcap": softcap, "position_bias": position_bias, "s_aux": s_aux}
         given = {name: value for name, value in given.items() if value is not None}
@@ -423,9 +434,9 @@ def fusion_attention(
         text_limits = read_limits(seen)
     reason = why_joint_eager(query, value, position_bias, seen, text_limits)
     if reason is None:
-        out = _kernel_attention(query, key, value, images, text_limits, scale, softcap, s_aux)
+        out = _kernel_attention(query, key, value, images, text_limits, scoring)
     else:
-        out = joint_attention(query, key, value, images, seen, scale, softcap, position_bias, s_aux)
+        out = joint_attention(query, key, value, images, seen, scoring)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -491,28 +502,33 @@ def read_limits(seen: Tensor | None) -> TextLimits | None:
 
 
 def _kernel_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    images: Images | None,
-    text_limits: TextLimits | None,
-    scale: float,
-    softcap: float | None,
-    sink: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, images: Images | None, text_limits: TextLimits | None, scoring: Scoring
 ) -> Tensor:
     """(B, Hq, Tq, Dv) by `visual_fusion_attn`."""
     value_dim, widest = value.shape[-1], max(query.shape[-1], value.shape[-1])
-    arguments = image_arguments(query, images, widest) | limit_arguments(query, text_limits)
+    batch = query.shape[0]
+    first_key, seqlens = text_limits or TextLimits()
+    arguments = image_arguments(query, images, widest)
     image_k = image_v = None
     if images is not None:
         image_k, image_v = _widened(images.keys, widest), _widened(images.values, widest)
         arguments["image_v_bias"] = _widened(images.terms.v_bias, widest)
-    if softcap is not None:
-        arguments["softcap"] = softcap
     query, key, value = (_widened(tensor, widest) for tensor in (query, key, value))
-    out, lse = visual_fusion_attn(query, key, value, image_k, image_v, **arguments, scale=scale, return_lse=True)
-    if sink is not None:  # the sink's share of the softmax has no value
-        out = out * without_sink(lse, sink)[..., None].to(out.dtype)
+    out, lse = visual_fusion_attn(
+        query,
+        key,
+        value,
+        image_k,
+        image_v,
+        **arguments,
+        first_key=None if first_key is None else first_key.expand(batch, -1),
+        cache_seqlens=None if seqlens is None else seqlens.expand(batch),
+        scale=scoring.scale,
+        softcap=scoring.softcap,
+        return_lse=True,
+    )
+    if scoring.sink is not None:  # the sink's share of the softmax has no value
+        out = out * without_sink(lse, scoring.sink)[..., None].to(out.dtype)
     return out[..., :value_dim]
 
 
@@ -533,18 +549,6 @@ def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[st
     return arguments
 
 
-def limit_arguments(query: Tensor, text_limits: TextLimits | None) -> dict[str, Any]:
-    """The arguments of `visual_fusion_attn` that limit the text."""
-    if text_limits is None:
-        return {}
-    first_key, seqlens = text_limits
-    batch = query.shape[0]
-    return {
-        "first_key": None if first_key is None else first_key.expand(batch, -1),
-        "cache_seqlens": None if seqlens is None else seqlens.expand(batch),
-    }
-
-
 def without_sink(lse: Tensor, sink: Tensor) -> Tensor:
     """(B, Hq, Tq): the share of the softmax that a sink (Hq,) leaves to scores with the logsumexp `lse` (B, Hq, Tq)."""
     return torch.sigmoid(lse - sink.reshape(1, -1, 1))
@@ -556,21 +560,13 @@ def _widened(tensor: Tensor, width: int) -> Tensor:
 
 
 def joint_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    images: Images | None,
-    seen: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    sink: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, images: Images | None, seen: Tensor | None, scoring: Scoring
 ) -> Tensor:
     """(B, Hq, Tq, Dv): attention with all scores in memory, for any mask, bias and dimension.
 
     seen: (B or 1, Tq, Tk) bool, None = causal. A query that sees nothing gets zeros.
     """
-    text, image = joint_weights(query, key, images, seen, scale, softcap, position_bias, sink)
+    text, image = joint_weights(query, key, images, seen, scoring)
     group = query.shape[1] // key.shape[1]
     out = text.to(query.dtype) @ value.repeat_interleave(group, 1)
     if images is not None:
@@ -582,19 +578,12 @@ def joint_attention(
 
 
 def joint_weights(
-    query: Tensor,
-    key: Tensor,
-    images: Images | None,
-    seen: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    sink: Tensor | None = None,
+    query: Tensor, key: Tensor, images: Images | None, seen: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """The weights of `joint_attention` over text (B, Hq, Tq, Tk) and over images (B, Hq, Tq, K), at least float32."""
     bias = query.new_zeros(1, 1, query.shape[2], key.shape[2], dtype=torch.promote_types(query.dtype, torch.float32))
-    if position_bias is not None:
-        bias = bias + position_bias
+    if scoring.position_bias is not None:
+        bias = bias + scoring.position_bias
     if seen is not None:
         bias = bias.masked_fill(~seen[:, None], -torch.inf)
     text, image, lse = attention_weights(
@@ -604,11 +593,11 @@ def joint_weights(
         **image_arguments(query, images, query.shape[-1]),
         text_bias=bias,
         causal=seen is None,
-        scale=scale,
-        softcap=softcap,
+        scale=scoring.scale,
+        softcap=scoring.softcap,
     )
-    if sink is not None:
-        share = without_sink(lse, sink)[..., None]
+    if scoring.sink is not None:
+        share = without_sink(lse, scoring.sink)[..., None]
         text, image = text * share, image * share
     return text, image
 

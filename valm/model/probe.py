@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from valm.errors import ValmError
-from valm.model.attention import visible_keys
+from valm.model.attention import IMPLEMENTATION, visible_keys
 from valm.model.positions import AttentionCall, alone, named_arguments, positions
 from valm.model.private_names import uses_interface, with_attention
 
-PROBE_IMPLEMENTATION = "valm_probe"
 # Tokens of the probe's text. In some models the first token is an outlier, so the scale of a hidden state is a median
 # over several tokens.
 PROBE_TOKENS = 8
@@ -329,10 +328,10 @@ def _attend(attention: Any, arguments: dict[str, Any]) -> _Sizes:
     """The sizes in a call of the attention. Raises ValmError if the attention did not call transformers' attention
     interface."""
     config = attention.config
-    attention.config = with_attention(config, PROBE_IMPLEMENTATION)
+    attention.config = with_attention(config, IMPLEMENTATION)
     try:
         with in_mode(attention, training=False):
-            attention.forward(**arguments)
+            attention.forward(**arguments, own=_end_with_sizes)
     except _Sizes as sizes:
         return sizes
     finally:
@@ -340,7 +339,7 @@ def _attend(attention: Any, arguments: dict[str, Any]) -> _Sizes:
     raise ValmError(f"{type(attention).__name__} did not call transformers' attention interface")
 
 
-def _probe_attention(
+def _end_with_sizes(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     seen = visible_keys(attention_mask)
@@ -352,9 +351,6 @@ def _probe_attention(
     # DeepSeek's sparse attention: the keys that each query sees, for implementations other than "sdpa" and "eager"
     sparse = kwargs.get("indices") is not None
     raise _Sizes(query.shape, key.shape, value.shape, bool(causal), sparse)
-
-
-AttentionInterface.register(PROBE_IMPLEMENTATION, _probe_attention)
 
 
 def _interface_paths(layer: nn.Module) -> list[str]:

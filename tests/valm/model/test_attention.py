@@ -7,7 +7,7 @@ from tests.valm.model.decoders import IMAGE_DIM, augmented
 from tests.valm.training.test_processes import launch
 from valm.errors import ValmError
 from valm.model import attention as fusion
-from valm.model.attention import FusionTerms, Images, fusion_attention, joint_attention
+from valm.model.attention import FusionTerms, Images, Scoring, fusion_attention, joint_attention
 from valm.model.augment import fusion_module
 
 
@@ -55,7 +55,7 @@ def test_kernel_and_joint_attention_agree(extras, dims, images, monkeypatch):
 @pytest.mark.parametrize("scored", [False, True])
 def test_joint_attention_in_float64_by_hand(sink, scored):
     (query, key, value), images = problem(scored=scored)
-    out = joint_attention(query, key, value, images, None, 0.25, softcap=1.5, sink=sink)
+    out = joint_attention(query, key, value, images, None, Scoring(0.25, softcap=1.5, sink=sink))
     batch, head, token = 1, 3, 4
     text = (key[batch, head // 2, : token + 1] @ query[batch, head, token]).double() * 0.25
     index = images.image_index[batch, token]
@@ -87,7 +87,7 @@ def test_a_mask_with_holes_is_obeyed():
 
 def test_a_head_dimension_that_the_kernel_lacks():
     (query, key, value), images = problem(4, 4)
-    expected = joint_attention(query, key, value, images, None, 0.5).transpose(1, 2)
+    expected = joint_attention(query, key, value, images, None, Scoring(0.5)).transpose(1, 2)
     assert torch.equal(fusion_attention(Head(), query, key, value, None, images=images)[0], expected)
 
 
@@ -96,7 +96,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
     query.requires_grad_()
     seen = torch.ones(2, 7, 7, dtype=torch.bool).tril()
     seen[1, 3] = False
-    out = joint_attention(query, key, value, None, seen, 0.25)
+    out = joint_attention(query, key, value, None, seen, Scoring(0.25))
     assert not out[1, :, 3].any()
     out.sum().backward()
     assert query.grad.isfinite().all() and not query.grad[1, :, 3].any()
