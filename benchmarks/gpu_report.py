@@ -115,18 +115,19 @@ def _over_flash_merge(rows: Rows) -> float | None:
     return times["ours"] / times["flash + LSE merge"]
 
 
-def _over_12_us_and_host(rows: Rows) -> float | None:
+def _over_paper_and_host(rows: Rows) -> float | None:
     times = _times(rows, "decode B1 H12 T1 prefix 8191 K8 D64 bfloat16", "median_ms")
     if "ours" not in times:
         return None
     (decoding,) = (shape for shape in roofline.SHAPES if shape.Tq == 1)
-    return times["ours"] / (0.012 + 1e3 * roofline.host_s(decoding, backward=False))
+    gpu = roofline.gpu_s(roofline.forward_works(decoding))
+    return times["ours"] / (1e3 * (gpu + roofline.host_s(decoding, backward=False)))
 
 
 AIMS = (
     Aim("Forward, T 1024; flash attention on the text plus the images' bytes", 1.3, _over_flash_and_image_bytes),
-    Aim("Forward, T 4096, D 128; flash attention merged with the images in PyTorch", 1.2, _over_flash_merge),
-    Aim("Decoding step, whole call; 12 µs plus the time of the host", 1.0, _over_12_us_and_host),
+    Aim("Forward, T 4096, D 128; flash attention merged with the images in PyTorch", 1.0, _over_flash_merge),
+    Aim("Decoding step, whole call; its time on paper below, plus our host's", 1.2, _over_paper_and_host),
 )
 # By their marks in the page.
 TABLES: dict[str, Callable[[], str]] = {

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.peers import attention
-from valm_kernels.visual_fusion import crossover
 
 # NVIDIA H100 SXM5 80 GB (data sheet; without sparsity). Special functions: 16 exp2 per clock and multiprocessor
 # (CUDA C++ Programming Guide, arithmetic throughput), 132 multiprocessors, 1.83 GHz.
@@ -210,28 +209,6 @@ def text(s: Shape, backward: bool) -> Work:
     return replace((whole_backward if backward else forward)(only_text), kernel="flash attention")
 
 
-def joined_forward(s: Shape) -> Work:
-    return Work(
-        "forward: images",
-        # q, out of the text, out, image_k, image_v, index, both lse
-        3 * s.query_bytes + 2 * s.image_bytes + s.index_bytes + 2 * s.row_bytes,
-        0,
-        5 * s.D * s.image_pairs,
-        2 * s.image_pairs,
-    )
-
-
-def joined_query(s: Shape) -> Work:
-    return Work(
-        "backward: images",
-        # q, out, grad_out, dq of the text, dq, image_k, image_v, index, lse
-        5 * s.query_bytes + 2 * s.image_bytes + s.index_bytes + s.row_bytes + s.image_grad_bytes,
-        0,
-        (6 if s.U else 8) * s.D * s.image_pairs,
-        s.image_pairs,
-    )
-
-
 class Traffic(TorchDispatchMode):
     """Counts operations, and the bytes of the tensors that they read and write; views are free."""
 
@@ -270,19 +247,12 @@ def images_in_pytorch(s: Shape, backward: bool) -> Work:
     return Work("images", traffic.bytes, 0, 0, 0, traffic.operations)
 
 
-def was_joined(s: Shape) -> bool:
-    """Whether flash attention read the text at cb7a91eb, also on an H100."""
-    return s.Tq > 1 and s.Tk * s.D >= crossover.ESTIMATE
-
-
-def forward_works(s: Shape, is_joined: bool = False) -> list[Work]:
-    if is_joined:
-        return [text(s, False), joined_forward(s)]
+def forward_works(s: Shape) -> list[Work]:
     return [forward(s)] + ([merge(s)] if s.Tq == 1 else [])
 
 
-def backward_works(s: Shape, is_joined: bool = False) -> list[Work]:
-    works = [text(s, True), joined_query(s)] if is_joined else [query(s), key(s)]
+def backward_works(s: Shape) -> list[Work]:
+    works = [query(s), key(s)]
     if s.U:  # a separate kernel sums the parts of a popular image
         works += [sort(s), replace(pool(s), launches=2)]
     return works
@@ -310,14 +280,14 @@ def topk_s(queries: int, rows: int, dim: int) -> float:
     return max(rows * (2 * dim + 4) / BYTES_PER_S, 2 * queries * rows * dim / BF16_FLOP_PER_S)
 
 
-def queries_of_block(queries: int, most: int) -> int:
-    """The queries that share a read of the rows, at most `most` (csrc/topk/cuda/plan.hpp, float16 rows on an H100)."""
-    return next(block for block in (16, 32, 64, 128) if queries <= block or block == most)
+def queries_of_block(queries: int) -> int:
+    """The queries that share a read of the rows (csrc/topk/cuda/plan.hpp, float16 rows on an H100)."""
+    return next(block for block in (16, 32, 64, 128) if queries <= block or block == 128)
 
 
-def search_s(queries: int, rows: int, dim: int, most: int) -> float:
+def search_s(queries: int, rows: int, dim: int) -> float:
     """Our search: each block of queries reads the rows from the second-level cache."""
-    block = queries_of_block(queries, most)
+    block = queries_of_block(queries)
     blocks = -(-queries // block)
     products = 2 * blocks * block * rows * dim / (MMA_SYNC_SHARE * BF16_FLOP_PER_S)
     read = blocks * rows * (2 * dim + 4) / CACHE_BYTES_PER_S
@@ -343,17 +313,14 @@ SHAPES = (
 )
 TOPK_QUERIES = (1, 64, 512, 1024, 4096)
 TOPK_ROWS, TOPK_DIM = 1_000_000, 768
-# Kernels of a search (csrc/topk/cuda/launch.cuh), and queries of a block of its first pass, at cb7a91eb and now.
-SEARCH_LAUNCHES = 5
-BLOCK_BEFORE, BLOCK_NOW = 64, 128
+SEARCH_LAUNCHES = 5  # kernels of a search (csrc/topk/cuda/launch.cuh)
 
 
 def table() -> str:
     """The arithmetic of docs/results/gpu.md: a row for each call."""
     lines = [
-        "| Call in 16 bits | Direction | Floor, µs | Floor bound by | Ours at cb7a91eb, µs | Ours now, µs | "
-        "In PyTorch, µs | Our host, µs |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| Call in 16 bits | Direction | Floor, µs | Floor bound by | Ours, µs | In PyTorch, µs | Our host, µs |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
 
     def add(name: str, direction: str, floor: float, bound: str, *others: float | None) -> None:
@@ -365,16 +332,14 @@ def table() -> str:
         for backward in (False, True)[: 1 + (shape.Tq > 1)]:
             floor = (whole_backward if backward else forward)(shape)
             bound = max(floor.seconds, key=floor.seconds.__getitem__)
-            works = backward_works if backward else forward_works
-            before, now = gpu_s(works(shape, was_joined(shape))), gpu_s(works(shape))
+            ours = gpu_s((backward_works if backward else forward_works)(shape))
             pytorch = gpu_s([text(shape, backward), images_in_pytorch(shape, backward)])
-            others = (before, now, pytorch, host_s(shape, backward))
+            others = (ours, pytorch, host_s(shape, backward))
             add(shape.name, "backward" if backward else "forward", floor.least_s, bound, *others)
     for queries in TOPK_QUERIES:
         size = (queries, TOPK_ROWS, TOPK_DIM)
         floor = topk_s(*size)
         bound = "memory" if floor == topk_s(0, *size[1:]) else "tensor cores"
-        before, now = (search_s(*size, most) for most in (BLOCK_BEFORE, BLOCK_NOW))
         name = f"exact top-8, {TOPK_ROWS:,} rows of {TOPK_DIM}, queries: {queries:,}"
-        add(name, "search", floor, bound, before, now, matmul_topk_s(*size), None)
+        add(name, "search", floor, bound, search_s(*size), matmul_topk_s(*size), None)
     return "\n".join(lines)

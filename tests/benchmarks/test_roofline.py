@@ -33,23 +33,14 @@ def test_floor_of_a_search_is_its_bytes_and_then_its_products():
     assert roofline.topk_s(4096, 1_000_000, 768) == pytest.approx(2 * 4096 * 1_000_000 * 768 / 989e12)
 
 
-def test_larger_blocks_read_the_rows_less_often():
-    assert [roofline.queries_of_block(n, 128) for n in (1, 16, 17, 64, 65, 128, 4096)] == [
-        16,
-        16,
-        32,
-        64,
-        128,
-        128,
-        128,
-    ]
-    for queries in roofline.TOPK_QUERIES:
-        before, now = (roofline.search_s(queries, 1_000_000, 768, most) for most in (64, 128))
-        assert now == before if queries <= 64 else roofline.topk_s(queries, 1_000_000, 768) < now < before
-    # 16 blocks of 64 queries are bound by the cache, 8 of 128 by the products
+def test_queries_of_a_block_share_a_read_of_the_rows():
+    queries = (1, 16, 17, 64, 65, 128, 4096)
+    assert [roofline.queries_of_block(n) for n in queries] == [16, 16, 32, 64, 128, 128, 128]
+    # 8 blocks of 128 queries are bound by the products
     launches = roofline.SEARCH_LAUNCHES * roofline.LAUNCH_S
-    read = 16 * 1_000_000 * (2 * 768 + 4) / roofline.CACHE_BYTES_PER_S
-    assert roofline.search_s(1024, 1_000_000, 768, 64) == pytest.approx(read + launches)
+    products = 2 * 1024 * 1_000_000 * 768 / (roofline.MMA_SYNC_SHARE * roofline.BF16_FLOP_PER_S)
+    assert roofline.search_s(1024, 1_000_000, 768) == pytest.approx(products + launches)
+    assert roofline.search_s(64, 1_000_000, 768) > roofline.topk_s(64, 1_000_000, 768)
 
 
 def test_traffic_of_pytorch_is_counted_without_views():
@@ -68,13 +59,9 @@ def test_the_peer_reads_the_images_and_makes_a_pool_dense(backward):
     assert pooled.launches == dense.launches + 2
 
 
-def test_long_texts_were_read_by_flash_attention():
-    kernels = {
-        shape.name: [work.kernel for work in roofline.forward_works(shape, roofline.was_joined(shape))]
-        for shape in roofline.SHAPES
-    }
-    assert kernels["B4 H12 T1024 K8 D64, dense"] == ["forward"]
-    assert kernels["B4 H16 T4096 K8 D64, dense"] == ["flash attention", "forward: images"]
+def test_a_decoding_query_is_merged_from_its_splits():
+    kernels = {shape.name: [work.kernel for work in roofline.forward_works(shape)] for shape in roofline.SHAPES}
+    assert kernels["B4 H16 T4096 K8 D64, dense"] == ["forward"]
     assert kernels["B1 H12 Tq1 Tk8192 K8 D64, dense (decoding)"] == ["forward", "forward: merge of the splits"]
 
 

@@ -96,7 +96,7 @@ def test_the_arithmetic_of_gpu_md_assumes_these_blocks(simulate, library):
     simulator = simulate(library, multiprocessors=132, shared_bytes=H100)
     for queries in (2, 17, 65, *roofline.TOPK_QUERIES):
         rows = simulator.Rows(0, 0, "float16", roofline.TOPK_ROWS, roofline.TOPK_DIM)
-        assert simulator.plan(queries, rows, 8)[1] == roofline.queries_of_block(queries, roofline.BLOCK_NOW)
+        assert simulator.plan(queries, rows, 8)[1] == roofline.queries_of_block(queries)
 
 
 @pytest.mark.parametrize(
