@@ -30,6 +30,7 @@ from valm.pictures.plan import BATCH_SIZE, EVALUATIONS, HELD_OUT, SMOLLM2, THUMB
 from valm.store.files import read_json, write_json
 from valm.store.parts import BASE, CONTROL, KB, MODEL, RETRIEVAL, claim_folder
 from valm.store.stages import Stages
+from valm.text import printable
 from valm.training.clip_plan import SMALL, ClipPlan
 from valm.training.clip_run import run_clip_plan
 from valm.training.plan import TrainingPlan
@@ -138,8 +139,8 @@ class Making:
 
     def make_kb(self) -> str:
         kb = build(self.found.source, self.out / KB, Clip.load(self.clip), Encoding(thumbnails=THUMBNAILS))
-        skipped = kb.manifest["skipped"]
-        more = f", {len(skipped):,} not readable, such as {skipped[0]['uri']}" if skipped else ""
+        first = next(iter(kb.skipped()), None)
+        more = "" if first is None else f"; {kb.manifest['skipped']:,} not readable, such as {printable(first['uri'])}"
         return f"{len(kb):,} pictures{more}"
 
     def retrieval_plan(self) -> RetrievalPlan:
@@ -148,7 +149,7 @@ class Making:
 
     def retrieve(self) -> str:
         plan, kb = self.retrieval_plan(), ImageKnowledgeBase.open(self.out / KB)
-        documents = _captions(kb) if self.plan.text is None else plan.corpus.documents()
+        documents = captions_of(kb) if self.plan.text is None else plan.corpus.documents()
         found = retrieve_corpus(documents, open_retriever(plan, kb), plan.out)
         return f"{len(found):,} texts, {found.manifest['tokens']:,} tokens"
 
@@ -184,7 +185,7 @@ class Making:
         return read_json(file, "the numbers", dict[str, Any], "delete it") if file.is_file() else {}
 
 
-def _captions(kb: ImageKnowledgeBase) -> Iterator[Caption]:
+def captions_of(kb: ImageKnowledgeBase) -> Iterator[Caption]:
     """Every caption of the pictures in `kb`."""
     for number in range(len(kb)):
         item = kb.item(number)

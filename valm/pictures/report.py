@@ -160,7 +160,9 @@ def commands(making: Making) -> list[str]:
     lines = [] if plan.clip else [["clip", "train", pictures, *source, *as_options(clip)]]
     encoding = as_options(Encoding(thumbnails=THUMBNAILS))
     lines.append(["kb", "build", pictures, *source, "--clip", making.clip, "--out", str(out / KB), *encoding])
-    lines.append(["retrieve", str(plan.text or pictures), *as_options(making.retrieval_plan())])
+    corpus = [pictures, *(["--captions", str(plan.captions)] if plan.captions else [])]
+    corpus = corpus if plan.text is None else [str(plan.text)]
+    lines.append(["retrieve", *corpus, *as_options(making.retrieval_plan())])
     for training in (making.training_plan(MODEL, None), making.training_plan(CONTROL, plan.control)):
         fields = [word for name, value in training.fields.items() for word in (f"--{name}", str(value))]
         lines.append(["train", *as_options(replace(training, resume=False)), *fields])

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from tests.valm.pictures.conftest import draw
+from tests.valm.tiny_clip import make_clip
+from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
 from valm.errors import ValmError
-from valm.pictures.making import Making, look
+from valm.knowledge_base.store import ImageKnowledgeBase
+from valm.pictures.making import Making, captions_of, look
 from valm.pictures.plan import PicturesPlan
 
 
@@ -43,6 +46,16 @@ def test_the_folder_is_claimed_once_and_continued_with_the_same_options(drawn, t
     (tmp_path / "full" / "letter.txt").touch()
     with pytest.raises(ValmError, match=r"full is not empty \(it contains letter.txt\): choose another folder"):
         making(drawn, tmp_path / "full").begin()
+
+
+def test_a_damaged_picture_is_counted_and_its_captions_are_no_text(tmp_path):
+    pictures = draw(tmp_path / "pictures", 4)
+    (pictures / "0.png").write_bytes(b"not a picture")
+    make_clip(prune_tokenizer(clip_tokenizer(), ["a red ellipse"])).save(tmp_path / "clip")
+    work = making(pictures, tmp_path / "out", clip=str(tmp_path / "clip"))
+    work.begin()
+    assert work.make_kb() == "3 pictures; 1 not readable, such as 0.png"
+    assert len(list(captions_of(ImageKnowledgeBase.open(tmp_path / "out" / "kb")))) == 6
 
 
 def test_smollm2_is_converted_unless_a_folder_has_that_name(drawn, tmp_path, monkeypatch):
