@@ -23,7 +23,7 @@ def add_to(commands: Commands) -> None:
     pictures.add_argument(
         "pictures",
         type=Path,
-        help="folder of pictures, a tar file or a folder of tar files, or a table of pictures and captions",
+        help="folder or zip file of pictures, a tar file or a folder of tar files, or a table of pictures and captions",
     )
     add_fields(pictures, PicturesPlan)
 

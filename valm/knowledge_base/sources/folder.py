@@ -19,8 +19,8 @@ from valm_kernels.json_files import check_regular
 class FolderSource(RecordSource):
     """Every image under `folder`.
 
-    Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` lists other files,
-    which are ignored, and the number of images without a caption.
+    Damaged images and caption files are skipped and listed (`ImageKnowledgeBase.skipped`). `remarks` counts ignored
+    files, images without a caption, and rows of the table without an image.
 
     Args:
         captions: a table of captions; by default `captions.csv`, `captions.txt` (as in Flickr8k: a CSV with the header
@@ -41,7 +41,8 @@ class FolderSource(RecordSource):
         names = files_below(Path(folder))
         own = (self.folder / name for name in CAPTION_TABLES if name in names)
         table = next(own, None) if captions is None else Path(captions).absolute()
-        beside = [name for name in names if name not in CAPTION_TABLES and self.folder / name != table]
+        inside = None if table is None else Path(os.path.relpath(table, self.folder)).as_posix()
+        beside = [name for name in names if name not in (*CAPTION_TABLES, inside)]
         records, self.remarks = picture_records(
             Samples(beside, self._content),
             Path(folder),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from valm.clip.read_image import IMAGE_SUFFIXES, unread_formats
@@ -55,23 +55,23 @@ class Samples:
 
     def __init__(
         self,
-        names: Collection[str],
+        names: Iterable[str],
         content: Callable[[str], bytes],
         split: Callable[[str], tuple[str, str]] = at_last_dot,
     ):
-        self.images = dict.fromkeys((name for name in names if split(name)[1] in IMAGE_SUFFIXES), "")
-        self.keys = {key for name in self.images for key in (split(name)[0], composed(name))}
+        parts = {name: split(name) for name in names}
+        self.images = {name: "" for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES}
+        self.keys = {key for name in self.images for key in (parts[name][0], composed(name))}
         self.damaged: dict[str, str] = {}
         self.others = []
         files: dict[tuple[str, str], str] = {}
-        for name in names:
-            key, suffix = split(name)
+        for name, (key, suffix) in parts.items():
             if suffix in CAPTION_SUFFIXES and key in self.keys:
                 files[key, suffix] = name
             elif suffix not in IMAGE_SUFFIXES:
                 self.others.append(name)
         for name in self.images:
-            keys = (split(name)[0], composed(name))
+            keys = (parts[name][0], composed(name))
             beside = (files.get((key, suffix)) for suffix in CAPTION_SUFFIXES for key in keys)
             captions = (self._caption(file, content) for file in beside if file is not None)
             self.images[name] = next(filter(None, captions), "")
