@@ -1,4 +1,5 @@
-"""The measured figures of README.md and docs/, from the files in benchmarks/results/: none is typed by hand.
+"""The measured figures of README.md and docs/, from the files in benchmarks/results/: none is typed by hand. The table
+of back ends is asked of the package.
 
     python -m benchmarks.report
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import gpu_report
 from benchmarks.valm import demo_report, queries_report
-from benchmarks.valm_kernels import topk_report
+from benchmarks.valm_kernels import back_ends, topk_report
 from studies.plots import INK, SERIES, new_figure, quiet
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ README = ROOT / "README.md"
 QUERIES = ROOT / "docs" / "results" / "queries.md"
 SOURCE = "https://github.com/valm-kernels/valm/blob/main"
 TOPK = ROOT / "docs" / "reference" / "topk.md"
+KERNELS = ROOT / "docs" / "reference" / "valm_kernels.md"
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,14 @@ MARKED: dict[str, Callable[[], str]] = {
     "topk": topk_table,
     "queries": queries_table,
     "whole": whole_table,
+    "back_ends": back_ends.table,
     **gpu_report.TABLES,
 }
 
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    paths = (README, PAGE, TOPK, QUERIES, gpu_report.PAGE)
+    paths = (README, PAGE, TOPK, KERNELS, QUERIES, gpu_report.PAGE)
     return {path: gpu_report.fill(path.read_text(encoding="utf-8"), MARKED) for path in paths}
 
 
