@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Sources of an editable install: after a change here, make installs again.
 SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.c*' -o -name '*.h*')
 
-.PHONY: help demo study-small test check lint types docs bench gpu-check wheel
+.PHONY: help demo study-small test check lint types docs bench gpu-check ttsem-check wheel
 .PHONY: format fuzz sanitize sdist-check hub-kernel clean
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make docs         build the documentation as a site in build/site/"
 	@echo "make bench        run the benchmarks of each operation and its peers"
 	@echo "make gpu-check    on a machine with a GPU, with its own Python: tests, tiles, benchmarks; writes docs/results/gpu.md"
+	@echo "make ttsem-check  run the GPU tests of the attention on a CPU by ttsem: no card, but slow (Python 3.12 or 3.13)"
 	@echo "make wheel        build a manylinux wheel for this Python into dist/, and try it without a compiler"
 	@echo "make sdist-check  build the source distribution and a wheel, compare both with the checkout, try the sdist"
 	@echo "make hub-kernel   build valm_kernels for a kernel hub and test it; writes $(HUB_KERNEL)/"
@@ -87,6 +88,18 @@ bench: $(VENV)/.installed-check
 # With the Python that is there, without network: a GPU machine often has only PyTorch (docs/results/gpu.md).
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
+
+# The GPU tests of the attention on a CPU: ttsem runs the IR that Triton compiles for a card, and names accesses out of
+# bounds, races and undefined results by line. It brings its PyTorch and its Triton, for Python 3.12 or 3.13 (PYTHON).
+# TESTS chooses some of them, such as TESTS='-k "decode and bfloat16"'.
+ttsem-check: $(VENV)-ttsem/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV)-ttsem/bin/python -m ttsem.sanitize pytest \
+	    tests/valm_kernels/visual_fusion/triton/test_gpu.py $(TESTS)
+
+$(VENV)-ttsem/.installed:
+	$(PYTHON) -m venv $(VENV)-ttsem
+	$(VENV)-ttsem/bin/python -m pip install --quiet 'ttsem[triton]' 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
+	@touch $@
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
