@@ -12,6 +12,7 @@ from functools import cache, cached_property, partial
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.peers.attention import (
     CUDA_TEXT_ONLY,
@@ -278,6 +279,35 @@ def bench_packed_documents(measure, device, name):
         function=call_of(lambda *x: visual_fusion_attn(*x, **options, impl=impl), False),
         inputs=inputs,
         check=close_to(expected, TOLERANCE[ONE_ROW.dtype]),
+    )
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("name", ["ours", "scaled_dot_product_attention, mask"])
+@pytest.mark.parametrize("limit", ["window of 64", "8 documents", "2 queries a key head"])
+def bench_limited_text(measure, device, limit, name, backward):
+    """Attention to only the text, for which FlexAttention has no backward on a CPU."""
+    t, position = tensors(ONE_ROW, device), torch.arange(ONE_ROW.length, device=device)
+    length = ONE_ROW.length // 8
+    first = {"window of 64": position - 63, "8 documents": position // length * length}.get(limit)
+    options = {} if first is None else {"first_key": first.int()[None]}
+    sees = position <= position[:, None]
+    if first is not None:
+        sees &= position >= first[:, None]
+    heads = slice(None, None, 2 if first is None else 1)
+    k, v = (x.detach()[:, heads].requires_grad_() for x in (t.k, t.v))
+    inputs = (t.q, k, v, t.grad_out) if backward else (t.q, k, v)
+    functions = {
+        "ours": lambda *x: visual_fusion_attn(*x, None, None, **options),
+        "reference": lambda *x: visual_fusion_attn(*x, None, None, **options, impl="reference"),
+    }
+    function = functions.get(name, partial(scaled_dot_product_attention, attn_mask=sees, enable_gqa=True))
+    measure(
+        group=f"text only, {limit}, {'forward + backward' if backward else 'forward'} {ONE_ROW}",
+        name=name,
+        function=call_of(function, backward),
+        inputs=inputs,
+        check=close_to(call_of(functions["reference"], backward)(*inputs), TOLERANCE[ONE_ROW.dtype]),
     )
 
 
