@@ -28,9 +28,6 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streaming", action="store_true", help="read the dataset while it is downloaded")
     parser.add_argument("--column", default="text", help="column or field that contains the text, except in text files")
-    parser.add_argument(
-        "--captions", type=Path, help="table of captions, if it is not in the folder or zip file of the pictures"
-    )
 
 
 def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
@@ -46,6 +43,6 @@ def chosen_corpus(arguments: argparse.Namespace) -> TextCorpus | None:
         dataset=arguments.dataset,
         streaming=arguments.streaming,
         column=arguments.column,
-        captions=arguments.captions,
+        captions=getattr(arguments, "captions", None),  # an option of `valm retrieve`
     )
     return found if found.files or found.dataset else None

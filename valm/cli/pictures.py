@@ -10,7 +10,7 @@ from valm.options import add_fields, given_fields
 from valm.pictures.plan import PicturesPlan
 from valm.training.launch import check_alone
 
-EXAMPLE = "valm pictures photos --model smollm2 --out out"
+EXAMPLE = "valm pictures pictures --model smollm2 --out out"
 DESCRIPTION = (
     "make a language model that sees your pictures, a control with random pictures and a report, in one command; the "
     "report names the command of each step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from valm.cli.corpus import add_corpus, chosen_corpus
 from valm.cli.options import Commands, command
@@ -17,6 +18,8 @@ def add_to(commands: Commands) -> None:
     help = "retrieve the images of every token of a corpus, to train on them"
     retrieve = command(commands, "retrieve", run_retrieve, help, EXAMPLE)
     add_corpus(retrieve)
+    captions = "table of captions, if it is not in the folder or zip file of the pictures"
+    retrieve.add_argument("--captions", type=Path, help=captions)
     add_fields(retrieve, RetrievalPlan)
 
 

@@ -23,6 +23,7 @@ class RetrievalPlan(Execution):
     Attributes:
         corpus: the texts whose images are retrieved.
         allow_download: load the CLIP from the hub that the knowledge base names.
+        scores: write the score of each image, which a score threshold and `score_scale` need.
 
     Raises:
         ValmError: a field has a wrong value.
@@ -37,6 +38,7 @@ class RetrievalPlan(Execution):
 
     corpus: TextCorpus
     allow_download: bool = False
+    scores: bool = True
     kb: str | os.PathLike = option("folder of the knowledge base", REQUIRED)
     out: str | os.PathLike = option("folder for the result; a killed retrieval resumes", REQUIRED)
     clip: str | None = option(CLIP_HELP)
@@ -48,9 +50,6 @@ class RetrievalPlan(Execution):
         "retrieval query: CLIP's feature of the text so far (eot), or its text tower's state at the token (state)",
         "eot",
         choices=["eot", "state"],
-    )
-    scores: bool = option(
-        "do not write the score of each image, although `valm train --min-score` and --score-scale need it", True
     )
     query_dtype: str = option(
         "precision of CLIP's text tower; int8 needs a CPU with AVX2",

@@ -11,7 +11,10 @@ from transformers import AutoTokenizer
 from tests.tolerance import assert_agree
 from tests.valm.cli.commands import SIZE, STEPS, evaluations, run, wrong_inputs
 from tests.valm.other_tokenizers import gpt2_like
+from valm.corpus.plan import RetrievalPlan
 from valm.corpus.retrieved import CorpusRetrieval
+from valm.corpus.run import run_retrieval
+from valm.corpus.texts import TextCorpus
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.checkpoint import load, load_decoder
 from valm.retrieval.retriever import BlindRetriever
@@ -53,10 +56,14 @@ def test_images_only_from_a_score_on(world, base, tmp_path, capsys, error_of):
     assert not list(tmp_path.glob("early*retrieval"))
 
 
+def without_scores(world, out, **options):
+    corpus = TextCorpus([world / "corpus.txt"])
+    run_retrieval(RetrievalPlan(corpus=corpus, kb=world / "kb", images=2, scores=False, out=out, **options))
+
+
 def test_a_base_has_a_threshold_by_default(world, base, tmp_path, capsys, monkeypatch):
     """Unless the knowledge base has few captions and no questions are given, or the retrieval no scores; -1 is none."""
-    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "--tokenizer", base, "-k", 2]
-    assert run(*retrieve, "--no-scores", "--out", tmp_path / "bare") == 0
+    without_scores(world, tmp_path / "bare", tokenizer=str(base))
     questions = tmp_path / "questions.txt"
     questions.write_text("the color of the apple is")
 
@@ -257,7 +264,7 @@ def test_retrieval_scores_train_a_scale(world, base, tmp_path, error_of, of):
     assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
     if of == "base":
         return
-    assert run(*retrieve, "--no-scores", "--out", tmp_path / "bare") == 0
+    without_scores(world, tmp_path / "bare")
     unscored = ["train", "--retrieval", tmp_path / "bare", "--kb", world / "kb", *SIZE, "--out", tmp_path / "unscored"]
     said = "the documents contain none: retrieve the documents again (`valm retrieve` writes scores)"
     assert said in error_of(*unscored, "--score-scale", 0.5)

@@ -22,8 +22,8 @@ def given(tmp_path, clip, make_kb):
 
 
 def test_a_plan_is_the_retrieval_of_the_command(given, tmp_path):
-    found = run_retrieval(RetrievalPlan(**given, out=tmp_path / "plan", images=2, scores=False))
-    command = ["retrieve", tmp_path / "corpus.txt", "--kb", given["kb"], "-k", 2, "--no-scores"]
+    found = run_retrieval(RetrievalPlan(**given, out=tmp_path / "plan", images=2))
+    command = ["retrieve", tmp_path / "corpus.txt", "--kb", given["kb"], "-k", 2]
     assert run(*command, "--out", tmp_path / "command") == 0
     assert found.fingerprint == CorpusRetrieval.open(tmp_path / "command").fingerprint
     assert np.array_equal(found[0]["image_ids"].shape, (len(found[0]["input_ids"]), 2))
