@@ -7,7 +7,7 @@ Each entry of the table (tiles.py) is measured in a call for which it is made (C
 `compile` fills Triton's cache and lists its content in the file COMPILED; several such processes divide the work.
 `measure` then only loads. Each measurement goes to FOLDER/candidates.csv at once, and the fastest tiles so far to
 FOLDER/tiles.json, which tiles.py loads; so a stopped run continues. Tiles that change the results of the call are not
-used. If an entry of the table has no time, the exit status is 1.
+used, nor tiles whose machine code for 9.0 has a fault of ptxas (tests/checks/triton/wgmma.py). If an entry of the table has no time, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.outcomes import DEVICE_LOST, append_row, claim
-from tests.checks.triton.compile_record import Launch, recorders, specialise
+from tests.checks.triton import wgmma
+from tests.checks.triton.compile_record import Launch, cuobjdump, recorders, specialise
 from valm_kernels.atomic_files import atomic_path
 from valm_kernels.visual_fusion.checks import checked_inputs
 from valm_kernels.visual_fusion.inputs import Gradients, Inputs
@@ -51,6 +52,7 @@ MAX_STAGES = 4
 # stopped.
 BEGUN, BEGUN_AGAIN = "begun", "begun again"
 COMPILED, MEASURED = "compiled", "measured"
+REUSED = "reuses the registers of a product in flight"  # a fault of ptxas
 # A later process tries once more: the GPU may have been short of memory.
 FAILED, FAILED_AGAIN = "does not run", "does not run again"
 AGREES, DIFFERS = "agrees", "other results"
@@ -196,7 +198,9 @@ def compile_candidates(path: Path, arch: int) -> None:
         try:
             for launch in launches(case, arch, kernel, tiles):
                 special = specialise(launch, arch)
-                triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
+                compiled = triton.compile(special.source, target=GPUTarget("cuda", arch, 32), options=special.options)
+                if arch // 10 == 9 and wgmma.check(cuobjdump("-sass", compiled.asm["cubin"])).reused:
+                    note = REUSED
         except Exception as error:  # passes of the compiler raise many types
             note = f"does not compile: {first_line(error)}"
         if tiles is not None:

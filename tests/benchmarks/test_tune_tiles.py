@@ -25,6 +25,7 @@ from benchmarks.valm_kernels.tune_tiles import (
     pairs,
     read_rows,
 )
+from tests.checks.triton import test_wgmma
 from tests.checks.triton.compile_record import specialise
 from tests.valm_kernels.visual_fusion.triton.test_gpu import LARGE, WITH_FLASH
 from valm_kernels.visual_fusion.triton import tiles as tiles_module
@@ -105,9 +106,9 @@ def test_every_kernel_is_found_and_launched_again(tmp_path):
     assert len(done.stdout.splitlines()) == len({(kernel, size) for kernel, size, _ in _TILES})
 
 
-def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatch, tmp_path):
+def test_candidates_that_the_compiler_cannot_compile_right(one_case, monkeypatch, tmp_path):
     compiled = []
-    _, bad, killer, *good = pairs(CASE, 90)
+    _, bad, killer, faulty, *good = pairs(CASE, 90)
 
     class Killed(BaseException):
         pass
@@ -118,7 +119,10 @@ def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatc
         if source == bad:
             raise RuntimeError("PassManager::run failed\nmore")
         compiled.append(source)
+        return SimpleNamespace(asm={"cubin": source})
 
+    sass = {faulty: test_wgmma.CODE.replace(test_wgmma.WAIT, "NOP")}
+    monkeypatch.setattr(tune_tiles, "cuobjdump", lambda option, source: sass.get(source, test_wgmma.CODE))
     monkeypatch.setattr(tune_tiles, "launches", lambda case, arch, *work: [work])
     monkeypatch.setattr(tune_tiles, "specialise", lambda work, arch: SimpleNamespace(source=work, options={}))
     monkeypatch.setattr(tune_tiles.triton, "compile", compile_)
@@ -129,10 +133,11 @@ def test_a_candidate_that_kills_the_compiler_is_tried_twice(one_case, monkeypatc
     compile_candidates(tmp_path / "compiled.csv", 90)
     compile_candidates(tmp_path / "compiled.csv", 90)
     tables = [(kernel, tiles_for(kernel, 90, 64, torch.bfloat16)) for kernel in CASE.kernels]
-    assert [one for one in compiled if one[0]] == [one for one in good if one not in tables]
+    assert [one for one in compiled if one[0]] == [one for one in (faulty, *good) if one not in tables]
     notes = {key[1:]: note for key, (_, note) in read_rows(tmp_path / "compiled.csv").items()}
     assert notes.pop((killer[0], *astuple(killer[1]))) == tune_tiles.BEGUN_AGAIN
     assert notes.pop((bad[0], *astuple(bad[1]))) == "does not compile: RuntimeError: PassManager::run failed"
+    assert notes.pop((faulty[0], *astuple(faulty[1]))) == tune_tiles.REUSED
     assert set(notes.values()) == {tune_tiles.COMPILED}
 
 
