@@ -33,6 +33,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def first_half(text: str) -> str:
+    """A prompt that the rest of `text` continues: the first half of its words, and at least three words."""
+    words = text.split()
+    return " ".join(words[: max(3, len(words) // 2)])
+
+
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown. The cells are Markdown too, so they must escape `|` as `\\|`."""
     columns = list(head)

@@ -46,7 +46,7 @@ class Encoding:
     """
 
     batch_size: int = option("images that CLIP encodes at once", 64, least=1)
-    thumbnails: int = option("longer side of the stored thumbnails, in pixels; 0 stores none", 64, least=0)
+    thumbnails: int = option("longer side of the stored thumbnails, in pixels; 0 stores none", 128, least=0)
     workers: int | None = None
 
     def __post_init__(self) -> None:

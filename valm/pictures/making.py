@@ -22,11 +22,11 @@ from valm.evaluation.report import write_report as write_evaluation
 from valm.evaluation.settings import Settings
 from valm.evaluation.suite import evaluate
 from valm.knowledge_base.build import build
-from valm.knowledge_base.records import Encoding, Record, fingerprint_records
+from valm.knowledge_base.records import Record, fingerprint_records
 from valm.knowledge_base.sources import Source
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.model.smollm2 import convert_smollm2
-from valm.pictures.plan import BATCH_SIZE, EVALUATIONS, HELD_OUT, SMOLLM2, THUMBNAILS, PicturesPlan
+from valm.pictures.plan import BATCH_SIZE, EVALUATIONS, HELD_OUT, SMOLLM2, PicturesPlan
 from valm.store.files import read_json, write_json
 from valm.store.parts import BASE, CONTROL, KB, MODEL, RETRIEVAL, claim_folder
 from valm.store.stages import Stages
@@ -138,7 +138,7 @@ class Making:
         return f"a caption finds its own new picture first in {first.recall.value:.0%} (chance {first.chance:.0%})"
 
     def make_kb(self) -> str:
-        kb = build(self.found.source, self.out / KB, Clip.load(self.clip), Encoding(thumbnails=THUMBNAILS))
+        kb = build(self.found.source, self.out / KB, Clip.load(self.clip))
         first = next(iter(kb.skipped()), None)
         more = "" if first is None else f"; {kb.manifest['skipped']:,} not readable, such as {printable(first['uri'])}"
         return f"{len(kb):,} pictures{more}"

@@ -14,8 +14,6 @@ from valm.knowledge_base.images import ImageSource
 from valm.options import REQUIRED, check_fields, option
 
 SMOLLM2 = "smollm2"
-# Each picture of the report is as sharp as the pictures of `valm explain` and of the server's page.
-THUMBNAILS = 128
 BATCH_SIZE, HELD_OUT = 24, 0.1
 # Default steps of a training: this often over the texts, within bounds; and of a CLIP, by the captioned pictures.
 PASSES, FEWEST_STEPS, MOST_STEPS = 5, 60, 2000

@@ -15,15 +15,14 @@ from valm.corpus.retrieved import CorpusRetrieval
 from valm.evaluation.controls import OFF, images_for
 from valm.explain.explanation import Explanation, explain
 from valm.explain.images import ShownImage
-from valm.knowledge_base.records import Encoding
 from valm.model.checkpoint import load
 from valm.model.sampling import keep_ends_alone, sampling_options
 from valm.options import as_options
 from valm.pictures.making import CLIP, QUESTIONS, Making
 from valm.pictures.page import hardware, versions, write_page
-from valm.pictures.plan import HELD_OUT, THUMBNAILS
+from valm.pictures.plan import HELD_OUT
 from valm.store.parts import CONTROL, KB, MODEL, RETRIEVAL
-from valm.text import printable
+from valm.text import first_half, printable
 from valm.training.data import hold_out
 
 HERE = Path(__file__).parent
@@ -125,8 +124,7 @@ def examples(making: Making) -> list[Example]:
     chosen: list[Example] = []
     for number in range(0, len(held), -(-len(held) // EXAMPLES)):
         text = tokenizer.decode(held[number]["input_ids"][: 2 * PROMPT_TOKENS], skip_special_tokens=True)
-        words = str(text).split()
-        prompt = " ".join(words[: max(3, len(words) // 2)])
+        prompt = first_half(str(text))
         if not prompt or any(prompt == example.prompt for example in chosen):
             continue
         model.set_retriever(found)
@@ -158,8 +156,7 @@ def commands(making: Making) -> list[str]:
     pictures, source = str(plan.pictures), as_options(plan.images())
     clip = making.clip_plan()
     lines = [] if plan.clip else [["clip", "train", pictures, *source, *as_options(clip)]]
-    encoding = as_options(Encoding(thumbnails=THUMBNAILS))
-    lines.append(["kb", "build", pictures, *source, "--clip", making.clip, "--out", str(out / KB), *encoding])
+    lines.append(["kb", "build", pictures, *source, "--clip", making.clip, "--out", str(out / KB)])
     corpus = [pictures, *(["--captions", str(plan.captions)] if plan.captions else [])]
     corpus = corpus if plan.text is None else [str(plan.text)]
     lines.append(["retrieve", *corpus, *as_options(making.retrieval_plan())])

@@ -78,7 +78,7 @@ if (at("k")) {
 }
 for (const button of document.querySelectorAll("#tour button")) {
   button.addEventListener("click", () => {
-    at("prompt").value = button.dataset.prompt;
+    at("prompt").value = at("prompt").defaultValue;
     choose(button.dataset.images);
     at("hint").textContent = button.dataset.hint;
     ask();

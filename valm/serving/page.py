@@ -6,11 +6,12 @@ import asyncio
 import base64
 import ctypes
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -29,6 +30,7 @@ from valm.retrieval.retriever import Retriever
 from valm.serving.api import Api, unless_gone
 from valm.serving.bodies import Bodies
 from valm.serving.errors import ApiError, BusyError, StoppingError
+from valm.text import first_half
 from valm_kernels.json_files import short
 
 HERE = Path(__file__).parent
@@ -45,35 +47,34 @@ MAX_PROMPT, MAX_ANSWERS, MAX_NAME = 20_000, 2_000, 255
 
 RETRIEVED, RANDOM, UPLOADED, NONE = "retrieved", "random", "uploaded", "none"
 QUERY = "its own query (blind)"  # the one image of a blind model
+# The first prompt if no caption is found among this many images.
+PROMPT, CAPTIONS_READ = "a picture of", 100
+MAX_CAPTION = 80  # characters of a caption that count
 
 Result = TypeVar("Result")
 
 
 class Stop(NamedTuple):
-    """A prepared example of the tour, and what to look for."""
+    """Images to try with the first prompt, and what to look for."""
 
     name: str
-    prompt: str
     images: str
     hint: str
 
 
-TOMATO = "the most common color of tomato is"
 TOUR = (
     Stop(
         "1. What it looks at",
-        TOMATO,
         RETRIEVED,
         "Every token finds its own images. See what the last token found, and whether the answer follows it.",
     ),
     Stop(
         "2. Other images",
-        TOMATO,
         RANDOM,
         "The control: random images of the knowledge base replace the retrieved images. An answer that came from the "
         "images changes.",
     ),
-    Stop("3. No images", TOMATO, NONE, "Only the text: what the model would say without looking."),
+    Stop("3. No images", NONE, "Only the text: what the model would say without looking."),
 )
 
 
@@ -128,6 +129,10 @@ class Page:
             self.choices = [RETRIEVED, RANDOM, UPLOADED, NONE]
         else:
             self.choices = [QUERY, NONE]
+        self.prompt = PROMPT
+        if RETRIEVED in self.choices:
+            kb = retriever.kb
+            self.prompt = first_prompt(kb.item(id).caption for id in range(min(len(kb), CAPTIONS_READ)))
         self.beside = [self.choices[0], *([self.other[0]] if self.other else [])]
 
     async def show(self, request: Request) -> Response:
@@ -145,8 +150,10 @@ class Page:
             most_images=self._max_images(),
             has_kb=RETRIEVED in self.choices,
             uploaded=UPLOADED,
+            prompt=self.prompt,
             tour=[stop for stop in TOUR if stop.images in self.choices],
             most_bytes=MAX_BODY,
+            icon=base64.b64encode(_own("icon.svg").encode()).decode(),
             style=Markup(style() + _own("page.css")),
             script=Markup(script),
         )
@@ -227,6 +234,14 @@ class Page:
     def _max_images(self) -> int:
         in_kb = len(self.model.retriever.kb) if RETRIEVED in self.choices else 1
         return max(1, self.model.fusion_options.num_images, min(MAX_IMAGES, in_kb))
+
+
+def first_prompt(captions: Iterable[str]) -> str:
+    """The first half of a caption, so that the page begins with images that fit its prompt. A caption of one or two
+    words, such as the name of an object, serves if no caption is longer."""
+    lines = (caption.partition("\n")[0] for caption in captions)
+    prompts = [first_half(shorten(line, MAX_CAPTION, placeholder="")) for line in lines]
+    return max(prompts, key=lambda prompt: len(prompt.split()[:3]), default="") or PROMPT
 
 
 def _opened(uploads: Sequence[Upload]) -> list[NamedImage]:

@@ -17,7 +17,9 @@ from tests.valm.tiny_clip import make_clip
 from valm.clip.clip import Clip
 from valm.errors import ValmError
 from valm.knowledge_base import store
+from valm.knowledge_base.build import build
 from valm.knowledge_base.copy import merge
+from valm.knowledge_base.sources.folder import FolderSource
 from valm.knowledge_base.store import ImageKnowledgeBase
 from valm.store.shards import sealed, shard_file
 from valm_kernels import memory_maps
@@ -66,6 +68,13 @@ def test_mapped_shards_hold_no_file_open(kb):
     kept = list(opened.shards())
     assert len(kept) > 3 and all(one is other for one, other in zip(kept, opened.shards(), strict=True))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_thumbnails_have_128_pixels(clip, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (320, 160), "red").save(tmp_path / "pictures" / "wide.png")
+    kb = build(FolderSource(tmp_path / "pictures"), tmp_path / "kb", clip, progress=False)
+    assert kb.thumbnail(0).size == (128, 64)
 
 
 def test_one_shard_is_not_copied(folder, clip, tmp_path):

@@ -116,7 +116,31 @@ def test_what_the_page_asks_is_answered(server):
     _, response = server.open("/")
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     text = response.read().decode()
+    assert "which images the model looks at" in text and '<link rel="icon" href="data:' in text
     assert "<h1>valm</h1>" in text and "http://" not in text and "https://" not in text and " src=" not in text
+
+
+def test_the_page_begins_with_a_caption(server, kb, monkeypatch):
+    caption = 'a "brown" dog jumps over the fence'
+    monkeypatch.setattr(kb, "item", lambda id: SimpleNamespace(caption=caption))
+    monkeypatch.setattr(server.page, "prompt", page_module.Page(server.page.api).prompt)
+    _, response = server.open("/")
+    assert "required>a &#34;brown&#34; dog</textarea>" in response.read().decode()
+
+
+@pytest.mark.parametrize(
+    "captions, prompt",
+    [
+        (["", "tomato", "a brown dog jumps over the fence"], "a brown dog"),
+        (["tomato", "frog"], "tomato"),
+        (["a dog\nwhich swims in the sea", "two dogs run on a long beach"], "two dogs run"),
+        (["two " + 1000 * "dogs "], " ".join(["two", *7 * ["dogs"]])),
+        (["", ""], "a picture of"),
+        ([], "a picture of"),
+    ],
+)
+def test_the_first_prompt_is_half_a_caption(captions, prompt):
+    assert page_module.first_prompt(captions) == prompt
 
 
 @pytest.mark.parametrize(
