@@ -7,7 +7,8 @@ Each entry of the table (tiles.py) is measured in a call for which it is made (C
 `compile` fills Triton's cache and lists its content in the file COMPILED; several such processes divide the work.
 `measure` then only loads. Each measurement goes to FOLDER/candidates.csv at once, and the fastest tiles so far to
 FOLDER/tiles.json, which tiles.py loads; so a stopped run continues. Tiles that change the results of the call are not
-used, nor tiles whose machine code for 9.0 has a fault of ptxas (tests/checks/triton/wgmma.py). If an entry of the table has no time, the exit status is 1.
+used, nor tiles whose machine code for 9.0 has a fault of ptxas (tests/checks/triton/wgmma.py). If an entry of the table
+has no time, the exit status is 1.
 """
 
 from __future__ import annotations
