@@ -225,3 +225,4 @@ def test_a_trainer_with_the_cache(tmp_path):
     assert len(runs[0]) == 5 and abs(runs[0][0] - runs[0][3]) > 1e-3
     assert_agree(runs[0], runs[1])
     assert len([*(tmp_path / "cache").iterdir()]) == 2
+    assert all(FUSION_INPUT in documents[0] for documents in (made.train_dataset, made.eval_dataset))

@@ -134,7 +134,8 @@ def test_an_augmented_decoder_trains_what_was_added_and_goes_on(tmp_path):
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in loaded.state_dict().items())
     made.write(tmp_path / "model", TOKENIZER)
     assert type(load(tmp_path / "model")[0]).__name__ == "LlamaForCausalLM"
-    assert new_trainer(tmp_path, model=augmented(), row_length=16).data_collator.row_length == 16
+    packed = new_trainer(tmp_path, model=augmented(), row_length=16, use_cache=True)
+    assert packed.data_collator.row_length == 16 and not packed.args.use_cache
 
 
 def test_a_decoder_without_images_is_trained_and_written(tmp_path):
