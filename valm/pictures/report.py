@@ -22,7 +22,7 @@ from valm.pictures.making import CLIP, QUESTIONS, Making
 from valm.pictures.page import hardware, versions, write_page
 from valm.pictures.plan import HELD_OUT
 from valm.store.parts import CONTROL, KB, MODEL, RETRIEVAL
-from valm.text import first_half, printable
+from valm.text import first_half, one_line, printable
 from valm.training.data import hold_out
 
 HERE = Path(__file__).parent
@@ -67,15 +67,17 @@ class Example(NamedTuple):
 def write_report(making: Making, seconds: dict[str, float]) -> None:
     """Writes the report of a finished run into its folder. seconds: of each stage."""
     numbers = making.numbers()
-    rows = perplexities(making)
+    rows, shown = perplexities(making), examples(making)
     write_page(
         making.out / REPORT_FILE,
         HERE / "report.html.j2",
         pictures=Path(making.plan.pictures).absolute().name,
         count=len(making.found.records),
         model=model_name(making),
-        out=making.out,
-        examples=examples(making),
+        out=shlex.quote(str(making.out)),
+        load=f"model, tokenizer = valm.load({str(making.out)!r})",
+        prompt=shlex.quote(shown[0].prompt if shown else "a picture of"),
+        examples=shown,
         rows=rows,
         verdict=verdict(rows),
         clip=numbers.get("clip"),
@@ -147,7 +149,7 @@ def _continued(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str) -> s
     ids = torch.tensor([prompt_ids(tokenizer, prompt)])
     options = sampling_options(False)
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, **options)
-    return printable(str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))).strip()
+    return printable(one_line(str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))))
 
 
 def commands(making: Making) -> list[str]:
