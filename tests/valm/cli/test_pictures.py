@@ -6,6 +6,7 @@ import pytest
 
 import valm
 from tests.valm.cli.commands import run, wrong_inputs
+from valm.errors import ValmError
 
 
 @pytest.fixture
@@ -35,8 +36,13 @@ def test_commands_find_the_model_the_control_and_the_knowledge_base(made, world,
 
 def test_serve_finds_the_control(made, monkeypatch):
     served = {}
-    monkeypatch.setattr("valm.serving.server.serve", lambda name, model, tokenizer, **options: served.update(options))
-    assert run("serve", made) == 0
+
+    def serve(name, model, tokenizer, **options):
+        served.update(options)
+        raise ValmError("served")  # the command ends its process after a server
+
+    monkeypatch.setattr("valm.serving.server.serve", serve)
+    assert run("serve", made) == 1
     assert served["other"][0] == "gpt2"
 
 
