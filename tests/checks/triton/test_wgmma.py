@@ -50,6 +50,13 @@ def test_registers_used_after_the_wait_are_no_fault():
     assert (found.products, found.from_registers, found.reused) == (2, 2, [])
 
 
+def test_a_factor_of_a_wide_product_is_one_register():
+    """R23 and not R24, which belongs to the sums."""
+    assert not check(CODE.replace(BEFORE_THE_WAIT, "IMAD.WIDE.U32 R12, R23, UR22, RZ")).reused
+    assert check(CODE.replace(BEFORE_THE_WAIT, "IMAD.WIDE.U32 R12, R24, UR22, RZ")).reused
+    assert check(CODE.replace(BEFORE_THE_WAIT, "IMAD.WIDE.U32 R12, R2, UR22, R23")).reused
+
+
 @pytest.mark.parametrize(
     ("old", "new", "products"),
     [

@@ -118,7 +118,8 @@ def use_of(text: str) -> Use:
         is_result = position == 0 and not _ONLY_PREDICATES.match(name) and operand.startswith("R")
         for register in _REGISTER.finditer(operand):
             first, in_memory = int(register[1]), "[" in operand
-            count = (2 if register[2] else 1) if in_memory else max(size, 2 if register[2] else 1)
+            is_factor = name.startswith("IMAD.WIDE") and position in (1, 2)  # of 32 bits
+            count = (2 if register[2] else 1) if in_memory or is_factor else max(size, 2 if register[2] else 1)
             (written if is_result else read).update(range(first, first + count))
     return Use(text, frozenset(written), frozenset(read))
 
