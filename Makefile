@@ -113,7 +113,9 @@ lint: $(VENV)/.installed-lint
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed-docs
+# The pages of docs/templates are written anew and committed, because people read them on the code host too.
+docs: $(VENV)/.installed-docs $(VENV)/.installed-test
+	$(BIN)/python -m docs.generate
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.installed-lint

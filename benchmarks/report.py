@@ -36,7 +36,7 @@ README = ROOT / "README.md"
 QUERIES = ROOT / "docs" / "results" / "queries.md"
 SOURCE = "https://github.com/valm-kernels/valm/blob/main"
 TOPK = ROOT / "docs" / "reference" / "topk.md"
-KERNELS = ROOT / "docs" / "reference" / "valm_kernels.md"
+KERNELS = ROOT / "docs" / "templates" / "valm_kernels.md"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: writes the commands into reference/cli.md, from the parsers of `valm`, when the site is built."""
+"""The commands of `valm` as Markdown, from their parsers."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ import argparse
 import html
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from valm.cli import build_parser
 from valm.cli.options import CommandParser
-
-PAGE, MARK = "reference/cli.md", "<!-- commands -->"
-
-
-def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    return markdown.replace(MARK, commands()) if page.file.src_uri == PAGE else markdown
 
 
 def commands() -> str:
     """A list of the commands, the options that all of them have, and a section for each command."""
     parser = build_parser()
-    every = list(_every_command(parser))
+    every = list(every_command(parser))
     listed = [f"| [`{found.prog}`](#{_anchor(found)}) | {_sentence(help)} |" for found, help in every]
     own = [action for action in parser._actions if action.option_strings]
     parts = [_table("Command", listed), "## Options of every command", _table("Option", _rows(parser, own))]
     return "\n\n".join([*parts, *(_section(found) for found, _ in every)])
 
 
-def _every_command(parser: CommandParser) -> Iterator[tuple[CommandParser, str]]:
+def every_command(parser: CommandParser) -> Iterator[tuple[CommandParser, str]]:
     """Each command below `parser`, with its help in the list of commands."""
     assert parser.commands is not None
     for choice in parser.commands._choices_actions:
@@ -36,7 +29,7 @@ def _every_command(parser: CommandParser) -> Iterator[tuple[CommandParser, str]]
         if command.commands is None:
             yield command, choice.help or ""
         else:
-            yield from _every_command(command)
+            yield from every_command(command)
 
 
 def _anchor(command: CommandParser) -> str:

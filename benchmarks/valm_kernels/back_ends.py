@@ -1,4 +1,4 @@
-"""The table of docs/reference/valm_kernels.md: the back end that impl="auto" chooses on CUDA, asked of the package."""
+"""The table of docs/templates/valm_kernels.md: the back end that impl="auto" chooses on CUDA, asked of the package."""
 
 from __future__ import annotations
 

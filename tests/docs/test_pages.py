@@ -1,31 +1,39 @@
 """Where a page stands, and where its links lead; tests/valm/cli/test_documents.py runs its commands."""
 
+import dataclasses
+import functools
 import re
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from docs.commands import every_command
+from docs.functions import Functions
+from docs.generate import TEMPLATES
+from docs.generate import pages as generated
 from valm.cli import build_parser
+from valm.corpus.plan import RetrievalPlan
+from valm.retrieval.index_parameters import IndexPlan
+from valm.training.clip_plan import ClipPlan
+from valm.training.plan import TrainingPlan
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-COMMANDS = runpy.run_path(str(DOCS / "commands.py"))  # what the site writes into reference/cli.md
-PAGES = [page for place in (".", "docs/**", "studies/**", "tests/**") for page in sorted(ROOT.glob(f"{place}/*.md"))]
+pages = functools.cache(generated)  # reads the code once
+PAGES = [
+    page
+    for place in (".", "docs/**", "studies/**", "tests/**")
+    for page in sorted(ROOT.glob(f"{place}/*.md"))
+    if page.parent != TEMPLATES
+]
 # The folder of each section of the site: what a reader wants of its pages.
 KINDS = {"Tutorials": "tutorials", "How-to guides": "how-to", "Reference": "reference", "Results": "results"}
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^]]*)\]\(([^)\s]*)\)")
 HERE = re.compile(r"https://github\.com/valm-kernels/valm/(blob|tree)/main/")
 SUFFIX = r"\.(md|py|hpp|cpp|cuh?|csv|json|ya?ml|toml|css|txt)"
-
-
-def shown(page: Path) -> str:
-    """The Markdown of a page as the site shows it."""
-    text = page.read_text(encoding="utf-8")
-    return text.replace(COMMANDS["MARK"], COMMANDS["commands"]()) if COMMANDS["MARK"] in text else text
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:
@@ -53,19 +61,19 @@ def wrong_links(page: Path, text: str) -> list[str]:
             continue
         path, _, anchor = HERE.sub("", target).partition("#")
         file = (ROOT if here else page.parent) / path if path else page
-        if not file.exists() or (anchor and anchor not in anchors(shown(file))):
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
             wrong.append(target)
     return wrong
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_link_leads_nowhere(page):
-    assert wrong_links(page, shown(page)) == []
+    assert wrong_links(page, page.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_link_shows_a_title(page):
-    assert file_names(shown(page)) == []
+    assert file_names(page.read_text(encoding="utf-8")) == []
 
 
 def test_wrong_links_are_found(tmp_path):
@@ -88,7 +96,9 @@ def test_every_page_is_of_one_kind():
         if pages != "index.md":
             listed |= {page: KINDS[section] for one in pages for page in one.values()}
     assert {page: page.split("/")[0] for page in listed} == listed
-    assert {*listed, "index.md"} == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert {*listed, "index.md"} == {
+        str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page.parent != TEMPLATES
+    }
 
 
 def test_the_title_of_a_page_is_that_of_the_navigation():
@@ -101,11 +111,100 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_the_pages_that_show_the_code_are_of_this_code():
+    for page, text in pages().items():
+        assert page.read_text(encoding="utf-8") == text, "run python -m docs.generate"
+
+
 def test_the_page_of_commands_has_every_command_and_option():
-    page = shown(DOCS / "reference" / "cli.md")
-    assert COMMANDS["MARK"] not in page
-    for command, _ in COMMANDS["_every_command"](build_parser()):
+    page = pages()[DOCS / "reference" / "cli.md"]
+    for command, _ in every_command(build_parser()):
         (section,) = re.findall(rf"^## {command.prog}\n.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
         assert f"```\n{command.example}\n```" in section
         for action in command._actions:
             assert all(f"`{name}`" in section for name in action.option_strings if action.dest != "help")
+
+
+@pytest.mark.parametrize("plan", [IndexPlan, RetrievalPlan, TrainingPlan, ClipPlan], ids=lambda plan: plan.__name__)
+def test_the_page_of_functions_has_every_option_of_a_plan_once(plan):
+    page = pages()[DOCS / "reference" / "valm.md"]
+    (section,) = re.findall(rf"^### `{plan.__module__}.{plan.__name__}`\n.*?(?=^###)", page, re.MULTILINE | re.DOTALL)
+    items = [name for names in re.findall(r"^- `([\w, ]+)`:", section, re.MULTILINE) for name in names.split(", ")]
+    assert len(items) == len({*items})
+    assert {field.name for field in dataclasses.fields(plan) if "help" in field.metadata} <= {*items}
+
+
+def test_a_docstring_is_shown_with_its_sections(tmp_path):
+    package = tmp_path / "shapes"
+    package.mkdir()
+    (package / "__init__.py").write_text(CODE)
+    functions = Functions(tmp_path)
+    assert functions.section("shapes.area") == AREA
+    assert re.findall("^#+ .*", functions.section("shapes.Square"), re.MULTILINE) == [
+        "### `shapes.Square`",
+        "#### `Square.grow`",
+    ]
+    assert functions.section("shapes.Square", []).startswith("### `shapes.Square`\n\n```python\nSquare(side)\n```")
+
+
+CODE = '''
+def area(a: float, *others: float, b: float = 1.0, **named) -> float:
+    """The area.
+
+    Args:
+        a: one side,
+            in metres.
+        b: another.
+
+    Returns:
+        The product.
+
+    Raises:
+        ValueError: a side is below 0.
+
+    Example:
+        >>> area(2)
+        2.0
+    """
+
+
+class Square:
+    """A square."""
+
+    def __init__(self, side):
+        self.side = side
+
+    def grow(self):
+        """Grows."""
+
+    def hidden(self):
+        pass
+'''
+AREA = """### `shapes.area`
+
+```python
+area(a: float, *others: float, b: float = 1.0, **named) -> float
+```
+
+The area.
+
+**Parameters**
+
+- `a`: one side,
+  in metres.
+- `b`: another.
+
+**Returns**
+
+- The product.
+
+**Raises**
+
+- `ValueError`: a side is below 0.
+
+**Example**
+
+```pycon
+>>> area(2)
+2.0
+```"""
