@@ -25,7 +25,7 @@ from valm.evaluation.statistics import as_json, paired
 from valm.knowledge_base.sources.folder import find_images
 from valm.progress import progress_bar
 from valm.store.files import short_names
-from valm.store.parts import MODEL, control_of, part_of
+from valm.store.parts import MODEL, control_of, part_of, read_parts
 from valm_kernels import __version__
 from valm_kernels.atomic_files import atomic_path, remove_leftovers
 
@@ -68,7 +68,7 @@ def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise ValmError(f"{text!r} names no model: give FOLDER or NAME=FOLDER,FOLDER")
         if name in found:
             raise ValmError(f"two models are called {name!r}: give them names, NAME={sources[0]}")
-        found[name] = tuple(str(part_of(source, MODEL)) for source in sources)
+        found[name] = tuple(source if read_parts(source) is None else str(part_of(source, MODEL)) for source in sources)
         controls = [str(control) for source in sources if (control := control_of(source)) is not None]
         if controls:
             found[f"{name}, control"] = tuple(controls)

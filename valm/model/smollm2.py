@@ -34,9 +34,10 @@ def convert_smollm2(folder: Path) -> None:
     if file is None:
         raise ValmError(f"the package {PACKAGE} contains no weights (no .gguf): install it again")
     with library_errors(f"the weights of {PACKAGE} in {file}"), quiet_transformers():
-        gguf: Any = {"gguf_file": file.name, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **gguf)
-        quantized = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
+        )
     # transformers does not save a model loaded from GGUF, so a new model takes its weights
     model = LlamaForCausalLM(LlamaConfig(**_without_quantization(quantized.config.to_dict())))
     model.load_state_dict(quantized.state_dict())

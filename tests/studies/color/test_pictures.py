@@ -29,7 +29,7 @@ def test_the_packages_drawings(tmp_path):
     assert read_pictures(tmp_path) == pictures
     source = FolderSource(tmp_path)
     assert len(source.records) == 29
-    assert source.remarks == []
+    assert source.remarks == ["files ignored: 1 .json"]  # the table of the pictures
     assert {record.caption for record in source.records} == {picture.thing for picture in pictures}
     with Image.open(tmp_path / pictures[0].file) as first, Image.open(tmp_path / pictures[12].file) as second:
         assert first.size == (128, 128)
