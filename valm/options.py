@@ -49,11 +49,11 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
 
 
-def add_fields(parser: argparse.ArgumentParser, kind: Any) -> None:
-    """Adds an option to `parser` for each field of the dataclass `kind`."""
+def add_fields(parser: argparse.ArgumentParser, kind: Any, without: str | None = None) -> None:
+    """Adds an option to `parser` for each field of the dataclass `kind`, except the field `without`."""
     for field in dataclasses.fields(kind):
         said = field.metadata
-        if "help" not in said:
+        if "help" not in said or field.name == without:
             continue
         name = field.name.replace("_", "-")
         shown: dict[str, Any] = {"dest": field.name, "help": said["help"]}

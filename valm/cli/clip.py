@@ -18,7 +18,7 @@ def add_to(commands: Commands) -> None:
     clip = commands.add_parser("clip", help="train or evaluate a CLIP")
     clip_commands = clip.add_subparsers(required=True, metavar="COMMAND")
     train = command(clip_commands, "train", run_train, "train a CLIP on captioned images", EXAMPLE)
-    add_images(train)
+    add_images(train, without="streaming")  # it reads the images once an epoch
     add_fields(train, ClipPlan)
     clip_check.add_to(clip_commands)
 

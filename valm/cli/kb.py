@@ -64,7 +64,7 @@ def add_to(commands: Commands) -> None:
     add_fields(build, Execution)
     more = command(kb_commands, "add", run_add, "write a copy of a knowledge base with more images", ADD)
     add_kb(more)
-    add_images(more)
+    add_images(more, without="streaming")
     add_clip(more)
     add_out(more, "larger knowledge base", RESUMES)
     add_fields(more, Execution)
@@ -101,15 +101,15 @@ def add_out(parser: argparse.ArgumentParser, what: str, more: str = "") -> None:
     parser.add_argument("--out", type=Path, required=True, help=f"folder to write the {what} to{more}")
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
-    """Declares the options that `open_images` reads."""
+def add_images(parser: argparse.ArgumentParser, without: str | None = None) -> None:
+    """Declares the options that `open_images` reads, except the field `without` of `ImageSource`."""
     parser.add_argument(
         "source",
         type=Path,
         help="folder or zip file of images; with --format: a tar file or a folder of tar files, a table, or the name "
         "of a Hugging Face dataset",
     )
-    add_fields(parser, ImageSource)
+    add_fields(parser, ImageSource, without)
 
 
 def open_images(arguments: argparse.Namespace) -> Source:

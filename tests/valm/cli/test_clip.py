@@ -193,7 +193,6 @@ NEW, SMALL = TRAIN + "--model ViT-B-32 ", TRAIN + "--model small "
         NEW + "--cache-images": "--cache-images needs a frozen image tower",
         NEW + "--vocabulary {world}/corpus.txt": "--vocabulary is for --model small",
         NEW + "--out {world}/clip": "is not empty",
-        NEW + "--streaming": "--streaming is for --format dataset",
         SMALL + "--held-out 0.1": "--held-out 0.1 of 6 images is 1",
         SMALL + "--held-out 0.01": "--held-out 0.01 of 6 images is 0",
         SMALL + "--held-out 1": "--held-out is 1.0, expected at least 0 and below 1",
