@@ -36,6 +36,7 @@ README = ROOT / "README.md"
 QUERIES = ROOT / "docs" / "results" / "queries.md"
 SOURCE = "https://github.com/valm-kernels/valm/blob/main"
 TOPK = ROOT / "docs" / "reference" / "topk.md"
+DEMO = ROOT / "docs" / "results" / "demo.md"
 KERNELS = ROOT / "docs" / "templates" / "valm_kernels.md"
 
 
@@ -222,7 +223,7 @@ MARKED: dict[str, Callable[[], str]] = {
 
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
-    paths = (README, PAGE, TOPK, KERNELS, QUERIES, gpu_report.PAGE)
+    paths = (README, DEMO, PAGE, TOPK, KERNELS, QUERIES, gpu_report.PAGE)
     return {path: gpu_report.fill(path.read_text(encoding="utf-8"), MARKED) for path in paths}
 
 

@@ -10,7 +10,7 @@ from studies.color.claims import CLAIMS, claims, holm
 from studies.color.comparisons import BASE, PRIMARY, points
 from studies.color.config import COLORED_CAPTIONS
 from studies.color.report import TABLES, answers, curve, exchanged, secondary, write_figure, write_pages
-from studies.color.results import CALIBRATED, PEOPLE, pictured, read_results
+from studies.color.results import CALIBRATED, every, pictured, read_results, unpictured
 from tests.studies.color.synthetic import PICTURED, RIGHT, result, without, write
 from valm.errors import ValmError
 from valm.evaluation import statistics
@@ -91,23 +91,18 @@ def test_the_readme_says_what_the_studies_found(monkeypatch):
     """The studies of earlier code, whose results have other arms."""
     monkeypatch.setattr(module, "arm_of", lambda name: name)
     monkeypatch.setattr(module, "SEEN", {*module.SEEN, "off"})
-    third, fourth = (
-        read_results(sorted((ROOT / "studies" / "results").glob(f"{name}-seed-*.json"))) for name in ("third", "fourth")
-    )
+    third = read_results(sorted((ROOT / "studies" / "results").glob("third-seed-*.json")))
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    cut, twin, blind, reading = ("cut", "retrieved"), ("twin", "none"), ("blind", "retrieved"), ("reading", "retrieved")
+    cut, blind, prompt = ("cut", "retrieved"), ("blind", "retrieved"), ("base", COLORED_CAPTIONS)
     differences = [
         third.difference(cut, BASE, PRIMARY),
-        third.difference(cut, twin, PRIMARY),
         third.difference(cut, blind, PRIMARY),
         third.difference(cut, BASE, PRIMARY, CALIBRATED),
-        fourth.difference(reading, cut, PEOPLE),
+        *(third.difference(cut, prompt, PRIMARY, keep=keep) for keep in (pictured, unpictured, every)),
     ]
     assert [points(found) for found in differences if points(found) not in said] == []
-    assert all(
-        found.seeds == results.numbers for found, results in zip(differences, [third] * 4 + [fourth], strict=True)
-    )
-    in_prompt, attended = (third.accuracy(arm, PRIMARY, keep=pictured) for arm in (("base", COLORED_CAPTIONS), cut))
+    assert all(found.seeds == third.numbers for found in differences)
+    in_prompt, attended = (third.accuracy(arm, PRIMARY, keep=pictured) for arm in (prompt, cut))
     assert f"{100 * in_prompt.value:.1f} % against {100 * attended.value:.1f} %" in said
 
 
