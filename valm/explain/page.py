@@ -101,11 +101,20 @@ def thumbnail_uri(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(thumbnail_bytes(image, THUMBNAIL_SIZE)).decode()
 
 
+def templates(*folders: Path) -> Environment:
+    """The templates of pages in `folders`. Everything is escaped, and a missing value raises an error."""
+    return Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = templates(HERE)
     environment.filters["percent"] = lambda share: int(100 * share + 0.5)  # rounded as the script does
     environment.filters["probability"] = lambda p: "<0.1%" if 0 < p < 0.0005 else f"{p:.1%}"
     return environment

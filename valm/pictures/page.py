@@ -10,10 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from valm.explain.page import thumbnail_uri
+from valm.explain.page import templates, thumbnail_uri
 from valm.store.files import output_file
 from valm.store.stages import duration
 
@@ -25,13 +24,7 @@ def write_page(path: Path, template: Path, *, filters: dict[str, Any] | None = N
 
     filters: further filters of the template.
     """
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, HERE]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(template.parent, HERE)
     environment.filters.update(
         filters or {}, percent=lambda share: f"{share:.1%}", duration=duration, uri=thumbnail_uri
     )

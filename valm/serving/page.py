@@ -14,7 +14,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +24,7 @@ from valm.clip.read_image import check_size, open_image, read_image
 from valm.errors import ValmError
 from valm.evaluation.controls import GivenImages, NamedImage, RandomImages
 from valm.explain.explanation import Explanation, Reader, explain_together
-from valm.explain.page import heads, heads_script, render_body, script_hash, style
+from valm.explain.page import heads, heads_script, render_body, script_hash, style, templates
 from valm.retrieval.retriever import Retriever
 from valm.serving.api import Api, unless_gone
 from valm.serving.bodies import Bodies
@@ -299,7 +298,4 @@ def _own(name: str) -> str:
 
 @cache
 def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.j2")
+    return templates(HERE).get_template("page.html.j2")
