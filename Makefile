@@ -113,7 +113,7 @@ lint: $(VENV)/.installed-lint
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
-# The pages of docs/templates are written anew and committed, because people read them on the code host too.
+# docs/generate.py writes pages of docs/reference. They are committed, because people read them on the code host too.
 docs: $(VENV)/.installed-docs $(VENV)/.installed-test
 	$(BIN)/python -m docs.generate
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -29,7 +29,7 @@ class Functions:
         loader = griffe.GriffeLoader(
             search_paths=[root], docstring_parser=griffe.Parser.google, docstring_options=options
         )
-        self._package = functools.cache(loader.load)  # which reads a package anew in each call
+        self._package = functools.cache(loader.load)  # each call of `load` reads the whole package
 
     def section(self, path: str, members: Iterable[str] | None = None) -> str:
         """An object and its members, by default the public members that have a docstring."""
@@ -90,7 +90,7 @@ def _arguments(found: Any) -> Iterator[str]:
 
 
 def _options(found: Any) -> dict[str, dataclasses.Field]:
-    """The fields of a dataclass that are options of a command, its own and those of its base classes."""
+    """The fields of a dataclass that are options of a command, including the fields of its base classes."""
     if not found.is_class or not any(str(one.value).startswith("option(") for one in found.attributes.values()):
         return {}
     kind = getattr(importlib.import_module(found.module.path), found.name)

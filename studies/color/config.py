@@ -151,7 +151,7 @@ class StudyConfig:
         images: K, images per token.
         training: options of `valm train` for every arm.
         curve: numbers of steps, each the same multiple of the one before. VaLM and the query control are also trained
-            for each of them, with schedules of their own, and asked about the objects of the claims.
+            for each of them, each with its own schedule, and asked about the objects of the claims.
         arms: names of `ARMS`.
         tests: names of `TESTS`.
         seeds: each seed samples its own validation objects, text and weights.

@@ -1,5 +1,5 @@
 """The demo from pictures to report: trains CLIP, GPT-2*, VaLM and its query control, and asks for colours that no text
-has named. Stages, folder and page are those of `valm pictures`."""
+has named. It uses the stages, the folder and the page of `valm pictures`."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class TextCorpus:
         captions: a table of captions of the pictures in the folders and zip files among `files`.
 
     Raises:
-        ValmError: files or captions are given beside a dataset, or streaming without a dataset.
+        ValmError: files or captions are given together with a dataset, or streaming without a dataset.
 
     Example:
         >>> from valm.corpus.texts import TextCorpus
@@ -175,7 +175,7 @@ def corpus_files(
 
 
 def _captions_of(path: Path, table: str | os.PathLike | None, number: int) -> list[Caption]:
-    """The captions of the pictures in a folder or zip file, without those of pictures that cannot be opened."""
+    """The captions of the pictures in a folder or zip file, without the captions of pictures that cannot be opened."""
     source = ImageSource(path, captions=table).open()
     for remark in getattr(source, "remarks", ()):
         log.warning(printable(f"{path}: {remark}"))
@@ -203,7 +203,7 @@ def fingerprint(documents: Iterable[str | Sequence[int]]) -> str:
 
 
 class FileDocuments(Iterator[str]):
-    """The documents of `parts` (`corpus_files`), in order. Arguments and errors are those of `read_documents`."""
+    """The documents of `parts` (`corpus_files`), in order. `read_documents` has the same arguments and errors."""
 
     def __init__(self, parts: Sequence[tuple[Path, str] | list[Caption]], column: str) -> None:
         self._total = self._before = 0

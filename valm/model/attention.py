@@ -118,7 +118,7 @@ class TextLimits(NamedTuple):
 
 class Scoring(NamedTuple):
     """What a family does to scores: it multiplies them by `scale`, caps them softly at `softcap`, adds `position_bias`
-    to those of text, and gives each head `sink`, one more score without a value."""
+    to the scores of text, and gives each head `sink`, one more score without a value."""
 
     scale: float
     softcap: float | None = None

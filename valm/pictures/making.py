@@ -1,4 +1,4 @@
-"""The stages that make a model of pictures and a decoder, each by the function of its own command."""
+"""The stages that make a model of pictures and a decoder, each by the function of a single command."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Making:
             self.base = str(self.out / SMOLLM2)
 
     def begin(self) -> None:
-        """Claims the folder `out`. Errors are those of `claim_folder`."""
+        """Claims the folder `out`. Raises what `claim_folder` raises."""
         parts = {name: name for name in (CLIP, KB, RETRIEVAL, MODEL, CONTROL)}
         if self.base == str(self.out / SMOLLM2):
             parts[BASE] = SMOLLM2

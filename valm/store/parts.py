@@ -77,13 +77,13 @@ def part_of(folder: str | os.PathLike, part: str) -> Path:
 
 
 def control_of(folder: str | os.PathLike) -> Path | None:
-    """The control in `folder` if `valm pictures` made it, otherwise None. Errors are those of `part_of`."""
+    """The control in `folder` if `valm pictures` made it, otherwise None. Raises what `part_of` raises."""
     return None if read_parts(folder) is None else part_of(folder, CONTROL)
 
 
 def base_of(folder: str | os.PathLike) -> str | None:
     """Folder or name of the decoder in `folder` without what sees pictures; None if `valm pictures` did not make
-    `folder`. Errors are those of `read_parts`."""
+    `folder`. Raises what `read_parts` raises."""
     found = read_parts(folder)
     if found is None:
         return None

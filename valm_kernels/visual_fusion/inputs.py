@@ -10,7 +10,7 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """The arguments of visual_fusion_attn, in the operator's order.
 
-    Shapes and dtypes are those of visual_fusion_attn. Without image_k and image_v, all image arguments are None. The
+    Shapes and dtypes as in visual_fusion_attn. Without image_k and image_v, all image arguments are None. The
     values of image_index are not checked yet. If cu_seqlens is given, first_key contains its limits too.
     """
 

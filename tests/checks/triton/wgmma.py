@@ -29,7 +29,7 @@ LEFT_REGISTERS = 4  # of 64 rows by 32 bytes, in each of 128 threads
 
 @dataclass(frozen=True)
 class Use:
-    """The registers that an instruction writes and reads. For a product: those of its left operand and its sums."""
+    """The registers that an instruction writes and reads; of a product, its left operand and its sums."""
 
     text: str
     writes: frozenset[int]

@@ -111,7 +111,7 @@ def tar_records(path: Path) -> list[Record]:
         suffix, hidden = PurePosixPath(name).suffix.lower(), PurePosixPath(name).name.startswith(".")
         if suffix in (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES) and not hidden and at_first_dot(name)[0] not in samples.keys:
             unread = unread_formats([suffix])
-            skipped[name] = unread[0] if unread else "its name up to the first dot is not that of a sample"
+            skipped[name] = unread[0] if unread else "no image has the same name up to the first dot"
     records = [
         Record(f"{path.name}/{name}", caption, path, members[name].offset_data, members[name].size)
         for name, caption in samples.images.items()
