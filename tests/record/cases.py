@@ -46,11 +46,9 @@ def augmented(base: Callable[[], Any], **options: Any) -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "valm": valm,
-    "valm-scored": lambda: valm(score_scale=2.0),
     "valm-flat": lambda: valm(fusion_scale="embed_dim", layer=-1, image_dim=32, logit_bias=-1.0),
     "valm-text": lambda: valm(num_images=0),
     "llama": lambda: augmented(tiny_llama),
-    "llama-scored": lambda: augmented(tiny_llama, score_scale=2.0, layer=1),
     "gpt2": lambda: augmented(tiny_gpt2),
     "gemma2": lambda: augmented(gemma2),
     "gpt-oss": lambda: augmented(gpt_oss),
@@ -91,11 +89,7 @@ def images_of(model: Any, shape: torch.Size) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     options = model.fusion_options
     index = torch.randint(-1, POOL, (*shape, options.num_images), generator=generator)
-    images = {"image_pool": torch.randn(POOL, options.image_dim, generator=generator), "image_index": index}
-    if options.scored:
-        scores = torch.randn(index.shape, generator=generator)
-        images["image_scores"] = scores.masked_fill(index < 0, -torch.inf)
-    return images
+    return {"image_pool": torch.randn(POOL, options.image_dim, generator=generator), "image_index": index}
 
 
 def packed() -> tuple[Tensor, Tensor]:
@@ -150,8 +144,7 @@ def text_alone(model: Any, ids: Tensor) -> Tensor:
         return model(ids).logits
     options = model.fusion_options
     index = torch.full((*ids.shape, options.num_images), -1)
-    scores = {"image_scores": torch.full(index.shape, -torch.inf)} if options.scored else {}
-    return model(ids, image_pool=torch.zeros(0, options.image_dim), image_index=index, **scores).logits
+    return model(ids, image_pool=torch.zeros(0, options.image_dim), image_index=index).logits
 
 
 def of_packed(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,6 @@ COMMANDS = {
     "text alone": ["{corpus}", "--tokenizer", "{clip}", *NEW],
     "images": IMAGES,
     "cut": [*IMAGES, "--min-score", "0.2"],
-    "scored": [*IMAGES, "--score-scale", "1"],
     "held out": [*IMAGES, "--validation", "0.25", "--patience", "0", "--eval_steps", "50"],
     **{twin: [*IMAGES, "--min-score", "0.2", "--twin", twin] for twin in ("text", "random", "shuffled", "blind")},
     "base": [*BASE, "--logit-bias", "-2"],

@@ -61,12 +61,6 @@ def random_images(config: ValmConfig, batch: int, length: int, pool: int = 10, s
     return torch.randn(pool, options.image_dim, generator=generator), index
 
 
-def random_scores(index: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Retrieval scores (B, T, K) of the images at `index`; -inf for no image."""
-    scores = torch.randn(index.shape, generator=torch.Generator().manual_seed(seed))
-    return scores.masked_fill(index < 0, -torch.inf)
-
-
 def again_from_the_start(model, ids: torch.Tensor, steps: int = 8) -> torch.Tensor:
     """`ids` and the likeliest tokens after them; the model reads the whole text again for each."""
     for _ in range(steps):

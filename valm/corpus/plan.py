@@ -23,7 +23,7 @@ class RetrievalPlan(Execution):
     Attributes:
         corpus: the texts whose images are retrieved.
         allow_download: load the CLIP from the hub that the knowledge base names.
-        scores: write the score of each image, which a score threshold and `score_scale` need.
+        scores: write the score of each image, which a score threshold needs.
 
     Raises:
         ValmError: a field has a wrong value.

@@ -305,7 +305,7 @@ def retrieve_corpus(
         documents: texts, which the retriever's tokenizer reads (`valm.corpus.texts`), or token ids. The calling thread
             reads them once, in order, so they need not fit into memory.
         part_bytes: bytes of a shard's texts, or of its 32-bit token ids.
-        scores: also write the score of each image, which `min_score` and models with `score_scale` need.
+        scores: also write the score of each image, which `min_score` needs.
         run: where shards are made: here, or on the machines of a `valm.store.ray.RayRun`, which get the documents.
 
     Raises:

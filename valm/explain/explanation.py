@@ -121,7 +121,7 @@ def explain(
     found = _find(model, finder, ids)
     text_weights, image_weights = model.fusion_attention(ids, **model.finder.arguments(found))
     scores = found.scores
-    if isinstance(finder, OtherImages) and not model.fusion_options.scored:  # a scored model needs the replaced scores
+    if isinstance(finder, OtherImages):
         scores = finder.own_scores(ids, found)
     if answers is None:
         words, probabilities = _likeliest(tokenizer, _log_probs(model, ids, found)[-1])

@@ -3,11 +3,8 @@
 Text and images share the attention's own W_k and W_v with their biases (Wang et al. 2022, equations 3-7)::
 
     image_k = W_k LN_img(z) + b^K_img      image_v = W_v LN_img(z) + b^V_img
-    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias + score_scale (score_ik - best_i)])
+    [a_i | b_i] = softmax([scale q_i k_j | scale q_i image_k_ik + logit_bias])
     out_i = sum_j a_ij v_j + sum_k b_ik image_v_ik
-
-best_i is the highest retrieval score of token i's images. So the scores compare the images of a token with each other,
-and how good its best image is changes nothing: `min_score` decides that.
 
 The images z of a batch come as a pool in which each image occurs once. They are projected once and gathered by index.
 The attention weights get no dropout (published: 0.1).
@@ -32,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import AttentionInterface
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -63,20 +60,18 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 
 
 # Arguments of a forward that only the fusion layer uses. The attentions of other layers ignore them.
-IMAGE_ARGUMENTS = ("image_pool", "image_index", "image_scores")
+IMAGE_ARGUMENTS = ("image_pool", "image_index")
 FUSION_ARGUMENTS = (*IMAGE_ARGUMENTS, "text_limits", "read_weights")
 
 
 class FusionTerms(NamedTuple):
     """hidden_states: (1, U, C), images in the form of the attention's input. k_bias: (Hkv, Dk). v_bias: (Hkv, Dv).
-    logit_bias: (Hq,). score_scale: (1,), or None if retrieval scores are not used. The last four are float32 or
-    float64."""
+    logit_bias: (Hq,). The last three are float32 or float64."""
 
     hidden_states: Tensor
     k_bias: Tensor
     v_bias: Tensor
     logit_bias: Tensor
-    score_scale: Tensor | None = None
 
 
 class Images(NamedTuple):
@@ -87,7 +82,6 @@ class Images(NamedTuple):
         image_index: (B, T, K), -1 = no image.
         query: (B, Hq, T, Dk), for the image scores; None = the text's query.
         terms: the biases.
-        scores: (B, T, K), the retrieval scores; None = not used.
     """
 
     keys: Tensor
@@ -95,17 +89,6 @@ class Images(NamedTuple):
     image_index: Tensor
     query: Tensor | None
     terms: FusionTerms
-    scores: Tensor | None = None
-
-    def score_bias(self) -> Tensor | None:
-        """The `image_score_bias` of `visual_fusion_attn`."""
-        if self.scores is None or self.terms.score_scale is None:
-            return None
-        scale, none = self.terms.score_scale, self.image_index < 0
-        scores = self.scores.to(scale.dtype)
-        best = scores.masked_fill(none, -torch.inf).amax(-1, keepdim=True)
-        # 0 instead of -inf where there is no image: -inf would make the gradient of the scale NaN
-        return scale * (scores - best).masked_fill(none, 0)
 
 
 class TextLimits(NamedTuple):
@@ -149,7 +132,6 @@ class ImageFusion(nn.Module):
     def __init__(self, options: FusionOptions):
         super().__init__()
         self.initial_logit_bias = options.logit_bias
-        self.initial_score_scale = options.score_scale
         self.proj = None
         if options.image_dim != options.width:
             self.proj = ImageProjection(options.image_dim, options.width, bias=False)
@@ -157,15 +139,13 @@ class ImageFusion(nn.Module):
         self.k_bias = nn.Parameter(torch.empty(options.kv_heads, options.key_dim))
         self.v_bias = nn.Parameter(torch.empty(options.kv_heads, options.value_dim))
         self.logit_bias_delta = nn.Parameter(torch.empty(options.heads))
-        self.score_scale_delta = None if options.score_scale is None else nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Sets the initial values of all but its modules."""
-        for parameter in (self.k_bias, self.v_bias, self.logit_bias_delta, self.score_scale_delta):
-            if parameter is not None:
-                init.zeros_(parameter)
+        for parameter in (self.k_bias, self.v_bias, self.logit_bias_delta):
+            init.zeros_(parameter)
 
     def forward(self, image_pool: Tensor) -> FusionTerms:
         """image_pool: (U, E)."""
@@ -176,10 +156,7 @@ class ImageFusion(nn.Module):
         # copies, because FSDP2 frees the parameters after this forward if it wraps this module by itself
         k_bias, v_bias = (bias.to(wide, copy=True) for bias in (self.k_bias, self.v_bias))
         logit_bias = self.initial_logit_bias + self.logit_bias_delta.to(wide)
-        score_scale = None
-        if self.score_scale_delta is not None and self.initial_score_scale is not None:
-            score_scale = self.initial_score_scale + self.score_scale_delta.to(wide)
-        return FusionTerms(self.norm(images[None]), k_bias, v_bias, logit_bias, score_scale)
+        return FusionTerms(self.norm(images[None]), k_bias, v_bias, logit_bias)
 
 
 class ImageHook:
@@ -200,7 +177,7 @@ class ImageHook:
 
     def __call__(self, attention: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         arguments = named_arguments(self.names, args, kwargs) | getattr(_call, "images", {})
-        pool, index, scores = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
+        pool, index = (arguments.pop(name, None) for name in IMAGE_ARGUMENTS)
         if pool is None or (pool.shape[0] == 0 and not attention.training):
             return (), arguments | self.as_base(attention)
         # elsewhere, reading the index would wait for the device
@@ -220,7 +197,7 @@ class ImageHook:
         query = self.image_query(attention, arguments)
         if keys.shape[1] < len(terms.k_bias):
             terms = _of_own_heads(terms, attention)
-        return (), arguments | {"images": Images(keys[0], values[0], index, query, terms, scores)}
+        return (), arguments | {"images": Images(keys[0], values[0], index, query, terms)}
 
     def as_base(self, attention: Any) -> dict[str, Any]:
         """An argument for a call in which no token sees an image, which then gets the base's result to the bit. Empty
@@ -315,10 +292,7 @@ def _of_own_heads(terms: FusionTerms, attention: nn.Module) -> FusionTerms:
         everywhere(bias).redistribute(placements=[Shard(0)]).to_local()
         for bias in (terms.k_bias, terms.v_bias, terms.logit_bias)
     )
-    scale = terms.score_scale
-    if scale is not None:  # all heads share it, so its gradient is the sum over processes
-        scale = everywhere(scale).to_local(grad_placements=[Partial()])
-    return FusionTerms(terms.hidden_states, k_bias, v_bias, logit_bias, scale)
+    return FusionTerms(terms.hidden_states, k_bias, v_bias, logit_bias)
 
 
 # By thread: the images during the forward of a layer that does not pass them on.
@@ -541,9 +515,6 @@ def image_arguments(query: Tensor, images: Images | None, width: int) -> dict[st
         "image_k_bias": _widened(images.terms.k_bias, width),
         "image_logit_bias": images.terms.logit_bias.to(torch.promote_types(query.dtype, torch.float32)),
     }
-    score_bias = images.score_bias()
-    if score_bias is not None:
-        arguments["image_score_bias"] = score_bias
     if images.query is not None:
         arguments["image_q"] = _widened(images.query, width)
     return arguments

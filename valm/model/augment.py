@@ -49,7 +49,6 @@ def augment(
     *,
     logit_bias: float = -10.0,
     blind: bool = False,
-    score_scale: float | None = None,
     min_score: float | None = None,
 ) -> AugmentedCausalLM:
     """Makes one layer of a pretrained decoder attend to text and images in one softmax.
@@ -70,9 +69,6 @@ def augment(
             about their rounding error, and the gradient can still open the heads.
         blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image. Needs
             num_images = 1.
-        score_scale: initial value of a learned weight, shared by all heads, on how far an image's retrieval score is
-            below that of the token's best image. The product, 0 for the best image, is added to the image's attention
-            scores. None: retrieval scores are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image
             (`valm.retrieval.min_score`). None: every token but a document's first sees K images.
 
@@ -104,7 +100,6 @@ def augment(
         **{name: getattr(found, name) for name in ("width", "heads", "kv_heads", "key_dim", "value_dim")},
         logit_bias=logit_bias,
         blind=blind,
-        score_scale=score_scale,
         min_score=min_score,
         layer_drops_images=found.layer_drops_images,
     )
@@ -280,8 +275,6 @@ class AugmentedCausalLM(ImageModel):
             input_ids: (B, T) int64 token ids.
             image_pool: (U, E) float, the image vectors of this batch, each once.
             image_index: (B, T, K) int32 or int64, rows of the pool for each token, -1 = no image.
-            image_scores: (B, T, K) float, the retrieval score of each image. Only a model with `score_scale` takes
-                scores, and it needs them if images are given.
             attention_mask: (B, T) int64, 0 at padding.
             position_ids: (B, T) int64. Where they restart in a row, a new document begins, which sees no earlier one.
             labels: (B, T) int64, the tokens themselves; -100 is ignored.
@@ -310,7 +303,6 @@ class AugmentedCausalLM(ImageModel):
         image_pool: Tensor | None = None,
         image_index: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The fusion layer's attention weights, materialised: for plots and explanations of short texts.
 
@@ -330,7 +322,7 @@ class AugmentedCausalLM(ImageModel):
             True
         """
         options = self.fusion_options
-        images = {"image_pool": image_pool, "image_index": image_index, "image_scores": image_scores}
+        images = {"image_pool": image_pool, "image_index": image_index}
         if options.num_images > 0 and image_pool is None:
             images["image_pool"] = torch.zeros(0, options.image_dim, device=input_ids.device)
             images["image_index"] = torch.full((*input_ids.shape, 0), -1, device=input_ids.device)
@@ -361,8 +353,8 @@ class AugmentedCausalLM(ImageModel):
         """
         if any(kwargs.get(name) is not None for name in IMAGE_ARGUMENTS):
             raise ValueError(
-                "generate() takes no image_pool, image_index or image_scores, since each new token needs its own "
-                "images: set a retriever with set_retriever"
+                "generate() takes no image_pool or image_index, since each new token needs its own images: set a "
+                "retriever with set_retriever"
             )
         return super().generate(*args, **kwargs)
 

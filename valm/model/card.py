@@ -122,8 +122,7 @@ def _needs(model: Any, with_base: bool) -> list[str]:
     if options.num_images == 0:
         return needs
     if source is None:
-        scores = ", `image_scores`" if options.scored else ""
-        return [*needs, f"Images: the arguments `image_pool`, `image_index`{scores} of each call, or a retriever."]
+        return [*needs, "Images: the arguments `image_pool`, `image_index` of each call, or a retriever."]
     if source.knowledge_base_sha256 is not None:
         needs.append(f"The knowledge base `{source.knowledge_base_name}`, SHA-256 `{source.knowledge_base_sha256}`.")
     clip = Path(source.clip_name or "").name

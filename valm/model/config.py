@@ -53,8 +53,6 @@ class FusionOptions:
         heads, kv_heads, key_dim, value_dim: Hq, Hkv, Dk and Dv, as the attention passes them to the interface.
         logit_bias: initial value of the bias that each head adds to its image scores.
         blind: each token's retrieval query replaces its image (Blind-VaLM, Ontalvilla et al. 2024).
-        score_scale: initial value of the scale of the retrieval scores, relative to the token's best image; None = they
-            are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image, with blind not
             its query; None = no threshold.
         fusion_scale: "head_dim" scales scores in the fusion layer as its family does; "embed_dim" by 1/sqrt(C), as the
@@ -78,7 +76,6 @@ class FusionOptions:
     value_dim: int
     logit_bias: float
     blind: bool
-    score_scale: float | None = None
     min_score: float | None = None
     fusion_scale: str = "head_dim"
     norm_eps: float = 1e-5
@@ -97,13 +94,11 @@ class FusionOptions:
         if self.fusion_scale not in FUSION_SCALES:
             known = ", ".join(map(repr, FUSION_SCALES))
             raise ValmError(f"fusion_scale must be one of {known}, got {self.fusion_scale!r}")
-        for name in ("logit_bias", "score_scale", "min_score"):
+        for name in ("logit_bias", "min_score"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and not number:
                 raise ValmError(f"{name} must be a finite number, got {value!r}")
-        if self.score_scale is not None and self.num_images == 0:
-            raise ValmError("score_scale scales the scores of images, but num_images is 0: leave score_scale out")
         if self.min_score is not None and self.num_images == 0:
             raise ValmError("min_score is for a model that sees images, but num_images is 0: set it to None")
 
@@ -111,11 +106,6 @@ class FusionOptions:
     def retrieves(self) -> bool:
         """Whether tokens see images from a knowledge base."""
         return self.num_images > 0 and not self.blind
-
-    @property
-    def scored(self) -> bool:
-        """Whether the model uses the retrieval scores of its images."""
-        return self.score_scale is not None
 
 
 class AugmentedConfig(_Config):
@@ -191,8 +181,6 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
         blind: makes the query control (Blind-VaLM): each token's retrieval query replaces its image.
         logit_bias: initial bias of each head's image scores; 0 as published. At -10, images have almost no weight at
             first.
-        score_scale: initial value of a learned weight on the retrieval score, relative to the token's best image; None:
-            retrieval scores are not used.
         min_score: score threshold: a token whose best image has a lower retrieval score sees no image; None: no
             threshold.
 
@@ -216,7 +204,6 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
         fusion_scale: str = "head_dim",
         blind: bool = False,
         logit_bias: float = 0.0,
-        score_scale: float | None = None,
         min_score: float | None = None,
         **kwargs: Any,
     ):
@@ -240,7 +227,6 @@ class ValmConfig(AugmentedConfig, GPT2Config):  # type: ignore[misc]  # from_pre
                 value_dim=head_dim,
                 logit_bias=logit_bias,
                 blind=blind,
-                score_scale=score_scale,
                 min_score=min_score,
                 fusion_scale=fusion_scale,
                 norm_eps=self.layer_norm_epsilon,

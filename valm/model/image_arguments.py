@@ -49,20 +49,12 @@ def check_call(config: Any, arguments: dict[str, Any]) -> None:
         )
 
 
-def check_images(
-    options: FusionOptions, shape: torch.Size, pool: Tensor | None, index: Tensor | None, scores: Tensor | None
-) -> None:
-    """Checks image_pool, image_index and image_scores against the model and the batch's `shape` (B, T). Raises
-    ValueError if a shape or dtype is wrong, or one of them is missing or not used."""
+def check_images(options: FusionOptions, shape: torch.Size, pool: Tensor | None, index: Tensor | None) -> None:
+    """Checks image_pool and image_index against the model and the batch's `shape` (B, T). Raises ValueError if a shape
+    is wrong, or one of them is missing."""
     if (pool is None) != (index is None):
         raise ValueError("image_pool and image_index must be given together")
-    if scores is not None and not options.scored:
-        raise ValueError(
-            "image_scores was given to a model that does not use retrieval scores: make the model with score_scale"
-        )
     if pool is None or index is None:
-        if scores is not None:
-            raise ValueError("image_scores must be given together with image_pool and image_index")
         return
     if options.num_images == 0:
         raise ValueError("image_pool was given to a model with num_images = 0 (GPT-2*), which sees no images")
@@ -70,12 +62,3 @@ def check_images(
         raise ValueError(f"image_pool must have shape (U, image_dim = {options.image_dim}), got {tuple(pool.shape)}")
     if index.dim() != 3 or index.shape[:2] != shape:
         raise ValueError(f"image_index must have shape (B, T, K), (B, T) = {tuple(shape)}, got {tuple(index.shape)}")
-    if scores is None:
-        if options.scored and pool.shape[0] > 0:
-            raise ValueError("this model uses retrieval scores: give image_scores with the images")
-        return
-    if scores.shape != index.shape or not scores.is_floating_point():
-        raise ValueError(
-            f"image_scores must be float with the shape of image_index, {tuple(index.shape)}, got {scores.dtype} "
-            f"with {tuple(scores.shape)}"
-        )

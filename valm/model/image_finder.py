@@ -140,12 +140,11 @@ class ImageFinder:
 
     def find_images(
         self, ids: Tensor | None, mask: Any, cache: Any, positions: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Retrieves image_pool (U, E), image_index and image_scores (B, T, K) for the tokens `ids` (B, T).
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Retrieves image_pool (U, E) and image_index (B, T, K) for the tokens `ids` (B, T).
 
-        The scores are None if the model does not use them. All three are None, with a warning, if the model has no
-        retriever. `cache` holds the retriever's state after earlier tokens. Without a cache, the retriever reads the
-        documents that `positions` tell apart separately.
+        Both are None, with a warning, if the model has no retriever. `cache` holds the retriever's state after earlier
+        tokens. Without a cache, the retriever reads the documents that `positions` tell apart separately.
 
         Raises:
             ValueError: there is no retriever and the model is `strict`; or the retriever did not read all the tokens in
@@ -153,7 +152,7 @@ class ImageFinder:
         """
         # a compiled graph is guarded by this value, and compiled again if a retriever is set later
         if self._retriever is None and not finds_images(self, None if ids is None else ids.device):
-            return None, None, None
+            return None, None
         if torch.compiler.is_exporting():  # the images would become constants of the program
             raise ValueError(
                 "an exported program cannot contain a retriever: give image_pool and image_index, or call "
@@ -164,7 +163,7 @@ class ImageFinder:
     @torch.compiler.disable
     def _find_images(
         self, ids: Tensor | None, mask: Any, cache: Any, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         retriever = self._retriever
         assert retriever is not None
         if ids is None:
@@ -183,7 +182,7 @@ class ImageFinder:
             found = retriever.step(ids, retrieval_state(cache, retriever, len(ids), self._number), own)
             cache.num_retrieved += ids.shape[1]
         seen = self.seen(found, ids.device)
-        return seen.image_pool, seen.image_index, seen.scores if self.options.scored else None
+        return seen.image_pool, seen.image_index
 
     def seen(self, found: Retrieved, device: torch.device) -> Retrieved:
         """The images in `found` that reach the model's score threshold (min_score), on its device."""
@@ -194,8 +193,7 @@ class ImageFinder:
         """The image arguments of the model's forward; empty if K = 0."""
         if self.options.num_images == 0:
             return {}
-        images = {"image_pool": seen.image_pool, "image_index": seen.image_index}
-        return images | {"image_scores": seen.scores} if self.options.scored else images
+        return {"image_pool": seen.image_pool, "image_index": seen.image_index}
 
     def say_that_images_are_missing(self) -> None:
         """Warns once that the model gets no images, unless it takes none. Raises ValueError if the model is

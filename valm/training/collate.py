@@ -16,30 +16,24 @@ from valm.training.data import Places, at_places
 
 # The label that PyTorch's cross entropy ignores.
 IGNORED = -100
-NO_SCORES = (
-    "this model uses retrieval scores, but the documents contain none: retrieve the documents again "
-    "(`valm retrieve` writes scores)"
-)
 
 
 class Collator:
     """Turns a list of documents into the arguments of a model with images, or of any decoder of transformers.
 
     A document is a dict with `input_ids` (T,). If images were retrieved, it also contains `image_ids` (T, K), ids in
-    the knowledge base, -1 = no image, and `image_scores` (T, K) for a model that uses them. The batch contains
+    the knowledge base, -1 = no image. The batch contains
 
     - input_ids, labels (B, L) int64; labels ignore padding and bos (if bos is also eos, only the bos that opens a
       document);
     - in packed rows, position_ids (B, L) int64, which restart at each document; each token of padding is a separate
       document. In padded rows, padding is on the right, where no token sees it;
     - with a knowledge base, image_pool (U, E) float16, the vectors of the images in this batch, each once, and
-      image_index (B, L, K) int64, rows of the pool; with `scores`, image_scores (B, L, K) float32. Where there is no
-      image, the index is -1 and the score -inf;
+      image_index (B, L, K) int64, rows of the pool, -1 = no image;
     - for documents with hidden states (see `cache_below`), fusion_input (B, L, C).
 
     Args:
         kb: contains the vectors; None for a model without images or with a retriever (`set_retriever`).
-        scores: the model uses retrieval scores.
         row_length: None puts each document into its own row, padded to the longest. A number packs as many documents
             as fit, in order, into rows of at most that length, for a model that keeps them apart by their positions
             (`valm.model.probe.keeps_apart`).
@@ -52,7 +46,6 @@ class Collator:
         kb: ImageKnowledgeBase | None,
         row_length: int | None = None,
         *,
-        scores: bool = False,
         mask: bool = False,
     ):
         self.vocabulary = len(tokenizer)
@@ -62,15 +55,14 @@ class Collator:
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.kb = kb
         self.row_length = row_length
-        self.scores = scores
         self.mask = mask
 
     def __call__(self, documents: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of `documents`.
 
         Raises:
-            ValmError: with a knowledge base, a document lacks image_ids, or image_scores that the model uses, or has an
-                image that is not in it; or a token is not in the tokenizer.
+            ValmError: with a knowledge base, a document lacks image_ids or has an image that is not in it; or a token
+                is not in the tokenizer.
         """
         lengths = [len(document["input_ids"]) for document in documents]
         places, shape = self._places(lengths)
@@ -116,8 +108,6 @@ class Collator:
                 "the documents contain no image_ids: retrieve them first, or train without a knowledge base. A Trainer "
                 "that valm.training.trainer did not make removes them unless remove_unused_columns=False is set"
             )
-        if self.scores and any("image_scores" not in document for document in documents):
-            raise ValmError(NO_SCORES)
         found_ids = [document["image_ids"] for document in documents]
         image_ids = at_places(found_ids, places, shape, -1, np.int64)  # (B, L, K)
         images, index = np.unique(image_ids, return_inverse=True)
@@ -125,10 +115,6 @@ class Collator:
         if images[0] == -1:  # ascending, so "none" comes first
             images, index = images[1:], index - 1
         try:
-            found = {"image_pool": kb.gather(images), "image_index": index}
+            return {"image_pool": kb.gather(images), "image_index": index}
         except IndexError as error:
             raise ValmError(f"the documents' image_ids belong to another knowledge base: {error}") from error
-        if self.scores:
-            scores = [document["image_scores"] for document in documents]
-            found["image_scores"] = at_places(scores, places, shape, -np.inf, np.float32)
-        return found

@@ -30,7 +30,7 @@ EVALUATIONS, PATIENCE = 20, 3
 # The fields that need another field, and what they are for.
 NEEDS = {
     "base": ("a pretrained decoder", ("layer", "base_kl", "logit_bias", "cache_below")),
-    "kb": ("a model with images", ("twin", "score_scale", "min_score", "questions", "ordinary_text")),
+    "kb": ("a model with images", ("twin", "min_score", "questions", "ordinary_text")),
 }
 TWINS = ("text", "random", "blind", "shuffled")
 # Options that name a file or a folder.
@@ -95,11 +95,6 @@ class TrainingPlan:
     logit_bias: float | None = option(
         f"with --base: initial bias of each head's image scores (default: {BASE_LOGIT_BIAS:g}; at -10 images have "
         "almost no weight)"
-    )
-    score_scale: float | None = option(
-        "initial value of a learned weight on how far an image's retrieval score is below that of the token's best "
-        "image, which lowers the image's attention scores; the corpus must be retrieved with scores (default: "
-        "retrieval scores are not used)"
     )
     min_score: float | str | None = option(
         "score threshold: a token whose best image has a lower retrieval score sees no image; auto: the threshold that "
@@ -173,10 +168,6 @@ class TrainingPlan:
             raise ValmError(
                 "--tokenizer is for a new text-only model: --base has its own tokenizer, and for a model with images, "
                 "give --tokenizer to `valm retrieve`"
-            )
-        if self.score_scale is not None and self.twin in ("random", "shuffled"):
-            raise ValmError(
-                f"--twin {self.twin} exchanges images, whose retrieval scores are unknown: leave --score-scale out"
             )
         texts = [text for text in (self.questions, self.ordinary_text) if text is not None]
         if texts and self.min_score != "auto" and (self.base is None or self.min_score is not None):

@@ -188,7 +188,7 @@ def _model(plan: TrainingPlan, data: Data, device: torch.device) -> Any:
     images: dict[str, Any] = {}
     if kb is not None and plan.twin != "text":
         images = {"num_images": 1 if blind else data.corpus.k, "image_dim": kb.dim, "blind": blind}
-        images |= {"min_score": data.min_score, "score_scale": plan.score_scale}
+        images["min_score"] = data.min_score
     if plan.base is None:
         layers, width, heads = plan.size()
         config = ValmConfig(

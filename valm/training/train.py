@@ -22,7 +22,7 @@ from valm.model.probe import keeps_apart
 from valm.retrieval.source import RetrievalSource
 from valm.training.base_divergence import stay_near_base
 from valm.training.cache_below import start_from_cache
-from valm.training.collate import NO_SCORES, Collator
+from valm.training.collate import Collator
 from valm.training.data import blocks, evened, views, with_min_score
 from valm.training.image_trainer import ImageTrainer
 from valm.training.launch import check_processes
@@ -144,7 +144,7 @@ def trainer(
         train_dataset=documents,
         eval_dataset=evaluated,
         prepared=lambda documents: _even(ready(documents), training.args),
-        data_collator=Collator(tokenizer, kb, row_length, scores=sees is not None and sees.scored, mask=retrieves),
+        data_collator=Collator(tokenizer, kb, row_length, mask=retrieves),
         processing_class=with_length(tokenizer, inner),
         **options,
     )
@@ -241,8 +241,6 @@ def _check(model: Any, dataset: Any, kb: ImageKnowledgeBase | None, tokenizer: P
         )
     if corpus is not None:
         corpus.check_knowledge_base(kb)
-    if options.scored and sized and "image_scores" not in dataset[0]:
-        raise ValmError(NO_SCORES)
     found = dataset[0].get("image_ids") if sized else None
     if found is not None and found.shape[1] != num_images:
         raise ValmError(

@@ -248,30 +248,11 @@ def test_a_blind_twin_has_the_clip_and_the_precision_of_its_retrieval(world, tmp
         assert "which is not a folder there: give its folder or name (--clip), or allow" in error
 
 
-@pytest.mark.parametrize("of", ["base", "new"])
-def test_retrieval_scores_train_a_scale(world, base, tmp_path, error_of, of):
-    retrieval = tmp_path / "retrieval"
-    tokenizer = ["--tokenizer", base] if of == "base" else []
-    retrieve = ["retrieve", world / "corpus.txt", "--kb", world / "kb", "-k", "2", *tokenizer]
-    assert run(*retrieve, "--out", retrieval) == 0
-    train = ["train", "--retrieval", retrieval, "--kb", world / "kb", "--score-scale", 0.5]
-    train += ["--base", base, *STEPS, "--context", "8"] if of == "base" else SIZE
-    assert run(*train, "--out", tmp_path / "model") == 0
-    model, tokenizer = load(tmp_path / "model")
-    (delta,) = (value for name, value in model.named_parameters() if name.endswith("score_scale_delta"))
-    assert model.fusion_options.scored and delta.shape == (1,) and delta.item() != 0
-    ids = tokenizer("the color of the apple is", return_tensors="pt")["input_ids"]
-    assert model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2
-    if of == "base":
-        return
+def test_a_threshold_needs_retrieval_scores(world, tmp_path, error_of):
     without_scores(world, tmp_path / "bare")
     unscored = ["train", "--retrieval", tmp_path / "bare", "--kb", world / "kb", *SIZE, "--out", tmp_path / "unscored"]
-    said = "the documents contain none: retrieve the documents again (`valm retrieve` writes scores)"
-    assert said in error_of(*unscored, "--score-scale", 0.5)
     said = "contains no retrieval scores, which a model with a min_score needs: retrieve the corpus again"
     assert said in error_of(*unscored, "--min-score", 0.5)
-    at_once = ["train", world / "corpus.txt", "--kb", world / "kb", "--score-scale", 0.5, *SIZE]
-    assert run(*at_once, "--out", tmp_path / "at-once") == 0
 
 
 def test_a_model_with_a_tokenizer_of_its_own(world, tmp_path, output_of):

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 from tests.valm.model.decoders import IMAGE_DIM, IMAGES, augmented, random_ids, random_images, tiny_llama
-from tests.valm.models import random_scores
 from valm.errors import ValmError
 from valm.model.adapter import save_adapter
 from valm.model.augment import augment, fusion_module
@@ -29,8 +28,7 @@ def opened(folder, **arguments):
 def step(model):
     """The logits, and the gradients of the fusion by name."""
     ids, images = random_ids(2, 9), random_images(2, 9)
-    scores = random_scores(images["image_index"])
-    out = model(ids, labels=ids, **images, image_scores=scores)
+    out = model(ids, labels=ids, **images)
     out.loss.backward()
     return {"logits": out.logits} | {name: p.grad for name, p in fusion_module(model).named_parameters()}
 
@@ -39,7 +37,7 @@ def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     if dist.get_rank() == 0:
-        augmented(score_scale=0.5).save_pretrained(f"{folder}/whole")
+        augmented().save_pretrained(f"{folder}/whole")
         tiny_llama().save_pretrained(f"{folder}/base")
     dist.barrier()
     model = opened(f"{folder}/whole", distributed_config=DIVIDED)

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from tests.checks.families import tiny
-from tests.valm.model.decoders import IMAGE_DIM, augmented, random_ids, random_images, tiny_gpt2, tiny_llama
-from tests.valm.models import random_scores, tiny_model
+from tests.valm.model.decoders import augmented, random_ids, random_images, tiny_gpt2, tiny_llama
+from tests.valm.models import tiny_model
 from valm import load, load_adapter, save_adapter
 from valm.errors import ValmError
 from valm.model.adapter import adapter_base
@@ -113,19 +113,17 @@ def test_a_damaged_config_is_named(tmp_path, damage, message):
 
 
 def test_an_adapter_is_small_and_opens_on_its_base(tmp_path, base_folder):
-    """With what trained, the scale of retrieval scores included."""
-    model = on_base(base_folder, score_scale=0.5)
+    model = on_base(base_folder)
     with torch.no_grad():
-        fusion_module(model).score_scale_delta.fill_(0.75)
+        fusion_module(model).logit_bias_delta.fill_(0.75)
     save_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "whole")
     names = set(load_file(tmp_path / "adapter" / "image_fusion.safetensors"))
     assert all("image_fusion." in name for name in names)
     adapter = load_adapter(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "adapter")
-    scores = {"image_scores": random_scores(random_images(2, 9)["image_index"])}
     for loaded in (adapter, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
-        assert torch.equal(logits(loaded, **scores), logits(model, **scores))
-        assert fusion_module(loaded)(torch.zeros(1, IMAGE_DIM)).score_scale.tolist() == [1.25]
+        assert torch.equal(logits(loaded), logits(model))
+        assert (fusion_module(loaded).logit_bias_delta == 0.75).all()
 
 
 def test_a_whole_model_takes_the_place_of_an_adapter(tmp_path, base_folder):

@@ -15,7 +15,7 @@ class Head(nn.Module):
     """All that `fusion_attention` asks of the attention."""
 
 
-def problem(dim=16, value_dim=16, length=7, past=0, seed=0, images=True, scored=False):
+def problem(dim=16, value_dim=16, length=7, past=0, seed=0, images=True):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -26,11 +26,7 @@ def problem(dim=16, value_dim=16, length=7, past=0, seed=0, images=True, scored=
         return text, None
     terms = FusionTerms(random(1, 5, 8), random(2, dim), random(2, value_dim), random(4))
     index = torch.randint(-1, 5, (2, length, 3), generator=generator)
-    scores = None
-    if scored:
-        scores = random(2, length, 3).masked_fill(index < 0, -torch.inf)
-        terms = terms._replace(score_scale=torch.tensor([1.5]))
-    return text, Images(random(2, 5, dim), random(2, 5, value_dim), index, random(2, 4, length, dim), terms, scores)
+    return text, Images(random(2, 5, dim), random(2, 5, value_dim), index, random(2, 4, length, dim), terms)
 
 
 def interval_mask(first_key, length, past=0):
@@ -38,11 +34,11 @@ def interval_mask(first_key, length, past=0):
     return ((key >= first_key[..., None]) & (key <= key[past:, None]))[:, None]
 
 
-@pytest.mark.parametrize("images", [True, False, "scored"])
+@pytest.mark.parametrize("images", [True, False])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -1.0, 3.0, 0.0])}])
 @pytest.mark.parametrize("dims", [(16, 16), (24, 16), (16, 24)])
 def test_kernel_and_joint_attention_agree(extras, dims, images, monkeypatch):
-    (query, key, value), given = problem(*dims, past=3, images=images, scored=images == "scored")
+    (query, key, value), given = problem(*dims, past=3, images=images)
     mask = interval_mask(torch.tensor([[0] * 7, [9, 9, 2, 3, 4, 5, 6]]), 7, past=3)
     outputs = []
     for reason in (None, "asked for"):
@@ -52,9 +48,8 @@ def test_kernel_and_joint_attention_agree(extras, dims, images, monkeypatch):
 
 
 @pytest.mark.parametrize("sink", [None, torch.tensor([0.5, -1.0, 3.0, 0.0])])
-@pytest.mark.parametrize("scored", [False, True])
-def test_joint_attention_in_float64_by_hand(sink, scored):
-    (query, key, value), images = problem(scored=scored)
+def test_joint_attention_in_float64_by_hand(sink):
+    (query, key, value), images = problem()
     out = joint_attention(query, key, value, images, None, Scoring(0.25, softcap=1.5, sink=sink))
     batch, head, token = 1, 3, 4
     text = (key[batch, head // 2, : token + 1] @ query[batch, head, token]).double() * 0.25
@@ -62,9 +57,6 @@ def test_joint_attention_in_float64_by_hand(sink, scored):
     keys = (images.keys + images.terms.k_bias[:, None])[head // 2, index[index >= 0]]
     image = (keys @ images.query[batch, head, token]).double() * 0.25
     scores = [1.5 * torch.tanh(text / 1.5), 1.5 * torch.tanh(image / 1.5) + images.terms.logit_bias[head]]
-    if scored:
-        seen = images.scores[batch, token][index >= 0]
-        scores[1] = scores[1] + 1.5 * (seen - seen.max()) if len(seen) else scores[1]
     if sink is not None:
         scores.append(sink[head, None].double())
     weights = torch.cat(scores).softmax(0)
@@ -104,7 +96,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_nan():
 
 def test_the_fusion_returns_no_parameter():
     """FSDP2 that wraps the fusion by itself frees its parameters after its forward."""
-    module = fusion_module(augmented(score_scale=1.0))
+    module = fusion_module(augmented())
     terms = module(torch.randn(7, IMAGE_DIM))
     held = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     assert not held & {term.untyped_storage().data_ptr() for term in terms}

@@ -29,7 +29,7 @@ from tests.valm.model.decoders import (
     tiny_gpt2,
     tiny_llama,
 )
-from tests.valm.models import HashRetriever, again_from_the_start, random_scores, tiny_model
+from tests.valm.models import HashRetriever, tiny_model
 from valm.errors import ValmError
 from valm.model.augment import augment, fusion_module
 from valm.model.probe import attention_path, decoder_layers
@@ -180,74 +180,32 @@ def test_other_precisions_give_the_same_loss(way, make):
 @pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
 def test_a_fusion_of_another_type_than_its_base_learns(of_base, of_fusion, base):
     """Such as float32, to train it in small steps beside a base in bfloat16."""
-    scores = {"image_scores": random_scores(random_images(2, 9)["image_index"])}
-    model = augmented(base, score_scale=1.0)
-    expected = loss_of(model, **scores).item()
+    model = augmented(base)
+    expected = loss_of(model).item()
     module = fusion_module(model.to(getattr(torch, of_base))).to(getattr(torch, of_fusion))
-    out = model(random_ids(2, 9), **random_images(2, 9), **scores)
+    out = model(random_ids(2, 9), **random_images(2, 9))
     assert out.logits.dtype == getattr(torch, of_base)
-    loss = loss_of(model, **scores)
+    loss = loss_of(model)
     loss.backward()
     assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
     assert loss.item() == pytest.approx(expected, rel=8 * 2**-8)
 
 
-@pytest.mark.parametrize("name, start", [("logit_bias", -10.0), ("logit_bias", -3.0), ("score_scale", 20.0)])
-def test_what_the_images_count_for_learns_in_16_bits_as_in_32(name, start):
-    """Near -10 the numbers of bfloat16 are 0.0625 apart, near 20 they are 0.125."""
-    options = {"logit_bias": 0.0, name: start}
+@pytest.mark.parametrize("start", [-10.0, -3.0])
+def test_the_score_bias_learns_in_16_bits_as_in_32(start):
+    """Near -10 the numbers of bfloat16 are 0.0625 apart."""
     ids, images = random_ids(2, 9, seed=1), random_images(2, 9)
-    if name == "score_scale":
-        images["image_scores"] = random_scores(images["image_index"])
     moved = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = augment(tiny_llama().to(dtype), IMAGE_DIM, IMAGES, **options).train()
+        model = augment(tiny_llama().to(dtype), IMAGE_DIM, IMAGES, logit_bias=start).train()
         optimizer = torch.optim.AdamW(fusion_module(model).parameters(), lr=1e-3, weight_decay=0)
         for _ in range(3):
             optimizer.zero_grad()
             model(ids, **images, labels=ids).loss.backward()
             optimizer.step()
-        moved.append(getattr(fusion_module(model)(images["image_pool"]), name).detach().float() - start)
+        moved.append(fusion_module(model)(images["image_pool"]).logit_bias.detach().float() - start)
     torch.testing.assert_close(moved[0].abs(), torch.full_like(moved[0], 3e-3), rtol=0.1, atol=0)
     torch.testing.assert_close(moved[1], moved[0], rtol=0.1, atol=0)
-
-
-@each_model
-def test_retrieval_scores_compare_the_images_of_a_token(make):
-    """Equal scores change nothing, nor does a number that is added to all scores of a token."""
-    model, ids, images = make(score_scale=1.5), random_ids(2, 9), random_images(2, 9)
-    index = images["image_index"]
-    module = fusion_module(model)
-    with torch.no_grad():
-        flat = model(ids, **images, image_scores=torch.full(index.shape, 0.6)).logits
-        varied = model(ids, **images, image_scores=random_scores(index)).logits
-        higher = model(ids, **images, image_scores=random_scores(index) + torch.randn(2, 9, 1)).logits
-        without = make()
-        without.load_state_dict(model.state_dict(), strict=False)
-        assert_agree(without(ids, **images).logits, flat)
-    assert_agree(higher, varied)
-    assert (varied - flat).abs().max() > 1e-2
-    model(ids, **images, image_scores=random_scores(index), labels=ids).loss.backward()
-    assert all(p.grad.any() and p.grad.isfinite().all() for p in module.parameters())
-
-
-@each_model
-def test_scores_come_with_the_images(make):
-    """Every way to images brings them."""
-    model, ids = make(score_scale=1.0), random_ids(2, 9)
-    assert fusion_module(augmented(score_scale=1.0))(torch.zeros(1, IMAGE_DIM)).score_scale.tolist() == [1.0]
-    found = HashRetriever()(ids)
-    given = {"image_pool": found.image_pool, "image_index": found.image_index, "image_scores": found.scores}
-    expected = model(ids, **given).logits
-    model.set_retriever(HashRetriever())
-    assert torch.equal(model(ids).logits, expected)
-    _, weights = model.fusion_attention(ids, **given)
-    _, flat = model.fusion_attention(ids, **given | {"image_scores": torch.zeros_like(found.scores)})
-    assert not weights.equal(flat)
-    again = again_from_the_start(model, ids, 6)
-    for cache in (None, "static"):
-        greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-        assert torch.equal(model.generate(ids, **greedy, cache_implementation=cache), again)
 
 
 def test_models_that_cannot_are_refused_and_left_as_they_were():
@@ -271,29 +229,23 @@ def test_models_that_cannot_are_refused_and_left_as_they_were():
 
 
 GIVEN = {"image_pool": torch.zeros(3, 24), "image_index": torch.zeros(2, 5, 3, dtype=torch.int64)}
-SCORES = {"image_scores": torch.zeros(2, 5, 3)}
 
 
 @pytest.mark.parametrize(
-    "score_scale, arguments, message",
+    "arguments, message",
     [
-        (None, {"image_pool": torch.zeros(3, 24)}, "must be given together"),
-        (None, GIVEN | {"image_pool": torch.zeros(7, 25)}, r"image_dim = 24\), got \(7, 25\)"),
-        (None, GIVEN | {"image_index": torch.zeros(2, 4, 3).long()}, "image_index must have shape"),
-        (None, GIVEN | {"image_index": torch.full((2, 5, 3), 3)}, "image_index must be -1"),
-        (None, GIVEN | {"output_attentions": True}, r"output_attentions.*call fusion_attention\(\)"),
-        (None, GIVEN | {"attention_mask": torch.ones(2, 4, 5, 5)}, "one attention_mask for all heads, got"),
-        (None, GIVEN | {"attention_mask": torch.full((2, 1, 5, 5), -1.5)}, "of 0 and -inf, got other biases"),
-        (None, GIVEN | SCORES, "a model that does not use retrieval scores"),
-        (1.0, SCORES, "image_scores must be given together with image_pool"),
-        (1.0, GIVEN, "give image_scores with the images"),
-        (1.0, GIVEN | {"image_scores": torch.zeros(2, 5, 2)}, r"image_scores .* \(2, 5, 3\), got .* \(2, 5, 2\)"),
-        (1.0, GIVEN | {"image_scores": torch.zeros(2, 5, 3).long()}, "image_scores must be float .* got torch.int64"),
+        ({"image_pool": torch.zeros(3, 24)}, "must be given together"),
+        (GIVEN | {"image_pool": torch.zeros(7, 25)}, r"image_dim = 24\), got \(7, 25\)"),
+        (GIVEN | {"image_index": torch.zeros(2, 4, 3).long()}, "image_index must have shape"),
+        (GIVEN | {"image_index": torch.full((2, 5, 3), 3)}, "image_index must be -1"),
+        (GIVEN | {"output_attentions": True}, r"output_attentions.*call fusion_attention\(\)"),
+        (GIVEN | {"attention_mask": torch.ones(2, 4, 5, 5)}, "one attention_mask for all heads, got"),
+        (GIVEN | {"attention_mask": torch.full((2, 1, 5, 5), -1.5)}, "of 0 and -inf, got other biases"),
     ],
 )
-def test_wrong_inputs_are_named(score_scale, arguments, message):
+def test_wrong_inputs_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        augmented(score_scale=score_scale)(random_ids(2, 5), **arguments)
+        augmented()(random_ids(2, 5), **arguments)
 
 
 def test_a_mask_of_numbers_hides_as_one_of_bools():

@@ -45,11 +45,9 @@ def test_an_augmented_model_names_its_base(tmp_path):
         assert base_name(model) == expected
 
 
-@pytest.mark.parametrize("scale", [None, 1.0])
-def test_a_card_names_the_arguments_of_images(tmp_path, scale):
-    write_card(tiny_model(score_scale=scale), tmp_path)
-    card = card_of(tmp_path).text
-    assert "`image_index`" in card and ("`image_scores`" in card) == (scale is not None)
+def test_a_card_names_the_arguments_of_images(tmp_path):
+    write_card(tiny_model(), tmp_path)
+    assert "`image_pool`, `image_index`" in card_of(tmp_path).text
 
 
 def test_every_way_of_saving_writes_a_card_and_leaves_the_users_own(tmp_path):

@@ -9,7 +9,7 @@ from valm.model.config import FusionOptions, ValmConfig
 
 
 def test_save_and_load_keep_every_value(tmp_path):
-    fusion = {"image_dim": 12, "num_images": 1, "blind": True, "fusion_scale": "embed_dim", "score_scale": 0.5}
+    fusion = {"image_dim": 12, "num_images": 1, "blind": True, "fusion_scale": "embed_dim", "min_score": 0.5}
     config = ValmConfig(n_embd=64, n_head=4, n_layer=3, **fusion)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -47,10 +47,9 @@ def test_impossible_values_are_refused(arguments, message):
         ({"blind": True}, "blind needs num_images = 1"),
         ({"fusion_scale": "none"}, "fusion_scale must be one of"),
         ({"logit_bias": float("nan")}, "logit_bias must be a finite number, got nan"),
-        ({"score_scale": float("inf")}, "score_scale must be a finite number, got inf"),
-        ({"score_scale": "1"}, "score_scale must be a finite number, got '1'"),
-        ({"score_scale": True}, "score_scale must be a finite number, got True"),
-        ({"score_scale": 1.0, "num_images": 0}, "but num_images is 0"),
+        ({"min_score": float("inf")}, "min_score must be a finite number, got inf"),
+        ({"min_score": "1"}, "min_score must be a finite number, got '1'"),
+        ({"min_score": True}, "min_score must be a finite number, got True"),
         ({"min_score": float("nan")}, "min_score must be a finite number, got nan"),  # which would cut nothing
         ({"min_score": 0.5, "num_images": 0}, "min_score is for a model that sees images, but num_images is 0"),
     ],

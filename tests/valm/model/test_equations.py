@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.valm.models import random_images, random_scores, tiny_config, tiny_model
+from tests.valm.models import random_images, tiny_config, tiny_model
 from valm.model.augment import fusion_module
 from valm.model.gpt2 import VaLMForCausalLM
 
@@ -23,9 +23,8 @@ def attended(block, x, **images):
     return found[0]
 
 
-def expected(block, fusion, x, pool, index, retrieval_scores=None):
-    """Equations 3-7 of the paper, token by token and head by head, with the scaled retrieval scores, relative to the
-    best of a token, if given."""
+def expected(block, fusion, x, pool, index):
+    """Equations 3-7 of the paper, token by token and head by head."""
     attention, x = block.attn, block.ln_1(x)
     width, heads, dim = attention.embed_dim, attention.num_heads, attention.head_dim
     query_w, key_w, value_w = attention.c_attn.weight.split(width, dim=1)
@@ -33,8 +32,6 @@ def expected(block, fusion, x, pool, index, retrieval_scores=None):
     z = pool if fusion.proj is None else pool @ fusion.proj.weight.T
     z = nn.functional.layer_norm(z, (width,), fusion.norm.weight, fusion.norm.bias, fusion.norm.eps)
     logit_bias = fusion.initial_logit_bias + fusion.logit_bias_delta
-    if retrieval_scores is not None:
-        score_scale = fusion.initial_score_scale + fusion.score_scale_delta
     out = torch.zeros_like(x)
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
@@ -48,9 +45,6 @@ def expected(block, fusion, x, pool, index, retrieval_scores=None):
                 image_v = z[slots] @ value_w[:, part] + value_b[part] + fusion.v_bias[h]
                 scores = torch.cat([text_k @ q, image_k @ q]) * attention.scaling
                 scores[i + 1 :] += logit_bias[h]
-                if retrieval_scores is not None:
-                    seen = retrieval_scores[b, i][index[b, i] >= 0]
-                    scores[i + 1 :] += score_scale * (seen - seen.max()) if len(slots) else 0
                 out[b, i, part] = scores.softmax(0) @ torch.cat([text_v, image_v])
     return attention.c_proj(out)
 
@@ -69,22 +63,6 @@ def test_equals_the_equations_of_the_paper(image_dim, options, scaling):
     x, pool = torch.randn(2, 5, 32).double(), pool.double()
     found = attended(block, x, image_pool=pool, image_index=index)
     torch.testing.assert_close(found, expected(block, fusion, x, pool, index))
-
-
-def test_the_scaled_retrieval_scores_are_added_to_the_logits_of_images():
-    block, fusion = layer(score_scale=0.5)
-    pool, index = random_images(tiny_config(), 2, 5)
-    scores = random_scores(index).double()
-    assert (scores == -torch.inf).any()
-    x, pool = torch.randn(2, 5, 32).double().requires_grad_(), pool.double()
-    leaves = [fusion.score_scale_delta, x, *block.attn.parameters()]
-    found = attended(block, x, image_pool=pool, image_index=index, image_scores=scores)
-    truth = expected(block, fusion, x, pool, index, scores)
-    torch.testing.assert_close(found, truth)
-    gradients, of_truth = (torch.autograd.grad(out.square().sum(), leaves) for out in (found, truth))
-    for gradient, of_formula in zip(gradients, of_truth, strict=True):
-        torch.testing.assert_close(gradient, of_formula)
-    assert gradients[0].abs() > 1e-3
 
 
 def test_images_cost_3072_parameters_at_the_papers_size():

@@ -124,12 +124,10 @@ class EachImageOnce(HashRetriever):
         return found._replace(image_pool=self.pool[image_ids], image_index=image_index, image_ids=image_ids)
 
 
-@pytest.mark.parametrize(
-    "base, score_scale", [pytest.param(tiny_llama, None, marks=pytest.mark.slow), (tiny_gpt2, 1.0)]
-)
-def test_generation_in_a_static_cache_compiles_once(base, score_scale):
+@pytest.mark.parametrize("base", [pytest.param(tiny_llama, marks=pytest.mark.slow), tiny_gpt2])
+def test_generation_in_a_static_cache_compiles_once(base):
     """One graph for all steps, in which the kernel reads the number of cached keys from a tensor."""
-    model = augmented(base, score_scale=score_scale)
+    model = augmented(base)
     model.set_retriever(EachImageOnce())
     ids = random_ids(3, 6)
     mask = torch.ones_like(ids)

@@ -67,16 +67,14 @@ def test_generation_sees_what_forward_sees(model, ids):
 
 
 @each_model
-@pytest.mark.parametrize("score_scale", [None, 0.5])
-def test_a_retriever_of_ones_own_is_cut_by_the_model(make, score_scale):
+def test_a_retriever_of_ones_own_is_cut_by_the_model(make):
     ids = random_ids(2, 9)
     found = HashRetriever()(ids)
-    index, scores = cut(found.image_index, found.scores, 0.8)
+    index, _ = cut(found.image_index, found.scores, 0.8)
     assert (index < 0).any() and (index >= 0).any()
-    model = make(min_score=0.8, score_scale=score_scale)
+    model = make(min_score=0.8)
     model.set_retriever(HashRetriever())
-    given = {} if score_scale is None else {"image_scores": scores}
-    expected = model(ids, image_pool=found.image_pool, image_index=index, **given).logits
+    expected = model(ids, image_pool=found.image_pool, image_index=index).logits
     torch.testing.assert_close(model(ids).logits, expected)
 
 

@@ -24,23 +24,6 @@ def random_documents(lengths, num_images=2, seed=0):
     return made
 
 
-def test_scores_stay_with_their_images():
-    made = random_documents([5, 3, 9])
-    for number, document in enumerate(made):
-        ids = document["image_ids"]
-        document["image_scores"] = np.where(ids == -1, -np.inf, 100 * number + ids).astype(np.float32)
-    for row_length in (None, 9):
-        batch = Collator(TOKENIZER, Vectors(), row_length, scores=True, mask=True)(made)
-        assert ((batch["image_scores"] == -torch.inf) == (batch["image_index"] < 0)).all()
-        real = batch["attention_mask"].bool()
-        scores = np.concatenate([document["image_scores"] for document in made])
-        assert np.array_equal(batch["image_scores"][real].numpy(), scores)
-    assert "image_scores" not in Collator(TOKENIZER, Vectors())(made)
-    del made[1]["image_scores"]
-    with pytest.raises(ValmError, match="the documents contain none: retrieve the documents again"):
-        Collator(TOKENIZER, Vectors(), scores=True)(made)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.sampled_from([None, 1, 9, 16]), st.integers(0, 99))
 def test_every_token_keeps_its_pictures_and_every_picture_comes_once(lengths, row_length, seed):

@@ -81,7 +81,6 @@ def test_epochs_are_the_trainers_own(tmp_path, strategy):
         ({}, {"kb": None}, "this model sees 3 images a token: give a knowledge base"),
         ({"num_images": 0}, {}, "sees no images: train it without"),
         ({"image_dim": 7}, {}, "vectors of dimension 24, but the model's image_dim is 7"),
-        ({"score_scale": 1.0}, {}, r"contain none: retrieve the documents again \(`valm retrieve` writes scores\)"),
         ({"num_images": 2}, {}, "the documents have 3 images a token, but the model's num_images is 2"),
         ({}, {"eval_dataset": documents(num_images=2)}, "2 images a token, but the model's num_images is 3"),
         ({}, {"dataset": []}, "no documents"),
