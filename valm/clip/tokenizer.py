@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from valm.errors import ValmError
+from valm.store.parts import MODEL, part_of
 from valm.store.pretrained import from_pretrained, library_errors
 from valm_kernels.json_files import short
 
@@ -123,11 +124,12 @@ def own_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerFast:
     """The tokenizer of another language model, unchanged, with its chat template.
 
     Args:
-        source: a folder with its `tokenizer.json`, or its name on the Hugging Face Hub.
+        source: a folder with its `tokenizer.json`, a folder of `valm pictures`, or its name on the Hugging Face Hub.
 
     Raises:
-        ValmError: the tokenizer cannot be loaded, is not a fast tokenizer, or has no eos.
+        ValmError: the tokenizer cannot be loaded, is not a fast tokenizer, or has no eos; or as in `part_of`.
     """
+    source = part_of(source, MODEL) if os.path.isdir(source) else source
     loaded = from_pretrained(AutoTokenizer, source, f"the tokenizer {source}")
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise ValmError(f"the tokenizer {source} is a {type(loaded).__name__}, expected a fast one (tokenizer.json)")

@@ -1,4 +1,5 @@
 import html
+import json
 
 import ftfy
 import pytest
@@ -210,3 +211,14 @@ def test_a_pipeline_puts_a_blank_between_prompt_and_answer(tmp_path):
 def test_batches_have_documents_of_similar_length():
     assert batches_by_length([3, 9, 3, 2, 4], 8) == [[1], [4, 0], [2, 3]]
     assert batches_by_length([], 8) == []
+
+
+def test_a_folder_of_valm_pictures_has_its_models_tokenizer(tmp_path):
+    gpt2_like().save_pretrained(tmp_path / "model")
+    about = {"format": "valm pictures", "version": 1, "parts": {"model": "model"}, "settings": {}}
+    (tmp_path / "pictures.json").write_text(json.dumps(about))
+    (tmp_path / "stages.json").write_text(json.dumps({"model": 1.5}))
+    assert own_tokenizer(tmp_path).get_vocab() == gpt2_like().get_vocab()
+    (tmp_path / "stages.json").unlink()
+    with pytest.raises(ValmError, match="no finished model: run its `valm pictures` command again"):
+        own_tokenizer(tmp_path)
