@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,13 @@ from valm.errors import ValmError
 from valm.knowledge_base.records import Record
 from valm.model.augment import augment
 from valm.model.checkpoint import load_decoder
-from valm.pictures.making import CLIP, Making
+from valm.pictures.making import CLIP, Found, Making
 from valm.pictures.plan import BATCH_SIZE, EVALUATIONS, HELD_OUT
 from valm.retrieval.context import ContextEncoder
 from valm.store.parts import CONTROL, KB, MODEL, RETRIEVAL
 from valm.training.base_divergence import BaseDivergence
 from valm.training.cache_below import cache_below
-from valm.training.clip import new_clip, train_clip
+from valm.training.clip import CaptionedImages, new_clip, shrunk, train_clip
 from valm.training.clip_plan import SMALL
 from valm.training.collate import Collator
 from valm.training.limited_softmax import LimitedSoftmax
@@ -34,6 +35,7 @@ from valm.training.plan import BASE_KL
 PICTURES, STEPS, CLIP_BATCH = 8, 2, 128
 IMAGES, CONTEXT = 4, 512  # of a token, and tokens of a document
 REPORT_TOKENS = 200  # that the report generates, about
+ALONE = 12  # time of a generated token, which loads every weight, compared with a token of a batch
 THUMBNAIL_BYTES = 6000
 # An adapter, two checkpoints of it with the optimizer's two moments, and the gradients' own: float32 numbers of each
 # trained parameter that one training leaves.
@@ -67,7 +69,7 @@ def estimate(making: Making, tokenizer: PreTrainedTokenizerFast) -> Estimate:
     documents = [document[:CONTEXT] for document in documents]
     seconds = {}
     if plan.clip is None:
-        clip, each = _small_clip(texts, len(found.captioned))
+        clip, each = _small_clip(found)
         seconds[CLIP] = each * plan.steps_of_clip(len(found.captioned))
     else:
         clip = Clip.load(plan.clip)
@@ -86,6 +88,8 @@ def estimate(making: Making, tokenizer: PreTrainedTokenizerFast) -> Estimate:
     clip_bytes = sum(4.0 * parameter.numel() for parameter in clip.model.parameters())
     disk = clip_bytes + len(found.records) * (2 * clip.embed_dim + THUMBNAIL_BYTES) + tokens * (8 + 8 * IMAGES)
     disk += tokens * 4 * base.width + 2 * NUMBERS_A_TRAINING * 4 * base.trained
+    if Path(str(making.base)).parent == making.out:  # the converted decoder
+        disk += 4 * base.parameters
     return Estimate(seconds, disk, base.parameters, base.architecture, base.fast)
 
 
@@ -106,13 +110,10 @@ class _Base:
         batch = self._batch(data, tokenizer, model)
         with torch.no_grad():
             whole = _timed(lambda: model(**batch))
-        self.token = whole / tokens * 3  # one by one, so less than a batch's speed
+        self.token = whole / tokens * ALONE
         self.fast: list[str] = []
-        self.below = 0.0
         with tempfile.TemporaryDirectory() as folder, suppress(ValmError):  # a family whose layers cannot be skipped
-            start = time.perf_counter()
             data = cache_below(model, data, folder, progress=False)
-            self.below = (time.perf_counter() - start) / tokens
             batch = self._batch([data[number] for number in range(len(data))], tokenizer, model)
             self.fast.append("cache_below")
         BaseDivergence(model, BASE_KL)
@@ -124,9 +125,11 @@ class _Base:
         model.eval()
         with torch.no_grad():
             self.evaluation = _timed(lambda: model(**batch))
+        self.below = (whole - self.evaluation) / tokens if "cache_below" in self.fast else 0.0
 
     def _batch(self, data: list[Any], tokenizer: PreTrainedTokenizerFast, model: Any) -> dict[str, Any]:
-        batch = Collator(tokenizer, None)(data)
+        row_length = CONTEXT if model.finder.tells_apart(model.base_model) else None  # as `trainer` packs
+        batch = Collator(tokenizer, None, row_length)(data)
         index = torch.randint(PICTURES, (*batch["input_ids"].shape, IMAGES))
         return batch | {"image_pool": torch.randn(PICTURES, model.fusion_options.image_dim), "image_index": index}
 
@@ -140,19 +143,19 @@ def _timed(work: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) / STEPS
 
 
-def _small_clip(texts: list[str], pictures: int) -> tuple[Clip, float]:
-    """A small CLIP for these texts, and the seconds of a step of its training."""
-    clip = new_clip(SMALL, tokenizer=prune_tokenizer(clip_tokenizer(), texts))
-    size, batch = clip.model.visual.image_size, max(2, min(CLIP_BATCH, pictures))
-    side = size if isinstance(size, int) else max(size)
-    images, read = torch.randn(batch, 3, side, side), (texts * batch)[:batch]
-    taken = []
-    for steps in (STEPS, 3 * STEPS):
-        clip.model.requires_grad_(True)
-        start = time.perf_counter()
-        train_clip(clip, [(images, read)] * steps, steps=steps, lr=1e-3, progress=None)
-        taken.append(time.perf_counter() - start)
-    return clip, max(taken[1] - taken[0], taken[1] / 4) / (2 * STEPS)
+def _small_clip(found: Found) -> tuple[Clip, float]:
+    """A small CLIP for the texts, and the seconds of a step of its training."""
+    clip = new_clip(SMALL, tokenizer=prune_tokenizer(clip_tokenizer(), found.texts))
+    views = CaptionedImages(shrunk(found.captioned[:CLIP_BATCH], clip, workers=0, progress=None), clip, seed=0)
+    begun = []
+
+    def batches() -> Iterator[tuple[torch.Tensor, list[str]]]:
+        for batch in views.batches(CLIP_BATCH):
+            begun.append(time.perf_counter())
+            yield batch
+
+    train_clip(clip, batches(), steps=STEPS + 2, lr=1e-3, progress=None)
+    return clip, (begun[STEPS + 1] - begun[1]) / STEPS  # the first step takes longer
 
 
 def _encode(clip: Clip, records: list[Record]) -> None:
