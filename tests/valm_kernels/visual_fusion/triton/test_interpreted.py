@@ -16,14 +16,10 @@ pytest.importorskip("triton", reason="Triton comes for Linux only")
 FOLDER = Path(__file__).parent
 
 
-# What each process runs: one of them has half of the work, and each spends seconds on its imports.
-PROCESSES = {
-    "backward": ["test_backward.py"],
-    "the others": ["test_forward.py", "test_guarded_interpreter.py", "test_joined.py"],
-}
+FILES = ("test_backward.py", "test_forward.py", "test_guarded_interpreter.py", "test_joined.py")
 
 
-def run_interpreted(files: list[str], marker: str) -> None:
+def run_interpreted(files: tuple[str, ...], marker: str) -> None:
     paths = [FOLDER / file for file in files]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marker, *paths],
@@ -37,13 +33,13 @@ def run_interpreted(files: list[str], marker: str) -> None:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("files", PROCESSES.values(), ids=PROCESSES)
-def test_kernels_under_interpreter(files):
-    run_interpreted(files, "not slow")
+def test_kernels_under_interpreter():
+    run_interpreted(FILES, "not slow")
 
 
+# Two processes, so that two cores share the minutes.
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("files", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("files", [FILES[:1], FILES[1:]], ids=["backward", "the others"])
 def test_kernels_under_interpreter_on_all_problems(files):
     run_interpreted(files, "slow")
