@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,6 +51,12 @@ def test_show_config_says_that_triton_interprets(monkeypatch, interpreting):
     assert ("interpreting (TRITON_INTERPRET=1)" in show_config()) == interpreting
 
 
+def test_show_config_names_the_openmp_runtime():
+    (line,) = [line for line in show_config().splitlines() if line.startswith("OpenMP runtimes")]
+    assert "libgomp" in line
+
+
+@pytest.mark.slow  # it starts a process
 def test_native_code_and_torch_share_one_openmp_runtime():
     # in a process of its own: faiss, which other tests import, brings another runtime along
     code = "from valm_kernels.native import native; native(); import valm_kernels; valm_kernels.show_config()"
@@ -58,8 +65,9 @@ def test_native_code_and_torch_share_one_openmp_runtime():
     assert line.count("libgomp") == 1
 
 
-def test_the_package_as_a_command_says_in_five_lines_what_runs():
-    done = subprocess.run([sys.executable, "-m", "valm_kernels"], capture_output=True, text=True, check=True)
+def test_the_package_as_a_command_says_in_five_lines_what_runs(capsys):
+    runpy.run_module("valm_kernels", run_name="__main__")
+    printed = capsys.readouterr().out
     starts = (
         "native module ",
         "CUDA in the native module ",
@@ -67,8 +75,8 @@ def test_the_package_as_a_command_says_in_five_lines_what_runs():
         "attention on a CPU ",
         "attention on a GPU ",
     )
-    assert [line.startswith(start) for line, start in zip(done.stdout.splitlines(), starts, strict=True)] == [True] * 5
-    assert "native code, " in done.stdout
+    assert [line.startswith(start) for line, start in zip(printed.splitlines(), starts, strict=True)] == [True] * 5
+    assert "native code, " in printed
 
 
 def test_triton_says_what_its_first_launch_lacks(monkeypatch, tmp_path):

@@ -300,7 +300,11 @@ def test_it_compiles_to_one_graph(make):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "make, holes", [(lambda: augmented(lambda seed: tiny_llama(seed, num_hidden_layers=2)), True), (tiny_model, False)]
+    "make, holes",
+    [
+        (lambda: augmented(lambda seed: tiny_llama(seed, num_hidden_layers=2)), True),
+        pytest.param(tiny_model, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_batch_is_one_graph(make, holes):
     model, ids, images = make(), random_ids(2, 9), random_images(2, 9)

@@ -353,8 +353,9 @@ ip_topk(queries, queries, 128)  # threads have their stacks from here on
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and limits memory as Linux does")
 
 
+@pytest.mark.slow  # it starts a process
 @needs_linux
-@pytest.mark.parametrize("rows", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [20_000, 1_000_000])
 def test_working_memory_stays_below_64_mib(rows):
     code = LIMIT + (
         f"database = torch.randn({rows}, 128)\n"
@@ -366,8 +367,9 @@ def test_working_memory_stays_below_64_mib(rows):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow  # it starts a process
 @needs_linux
-@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packed", [True, False])
 def test_a_database_larger_than_memory_is_searched_where_its_file_is(tmp_path, packed):
     rows = 200_000  # 49 MiB of float16, 24 MiB of packed copy
     database = normals(rows, 128, seed=1).half()
