@@ -32,7 +32,7 @@ SANITIZED_TESTS = (
     f"{SEARCH_TESTS}::test_agrees_with_the_reference[166-30000-768-8-float16-False]",
     f"{SEARCH_TESTS}::test_rows_streamed_from_host_memory[float16-64]",
 )
-ATTENTION = "bench_call_of_valm or bench_prefill or (bench_attention and bfloat16 and not Flex)"
+ATTENTION = "bench_call_of_valm or bench_prefill or bench_keys_as_values or (bench_attention and bfloat16 and not Flex)"
 FLEX = "bench_attention and bfloat16 and Flex"
 QUERIES = "bench_context and RN50x16 and bfloat16"
 SANITIZERS = ("memcheck", "racecheck")

@@ -205,3 +205,11 @@ def flex_diagonal(q: Tensor, k: Tensor, v: Tensor, image_k: Tensor, image_v: Ten
     keys, values = (torch.cat([t, i.flatten(2, 3)], 2) for t, i in ((k, image_k), (v, image_v)))
     mask = _diagonal_mask(q.shape[2], image_k.shape[3], q.device)
     return _compiled(flex_attention)(q, keys, values, block_mask=mask)
+
+
+def gather_attn(q: Tensor, text: Tensor, pool: Tensor, image_index: Tensor, impl: str = "fused") -> Tensor:
+    """attention-gym's attention over text (B, H, T, D) and rows of a pool (H, U, D), whose keys are the values too. Its
+    fused kernels need CUDA; impl="reference" is its eager code."""
+    peer = optional_module("attn_gym.sparse.gather_attn", "attention-gym (attn-gym)")
+    pools = pool.expand(q.shape[0], -1, -1, -1)
+    return peer.gather_attn(q, text, pools, image_index, sliding_window_size=q.shape[2], impl=impl)

@@ -20,6 +20,7 @@ from benchmarks.peers.attention import (
     flash_merge,
     flash_merge_compiled,
     flex_diagonal,
+    gather_attn,
     text_only,
 )
 from benchmarks.sizes import sized
@@ -308,6 +309,32 @@ def bench_limited_text(measure, device, limit, name, backward):
         function=call_of(function, backward),
         inputs=inputs,
         check=close_to(call_of(functions["reference"], backward)(*inputs), TOLERANCE[ONE_ROW.dtype]),
+    )
+
+
+@pytest.mark.usefixtures("on_cuda")
+@DIRECTIONS
+@pytest.mark.parametrize("name", ["ours, pooled", "attention-gym's gather_attn"])
+def bench_keys_as_values(measure, device, name, backward):
+    """Text and a pool whose keys are the values too: all that attention-gym's gather_attn takes."""
+    case = replace(ONE_ROW, dtype=torch.bfloat16)
+    t = tensors(case, device)
+    peer = partial(gather_attn, impl="fused" if device.type == "cuda" else "reference")
+    functions = {
+        "ours, pooled": lambda q, text, pool: visual_fusion_attn(q, text, text, pool, pool, image_index=t.image_index),
+        "attention-gym's gather_attn": lambda q, text, pool: peer(q, text, pool, t.image_index),
+    }
+    inputs = (t.q, t.k, t.pool_k, t.grad_out) if backward else (t.q, t.k, t.pool_k)
+
+    def reference(q, text, pool):
+        return eager_concat(q, text, text, *[t.laid_out(pool)] * 2)
+
+    measure(
+        group=f"keys are values, {'forward + backward' if backward else 'forward'} {case}",
+        name=name,
+        function=call_of(functions[name], backward),
+        inputs=inputs,
+        check=close_to(call_of(reference, backward)(*as_float32(inputs)), TOLERANCE[torch.bfloat16]),
     )
 
 

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from benchmarks.peers.attention import eager_concat, flash_implementation, flash_merge, flash_merge_compiled, text_only
+from benchmarks.peers.attention import (
+    eager_concat,
+    flash_implementation,
+    flash_merge,
+    flash_merge_compiled,
+    gather_attn,
+    text_only,
+)
 from tests.tolerance import assert_agree
 
 
@@ -73,3 +80,19 @@ def test_a_wide_softcap_and_q_itself_for_the_images_are_plain_attention():
     assert_agree(eager_concat(*leaves, leaves[0], 1e8), expected)
     assert not eager_concat(*leaves, leaves[0], 0.5).allclose(expected, rtol=1e-3)
     assert not eager_concat(*leaves, leaves[1], 1e6).allclose(expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_gather_attn_is_eager_attention_whose_keys_are_the_values():
+    """By its eager code, which checks the call as its kernels do."""
+    pytest.importorskip("attn_gym", reason="the extra `check` has it")
+    q, text, *_ = inputs()
+    pool = torch.randn(2, 5, 8, dtype=torch.float64).requires_grad_()
+    image_index = torch.randint(0, 5, (1, 9, 3))
+    laid_out = pool.transpose(0, 1)[image_index].permute(0, 3, 1, 2, 4)
+    found = gather_attn(q, text, pool, image_index, impl="reference")
+    expected = eager_concat(q, text, text, laid_out, laid_out)
+    assert_agree(found, expected)
+    pairs = (torch.autograd.grad(out.sin().sum(), (q, text, pool), retain_graph=True) for out in (found, expected))
+    for ours, theirs in zip(*pairs, strict=True):
+        assert_agree(ours, theirs)
