@@ -1,12 +1,6 @@
 """The kernels in the guarded interpreter, and mutants of them that have to be found; test_interpreted.py starts it."""
 
-import importlib
 import os
-import re
-import shutil
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,11 +13,10 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from tests.valm_kernels.visual_fusion.problems import PROBLEMS, Problem, assert_solves
+from tests.valm_kernels.visual_fusion.problems import PROBLEMS, assert_solves
 from tests.valm_kernels.visual_fusion.triton.guarded_interpreter import guarded, tf32x3
+from tests.valm_kernels.visual_fusion.triton.mutants import kernels_of, mutant
 from tests.valm_kernels.visual_fusion.triton.small_tiles import quick_or_slow, use_small_tiles
-from valm_kernels.visual_fusion import op
-from valm_kernels.visual_fusion.triton import forward
 
 QUICK = {("decode few", torch.bfloat16), ("documents with prefix", torch.float32)}
 
@@ -82,10 +75,6 @@ def test_tf32x3_is_nearly_float32():
     assert np.abs((a.astype(np.float16) @ b.astype(np.float16)).astype(np.float64) - exact).max() > 100 * error
 
 
-def mutant(text, replacement, **options):
-    return text, replacement, replace(Problem(batch=1, num_queries=20, num_images=2), **options)
-
-
 # What a mask or clamp protects, taken away. Each has to be found by the guard or by the comparison with the reference.
 MUTANTS = {
     "keys past the last": mutant("m_n = m_n & (o_n < Tk)[:, None]", "pass"),
@@ -132,25 +121,8 @@ QUICK_MUTANTS = {"keys past the last", "output columns past the last"}
 
 @pytest.mark.parametrize("name", quick_or_slow(MUTANTS, QUICK_MUTANTS))
 def test_mutants_are_found(monkeypatch, tmp_path, name):
-    text, replacement, problem = MUTANTS[name]
-    package = f"mutant_{name.replace(' ', '_').replace(',', '')}"
-    folder = tmp_path / package
-    shutil.copytree(Path(forward.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    sources = {path: path.read_text() for path in folder.glob("*.py")}
-    assert sum(text in code for code in sources.values()) == 1, f"the kernels have changed: {text!r} is not in one file"
-    for path, code in sources.items():
-        # what it imports from folders above is the package's own
-        code = re.sub(r"^from \.\.\.(?=\w)", "from valm_kernels.", code, flags=re.MULTILINE)
-        code = re.sub(r"^from \.\.(?=[ \w])", "from valm_kernels.visual_fusion.", code, flags=re.MULTILINE)
-        code = code.replace("visual_fusion. import", "visual_fusion import")
-        path.write_text(code.replace(text, replacement))
-    monkeypatch.syspath_prepend(tmp_path)
-    modules = {name: importlib.import_module(f"{package}.{name}") for name in ("launch", "forward", "backward")}
-    try:
+    problem = MUTANTS[name].problem
+    with kernels_of(MUTANTS[name], monkeypatch, tmp_path) as modules:
         use_small_tiles(monkeypatch, problem, modules["launch"], modules["forward"])
-        monkeypatch.setattr(op, "_implementation", lambda _: (modules["forward"].forward, modules["backward"].backward))
         with guarded(), pytest.raises((InterpreterError, AssertionError)):
             assert_solves("triton", problem, torch.float32)
-    finally:
-        for name in [n for n in sys.modules if n.split(".")[0] == package]:
-            del sys.modules[name]

@@ -16,7 +16,13 @@ pytest.importorskip("triton", reason="Triton comes for Linux only")
 FOLDER = Path(__file__).parent
 
 
-FILES = ("test_backward.py", "test_forward.py", "test_guarded_interpreter.py", "test_joined.py")
+FILES = (
+    "test_backward.py",
+    "test_forward.py",
+    "test_guarded_interpreter.py",
+    "test_joined.py",
+    "test_planted.py",
+)
 
 
 def run_interpreted(files: tuple[str, ...], marker: str) -> None:
