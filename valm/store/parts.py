@@ -44,17 +44,18 @@ def read_parts(folder: str | os.PathLike) -> Parts | None:
 
 
 def claim_folder(folder: str | os.PathLike, parts: dict[str, str], settings: dict[str, Any]) -> Path:
-    """Creates `folder` and its list of parts, or compares the settings with those that it was begun with.
+    """Creates `folder` and its list of parts, or compares the settings with those that its parts were begun with.
 
     Raises:
         OSError: the folder cannot be written.
-        ValmError: it contains something else, or was begun with other settings.
+        ValmError: it contains something else, or parts of other settings.
     """
     out = writable_folder(folder)
     before = read_parts(out)
-    if before is not None:
+    # a converted decoder alone is of no settings: a wrong --clip or --model is found before the first part is begun
+    if before is not None and any((out / name).exists() for part, name in before["parts"].items() if part != BASE):
         check_same(f"{out} was begun otherwise", before["settings"], settings, OTHER)
-    elif held := next(out.iterdir(), None):
+    elif before is None and (held := next(out.iterdir(), None)):
         raise ValmError(f"the output folder {out} is not empty (it contains {held.name}): choose another folder")
     else:
         write_json(out / PARTS_FILE, Parts(format="valm pictures", version=1, parts=parts, settings=settings))

@@ -38,6 +38,7 @@ def test_the_folder_is_claimed_once_and_continued_with_the_same_options(drawn, t
     about = json.loads((tmp_path / "out" / "pictures.json").read_text())
     assert about["parts"]["model"] == "model" and "base" not in about["parts"]
     making(drawn, tmp_path / "out").begin()
+    (tmp_path / "out" / "clip").mkdir()
     with pytest.raises(ValmError, match=r"was begun otherwise: its --steps is not given, here it is '3'"):
         making(drawn, tmp_path / "out", steps=3).begin()
     with pytest.raises(ValmError, match="its pictures and captions is"):
@@ -46,6 +47,13 @@ def test_the_folder_is_claimed_once_and_continued_with_the_same_options(drawn, t
     (tmp_path / "full" / "letter.txt").touch()
     with pytest.raises(ValmError, match=r"full is not empty \(it contains letter.txt\): choose another folder"):
         making(drawn, tmp_path / "full").begin()
+
+
+def test_options_that_failed_before_the_first_part_may_change(drawn, tmp_path):
+    making(drawn, tmp_path / "out", clip="ViT-B-33").begin()
+    making(drawn, tmp_path / "out", steps=3).begin()
+    settings = json.loads((tmp_path / "out" / "pictures.json").read_text())["settings"]
+    assert settings["--clip"] is None and settings["--steps"] == "3"
 
 
 def test_a_damaged_picture_is_counted_and_its_captions_are_no_text(tmp_path):
