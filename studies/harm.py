@@ -7,8 +7,7 @@ python -m studies.harm smollm2 --out harm               # the first run writes t
 VALM_EVAL_DATA names the folder with Flickr8k. The study runs the commands of a user: it trains a CLIP, builds a
 knowledge base, and trains a model with images on a frozen base. It skips steps that an earlier run has finished. Then
 the base and the model (with its images and with random images) read prose, definitions and captions that it was not
-trained on. docs/results/ordinary-text.md contains the table of an earlier version, which also trained the layer that
-sees the images, and a text-only baseline.
+trained on. docs/results/ordinary-text.md contains the table.
 """
 
 from __future__ import annotations
