@@ -89,3 +89,26 @@ def each_dtype_is_looked_up_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_get_np_dtype", look_up_once)
         yield
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETED)
+def masks_are_of_bools() -> Iterator[None]:
+    """Makes masks NumPy's bools. The interpreter keeps `block & scalar` as int32 where the scalar is known at run time
+    only, and from Triton 3.9 on it refuses to load or store by such a mask."""
+    from triton.runtime import interpreter
+
+    def of_bools(mask: Any) -> Any:
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(
+            builder, "create_masked_load", lambda self, ptrs, mask, *rest: load(self, ptrs, of_bools(mask), *rest)
+        )
+        monkeypatch.setattr(
+            builder,
+            "create_masked_store",
+            lambda self, ptrs, value, mask, *rest: store(self, ptrs, value, of_bools(mask), *rest),
+        )
+        yield
