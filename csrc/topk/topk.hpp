@@ -7,6 +7,7 @@
 
 namespace valm {
 
+// tests/csrc/topk/cuda/simulator.py counts its members.
 enum class Element { kFloat32, kFloat16, kBFloat16, kInt8 };
 
 // The element of "float32", "float16", "bfloat16" or "int8".

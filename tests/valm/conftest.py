@@ -1,3 +1,5 @@
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,3 +55,11 @@ def make_kb(clip, tmp_path_factory):
         return build(FolderSource(folder, shard_size=max(1, count // 2)), out, clip, progress=False)
 
     return make
+
+
+@pytest.fixture
+def in_front():
+    """A job in the background ignores Ctrl-C, and so may its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

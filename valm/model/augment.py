@@ -210,6 +210,13 @@ def fusion_module(model: nn.Module) -> ImageFusion:
     return next(module for module in model.modules() if isinstance(module, ImageFusion))
 
 
+def fusion_layer(model: Any) -> int:
+    """Index of the layer that sees images. Raises ValmError if the model has none."""
+    if isinstance(model, AugmentedCausalLM):
+        return model.fusion_options.layer % len(decoder_layers(model))
+    raise ValmError(f"{type(model).__name__} has no fusion layer: give a layer")
+
+
 class AugmentedCausalLM(ImageModel):
     """Mixin of a causal language model with a layer that sees images; `augment` puts it in front of the class."""
 

@@ -22,7 +22,7 @@ from transformers import Trainer
 
 from valm.clip.tokenizer import batches_by_length, padded
 from valm.errors import ValmError
-from valm.model.augment import AugmentedCausalLM
+from valm.model.augment import fusion_layer
 from valm.model.config import WEIGHTS_KEY
 from valm.model.image_model import ImageModel
 from valm.model.probe import decoder_layers, in_mode, probe_tokens
@@ -132,13 +132,6 @@ def cache_below(
 
 def _with_states(states: np.ndarray, ends: np.ndarray, number: int, document: dict[str, Any]) -> dict[str, Any]:
     return document | {FUSION_INPUT: states[ends[number] - len(document["input_ids"]) : ends[number]]}
-
-
-def fusion_layer(model: Any) -> int:
-    """Index of the layer that sees images. Raises ValmError if the model has none."""
-    if isinstance(model, AugmentedCausalLM):
-        return model.fusion_options.layer % len(decoder_layers(model))
-    raise ValmError(f"{type(model).__name__} has no fusion layer: give a layer")
 
 
 def fusion_input(states: Sequence[np.ndarray], places: Places, shape: tuple[int, int]) -> Tensor:

@@ -107,6 +107,7 @@ def test_one_process_at_a_time_trains_in_a_folder(killed_training, tmp_path, mon
     assert (out / "training.json").read_bytes() == noted
 
 
+@pytest.mark.usefixtures("in_front")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint(world, tmp_path, monkeypatch, caplog, number):
     monkeypatch.setattr(clip_training, "SAVES", 1)

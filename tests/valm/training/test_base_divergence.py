@@ -8,9 +8,10 @@ from tests.valm.models import HashRetriever
 from tests.valm.training.documents import TOKENIZER, Vectors, documents, new_model
 from tests.valm.training.test_limited_softmax import gpt2_without_dropout, inputs, limited
 from valm.errors import ValmError
+from valm.model.augment import fusion_layer
 from valm.model.probe import decoder_layers
 from valm.training.base_divergence import BaseDivergence
-from valm.training.cache_below import cache_below, fusion_layer, no_images
+from valm.training.cache_below import cache_below, no_images
 from valm.training.train import trainer, training_arguments
 
 WEIGHT = 3.0

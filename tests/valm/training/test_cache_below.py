@@ -12,8 +12,9 @@ from tests.valm.model.decoders import IMAGES, SMALL, VOCAB, augmented, tiny_gpt2
 from tests.valm.models import BOS, tiny_model
 from tests.valm.training.documents import Vectors, trained
 from valm.errors import ValmError
+from valm.model.augment import fusion_layer
 from valm.model.probe import decoder_layers
-from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below, fusion_layer
+from valm.training.cache_below import BATCH_TOKENS, FUSION_INPUT, cache_below
 from valm.training.collate import Collator
 
 

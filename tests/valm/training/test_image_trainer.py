@@ -144,14 +144,6 @@ class Asks(TrainerCallback):
             signal.raise_signal(self.number)
 
 
-@pytest.fixture
-def in_front():
-    """A job in the background ignores Ctrl-C, and so may these tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("in_front")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_after_the_step_with_a_checkpoint(tmp_path, uninterrupted, number):
