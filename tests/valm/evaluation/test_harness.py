@@ -108,7 +108,7 @@ def test_a_chat_prompt_has_one_bos(tmp_path):
     """And a text without a template begins with bos, as documents do, whatever the base's tokenizer does by itself."""
     tokenizer = chat_like()
     save_checkpoint(valm.augment(llama_of(tokenizer), 1, 1), tokenizer, tmp_path)
-    model = ValmLM(str(tmp_path), batch_size=1)
+    model = ValmLM(str(tmp_path), batch_size=1, retrieval="off")
     chat = model.apply_chat_template([{"role": "user", "content": "the sky"}])
     for text in (chat, "the sky"):
         for ids in (model.tok_encode(text), model.tok_batch_encode([text])[0][0].tolist()):
