@@ -86,7 +86,7 @@ def losses(trainer):
 
 
 def dpo(model, folder, page, **more):
-    options = trl.DPOConfig(str(folder / "dpo"), max_steps=1, logging_steps=1)
+    options = trl.DPOConfig(str(folder / "dpo"), max_steps=1, logging_steps=1, **page["on_cpu"])
     return trl.DPOTrainer(model, args=options, train_dataset=page["pairs"], processing_class=page["tokenizer"], **more)
 
 
