@@ -69,9 +69,9 @@ def named(models: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if name in found:
             raise ValmError(f"two models are called {name!r}: give them names, NAME={sources[0]}")
         found[name] = tuple(source if read_parts(source) is None else str(part_of(source, MODEL)) for source in sources)
-        controls = [str(control) for source in sources if (control := control_of(source)) is not None]
+        controls = [control for source in sources if (control := control_of(source)) is not None]
         if controls:
-            found[f"{name}, control"] = tuple(controls)
+            found[f"{name}, {controls[0].name}"] = tuple(map(str, controls))
     return found
 
 

@@ -37,6 +37,8 @@ from valm.training.plan import TrainingPlan
 from valm.training.run import run_plan
 
 CLIP, BELOW, QUESTIONS = "clip", "below", "questions"
+# The folders of the parts. explain, serve and eval show the name of the control's.
+PARTS = {CLIP: CLIP, KB: KB, RETRIEVAL: RETRIEVAL, MODEL: MODEL, CONTROL: "trained-with-random-pictures"}
 NUMBERS_FILE = "numbers.json"
 # In NUMBERS_FILE: the options that make the training of this decoder faster, of those that it supports.
 FAST = "fast"
@@ -93,7 +95,7 @@ class Making:
 
     def begin(self) -> None:
         """Claims the folder `out`. Raises what `claim_folder` raises."""
-        parts = {name: name for name in (CLIP, KB, RETRIEVAL, MODEL, CONTROL)}
+        parts = dict(PARTS)
         if self.base == str(self.out / SMOLLM2):
             parts[BASE] = SMOLLM2
         claim_folder(self.out, parts, self._settings())
@@ -160,8 +162,8 @@ class Making:
         options |= {"base": self.base, "retrieval": self.out / RETRIEVAL, "kb": self.out / KB}
         fast = {"cache_below": self.out / BELOW, "limit_softmax": True}
         options |= {option: fast[option] for option in self.numbers().get(FAST, ())}
-        resume = (self.out / name).is_dir()
-        return TrainingPlan(**options, out=self.out / name, twin=twin, resume=resume)
+        out = self.out / PARTS[name]
+        return TrainingPlan(**options, out=out, twin=twin, resume=out.is_dir())
 
     def train(self, name: str, twin: str | None) -> str | None:
         numbers = run_plan(self.training_plan(name, twin)).model_numbers()
@@ -171,7 +173,7 @@ class Making:
     def ask(self) -> None:
         """Asks the user's questions: the model, the control, and the model without pictures, which is the base."""
         settings = Settings(ask=(str(self.plan.questions),), controls=("off",))
-        models = {"with pictures": [str(self.out / MODEL)], "control": [str(self.out / CONTROL)]}
+        models = {"with pictures": [str(self.out / MODEL)], "control": [str(self.out / PARTS[CONTROL])]}
         results = evaluate(models, settings, self.out / QUESTIONS)
         write_evaluation(results, self.out / QUESTIONS)
         self.note(QUESTIONS, [row for row in results["rows"] if "metrics" in row])

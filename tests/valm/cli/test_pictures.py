@@ -28,7 +28,7 @@ def test_commands_find_the_model_the_control_and_the_knowledge_base(made, world,
     assert "page:" in output_of("explain", made, "the color of the sea is", "--out", page)
     assert f">{made.name}<" in page.read_text() and ">gpt2<" in page.read_text()
     table = output_of("eval", made, "--tasks", "memory_color", "--data", world / "sets", "--protocol", "fair")
-    assert f"| {made.name} |" in table and f"| {made.name}, control |" in table
+    assert f"| {made.name} |" in table and f"| {made.name}, gpt2 |" in table
     assert "6 images" in output_of("kb", "info", made)
     checked = output_of("verify", made)
     assert "all 6 images are as they were written" in checked and "all 6 documents are" in checked

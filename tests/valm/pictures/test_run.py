@@ -12,6 +12,7 @@ from tests.valm.cli.commands import run
 from tests.valm.pictures.conftest import draw
 from tests.valm.tiny_clip import make_clip
 from valm.clip.tokenizer import clip_tokenizer, prune_tokenizer
+from valm.pictures.making import PARTS
 
 STAGES = ["clip", "kb", "retrieval", "model", "control", "report"]
 # Runs the command in argv[3:], and kills itself before call argv[2] of function argv[1].
@@ -59,7 +60,7 @@ def test_killed_in_every_stage_it_gives_the_same_model(drawn, decoder, tmp_path,
     assert run(*command, "--out", "out") == 0
     said = capsys.readouterr().out
     assert said.count("finished before") == 5 and "perplexity of texts that no training has read" in said
-    for part in ("model", "control"):
+    for part in ("model", PARTS["control"]):
         files = [tmp_path / out / part / "image_fusion.safetensors" for out in ("whole", "out")]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert not (tmp_path / "out" / "below").exists()
