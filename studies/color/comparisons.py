@@ -26,9 +26,10 @@ from studies.color.results import (
 from valm.evaluation.sets import SETS
 
 BASE, VALM, CONTROL, RANDOM = ("base", "none"), ("valm", "retrieved"), ("control", "retrieved"), ("random", "random")
+PROMPT = ("base", COLORED_CAPTIONS)
 PRIMARY, VICOMTE = "memory_color", "vicomte_color"
 # What VaLM is compared with.
-OTHERS = {"base model": BASE, "query control": CONTROL, "random images": RANDOM}
+OTHERS = {"base model": BASE, "query control": CONTROL, "random images": RANDOM, "colours in the prompt": PROMPT}
 EXCHANGE_TITLES = dict(
     zip(
         EXCHANGES, ("same pictures, red and blue exchanged", "pictures of other objects in another colour"), strict=True
@@ -154,4 +155,4 @@ def set_title(of: str) -> str:
 
 
 def arm_title(arm: ArmTest) -> str:
-    return "base model, colours in its prompt" if arm == ("base", COLORED_CAPTIONS) else ARMS[arm[0]].title
+    return "base model, colours in its prompt" if arm == PROMPT else ARMS[arm[0]].title

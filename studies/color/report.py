@@ -16,6 +16,7 @@ from studies.color.comparisons import (
     EXCHANGE_TITLES,
     MEASURES,
     OTHERS,
+    PROMPT,
     RANDOM,
     SECONDARY,
     VALIDATION_OBJECTS,
@@ -34,7 +35,6 @@ from studies.color.comparisons import (
     table,
     times,
 )
-from studies.color.config import COLORED_CAPTIONS
 from studies.color.figures import curve as figure_of_curve
 from studies.color.questions import CAPTIONS_KIND
 from studies.color.results import APART, ArmTest, Found, Results, every
@@ -46,7 +46,7 @@ from valm_kernels.atomic_files import atomic_path
 MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 PAGES = ("docs/results/study.md", "studies/color/archive.md")
 # The arms in the table of answers.
-ARMS: tuple[ArmTest, ...] = (BASE, VALM, CONTROL, RANDOM, ("base", COLORED_CAPTIONS))
+ARMS: tuple[ArmTest, ...] = (BASE, VALM, CONTROL, RANDOM, PROMPT)
 # The kinds of text whose perplexity is compared.
 TEXTS = ("glosses", "prose", CAPTIONS_KIND)
 
@@ -100,8 +100,13 @@ def write_figure(results: Results, images: str | os.PathLike) -> None:
 def state(results: Results) -> str:
     """The seeds, their settings, machine and versions, and the sets that were missing."""
     first = results.seeds[0]
+
+    def words_of(version: str) -> str:
+        return " ".join(dict.fromkeys(word for seed in results.seeds for word in seed["versions"][version].split()))
+
+    machines = " and ".join(dict.fromkeys(seed["hardware"] for seed in results.seeds))
     interim = "" if len(results.seeds) >= SEEDS else f" **Interim: the plan decides with {SEEDS} seeds.**"
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    versions = ", ".join(f"{name} {words_of(name)}" for name in first["versions"])
     missing = ""
     for of in dict.fromkeys(name for seed in results.seeds for name in seed["missing"]):
         seeds = [str(seed["seed"]) for seed in results.seeds if of in seed["missing"]]
@@ -109,7 +114,7 @@ def state(results: Results) -> str:
         missing += f"\n\nNot asked, because the machine had no such file: {title} (seeds {', '.join(seeds)})."
     return (
         f"Seeds {', '.join(map(str, results.numbers))}.{interim} Settings `{first['recipe']}` of the study "
-        f"`{first['study']}`. Machine: {first['hardware']}; threads: {first['threads']}. Versions: {versions}.{missing}"
+        f"`{first['study']}`. Machine: {machines}; threads: {first['threads']}. Versions: {versions}.{missing}"
     )
 
 
@@ -119,7 +124,7 @@ def answers(results: Results) -> str:
     rows = []
     for arm in ARMS:
         if arm in results.arms:
-            read = (arm[0], "none") if arm[1] == COLORED_CAPTIONS else arm  # captions are read as they are
+            read = BASE if arm == PROMPT else arm  # captions are read as they are
             captions = perplexity_ratio(results, read, BASE, CAPTIONS_KIND)
             numbers = [raw_and_calibrated(results, arm, items) for items in asked]
             rows.append([arm_title(arm), *numbers, cell(captions, times, results)])

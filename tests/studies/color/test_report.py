@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import studies.color.results as module
 from studies.color.claims import CLAIMS, claims, holm
-from studies.color.comparisons import BASE, PRIMARY, points
-from studies.color.config import COLORED_CAPTIONS
+from studies.color.comparisons import ALL_OF_PEOPLE, BASE, PRIMARY, PROMPT, VALM, follows, learned, points
+from studies.color.config import EXCHANGES
 from studies.color.report import TABLES, answers, curve, exchanged, secondary, write_figure, write_pages
-from studies.color.results import CALIBRATED, every, pictured, read_results, unpictured
+from studies.color.results import APART, CALIBRATED, PEOPLE, every, pictured, read_results, unpictured
 from tests.studies.color.synthetic import PICTURED, RIGHT, result, without, write
 from valm.errors import ValmError
 from valm.evaluation import statistics
@@ -84,31 +83,29 @@ def test_a_number_of_fewer_seeds_says_which(tmp_path):
     fewer.write_text(json.dumps(without(result(2), "control")))
     first = secondary(read_results([*write(tmp_path), fewer])).splitlines()[2]
     cells = first.strip("| ").split(" | ")[1:]
-    assert [cell.endswith("(seeds 0, 1)") for cell in cells] == [False, True, False]
+    assert [cell.endswith("(seeds 0, 1)") for cell in cells] == [False, True, False, False]
 
 
-def test_the_readme_says_what_the_studies_found(monkeypatch):
-    """The studies of earlier code, whose results have other arms."""
-    monkeypatch.setattr(module, "arm_of", lambda name: name)
-    monkeypatch.setattr(module, "SEEN", {*module.SEEN, "off"})
-    third = read_results(sorted((ROOT / "studies" / "results").glob("third-seed-*.json")))
+def test_the_readme_says_what_the_study_found():
+    found = read_results(sorted((ROOT / "studies" / "results").glob("fifth-seed-*.json")))
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    cut, blind, prompt = ("cut", "retrieved"), ("blind", "retrieved"), ("base", COLORED_CAPTIONS)
     differences = [
-        third.difference(cut, BASE, PRIMARY),
-        third.difference(cut, blind, PRIMARY),
-        third.difference(cut, BASE, PRIMARY, CALIBRATED),
-        *(third.difference(cut, prompt, PRIMARY, keep=keep) for keep in (pictured, unpictured, every)),
+        found.difference(VALM, BASE, PEOPLE, keep=pictured),
+        found.difference(VALM, BASE, PEOPLE, APART, pictured),
+        found.difference(VALM, BASE, PEOPLE, CALIBRATED),
+        learned(found, ALL_OF_PEOPLE),
+        follows(found, ALL_OF_PEOPLE, EXCHANGES[0]),
+        *(found.difference(VALM, PROMPT, PEOPLE, keep=keep) for keep in (pictured, unpictured, every)),
     ]
-    assert [points(found) for found in differences if points(found) not in said] == []
-    assert all(found.seeds == third.numbers for found in differences)
-    in_prompt, attended = (third.accuracy(arm, PRIMARY, keep=pictured) for arm in (prompt, cut))
+    assert [points(one) for one in differences if points(one) not in said] == []
+    assert all(one.seeds == found.numbers == (20, 21, 22, 23, 24) for one in differences)
+    in_prompt, attended = (found.accuracy(arm, PRIMARY, keep=pictured) for arm in (PROMPT, VALM))
     assert f"{100 * in_prompt.value:.1f} % against {100 * attended.value:.1f} %" in said
 
 
 def test_what_an_interval_says_stands_behind_it(tmp_path):
     table = secondary(read_results(write(tmp_path, range(5))))
-    base, control, random = row(table, "MemoryColor, objects with a picture, uncalibrated")
+    base, control, random, _ = row(table, "MemoryColor, objects with a picture, uncalibrated")
     assert base == random and base.endswith(", more")
     assert control == "+11.1 [+11.1, +11.1], more"
     replaced = exchanged(read_results(write(tmp_path)))
@@ -130,8 +127,8 @@ def test_the_curve_has_each_number_of_steps_and_the_mean(tmp_path):
 
 
 def outcomes(files):
-    """The last cells of the table of claims: p, p of the claim, outcome."""
-    return [line.strip("| ").split(" | ")[-3:] for line in claims(read_results(files)).splitlines()[2:]]
+    """The last cells of the claims' rows: p, p of the claim, outcome."""
+    return [line.strip("| ").split(" | ")[-3:] for line in claims(read_results(files)).splitlines()[2:8]]
 
 
 def changed(files, change):
@@ -200,6 +197,23 @@ def test_the_p_value_of_a_claim_is_the_largest_of_its_parts(tmp_path):
     first, second = outcomes(files)[4:]
     assert first[0] == "< 0.001" and float(second[0]) == pytest.approx(float(second[1]), abs=1e-3)
     assert first[1:] == second[1:]
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_images_say_more_than_their_query_only_if_both_intervals_do(tmp_path):
+    def wobble(one, number):
+        vary(one, number)
+        if one["arm"] == "valm" and one["of"] == "validation" and one["measure"] == "raw":
+            one["hits"] = [9 * (number % 2)] * len(one["hits"])
+
+    files = write(tmp_path, range(5))
+    changed(files, wobble)
+    rows = [line for line in claims(read_results(files)).splitlines() if line.startswith("| no claim: ")]
+    assert [row.split(" | ")[0].rpartition("after ")[2] for row in rows] == [
+        "240 steps, validation objects",
+        "240 steps, MemoryColor and ColorTerms",
+    ]
+    assert [row.strip("| ").split(" | ")[-1] for row in rows] == ["not both above 0", "both above 0"]
 
 
 def test_holms_correction():
