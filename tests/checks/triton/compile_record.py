@@ -5,13 +5,14 @@ time exactly as Triton would specialise it for a GPU of the architecture. Triton
 source and options.
 
 benchmarks/records/triton_compile.csv records the figures of one Triton version. After an intended change of a kernel or
-its tiles, rewrite the table in a few minutes:
+its tiles, rewrite the table on all cores, in minutes:
 
     python -m tests.checks.triton.compile_record
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import re
@@ -407,4 +408,5 @@ def write_table() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     write_table()
