@@ -1,7 +1,8 @@
-"""Estimates how long `valm pictures` takes on this machine and how much disk it needs, from a few timed steps."""
+"""Estimates the time, disk and memory that `valm pictures` needs on this machine, from a few timed steps."""
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -46,11 +47,13 @@ class Estimate(NamedTuple):
     """The seconds of each stage, the bytes on the disk, and what was found out about the decoder.
 
     Attributes:
+        memory: bytes, the most that this process has used. The timed steps are as large as those of the training.
         fast: names of the options of `TrainingPlan` that make its training faster, of those that it supports.
     """
 
     seconds: dict[str, float]
     disk: float
+    memory: float
     parameters: int
     architecture: str
     fast: list[str]
@@ -90,7 +93,8 @@ def estimate(making: Making, tokenizer: PreTrainedTokenizerFast) -> Estimate:
     disk += tokens * 4 * base.width + 2 * NUMBERS_A_TRAINING * 4 * base.trained
     if Path(making.base).parent == making.out:  # the converted decoder
         disk += 4 * base.parameters
-    return Estimate(seconds, disk, base.parameters, base.architecture, base.fast)
+    memory = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Estimate(seconds, disk, memory, base.parameters, base.architecture, base.fast)
 
 
 class _Base:

@@ -70,9 +70,10 @@ def _prepare(making: Making, stage: Stages) -> None:
     making.note(FAST, expected.fast)
     print(f"{making.plan.model}: {expected.architecture}, {expected.parameters / 1e6:,.0f} million parameters")
     left = sum(seconds for name, seconds in expected.seconds.items() if name not in stage.seconds)
-    disk = f"{max(expected.disk / 1e6, 1):,.0f} MB"
+    disk, memory = f"{max(expected.disk / 1e6, 1):,.0f} MB", f"{expected.memory / 1e9:.1f} GB"
     print(
-        f"about {duration(left)} and {disk} of disk on this machine; the same command continues after Ctrl-C",
+        f"about {duration(left)}, {disk} of disk and {memory} of memory on this machine; the same command continues "
+        "after Ctrl-C",
         flush=True,
     )
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from studies.color.claims import CLAIMS, claims, holm
-from studies.color.comparisons import ALL_OF_PEOPLE, BASE, PRIMARY, PROMPT, VALM, follows, learned, points
+from studies.color.comparisons import ALL_OF_PEOPLE, BASE, CONTROL, PRIMARY, PROMPT, VALM, follows, learned, points
 from studies.color.config import EXCHANGES
 from studies.color.report import TABLES, answers, curve, exchanged, secondary, write_figure, write_pages
 from studies.color.results import APART, CALIBRATED, PEOPLE, every, pictured, read_results, unpictured
@@ -93,6 +93,7 @@ def test_the_readme_says_what_the_study_found():
         found.difference(VALM, BASE, PEOPLE, keep=pictured),
         found.difference(VALM, BASE, PEOPLE, APART, pictured),
         found.difference(VALM, BASE, PEOPLE, CALIBRATED),
+        found.difference(VALM, CONTROL, PEOPLE, CALIBRATED),
         learned(found, ALL_OF_PEOPLE),
         follows(found, ALL_OF_PEOPLE, EXCHANGES[0]),
         *(found.difference(VALM, PROMPT, PEOPLE, keep=keep) for keep in (pictured, unpictured, every)),
