@@ -47,7 +47,8 @@ class Estimate(NamedTuple):
     """The seconds of each stage, the bytes on the disk, and what was found out about the decoder.
 
     Attributes:
-        memory: bytes, the most that this process has used. The timed steps are as large as those of the training.
+        memory: bytes at least: the most that the timed steps have used, and the weights once more, which the report
+            opens.
         fast: names of the options of `TrainingPlan` that make its training faster, of those that it supports.
     """
 
@@ -93,7 +94,7 @@ def estimate(making: Making, tokenizer: PreTrainedTokenizerFast) -> Estimate:
     disk += tokens * 4 * base.width + 2 * NUMBERS_A_TRAINING * 4 * base.trained
     if Path(making.base).parent == making.out:  # the converted decoder
         disk += 4 * base.parameters
-    memory = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 4.0 * base.parameters
     return Estimate(seconds, disk, memory, base.parameters, base.architecture, base.fast)
 
 

@@ -72,8 +72,8 @@ def _prepare(making: Making, stage: Stages) -> None:
     left = sum(seconds for name, seconds in expected.seconds.items() if name not in stage.seconds)
     disk, memory = f"{max(expected.disk / 1e6, 1):,.0f} MB", f"{expected.memory / 1e9:.1f} GB"
     print(
-        f"about {duration(left)}, {disk} of disk and {memory} of memory on this machine; the same command continues "
-        "after Ctrl-C",
+        f"about {duration(left)}, {disk} of disk and at least {memory} of memory on this machine; the same command "
+        "continues after Ctrl-C",
         flush=True,
     )
 
