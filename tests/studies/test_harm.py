@@ -1,23 +1,22 @@
-"""The folder of `python -m studies.harm`."""
-
-import json
-
-import pytest
+"""The pictures of `python -m studies.harm`."""
 
 from studies import harm
-from valm.errors import ValmError
+from studies.color.questions import FLICKR_CAPTIONS
 
 
-def test_a_folder_of_another_seed_or_other_settings_is_refused(tmp_path, monkeypatch):
-    base, out = tmp_path / "base", tmp_path / "out"
-    harm.note_settings(base, out, 3)
-    (out / "pictures").mkdir()
-    harm.note_settings(base, out, 3)
-    assert json.loads((out / "harm.json").read_text())["seed"] == 3
-    for other in ((base, out, 4), (tmp_path / "other", out, 3)):
-        with pytest.raises(ValmError, match=r"out holds another study: its (seed|base) is .*; choose another folder"):
-            harm.note_settings(*other)
-    with monkeypatch.context() as patched:
-        patched.setattr(harm, "PICTURES", 20)
-        with pytest.raises(ValmError, match="its pictures is 300, here it is 20"):
-            harm.note_settings(base, out, 3)
+def test_a_killed_run_writes_its_pictures_again(tmp_path):
+    captions = {"dog.jpg": ["A dog runs .", "A brown dog ."], "sea.jpg": ["The sea ."]}
+    sources = tmp_path / "data" / FLICKR_CAPTIONS.parent / "images"
+    sources.mkdir(parents=True)
+    for image in captions:
+        (sources / image).write_text(image)
+    (tmp_path / "pictures.part").mkdir()
+    (tmp_path / "pictures.part" / "dog.jpg").write_text("half")
+    harm.write_pictures(tmp_path / "data", tmp_path / "pictures", list(captions), captions)
+    written = {path.name: path.read_text() for path in sorted((tmp_path / "pictures").iterdir())}
+    assert written == {
+        "dog.jpg": "dog.jpg",
+        "dog.txt": "A dog runs .\nA brown dog .",
+        "sea.jpg": "sea.jpg",
+        "sea.txt": "The sea .",
+    }
