@@ -63,7 +63,8 @@ ALL_OF_PRIMARY, ALL_OF_VICOMTE = Items("MemoryColor", PRIMARY), Items("ViComTe c
 COLOR_TERMS = Items("ColorTerms", "color_terms")
 
 
-def _with_and_without(items: Items) -> tuple[Items, Items]:
+def with_and_without(items: Items) -> tuple[Items, Items]:
+    """The items that have a picture and those that have none."""
     parts = {"with": pictured, "without": unpictured}
     with_picture, without = (
         items._replace(title=f"{items.title}, objects {which} a picture", keep=keep) for which, keep in parts.items()
@@ -77,9 +78,9 @@ SECONDARY = (
     Items("MemoryColor, objects whose pictures show the right colour", PRIMARY, pixels_agree),
     WITHOUT_PICTURE,
     ALL_OF_PEOPLE,
-    *_with_and_without(ALL_OF_PEOPLE),
+    *with_and_without(ALL_OF_PEOPLE),
     COLOR_TERMS,
-    *_with_and_without(COLOR_TERMS),
+    *with_and_without(COLOR_TERMS),
     ALL_OF_VICOMTE,
     VALIDATION_OBJECTS,
 )
@@ -113,8 +114,9 @@ def verdict(found: Found) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference in points."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    """A difference in points, with a second decimal if one would hide its sign."""
+    digits = 2 if 0 < abs(100 * value) < 0.05 else 1
+    return f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
 def points(found: Found) -> str:

@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/results/study.md, from the results of seeds: no number is typed."""
+"""The tables of PAGES and the figure of docs/results/study.md, from the results of seeds: no number is typed."""
 
 from __future__ import annotations
 
@@ -34,17 +34,20 @@ from studies.color.comparisons import (
     set_title,
     table,
     times,
+    with_and_without,
 )
 from studies.color.figures import curve as figure_of_curve
 from studies.color.questions import CAPTIONS_KIND
-from studies.color.results import APART, ArmTest, Found, Results, every
+from studies.color.results import APART, CALIBRATED, RAW, ArmTest, Found, Results, every
 from valm.errors import ValmError
 from valm.evaluation.sets import SETS
 from valm.store.files import output_file, read_text, writable_folder
 from valm_kernels.atomic_files import atomic_path
 
 MARK = re.compile(r"<!-- study: ([\w-]+) of ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-PAGES = ("docs/results/study.md", "studies/color/archive.md")
+PAGES = ("README.md", "docs/results/study.md", "studies/color/archive.md")
+# What the README compares VaLM with, of OTHERS.
+SUMMARIZED = ("base model", "query control", "colours in the prompt")
 # The arms in the table of answers.
 ARMS: tuple[ArmTest, ...] = (BASE, VALM, CONTROL, RANDOM, PROMPT)
 # The kinds of text whose perplexity is compared.
@@ -172,6 +175,18 @@ def secondary(results: Results) -> str:
     return table([head, *(f"compared with {other}" for other in OTHERS)], rows)
 
 
+def summary(results: Results) -> str:
+    """The README's table: VaLM compared with the base, the query control and colours in the prompt."""
+    asked = (*with_and_without(ALL_OF_PEOPLE), ALL_OF_PEOPLE)
+    rows = []
+    for other in SUMMARIZED:
+        for measure in (RAW, CALIBRATED):
+            found = [results.difference(VALM, OTHERS[other], items.of, measure, items.keep) for items in asked]
+            rows.append([f"{other}, {MEASURES[measure]}", *(cell(one, points, results) for one in found)])
+    groups = ("objects with a picture", "objects without a picture", "all objects")
+    return table(["VaLM minus …, points [95 %]", *groups], rows)
+
+
 def exchanged(results: Results) -> str:
     """How often VaLM follows replaced images."""
     asked = (ALL_OF_PEOPLE, VALIDATION_OBJECTS)
@@ -188,5 +203,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "claims": claims,
     "curve": curve,
     "secondary": secondary,
+    "summary": summary,
     "exchanged": exchanged,
 }
