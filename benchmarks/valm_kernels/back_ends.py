@@ -57,8 +57,11 @@ CALLS = (
     Call("16 bits, one query", one_query=True),
     Call("16 bits, `first_key`, `cache_seqlens` or `softcap`", first_key=True),
     Call("16 bits, no images", images=False),
-    Call("16 bits, D 64, FlashAttention-3 activated", active="FA3"),
-    Call("16 bits, D 64, FlashAttention-4 activated", active="FA4"),
+    *(
+        Call(f"16 bits, D {head_dim}, FlashAttention-{active[2:]} activated", head_dim=head_dim, active=active)
+        for active in ("FA3", "FA4")
+        for head_dim in (64, 128)
+    ),
     *(Call(f"16 bits, D {head_dim}", head_dim=head_dim) for head_dim in (64, 128, 256)),
 )
 

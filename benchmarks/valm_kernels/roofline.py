@@ -309,6 +309,7 @@ SHAPES = (
     Shape("B4 H12 T1024 K8 D64, pooled", 4, 12, 1024, 1024, 8, 64, U=int(0.3 * 4 * 1024 * 8)),
     Shape("B4 H16 T4096 K8 D64, dense", 4, 16, 4096, 4096, 8, 64),
     Shape("B4 H16 T4096 K8 D64, pooled", 4, 16, 4096, 4096, 8, 64, U=int(0.3 * 4 * 4096 * 8)),
+    Shape("B1 Hq32 Hkv8 T4096 K8 D128, dense", 1, 32, 4096, 4096, 8, 128, G=4),
     Shape("B1 H12 Tq1 Tk8192 K8 D64, dense (decoding)", 1, 12, 1, 8192, 8, 64),
 )
 TOPK_QUERIES = (1, 64, 512, 1024, 4096)
