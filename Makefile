@@ -89,9 +89,10 @@ bench: $(VENV)/.installed-check
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
-# The GPU tests of the attention on a CPU, planted faults, and what Triton's passes make of the kernels: ttsem runs the IR
-# that Triton compiles for a card, and names accesses out of bounds, races and undefined results by line. It brings its PyTorch and its Triton, for Python
-# 3.12 or 3.13 (PYTHON). TESTS chooses some tests, such as TESTS='-k "decode and bfloat16"'. Some take many minutes.
+# The GPU tests of the attention on a CPU, planted faults, and what Triton's passes make of the kernels: ttsem runs the
+# IR that Triton compiles for a card, and names accesses out of bounds, races and undefined results by line. It brings
+# its PyTorch and its Triton, for Python 3.12 or 3.13 (PYTHON). TESTS chooses some tests, such as
+# TESTS='-k "decode and bfloat16"'. Some take many minutes.
 ttsem-check: $(VENV)-ttsem/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(VENV)-ttsem/bin/python -m ttsem.sanitize pytest --timeout 0 \
 	    tests/valm_kernels/visual_fusion/triton/test_gpu.py \
