@@ -49,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--scratch", type=Path, default=Path("build/benchmarks"), help="where large inputs are kept between runs"
     )
     parser.addoption("--results", type=Path, help="add the benchmark rows to this CSV file")
+    parser.addoption("--vectors", type=Path, help="search these too: a folder with rows.npy and queries.npy")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ class Vectors(NamedTuple):
     dim: int = 768
     cosine: float = 0.0  # mean cosine of two rows: CLIP's are far from 0
     decaying: bool = False  # the spectrum: the n-th principal axis has a share of 1 / n
+    folder: Path | None = None  # holds rows.npy and queries.npy
 
 
 class Case(NamedTuple):
@@ -34,9 +37,9 @@ class Case(NamedTuple):
     k: int = 8
 
     def __str__(self) -> str:
-        rows, dim, cosine, decaying = self.vectors
-        suffix = f" mean cosine {cosine}" if cosine else " decaying" if decaying else ""
-        return f"N {rows / 1000:g}k E {dim} k {self.k} queries {self.n_queries}{suffix}"
+        rows, dim, cosine, decaying, folder = self.vectors
+        kind = folder.name if folder else "decaying" if decaying else f"mean cosine {cosine}" if cosine else ""
+        return f"N {rows / 1000:g}k E {dim} k {self.k} queries {self.n_queries} {kind}".rstrip()
 
 
 N_50K, N_200K, N_1M = Vectors(sized(50_000, 50)), Vectors(), Vectors(sized(1_000_000, 1000))
@@ -89,7 +92,10 @@ DECAYING_PEERS = ("faiss IndexFlatIP, tuned", "faiss IndexFlatIPPanorama")
 @lru_cache(maxsize=1)
 def generate(vectors: Vectors, device: torch.device) -> tuple[Tensor, Tensor]:
     """A database and 4096 queries of unit length; on CUDA rounded to float16 before the answer is computed."""
-    rows, dim, cosine, decaying = vectors
+    rows, dim, cosine, decaying, folder = vectors
+    if folder is not None:
+        own, queries = (torch.from_numpy(np.load(folder / name)).to(device) for name in ("rows.npy", "queries.npy"))
+        return own, queries
     generator = torch.Generator(device).manual_seed(0)
     both = torch.randn(rows + 4096, dim, generator=generator, device=device)
     if decaying:
@@ -221,6 +227,17 @@ def bench_rows_on_cuda(measure, device, n_queries, rows):
         check=check,
         arithmetic=roofline.topk_s(n_queries, len(database), N_1M.dim) if rows in ("float16", "bfloat16") else None,
     )
+
+
+@pytest.mark.parametrize("name", ("FlatIPIndex", *DECAYING_PEERS))
+@pytest.mark.parametrize("n_queries", [1, 8, 64])
+def bench_own_vectors(measure, device, pytestconfig, n_queries, name):
+    """Rows (N, E) and at least 64 queries (Q, E) of your own, float32."""
+    folder = pytestconfig.getoption("--vectors")
+    if folder is None:
+        pytest.skip("needs --vectors FOLDER")
+    rows, dim = np.load(folder / "rows.npy", mmap_mode="r").shape
+    measure_search(measure, device, Case(Vectors(rows, dim, folder=folder), n_queries), name)
 
 
 @pytest.mark.parametrize("name", ("FlatIPIndex", "a sum of the same bytes"))
