@@ -39,31 +39,37 @@ class CaptionTable(NamedTuple):
     rows: dict[str, list[str]]
 
     def add_to(self, images: dict[str, str]) -> list[str]:
-        """Adds the captions of the `images` that have none. An image is named by its path, or by its file name if only
-        one image has that name.
+        """Adds the captions of the `images` that have none. A row names an image by its path, or by one of `_names` if
+        only one image has it.
 
         Returns:
             The name in each row that names no image.
 
         Raises:
-            ValmError: the table names an image by a file name that several images have.
+            ValmError: the table names an image by a name that several images have.
         """
         paths = {image: composed(image) for image in images}
-        number_of = Counter(PurePosixPath(path).name for path in paths.values())
         known, used = set(paths.values()), set()
+        images_of = Counter(name for path in paths.values() for name in _names(path) if name not in known)
         for image, path in paths.items():
-            file = PurePosixPath(path).name
-            name = path if path in self.rows or file in known else file
+            others = (name for name in _names(path) if name in self.rows and name not in known)
+            name = path if path in self.rows else next(others, path)
             used.add(name)
             if images[image] or name not in self.rows:
                 continue
-            if name != path and number_of[name] > 1:
+            if images_of[name] > 1:
                 raise ValmError(
-                    f"{name} in the caption table {self.path} is the name of {number_of[name]} images, such as "
+                    f"{name} in the caption table {self.path} is the name of {images_of[name]} images, such as "
                     f"{image}: name images by their paths in the folder"
                 )
             images[image] = "\n".join(self.rows[name])
         return [name for name, captions in self.rows.items() if name not in used for _ in captions]
+
+
+def _names(path: str) -> dict[str, None]:
+    """The file name of an image, and path and file name without the suffix, as catalogues of collections have them."""
+    file = PurePosixPath(path)
+    return dict.fromkeys((file.name, str(file.with_suffix("")), file.stem))
 
 
 def parse_caption(content: bytes, suffix: str) -> str:

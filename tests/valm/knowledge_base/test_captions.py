@@ -125,6 +125,16 @@ def test_a_file_name_alone_is_of_one_image(tmp_path):
         captions_of(tmp_path, table)
 
 
+def test_a_name_may_lack_the_suffix(tmp_path):
+    """As catalogues name images. A name with it goes first, and only one image may have a name without it."""
+    (tmp_path / "t.csv").write_text("image,caption\n1903.7,harbour\nb/2,two\n3,three\n3.png,with it\n4.png,no jpg\n")
+    images = dict.fromkeys(("a/1903.7.jpg", "b/2.png", "3.png", "c/4.jpg"), "")
+    assert read_table(tmp_path / "t.csv").add_to(images) == ["3", "4.png"]
+    assert images == {"a/1903.7.jpg": "harbour", "b/2.png": "two", "3.png": "with it", "c/4.jpg": ""}
+    with pytest.raises(ValmError, match=r"1903\.7 in .* is the name of 2 images, such as a/1903\.7\.jpg"):
+        read_table(tmp_path / "t.csv").add_to({"a/1903.7.jpg": "", "d/1903.7.png": ""})
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.json"])
 def test_rows_that_name_no_image_are_counted(tmp_path, name):
     """Another case, another folder, a missing picture, no name."""
