@@ -82,7 +82,7 @@ def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[
 
     Raises:
         TypeError: a result is not a `TopK` or has a wrong dtype, or an offset or k is not an int.
-        ValueError: no results, shapes that disagree, a wrong k, or not one offset per result.
+        ValueError: no results, shapes that disagree, a wrong k or offset, or not one offset per result.
 
     Example:
         >>> query, database = torch.eye(8)[5:6], torch.eye(8)
@@ -95,6 +95,9 @@ def merge_topk(results: Sequence[TopK] | Sequence[NumpyTopK], offsets: Sequence[
     for number in (*offsets, k):
         if isinstance(number, bool) or not isinstance(number, Integral):
             raise TypeError(f"offsets and k of merge_topk must be ints, got {number!r}")
+    for number in offsets:
+        if not 0 <= number <= 2**62:  # a sum with an index below 0 would be padding
+            raise ValueError(f"an offset is {number}, expected 0 to 2**62")
     for number, result in enumerate(results):
         if not isinstance(result, TopK | NumpyTopK):
             raise TypeError(f"results[{number}] must be a TopK or NumpyTopK, but is a {type(result).__name__}")

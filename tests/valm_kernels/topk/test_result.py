@@ -34,6 +34,8 @@ def test_merge_fills_up():
     ("results", "offsets", "k", "error", "message"),
     [
         ([ONE, ONE], [0], 1, ValueError, "2 results and 1 offsets"),
+        ([ONE, ONE], [0, -8], 1, ValueError, "an offset is -8, expected 0 to"),
+        ([ONE, ONE], [0, 2**63 - 1], 1, ValueError, f"an offset is {2**63 - 1}, expected 0 to"),
         ([ONE, ONE], [0, 1], 3, ValueError, "k is 3, expected 1 to the 2 columns"),
         ([ONE, ip_topk(torch.ones(2, 8), torch.ones(1, 8), 1)], [0, 1], 1, ValueError, "the same queries"),
         ([TopK(torch.ones(2, 1), ONE.indices)], [0], 1, ValueError, "scores of shape .2, 1. and indices of"),
