@@ -244,26 +244,10 @@ def check_pool(inputs: Inputs) -> None:
     Raises:
         ValueError: an index is outside [-1, U).
     """
-    image_index = inputs.image_index
-    if image_index is None or inputs.image_k is None:
-        return
-    pool_size = inputs.image_k.shape[1]
-    if torch.compiler.is_compiling():  # a graph cannot read values, and index U would be the reference's row of zeros
-        known = (image_index >= -1) & (image_index < pool_size)
-        torch._assert_async(known.all(), f"image_index must be -1 (no image) or a row of the pool below {pool_size}")
-        return
-    if not _has_values(image_index):
-        return
-    low, high = (int(x) for x in torch.aminmax(image_index))
-    if low < -1 or high >= pool_size:
-        wrong = low if low < -1 else high
-        raise ValueError(
-            f"image_index must be -1 (no image) or a row of the pool from 0 to {pool_size - 1}, got {wrong}"
-        )
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and not tensor.is_meta
+    if inputs.image_index is not None and inputs.image_k is not None:
+        last = inputs.image_k.shape[1] - 1
+        rule = f"image_index must be -1 (no image) or a row of the pool from 0 to {last}"
+        _check_range(inputs.image_index, -1, last, rule)
 
 
 def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
@@ -272,12 +256,19 @@ def check_cache_seqlens(cache_seqlens: Tensor, num_keys: int) -> None:
     Raises:
         ValueError: a length is outside [0, num_keys].
     """
-    if not _has_values(cache_seqlens):
+    rule = f"cache_seqlens must be from 0 to {num_keys}, the number of keys (Tk)"
+    _check_range(cache_seqlens, 0, num_keys, rule)
+
+
+def _check_range(values: Tensor, least: int, most: int, rule: str) -> None:
+    if torch.compiler.is_compiling():  # a graph cannot read values; unchecked ones would give wrong results
+        torch._assert_async(((values >= least) & (values <= most)).all(), rule)
         return
-    low, high = (int(x) for x in torch.aminmax(cache_seqlens))
-    if low < 0 or high > num_keys:
-        wrong = low if low < 0 else high
-        raise ValueError(f"cache_seqlens must be from 0 to {num_keys}, the number of keys (Tk), got {wrong}")
+    if values.numel() == 0 or values.is_meta:
+        return
+    for found in map(int, torch.aminmax(values)):
+        if not least <= found <= most:
+            raise ValueError(f"{rule}, got {found}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, num_keys: int, max_seqlen: int | None) -> None:

@@ -200,3 +200,16 @@ def test_attention_weights_without_images():
     text, image, lse = attention_weights(inputs["q"], inputs["k"], None)
     assert image.shape == (*lse.shape, 0)
     assert_agree(text.sum(-1), torch.ones_like(lse))
+
+
+def test_a_compiled_reference_refuses_more_keys_than_there_are():
+    q, k, v = torch.randn(3, 2, 2, 7, 16)
+    compiled = torch.compile(visual_fusion_attn, backend="eager", fullgraph=True)
+    lengths = torch.tensor([7, 8], dtype=torch.int32)
+    for some in (lengths - 1, lengths - 3):
+        options = {"cache_seqlens": some, "impl": "reference"}
+        torch.testing.assert_close(
+            compiled(q, k, v, None, None, **options), visual_fusion_attn(q, k, v, None, None, **options)
+        )
+    with pytest.raises(RuntimeError, match="cache_seqlens must be from 0 to 7"):
+        compiled(q, k, v, None, None, cache_seqlens=lengths, impl="reference")
