@@ -76,7 +76,8 @@ class FlatIPIndex:
     On a CUDA device it stores their norms (4 bytes a row), and pads E to a multiple of 16.
 
     Threads and signal handlers may share an index and call any of its methods at once. A search uses the rows that were
-    stored when it began. `add` and `remove` run one after the other, and the next search prepares the new rows.
+    stored when it began. `add` and `remove` run one after the other, and the next search prepares the new rows: run one
+    outside of a function that `torch.compile` compiles with fullgraph=True.
 
     Args:
         database: (N, E) float32, float16 or bfloat16 tensor or numpy array, which may be memory-mapped; E from 8 to
@@ -242,7 +243,7 @@ class FlatIPIndex:
         some = None if allowed is None else self._named(allowed, stored, "allowed")
         scores, indices = search(flat, rows, row_scale, k, prepared, streamed=self._streamed, allowed=some)
         if ids is not None:
-            indices = torch.where(indices < 0, -1, ids[indices.clamp(min=0)])
+            indices = ids[indices.clamp(min=0)].masked_fill_(indices < 0, -1)
         return like_queries(queries, scores, indices)
 
     def _named(self, names: Tensor | np.ndarray, stored: _Stored, what: str) -> Tensor:

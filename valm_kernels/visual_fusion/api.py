@@ -114,7 +114,9 @@ def visual_fusion_attn(
         q: (B, Hq, Tq, D) float32, float16 or bfloat16, any strides, D from 8 to 256. "cpu" and "reference" also take
             float64.
         k, v: (B, Hkv, Tk, D), dtype of q. Hq is a multiple of Hkv (grouped-query attention). Tk >= Tq: the first
-            Tk - Tq keys are a prefix, such as a KV cache. B and Tq may be 0: results are then empty, gradients 0.
+            Tk - Tq keys are a prefix, such as a KV cache. B and Tq may be 0: results are then empty, gradients 0. NaN
+            or infinity may also reach queries that do not see its key. Only keys from cache_seqlens on, masked images
+            and unused rows of the pool may hold it.
         image_k, image_v: keys and values of the images, dtype of q: dense, (B, Hkv, Tq, K, D), or a pool (Hkv, U, D)
             with image_index. K is at most 64. None for both means no images. K and U may be 0: gradients are then 0.
         image_q: (B, Hq, Tq, D), dtype of q: the query of the image scores, by default q. In a rotary model pass the
@@ -128,7 +130,7 @@ def visual_fusion_attn(
         image_k_bias, image_v_bias: (Hkv, D), dtype of q or float32, added to the key and the value of every image.
         image_logit_bias: (Hq,) float32 (float64 for a float64 q), added to every image score of a head.
         image_score_bias: (B, Tq, K) float32 (float64 for a float64 q), added to an image's score in all heads, such as
-            its retrieval score. -inf gives the image the weight 0. Do not use a large negative number instead: the
+            its retrieval score. -inf gives a finite image the weight 0. Do not use a large negative number instead: the
             float32 lse of a query that sees nothing else cannot tell such scores apart.
         first_key: (B, Tq) int32, the first text key that each query sees, for left padding, packed documents and
             sliding windows; values <= 0 mean all keys. It does not limit images.
